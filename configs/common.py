@@ -1,0 +1,71 @@
+"""Defaults of every run. A method's config starts from `get_config()` and changes what the method is about.
+
+Fields that may be one number or a list are strings (`experts="8"`, `"2|4|6|8"`, `"2*8,4*22"`), because a ConfigDict
+holds one type a field; 0 (or "") means "off" where a field is optional. `molora_jax/config.py` documents and checks
+every field.
+"""
+
+from ml_collections import ConfigDict
+
+ATTENTION = "q,k,v,o"
+FFN = "gate,up,down"
+TASKS = "morph,translate,emoji,factbook,sentiment,topic,dialog,code,math"
+
+
+def adapter(name="lora", *, rank=16, alpha=32.0, dropout=0.05, init="kaiming", **more):
+    return dict(name=name, rank=rank, alpha=alpha, dropout=dropout, init=init, **more)
+
+
+def rule(sites, *, adapter, router=None, layers="all", experts="1", load=(), down="once", shrink=False):
+    """One rule. `down` and `shrink` matter for `sites="ffn"` only; without a router there is one expert."""
+    fields = dict(sites=sites, layers=layers, experts=experts, load=load, adapter=adapter, down=down, shrink=shrink)
+    return fields if router is None else dict(fields, router=router)
+
+
+def balance(**changes):
+    """The balance loss; the defaults are Switch's: one value a layer and site, 1 at uniform routing."""
+    fields = dict(
+        weight=1e-2, over="site", reduce="mean", times_experts=True, per_example=False,
+        normalise="slots", counts="hard", accumulate="micro",
+    )  # fmt: skip
+    return {**fields, **changes}
+
+
+def get_config():
+    return ConfigDict(
+        dict(
+            seed=0,
+            base=dict(source="pkg:smollm2-135m-instruct", dtype="float32"),
+            data=dict(
+                tasks=TASKS,
+                seq_len=128,  # tokens a row; examples are packed into rows
+                temperature=3.0,  # p(task) ~ size ** (1 / temperature)
+                system="",  # system turn; "" leaves it to the model's chat template
+                overlong="skip",  # "skip" (counted), "truncate" the prompt from the left, or "error"
+                bad_rows="error",  # jsonl: "error", or "skip" (counted)
+            ),
+            method=dict(rules=dict()),
+            losses=dict(),
+            optim=dict(
+                name="adamw", learning_rate=2e-4, weight_decay=0.0, decay="cosine", warmup=10,
+                b1=0.9, b2=0.999, eps=1e-8,
+            ),
+            schedule=dict(s00=dict(steps=0, tasks="", freeze="", set=dict(), route="")),  # steps=0: to the end
+            mesh=dict(data=-1, fsdp=1, expert=1, tensor=1),
+            engine="auto",
+            train=dict(
+                steps=200,
+                stop_after=0,  # absolute step at which to stop cleanly; the schedule is unchanged
+                batch_size=8,  # rows an optimizer step
+                accumulate=1,  # micro-steps an optimizer step
+                clip=1.0,  # global gradient norm; 0 is off
+                eval_every=0,
+                save_every=50,
+                keep=2,
+                log_every=10,
+                remat="dots",  # none, dots, full
+                init_from="",
+            ),
+            eval=dict(items=32, generate_items=16, max_new_tokens=16, batch_size=16),
+        )
+    )  # fmt: skip

@@ -1,0 +1,30 @@
+"""Eight CPU devices for every test, a persistent compilation cache, nothing else."""
+
+import os
+import pathlib
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(pathlib.Path(__file__).parents[1] / ".jax_cache"))
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
+
+import jax  # noqa: E402
+
+assert jax.device_count() == 8, "the tests need eight forced CPU devices: import jax only after conftest"
+
+
+def pytest_addoption(parser):
+    parser.addoption("--all", action="store_true", help="also the slow tests (real model, several processes)")
+
+
+def pytest_configure(config):
+    config.addinivalue_line("markers", "slow: needs the real model, several processes or minutes; run with --all")
+
+
+def pytest_collection_modifyitems(config, items):
+    if config.getoption("--all"):
+        return
+    slow = [item for item in items if "slow" in item.keywords]
+    config.hook.pytest_deselected(items=slow)
+    items[:] = [item for item in items if "slow" not in item.keywords]
