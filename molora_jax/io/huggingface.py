@@ -1,0 +1,133 @@
+"""A Hugging Face folder as our parameters, and back.
+
+A folder holds `config.json`, `model.safetensors` (or `model.safetensors.index.json` and its shards), `tokenizer.json`,
+`tokenizer_config.json`. Their linear weights are `[D_out, D_in]`, one tensor a layer; ours are `[L, D_in, D_out]`.
+The tree is the one of `molora_jax/models/families.py`.
+"""
+
+import concurrent.futures
+import json
+import os
+import pathlib
+
+import numpy as np
+
+from molora_jax.errors import InputError
+from molora_jax.io import tensors
+from molora_jax.io.tokenizer import Tokenizer, read_json
+from molora_jax.models import families
+
+_IGNORED = "rotary_emb.inv_freq"  # a buffer that old checkpoints carry
+
+
+def weight_files(folder: pathlib.Path) -> list[pathlib.Path]:
+    """The folder's safetensors files, as its index names them."""
+    single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
+    if single.exists():
+        return [single]
+    if not index.exists():
+        raise InputError(
+            str(folder), got="no model.safetensors and no model.safetensors.index.json",
+            expected="a Hugging Face folder with safetensors weights",
+            fix="Save the model with safe_serialization=True (pickled .bin files are not read).",
+        )  # fmt: skip
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
+        raise InputError(f"{index}: weight_map", got=repr(weight_map)[:80], expected="tensor name -> file name")
+    names = sorted(set(weight_map.values()))
+    for name in names:
+        if pathlib.Path(name).name != name:  # a path that leaves the folder
+            raise InputError(f"{index}: weight_map", got=repr(name)[:80], expected="file names inside the folder")
+    return [folder / name for name in names]
+
+
+def read_folder(folder: pathlib.Path, dtype) -> tuple[families.DecoderConfig, dict]:
+    """Config and parameters (numpy, `dtype`).
+
+    Raises:
+      InputError: a file, tensor name, shape, dtype or value that does not fit the config.
+    """
+    config = families.from_hf(read_json(folder / "config.json"), where=str(folder / "config.json"))
+    views, origin = {}, {}
+    for path in weight_files(folder):
+        for name, view in tensors.read(path).items():
+            if name in views:
+                raise InputError(f"{path}: tensor {name}", got="a second copy", expected="one file for each tensor")
+            views[name], origin[name] = view, path
+    return config, _assemble(views, origin, config, dtype, where=str(folder))
+
+
+def _assemble(views, origin, config, dtype, *, where):
+    """Checks every name and shape against the template before the first allocation, then stacks and transposes."""
+    plan, left = {}, set(views)
+    for path, shape in families.hf_shapes(config).items():
+        plan[path] = []
+        for layer in range(config.layers if path.startswith("blocks/") else 1):
+            name = families.hf_name(path, layer)
+            got = f"{views[name].dtype.name} of shape {views[name].shape}" if name in views else "no such tensor"
+            if name not in views or views[name].shape != shape or views[name].dtype not in tensors.FLOATS:
+                raise InputError(
+                    f"{origin.get(name, where)}: tensor {name}", got=got, expected=f"a float tensor of shape {shape}",
+                    fix="Check that config.json belongs to these weights.",
+                )  # fmt: skip
+            plan[path].append(name)
+        left.difference_update(plan[path])
+    left -= {"lm_head.weight"} if config.tied else set()
+    extra = sorted(name for name in left if not name.endswith(_IGNORED))
+    if extra:
+        raise InputError(
+            f"{where}: tensors", got=f"{len(extra)} more than the {config.family} family has, first {extra[0][:100]}",
+            expected="only those of its family", fix="Choose a plain decoder of a supported family.",
+        )  # fmt: skip
+
+    tree, jobs = {}, []
+    for path, shape in families.hf_shapes(config).items():
+        kernel = path.endswith("/kernel")
+        shape = shape[::-1] if kernel else shape
+        leaf = np.empty((config.layers, *shape) if path.startswith("blocks/") else shape, dtype)
+        set_path(tree, path, leaf)
+        slices = leaf if path.startswith("blocks/") else [leaf]
+        jobs += [(name, out.T if kernel else out) for name, out in zip(plan[path], slices, strict=True)]
+
+    def copy(job):
+        name, out = job
+        with np.errstate(over="ignore"):  # a value too large for `dtype` shows as infinite below
+            np.copyto(out, views[name], casting="unsafe")
+        if not np.isfinite(out).all():
+            raise InputError(
+                f"{origin[name]}: tensor {name}", got=f"NaN or values that are infinite in {np.dtype(dtype).name}",
+                expected="finite weights", fix="Fetch the file again, or load it as float32.",
+            )  # fmt: skip
+
+    # numpy releases the GIL in these copies
+    with concurrent.futures.ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+        list(pool.map(copy, jobs))
+    return tree
+
+
+def set_path(tree: dict, path: str, leaf) -> None:
+    """Puts `leaf` at `a/b/c` of a nested dict."""
+    *parents, last = path.split("/")
+    for parent in parents:
+        tree = tree.setdefault(parent, {})
+    tree[last] = leaf
+
+
+def write_folder(folder: pathlib.Path, config: dict, sources: dict, tokenizer: Tokenizer, dtype) -> None:
+    """Writes a folder that this module and `transformers` read.
+
+    Args:
+      config: the content of `config.json`.
+      sources: Hugging Face name -> (shape, function that gives the array); read one at a time.
+    """
+    config = {**config, "dtype": np.dtype(dtype).name, "torch_dtype": np.dtype(dtype).name}
+    (folder / "config.json").write_text(json.dumps(config, indent=1), encoding="utf-8")
+    tokenizer.inner.save(str(folder / "tokenizer.json"))
+    special = {f"{role}_token": getattr(tokenizer, role) for role in ("bos", "eos", "pad")}
+    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False, **special}
+    if tokenizer.template is not None:
+        settings["chat_template"] = tokenizer.template
+    settings = {key: value for key, value in settings.items() if value is not None}
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=1), encoding="utf-8")
+    shapes = {name: shape for name, (shape, _) in sources.items()}
+    tensors.write(folder / "model.safetensors", shapes, dtype, (read() for _, read in sources.values()))

@@ -1,0 +1,113 @@
+"""safetensors files as numpy views, and a writer that holds one tensor at a time.
+
+Layout: header length u64 (little-endian), a JSON header `{name: {dtype, shape, data_offsets: [begin, end]}}`, the data.
+`read` maps the file and returns views, so nothing is copied and no declared size is allocated; the `safetensors`
+package would copy each tensor once more. bfloat16 comes from ml_dtypes.
+
+Source of the format: the `safetensors` README (header at most 100 MB, offsets within the file).
+"""
+
+import json
+import math
+import mmap
+import os
+import pathlib
+
+import ml_dtypes
+import numpy as np
+
+from molora_jax.errors import InputError
+
+DTYPES = {
+    "F64": np.dtype(np.float64), "F32": np.dtype(np.float32), "F16": np.dtype(np.float16),
+    "BF16": np.dtype(ml_dtypes.bfloat16), "I64": np.dtype(np.int64), "I32": np.dtype(np.int32),
+    "I16": np.dtype(np.int16), "I8": np.dtype(np.int8), "U8": np.dtype(np.uint8), "BOOL": np.dtype(np.bool_),
+}  # fmt: skip
+FLOATS = tuple(DTYPES[name] for name in ("F64", "F32", "F16", "BF16"))
+_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+_MAX_HEADER = 100_000_000
+_FIX = "Fetch the file again, or delete it if it lies in the cache."
+
+
+def read(path: str | pathlib.Path) -> dict:
+    """Name -> read-only view into the mapped file.
+
+    Raises:
+      InputError: truncated, malformed, an unknown dtype, or offsets that do not fit the shapes and the file.
+    """
+    path = str(path)
+
+    def fail(got, expected, where=path):
+        raise InputError(where, got=got, expected=expected, fix=_FIX) from None
+
+    try:
+        with open(path, "rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            if size < 8:
+                fail(f"a file of {size} bytes", "a safetensors file")
+            buffer = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    except OSError as error:
+        raise InputError(path, got=error.strerror or str(error), expected="a readable safetensors file") from None
+    length = int.from_bytes(buffer[:8], "little")
+    if length > min(_MAX_HEADER, size - 8):
+        fail(f"a header of {length} bytes in a file of {size}", "a header that fits (is it a safetensors file?)")
+    try:
+        header = json.loads(buffer[8 : 8 + length])
+        if not isinstance(header, dict):
+            raise ValueError  # noqa: TRY004
+    except (ValueError, RecursionError):
+        fail("a header that is no JSON object", "a safetensors file")
+    data = np.frombuffer(buffer, np.uint8, offset=8 + length)
+    views = {}
+    for name, entry in header.items():
+        if name == "__metadata__":
+            continue
+        where = f"{path}: tensor {name[:200]}"
+        try:
+            dtype, shape, (begin, end) = entry["dtype"], entry["shape"], entry["data_offsets"]
+            numbers = [*shape, begin, end]
+        except (TypeError, KeyError, ValueError):
+            fail("an entry without dtype, shape and data_offsets", "a safetensors entry", where)
+        if not isinstance(dtype, str) or dtype not in DTYPES:
+            fail(f"dtype {dtype!r}", f"one of {', '.join(DTYPES)}", where)
+        if len(shape) > 8 or not all(type(n) is int and 0 <= n < 1 << 62 for n in numbers):
+            fail("sizes that are no natural numbers", "shape and data_offsets of natural numbers", where)
+        expected = math.prod(shape) * DTYPES[dtype].itemsize
+        if end - begin != expected or end > len(data):
+            fail(
+                f"bytes {begin}..{end} of {len(data)}",
+                f"{expected} bytes inside the file for shape {tuple(shape)} {dtype} (is the file cut short?)", where,
+            )  # fmt: skip
+        raw = data[begin:end]
+        if (8 + length + begin) % DTYPES[dtype].itemsize:
+            raw = raw.copy()  # old writers did not align the header
+        views[name] = raw.view(DTYPES[dtype]).reshape(shape)
+    total = sum(view.nbytes for view in views.values())
+    if total > len(data):  # many names for the same bytes: a small file that grows when it is copied
+        fail(f"{total} declared bytes", f"at most the {len(data)} that the file has")
+    return views
+
+
+def write(path: str | pathlib.Path, shapes: dict, dtype, tensors) -> None:
+    """Writes `shapes` (name -> shape, all of one dtype) and flushes to disk.
+
+    Args:
+      tensors: yields the arrays in the order of `shapes`; each is cast to `dtype`.
+    """
+    dtype = np.dtype(dtype)
+    header, at = {"__metadata__": {"format": "pt"}}, 0  # transformers insists on a format
+    for name, shape in shapes.items():
+        size = math.prod(shape) * dtype.itemsize
+        header[name] = {"dtype": _NAMES[dtype], "shape": list(shape), "data_offsets": [at, at + size]}
+        at += size
+    text = json.dumps(header).encode()
+    text += b" " * (-(8 + len(text)) % 64)  # so that the data is aligned in the mapping
+    with open(path, "wb") as file:
+        file.write(len(text).to_bytes(8, "little"))
+        file.write(text)
+        for shape, tensor in zip(shapes.values(), tensors, strict=True):
+            if tensor.shape != tuple(shape):
+                raise ValueError(f"a tensor of shape {tensor.shape}, declared as {shape}")
+            file.write(np.ascontiguousarray(tensor.astype(dtype, copy=False)).view(np.uint8).data)
+        file.flush()
+        os.fsync(file.fileno())
