@@ -100,7 +100,7 @@ class Checkpoints:
         """
         self.wait()
         host = {name: {k: _snapshot(f"{name}/{k}", x) for k, x in names(tree).items()} for name, tree in items.items()}
-        digests = _digests_of_shards(host) if jax.process_count() > 1 else None
+        digests = _digests_of_shards(host) if jax.process_count() > 1 else {}
         self.reached("snapshot")
         try:
             self._sweep()
@@ -111,7 +111,7 @@ class Checkpoints:
             self._failed(step, "save", error)
             self.check()
             return
-        job = dict(step=int(step), host=host, digests=digests, meta=dict(meta), best=best)
+        job = {"step": int(step), "host": host, "digests": digests, "meta": dict(meta), "best": best}
         self._thread = threading.Thread(target=self._commit, args=(response, job), name=f"checkpoint-{step}")
         self._thread.start()
         if wait:
@@ -148,14 +148,7 @@ class Checkpoints:
             if jax.process_index() != 0:
                 return
             tree = {
-                item: {
-                    name: dict(
-                        shape=list(x.shape),
-                        dtype=str(x.dtype),
-                        digest=job["digests"][item, name] if job["digests"] else digest(x),
-                    )
-                    for name, x in leaves.items()
-                }
+                item: {name: _describe(x, job["digests"].get((item, name))) for name, x in leaves.items()}
                 for item, leaves in job["host"].items()
             }
             files = manifests.describe_files(staging)
@@ -194,14 +187,14 @@ class Checkpoints:
         for step in sorted(self.steps(), reverse=True):
             if len(kept) < self.keep and (step in self._verified or self.valid(step)[0]):
                 kept.add(step)
+        kept.add(self.best())
         for step in self.steps():
-            if step < min(kept) or (step < saved and step not in kept):
-                if step != self.best():
-                    self.reached("deleting")
-                    doomed = self.directory / f"deleting-{step}"
-                    os.rename(self.directory / str(step), doomed)  # at once: half a step is never seen under its name
-                    self._verified.discard(step)
-                    shutil.rmtree(doomed)
+            if step < saved and step not in kept:
+                self.reached("deleting")
+                doomed = self.directory / f"deleting-{step}"
+                os.rename(self.directory / str(step), doomed)  # at once: half a step is never seen under its name
+                self._verified.discard(step)
+                shutil.rmtree(doomed)
 
     def _staging(self, step):
         return self.directory / f"saving-{step}"
@@ -330,30 +323,31 @@ def _match(where, saved, wanted):
 
 def _load(folder, manifest, items) -> dict:
     """The items as plain trees of numpy arrays, every leaf's digest checked."""
-    empty = np.broadcast_to(np.zeros((), np.int8), ())
     abstract = {
-        item: nest({k: _stub(leaf) for k, leaf in manifest["tree"][item].items()} or {PLACEHOLDER: empty})
+        item: nest(
+            {k: _stub(leaf) for k, leaf in manifest["tree"][item].items()} or {PLACEHOLDER: np.zeros((), np.int8)}
+        )
         for item in items
     }
     try:
         with _context():
             loaded = ocp.load_checkpointables(folder, abstract)
     except Exception as error:
-        raise InputError(str(folder), got=f"{error}"[:500], expected="readable items {items}") from error
+        raise InputError(str(folder), got=f"{error}"[:500], expected=f"readable items {items}") from error
     result = {}
     for item in items:
         leaves = {k: np.asarray(x) for k, x in names(loaded[item]).items()} if manifest["tree"][item] else {}
         for name, leaf in manifest["tree"][item].items():
             found = leaves[name]
-            if (list(found.shape), str(found.dtype), digest(found)) != (leaf["shape"], leaf["dtype"], leaf["digest"]):
-                raise InputError(
-                    f"{folder}: leaf {item}/{name}",
-                    got=f"values with digest {digest(found)}",
-                    expected=leaf["digest"],
-                    fix=manifests.DAMAGED,
-                )
+            if _describe(found) != leaf:
+                where = f"{folder}: leaf {item}/{name}"
+                raise InputError(where, got=f"{_describe(found)}", expected=f"{leaf}", fix=manifests.DAMAGED)
         result[item] = nest(leaves)
     return result
+
+
+def _describe(x, known=None) -> dict:
+    return {"shape": list(x.shape), "dtype": str(x.dtype), "digest": known or digest(x)}
 
 
 def _stub(leaf):
