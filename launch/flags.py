@@ -1,0 +1,206 @@
+"""The command line of every launcher: `--config=FILE.py`, overrides `--config.a.b=value`, and the command's own flags.
+
+A parser of our own on top of argparse, not `ml_collections.config_flags`: that needs absl's global flags, reports a
+misspelt key, a wrong type or an error inside the config file as a traceback, accepts NaN, and cannot set an option that
+the method knows but the file leaves at its default. Here each mistake is one `InputError`, before jax is imported.
+"""
+
+import argparse
+import importlib.util
+import linecache
+import math
+import pathlib
+import re
+import sys
+import traceback
+
+from ml_collections import ConfigDict
+
+from molora_jax import config as schema
+from molora_jax.config_fields import OPTIM, did_you_mean, wrong
+from molora_jax.config_members import members, options
+from molora_jax.errors import InputError
+
+ROOT = pathlib.Path(__file__).parents[1]
+OVERRIDE = re.compile(r"--?config\.([^=]*)(=.*)?", re.DOTALL)
+BOOLS = {"true": True, "false": False, "1": True, "0": False, "yes": True, "no": False}
+
+
+def parse(description, flags, argv=None, need_config=True, defaults=None):
+    """Reads a command line.
+
+    Args:
+      description: the text above the list of flags in `--help`.
+      flags: `(name, kwargs)` pairs for `argparse.add_argument`, such as `("--workdir", dict(required=True))`.
+      argv: the arguments; those of the process if None.
+      need_config: whether `--config` must be given.
+      defaults: `defaults(args) -> ConfigDict` gives the config where `--config` is not given (a run's saved one).
+
+    Returns:
+      `(config, args)`: the validated config with the overrides applied, None where there is none.
+    """
+    argv = list(sys.argv[1:] if argv is None else argv)
+    parser = _Parser(prog=f"python -m {_command()}", description=description, allow_abbrev=False)
+    parser.add_argument("--config", required=need_config, metavar="FILE.py", help="a file with get_config()")
+    for name, keywords in flags:
+        parser.add_argument(name, **keywords)
+    parser.epilog = "--config.a.b=value changes one field of the config, as in --config.train.steps=20"
+    rest, overrides = _split(argv)
+    args, unknown = parser.parse_known_args(rest)
+    if unknown:
+        known = [name for action in parser._actions for name in action.option_strings]
+        raise wrong(unknown[0].partition("=")[0], "an unknown flag", "one of " + ", ".join(known),
+                    did_you_mean(unknown[0].partition("=")[0], known))  # fmt: skip
+    config = load(args.config) if args.config else defaults(args) if defaults else None
+    if config is None and overrides:
+        raise wrong(f"--config.{overrides[0][0]}", "an override", "a config to change", "Give --config=FILE.py too.")
+    if config is not None:
+        config = override(config, overrides)
+        schema.validate(config, need_rules=need_config or bool(args.config))
+    return config, args
+
+
+def main(function):
+    """Runs `function(argv)`; a user's mistake is one message and exit status 2, Ctrl-C is 130."""
+    try:
+        status = function(sys.argv[1:])
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        status = 2
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        status = 130
+    sys.exit(status or 0)
+
+
+def load(path):
+    """The ConfigDict that `get_config()` of a file returns."""
+    file = pathlib.Path(path).expanduser()
+    if not file.is_file():
+        near = [str(f) for f in (file.parent if file.parent.is_dir() else ROOT / "configs").glob("*.py")]
+        fix = did_you_mean(str(file), [f for f in near if not f.endswith("__init__.py")])
+        raise wrong("--config", f"{str(path)!r} (no such file)", "a Python file with get_config()", fix)
+    if str(ROOT) not in sys.path:  # config files inherit from `configs.common`
+        sys.path.insert(0, str(ROOT))
+    try:
+        spec = importlib.util.spec_from_loader("_config", importlib.machinery.SourceFileLoader("_config", str(file)))
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        if not callable(getattr(module, "get_config", None)):
+            raise wrong("--config", f"{str(path)!r} without get_config", "a function get_config() -> ConfigDict")
+        config = module.get_config()
+    except InputError:
+        raise
+    except SyntaxError as error:
+        where = f"{error.filename}, line {error.lineno}"
+        raise wrong(where, repr((error.text or "").strip()), f"Python ({error.msg})", "Correct that line.") from None
+    except Exception as error:
+        raise _inside(file, error) from None
+    if not isinstance(config, (dict, ConfigDict)):
+        raise wrong("--config", f"get_config() -> {type(config).__name__}", "a ConfigDict", "Return the config.")
+    return config if isinstance(config, ConfigDict) else ConfigDict(config)
+
+
+def override(config, overrides):
+    """A copy with `(path, text)` pairs applied; a value takes the type of the field that it replaces."""
+    config = config.copy_and_resolve_references() if hasattr(config, "copy_and_resolve_references") else config
+    later = []
+    with config.unlocked():
+        for path, text in overrides:
+            group, key = _find(config, path)
+            if key in group:
+                group[key] = _typed(f"config.{path}", text, group[key])
+            else:
+                later.append((path, text))  # an option that the file leaves out: after a change of `name`
+        for path, text in later:
+            group, key = _find(config, path)
+            known = _options(group, path.split(".")[:-1])
+            if key not in known:
+                names = sorted({*group.keys(), *known})
+                expected = "one of " + ", ".join(names)
+                raise wrong(f"config.{path}", "an unknown field", expected, did_you_mean(key, names))
+            group[key] = _typed(f"config.{path}", text, known[key].kind())
+    return config
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message):
+        raise wrong("command line", message, "the flags that --help lists")
+
+
+def _command():
+    main_module = getattr(sys.modules.get("__main__"), "__spec__", None)
+    return main_module.name if main_module else pathlib.Path(sys.argv[0]).stem
+
+
+def _split(argv):
+    """Takes `--config.path=value` and `--config.path value` out of the arguments."""
+    rest, overrides, queue = [], [], list(argv)
+    while queue:
+        argument = queue.pop(0)
+        match = OVERRIDE.fullmatch(argument)
+        if not match:
+            rest.append(argument)
+            continue
+        if match[2] is None and (not queue or queue[0].startswith("--")):
+            raise wrong(argument, "no value", f"{argument}=VALUE")
+        overrides.append((match[1], match[2][1:] if match[2] is not None else queue.pop(0)))
+    return rest, overrides
+
+
+def _find(config, path):
+    """The group that holds the last key of a dotted path."""
+    keys, group = path.split("."), config
+    for depth, key in enumerate(keys[:-1]):
+        if key not in group or not isinstance(group[key], ConfigDict):
+            where = "config." + ".".join(keys[: depth + 1])
+            if key in group:
+                raise wrong(where, f"a field in {path!r}", f"a group; {key} is the value {group[key]!r}")
+            expected = "one of " + ", ".join(group.keys()) if len(group) else "nothing: this group is empty"
+            raise wrong(where, "an unknown field", expected, did_you_mean(key, group.keys()))
+        group = group[key]
+    return group, keys[-1]
+
+
+def _options(group, keys):
+    """Options of the member that a group configures, which the file may leave at their defaults."""
+    axis = {"adapter": "adapters", "router": "routers", "optim": "optim"}.get(keys[-1] if keys else "")
+    name = group.get("name") if axis else keys[1] if len(keys) == 2 and keys[0] == "losses" else None
+    axis = axis or "losses"
+    if name not in members(axis):
+        return {}
+    return {**options(axis, name), **(OPTIM if axis == "optim" else {})}
+
+
+def _typed(where, text, default):
+    if isinstance(default, ConfigDict):
+        names = ", ".join(f"{where}.{key}" for key in default) or "a config file, as this group is empty"
+        raise wrong(where, repr(text), "one field, not a group", f"Use {names}.")
+    try:
+        if isinstance(default, bool):
+            return BOOLS[text.strip().lower()]
+        if isinstance(default, int):
+            return int(text)
+        if isinstance(default, float):
+            if not math.isfinite(float(text)):
+                raise wrong(where, repr(text), "a finite number")
+            return float(text)
+        if isinstance(default, (tuple, list)):
+            return type(default)(part.strip() for part in text.split(",") if part.strip())
+        if isinstance(default, str):
+            return text
+    except InputError:
+        raise
+    except (ValueError, KeyError):
+        names = {bool: "true or false", int: "an integer", float: "a number"}
+        raise wrong(where, repr(text), names[type(default)], f"Its value is {default!r} now.") from None
+    raise wrong(where, repr(text), f"a field that text can set, not a {type(default).__name__}", "Change the file.")
+
+
+def _inside(file, error):
+    """An error in the user's own file: its last line there, not our traceback."""
+    frames = [f for f in traceback.extract_tb(error.__traceback__) if f.filename == str(file)]
+    line = frames[-1].lineno if frames else 0
+    text = linecache.getline(str(file), line).strip() if line else str(file)
+    message = str(error).splitlines()[0] if str(error) else ""
+    return wrong(f"{file}, line {line}", repr(text), "code that runs", f"{type(error).__name__}: {message}")

@@ -1,0 +1,76 @@
+"""The config contract: validate a config, check it against a model and a mesh, turn it to and from JSON.
+
+`validate(config)` runs before jax is imported; `check_model` once the base model's shape is known; `check_mesh` once
+the number of devices is. All raise `InputError`: field, what was got, what was expected, what to change; several
+mistakes are reported together. Fields and ranges: `config_fields.py`; options of members: their own files.
+"""
+
+from molora_jax import config_checks
+from molora_jax.config_checks import plain, raise_all, wrong
+from molora_jax.config_fields import FFN
+from molora_jax.config_resolve import resolve_experts, resolve_layers, resolve_mesh, resolve_sites
+from molora_jax.errors import InputError
+
+__all__ = [
+    "check_mesh", "check_model", "from_dict", "resolve_experts", "resolve_layers", "resolve_mesh", "resolve_sites",
+    "to_dict", "validate",
+]  # fmt: skip
+
+
+def validate(config, *, need_rules=True):
+    """Checks every field of a ConfigDict or nested dict. `need_rules=False` accepts a config that trains nothing."""
+    config = plain(config)
+    problems = config_checks.problems(config)
+    if need_rules and not problems and not config["method"]["rules"]:
+        problems = [wrong("method.rules", "no rule", "at least one", "Start from a config such as configs/lora.py.")]
+    raise_all(problems)
+
+
+def check_model(config, num_layers, dims=None):
+    """The second pass, against the base model: `dims` maps a projection to `(D_in, D_out)` (or is such a function)."""
+    problems = []
+    for name, rule in plain(config)["method"]["rules"].items():
+        where = f"method.rules.{name}"
+        try:
+            layers = resolve_layers(rule["layers"], num_layers, where=f"{where}.layers")
+            resolve_experts(rule["experts"], len(layers), where=f"{where}.experts")
+        except InputError as problem:
+            problems.append(problem)
+        sites = resolve_sites(rule["sites"], where=f"{where}.sites")
+        for site in FFN if sites == ("ffn",) else sites:
+            if isinstance(dims, dict) and site not in dims:
+                problems.append(wrong(f"{where}.sites", repr(site), f"a projection of this model: {', '.join(dims)}"))
+                continue
+            rank, widths = rule["adapter"].get("rank"), dims and (dims[site] if isinstance(dims, dict) else dims(site))
+            if widths and rank and rule["adapter"].get("init") == "pissa" and rank > min(widths):
+                expected = f"<= {min(widths)}, the smaller width of {site}, because PiSSA takes singular vectors"
+                problems.append(wrong(f"{where}.adapter.rank", rank, expected, "Lower the rank."))
+    raise_all(problems)
+
+
+def check_mesh(config, num_devices):
+    """`resolve_mesh` of a config, against its batch."""
+    return resolve_mesh(
+        config["mesh"], num_devices, rows=config["train"]["batch_size"] // config["train"]["accumulate"]
+    )
+
+
+def to_dict(config):
+    """A nested dict that JSON can hold: tuples become lists."""
+    if isinstance(config, (tuple, list)):
+        return [to_dict(value) for value in config]
+    if hasattr(config, "to_dict"):
+        config = config.to_dict()
+    return {key: to_dict(value) for key, value in config.items()} if isinstance(config, dict) else config
+
+
+def from_dict(tree):
+    """The ConfigDict that `to_dict` was made from: lists become tuples."""
+    from ml_collections import ConfigDict
+
+    def tuples(value):
+        if isinstance(value, dict):
+            return {key: tuples(v) for key, v in value.items()}
+        return tuple(tuples(v) for v in value) if isinstance(value, list) else value
+
+    return ConfigDict(tuples(tree))

@@ -1,0 +1,297 @@
+"""The checks of a config, section by section; each yields `InputError`s and none stops the others."""
+
+import math
+import pathlib
+import re
+
+from molora_jax import config_fields as known
+from molora_jax.config_fields import ATTENTION, FFN, did_you_mean, one_of, wrong
+from molora_jax.config_members import attribute, inherits, members, options
+from molora_jax.config_resolve import expert_counts, resolve_experts, resolve_layers, resolve_sites
+from molora_jax.errors import InputError
+
+NAME = re.compile(r"[a-z0-9_]+")
+FREEZE = re.compile(r"[\w*?/.\-\[\]!]+")
+STAGE_NAME = re.compile(r"s\d\d")
+HUB_NAME = re.compile(r"[\w.\-]+/[\w.\-]+(@[\w.\-/]+)?")
+SOURCES = dict(pkg="pkg:NAME", gguf="gguf:FILE", dir="dir:FOLDER", hf="hf:ORG/NAME", random="random:tiny")
+
+
+def problems(config):
+    """All mistakes of a plain nested dict, as a list of InputErrors."""
+    found = list(_fields("", config, known.FIELDS))
+    if any(not isinstance(config.get(key), dict) for key, field in known.FIELDS.items() if isinstance(field, dict)):
+        return found  # a section is missing: the rest would only repeat that
+    rules = list(_rules(config))
+    found += [*_base(config), *_data(config), *rules, *_losses(config), *_engine(config), *_train(config)]
+    found += _member("optim", config["optim"], "optim", fixed=known.OPTIM)
+    found += _mesh(config)
+    return found + list(_schedule(config, valid=not found))
+
+
+def plain(config):
+    return config.to_dict() if hasattr(config, "to_dict") else config
+
+
+def raise_all(found):
+    """One error for all: the first one's fields, the others in its text."""
+    if not found:
+        return
+    first, others = found[0], {str(other): None for other in found[1:]}
+    fix = "\n".join([first.fix, *(f"  and {text}" for text in others if text != str(first))])
+    raise InputError(first.where, got=first.got, expected=first.expected, fix=fix)
+
+
+def _value(where, value, field):
+    """Problems of one value: its type, that it is finite, its range."""
+    types = {float: (float, int), tuple: (tuple, list)}.get(field.kind, field.kind)
+    if not isinstance(value, types) or (isinstance(value, bool) and field.kind is not bool):
+        return [wrong(where, f"{value!r} (a {type(value).__name__})", str(field))]
+    if isinstance(value, float) and not math.isfinite(value):
+        return [wrong(where, value, f"a finite number {field.expected}".rstrip())]
+    return [] if field.accepts(value) else [wrong(where, repr(value), str(field), _near(value, field))]
+
+
+def _near(value, field):
+    return did_you_mean(value, re.findall(r"'(\w+)'", field.expected)) if field.kind is str else ""
+
+
+def _fields(where, values, fields, *, more=(), of=""):
+    """Problems of a group: unknown keys, missing keys, wrong values."""
+    dot = f"{where}." if where else ""
+    for key in values:
+        if key not in fields and key not in more:
+            names = [*fields, *more]
+            yield wrong(f"{dot}{key}", "an unknown field", f"{of}{one_of(names)}", did_you_mean(key, names))
+    for key, field in fields.items():
+        if key not in values:
+            if isinstance(field, dict) or field.default is known.REQUIRED:
+                text = "a group of fields" if isinstance(field, dict) else str(field)
+                yield wrong(f"{dot}{key}", "nothing", text, "Add it, or start from configs/common.py.")
+        elif not isinstance(field, dict):
+            yield from _value(f"{dot}{key}", values[key], field)
+        elif not isinstance(values[key], dict):
+            yield wrong(f"{dot}{key}", repr(values[key]), "a group of fields", "See configs/common.py.")
+        elif field:
+            yield from _fields(f"{dot}{key}", values[key], field)
+
+
+def _member(where, value, axis, *, name="", fixed=None):
+    """Problems of `dict(name=..., options)`; where the member's name is the key, it comes as `name`."""
+    if not isinstance(value, dict):
+        return [wrong(where, repr(value), "a dict of options")]
+    member, more = (name, ()) if name else (value.get("name"), ("name",))
+    if member not in members(axis):
+        got = repr(member) if member is not None else "nothing"
+        return [
+            wrong(where if name else f"{where}.name", got, one_of(members(axis)), did_you_mean(member, members(axis)))
+        ]
+    fields = {**options(axis, member), **(fixed or {})}
+    return list(_fields(where, value, fields, more=more, of=f"an option of {member}: "))
+
+
+def _path(text):
+    return pathlib.Path(text).expanduser()
+
+
+def _split(text):
+    return [part.strip() for part in text.split(",")] if isinstance(text, str) else []
+
+
+def _base(config):
+    source, where = config["base"].get("source"), "base.source"
+    if not isinstance(source, str):
+        return
+    form, colon, name = source.partition(":")
+    if form not in SOURCES or not name:
+        yield wrong(where, repr(source), one_of(SOURCES.values()), did_you_mean(form, SOURCES) if colon else "")
+    elif form in ("pkg", "random"):
+        names = known.BASE_PACKAGES if form == "pkg" else known.BASE_RANDOM
+        if name not in names:
+            yield wrong(where, repr(source), f"{form}: and {one_of(names)}", did_you_mean(name, names))
+    elif form == "gguf" and not _path(name).is_file():
+        yield wrong(where, f"{source!r} (no such file)", "an existing GGUF file", "Check the path.")
+    elif form == "dir" and not (_path(name) / "config.json").is_file():
+        what = "no config.json in it" if _path(name).is_dir() else "no such folder"
+        yield wrong(where, f"{source!r} ({what})", "a folder in Hugging Face form", "Check the path.")
+    elif form == "hf" and not HUB_NAME.fullmatch(name):
+        yield wrong(where, repr(source), "hf:ORG/NAME or hf:ORG/NAME@REVISION")
+
+
+def _data(config):
+    tasks, where = config["data"].get("tasks"), "data.tasks"
+    names = _split(tasks)
+    for name in names:
+        if name.startswith("jsonl:"):
+            if not _path(name[6:]).is_file():
+                yield wrong(where, f"{name!r} (no such file)", "an existing jsonl file", "Check the path.")
+        elif name not in known.TASKS:
+            expected = f"jsonl:PATH or {one_of(known.TASKS)}"
+            yield wrong(where, repr(name), expected, did_you_mean(name, known.TASKS))
+    if len(names) != len(set(names)):
+        yield wrong(where, repr(tasks), "every task once")
+
+
+def _rules(config):
+    rules = config["method"].get("rules")
+    yield from _fields("method", config["method"], {"rules": {}})
+    for name, rule in rules.items() if isinstance(rules, dict) else ():
+        where = f"method.rules.{name}"
+        if not NAME.fullmatch(str(name)):
+            yield wrong(where, repr(name), "a name of a-z, 0-9 and _", "Rename the rule.")
+        if not isinstance(rule, dict):
+            yield wrong(where, repr(rule), "a rule (see configs/common.py)")
+            continue
+        found = list(_fields(where, rule, known.RULE, more=("adapter", "router")))
+        found += _member(f"{where}.adapter", rule.get("adapter"), "adapters")
+        if "router" in rule:
+            found += _member(f"{where}.router", rule["router"], "routers")
+        yield from found or _rule(where, rule)
+
+
+def _rule(where, rule):
+    """What ties a rule's fields together; each field alone is right by now."""
+    adapter, router = rule["adapter"], rule.get("router")
+    sites, experts = (), ()
+    try:
+        sites = resolve_sites(rule["sites"], where=f"{where}.sites")
+        layers = resolve_layers(rule["layers"], None, where=f"{where}.layers")
+        experts = tuple(count for count, _ in expert_counts(rule["experts"], where=f"{where}.experts"))
+        if rule["layers"] != "all":
+            resolve_experts(rule["experts"], len(layers), where=f"{where}.experts")
+    except InputError as problem:
+        yield problem
+    for path in rule["load"]:
+        if not isinstance(path, str) or not _path(path).exists():
+            yield wrong(f"{where}.load", repr(path), "paths that exist", "Check the path.")
+    init, inits = adapter.get("init"), members("inits")
+    if init is not None and init not in inits:
+        yield wrong(f"{where}.adapter.init", repr(init), one_of(inits), did_you_mean(init, inits))
+    if not sites or not experts:
+        return
+    if router is None:
+        if set(experts) != {1}:
+            yield wrong(f"{where}.experts", repr(rule["experts"]), '"1" without a router', "Add a router, or say 1.")
+        return
+    option = {name: router.get(name, field.default) for name, field in options("routers", router["name"]).items()}
+    if option.get("k", 1) > min(experts):
+        expected = f"k <= experts, and the fewest experts are {min(experts)}"
+        yield wrong(f"{where}.router.k", f"{option['k']} (K > E)", expected, "Lower k or raise experts.")
+    yield from _share(f"{where}.router.share", option.get("share", "site"), sites, experts)
+    if sites == ("ffn",):
+        yield from _routed_ffn(where, rule)
+
+
+def _share(where, share, sites, experts):
+    got = f"{share!r} on sites {','.join(sites)}"
+    if share == "attn" and not set(sites) <= set(ATTENTION):
+        yield wrong(where, got, "sites among q,k,v,o for share 'attn'", "Write two rules, or use 'site'.")
+    if share == "ffn" and sites != ("ffn",) and not set(sites) <= set(FFN):
+        yield wrong(where, got, "sites among gate,up,down, or ffn, for share 'ffn'", "Write two rules, or use 'site'.")
+    if share == "model" and len(set(experts)) > 1:
+        counts = ", ".join(map(str, experts))
+        yield wrong(where, f"'model' with {counts} experts", "equal counts in all layers", "Change experts or share.")
+
+
+def _routed_ffn(where, rule):
+    router, adapter = rule["router"]["name"], rule["adapter"]["name"]
+    if "z" in (attribute("routers", router, "NEEDS") or ()):
+        expected = "projections: this router reads rank activations, which ffn has three of"
+        yield wrong(f"{where}.router.name", f"{router!r} on ffn", expected, "Name gate,up,down in place of ffn.")
+    if rule["down"] == "once" and inherits("adapters", adapter, "dora"):
+        reason = "DoRA's row factor sits after W_d and differs between experts, so W_d cannot be applied once for all"
+        fix = f"{reason}: set {where}.down to 'per_expert' (W_d is applied K times)."
+        yield wrong(f"{where}.down", f"'once' with {adapter!r} on a routed ffn", "'per_expert'", fix)
+
+
+def _losses(config):
+    rules = config["method"].get("rules")
+    rules = rules.values() if isinstance(rules, dict) else ()
+    routed = any(isinstance(rule, dict) and "router" in rule for rule in rules)
+    for name, loss in config["losses"].items():
+        where = f"losses.{name}"
+        yield from _member(where, loss, "losses", name=name)
+        if name in members("losses") and attribute("losses", name, "ROUTING") is not False and not routed:
+            yield wrong(where, "a loss on routing", "a rule with a router", "Remove the loss or add a router.")
+
+
+def _engine(config):
+    engine, names = config["engine"], tuple(sorted({*known.ENGINES, *members("engines")}))
+    if isinstance(engine, str) and engine not in names:
+        planned = engine in known.ENGINES_PLANNED
+        fix = f"{engine} is not available yet." if planned else did_you_mean(engine, names)
+        yield wrong("engine", repr(engine), one_of(names), fix)
+
+
+def _train(config):
+    start = config["train"].get("init_from")
+    if isinstance(start, str) and start and not _path(start).is_dir():
+        yield wrong(
+            "train.init_from", f"{start!r} (no such folder)", 'a workdir to start from, or ""', "Check the path."
+        )
+
+
+def _mesh(config):
+    """What can be said of batch and mesh before the number of devices is known."""
+    mesh, train = config["mesh"], config["train"]
+    numbers = [*(mesh.get(axis) for axis in known.MESH_AXES[:3]), train.get("batch_size"), train.get("accumulate")]
+    if not all(isinstance(n, int) and n and n >= -1 for n in numbers):
+        return
+    data, fsdp, expert, batch, parts = numbers
+    if batch % parts:
+        fix = "Change batch_size or accumulate."
+        yield wrong("train.batch_size", batch, f"a multiple of train.accumulate = {parts}", fix)
+    elif batch // parts % (max(data, 1) * fsdp * expert):
+        expected = f"data * fsdp * expert to divide the {batch // parts} rows of a micro-step"
+        got = f"data={data}, fsdp={fsdp}, expert={expert}"
+        yield wrong("mesh", got, expected, "Change mesh, train.batch_size or train.accumulate.")
+
+
+def _schedule(config, *, valid):
+    stages, total, tasks = config["schedule"], config["train"].get("steps"), _split(config["data"].get("tasks"))
+    if not stages or not all(isinstance(stage, dict) for stage in stages.values()):
+        yield wrong("schedule", repr(stages), "at least one stage: s00=dict(steps, tasks, freeze, set, route)")
+        return
+    for name, stage in stages.items():
+        where = f"schedule.{name}"
+        if not STAGE_NAME.fullmatch(str(name)):
+            yield wrong(where, repr(name), "a stage named s00, s01, ...", "Stages run in the order of their names.")
+        yield from _fields(where, stage, {**known.STAGE, "set": {}})
+        for task in filter(None, _split(stage.get("tasks"))):
+            if task not in tasks:
+                yield wrong(
+                    f"{where}.tasks", repr(task), f"tasks among data.tasks = {','.join(tasks)}", "Add it there."
+                )
+        if stage.get("freeze") and not all(FREEZE.fullmatch(part) for part in _split(stage["freeze"])):
+            yield wrong(f"{where}.freeze", repr(stage["freeze"]), "a comma list of path patterns such as */router/*")
+        changes = stage.get("set")
+        if isinstance(changes, dict) and changes:
+            found = list(_changes(f"{where}.set", changes, config))
+            yield from found
+            if not found and valid:
+                for problem in problems({**_merged(config, changes), "schedule": {"s00": known.WHOLE}}):
+                    yield wrong(f"{where}.set.{problem.where}", problem.got, problem.expected, problem.fix)
+    steps = [stages[name].get("steps") for name in sorted(stages)]
+    if not all(isinstance(n, int) and n >= 0 for n in [*steps, total]):
+        return
+    text, fix = f"stages of {', '.join(map(str, steps))} steps", "Change the stages or train.steps."
+    if 0 in steps[:-1]:
+        yield wrong("schedule", text, "0 (the rest) in the last stage only", fix)
+    elif steps[-1] and sum(steps) != total or not steps[-1] and sum(steps) >= total:
+        yield wrong("schedule", text, f"a sum of train.steps = {total} (0 in the last stage takes the rest)", fix)
+
+
+def _changes(where, changes, config):
+    """A stage's `set` may change fields that exist, to values of the same shape."""
+    for key, value in changes.items():
+        if key not in config:
+            yield wrong(f"{where}.{key}", "an unknown field", one_of(map(str, config)), did_you_mean(key, config))
+        elif isinstance(value, dict) != isinstance(config[key], dict):
+            yield wrong(f"{where}.{key}", repr(value), f"a value like {config[key]!r}")
+        elif isinstance(value, dict):
+            yield from _changes(f"{where}.{key}", value, config[key])
+
+
+def _merged(config, changes):
+    merged = {key: _merged(config[key], v) if isinstance(v, dict) else v for key, v in changes.items()}
+    return {**config, **merged}
