@@ -1,0 +1,95 @@
+"""SIGTERM and SIGINT ask a run to stop; the loop answers between two steps.
+
+    first signal    `requested` becomes true; the loop saves and leaves
+    second signal   the process ends at once with status 128 + signal
+    after `grace`   if the loop has not left (it is inside a long compile, say), the process ends with that status too:
+                    the last checkpoint, at the least that of step 0, is what remains
+
+Python runs a signal handler only between two bytecodes of the main thread, so not during a compile or a collective
+that hangs. The C part of a handler does run and writes to `signal.set_wakeup_fd`; a thread reads there and decides. It
+needs the interpreter lock, which XLA gives up while it compiles and runs; native code that keeps the lock delays it.
+On several processes one of them may see the signal a step earlier: the loop has to agree on the flag.
+"""
+
+import os
+import select
+import signal
+import socket
+import threading
+import time
+
+SIGNALS = (signal.SIGTERM, signal.SIGINT)
+
+
+class StopRequest:
+    """Context manager for the main thread; handlers and wakeup descriptor are put back at its end.
+
+    Args:
+      grace: seconds between the first signal and the end of the process, counted until the context is left; None
+        waits for ever. 25 lies below the 30 after which Kubernetes and SLURM kill.
+
+    Example:
+      >>> with StopRequest() as stop:
+      ...     while not stop.requested:
+      ...         step()
+    """
+
+    def __init__(self, grace: float | None = 25.0):
+        self.grace = grace
+        self.signal = None  # the first signal's number
+        self._event = threading.Event()
+
+    @property
+    def requested(self) -> bool:
+        return self._event.is_set()
+
+    def wait(self, seconds: float) -> bool:
+        """Sleeps, but not past a request; whether there is one."""
+        return self._event.wait(seconds)
+
+    def __enter__(self):
+        self._pid = os.getpid()
+        self._reader, self._writer = socket.socketpair()
+        self._writer.setblocking(False)
+        self._thread = threading.Thread(target=self._watch, name="stop-request", daemon=True)
+        self._thread.start()
+        self._old_descriptor = signal.set_wakeup_fd(self._writer.fileno(), warn_on_full_buffer=False)
+        self._old_handlers = {number: signal.signal(number, lambda *_: None) for number in SIGNALS}
+        # A forked worker shares the socket: Ctrl-C reaches both and would look like two signals here.
+        os.register_at_fork(after_in_child=self._forget)
+        return self
+
+    def __exit__(self, *_):
+        for number, handler in self._old_handlers.items():
+            signal.signal(number, handler)
+        signal.set_wakeup_fd(self._old_descriptor)
+        self._old_handlers = None
+        self._writer.close()  # the thread reads the end of the stream
+        self._thread.join()
+        self._reader.close()
+
+    def _watch(self):
+        deadline = None
+        while True:
+            left = None if deadline is None else max(0.0, deadline - time.monotonic())
+            if not select.select([self._reader], [], [], left)[0]:
+                self._end(f"not stopped {self.grace:g} s after signal {self.signal}: ending")
+            received = self._reader.recv(64)
+            if not received:
+                return
+            for number in (n for n in received if n in SIGNALS):
+                if self.signal is not None:
+                    self._end(f"signal {number} again: ending at once")
+                self.signal = number
+                self._event.set()
+                deadline = None if self.grace is None else time.monotonic() + self.grace
+
+    def _end(self, message):
+        os.write(2, f"{message}\n".encode())
+        os._exit(128 + self.signal)  # no clean-up: the main thread may never return to Python
+
+    def _forget(self):
+        if getattr(self, "_old_handlers", None):
+            signal.set_wakeup_fd(-1)
+            for number, handler in self._old_handlers.items():
+                signal.signal(number, handler)
