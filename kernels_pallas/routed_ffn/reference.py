@@ -1,0 +1,22 @@
+"""The routed FFN between its shared projections, written as it reads: `[T, K, F]` in memory."""
+
+import jax
+import jax.numpy as jnp
+
+ACTIVATIONS = {"silu": jax.nn.silu, "gelu": jax.nn.gelu}
+
+
+def routed_ffn(g, u, z_g, z_u, B_g, B_u, A_d, idx, gates, base, *, activation="silu", mask=None):
+    act = ACTIVATIONS[activation]
+    E = B_g.shape[0]
+    hot = jax.nn.one_hot(idx, E, dtype=jnp.float32)  # a padded slot is all zero
+    h0 = act(g) * u
+    hk = act(g[:, None] + jnp.einsum("tke,tkr,erf->tkf", hot, z_g, B_g)) * (
+        u[:, None] + jnp.einsum("tke,tkr,erf->tkf", hot, z_u, B_u)
+    )
+    used = jnp.sum(hot, -1)
+    mix = base[:, None] * h0 + jnp.einsum("tk,tkf->tf", gates * used, hk)
+    seen = hk if mask is None else hk * mask[:, None]
+    shared = jnp.broadcast_to(A_d, (E, *A_d.shape[1:]))
+    z_d = jnp.einsum("tke,tkf,erf->tkr", hot, seen, shared)
+    return mix, z_d

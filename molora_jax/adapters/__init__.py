@@ -1,0 +1,7 @@
+"""How is the weight change of expert e parameterised?"""
+
+from molora_jax.adapters.dora import Dora
+from molora_jax.adapters.lora import Lora
+from molora_jax.adapters.rslora import RsLora
+
+ADAPTERS = {"lora": Lora, "rslora": RsLora, "dora": Dora}

@@ -1,0 +1,42 @@
+"""The adapter contract. An adapter is a frozen dataclass of its config; this base gives the parts that most share.
+
+`init_leaves(key, site, layer, *, base, base_grad)` makes one layer's leaves, `init_shared(key, sites)` those that all
+layers of the rule share, `factors(p, shared, ctx)` says how the experts change the site's projection.
+"""
+
+import dataclasses
+from typing import ClassVar
+
+from molora_jax import inits
+from molora_jax.core.types import Array, Context, Factors, Site
+
+
+@dataclasses.dataclass(frozen=True)
+class Adapter:
+    """Fields that every adapter has. `dropout` is on the adapter's input, one mask a site call, shared by the experts."""
+
+    rank: int = 16
+    alpha: float = 32.0
+    dropout: float = 0.05
+    init: str = "kaiming"
+
+    FROZEN: ClassVar[tuple[str, ...]] = ("A0", "B0")  # leaf names that never train (the start of PiSSA)
+
+    def scale(self) -> float:
+        """`s` of `s B A x`; leaves are stored unscaled."""
+        return self.alpha / self.rank
+
+    def init_leaves(
+        self, key: Array, site: Site, layer: Array, *, base: Array | None = None, base_grad: Array | None = None
+    ) -> dict[str, Array]:
+        return inits.INITS[self.init](key, site, self.rank, scale=self.scale(), base=base, base_grad=base_grad)
+
+    def init_shared(self, key: Array, sites: tuple[Site, ...]) -> dict[str, Array]:
+        return {}
+
+    def factors(self, p: dict, shared: dict, ctx: Context) -> Factors:
+        raise NotImplementedError
+
+    def latent(self, z: Array, p: dict, ctx: Context) -> Array:
+        """Changes the rank activations `z [T, 1|E, R]` before the gates; the identity here."""
+        return z

@@ -1,0 +1,24 @@
+"""LoRA (Hu et al. 2021, arXiv 2106.09685):  delta_e(x) = (alpha / R) B_e A_e x.
+
+E experts, R rank:  A [E, R, D_in],  B [E, R, D_out]  (rank-major: the wide axis is the lane axis).
+
+An init that starts away from zero (PiSSA) saves its start `A0, B0`, and the change is `s (B A - B0 A0)`: the frozen
+base weight is never altered, so experts, merging and export all stay differences to one base.
+"""
+
+import dataclasses
+
+import jax.numpy as jnp
+
+from molora_jax.adapters.base import Adapter
+from molora_jax.core.types import Factors
+
+
+@dataclasses.dataclass(frozen=True)
+class Lora(Adapter):
+    def factors(self, p, shared, ctx):
+        A, B = p["A"], p["B"]
+        if "A0" in p:
+            A = jnp.concatenate([A, jnp.broadcast_to(p["A0"], A.shape)], axis=1)
+            B = jnp.concatenate([B, jnp.broadcast_to(-p["B0"], B.shape)], axis=1)
+        return Factors(A, B)

@@ -1,0 +1,78 @@
+"""Frozen projections and the routed low-rank product: written once, for every `Factors`.
+
+Every use of a base weight goes through `frozen_linear`, so that quantised bases come later without edits elsewhere.
+T tokens, D width, E experts, K slots, R rank.
+"""
+
+import jax
+import jax.numpy as jnp
+
+from kernels_pallas import rank_gated
+from molora_jax.core.types import Array, Factors
+
+F32 = jnp.float32
+
+
+def frozen_linear(W: Array, x: Array) -> Array:
+    """`x [..., D_in]`, `W [D_in, D_out]` -> `[..., D_out]` in x's dtype."""
+    return jnp.dot(x, W.astype(x.dtype), preferred_element_type=F32).astype(x.dtype)
+
+
+def dropout_mask(key: Array | None, rate: float, shape: tuple[int, ...], dtype) -> Array | None:
+    """A mask of 0 and 1/keep, or None where nothing is dropped.
+
+    Two decisions come out of one 32-bit word: random bits are a visible part of a CPU step.
+    """
+    if key is None or rate == 0:
+        return None
+    *rest, last = shape
+    words = jax.random.bits(key, (*rest, (last + 1) // 2), jnp.uint32)
+    halves = jnp.concatenate([words & 0xFFFF, words >> 16], axis=-1)[..., :last]
+    drop = round(rate * 65536)
+    keep = 1 - drop / 65536
+    return jnp.where(halves >= drop, 1 / keep, 0.0).astype(dtype)
+
+
+def shrink(x: Array, factors: Factors, latent=None) -> Array:
+    """Rank activations `[T, 1|E, R]`, float32: `A x`, the adapter's `latent`, then `mid`."""
+    A = factors.A
+    z = jnp.dot(x, A.reshape(-1, A.shape[-1]).T.astype(x.dtype), preferred_element_type=F32)
+    z = z.reshape(len(x), *A.shape[:2])
+    if latent is not None:
+        z = latent(z)
+    if factors.mid is not None:
+        z = jnp.einsum("ter,eqr->teq", jnp.broadcast_to(z, (len(z), *factors.mid.shape[:2])), factors.mid)
+    return z
+
+
+def expand(z: Array, B: Array, gates: Array, dtype) -> Array:
+    """`sum_e g_e B_e z_e`: `z [T, 1|E, R]`, `B [E, R, D_out]`, `gates [T, E]` -> `[T, D_out]`."""
+    u = jnp.where(gates[..., None] == 0, 0.0, gates[..., None] * z)
+    u = u.reshape(len(u), -1).astype(dtype)
+    return jnp.dot(u, B.reshape(-1, B.shape[-1]).astype(dtype), preferred_element_type=F32).astype(dtype)
+
+
+def low_rank(x: Array, factors: Factors, gates: Array, latent=None) -> Array:
+    """`sum_e g_e B_e mid_e latent(A_e x)`: `x [T, D_in]`, `gates [T, E]` -> `[T, D_out]`; the scale is in B."""
+    if latent is None and factors.mid is None:
+        return rank_gated(x, factors.A, factors.B, gates)
+    return expand(shrink(x, factors, latent), factors.B, gates, x.dtype)
+
+
+def combine(f: Array | None, gates: Array) -> Array | float:
+    """`sum_e g_e (f_e - 1)`: what a row factor `f [E, D]` adds to 1 after mixing, `[T, D]` (0 without one)."""
+    return 0.0 if f is None else gates @ (f - 1.0)
+
+
+def to_slots(z: Array, idx: Array) -> Array:
+    """`z [T, 1|E, R]` at the token's experts: `[T, K, R]`, 0 at an unused slot (`idx == E`)."""
+    if z.shape[1] == 1:
+        return jnp.broadcast_to(z, (len(z), idx.shape[1], z.shape[2]))
+    hot = idx[:, :, None] == jnp.arange(z.shape[1])
+    return jnp.einsum("tke,ter->tkr", hot.astype(z.dtype), z)
+
+
+def from_slots(z: Array, idx: Array, E: int) -> Array:
+    """`z [T, K, R]` back to its experts: `[T, E, R]`, 0 where an expert is not used."""
+    hot = idx[:, :, None] == jnp.arange(E)
+    return jnp.einsum("tke,tkr->ter", hot.astype(z.dtype), z)

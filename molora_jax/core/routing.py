@@ -1,0 +1,145 @@
+"""Mathematics that routers share: float32 logits, selections, and the value that leaves a router.
+
+Selections are comparisons, hence constants for autodiff; gradients reach a router through the gates.
+"""
+
+import jax
+import jax.numpy as jnp
+
+from molora_jax.core.types import Array, Context, Routing
+
+NEG_INF = -1e30  # finite, so that a fully masked row gives a uniform softmax instead of NaN
+
+
+def logits(W: Array, x: Array, b: Array | None = None) -> Array:
+    """`x [..., D]`, `W [E, D]` -> `[..., E]`, in float32 whatever the compute dtype (bf16 flips near-ties)."""
+    z = jnp.einsum("...d,ed->...e", x.astype(jnp.float32), W.astype(jnp.float32))
+    return z if b is None else z + b
+
+
+def softmax(z: Array, allowed: Array | None = None) -> Array:
+    """Softmax over the experts that are allowed (`[E]` or `[B, E]`); the others get exactly 0."""
+    if allowed is not None:
+        mask = jnp.broadcast_to(allowed if allowed.ndim == 1 else allowed[:, None, :], z.shape)
+        z = jnp.where(mask, z, NEG_INF)
+        return jnp.where(mask, jax.nn.softmax(z, axis=-1), 0.0)
+    return jax.nn.softmax(z, axis=-1)
+
+
+def top_k(score: Array, k: int) -> Array:
+    """The k largest of the last axis as a mask; the lower index wins a tie.
+
+    For the usual k of 1 to 4, k max reductions: `lax.top_k` sorts, which costs a quarter of a CPU step (measured).
+    """
+    E = score.shape[-1]
+    if k >= E:
+        return jnp.ones(score.shape, bool)
+    score = jax.lax.stop_gradient(score)
+    if k > 4:
+        _, idx = jax.lax.top_k(score, k)
+        return jnp.any(jax.nn.one_hot(idx, E, dtype=bool), axis=-2)
+    selected = jnp.zeros(score.shape, bool)
+    for _ in range(k):
+        best = jnp.argmax(jnp.where(selected, -jnp.inf, score), axis=-1)
+        selected |= best[..., None] == jnp.arange(E)
+    return selected
+
+
+def top_p(probs: Array, p: float) -> Array:
+    """The shortest prefix of experts, by falling probability, whose sum passes p: the crossing expert included.
+
+    Expert i is kept when the probability *before* it (of those ahead of it in the order) is at most p, so at least one
+    is kept, and p >= 1 keeps all whatever the rounding. Ties: the lower index is ahead.
+    """
+    probs = jax.lax.stop_gradient(probs)
+    if p >= 1:
+        return jnp.ones(probs.shape, bool)
+    order = jnp.argsort(-probs, axis=-1, stable=True)
+    ranked = jnp.take_along_axis(probs, order, axis=-1)
+    before = jnp.cumsum(ranked, axis=-1) - ranked
+    rank = jnp.argsort(order, axis=-1, stable=True)
+    return jnp.take_along_axis(before <= p, rank, axis=-1)
+
+
+def finish(
+    gates: Array,
+    selected: Array,
+    z: Array,
+    probs: Array,
+    ctx: Context,
+    *,
+    k_max: int,
+    clipped: Array | None = None,
+    base: Array | None = None,
+) -> Routing:
+    """Takes padding and shut-out experts out of a decision: at padding no expert, no gate, the base alone."""
+    valid = ctx.valid[..., None]
+    if ctx.allowed is not None:
+        valid = valid & (ctx.allowed if ctx.allowed.ndim == 1 else ctx.allowed[:, None, :])
+    selected = selected & valid
+    gates = jnp.where(selected, gates, 0.0)
+    if base is not None:
+        base = jnp.where(ctx.valid, base, 1.0)
+    return Routing(gates, selected, z, probs, ctx.valid, clipped, base, k_max)
+
+
+def slots(routing: Routing) -> tuple[Array, Array]:
+    """`(idx [T, K] int32 padded with E, gates [T, K] float32)`, experts in rising order.
+
+    Picks by `selected`, never by the gates' size: they may be negative, or 0 at a selected expert.
+    """
+    E, K = routing.gates.shape[-1], routing.k_max
+    gates = routing.gates.reshape(-1, E)
+    if K == E:
+        selected = routing.selected.reshape(-1, E)
+        return jnp.where(selected, jnp.arange(E, dtype=jnp.int32), E), gates
+    selected = routing.selected.reshape(-1, E)
+    slot = jnp.where(selected, jnp.cumsum(selected, axis=-1) - 1, -1)  # [T, E]
+    hit = slot[:, None, :] == jnp.arange(K)[:, None]  # [T, K, E]
+    idx = jnp.where(hit.any(-1), jnp.argmax(hit, axis=-1), E).astype(jnp.int32)
+    return idx, jnp.sum(jnp.where(hit, gates[:, None, :], 0.0), axis=-1)
+
+
+def sums(routing: Routing) -> dict[str, Array]:
+    """Global sums from which load statistics follow; padding excluded.
+
+    `tokens`, `slots`, `entropy`, `clipped` scalars; `count`, `top1`, `prob [E]`.
+    """
+    valid = routing.valid[..., None]
+    probs = jnp.where(valid, routing.probs, 0.0)
+    selected = routing.selected & valid
+    E = probs.shape[-1]
+    # the strongest of the selected experts; a router without probabilities still has gates
+    best = jnp.argmax(jnp.where(selected, jnp.abs(routing.gates), -1.0), axis=-1)
+    top1 = (best[..., None] == jnp.arange(E)) & selected
+    axes = tuple(range(selected.ndim - 1))
+    total = {
+        "tokens": jnp.sum(routing.valid, dtype=jnp.float32),
+        "slots": jnp.sum(selected, dtype=jnp.float32),
+        "entropy": -jnp.sum(jnp.where(probs > 0, probs * jnp.log(jnp.where(probs > 0, probs, 1.0)), 0.0)),
+        "count": jnp.sum(selected, axis=axes, dtype=jnp.float32),
+        "top1": jnp.sum(top1, axis=axes, dtype=jnp.float32),
+        "prob": jnp.sum(probs, axis=axes),
+        "clipped": jnp.float32(0)
+        if routing.clipped is None
+        else jnp.sum(jnp.where(routing.valid, routing.clipped, 0), dtype=jnp.float32),
+    }
+    return jax.lax.stop_gradient(total)
+
+
+def load(total: dict[str, Array]) -> dict[str, Array]:
+    """Load statistics from `sums` (any leading axes): the metrics of the contract.
+
+    `load_max_over_mean` (1 is balanced, E is collapse), `entropy` (of the probabilities, nats a token), `top1_share`
+    (largest share of tokens whose strongest expert is the same), `active_experts` (a token), `clipped_share` (of slots).
+    """
+    tokens = jnp.maximum(total["tokens"], 1.0)
+    slots_ = jnp.maximum(total["slots"], 1.0)
+    E = total["count"].shape[-1]
+    return {
+        "load_max_over_mean": jnp.max(total["count"], axis=-1) * E / slots_,
+        "entropy": total["entropy"] / tokens,
+        "top1_share": jnp.max(total["top1"], axis=-1) / tokens,
+        "active_experts": total["slots"] / tokens,
+        "clipped_share": total["clipped"] / jnp.maximum(total["slots"] + total["clipped"], 1.0),
+    }

@@ -1,0 +1,100 @@
+"""The values that travel between the axes: Site, Factors, Routing, Context.
+
+B batch, S sequence, T = B*S tokens, D width, E experts, K active experts, R rank, L layers.
+"""
+
+import dataclasses
+from typing import Any
+
+import flax.struct
+import jax
+
+Array = jax.Array
+
+
+@dataclasses.dataclass(frozen=True)
+class Site:
+    """A projection of the decoder in one segment of layers.
+
+    `layers` are the absolute layers that share this site's shape and expert count; `experts` is E.
+    """
+
+    name: str
+    d_in: int
+    d_out: int
+    layers: tuple[int, ...]
+    experts: int
+
+
+@flax.struct.dataclass
+class Factors:
+    """How E experts change one projection `W`; rank-major, unscaled (the caller folds the adapter's scale into B).
+
+    `A [1|E, R, D_in]`, `B [1|E, R, D_out]`: the low-rank part `B_e A_e x`.
+    `out [E, D_out]` multiplies `W x` (DoRA), `inp [E, D_in]` multiplies `x`; both are combined over experts as
+    `1 + sum_e g_e (f_e - 1)`. `mid [E, R, R]` stands between A and B (LoRA-XS).
+    """
+
+    A: Array
+    B: Array
+    mid: Array | None = None
+    out: Array | None = None
+    inp: Array | None = None
+
+
+@flax.struct.dataclass
+class Routing:
+    """A router's decision for every token.
+
+    `gates [B, S, E]` float32, 0 where not selected; `selected [B, S, E]` bool; `logits`, `probs [B, S, E]` float32,
+    before the selection; `valid [B, S]` bool, False at padding (never routed, never counted); `clipped [B, S]` int32,
+    experts that the rule wanted beyond `k_max`; `base [B, S]` the frozen FFN's coefficient, None for `1 - sum gates`.
+    Gates may be negative, exceed 1, or sum to anything: nothing downstream may assume otherwise.
+    """
+
+    gates: Array
+    selected: Array
+    logits: Array
+    probs: Array
+    valid: Array
+    clipped: Array | None = None
+    base: Array | None = None
+    k_max: int = flax.struct.field(pytree_node=False, default=1)
+
+
+@flax.struct.dataclass
+class Context:
+    """What a member of an axis may know about the call it serves.
+
+    `valid [B, S]` bool; `segment_ids`, `positions`, `task_ids`, `example_ids [B, S]` int32; `step`, `layer` int32
+    scalars; `key` unique to the site call, `step_key` equal over layers and micro-steps (both None outside training);
+    `allowed [E] | [B, E]` experts that may be chosen; `state` this router's mutable state; `carry` what the router
+    handed on from the layer before; `base` the site's frozen kernel `[D_in, D_out]`; `signal [B, S, D]` a router's
+    declared model-level input; `iteration` the pass inside a chain.
+    """
+
+    valid: Array
+    segment_ids: Array
+    positions: Array
+    task_ids: Array
+    example_ids: Array
+    step: Array | int = 0
+    layer: Array | int = 0
+    key: Array | None = None
+    step_key: Array | None = None
+    allowed: Array | None = None
+    state: Any = None
+    carry: Any = None
+    base: Any = None
+    signal: Array | None = None
+    site: Site | None = flax.struct.field(pytree_node=False, default=None)
+    train: bool = flax.struct.field(pytree_node=False, default=False)
+    iteration: int = flax.struct.field(pytree_node=False, default=0)
+    max_segments: int = flax.struct.field(pytree_node=False, default=0)
+
+    def keyed(self, *tags: int) -> Array | None:
+        """A key of its own for each use inside one call; None outside training."""
+        key = self.key
+        for tag in tags if key is not None else ():
+            key = jax.random.fold_in(key, tag)
+        return key

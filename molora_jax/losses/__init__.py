@@ -1,0 +1,7 @@
+"""What keeps routing healthy?"""
+
+from molora_jax.losses.balance import Balance
+from molora_jax.losses.entropy import Entropy
+from molora_jax.losses.z_loss import ZLoss
+
+LOSSES = {"balance": Balance, "z_loss": ZLoss, "entropy": Entropy}

@@ -1,0 +1,35 @@
+"""From a config to a `Model`: the only place where names become members."""
+
+from molora_jax import config as config_lib
+from molora_jax.adapters import ADAPTERS
+from molora_jax.losses import LOSSES
+from molora_jax.models.families import DecoderConfig
+from molora_jax.models.model import Model
+from molora_jax.routers import ROUTERS
+from molora_jax.rules import Rule
+
+
+def _member(table, options):
+    options = dict(options)
+    return table[options.pop("name")](**options)
+
+
+def compile_model(config, decoder: DecoderConfig, *, max_segments: int = 0) -> Model:
+    """The validated config's rules on this decoder. Rules keep the config's (sorted) order."""
+    rules = []
+    for name, rule in sorted(config.method.rules.items()):
+        counts = config_lib.resolve_experts(rule.experts, decoder.layers)
+        layers = set(config_lib.resolve_layers(rule.layers, decoder.layers))
+        rules.append(
+            Rule(
+                name=name,
+                sites=config_lib.resolve_sites(rule.sites),
+                experts=tuple(n if layer in layers else 0 for layer, n in enumerate(counts)),
+                adapter=_member(ADAPTERS, rule.adapter),
+                router=_member(ROUTERS, rule.router) if "router" in rule else None,
+                down=rule.down,
+                shrink=rule.shrink,
+            )
+        )
+    losses = tuple((name, LOSSES[name](**dict(options))) for name, options in sorted(config.losses.items()))
+    return Model(decoder, tuple(rules), losses, remat=config.train.remat, max_segments=max_segments)

@@ -1,0 +1,105 @@
+"""Bookkeeping of one layer's pass: who routes where, what is shared, and the sums that leave the layer.
+
+A router is asked once a scope: a site's own input (`share="site"`), the normed input of the attention or feed-forward
+sub-block (`attn`, `ffn`; reused at o and down), or the whole model (`model`; decided before the stack).
+"""
+
+import jax
+
+from molora_jax import rules as rules_lib
+from molora_jax.core import routing as routing_math
+from molora_jax.core.types import Array, Context
+from molora_jax.models.families import DecoderConfig
+from molora_jax.placements import ffn, projection
+
+
+class Layer:
+    """One layer of one trace. `rules` are (rule, experts) that act here; trees are this layer's slices by rule name."""
+
+    def __init__(self, config: DecoderConfig, segment, active, losses, trees, carry, ctx: Context, given, collect):
+        self.config, self.segment, self.active, self.losses = config, segment, active, losses
+        self.adapters, self.shared, self.state = trees
+        self.carry, self.ctx, self.given, self.collect = dict(carry), ctx, given, collect
+        self.decisions, self.stats, self.routings = {}, {}, {}
+
+    def _context(self, rule, name: str, base=None, experts: int = 1) -> Context:
+        key = None
+        if self.ctx.key is not None:
+            key = jax.random.fold_in(jax.random.fold_in(self.ctx.key, rule.tag), rules_lib.site_tag(name))
+            key = jax.random.fold_in(key, self.ctx.layer)
+        site = rules_lib.site(self.config, name, self.segment, experts)
+        return self.ctx.replace(key=key, site=site, base=base)
+
+    def enter(self, scope: str, x: Array) -> None:
+        """Routes every rule that shares a decision over this sub-block. `x [B, S, D]`, after the norm."""
+        for rule, experts in self.active:
+            if rule.router is not None and rule.share == scope:
+                self._route(rule, experts, scope, x)
+
+    def _route(self, rule, experts, scope, x):
+        ctx = self._context(rule, scope, experts=experts).replace(
+            state=self.state[rule.name].get("router", {}).get(scope, {}), carry=self.carry.get(rule.name, ())
+        )
+        if rule.router.SIGNAL:
+            x = ctx.signal
+        with jax.named_scope("route"):
+            leaves = self.adapters[rule.name]["router"][scope]
+            decision, carry, sums = rule.router.route(leaves, self.shared.get(rule.name, {}), x, ctx)
+        if rule.name in self.carry:
+            self.carry[rule.name] = carry
+        self.record(rule, scope, decision, sums, ctx)
+        return decision
+
+    def record(self, rule, scope, decision, sums, ctx):
+        self.decisions[rule.name, scope] = decision
+        self.stats.setdefault(rule.name, {})[scope] = {
+            "load": routing_math.sums(decision),
+            "losses": {name: loss.stats(decision, ctx) for name, loss in self.losses},
+            "router": sums,
+        }
+        if self.collect:
+            self.routings.setdefault(rule.name, {})[scope] = decision.gates
+
+    def _decision(self, rule, experts, site: str, x: Array):
+        if rule.router is None:
+            return None
+        if rule.share == "model":
+            return self.given[rule.name]
+        scope = rule.share if rule.share in rules_lib.SCOPES else site
+        found = self.decisions.get((rule.name, scope))
+        return self._route(rule, experts, scope, x) if found is None else found
+
+    def project(self, site: str, W: Array, bias: Array | None, x: Array) -> Array:
+        """A projection with every rule's change of it. `x [B, S, D_in]` -> `[B, S, D_out]`."""
+        flat = x.reshape(-1, x.shape[-1])
+        parts = []
+        for rule, experts in self.active:
+            if rule.placement == "projection" and site in rule.sites:
+                decision = self._decision(rule, experts, site, x)
+                ctx = self._context(rule, site, base=W, experts=experts)
+                leaves = self.adapters[rule.name][site]
+                parts.append(projection.part(rule, leaves, self.shared.get(rule.name, {}), decision, ctx, flat))
+        with jax.named_scope(site):
+            return projection.project(W, bias, flat, parts).reshape(*x.shape[:-1], -1)
+
+    def feed_forward(self, x: Array, g: Array, u: Array, weights: dict, act: str) -> Array:
+        """From the shared gate and up projections `[B, S, F]` to the block's output `[B, S, D]`.
+
+        `weights` holds the frozen kernels of gate, up and down.
+        """
+        W_down, b_down = weights["down"]
+        flat = [a.reshape(-1, a.shape[-1]) for a in (x, g, u)]
+        parts = []
+        for rule, experts in self.active:
+            if rule.placement == "ffn":
+                contexts = {s: self._context(rule, s, base=weights[s][0], experts=experts) for s in ffn.SITES}
+                shared, decision = self.shared.get(rule.name, {}), self._decision(rule, experts, "ffn", x)
+                leaves = self.adapters[rule.name]
+                parts.append(ffn.part(rule, leaves, shared, decision, contexts, flat[0], self.config.ffn_width))
+        if not parts:
+            mix, rest = ffn.ACTIVATIONS[act](g) * u, 0.0
+        else:
+            with jax.named_scope("experts"):
+                mix, rest = ffn.apply(*flat, parts, act, lambda h: projection.project(W_down, None, h, []))
+            mix, rest = mix.reshape(g.shape), rest.reshape(x.shape)
+        return self.project("down", W_down, b_down, mix) + rest

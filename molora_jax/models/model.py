@@ -1,0 +1,199 @@
+"""The model as one static value: a decoder's shape, the compiled rules, the routing losses. Arrays come from outside.
+
+    params (frozen base)  adapters (factors and routers)  router_state (mutable, no gradient)  ->  hidden, sums
+
+Trees are plain nested dicts: `adapters/<rule>/<segment>/<site>/<leaf> [L_segment, E, ...]`,
+`adapters/<rule>/<segment>/router/<scope>/<leaf>`, `adapters/<rule>/shared/...`; `router_state` mirrors it.
+"""
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from molora_jax import rules as rules_lib
+from molora_jax.core.types import Array, Context
+from molora_jax.models import stack
+from molora_jax.models.decoder import rms_norm
+from molora_jax.models.families import DecoderConfig
+from molora_jax.models.layer import Layer
+
+identity = lambda x: x  # noqa: E731  (no mesh: nothing to constrain)
+
+
+@dataclasses.dataclass(frozen=True)
+class Model:
+    config: DecoderConfig
+    rules: tuple[rules_lib.Rule, ...] = ()
+    losses: tuple[tuple[str, Any], ...] = ()
+    remat: str = "dots"
+    max_segments: int = 0
+
+    @functools.cached_property
+    def segments(self) -> tuple[rules_lib.Segment, ...]:
+        return rules_lib.segments(self.rules, self.config.layers)
+
+    def without_rules(self) -> "Model":
+        """The frozen base alone."""
+        return dataclasses.replace(self, rules=(), losses=())
+
+    # ---- trees -----------------------------------------------------------------------------------------------------
+
+    def init_adapters(self, key: Array, params: dict, base_grad: dict | None = None) -> dict:
+        """Fresh leaves, float32. `params["blocks"]` is read by inits that start from the base; traceable."""
+        tree: dict = {}
+        for r, rule in enumerate(self.rules):
+            out = tree.setdefault(rule.name, {})
+            rule_key = jax.random.fold_in(key, rule.tag)
+            sites = []
+            for segment in self.segments:
+                E = segment.counts[r]
+                if not E:
+                    continue
+                leaves = out.setdefault(segment.name, {})
+                for name in rule.projections:
+                    site = rules_lib.site(self.config, name, segment, E)
+                    sites.append(site)
+                    leaves[name] = self._init_layers(rule.adapter, rule_key, site, params, base_grad)
+                for scope in rule.scopes:
+                    site = rules_lib.site(self.config, scope, segment, E)
+                    leaves.setdefault("router", {})[scope] = self._init_layers(rule.router, rule_key, site, None, None)
+            shared = {}
+            if rule.adapter is not None:
+                shared |= rule.adapter.init_shared(jax.random.fold_in(rule_key, 1000), tuple(sites))
+            if rule.router is not None:
+                shared |= rule.router.init_shared(jax.random.fold_in(rule_key, 1001), tuple(sites))
+            if shared:
+                out["shared"] = shared
+        return tree
+
+    def _init_layers(self, member, key, site, params, base_grad):
+        """One layer at a time, with a key of the absolute layer: regrouping layers changes nothing."""
+        key = jax.random.fold_in(key, rules_lib.site_tag(site.name) + (100 if params is None else 0))
+
+        def one(layer):
+            layer_key = jax.random.fold_in(key, layer)
+            if params is None:
+                return member.init_leaves(layer_key, site, layer)
+            pick = lambda w: jax.lax.dynamic_index_in_dim(w, layer, 0, False)  # noqa: E731
+            base = pick(params["blocks"][site.name]["kernel"])
+            grad = None if base_grad is None else pick(base_grad[site.name])
+            return member.init_leaves(layer_key, site, layer, base=base, base_grad=grad)
+
+        return jax.lax.map(one, jnp.array(site.layers))
+
+    def init_router_state(self) -> dict:
+        tree: dict = {}
+        for r, rule in enumerate(self.rules):
+            for segment in self.segments:
+                E = segment.counts[r]
+                for scope in rule.scopes if E else ():
+                    site = rules_lib.site(self.config, scope, segment, E)
+                    state = rule.router.init_state(site)
+                    if state:
+                        state = jax.tree.map(lambda x: jnp.broadcast_to(x, (len(site.layers), *x.shape)) + 0, state)
+                        place = tree.setdefault(rule.name, {}).setdefault(segment.name, {}).setdefault("router", {})
+                        place[scope] = state
+        return tree
+
+    def frozen_patterns(self) -> tuple[str, ...]:
+        """Paths `rule/.../leaf` that never train, from the members' FROZEN."""
+        out = []
+        for rule in self.rules:
+            names = rule.adapter.FROZEN + (rule.router.FROZEN if rule.router is not None else ())
+            out += [f"{rule.name}/*/{name}" for name in names]
+        return tuple(out)
+
+    # ---- passes ----------------------------------------------------------------------------------------------------
+
+    def hidden(
+        self,
+        params: dict,
+        adapters: dict,
+        state: dict,
+        batch: dict,
+        *,
+        train: bool = False,
+        key: Array | None = None,
+        step_key: Array | None = None,
+        step: Array | int = 0,
+        mask: Array | None = None,
+        cache=None,
+        collect: bool = False,
+        constrain=identity,
+    ):
+        """Final hidden states, after the last norm.
+
+        Args:
+          batch: `tokens`, `segment_ids` (0 = padding), `positions`, and for routing analysis `task_ids`, `example_ids`,
+            all `[B, S]` int32; optional `allowed [E] | [B, E]`.
+          train: dropout and noise on (needs `key`), layers inside `jax.checkpoint`.
+          mask: `[B, 1, S, S_k]` attention mask; by default causal and block-diagonal over `segment_ids`.
+          cache: see `stack.run`.
+          collect: also return the gates.
+
+        Returns:
+          `(hidden [B, S, D], sums {rule: {segment: {scope: ...}}}, cache, gates {rule: {segment: {scope: [L, B, S, E]}}})`.
+        """
+        tokens, segment_ids = batch["tokens"], batch["segment_ids"]
+        zeros = jnp.zeros_like(tokens)
+        with jax.named_scope("embed"):
+            x = constrain(params["embed"][tokens])
+        ctx = Context(
+            valid=segment_ids > 0,
+            segment_ids=segment_ids,
+            positions=batch["positions"],
+            task_ids=batch.get("task_ids", zeros),
+            example_ids=batch.get("example_ids", zeros),
+            step=step,
+            key=key if train else None,
+            step_key=step_key if train else None,
+            allowed=batch.get("allowed"),
+            train=train,
+            max_segments=self.max_segments or tokens.shape[1],
+        )
+        carry = {
+            rule.name: rule.router.init_carry(*tokens.shape)
+            for rule in self.rules
+            if rule.router is not None and jax.tree.leaves(rule.router.init_carry(*tokens.shape))
+        }
+        given, stats, gates = self._route_model(adapters, state, x, ctx, collect)
+        mask = stack.attention_mask(segment_ids) if mask is None else mask
+        x, cache, inner, inner_gates = stack.run(
+            self, params["blocks"], adapters, state, x, ctx,
+            mask=mask, carry=carry, given=given, cache=cache, collect=collect, constrain=constrain,
+        )  # fmt: skip
+        for name in inner:
+            stats.setdefault(name, {}).update({k: v for k, v in inner[name].items() if v})
+            gates.setdefault(name, {}).update({k: v for k, v in inner_gates[name].items() if v})
+        return rms_norm(x, params["final_norm"], self.config.norm_eps), stats, cache, gates
+
+    def _route_model(self, adapters, state, x, ctx, collect):
+        """Rules with `share="model"`: one decision for all layers, on the embeddings. Sums lead with one "layer"."""
+        given, stats, gates = {}, {}, {}
+        first = self.segments[0]
+        for r, rule in enumerate(self.rules):
+            if rule.router is None or rule.share != "model":
+                continue
+            E, pick = max(rule.experts), lambda w: w[0]
+            where = next(s for s in self.segments if s.counts[r])
+            own = jax.tree.map(pick, adapters[rule.name][where.name])
+            own_state = jax.tree.map(pick, state.get(rule.name, {}).get(where.name, {}))
+            trees = ({rule.name: own}, {rule.name: adapters[rule.name].get("shared", {})}, {rule.name: own_state})
+            layer = Layer(self.config, first, [(rule, E)], self.losses, trees, {}, ctx.replace(layer=0), {}, collect)
+            layer.enter("model", x)
+            given[rule.name] = layer.decisions[rule.name, "model"]
+            lead = lambda tree: jax.tree.map(lambda v: v[None], tree)  # noqa: E731
+            stats[rule.name] = {"model": lead(layer.stats[rule.name])}
+            if collect:
+                gates[rule.name] = {"model": lead(layer.routings[rule.name])}
+        return given, stats, gates
+
+    def logits(self, params: dict, hidden: Array) -> Array:
+        """`hidden [..., D]` -> `[..., V]` float32."""
+        head = params["head"] if "head" in params else params["embed"].T
+        return jnp.dot(hidden, head.astype(hidden.dtype), preferred_element_type=jnp.float32)
+
+

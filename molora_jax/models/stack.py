@@ -1,0 +1,78 @@
+"""The stack as a function: one `lax.scan` a segment over `block.apply`, inside `jax.checkpoint`.
+
+Base parameters stay stacked `[L, ...]` and are indexed inside the body (slicing the stack into segments outside would
+copy it). `remat` picks what the backward keeps: `none` all activations, `dots` the matrix products, `full` nothing;
+a layer's base weights are never kept, so a sharded base is gathered one layer at a time in both passes.
+"""
+
+import jax
+import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+
+from molora_jax.core.types import Context
+from molora_jax.models.decoder import Block, rotary
+from molora_jax.models.layer import Layer
+
+_policies = jax.checkpoint_policies
+REMAT = {
+    "none": _policies.save_anything_except_these_names("base"),
+    "dots": _policies.dots_with_no_batch_dims_saveable,
+    "full": _policies.nothing_saveable,
+}
+
+
+def attention_mask(segment_ids):
+    """Causal and block-diagonal over packed examples: `[B, S]` -> `[B, 1, S, S]`; padding sees itself (no empty row)."""
+    S = segment_ids.shape[1]
+    same = segment_ids[:, None, :, None] == segment_ids[:, None, None, :]
+    return same & jnp.tril(jnp.ones((S, S), bool))
+
+
+def run(model, params, adapters, state, x, ctx: Context, *, mask, carry, given, cache=None, collect=False, constrain):
+    """Runs all layers. `x [B, S, D]`, `params` the stacked block parameters, `adapters[rule][segment]`, `state` likewise.
+
+    `carry` by rule goes through the layers; `cache` is `(k, v, write)` with `k, v [L, B, S_k, H_kv, H_d]` and
+    `write(buffer [B, ...], new [B, S, ...])`. Returns x, the new cache and `{rule: {segment: ...}}` of sums and gates,
+    each leading with the segment's layers.
+    """
+    turn = rotary(model.config, ctx.positions)
+    block = Block(model.config)
+    stats, gates = {}, {}
+
+    for segment in model.segments:
+        active = [(rule, E) for rule, E in zip(model.rules, segment.counts, strict=True) if E]
+        names = [rule.name for rule, _ in active]
+        shared = {name: adapters[name].get("shared", {}) for name in names}
+
+        def body(loop, xs, segment=segment, active=active, shared=shared):
+            x, carry, kv = loop
+            index, own, own_state = xs
+            base = jax.tree.map(lambda w: checkpoint_name(jax.lax.dynamic_index_in_dim(w, index, 0, False), "base"), params)
+            layer = Layer(
+                model.config, segment, active, model.losses, (own, shared, own_state), carry,
+                ctx.replace(layer=index), given, collect,
+            )  # fmt: skip
+            store = None
+            if kv is not None:
+                k_all, v_all = kv
+
+                def store(k, v):
+                    k_new = cache[2](jax.lax.dynamic_index_in_dim(k_all, index, 0, False), k)
+                    v_new = cache[2](jax.lax.dynamic_index_in_dim(v_all, index, 0, False), v)
+                    put = jax.lax.dynamic_update_index_in_dim
+                    return k_new, v_new, (put(k_all, k_new, index, 0), put(v_all, v_new, index, 0))
+
+            x, kv = block.apply({"params": base}, x, layer, turn, mask, store)
+            return (constrain(x), layer.carry, kv), (layer.stats, layer.routings)
+
+        body = jax.checkpoint(body, policy=REMAT[model.remat], prevent_cse=False) if ctx.train else body
+        own = {name: adapters[name][segment.name] for name in names}
+        own_state = {name: state.get(name, {}).get(segment.name, {}) for name in names}
+        xs = (jnp.arange(segment.start, segment.stop), own, own_state)
+        kv = None if cache is None else cache[:2]
+        (x, carry, kv), (seg_stats, seg_gates) = jax.lax.scan(body, (x, carry, kv), xs)
+        cache = None if cache is None else (*kv, cache[2])
+        for name in names:
+            stats.setdefault(name, {})[segment.name] = seg_stats.get(name, {})
+            gates.setdefault(name, {})[segment.name] = seg_gates.get(name, {})
+    return x, cache, stats, gates

@@ -1,0 +1,6 @@
+"""Which experts does a token use, with what weight?"""
+
+from molora_jax.routers.softmax_topk import SoftmaxTopK
+from molora_jax.routers.top_p import TopP
+
+ROUTERS = {"softmax_topk": SoftmaxTopK, "top_p": TopP}

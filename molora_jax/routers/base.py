@@ -1,0 +1,54 @@
+"""The router contract. A router is a frozen dataclass of its config; this base gives the parts that most share.
+
+`route(p, shared, x, ctx) -> (Routing, carry, sums)`: `x [B, S, D]`, `p` this layer's leaves, `shared` leaves common to
+the layers of the rule, `ctx.state` its mutable state, `ctx.carry` what the layer before handed on.
+`update(state, sums)` runs once an applied optimizer step, on sums over the whole global batch, never in evaluation.
+"""
+
+import dataclasses
+from typing import Any, ClassVar
+
+import jax
+
+from molora_jax.core.types import Array, Context, Routing, Site
+
+
+@dataclasses.dataclass(frozen=True)
+class Router:
+    """Fields that every router has: `share`, and `init` of the weight `W [E, D]`.
+
+    Init `normal` is N(0, 0.02^2) (Mixtral, MixLoRA); `kaiming` is U(+-1/sqrt(D)) (torch's default linear, MoLA).
+    """
+
+    share: str = "site"
+    init: str = "normal"
+
+    FROZEN: ClassVar[tuple[str, ...]] = ()  # leaf names that never train
+    NEEDS: ClassVar[tuple[str, ...]] = ()  # "z": the placement computes the rank activations first
+    SIGNAL: ClassVar[str] = ""  # "embedding" | "base_hidden": a model-level input in place of the site's
+
+    def k_max(self, experts: int) -> int:
+        """Most experts that one token may use, static."""
+        raise NotImplementedError
+
+    def init_leaves(self, key: Array, site: Site, layer: Array) -> dict[str, Array]:
+        shape = (site.experts, site.d_in)
+        if self.init == "kaiming":
+            bound = site.d_in**-0.5
+            return {"W": jax.random.uniform(key, shape, minval=-bound, maxval=bound)}
+        return {"W": 0.02 * jax.random.normal(key, shape)}
+
+    def init_shared(self, key: Array, sites: tuple[Site, ...]) -> dict[str, Array]:
+        return {}
+
+    def init_state(self, site: Site) -> dict[str, Array]:
+        return {}
+
+    def init_carry(self, batch: int, length: int) -> Any:
+        return ()
+
+    def route(self, p: dict, shared: dict, x: Array, ctx: Context) -> tuple[Routing, Any, dict]:
+        raise NotImplementedError
+
+    def update(self, state: dict, sums: dict) -> dict:
+        return state

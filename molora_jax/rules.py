@@ -1,0 +1,94 @@
+"""Config rules as values: which sites and layers a rule adapts, with how many experts, which adapter, which router.
+
+A segment is a run of layers on which every rule has the same expert count; the layer scan runs once a segment.
+"""
+
+import dataclasses
+import zlib
+from typing import Any
+
+from molora_jax.core.types import Site
+from molora_jax.models.families import ATTENTION, FFN, DecoderConfig
+
+SCOPES = ("attn", "ffn", "model")
+
+
+@dataclasses.dataclass(frozen=True)
+class Rule:
+    """`experts` holds a count a layer, 0 where the rule does not act; `router` is None for one expert without gates."""
+
+    name: str
+    sites: tuple[str, ...]
+    experts: tuple[int, ...]
+    adapter: Any
+    router: Any = None
+    down: str = "once"
+    shrink: bool = False
+
+    @property
+    def placement(self) -> str:
+        return "ffn" if self.sites == ("ffn",) else "projection"
+
+    @property
+    def projections(self) -> tuple[str, ...]:
+        """The projections whose factors the rule owns: those listed, or gate, up and down of a routed FFN."""
+        return FFN if self.placement == "ffn" else self.sites
+
+    @property
+    def share(self) -> str:
+        """Who shares a router: `site` on a routed FFN is the FFN."""
+        return "ffn" if self.placement == "ffn" and self.router.share == "site" else self.router.share
+
+    @property
+    def scopes(self) -> tuple[str, ...]:
+        """The routers of one layer, by the name under which they are stored and reported."""
+        if self.router is None:
+            return ()
+        return (self.share,) if self.share in SCOPES else self.sites
+
+    @property
+    def tag(self) -> int:
+        """Folded into random keys: a rule keeps its randomness whatever other rules there are."""
+        return zlib.crc32(self.name.encode()) & 0x7FFFFFFF
+
+
+@dataclasses.dataclass(frozen=True)
+class Segment:
+    """Layers `start` to `stop - 1`; `counts` gives the experts of every rule (0: the rule does not act here)."""
+
+    start: int
+    stop: int
+    counts: tuple[int, ...]
+
+    @property
+    def name(self) -> str:
+        return f"{self.start:03d}-{self.stop - 1:03d}"
+
+    @property
+    def layers(self) -> tuple[int, ...]:
+        return tuple(range(self.start, self.stop))
+
+
+def segments(rules: tuple[Rule, ...], num_layers: int) -> tuple[Segment, ...]:
+    columns = [tuple(rule.experts[layer] for rule in rules) for layer in range(num_layers)]
+    out, start = [], 0
+    for layer in range(1, num_layers + 1):
+        if layer == num_layers or columns[layer] != columns[start]:
+            out.append(Segment(start, layer, columns[start]))
+            start = layer
+    return tuple(out)
+
+
+def site(config: DecoderConfig, name: str, segment: Segment, experts: int) -> Site:
+    """A projection, or a router's scope (`attn`, `ffn`, `model`: the normed input of the sub-block, width D)."""
+    d_in, d_out = (config.width, config.width) if name in SCOPES else config.dims(name)
+    return Site(name, d_in, d_out, segment.layers, experts)
+
+
+def scope_input(name: str) -> str:
+    """The projection whose input a router of this scope reads (for keys and widths)."""
+    return {"attn": "q", "ffn": "gate"}.get(name, name)
+
+
+def site_tag(name: str) -> int:
+    return (*ATTENTION, *FFN, *SCOPES).index(name)
