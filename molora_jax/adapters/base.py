@@ -40,3 +40,7 @@ class Adapter:
     def latent(self, z: Array, p: dict, ctx: Context) -> Array:
         """Changes the rank activations `z [T, 1|E, R]` before the gates; the identity here."""
         return z
+
+    def update_mask(self, updates: dict, step: Array) -> dict:
+        """Changes the rule's updates (stacked tree) after the optimizer and its decay; the identity here."""
+        return updates

@@ -1,0 +1,39 @@
+"""The optimizer contract: a frozen dataclass of the config's `optim`; `make(total_steps, pairs)` gives an optax transform.
+
+`pairs = {(path of A, path of B): s}` names the low-rank factors that belong together, for optimizers that need both.
+Clipping is done by the step, which needs the norm anyway.
+"""
+
+import dataclasses
+
+import optax
+
+
+@dataclasses.dataclass(frozen=True)
+class Optimizer:
+    """`decay`: constant, linear or cosine, to 0 at `total_steps`, after `warmup` linear steps. `b1, b2, eps`: Adam's."""
+
+    learning_rate: float = 2e-4
+    weight_decay: float = 0.0
+    decay: str = "cosine"
+    warmup: int = 0
+    b1: float = 0.9
+    b2: float = 0.999
+    eps: float = 1e-8
+
+    def schedule(self, total_steps: int) -> optax.Schedule:
+        """Learning rate of the update that makes step `i + 1` (i from 0)."""
+        rest = max(total_steps - self.warmup, 1)
+        after = {
+            "constant": optax.constant_schedule(self.learning_rate),
+            "linear": optax.linear_schedule(self.learning_rate, 0.0, rest),
+            "cosine": optax.cosine_decay_schedule(self.learning_rate, rest),
+        }[self.decay]
+        if not self.warmup:
+            return after
+        # step 1 already moves: the ramp ends at the full rate on step `warmup`
+        ramp = optax.linear_schedule(self.learning_rate / self.warmup, self.learning_rate, max(self.warmup - 1, 1))
+        return optax.join_schedules([ramp, after], [self.warmup])
+
+    def make(self, total_steps: int, pairs: dict[tuple[str, str], float]) -> optax.GradientTransformation:
+        raise NotImplementedError

@@ -1,0 +1,102 @@
+"""The mesh, and where every array lives on it: path patterns for parameters, one `constrain` for activations.
+
+Mesh axes: `data`, `fsdp`, `expert`, `tensor`; a batch's rows are split over the first three. The layer axis of the
+stacked base is never sharded: a sharded layer axis gathers the whole stack inside the layer loop (compiled and seen).
+"""
+
+import re
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from molora_jax.errors import InputError
+
+AXES = ("data", "fsdp", "expert", "tensor")
+ROWS = ("data", "fsdp", "expert")
+PATTERNS = (  # first match wins; a path that nothing matches is an error
+    (r"embed", P(("fsdp", "tensor"), None)),
+    (r"head", P(None, ("fsdp", "tensor"))),
+    (r"blocks/(q|k|v|gate|up)/kernel", P(None, "fsdp", "tensor")),
+    (r"blocks/(o|down)/kernel", P(None, "tensor", "fsdp")),
+    (r"blocks/(q|k|v)/bias", P(None, "tensor")),
+    (r"(blocks/)?\w+_norm", P()),
+)
+
+
+def make_mesh(sizes: dict[str, int], devices=None) -> Mesh:
+    """A mesh of the four axes. `sizes` multiply to the number of devices (checked by the config)."""
+    devices = jax.devices() if devices is None else devices
+    shape = tuple(sizes[a] for a in AXES)
+    return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
+
+
+def paths(tree) -> list[str]:
+    """`a/b/c` of every leaf, in tree order."""
+    return ["/".join(str(k.key) for k in path) for path, _ in jax.tree_util.tree_leaves_with_path(tree)]
+
+
+def param_shardings(params, mesh: Mesh):
+    """Shardings of the frozen base.
+
+    Raises:
+      InputError: a dimension that the mesh does not divide.
+    """
+
+    def one(path, leaf):
+        name = "/".join(str(k.key) for k in path)
+        spec = next((s for pattern, s in PATTERNS if re.fullmatch(pattern, name)), None)
+        if spec is None:
+            raise ValueError(f"no sharding pattern matches the parameter {name!r}; add one to molora_jax/sharding.py")
+        for size, axes in zip(leaf.shape, spec, strict=False):
+            axes = (axes,) if isinstance(axes, str) else axes or ()
+            ways = int(np.prod([mesh.shape[a] for a in axes]))
+            if size % ways:
+                raise InputError(
+                    f"mesh.{axes[0]}", got=f"{ways} ways for {name} of {size}", expected=f"a divisor of {size}",
+                    fix="Choose a smaller axis, or give its devices to mesh.data.",
+                )  # fmt: skip
+        return NamedSharding(mesh, spec)
+
+    return jax.tree_util.tree_map_with_path(one, params)
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    return NamedSharding(mesh, P())
+
+
+def row_sharding(mesh: Mesh) -> NamedSharding:
+    return NamedSharding(mesh, P(ROWS))
+
+
+def constrain(mesh: Mesh):
+    """Pins activations `[B, ...]` to the batch's rows."""
+    sharding = row_sharding(mesh)
+    return lambda x: jax.lax.with_sharding_constraint(x, sharding)
+
+
+def rows_of_process(num_rows: int) -> slice:
+    """The rows of a global batch that this process feeds."""
+    each = num_rows // jax.process_count()
+    return slice(jax.process_index() * each, (jax.process_index() + 1) * each)
+
+
+def put_batch(batch: dict[str, np.ndarray], mesh: Mesh, num_rows: int) -> dict[str, jax.Array]:
+    """This process's rows `[B_local, S]` as global arrays `[B, S]`."""
+    sharding = row_sharding(mesh)
+    return {
+        name: jax.make_array_from_process_local_data(sharding, value, (num_rows, *value.shape[1:]))
+        for name, value in batch.items()
+    }
+
+
+def put(tree, shardings):
+    """Host arrays onto the mesh; every process holds the same values."""
+
+    def one(x, sharding):
+        return jax.make_array_from_callback(x.shape, sharding, lambda index: x[index])
+
+    if isinstance(shardings, NamedSharding):
+        return jax.tree.map(lambda x: one(np.asarray(x), shardings), tree)
+    return jax.tree.map(lambda x, s: one(np.asarray(x), s), tree, shardings)

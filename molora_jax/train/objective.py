@@ -1,0 +1,39 @@
+"""How a batch becomes a loss. `lm`: next-token cross-entropy on answer tokens, with logits only where there is a target.
+
+The head is a fifth of SmolLM2's multiply-adds; the packer bounds the targets of a row, so `M` positions a row suffice.
+B batch, S sequence, M targets a row, V vocabulary.
+"""
+
+import jax
+import jax.numpy as jnp
+
+from molora_jax.core.types import Array
+
+
+def at_targets(batch: dict, targets_per_row: int) -> Array:
+    """Positions with a loss, first: `[B, M]` int32. Rows with fewer targets repeat positions of weight 0."""
+    none = batch["loss_weight"] <= 0
+    return jnp.argsort(none, axis=1, stable=True)[:, :targets_per_row].astype(jnp.int32)
+
+
+def token_nll(model, params: dict, hidden: Array, batch: dict, targets_per_row: int):
+    """`(nll [B, M], weight [B, M], right [B, M] bool, where [B, M])`: `right` is "the target is the argmax"."""
+    where = at_targets(batch, targets_per_row)
+    pick = lambda x: jnp.take_along_axis(x, where, axis=1)  # noqa: E731
+    hidden = jnp.take_along_axis(hidden, where[..., None], axis=1)
+    targets, weight = pick(batch["targets"]), pick(batch["loss_weight"])
+    with jax.named_scope("loss"):
+        logits = model.logits(params, hidden)
+        target = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
+        nll = jax.nn.logsumexp(logits, axis=-1) - target
+        right = jnp.argmax(jax.lax.stop_gradient(logits), axis=-1) == targets
+    return jnp.where(weight > 0, nll, 0.0), weight, right, where
+
+
+def lm(model, params: dict, hidden: Array, batch: dict, targets_per_row: int) -> Array:
+    """Weighted sum of negative log-likelihoods (nats); the caller divides by the global batch's weight."""
+    nll, weight, _, _ = token_nll(model, params, hidden, batch, targets_per_row)
+    return jnp.sum(nll * weight)
+
+
+OBJECTIVES = {"lm": lm}

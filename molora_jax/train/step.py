@@ -1,0 +1,175 @@
+"""The pure training step: `step(state, params, batch) -> (state, metrics)`.
+
+Gradients are taken with respect to the trainable leaves of `adapters` only. Accumulated micro-steps give exactly the
+loss of the whole batch for the language-model part; balance losses are not linear in their sums, so each says whether
+it averages the micro-steps' values or is taken of the global sums (`accumulate="exact"`, one more forward pass).
+A step whose loss or gradient is not finite changes nothing and is counted.
+"""
+
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import optax
+
+from molora_jax.core import routing
+from molora_jax.core.types import Array
+from molora_jax.train import trees
+from molora_jax.train.objective import lm
+
+
+@flax.struct.dataclass
+class TrainState:
+    """`step` int32: updates made; `skipped` int32: steps in a row that were not finite."""
+
+    step: Array
+    skipped: Array
+    adapters: dict
+    opt: Any
+    router_state: dict
+
+
+def fresh(model, optimizer, params, frozen, key) -> TrainState:
+    """State of step 0; traceable."""
+    adapters = model.init_adapters(key, params)
+    trainable, _ = trees.split(adapters, frozen)
+    return TrainState(jnp.int32(0), jnp.int32(0), adapters, optimizer.init(trainable), model.init_router_state())
+
+
+def micro_batches(batch: dict, n: int) -> dict:
+    """`[B, S] -> [n, B/n, S]`, rows dealt in turn so that every device keeps a share of each micro-batch."""
+    return jax.tree.map(lambda x: x.reshape(x.shape[0] // n, n, *x.shape[1:]).swapaxes(0, 1), batch)
+
+
+def loss_sums(stats: dict, name: str) -> dict:
+    """`{rule: {segment: {scope: sums}}}` of one loss."""
+    return {r: {s: {k: v["losses"][name] for k, v in sc.items()} for s, sc in seg.items()} for r, seg in stats.items()}
+
+
+def _part(stats: dict, part: str) -> dict:
+    return {r: {s: {k: v[part] for k, v in sc.items()} for s, sc in seg.items()} for r, seg in stats.items()}
+
+
+def make_step(model, optimizer, schedule, *, seed: int, frozen, accumulate: int, clip: float, targets_per_row: int, constrain):
+    """The step function of one stage, to be jitted with its state donated.
+
+    Args:
+      optimizer: an optax transformation over the trainable leaves; schedule: step -> learning rate, for the metrics.
+      frozen: path patterns of leaves that do not train.
+      targets_per_row: the packer's bound M.
+      constrain: pins activations to the mesh.
+    """
+    exact = [n for n, l in model.losses if getattr(l, "accumulate", "micro") == "exact" and accumulate > 1]
+    losses = dict(model.losses)
+
+    def train_step(state: TrainState, params: dict, batch: dict):
+        step_key = jax.random.fold_in(jax.random.key(seed), state.step)
+        trainable, fixed = trees.split(state.adapters, frozen)
+        weight = jnp.maximum(jnp.sum(batch["loss_weight"]), 1.0)
+
+        def forward(trainable, micro, i):
+            hidden, stats, _, _ = model.hidden(
+                params, trees.merge(trainable, fixed), state.router_state, micro, train=True,
+                key=jax.random.fold_in(step_key, i + 1), step_key=step_key, step=state.step, constrain=constrain,
+            )  # fmt: skip
+            return lm(model, params, hidden, micro, targets_per_row) / weight, {r: s for r, s in stats.items() if s}
+
+        micros = micro_batches(batch, accumulate) if accumulate > 1 else None
+
+        slopes, exact_values = {}, {}
+        if exact:
+
+            def add(total, i_micro):
+                i, micro = i_micro
+                _, stats = forward(trainable, micro, i)
+                return jax.tree.map(jnp.add, total, {n: loss_sums(stats, n) for n in exact}), None
+
+            shapes = jax.eval_shape(lambda m: {n: loss_sums(forward(trainable, m, 0)[1], n) for n in exact},
+                                    jax.tree.map(lambda x: x[0], micros))  # fmt: skip
+            zero = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
+            total, _ = jax.lax.scan(add, zero, (jnp.arange(accumulate), micros))
+            for n in exact:
+                exact_values[n], slopes[n] = jax.value_and_grad(losses[n].value)(total[n])
+
+        def objective(trainable, micro, i):
+            nll, stats = forward(trainable, micro, i)
+            total, aux = nll, {}
+            for name, loss in model.losses:
+                sums = loss_sums(stats, name)
+                if name in slopes:  # d value(global sums) = slope . d(own sums)
+                    products = jax.tree.map(lambda a, b: jnp.sum(a * b), slopes[name], sums)
+                    total = total + loss.weight * sum(jax.tree.leaves(products))
+                    aux[name] = exact_values[name] / accumulate
+                else:
+                    aux[name] = loss.value(sums) / accumulate
+                    total = total + loss.weight * aux[name]
+            return total, {"lm_loss": nll, "aux": aux, "load": _part(stats, "load"), "router": _part(stats, "router")}
+
+        grad = jax.grad(objective, has_aux=True)
+        if accumulate == 1:
+            grads, out = grad(trainable, batch, 0)
+        else:
+
+            def add_micro(total, i_micro):
+                i, micro = i_micro
+                return jax.tree.map(jnp.add, total, grad(trainable, micro, i)), None
+
+            shapes = jax.eval_shape(lambda m: grad(trainable, m, 0), jax.tree.map(lambda x: x[0], micros))
+            zero = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
+            (grads, out), _ = jax.lax.scan(add_micro, zero, (jnp.arange(accumulate), micros))
+
+        with jax.named_scope("optimizer"):
+            norm = optax.global_norm(grads)
+            loss = out["lm_loss"] + sum(losses[n].weight * v for n, v in out["aux"].items())
+            finite = jnp.isfinite(norm) & jnp.isfinite(loss)
+            scale = jnp.minimum(1.0, clip / jnp.maximum(norm, 1e-12)) if clip else 1.0
+            updates, opt = optimizer.update(jax.tree.map(lambda g: g * scale, grads), state.opt, trainable)
+            for rule in model.rules:
+                if rule.name in updates:
+                    updates[rule.name] = rule.adapter.update_mask(updates[rule.name], state.step)
+            moved = trees.merge(optax.apply_updates(trainable, updates), fixed)
+            router_state = update_routers(model, state.router_state, out["router"])
+            keep = lambda new, old: jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, old)  # noqa: E731
+            state = TrainState(
+                step=state.step + 1,
+                skipped=jnp.where(finite, 0, state.skipped + 1),
+                adapters=keep(moved, state.adapters),
+                opt=keep(opt, state.opt),
+                router_state=keep(router_state, state.router_state),
+            )
+        metrics = {
+            "loss": loss,
+            "lm_loss": out["lm_loss"],
+            **{f"aux/{n}": v for n, v in out["aux"].items()},
+            "grad_norm": norm,
+            "lr": jnp.asarray(schedule(state.step - 1), jnp.float32),
+            "tokens": jnp.sum(batch["segment_ids"] > 0),
+            "skipped": state.skipped,
+            "site": site_metrics(model, out["load"]),
+        }
+        return state, metrics
+
+    return train_step
+
+
+def update_routers(model, state: dict, sums: dict) -> dict:
+    """Every router's own update, once a step, on sums over the whole global batch; layers side by side."""
+    new = {}
+    for rule in model.rules:
+        for segment, scopes in state.get(rule.name, {}).items():
+            for scope, old in scopes["router"].items():
+                done = jax.vmap(rule.router.update)(old, sums[rule.name][segment][scope])
+                new.setdefault(rule.name, {}).setdefault(segment, {}).setdefault("router", {})[scope] = done
+    return new
+
+
+def site_metrics(model, load: dict) -> dict:
+    """`{rule/scope: {statistic: [layers]}}` in the order of layers."""
+    out = {}
+    for rule in model.rules:
+        for scope in rule.scopes:
+            parts = [routing.load(scopes[scope]) for _, scopes in sorted(load.get(rule.name, {}).items()) if scope in scopes]
+            if parts:
+                out[f"{rule.name}/{scope}"] = jax.tree.map(lambda *x: jnp.concatenate(x), *parts)
+    return out
