@@ -6,6 +6,7 @@ the method knows but the file leaves at its default. Here each mistake is one `I
 """
 
 import argparse
+import importlib.machinery
 import importlib.util
 import linecache
 import math
@@ -17,7 +18,7 @@ import traceback
 from ml_collections import ConfigDict
 
 from molora_jax import config as schema
-from molora_jax.config_fields import OPTIM, did_you_mean, wrong
+from molora_jax.config_fields import did_you_mean, wrong
 from molora_jax.config_members import members, options
 from molora_jax.errors import InputError
 
@@ -94,7 +95,7 @@ def load(path):
     except SyntaxError as error:
         where = f"{error.filename}, line {error.lineno}"
         raise wrong(where, repr((error.text or "").strip()), f"Python ({error.msg})", "Correct that line.") from None
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise _inside(file, error) from None
     if not isinstance(config, (dict, ConfigDict)):
         raise wrong("--config", f"get_config() -> {type(config).__name__}", "a ConfigDict", "Return the config.")
@@ -167,9 +168,7 @@ def _options(group, keys):
     axis = {"adapter": "adapters", "router": "routers", "optim": "optim"}.get(keys[-1] if keys else "")
     name = group.get("name") if axis else keys[1] if len(keys) == 2 and keys[0] == "losses" else None
     axis = axis or "losses"
-    if name not in members(axis):
-        return {}
-    return {**options(axis, name), **(OPTIM if axis == "optim" else {})}
+    return options(axis, name) if name in members(axis) else {}
 
 
 def _typed(where, text, default):

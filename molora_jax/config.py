@@ -32,8 +32,7 @@ def check_model(config, num_layers, dims=None):
     for name, rule in plain(config)["method"]["rules"].items():
         where = f"method.rules.{name}"
         try:
-            layers = resolve_layers(rule["layers"], num_layers, where=f"{where}.layers")
-            resolve_experts(rule["experts"], len(layers), where=f"{where}.experts")
+            problems += config_checks.check_counts(where, rule, config_checks.covered(where, rule, num_layers))
         except InputError as problem:
             problems.append(problem)
         sites = resolve_sites(rule["sites"], where=f"{where}.sites")

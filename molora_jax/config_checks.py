@@ -24,8 +24,7 @@ def problems(config):
         return found  # a section is missing: the rest would only repeat that
     rules = list(_rules(config))
     found += [*_base(config), *_data(config), *rules, *_losses(config), *_engine(config), *_train(config)]
-    found += _member("optim", config["optim"], "optim", fixed=known.OPTIM)
-    found += _mesh(config)
+    found += [*_member("optim", config["optim"], "optim"), *_mesh(config)]
     return found + list(_schedule(config, valid=not found))
 
 
@@ -38,7 +37,7 @@ def raise_all(found):
     if not found:
         return
     first, others = found[0], {str(other): None for other in found[1:]}
-    fix = "\n".join([first.fix, *(f"  and {text}" for text in others if text != str(first))])
+    fix = first.fix + "".join(f"\n  and {text}" for text in others if text != str(first))
     raise InputError(first.where, got=first.got, expected=first.expected, fix=fix)
 
 
@@ -76,18 +75,17 @@ def _fields(where, values, fields, *, more=(), of=""):
             yield from _fields(f"{dot}{key}", values[key], field)
 
 
-def _member(where, value, axis, *, name="", fixed=None):
+def _member(where, value, axis, *, name=""):
     """Problems of `dict(name=..., options)`; where the member's name is the key, it comes as `name`."""
     if not isinstance(value, dict):
         return [wrong(where, repr(value), "a dict of options")]
     member, more = (name, ()) if name else (value.get("name"), ("name",))
-    if member not in members(axis):
+    if not isinstance(member, str) or member not in members(axis):
         got = repr(member) if member is not None else "nothing"
         return [
             wrong(where if name else f"{where}.name", got, one_of(members(axis)), did_you_mean(member, members(axis)))
         ]
-    fields = {**options(axis, member), **(fixed or {})}
-    return list(_fields(where, value, fields, more=more, of=f"an option of {member}: "))
+    return list(_fields(where, value, options(axis, member), more=more, of=f"an option of {member}: "))
 
 
 def _path(text):
@@ -151,46 +149,65 @@ def _rules(config):
 
 def _rule(where, rule):
     """What ties a rule's fields together; each field alone is right by now."""
-    adapter, router = rule["adapter"], rule.get("router")
-    sites, experts = (), ()
+    sites, counts = (), None
     try:
         sites = resolve_sites(rule["sites"], where=f"{where}.sites")
-        layers = resolve_layers(rule["layers"], None, where=f"{where}.layers")
-        experts = tuple(count for count, _ in expert_counts(rule["experts"], where=f"{where}.experts"))
-        if rule["layers"] != "all":
-            resolve_experts(rule["experts"], len(layers), where=f"{where}.experts")
+        resolve_layers(rule["layers"], None, where=f"{where}.layers")
+        counts = covered(where, rule)
     except InputError as problem:
         yield problem
     for path in rule["load"]:
         if not isinstance(path, str) or not _path(path).exists():
             yield wrong(f"{where}.load", repr(path), "paths that exist", "Check the path.")
-    init, inits = adapter.get("init"), members("inits")
+    init, inits = rule["adapter"].get("init"), members("inits")
     if init is not None and init not in inits:
         yield wrong(f"{where}.adapter.init", repr(init), one_of(inits), did_you_mean(init, inits))
-    if not sites or not experts:
-        return
-    if router is None:
-        if set(experts) != {1}:
+    if sites and "router" in rule:
+        yield from _share(f"{where}.router.share", _option(rule, "share", "site"), sites)
+        if sites == ("ffn",):
+            yield from _routed_ffn(where, rule)
+    if counts:
+        yield from check_counts(where, rule, counts)
+
+
+def covered(where, rule, num_layers=None):
+    """Experts of the layers that a rule covers; None where that takes the number of layers and it is not given."""
+    counts = expert_counts(rule["experts"], where=f"{where}.experts")
+    values = tuple(count for count, _ in counts)
+    if num_layers is None and counts[0][1] is None:
+        return values if rule["layers"] == "all" or len(set(values)) == 1 else None
+    num_layers = sum(times for _, times in counts) if num_layers is None else num_layers
+    layers = resolve_layers(rule["layers"], num_layers, where=f"{where}.layers")
+    each = resolve_experts(rule["experts"], num_layers, where=f"{where}.experts")
+    return tuple(each[layer] for layer in layers)
+
+
+def check_counts(where, rule, counts):
+    """What a rule asks of its expert counts."""
+    if "router" not in rule:
+        if set(counts) != {1}:
             yield wrong(f"{where}.experts", repr(rule["experts"]), '"1" without a router', "Add a router, or say 1.")
         return
-    option = {name: router.get(name, field.default) for name, field in options("routers", router["name"]).items()}
-    if option.get("k", 1) > min(experts):
-        expected = f"k <= experts, and the fewest experts are {min(experts)}"
-        yield wrong(f"{where}.router.k", f"{option['k']} (K > E)", expected, "Lower k or raise experts.")
-    yield from _share(f"{where}.router.share", option.get("share", "site"), sites, experts)
-    if sites == ("ffn",):
-        yield from _routed_ffn(where, rule)
+    k = _option(rule, "k", 1)
+    if k > min(counts):
+        expected = f"k <= experts, and the fewest experts are {min(counts)}"
+        yield wrong(f"{where}.router.k", f"{k} (K > E)", expected, "Lower k or raise experts.")
+    if _option(rule, "share", "site") == "model" and len(set(counts)) > 1:
+        got = f"'model' with {', '.join(map(str, sorted(set(counts))))} experts"
+        yield wrong(f"{where}.router.share", got, "equal counts in all layers", "Change experts or share.")
 
 
-def _share(where, share, sites, experts):
+def _option(rule, name, otherwise):
+    field = options("routers", rule["router"]["name"]).get(name)
+    return otherwise if field is None else rule["router"].get(name, field.default)
+
+
+def _share(where, share, sites):
     got = f"{share!r} on sites {','.join(sites)}"
     if share == "attn" and not set(sites) <= set(ATTENTION):
         yield wrong(where, got, "sites among q,k,v,o for share 'attn'", "Write two rules, or use 'site'.")
     if share == "ffn" and sites != ("ffn",) and not set(sites) <= set(FFN):
         yield wrong(where, got, "sites among gate,up,down, or ffn, for share 'ffn'", "Write two rules, or use 'site'.")
-    if share == "model" and len(set(experts)) > 1:
-        counts = ", ".join(map(str, experts))
-        yield wrong(where, f"'model' with {counts} experts", "equal counts in all layers", "Change experts or share.")
 
 
 def _routed_ffn(where, rule):
@@ -216,7 +233,7 @@ def _losses(config):
 
 
 def _engine(config):
-    engine, names = config["engine"], tuple(sorted({*known.ENGINES, *members("engines")}))
+    engine, names = config.get("engine"), tuple(sorted({*known.ENGINES, *members("engines")}))
     if isinstance(engine, str) and engine not in names:
         planned = engine in known.ENGINES_PLANNED
         fix = f"{engine} is not available yet." if planned else did_you_mean(engine, names)
@@ -272,7 +289,7 @@ def _schedule(config, *, valid):
                 for problem in problems({**_merged(config, changes), "schedule": {"s00": known.WHOLE}}):
                     yield wrong(f"{where}.set.{problem.where}", problem.got, problem.expected, problem.fix)
     steps = [stages[name].get("steps") for name in sorted(stages)]
-    if not all(isinstance(n, int) and n >= 0 for n in [*steps, total]):
+    if not all(isinstance(n, int) and n >= 0 for n in steps) or not isinstance(total, int) or total < 1:
         return
     text, fix = f"stages of {', '.join(map(str, steps))} steps", "Change the stages or train.steps."
     if 0 in steps[:-1]:

@@ -68,7 +68,7 @@ FIELDS = {
     },
     "method": {},  # checked rule by rule
     "losses": {},  # checked member by member
-    "optim": {},  # OPTIM and the options of the member
+    "optim": {},  # the options of the member
     "schedule": {},  # checked stage by stage
     "mesh": {
         "data": Field(int, ">= 1, or -1 for all devices that are left", lambda size: size >= 1 or size == -1),
@@ -105,16 +105,6 @@ RULE = {
     "shrink": Field(bool),
 }
 
-OPTIM = {
-    "learning_rate": above(0),
-    "weight_decay": at_least(0, float),
-    "decay": choice("linear", "cosine", "constant"),
-    "warmup": at_least(0),
-    "b1": below(1),
-    "b2": below(1),
-    "eps": above(0),
-}
-
 STAGE = {"steps": at_least(0), "tasks": TEXT, "freeze": TEXT, "route": TEXT}
 WHOLE = dict(steps=0, tasks="", freeze="", set={}, route="")  # the one stage of a plain run
 
@@ -137,7 +127,16 @@ RANGES = {
         "counts": choice("hard", "soft"),
         "accumulate": choice("micro", "exact"),
     },
-    "optim": {"ratio": above(0)},
+    "optim": {
+        "learning_rate": above(0),
+        "weight_decay": at_least(0, float),
+        "decay": choice("linear", "cosine", "constant"),
+        "warmup": at_least(0),
+        "b1": below(1),
+        "b2": below(1),
+        "eps": above(0),
+        "ratio": above(0),
+    },
 }
 
 

@@ -6,7 +6,7 @@ import subprocess
 import sys
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from configs import common
@@ -61,6 +61,7 @@ GOOD = [
     {f"{ROUTER}.jitter": 0.1},
     {"method.rules.ffn.experts": "1", f"{ROUTER}.k": 1},
     {"method.rules.ffn.experts": "2*8,4*22"},
+    {"method.rules.ffn.experts": "1*8,4*22", "method.rules.ffn.layers": "8-29"},
     {"method.rules.attn.sites": "*"},
     {"method.rules.attn.sites": "[qv]"},
     {"losses.z_loss": dict(weight=1e-3), "losses.entropy": dict(weight=0)},
@@ -122,7 +123,7 @@ BAD = [
     ({"method.rules.ffn.experts": "0"}, "method.rules.ffn.experts", ">= 1"),
     ({"method.rules.ffn.experts": 8}, "method.rules.ffn.experts", "a string"),
     ({"method.rules.ffn.experts": "2|x"}, "method.rules.ffn.experts", "2|4|6|8"),
-    ({"method.rules.ffn.experts": "2*3", "method.rules.ffn.layers": "0-7"}, "method.rules.ffn.experts", "8 layers"),
+    ({"method.rules.ffn.experts": "2*3", "method.rules.ffn.layers": "0-7"}, "method.rules.ffn.layers", "3 layers"),
     ({"method.rules.ffn.load": ("missing_adapter",)}, "method.rules.ffn.load", "paths that exist"),
     ({f"{ROUTER}.k": 9}, f"{ROUTER}.k", "K > E"),
     ({"method.rules.ffn.experts": "1|8"}, f"{ROUTER}.k", "K > E"),
@@ -184,6 +185,40 @@ def test_wrong(changes, where, text):
     assert caught.value.expected
 
 
+def _paths(group, prefix=""):
+    for key, value in group.items():
+        yield prefix + key
+        if isinstance(value, dict):
+            yield from _paths(value, f"{prefix}{key}.")
+
+
+ANYTHING = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.floats()
+    | st.text(max_size=8)
+    | st.sampled_from(["*", "2|4", "1*4"]),
+    lambda inner: (
+        st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(["name", "s00", "k"]), inner, max_size=3)
+    ),
+    max_leaves=4,
+)
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.dictionaries(st.sampled_from(sorted(_paths(mixlora()))), ANYTHING | st.just(REMOVE), min_size=1, max_size=3))
+def test_nothing_but_an_input_error(changes):
+    try:
+        config = mixlora(**dict(sorted(changes.items(), reverse=True)))
+    except (KeyError, TypeError, AttributeError):  # two changes that do not go together
+        return
+    try:
+        schema.validate(config)
+    except InputError as error:
+        assert error.where and error.expected
+
+
 def test_all_problems_in_one_message():
     with pytest.raises(InputError) as caught:
         schema.validate(mixlora(**{"train.step": 3, f"{ROUTER}.k": 9, "optim.eps": 0.0}))
@@ -241,6 +276,7 @@ def test_model():
     dims = dict.fromkeys(("q", "k", "v", "o", "gate", "up", "down"), (64, 32))
     for changes, field in (
         ({"method.rules.ffn.experts": "2*8,4*8"}, "method.rules.ffn.experts"),
+        ({"method.rules.ffn.experts": "1|8", "method.rules.ffn.layers": "1-3"}, f"{ROUTER}.k"),
         ({"method.rules.attn.layers": "0-7"}, "method.rules.attn.layers"),
         ({f"{ADAPTER}.init": "pissa", f"{ADAPTER}.rank": 33}, f"{ADAPTER}.rank"),
     ):
@@ -256,7 +292,8 @@ def test_options_are_read_from_the_members_file(tmp_path, monkeypatch):
         "import dataclasses\n@dataclasses.dataclass(frozen=True)\nclass Router:\n    share: str = 'site'\n"
     )
     (tmp_path / "routers" / "mine.py").write_text(
-        "import dataclasses\nfrom typing import ClassVar, Literal\nimport absent\nfrom molora_jax.routers.base import Router\n"
+        "import dataclasses\nfrom typing import ClassVar, Literal\nimport absent\n"
+        "from molora_jax.routers.base import Router\n"
         "@dataclasses.dataclass(frozen=True)\nclass Mine(Router):\n    NEEDS: ClassVar = ('z',)\n"
         "    mode: Literal['soft', 'hard'] = 'soft'\n    heat: float\n"
     )

@@ -1,0 +1,163 @@
+"""The command line: typed overrides, and one clear message with exit status 2 for every mistake."""
+
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+from configs import common
+from launch import flags
+from molora_jax.errors import InputError
+
+ROOT = pathlib.Path(__file__).parents[1]
+MIXLORA = str(ROOT / "configs/mixlora.py")
+FLAGS = [("--workdir", dict(required=True)), ("--steps", dict(type=int, default=1))]
+
+
+def parse(*argv, **keywords):
+    return flags.parse("Test.", FLAGS, ["--workdir=w", *argv], **keywords)
+
+
+def test_overrides_take_the_type_of_the_field():
+    config, args = parse(
+        f"--config={MIXLORA}",
+        "--config.train.steps=7",
+        "--config.optim.learning_rate=1",
+        "--config.base.source=random:tiny",
+        "--config.method.rules.ffn.experts=4",
+        "--config.method.rules.ffn.shrink=true",
+        "--config.data.system=a, b = c",
+        "--config.mesh.data", "-1",
+        "--steps=3",
+    )  # fmt: skip
+    assert config.train.steps == 7 and args.steps == 3 and args.workdir == "w"
+    assert type(config.optim.learning_rate) is float and config.optim.learning_rate == 1.0
+    assert config.method.rules.ffn.experts == "4" and config.method.rules.ffn.shrink is True
+    assert config.data.system == "a, b = c" and config.mesh.data == -1
+
+
+def test_tuples(tmp_path):
+    (tmp_path / "one").mkdir()
+    (tmp_path / "two").mkdir()
+    paths = (str(tmp_path / "one"), str(tmp_path / "two"))
+    config, _ = parse(f"--config={MIXLORA}", f"--config.method.rules.ffn.load={','.join(paths)}")
+    assert config.method.rules.ffn.load == paths
+
+
+def test_an_option_that_the_file_leaves_out():
+    config, _ = parse(
+        f"--config={MIXLORA}", "--config.optim.ratio=4", "--config.optim.name=lora_plus",
+        "--config.method.rules.ffn.router.jitter=0.1",
+    )  # fmt: skip
+    assert config.optim.ratio == 4.0 and config.method.rules.ffn.router.jitter == 0.1
+
+
+def test_a_shared_file_is_not_changed_by_overrides():
+    parse(f"--config={MIXLORA}", "--config.train.steps=7")
+    assert parse(f"--config={MIXLORA}")[0].train.steps == common.get_config().train.steps
+
+
+def test_config_may_be_optional_or_come_from_elsewhere():
+    assert parse(need_config=False)[0] is None
+    config, _ = parse("--config.eval.items=4", need_config=False, defaults=lambda args: common.get_config())
+    assert config.eval["items"] == 4  # ConfigDict.items is its method
+    with pytest.raises(InputError):
+        parse("--config.eval.items=4", need_config=False)
+
+
+BAD = [
+    (["--config.train.step=3"], "config.train.step", "'steps'"),
+    (["--config.trian.steps=3"], "config.trian", "'train'"),
+    (["--config.train.steps.x=3"], "config.train.steps", "a group"),
+    (["--config.train.steps=abc"], "config.train.steps", "an integer"),
+    (["--config.train.steps=2.5"], "config.train.steps", "an integer"),
+    (["--config.train.steps="], "config.train.steps", "an integer"),
+    (["--config.train.steps"], "--config.train.steps", "no value"),
+    (["--config.optim.learning_rate=nan"], "config.optim.learning_rate", "a finite number"),
+    (["--config.optim.learning_rate=fast"], "config.optim.learning_rate", "a number"),
+    (["--config.method.rules.ffn.shrink=maybe"], "config.method.rules.ffn.shrink", "true or false"),
+    (["--config.method.rules.ffn=8"], "config.method.rules.ffn", "not a group"),
+    (["--config.method.rules.new.experts=8"], "config.method.rules.new", "attn, ffn"),
+    (["--config.method.rules.ffn.router.k=9"], "method.rules.ffn.router.k", "K > E"),
+    (["--config.losses.z_loss.weight=1"], "config.losses.z_loss", "balance"),
+    (["--config..steps=1"], "config.", "an unknown field"),
+    (["--wokdir=x"], "--wokdir", "'--workdir'"),
+    (["--steps=many"], "command line", "invalid int value"),
+    (["stray"], "stray", "an unknown flag"),
+]
+
+
+@pytest.mark.parametrize(("argv", "where", "text"), BAD, ids=[argv[0] for argv, *_ in BAD])
+def test_wrong(argv, where, text):
+    with pytest.raises(InputError) as caught:
+        parse(f"--config={MIXLORA}", *argv)
+    assert caught.value.where == where
+    assert text in str(caught.value)
+
+
+FILES = [
+    ("def get_config(:\n    pass\n", "line 1", "def get_config(:"),
+    ("x = 1\n", "--config", "without get_config"),
+    ("def get_config():\n    return 3\n", "--config", "a ConfigDict"),
+    ("import configs.comon\n", "line 1", "ModuleNotFoundError"),
+    ("from configs import common\n\n\ndef get_config():\n    return common.get_confg()\n", "line 5", "AttributeError"),
+    ("from configs import mixlora\n\n\ndef get_config():\n    c = mixlora.get_config()\n    c.train.step = 3\n"
+     "    return c\n", "train.step", "'steps'"),
+    ("from configs import mixlora\n\n\ndef get_config():\n    c = mixlora.get_config()\n    c.train.steps = 'x'\n"
+     "    return c\n", "line 6", "TypeError"),
+    ("raise SystemExit(5)\n", "line 1", "SystemExit"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("text", "where", "message"), FILES, ids=[m for *_, m in FILES])
+def test_wrong_config_file(tmp_path, text, where, message):
+    file = tmp_path / "config.py"
+    file.write_text(text)
+    with pytest.raises(InputError) as caught:
+        parse(f"--config={file}")
+    assert where in caught.value.where
+    assert message in str(caught.value)
+    assert not (tmp_path / "__pycache__").exists()
+
+
+def test_missing_config_file():
+    with pytest.raises(InputError) as caught:
+        parse(f"--config={ROOT / 'configs/mixlra.py'}")
+    assert "mixlora.py" in str(caught.value)
+
+
+LAUNCHER = """
+import sys
+from launch import flags
+
+def main(argv):
+    config, args = flags.parse("Says the steps.", [("--workdir", dict(required=True))], argv)
+    if args.workdir == "stop":
+        raise KeyboardInterrupt
+    print(config.train.steps, "jax" in sys.modules)
+
+flags.main(main)
+"""
+
+
+@pytest.mark.parametrize(
+    ("argv", "status", "text"),
+    [
+        ([f"--config={MIXLORA}", "--workdir=w", "--config.train.steps=5"], 0, "5 False"),
+        ([f"--config={MIXLORA}", "--workdir=stop"], 130, "interrupted"),
+        ([f"--config={MIXLORA}", "--workdir=w", "--config.train.stepz=5"], 2, "Did you mean 'steps'?"),
+        ([f"--config={MIXLORA}"], 2, "--workdir"),
+        (["--workdir=w"], 2, "--config"),
+        (["--config=absent.py", "--workdir=w"], 2, "no such file"),
+        (["--help"], 0, "--config.a.b=value"),
+    ],
+    ids=lambda value: str(value)[:40],
+)
+def test_exit_status(argv, status, text):
+    run = subprocess.run([sys.executable, "-c", LAUNCHER, *argv], cwd=ROOT, capture_output=True, text=True)
+    assert run.returncode == status, run.stderr
+    assert text in run.stdout + run.stderr
+    assert "Traceback" not in run.stderr
+    if status == 2:
+        assert run.stderr.startswith("error: ") and not run.stdout
