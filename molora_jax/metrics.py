@@ -86,7 +86,9 @@ class MetricsWriter:
             if name != "step" and not isinstance(value, str):
                 numbers = np.asarray(value, np.float64)
                 if numbers.size:
-                    self._board.add_scalar(name, float(numbers.mean()), step)
+                    with np.errstate(invalid="ignore"):  # the mean of inf and -inf
+                        mean = float(numbers.mean())
+                    self._board.add_scalar(name, mean, step)
                 if self.per_layer and numbers.ndim == 1:
                     for layer, number in enumerate(numbers):
                         self._board.add_scalar(f"{name}/layer_{layer:03d}", float(number), step)

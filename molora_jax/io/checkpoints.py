@@ -200,8 +200,7 @@ class Checkpoints:
         return self.directory / f"saving-{step}"
 
     def _failed(self, step, stage, error):
-        text = str(error).strip().splitlines() or [""]
-        self.failures.append(Failure(int(step), stage, f"{type(error).__name__}: {text[0][:500]}"))
+        self.failures.append(Failure(int(step), stage, _first_cause(error)))
         try:
             self._sweep()
         except OSError as more:
@@ -333,7 +332,7 @@ def _load(folder, manifest, items) -> dict:
         with _context():
             loaded = ocp.load_checkpointables(folder, abstract)
     except Exception as error:
-        raise InputError(str(folder), got=f"{error}"[:500], expected=f"readable items {items}") from error
+        raise InputError(str(folder), got=_first_cause(error), expected=f"readable items {items}") from None
     result = {}
     for item in items:
         leaves = {k: np.asarray(x) for k, x in names(loaded[item]).items()} if manifest["tree"][item] else {}
@@ -344,6 +343,13 @@ def _load(folder, manifest, items) -> dict:
                 raise InputError(where, got=f"{_describe(found)}", expected=f"{leaf}", fix=manifests.DAMAGED)
         result[item] = nest(leaves)
     return result
+
+
+def _first_cause(error) -> str:
+    """Orbax wraps what went wrong in a page about its handlers."""
+    while error.__cause__ or error.__context__:
+        error = error.__cause__ or error.__context__
+    return f"{type(error).__name__}: {str(error).strip()[:400]}"
 
 
 def _describe(x, known=None) -> dict:
