@@ -49,9 +49,8 @@ def parse(description, flags, argv=None, need_config=True, defaults=None):
     rest, overrides = _split(argv)
     args, unknown = parser.parse_known_args(rest)
     if unknown:
-        known = [name for action in parser._actions for name in action.option_strings]
-        raise wrong(unknown[0].partition("=")[0], "an unknown flag", "one of " + ", ".join(known),
-                    did_you_mean(unknown[0].partition("=")[0], known))  # fmt: skip
+        flag, known = unknown[0].partition("=")[0], ["--config", *(name for name, _ in flags)]
+        raise wrong(flag, "an unknown flag", "one of " + ", ".join(known), did_you_mean(flag, known))
     config = load(args.config) if args.config else defaults(args) if defaults else None
     if config is None and overrides:
         raise wrong(f"--config.{overrides[0][0]}", "an override", "a config to change", "Give --config=FILE.py too.")

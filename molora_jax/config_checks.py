@@ -6,7 +6,7 @@ import re
 
 from molora_jax import config_fields as known
 from molora_jax.config_fields import ATTENTION, FFN, did_you_mean, one_of, wrong
-from molora_jax.config_members import attribute, inherits, members, options
+from molora_jax.config_members import attribute, inherits, members, options, unlisted
 from molora_jax.config_resolve import expert_counts, resolve_experts, resolve_layers, resolve_sites
 from molora_jax.errors import InputError
 
@@ -80,11 +80,13 @@ def _member(where, value, axis, *, name=""):
     if not isinstance(value, dict):
         return [wrong(where, repr(value), "a dict of options")]
     member, more = (name, ()) if name else (value.get("name"), ("name",))
-    if not isinstance(member, str) or member not in members(axis):
-        got = repr(member) if member is not None else "nothing"
-        return [
-            wrong(where if name else f"{where}.name", got, one_of(members(axis)), did_you_mean(member, members(axis)))
-        ]
+    at, names = where if name else f"{where}.name", members(axis)
+    if not isinstance(member, str) or member not in names:
+        got = "nothing" if member is None else repr(member)
+        return [wrong(at, got, one_of(names), did_you_mean(member, names))]
+    if unlisted(axis, member):
+        file = f"molora_jax/{axis}/__init__.py"
+        return [wrong(at, f"{member!r}, which {file} does not list", "a member of its dict", f"Add it to {file}.")]
     return list(_fields(where, value, options(axis, member), more=more, of=f"an option of {member}: "))
 
 

@@ -10,7 +10,7 @@ import dataclasses
 import functools
 import pathlib
 
-from molora_jax.config_fields import RANGES, REQUIRED, Field, choice
+from molora_jax.config_fields import RANGES, REQUIRED, Field, choice, wrong
 
 PACKAGE = pathlib.Path(__file__).parent
 NOT_MEMBERS = ("__init__", "base")
@@ -22,13 +22,21 @@ def members(axis):
     return tuple(sorted(f.stem for f in files if f.stem not in NOT_MEMBERS and not f.stem.startswith("_")))
 
 
+def unlisted(axis, name):
+    """Whether the axis's `__init__` holds a dict of members and this one is not in it."""
+    path = PACKAGE / axis / "__init__.py"
+    tables = [n.value for n in (_module(path).body if path.is_file() else []) if isinstance(n, ast.Assign)]
+    names = [_literal(key, None) for t in tables if isinstance(t, ast.Dict) for key in t.keys if key is not None]
+    return bool(names) and name not in names
+
+
 @functools.cache
 def options(axis, name):
     """{option: Field} of a member, with those of its base class in `base.py` or another member's file."""
     ranges = {**RANGES.get(axis, {}), **RANGES.get(f"{axis}.{name}", {})}
     fields = {}
     for option, (annotation, default) in _annotations(axis, name).items():
-        field = _field(annotation, default)
+        field = _field(f"molora_jax/{axis}/{name}.py, field {option}", annotation, default)
         limit = ranges.get(option)
         if limit is not None and limit.kind is field.kind and not field.expected:
             field = dataclasses.replace(limit, default=field.default)
@@ -57,7 +65,11 @@ def inherits(axis, name, ancestor):
 
 @functools.cache
 def _module(path):
-    return ast.parse(path.read_text(encoding="utf-8"), filename=str(path))
+    try:
+        return ast.parse(path.read_text(encoding="utf-8"), filename=str(path))
+    except SyntaxError as error:
+        line = repr((error.text or "").strip())
+        raise wrong(f"{path}, line {error.lineno}", line, f"Python ({error.msg})", "Correct that line.") from None
 
 
 def _is_dataclass(node):
@@ -78,11 +90,12 @@ def _lineage(axis, name):
     while True:
         path, node = lineage[0]
         wanted = {ast.unparse(base).rpartition(".")[2] for base in node.bases}
-        imported = [item.module.rpartition(".")[2] for item in _module(path).body
-                    if isinstance(item, ast.ImportFrom) and item.module]  # fmt: skip
-        files = [path, *(PACKAGE / axis / f"{stem}.py" for stem in ["base", *imported])]
-        names = [alias.name for item in _module(path).body if isinstance(item, ast.ImportFrom) for alias in item.names]
-        files += [PACKAGE / axis / f"{stem}.py" for stem in names]
+        imports = [item for item in _module(path).body if isinstance(item, ast.ImportFrom)]
+        stems = [
+            item.module.rpartition(".")[2] for item in imports if item.module
+        ]  # from molora_jax.axis.stem import C
+        stems += [alias.name for item in imports for alias in item.names]  # from molora_jax.axis import stem
+        files = [path, *(PACKAGE / axis / f"{stem}.py" for stem in ["base", *stems])]
         parents = [(f, c) for f in files for c in _classes(f) if c.name in wanted and c is not node]
         if not parents or len(lineage) > 8:
             return lineage
@@ -107,7 +120,7 @@ def _literal(node, otherwise):
         return otherwise
 
 
-def _field(annotation, default):
+def _field(where, annotation, default):
     default = REQUIRED if default is None else _literal(default, None)
     if isinstance(annotation, ast.Subscript) and ast.unparse(annotation.value).endswith("Literal"):
         allowed = _literal(annotation.slice, ())
@@ -117,5 +130,5 @@ def _field(annotation, default):
     kinds = {"int": int, "float": float, "bool": bool, "str": str, "tuple": tuple}
     kind = kinds.get(text.partition("[")[0])
     if kind is None:
-        raise TypeError(f"a member's option has type {text}: use int, float, bool, str, tuple or Literal")
+        raise wrong(where, text, "int, float, bool, str, tuple or Literal", "A config holds no other types.")
     return Field(kind, default=default)

@@ -285,6 +285,18 @@ def test_model():
         assert caught.value.where == field
 
 
+def test_a_member_with_a_mistake_is_named(tmp_path, monkeypatch):
+    (tmp_path / "losses").mkdir()
+    head = "import dataclasses\n@dataclasses.dataclass(frozen=True)\n"
+    (tmp_path / "losses" / "odd.py").write_text(f"{head}class Odd:\n    table: dict = None\n")
+    (tmp_path / "losses" / "broken.py").write_text(f"{head}class Broken\n")
+    monkeypatch.setattr(config_members, "PACKAGE", tmp_path)
+    for name, where in (("odd", "field table"), ("broken", "line 3")):
+        with pytest.raises(InputError) as caught:
+            config_members.options("losses", name)
+        assert f"{name}.py, {where}" in caught.value.where
+
+
 def test_options_are_read_from_the_members_file(tmp_path, monkeypatch):
     """A newcomer's file is enough: fields, defaults, inherited fields and Literal choices."""
     (tmp_path / "routers").mkdir()
@@ -306,6 +318,9 @@ def test_options_are_read_from_the_members_file(tmp_path, monkeypatch):
     assert options["share"].default == "site" and options["mode"].accepts("hard") and not options["mode"].accepts("x")
     assert options["heat"].kind is float
     assert config_members.attribute("routers", "mine", "NEEDS") == ("z",)
+    assert not config_members.unlisted("routers", "mine")
+    (tmp_path / "routers" / "__init__.py").write_text("ROUTERS = {'other': None}\n")
+    assert config_members.unlisted("routers", "mine")
 
 
 def test_importing_the_schema_imports_no_jax():
