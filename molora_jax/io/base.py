@@ -8,9 +8,11 @@
 
 A GGUF file is dequantised once, into a Hugging Face folder `CACHE/converted/<digest>-<dtype>-v1`; later starts only
 map that. The folder is written under another name and renamed when it is complete, so a kill leaves no half model and
-two processes at once do no harm.
+two processes at once do no harm. Its weights are hashed at every start (0.4 s for 540 MB, while they are copied): a
+flipped bit on the disk would otherwise pass as a slightly different model.
 """
 
+import concurrent.futures
 import contextlib
 import dataclasses
 import hashlib
@@ -30,6 +32,7 @@ from molora_jax.models import families
 
 _DTYPES = {"float32": np.float32, "bfloat16": ml_dtypes.bfloat16, "float16": np.float16}
 _FORMAT = "v1"  # raise it when a conversion changes: old folders are then not used
+_NOTE = "molora.json"
 _STALE_SECONDS = 86_400
 
 
@@ -77,9 +80,9 @@ def load_base(source: str, *, dtype: str = "float32", seed: int = 0) -> Base:
             path = pathlib.Path(rest).expanduser()
             gguf.check_magic(path)
             digest = fetch.remembered_sha256(path)
-            return _load_folder(_converted(digest, dtype, lambda: path), dtype, digest, source)
+            return _load_converted(_converted(digest, dtype, lambda: path), dtype, digest, source)
         folder = fetch.hub_folder(rest) if scheme == "hf" else pathlib.Path(rest).expanduser()
-        return _load_folder(folder, dtype, None, source)
+        return _load_folder(folder, dtype, source)
     except OSError as error:  # a full disk, a folder without permission
         raise InputError(
             f"{source}: {error.filename or 'a file'}", got=error.strerror or str(error), expected="to read or write it",
@@ -91,10 +94,24 @@ def _load_package(alias, dtype, source):
     if alias not in fetch.PACKAGES:
         fetch.package_file(alias)  # raises, with the names that exist
     digest = fetch.PACKAGES[alias].member_sha256
-    return _load_folder(_converted(digest, dtype, lambda: fetch.package_file(alias)), dtype, digest, source)
+    return _load_converted(_converted(digest, dtype, lambda: fetch.package_file(alias)), dtype, digest, source)
 
 
-def _load_folder(folder, dtype, digest, source):
+def _load_converted(folder, dtype, digest, source):
+    weights = folder / "model.safetensors"
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+        hashing = pool.submit(fetch.file_sha256, weights)  # hashlib releases the GIL
+        base = _load_folder(folder, dtype, source, digest=digest)
+        expected = tokenizer.read_json(folder / _NOTE).get("weights_sha256")
+        if hashing.result() != expected:
+            raise InputError(
+                str(weights), got=f"sha256 {hashing.result()}", expected=f"{expected}, as it was written",
+                fix=f"The cache is damaged: delete {folder} and start again.",
+            )  # fmt: skip
+    return base
+
+
+def _load_folder(folder, dtype, source, *, digest=None):
     config, params = huggingface.read_folder(folder, _DTYPES[dtype])
     text = tokenizer.from_folder(folder)
     if text.vocab_size > config.vocab:
@@ -124,8 +141,11 @@ def _converted(digest, dtype, gguf_path) -> pathlib.Path:
         config = gguf_model.hf_config(file)
         sources = gguf_model.tensor_sources(file, families.from_hf(config, where=str(path)))
         huggingface.write_folder(temporary, config, sources, gguf_model.tokenizer(file), _DTYPES[dtype])
-        note = {"source_sha256": digest, "source_name": path.name, "dtype": dtype, "format": _FORMAT}
-        (temporary / "molora.json").write_text(json.dumps(note), encoding="utf-8")
+        note = {
+            "source_sha256": digest, "source_name": path.name, "dtype": dtype,
+            "weights_sha256": fetch.file_sha256(temporary / "model.safetensors"),
+        }  # fmt: skip
+        (temporary / _NOTE).write_text(json.dumps(note), encoding="utf-8")
         temporary.chmod(0o755)  # mkdtemp's 0700 would lock out others who share the cache
         with contextlib.suppress(OSError):  # another process was first: its folder holds the same
             os.rename(temporary, folder)

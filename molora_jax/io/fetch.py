@@ -201,8 +201,9 @@ def hub_folder(name: str) -> pathlib.Path:
             huggingface_hub.snapshot_download(repository, revision=revision or None, allow_patterns=patterns)
         )
     except Exception as error:  # noqa: BLE001 - HTTP, offline mode, gated or missing repository, bad name, disk
+        first_line = (str(error).strip() or "no message").splitlines()[0][:200]
         raise InputError(
-            f"hf:{name}", got=f"{type(error).__name__}: {str(error).strip().splitlines()[0][:200] if str(error) else ''}",
+            f"hf:{name}", got=f"{type(error).__name__}: {first_line}",
             expected="a model on the hub or in its local cache",
             fix=f"Check the name, the network, HF_HUB_OFFLINE and your access. {other}",
         ) from None  # fmt: skip

@@ -1,0 +1,155 @@
+"""GGUF: every block type against the `gguf` package's numbers, whole tiny models, and hostile files."""
+
+import pathlib
+import struct
+
+import numpy as np
+import pytest
+
+from molora_jax.errors import InputError
+from molora_jax.io import gguf, gguf_model, quants
+from molora_jax.io.base import load_base
+from tests.io import tiny_files
+
+FIXTURES = pathlib.Path(__file__).parents[1] / "fixtures"
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("MOLORA_CACHE", str(tmp_path / "cache"))
+
+
+@pytest.mark.parametrize("type_id", quants.TYPES)
+def test_every_type_equals_the_gguf_package(type_id):
+    name, block, block_bytes, _ = quants.TYPES[type_id]
+    with np.load(FIXTURES / "gguf_blocks.npz", allow_pickle=False) as fixture:
+        raw, expected = fixture[f"{name}_raw"], fixture[name]
+    assert raw.shape[1:] == (block_bytes,)
+    assert expected.size == len(raw) * block
+    np.testing.assert_array_equal(quants.dequantize(raw, type_id), expected.reshape(-1))
+
+
+def test_a_quantised_tensor_keeps_its_rows(tmp_path):
+    with np.load(FIXTURES / "gguf_blocks.npz", allow_pickle=False) as fixture:
+        raw, expected = fixture["Q4_1_raw"][:2], fixture["Q4_1"][:2]
+    path = tmp_path / "t.gguf"
+    path.write_bytes(tiny_files.gguf_bytes({"general.name": "x"}, {"w": ((2, 32), "Q4_1", raw.tobytes())}))
+    np.testing.assert_array_equal(gguf.read(path).tensor("w"), expected.reshape(2, 32))
+
+
+@pytest.mark.parametrize(
+    ("arch", "changes"),
+    [("llama", {}), ("llama", {"tie_word_embeddings": False}), ("qwen2", {}), ("qwen3", {"head_dim": 8})],
+)
+def test_a_whole_model(tmp_path, arch, changes):
+    extra = {"qwen3.attention.key_length": 8} if arch == "qwen3" else {}
+    content, wanted = tiny_files.llama_gguf(arch, metadata=extra, **changes)
+    path = tmp_path / "model.gguf"
+    path.write_bytes(content)
+    base = load_base(f"gguf:{path}")
+    assert base.config.family == arch
+    assert base.config.norm_eps == 1e-5
+    for i in range(2):
+        q = wanted[f"model.layers.{i}.self_attn.q_proj.weight"]
+        np.testing.assert_array_equal(base.params["blocks"]["q"]["kernel"][i], q.T)
+        k = wanted[f"model.layers.{i}.self_attn.k_proj.weight"]
+        np.testing.assert_array_equal(base.params["blocks"]["k"]["kernel"][i], k.T)
+        if arch == "qwen2":
+            bias = wanted[f"model.layers.{i}.self_attn.q_proj.bias"]
+            np.testing.assert_array_equal(base.params["blocks"]["q"]["bias"][i], bias)
+    np.testing.assert_array_equal(base.params["embed"], wanted["model.embed_tokens.weight"])
+    assert ("head" in base.params) == (not base.config.tied)
+    ids = base.tokenizer.encode("<|im_start|>ab!<|im_end|>")
+    assert ids[0] == 258
+    assert ids[-1] == 259
+    assert 260 in ids  # the merge
+    again = load_base(f"gguf:{path}", dtype="bfloat16")
+    assert again.digest == base.digest
+    assert again.params["embed"].dtype.name == "bfloat16"
+
+
+def test_every_truncation_is_an_input_error(tmp_path):
+    content, _ = tiny_files.llama_gguf()
+    path = tmp_path / "cut.gguf"
+    for size in [*range(0, 400, 7), *np.linspace(400, len(content) - 33, 40).astype(int)]:
+        path.write_bytes(content[:size])
+        with pytest.raises(InputError, match=r"cut\.gguf"):
+            gguf.read(path)
+
+
+def test_mutated_files_load_or_are_refused(tmp_path):
+    """Flipped header bytes never give another error than InputError, and never a large allocation."""
+    content, _ = tiny_files.llama_gguf()
+    header = len(content) - sum(v.nbytes for v in tiny_files.hf_tensors(tiny_files.llama_config()).values())
+    rng = np.random.default_rng(0)
+    refused = 0
+    for case in range(150):
+        mutated = bytearray(content)
+        for at in rng.integers(0, header, rng.integers(1, 4)):
+            mutated[at] = rng.integers(0, 256)
+        path = tmp_path / "mutated.gguf"
+        path.write_bytes(mutated)
+        try:
+            load_base(f"gguf:{path}")
+        except InputError:
+            refused += 1
+        assert not list((tmp_path / "cache").glob("converted/.part-*")), case
+    assert refused > 20
+
+
+def test_huge_declared_sizes_allocate_nothing(tmp_path):
+    path = tmp_path / "huge.gguf"
+    array = tiny_files.gguf_string("a") + struct.pack("<IIQ", 9, 8, 1 << 60)
+    path.write_bytes(b"GGUF" + struct.pack("<IQQ", 3, 0, 1) + array)
+    with pytest.raises(InputError, match="array of"):
+        gguf.read(path)
+    tensor = tiny_files.gguf_string("t") + struct.pack("<IQQIQ", 2, 1 << 40, 1 << 40, 0, 0)
+    path.write_bytes(b"GGUF" + struct.pack("<IQQ", 3, 1, 0) + tensor)
+    with pytest.raises(InputError, match="cut short"):
+        gguf.read(path)
+
+
+@pytest.mark.parametrize(
+    ("metadata", "drop", "message"),
+    [
+        ({"general.architecture": "mamba"}, (), "general.architecture.*'mamba'.*one of llama"),
+        ({"tokenizer.ggml.pre": "bloom"}, (), "tokenizer.ggml.pre.*'bloom'"),
+        ({"tokenizer.ggml.model": "llama"}, (), "tokenizer.ggml.model.*hf:ORG"),
+        ({"llama.expert_count": 8}, (), "MoE"),
+        ({"llama.rope.scaling.type": "yarn"}, (), "yarn"),
+        ({"llama.block_count": 3}, (), "blk.2.attn_norm.*no such tensor"),
+        ({"llama.block_count": 1}, (), "blk.1"),
+        ({"llama.embedding_length": 32}, (), "expected shape"),
+        ({"tokenizer.ggml.bos_token_id": 999}, (), "bos_token_id"),
+        ({}, ("blk.1.ffn_up.weight",), "blk.1.ffn_up.weight: got no such tensor"),
+        ({}, ("llama.attention.layer_norm_rms_epsilon",), "layer_norm_rms_epsilon"),
+        ({}, ("token_embd.weight",), "vocab_size|token_embd"),
+    ],
+)
+def test_models_that_are_refused(tmp_path, metadata, drop, message):
+    path = tmp_path / "model.gguf"
+    path.write_bytes(tiny_files.llama_gguf(metadata=metadata, drop=drop)[0])
+    with pytest.raises(InputError, match=message):
+        load_base(f"gguf:{path}")
+
+
+def test_unknown_tensor_type(tmp_path):
+    content = tiny_files.gguf_bytes({"general.name": "x"}, {"w": ((1, 32), "F32", bytes(128))})
+    at = content.index(tiny_files.gguf_string("w")) + 9 + 4 + 16
+    path = tmp_path / "t.gguf"
+    path.write_bytes(content[:at] + struct.pack("<I", 16) + content[at + 4 :])
+    with pytest.raises(InputError, match="GGML type 16"):
+        gguf.read(path)
+
+
+def test_llama3_scaling_is_refitted(tmp_path):
+    half = 32
+    inverse = 500000.0 ** (-np.arange(half) / half)
+    smooth = np.clip((8192 * inverse / (2 * np.pi) - 1) / 3, 0, 1)
+    divisor = (1 / (smooth + (1 - smooth) / 8)).astype(np.float32)
+    path = tmp_path / "rope.gguf"
+    path.write_bytes(tiny_files.gguf_bytes({"a": 1}, {"rope_freqs.weight": ((half,), "F32", divisor.tobytes())}))
+    scaling = gguf_model._llama3_scaling(gguf.read(path), {"head_dim": 64, "rope_theta": 500000.0})
+    assert scaling["factor"] == 8.0
+    with pytest.raises(InputError, match="rope scaling"):
+        gguf_model._llama3_scaling(gguf.read(path), {"head_dim": 64, "rope_theta": 100.0})
