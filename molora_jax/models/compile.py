@@ -18,18 +18,22 @@ def compile_model(config, decoder: DecoderConfig, *, max_segments: int = 0) -> M
     """The validated config's rules on this decoder. Rules keep the config's (sorted) order."""
     rules = []
     for name, rule in sorted(config.method.rules.items()):
-        counts = config_lib.resolve_experts(rule.experts, decoder.layers)
-        layers = set(config_lib.resolve_layers(rule.layers, decoder.layers))
+        layers = config_lib.resolve_layers(rule.layers, decoder.layers)
+        counts = dict(zip(layers, config_lib.resolve_experts(rule.experts, len(layers)), strict=True))
         rules.append(
             Rule(
                 name=name,
                 sites=config_lib.resolve_sites(rule.sites),
-                experts=tuple(n if layer in layers else 0 for layer, n in enumerate(counts)),
+                experts=tuple(counts.get(layer, 0) for layer in range(decoder.layers)),
                 adapter=_member(ADAPTERS, rule.adapter),
                 router=_member(ROUTERS, rule.router) if "router" in rule else None,
                 down=rule.down,
                 shrink=rule.shrink,
             )
         )
-    losses = tuple((name, LOSSES[name](**dict(options))) for name, options in sorted(config.losses.items()))
-    return Model(decoder, tuple(rules), losses, remat=config.train.remat, max_segments=max_segments)
+    return Model(decoder, tuple(rules), compile_losses(config), remat=config.train.remat, max_segments=max_segments)
+
+
+def compile_losses(config) -> tuple[tuple[str, object], ...]:
+    """`(name, member)` of the config's routing losses (a stage may change their weights)."""
+    return tuple((name, LOSSES[name](**dict(options))) for name, options in sorted(config.losses.items()))

@@ -1,0 +1,304 @@
+"""The training loop: everything that is not a pure function of arrays.
+
+    restore or start -> for every stage: compile its step -> batch, step, metrics, checkpoint -> table and picture
+"""
+
+import dataclasses
+import pathlib
+import resource
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental import multihost_utils
+
+from molora_jax import config as config_lib
+from molora_jax import sharding
+from molora_jax.errors import InputError
+from molora_jax.evaluate.nll import example_nll
+from molora_jax.evaluate.plots import plot_loss
+from molora_jax.io import warm_start
+from molora_jax.io.checkpoints import Checkpoints
+from molora_jax.metrics import MetricsWriter, Progress, duration
+from molora_jax.models.compile import compile_losses
+from molora_jax.optim import OPTIMIZERS
+from molora_jax.train import stages as stages_lib
+from molora_jax.train import summary, trees
+from molora_jax.train.setup import setup
+from molora_jax.train.signals import StopRequest
+from molora_jax.train.step import TrainState, fresh, make_step
+from molora_jax.train.workdir import Workdir
+
+MAX_SKIPPED = 5  # steps in a row without a finite gradient before the run gives up
+
+
+@dataclasses.dataclass(frozen=True)
+class Result:
+    """What a run came to: the last `step`, its `loss`, `seconds` and `tokens` of this start; `signal` that ended it."""
+
+    step: int
+    loss: float | None
+    seconds: float
+    tokens: int
+    peak_bytes: int
+    signal: int | None = None
+
+
+def peak_bytes() -> int:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+class StageStep:
+    """One stage's trainable leaves, optimizer and compiled step."""
+
+    def __init__(self, run, stage, model):
+        self.stage = stage
+        self.frozen = model.frozen_patterns() + stage.freeze
+        options = dict(stage.config.optim)
+        self.member = OPTIMIZERS[options.pop("name")](**options)
+        total = stage.config.train.steps
+        shapes = jax.eval_shape(lambda p: model.init_adapters(jax.random.key(0), p), run.params)
+        trainable, _ = trees.split(shapes, self.frozen)
+        if not trainable:
+            raise InputError(
+                f"schedule.{stage.name}.freeze", got="patterns that freeze every leaf", expected="something to train"
+            )
+        self.optimizer = self.member.make(total, trees.pairs(model, trainable))
+        # the losses and their weights are the stage's own; shapes of leaves never are
+        self.model = dataclasses.replace(model, losses=compile_losses(stage.config))
+        step = make_step(
+            self.model, self.optimizer, self.member.schedule(total), seed=run.config.seed, frozen=self.frozen,
+            accumulate=run.config.train.accumulate, clip=stage.config.train.clip,
+            targets_per_row=run.data.train.targets_per_row, constrain=run.constrain,
+        )  # fmt: skip
+        whole = sharding.replicated(run.mesh)
+        self.step = jax.jit(step, donate_argnums=0, out_shardings=(whole, whole))
+        self.stream = run.data.train.for_tasks(stage.tasks) if stage.tasks else run.data.train
+
+    def start(self, model, params, key) -> TrainState:
+        return fresh(model, self.optimizer, params, self.frozen, key)
+
+
+class Run:
+    """The loop's state: what `setup` made, the workdir, and where it stands."""
+
+    def __init__(self, config, workdir: Workdir, *, note):
+        self.config, self.workdir, self.note = config, workdir, note
+        made = setup(config)
+        self.mesh, self.base, self.data, self.model, self.params = made.mesh, made.base, made.data, made.model, made.params
+        self.identity = workdir.check_identity(config_lib.to_dict(config), made.identity)
+        workdir.write_config(config_lib.to_dict(config))
+        self.constrain = sharding.constrain(self.mesh)
+        self.stages = stages_lib.stages(config)
+        self.checkpoints = Checkpoints(pathlib.Path(workdir) / "checkpoints", keep=config.train.keep, warn=note)
+        self.best = float("inf")
+        self._compiled = {}
+
+    def compiled(self, stage) -> StageStep:
+        if stage.name not in self._compiled:
+            self._compiled = {stage.name: StageStep(self, stage, self.model)}  # one stage's buffers at a time
+        return self._compiled[stage.name]
+
+    # ---- state -----------------------------------------------------------------------------------------------------
+
+    def restore_or_start(self) -> TrainState:
+        step = self.checkpoints.newest_valid()
+        stage = self.compiled(stages_lib.stage_at(self.stages, step or 0))
+        whole = sharding.replicated(self.mesh)
+        key = jax.random.fold_in(jax.random.key(self.config.seed), 0x5EED)
+        make = jax.jit(lambda p: stage.start(self.model, p, key), out_shardings=whole)
+        if step is None:
+            state = make(self.params)
+            if self.config.train.init_from:
+                old = warm_start.load_adapters(self.config.train.init_from)
+                new = warm_start.recut(old, jax.device_get(state.adapters))
+                state = dataclasses.replace(state, adapters=sharding.put(new, whole))
+            return state
+        shapes = jax.eval_shape(lambda p: stage.start(self.model, p, key), self.params)
+        place = lambda tree: jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=whole), tree)  # noqa: E731
+        template = {
+            "adapters": place(shapes.adapters),
+            "opt": place(shapes.opt),
+            "router_state": place(shapes.router_state),
+            "train": {"step": place(shapes.step), "skipped": place(shapes.skipped), "best": np.zeros((), np.float64)},
+        }
+        items = self.checkpoints.restore(step, template)
+        self.best = float(items["train"]["best"])
+        self.note(f"resumed at step {step}")
+        return TrainState(
+            items["train"]["step"], items["train"]["skipped"], items["adapters"], items["opt"], items["router_state"]
+        )
+
+    def save(self, state: TrainState, step: int, *, best=False):
+        items = {
+            "adapters": state.adapters,
+            "opt": state.opt,
+            "router_state": state.router_state,
+            "train": {"step": state.step, "skipped": state.skipped, "best": np.float64(self.best)},
+        }
+        meta = {
+            "samples": step * self.config.train.batch_size,
+            "config": config_lib.to_dict(self.config),
+            "identity": self.identity,
+            "stage": stages_lib.stage_at(self.stages, step).name,
+        }
+        self.checkpoints.save(step, items, meta=meta, best=best)
+
+    def enter(self, stage, state: TrainState) -> TrainState:
+        """The next stage's fresh optimizer state, placed as the old one."""
+        compiled = self.compiled(stage)
+        trainable, _ = trees.split(state.adapters, compiled.frozen)
+        opt = jax.jit(compiled.optimizer.init, out_shardings=sharding.replicated(self.mesh))(trainable)
+        return dataclasses.replace(state, opt=opt)
+
+    # ---- evaluation ------------------------------------------------------------------------------------------------
+
+    def valid_nll(self, state: TrainState) -> float:
+        """Mean over tasks of the NLL per answer token on held-out items (split "valid")."""
+        examples = self.data.heldout("valid", self.config.eval.items)
+        rows = self.config.train.batch_size // self.config.train.accumulate
+        batches = self.data.heldout_batches(examples, rows, targets_per_row=self.data.train.targets_per_row)
+        sums = example_nll(
+            self.model, self.params, state.adapters, state.router_state, batches, len(examples),
+            mesh=self.mesh, targets_per_row=self.data.train.targets_per_row, constrain=self.constrain,
+        )  # fmt: skip
+        tasks = np.array([e.task_id for e in examples])
+        each = [sums["nll"][tasks == t].sum() / sums["tokens"][tasks == t].sum() for t in np.unique(tasks)]
+        return float(np.mean(each))
+
+
+def train(config, workdir: str, *, profile: bool = False, note=None) -> Result:
+    """Trains, or goes on with, the run in `workdir`.
+
+    Args:
+      config: validated. profile: writes a trace of steps 3 to 5 of this start to `workdir/profile`.
+      note: where lines of text go; by default the progress line's own stream.
+
+    Raises:
+      InputError: before anything is compiled, for anything that is the user's to change.
+    """
+    writer = jax.process_index() == 0
+    last = min(config.train.stop_after or config.train.steps, config.train.steps)
+    progress = Progress(last, log_every=config.train.log_every)
+    note = note or (progress.note if writer else lambda text: None)
+    with Workdir(workdir, writer=writer) as place, StopRequest() as stop:
+        run = Run(config, place, note=note)
+        state = run.restore_or_start()
+        start = int(state.step)
+        note(summary.rules_table(run.model, state.adapters, run.compiled(stages_lib.stage_at(run.stages, start)).frozen,
+                                 summary.count(run.params)))  # fmt: skip
+        with run.checkpoints:
+            if start == 0 and not run.checkpoints.steps():
+                run.save(state, 0)  # before the first compile, so that a kill inside it loses nothing
+            return _loop(run, state, start, last, stop, progress, note, profile, writer)
+
+
+def _loop(run, state, start, last, stop, progress, note, profile, writer) -> Result:
+    config, began, tokens, loss = run.config.train, time.monotonic(), 0, None
+    metrics = MetricsWriter(run.workdir, after_step=start) if writer else None
+    pending, clock = None, time.monotonic()
+    step = saved = start
+
+    def flush(entry):
+        """Writes the metrics of a step that is done (one step late, so that the device never waits for us)."""
+        nonlocal clock, tokens, loss
+        if entry is None:
+            return
+        number, values, extra = entry
+        values = jax.device_get(values)
+        now, before = time.monotonic(), clock
+        clock, loss, count = now, float(values["loss"]), int(values["tokens"])
+        tokens += count
+        if writer:
+            metrics.write(row(number, values, now - before) | extra)
+        progress.update(number, loss=loss, tokens=count) if writer else None
+        if int(values["skipped"]) >= MAX_SKIPPED:
+            raise InputError(
+                "train", got=f"no finite gradient for {MAX_SKIPPED} steps in a row (up to step {number})",
+                expected="finite gradients",
+                fix="Lower optim.learning_rate, or look at the data of these steps; the last checkpoint is unharmed.",
+            )  # fmt: skip
+
+    batches, stage = None, None
+    try:
+        while step < last and not _stopping(stop, step):
+            now = stages_lib.stage_at(run.stages, step)
+            if now is not stage:
+                stage, compiled = now, run.compiled(now)
+                rows = sharding.rows_of_process(config.batch_size)
+                batches = compiled.stream.iterate(step, rows=rows)
+            if profile and step == start + 2:
+                jax.profiler.start_trace(str(pathlib.Path(run.workdir) / "profile"))
+            _, batch = next(batches)
+            state, values = compiled.step(state, run.params, sharding.put_batch(batch, run.mesh, config.batch_size))
+            step += 1
+            flush(pending)
+            pending = (step, values, {})
+            if profile and step == min(start + 5, last):
+                jax.block_until_ready(values)
+                jax.profiler.stop_trace()
+                note(f"trace of steps {start + 3} to {step}: {pathlib.Path(run.workdir) / 'profile'}")
+                profile = False
+            if step >= stage.stop and stage is not run.stages[-1]:
+                state = run.enter(stages_lib.stage_at(run.stages, step), state)
+            best = False
+            if config.eval_every and step % config.eval_every == 0:
+                valid = run.valid_nll(state)
+                best, run.best = valid < run.best, min(valid, run.best)
+                pending[2]["valid_nll"] = valid
+                note(f"step {step}: valid NLL {valid:.4f}{' (best)' if best else ''}")
+            if best or step == last or (config.save_every and step % config.save_every == 0):
+                flush(pending)
+                pending = None
+                run.save(state, step, best=best)
+                saved = step
+        flush(pending)
+        if step > saved:
+            run.save(state, step)
+    finally:
+        if batches is not None:
+            batches.close()
+        failures = run.checkpoints.close()
+        progress.close()
+        if metrics is not None:
+            metrics.close()
+    if any(f.step == step and f.stage == "save" for f in failures):
+        raise InputError(
+            f"checkpoint {step}", got=failures[-1].error, expected="a saved checkpoint at the end of the run",
+            fix="Make room, and start the same command again: it goes on from the last saved step.",
+        )  # fmt: skip
+    result = Result(step, loss, time.monotonic() - began, tokens, peak_bytes(), stop.signal)
+    if writer:
+        _finish(run, result, start, note)
+    return result
+
+
+def _stopping(stop: StopRequest, step: int) -> bool:
+    """One decision for all processes, asked every tenth step where that costs a collective."""
+    if jax.process_count() == 1:
+        return stop.requested
+    return step % 10 == 0 and bool(np.any(multihost_utils.process_allgather(jnp.int32(stop.requested))))
+
+
+def row(step: int, values: dict, seconds: float) -> dict:
+    """A line of metrics.jsonl: the contract's names, `site/<rule>/<scope>/<statistic>` as lists over layers."""
+    values = dict(values)
+    sites = values.pop("site")
+    flat = {f"site/{name}/{statistic}": v for name, group in sites.items() for statistic, v in group.items()}
+    return {"step": step, **values, **flat, "seconds": round(seconds, 4)}
+
+
+def _finish(run, result: Result, start: int, note):
+    path = plot_loss(run.workdir)
+    done = result.step - start
+    rate = result.tokens / result.seconds if done else 0.0
+    rows = [
+        ("steps", "loss", "tokens/s", "time", "peak memory", "checkpoint"),
+        (f"{start} -> {result.step}", "-" if result.loss is None else f"{result.loss:.4f}", f"{rate:,.0f}",
+         duration(result.seconds), f"{result.peak_bytes / 1e9:.2f} GB", f"{run.workdir.path}/checkpoints/{result.step}"),
+    ]  # fmt: skip
+    note(summary.table(rows))
+    note(f"loss curve: {path}")
+    if result.signal is not None:
+        note(f"stopped by signal {result.signal} after step {result.step}: the same command goes on from there")

@@ -1,0 +1,44 @@
+"""Everything a run needs before its first step: mesh, base, data, model, in the order in which mistakes are cheapest."""
+
+import dataclasses
+from typing import Any
+
+import jax
+
+from molora_jax import config as config_lib
+from molora_jax import data as data_lib
+from molora_jax import sharding
+from molora_jax.io.base import load_base
+from molora_jax.models.compile import compile_model
+from molora_jax.models.model import Model
+
+
+@dataclasses.dataclass(frozen=True)
+class Setup:
+    """`params` is on the mesh; `base` keeps the tokenizer, the shape and the digest."""
+
+    config: Any
+    mesh: Any
+    base: Any
+    data: Any
+    model: Model
+    params: dict
+
+    @property
+    def identity(self) -> dict:
+        """What makes two runs the same beside their configs."""
+        return {"base_digest": self.base.digest, "data_fingerprint": self.data.fingerprint}
+
+
+def setup(config, *, devices=None) -> Setup:
+    """Raises InputError before anything is compiled."""
+    devices = jax.devices() if devices is None else devices
+    mesh = sharding.make_mesh(config_lib.check_mesh(config, len(devices)), devices)
+    base = load_base(config.base.source, dtype=config.base.dtype, seed=config.seed)
+    config_lib.check_model(config, base.config.layers, base.config.dims)
+    data = data_lib.build(
+        config.data, tokenizer=base.tokenizer, batch_size=config.train.batch_size, seed=config.seed
+    )
+    model = compile_model(config, base.config, max_segments=data.train.max_segments)
+    params = sharding.put(base.params, sharding.param_shardings(base.params, mesh))
+    return Setup(config, mesh, dataclasses.replace(base, params=None), data, model, params)
