@@ -1,0 +1,88 @@
+"""An example, its split, and the seeded order that replaces a shuffle.
+
+Splits are a function of the text alone: sha256(task + "\\0" + group) % 100 gives 90 / 5 / 5 train / valid / test. The
+group is whatever ties variants of one item together (a lemma, a country, an emoji), so no item straddles two splits,
+and adding rows elsewhere moves none.
+
+Orders come from a 64-bit mixing function written here, not from a library's generator, so that the order of a run does
+not change with the version of numpy.
+"""
+
+import dataclasses
+import hashlib
+
+import numpy as np
+
+SPLITS = ("train", "valid", "test")
+
+
+@dataclasses.dataclass(frozen=True)
+class Example:
+    """One question with its answer.
+
+    task: the task's reported name. prompt: what is asked (of a chat: all turns before the answer, as text).
+    target: the answer. group: the key of the split. choices: all labels of a classification task, else None.
+    messages: the chat turns before the answer where there is more than one user turn, else None.
+    """
+
+    task: str
+    prompt: str
+    target: str
+    group: str
+    choices: tuple[str, ...] | None = None
+    messages: tuple[tuple[str, str], ...] | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Encoded:
+    """An example as ids: `context_ids` end where the model starts to answer, `target_ids` end with the end token.
+
+    `example_id` is unique within the split and is what batches carry in `example_ids`.
+    """
+
+    task: str
+    task_id: int
+    split: str
+    example_id: int
+    prompt: str
+    target: str
+    group: str
+    choices: tuple[str, ...] | None
+    context_ids: tuple[int, ...]
+    target_ids: tuple[int, ...]
+
+
+def split_of(task: str, group: str) -> int:
+    """0, 1 or 2: the index in SPLITS."""
+    bucket = int.from_bytes(hashlib.sha256(f"{task}\0{group}".encode()).digest(), "big") % 100
+    return 0 if bucket < 90 else 1 if bucket < 95 else 2
+
+
+def distinct(examples, *, several_answers: bool = False):
+    """Sorted examples without repeats, whatever order the source came in.
+
+    One answer a question (the smallest) unless `several_answers`, where only equal pairs are repeats.
+    """
+    kept = {}
+    for example in sorted(examples, key=lambda e: (e.prompt, e.target)):
+        kept.setdefault((example.prompt, example.target if several_answers else "", example.messages), example)
+    return list(kept.values())
+
+
+def seed_of(*key) -> int:
+    """A 64-bit seed out of any printable key."""
+    return int.from_bytes(hashlib.sha256(repr(key).encode()).digest()[:8], "little")
+
+
+def mixed(seed: int, count: int) -> np.ndarray:
+    """`[count]` uint64: splitmix64 of `seed` at 0 .. count - 1 (Steele, Lea and Flood, 2014)."""
+    with np.errstate(over="ignore"):
+        z = np.uint64(seed) + (np.arange(1, count + 1, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15))
+        z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+        z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+        return z ^ (z >> np.uint64(31))
+
+
+def shuffled(seed: int, count: int) -> np.ndarray:
+    """A permutation `[count]` int64 that depends on `seed` and `count` only."""
+    return np.argsort(mixed(seed, count), kind="stable")

@@ -1,0 +1,92 @@
+"""One split of all tasks as flat arrays, with every example within `seq_len`.
+
+An example of n tokens takes n - 1 positions (the end token is never an input). `data.overlong` decides what becomes of
+one that takes more than `seq_len`: "skip" drops it,
+"truncate" cuts its context from the left (at least one context token stays; a target that does not fit even so is
+dropped), "error" refuses. What was dropped or cut is counted.
+"""
+
+import dataclasses
+
+import numpy as np
+
+from molora_jax.data.encode import Task
+from molora_jax.data.example import SPLITS, Encoded
+from molora_jax.errors import InputError
+
+
+@dataclasses.dataclass(frozen=True)
+class Split:
+    """N examples; an example's id is its index.
+
+    ids: the tokens of all examples. start, length: [N] int64, where an example's tokens lie in `ids`.
+    targets: [N] int64, how many of them, at the end, are the answer and the end token. positions: length - 1.
+    task_ids: [N] int32. rows: [N] int64, the index within its task, for its texts.
+    """
+
+    name: str
+    tasks: tuple[Task, ...]
+    ids: np.ndarray
+    start: np.ndarray
+    length: np.ndarray
+    targets: np.ndarray
+    task_ids: np.ndarray
+    rows: np.ndarray
+    counts: dict[str, dict[str, int]]  # task -> skipped, truncated
+
+    @property
+    def positions(self) -> np.ndarray:
+        return self.length - 1
+
+    def tokens(self, example_id: int) -> np.ndarray:
+        begin = self.start[example_id]
+        return self.ids[begin : begin + self.length[example_id]]
+
+    def example(self, example_id: int) -> Encoded:
+        task_id = int(self.task_ids[example_id])
+        task = self.tasks[task_id]
+        prompt, target, group = task.texts[int(self.rows[example_id])]
+        ids = self.tokens(example_id).tolist()
+        cut = len(ids) - int(self.targets[example_id])
+        return Encoded(
+            task=task.name,
+            task_id=task_id,
+            split=self.name,
+            example_id=int(example_id),
+            prompt=prompt,
+            target=target,
+            group=group,
+            choices=task.choices,
+            context_ids=tuple(ids[:cut]),
+            target_ids=tuple(ids[cut:]),
+        )
+
+
+def make_split(name: str, tasks: tuple[Task, ...], *, ids: np.ndarray, seq_len: int, overlong: str) -> Split:
+    """`ids` is the concatenation of the tasks' `ids`.
+
+    Raises:
+      InputError: an over-long example under `overlong="error"`.
+    """
+    parts, counts, shift = [], {}, 0
+    for task_id, task in enumerate(tasks):
+        rows = np.flatnonzero(task.split == SPLITS.index(name))
+        start, length = task.offsets[rows], (task.offsets[1:] - task.offsets[:-1])[rows]
+        targets = length - task.context[rows]
+        long = length - 1 > seq_len
+        if overlong == "error" and long.any():
+            row = int(rows[np.argmax(long)])
+            raise InputError(
+                f"data.tasks, task {task.name!r}, item of group {task.texts[row][2][:60]!r}",
+                got=f"{int(length[np.argmax(long)]) - 1} positions",
+                expected=f"at most data.seq_len={seq_len}",
+                fix='Raise `data.seq_len`, or set `data.overlong` to "skip" or "truncate".',
+            )
+        drop = long if overlong == "skip" else targets > seq_len
+        cut = np.where(drop, 0, np.maximum(length - 1 - seq_len, 0))
+        counts[task.name] = dict(skipped=int(drop.sum()), truncated=int((cut > 0).sum()))
+        columns = (shift + start + cut, length - cut, targets, np.full(len(rows), task_id), rows)
+        parts.append([column[~drop] for column in columns])
+        shift += len(task.ids)
+    start, length, targets, task_ids, rows = (np.concatenate(column) for column in zip(*parts, strict=True))
+    return Split(name, tasks, ids, start, length, targets, task_ids.astype(np.int32), rows, counts)

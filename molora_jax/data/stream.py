@@ -1,0 +1,192 @@
+"""The training stream: batch `step` is a function of (data, config, seed, step), whatever was asked for before.
+
+**Windows.** The endless sequence of packed rows is planned in windows of about 4,096 examples; global row
+`step * batch_size + b` lies in the window whose rows include it, so a batch may end one window and start the next, and
+no row is left out. A window is one epoch when all tasks together have no more examples than that. To find a row far
+ahead, the windows before it are planned once for their row counts (about 10 ms each); the plan needs lengths only.
+
+**Mixture.** Of every window, task i gets the share p_i ~ n_i ** (1 / temperature) of the draws, counted so that no
+rounding error grows: after w windows exactly floor(w * draws * p_i) examples of it have been used.
+
+**Epochs of a task.** A task's examples are used in the order of one permutation after another, each over all of its
+examples. So after c draws every example has been used floor(c / n_i) or that plus one times. Small tasks go through
+their data several times while a large one goes through it once. With a single task windows are cut at the epoch's end.
+Within a window the rows are in random order.
+"""
+
+import bisect
+import collections
+import operator
+import threading
+
+import numpy as np
+
+from molora_jax.data.example import seed_of, shuffled
+from molora_jax.data.packing import empty_batch, pack, write_segment
+from molora_jax.data.split import Split
+from molora_jax.errors import InputError
+
+WINDOW = 4096  # examples: enough for a tight packing, little enough for a start at once
+_ONE = 1 << 20  # fixed-point 1 for the shares
+
+
+class Stream:
+    """See the module. `targets_per_row` and `max_segments` are static bounds that every row keeps."""
+
+    def __init__(
+        self,
+        split: Split,
+        *,
+        task_ids: tuple[int, ...],
+        seq_len: int,
+        batch_size: int,
+        seed: int,
+        temperature: float,
+        targets_per_row: int,
+        max_segments: int,
+        pad_id: int,
+    ):
+        self.split, self.task_ids, self.seed, self.temperature = split, task_ids, seed, temperature
+        self.seq_len, self.batch_size, self.pad_id = seq_len, batch_size, pad_id
+        self.targets_per_row, self.max_segments = targets_per_row, max_segments
+        self._members = {i: np.flatnonzero(split.task_ids == i) for i in task_ids}
+        for i, members in self._members.items():
+            if not len(members):
+                raise InputError(
+                    f"data.tasks, task {split.tasks[i].name!r}",
+                    got="no training example that fits",
+                    expected=f"at least one of at most data.seq_len={seq_len} positions",
+                    fix="Add rows, raise `data.seq_len`, or take the task out.",
+                )
+        sizes = np.array([len(members) for members in self._members.values()], np.float64)
+        weights = sizes ** (1.0 / temperature)
+        self.shares = dict(zip(task_ids, (weights / weights.sum()).tolist(), strict=True))
+        self._fixed = {i: max(1, round(share * _ONE)) for i, share in self.shares.items()}
+        self._total = int(sizes.sum())
+        self._per_total = -(-self._total // WINDOW)
+        self._ends = []  # rows in windows 0 .. w, for all w planned so far
+        self._plans = collections.OrderedDict()
+        self._orders = {}
+        self._lock = threading.RLock()  # readers are prefetching threads
+
+    def batch(self, step: int, rows=None) -> dict[str, np.ndarray]:
+        """The global batch of `step`, or its `rows` (a slice, or an array of row numbers), as arrays `[B, S]`.
+
+        int32 `tokens, targets, segment_ids` (0 = pad)`, positions, task_ids, example_ids`, float32 `loss_weight`.
+        """
+        step = operator.index(step)
+        if step < 0:
+            raise ValueError(f"step {step} is negative")
+        chosen = np.arange(self.batch_size)[slice(None) if rows is None else rows]
+        batch = empty_batch(len(chosen), self.seq_len, pad_id=self.pad_id)
+        for row, number in enumerate(chosen.tolist()):
+            at = 0
+            for segment, example_id in enumerate(self.row(step * self.batch_size + number), start=1):
+                at = write_segment(
+                    batch,
+                    row,
+                    at,
+                    segment,
+                    ids=self.split.tokens(example_id),
+                    num_targets=int(self.split.targets[example_id]),
+                    task_id=int(self.split.task_ids[example_id]),
+                    example_id=example_id,
+                )
+        return batch
+
+    def iterate(self, start_step: int = 0, rows=None, prefetch: int = 2):
+        """Yields (step, batch) from `start_step` on, for ever, made ahead by `prefetch` threads (0: none).
+
+        A failure in a thread is raised here at its step.
+        """
+        from molora_jax.data.prefetch import iterate
+
+        return iterate(self, start_step, rows=rows, prefetch=prefetch)
+
+    def for_tasks(self, tasks: str) -> "Stream":
+        """The same kind of stream over some of the tasks, `"a,b"` (names, or entries of `data.tasks`); "" is all.
+
+        Raises:
+          InputError: an unknown task.
+        """
+        known = {}
+        for i in self.task_ids:
+            known[self.split.tasks[i].entry] = known[self.split.tasks[i].name] = i
+        wanted = [name.strip() for name in tasks.split(",") if name.strip()] or list(known)
+        for name in wanted:
+            if name not in known:
+                raise InputError(
+                    "schedule tasks", got=repr(name), expected=f"some of {', '.join(known)}", fix="Correct the name."
+                )
+        return Stream(
+            self.split,
+            task_ids=tuple(sorted({known[name] for name in wanted})),
+            seq_len=self.seq_len,
+            batch_size=self.batch_size,
+            seed=self.seed,
+            temperature=self.temperature,
+            targets_per_row=self.targets_per_row,
+            max_segments=self.max_segments,
+            pad_id=self.pad_id,
+        )
+
+    def row(self, number: int) -> list[int]:
+        """The example ids of one row of the endless sequence of rows."""
+        with self._lock:
+            if len(self.task_ids) == 1 and self._per_total == 1:  # each window is the whole task: as many rows
+                window, number = divmod(number, len(self.plan(0)))
+                return self.plan(window)[number]
+            while not self._ends or self._ends[-1] <= number:
+                window = len(self._ends)
+                self._ends.append((self._ends[-1] if self._ends else 0) + len(self.plan(window)))
+            window = bisect.bisect_right(self._ends, number)
+            return self.plan(window)[number - (self._ends[window - 1] if window else 0)]
+
+    def plan(self, window: int) -> list[list[int]]:
+        """The rows of one window, as lists of example ids: a function of (seed, window, lengths)."""
+        with self._lock:
+            if window not in self._plans:
+                drawn = self.draws(window)
+                rows = pack(
+                    self.split.positions[drawn],
+                    self.split.targets[drawn],
+                    seq_len=self.seq_len,
+                    targets_per_row=self.targets_per_row,
+                    max_segments=self.max_segments,
+                )
+                order = shuffled(seed_of("rows", self.seed, self.task_ids, window), len(rows))
+                ids = drawn.tolist()
+                self._plans[window] = [[ids[i] for i in rows[row]] for row in order.tolist()]
+                while len(self._plans) > 3:
+                    self._plans.popitem(last=False)
+            return self._plans[window]
+
+    def draws(self, window: int) -> np.ndarray:
+        """The example ids that one window uses."""
+        parts = []
+        for i in self.task_ids:
+            # Equal lengths are packed in the order of these draws: shuffle them, so that rows mix the tasks.
+            parts.append(self._take(i, self._used(i, window), self._used(i, window + 1)))
+        drawn = np.concatenate(parts)
+        return drawn[shuffled(seed_of("draws", self.seed, self.task_ids, window), len(drawn))]
+
+    def _used(self, task_id: int, windows: int) -> int:
+        return windows * self._total * self._fixed[task_id] // (self._per_total * _ONE)
+
+    def _take(self, task_id: int, begin: int, end: int) -> np.ndarray:
+        """Draws `begin .. end` of one task out of its permutations."""
+        members = self._members[task_id]
+        size, parts = len(members), []
+        while begin < end:
+            epoch, at = divmod(begin, size)
+            stop = min(end, (epoch + 1) * size)
+            parts.append(members[self._order(task_id, epoch)[at : at + stop - begin]])
+            begin = stop
+        return np.concatenate(parts) if parts else members[:0]
+
+    def _order(self, task_id: int, epoch: int) -> np.ndarray:
+        known = self._orders.get(task_id)
+        if known is None or known[0] != epoch:
+            order = shuffled(seed_of("order", self.seed, task_id, epoch), len(self._members[task_id]))
+            known = self._orders[task_id] = (epoch, order)
+        return known[1]
