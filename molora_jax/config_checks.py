@@ -151,10 +151,9 @@ def _rules(config):
 
 def _rule(where, rule):
     """What ties a rule's fields together; each field alone is right by now."""
-    sites, counts = (), None
+    sites, counts = (), ()
     try:
         sites = resolve_sites(rule["sites"], where=f"{where}.sites")
-        resolve_layers(rule["layers"], None, where=f"{where}.layers")
         counts = covered(where, rule)
     except InputError as problem:
         yield problem
@@ -173,15 +172,11 @@ def _rule(where, rule):
 
 
 def covered(where, rule, num_layers=None):
-    """Experts of the layers that a rule covers; None where that takes the number of layers and it is not given."""
-    counts = expert_counts(rule["experts"], where=f"{where}.experts")
-    values = tuple(count for count, _ in counts)
-    if num_layers is None and counts[0][1] is None:
-        return values if rule["layers"] == "all" or len(set(values)) == 1 else None
-    num_layers = sum(times for _, times in counts) if num_layers is None else num_layers
+    """Expert counts of the layers that a rule covers (each count once, where the number of layers is not known)."""
+    if num_layers is None and rule["layers"] == "all":
+        return tuple(count for count, _ in expert_counts(rule["experts"], where=f"{where}.experts"))
     layers = resolve_layers(rule["layers"], num_layers, where=f"{where}.layers")
-    each = resolve_experts(rule["experts"], num_layers, where=f"{where}.experts")
-    return tuple(each[layer] for layer in layers)
+    return resolve_experts(rule["experts"], len(layers), where=f"{where}.experts")
 
 
 def check_counts(where, rule, counts):

@@ -62,7 +62,7 @@ def expert_counts(spec, *, where="experts"):
 
 
 def resolve_experts(spec, num_layers, *, where="experts"):
-    """Experts of each of the model's layers, lowest first; a rule on fewer layers uses its own of them.
+    """Experts of each of the `num_layers` layers that a rule covers, lowest first.
 
     `"8"`: everywhere; `"2|4|6|8"`: equal groups of depth (30 layers: 8, 8, 7, 7); `"2*8,4*22"`: exact.
     """

@@ -61,7 +61,7 @@ GOOD = [
     {f"{ROUTER}.jitter": 0.1},
     {"method.rules.ffn.experts": "1", f"{ROUTER}.k": 1},
     {"method.rules.ffn.experts": "2*8,4*22"},
-    {"method.rules.ffn.experts": "1*8,4*22", "method.rules.ffn.layers": "8-29"},
+    {"method.rules.ffn.experts": "2*8,4*14", "method.rules.ffn.layers": "8-29"},
     {"method.rules.attn.sites": "*"},
     {"method.rules.attn.sites": "[qv]"},
     {"losses.z_loss": dict(weight=1e-3), "losses.entropy": dict(weight=0)},
@@ -123,7 +123,7 @@ BAD = [
     ({"method.rules.ffn.experts": "0"}, "method.rules.ffn.experts", ">= 1"),
     ({"method.rules.ffn.experts": 8}, "method.rules.ffn.experts", "a string"),
     ({"method.rules.ffn.experts": "2|x"}, "method.rules.ffn.experts", "2|4|6|8"),
-    ({"method.rules.ffn.experts": "2*3", "method.rules.ffn.layers": "0-7"}, "method.rules.ffn.layers", "3 layers"),
+    ({"method.rules.ffn.experts": "2*3", "method.rules.ffn.layers": "0-7"}, "method.rules.ffn.experts", "8 layers"),
     ({"method.rules.ffn.load": ("missing_adapter",)}, "method.rules.ffn.load", "paths that exist"),
     ({f"{ROUTER}.k": 9}, f"{ROUTER}.k", "K > E"),
     ({"method.rules.ffn.experts": "1|8"}, f"{ROUTER}.k", "K > E"),
@@ -276,7 +276,7 @@ def test_model():
     dims = dict.fromkeys(("q", "k", "v", "o", "gate", "up", "down"), (64, 32))
     for changes, field in (
         ({"method.rules.ffn.experts": "2*8,4*8"}, "method.rules.ffn.experts"),
-        ({"method.rules.ffn.experts": "1|8", "method.rules.ffn.layers": "1-3"}, f"{ROUTER}.k"),
+        ({"method.rules.ffn.experts": "2|2|2|4|4"}, "method.rules.ffn.experts"),
         ({"method.rules.attn.layers": "0-7"}, "method.rules.attn.layers"),
         ({f"{ADAPTER}.init": "pissa", f"{ADAPTER}.rank": 33}, f"{ADAPTER}.rank"),
     ):
