@@ -66,6 +66,6 @@ def get_config():
                 remat="dots",  # none, dots, full
                 init_from="",
             ),
-            eval=dict(items=32, generate_items=16, max_new_tokens=16, batch_size=16),
+            eval=dict(num_items=32, num_generated=16, max_new_tokens=16, batch_size=16),
         )
     )  # fmt: skip

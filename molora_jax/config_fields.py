@@ -89,8 +89,8 @@ FIELDS = {
         "init_from": TEXT,
     },
     "eval": {
-        "items": at_least(1),
-        "generate_items": at_least(0),
+        "num_items": at_least(1),
+        "num_generated": at_least(0),
         "max_new_tokens": at_least(1),
         "batch_size": at_least(1),
     },

@@ -60,10 +60,10 @@ def test_a_shared_file_is_not_changed_by_overrides():
 
 def test_config_may_be_optional_or_come_from_elsewhere():
     assert parse(need_config=False)[0] is None
-    config, _ = parse("--config.eval.items=4", need_config=False, defaults=lambda args: common.get_config())
-    assert config.eval["items"] == 4  # ConfigDict.items is its method
+    config, _ = parse("--config.eval.num_items=4", need_config=False, defaults=lambda args: common.get_config())
+    assert config.eval.num_items == 4
     with pytest.raises(InputError):
-        parse("--config.eval.items=4", need_config=False)
+        parse("--config.eval.num_items=4", need_config=False)
 
 
 BAD = [

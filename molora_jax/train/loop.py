@@ -156,7 +156,7 @@ class Run:
 
     def valid_nll(self, state: TrainState) -> float:
         """Mean over tasks of the NLL per answer token on held-out items (split "valid")."""
-        examples = self.data.heldout("valid", self.config.eval.items)
+        examples = self.data.heldout("valid", self.config.eval.num_items)
         rows = self.config.train.batch_size // self.config.train.accumulate
         batches = self.data.heldout_batches(examples, rows, targets_per_row=self.data.train.targets_per_row)
         sums = example_nll(
