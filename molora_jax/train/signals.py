@@ -38,6 +38,7 @@ class StopRequest:
         self.grace = grace
         self.signal = None  # the first signal's number
         self._event = threading.Event()
+        self._old_handlers = {}  # empty outside the context; the hooks of fork cannot be taken back
 
     @property
     def requested(self) -> bool:
@@ -48,22 +49,22 @@ class StopRequest:
         return self._event.wait(seconds)
 
     def __enter__(self):
-        self._pid = os.getpid()
         self._reader, self._writer = socket.socketpair()
         self._writer.setblocking(False)
         self._thread = threading.Thread(target=self._watch, name="stop-request", daemon=True)
         self._thread.start()
         self._old_descriptor = signal.set_wakeup_fd(self._writer.fileno(), warn_on_full_buffer=False)
         self._old_handlers = {number: signal.signal(number, lambda *_: None) for number in SIGNALS}
-        # A forked worker shares the socket: Ctrl-C reaches both and would look like two signals here.
-        os.register_at_fork(after_in_child=self._forget)
+        # A forked worker shares the socket: Ctrl-C reaches both and would look like two signals here. Signals wait while
+        # the fork is under way, so that there is no moment at which the worker answers them in our name.
+        os.register_at_fork(before=self._hold, after_in_parent=self._let_go, after_in_child=self._forget)
         return self
 
     def __exit__(self, *_):
         for number, handler in self._old_handlers.items():
             signal.signal(number, handler)
         signal.set_wakeup_fd(self._old_descriptor)
-        self._old_handlers = None
+        self._old_handlers = {}
         self._writer.close()  # the thread reads the end of the stream
         self._thread.join()
         self._reader.close()
@@ -88,8 +89,17 @@ class StopRequest:
         os.write(2, f"{message}\n".encode())
         os._exit(128 + self.signal)  # no clean-up: the main thread may never return to Python
 
+    def _hold(self):
+        if self._old_handlers:
+            signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+
+    def _let_go(self):
+        if self._old_handlers:
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
+
     def _forget(self):
-        if getattr(self, "_old_handlers", None):
+        if self._old_handlers:
             signal.set_wakeup_fd(-1)
-            for number, handler in self._old_handlers.items():
-                signal.signal(number, handler)
+            for number in SIGNALS:  # not Python's handler of SIGINT: what it raises inside this hook would be lost
+                signal.signal(number, signal.SIG_DFL)
+            self._let_go()

@@ -20,7 +20,7 @@ with StopRequest(grace={grace}) as stop:
 print("left", stop.requested, stop.signal, flush=True)
 """
 POLLED = "while not stop.wait(10): pass"
-# re gives neither a chance to Python handlers nor the lock; sleep in C would be interrupted, so block in a read
+# Native code that gives up the interpreter lock, as a compile does.
 BLOCKED = "import ctypes; libc = ctypes.CDLL(None)\n    while True: libc.usleep(10_000_000)"
 STUBBORN = "while True: time.sleep(0.01)"
 FORKED = """worker = os.fork()
