@@ -55,8 +55,8 @@ class StopRequest:
         self._thread.start()
         self._old_descriptor = signal.set_wakeup_fd(self._writer.fileno(), warn_on_full_buffer=False)
         self._old_handlers = {number: signal.signal(number, lambda *_: None) for number in SIGNALS}
-        # A forked worker shares the socket: Ctrl-C reaches both and would look like two signals here. Signals wait while
-        # the fork is under way, so that there is no moment at which the worker answers them in our name.
+        # A forked worker shares the socket: Ctrl-C reaches both and would look like two signals here. Signals wait
+        # while the fork is under way, so that there is no moment at which the worker answers them in our name.
         os.register_at_fork(before=self._hold, after_in_parent=self._let_go, after_in_child=self._forget)
         return self
 
