@@ -35,9 +35,10 @@ from orbax.checkpoint import v1 as ocp
 
 from molora_jax.errors import InputError
 from molora_jax.io import manifest as manifests
-from molora_jax.io.digest import digest, shard_sum, to_text
+from molora_jax.io.digest import digest
 from molora_jax.io.manifest import read_manifest
 from molora_jax.io.plain import from_plain, names, nest, same_names, to_plain
+from molora_jax.io.snapshot import digests_of_shards, shape_dtype, snapshot
 
 __all__ = ["Checkpoints", "Failure", "from_plain", "read_manifest", "to_plain"]
 
@@ -99,8 +100,8 @@ class Checkpoints:
           wait: returns after the step is written (or has failed).
         """
         self.wait()
-        host = {name: {k: _snapshot(f"{name}/{k}", x) for k, x in names(tree).items()} for name, tree in items.items()}
-        digests = _digests_of_shards(host) if jax.process_count() > 1 else {}
+        host = {name: {k: snapshot(f"{name}/{k}", x) for k, x in names(tree).items()} for name, tree in items.items()}
+        digests = digests_of_shards(host) if jax.process_count() > 1 else {}
         self.reached("snapshot")
         try:
             self._sweep()
@@ -314,7 +315,7 @@ class Checkpoints:
 def _match(where, saved, wanted):
     same_names(saved, wanted, where=where)
     for name, leaf in wanted.items():
-        shape, dtype = _shape_dtype(f"{where}/{name}", leaf)
+        shape, dtype = shape_dtype(f"{where}/{name}", leaf)
         was = (tuple(saved[name]["shape"]), saved[name]["dtype"])
         if was != (shape, str(dtype)):
             raise InputError(f"{where}/{name}", got=f"{was[1]}{list(was[0])}", expected=f"{dtype}{list(shape)}")
@@ -367,39 +368,6 @@ def _place(leaf, value):
             return jax.make_array_from_callback(value.shape, leaf.sharding, lambda index: value[index])
         return jnp.asarray(value) if jax.dtypes.canonicalize_dtype(value.dtype) == value.dtype else value
     return value if isinstance(leaf, (np.ndarray, np.generic)) else value.item()
-
-
-def _shape_dtype(where, leaf):
-    leaf = leaf if hasattr(leaf, "dtype") else np.asarray(leaf)
-    if jnp.issubdtype(leaf.dtype, jax.dtypes.extended):
-        raise ValueError(f"{where}: store a random key as jax.random.key_data(key)")
-    return tuple(leaf.shape), np.dtype(leaf.dtype)
-
-
-def _snapshot(where, leaf):
-    """A copy that later donation cannot touch: in host memory, or on the devices where others hold parts of it."""
-    _shape_dtype(where, leaf)
-    if isinstance(leaf, jax.Array) and not leaf.is_fully_addressable:
-        return jnp.copy(leaf)
-    return np.array(leaf, order="C")  # np.asarray of a CPU array is a view of the buffer that gets donated
-
-
-def _digests_of_shards(host) -> dict[tuple[str, str], str]:
-    """Digests on several processes: each adds up its own shards, then all add up. Called by all, on the main thread."""
-    keys = [(item, name) for item, leaves in host.items() for name in leaves]
-    sums = []
-    for item, name in keys:
-        x = host[item][name]
-        if isinstance(x, jax.Array):
-            mine = [s for s in x.addressable_shards if s.replica_id == 0]
-            sums.append(sum(shard_sum(np.asarray(s.data), s.index, x.shape) for s in mine) % 2**64)
-        else:
-            sums.append(shard_sum(x) if jax.process_index() == 0 else 0)
-    halves = np.array([(s >> 32, s & 0xFFFFFFFF) for s in sums], np.uint32).reshape(-1, 2)  # x64 may be off
-    gathered = multihost_utils.process_allgather(halves)  # [processes, leaves, 2]
-    return {
-        key: to_text(sum((int(high) << 32) + int(low) for high, low in gathered[:, i])) for i, key in enumerate(keys)
-    }
 
 
 def _context():
