@@ -8,7 +8,7 @@ need be computed at so many positions only) and segments. Two ways are tried, an
 - folding: where rows hold few examples of like length (a chat template makes all alike), what counts is how many rows
   hold one more than the others. The shortest examples are grouped k a row, as many as fit, long ones with short ones;
   then k - 1 a row, and so on; best fit places the rest. On the default tasks at 128 positions, with 46 a piece, this
-  leaves 6.9 % padding where best fit leaves 10.2 %.
+  leaves 7.8 % padding where best fit leaves 10.2 %.
 
 The number of rows depends on the lengths alone, not on the order that they come in. Axes: B rows, S positions.
 """
@@ -16,7 +16,7 @@ The number of rows depends on the lengths alone, not on the order that they come
 import numpy as np
 
 CANDIDATES = 8  # rows tried among those with equal room, before more room is tried: bounds the work
-MOST_FOLDED = 8  # with more examples a row than this, best fit is tight enough
+MOST_FOLDED = 32  # with more examples a row than this, best fit is tight enough
 
 
 def pack(lengths, targets, *, seq_len: int, targets_per_row: int, max_segments: int | None = None) -> list[list[int]]:

@@ -5,15 +5,27 @@ Files: `chatterbot_corpus/data/english/*.yml` (21; chatterbot-corpus, BSD-3): `c
 """
 
 import functools
+import importlib.util
 
 from molora_jax.data.packages import package_files
+from molora_jax.errors import InputError
 
 DISTRIBUTION = "chatterbot-corpus"
 MOST_CHARACTERS = 200
 
 
 def files(task: str):
-    return package_files(task, distribution=DISTRIBUTION, package="chatterbot_corpus", patterns=("data/english/*.yml",))
+    found = package_files(
+        task, distribution=DISTRIBUTION, package="chatterbot_corpus", patterns=("data/english/*.yml",)
+    )
+    if importlib.util.find_spec("yaml") is None:
+        raise InputError(
+            f"data.tasks, task {task!r}",
+            got="no package 'pyyaml'",
+            expected="it to be installed",
+            fix="Install it with `pip install 'molora_jax[data]'`, or take the task out of `data.tasks`.",
+        )
+    return found
 
 
 def read(files):

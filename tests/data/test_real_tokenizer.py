@@ -1,0 +1,43 @@
+"""The default mixture with SmolLM2's tokenizer, and on the random model's byte tokenizer."""
+
+import time
+
+import pytest
+
+from configs.common import get_config
+from molora_jax.data import build
+from molora_jax.io import fetch, gguf, gguf_model
+from molora_jax.io.tokenizer import byte_tokenizer
+
+
+@pytest.fixture(scope="module")
+def smollm2():  # of the module, so that it is read before the tests' own cache is set
+    return gguf_model.tokenizer(gguf.read(fetch.package_file("smollm2-135m-instruct")))
+
+
+@pytest.mark.slow
+def test_default_mixture(smollm2):
+    config = get_config().data
+    start = time.perf_counter()
+    data = build(config, tokenizer=smollm2, batch_size=8, seed=0)
+    cold = time.perf_counter() - start
+    start = time.perf_counter()
+    again = build(config, tokenizer=smollm2, batch_size=8, seed=0)
+    warm = time.perf_counter() - start
+    assert cold < 30 and warm < 5  # 6.5 and 0.6 s on two cores; the limits are for a busy machine
+    assert again.fingerprint == data.fingerprint
+    report = data.report()
+    assert report["padding"] < 0.10 and report["targets_per_row"] <= 64
+    assert sum(row["skipped"] for row in report["tasks"].values()) < 20
+    tokenizer = smollm2
+    for item in data.heldout("test", 3):
+        chat = [dict(role="user", content=item.prompt)]
+        assert list(item.context_ids) == tokenizer.encode_chat(chat, add_generation_prompt=True)
+        assert list(item.target_ids) == [*tokenizer.encode(item.target), tokenizer.eos_id]
+
+
+def test_the_random_model_takes_the_default_mixture():
+    """Bytes are longer than tokens: much is skipped, and said, but every task has examples."""
+    data = build(get_config().data, tokenizer=byte_tokenizer(), batch_size=8, seed=0)
+    assert all(row["train"] > 20 for row in data.report()["tasks"].values())
+    assert len(data.train.batch(0)["tokens"]) == 8
