@@ -1,6 +1,6 @@
 """Plain LoRA on all seven projections: one expert, no router (Hu et al. 2021, arXiv 2106.09685).
 
-    python -m launch.train --config=configs/lora.py --workdir=runs/lora
+python -m launch.train --config=configs/lora.py --workdir=runs/lora
 """
 
 from configs import common

@@ -1,6 +1,6 @@
 """The quickstart: MixLoRA on SmolLM2-135M and the nine tasks, small enough for two cores and ten minutes.
 
-    ./launch/quickstart.sh
+./launch/quickstart.sh
 """
 
 from configs import mixlora

@@ -13,7 +13,7 @@ from molora_jax.core.types import Array, Context, Factors, Site
 
 @dataclasses.dataclass(frozen=True)
 class Adapter:
-    """Fields that every adapter has. `dropout` is on the adapter's input, one mask a site call, shared by the experts."""
+    """Fields that every adapter has. `dropout` acts on the adapter's input: one mask a site call for all experts."""
 
     rank: int = 16
     alpha: float = 32.0

@@ -1,6 +1,6 @@
 """DoRA (Liu et al. 2024, arXiv 2402.09353): magnitude and direction, each output row of the weight on its own.
 
-    W_e = m_e * (W + s B_e A_e) / ||W + s B_e A_e||_row        m_e [D_out] trained, the norm detached (paper, section 4.3)
+    W_e = m_e * (W + s B_e A_e) / ||W + s B_e A_e||_row     m_e [D_out] trained, the norm detached (section 4.3)
     W_e x = f_e * (W x) + s (f_e * B_e) A_e x,   f_e = m_e / ||.||_row
 
 E experts, R rank: A [E, R, D_in], B [E, R, D_out], m [E, D_out]; m starts at ||W||_row, so the start changes nothing.
@@ -35,5 +35,6 @@ def row_norm(W, A, B, scale):
     W, A, B = jax.lax.stop_gradient((W.astype(jnp.float32), A, B))
     cross = jnp.einsum("erd,do->ero", A, W)
     gram = jnp.einsum("erd,eqd->erq", A, A)
-    square = jnp.sum(W * W, axis=0) + jnp.sum(B * (2 * scale * cross + scale**2 * jnp.einsum("erq,eqo->ero", gram, B)), 1)
+    change = 2 * scale * cross + scale**2 * jnp.einsum("erq,eqo->ero", gram, B)
+    square = jnp.sum(W * W, axis=0) + jnp.sum(B * change, axis=1)
     return jnp.sqrt(square)

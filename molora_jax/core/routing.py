@@ -131,7 +131,7 @@ def load(total: dict[str, Array]) -> dict[str, Array]:
     """Load statistics from `sums` (any leading axes): the metrics of the contract.
 
     `load_max_over_mean` (1 is balanced, E is collapse), `entropy` (of the probabilities, nats a token), `top1_share`
-    (largest share of tokens whose strongest expert is the same), `active_experts` (a token), `clipped_share` (of slots).
+    (largest share of tokens whose strongest expert is the same), `active_experts` (a token), `clipped_share`.
     """
     tokens = jnp.maximum(total["tokens"], 1.0)
     slots_ = jnp.maximum(total["slots"], 1.0)

@@ -1,6 +1,6 @@
 """PiSSA (Meng et al. 2024, arXiv 2404.02948): the factors start at the principal singular vectors of W.
 
-    W = U S V^T (out x in);   A = sqrt(S_r / s) V_r^T,   B = U_r sqrt(S_r / s),   so  s B A  is the rank-R truncation of W
+    W = U S V^T (out x in);   A = sqrt(S_r / s) V_r^T,   B = U_r sqrt(S_r / s);   s B A is the rank-R truncation of W
 
 The paper freezes W - s B A. Here W stays as it is and the start is saved as `A0 [1, R, D_in]`, `B0 [1, R, D_out]`
 (one copy for all experts): the adapter adds `s (B A - B0 A0)`, the same function and the same gradients.

@@ -19,7 +19,9 @@ def load_adapters(run: str, *, where: str = "train.init_from") -> dict:
     checkpoints = Checkpoints(folder, keep=1)
     step = checkpoints.newest_valid()
     if step is None:
-        raise InputError(where, got=f"{run}, without a checkpoint", expected="the workdir of a run", fix="Check the path.")
+        raise InputError(
+            where, got=f"{run}, without a checkpoint", expected="the workdir of a run", fix="Check the path."
+        )
     leaves = read_manifest(folder / str(step))["tree"]["adapters"]
     template = unflatten_dict({k: np.zeros(v["shape"], v["dtype"]) for k, v in leaves.items()}, sep="/")
     return checkpoints.restore(step, {"adapters": template})["adapters"]

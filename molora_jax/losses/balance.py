@@ -1,9 +1,9 @@
-"""Balance losses of the Switch family (Fedus et al. 2021, arXiv 2101.03961, eq. 4): one loss, with its published variants.
+"""Balance losses of the Switch family (Fedus et al. 2021, arXiv 2101.03961, eq. 4), with the published variants.
 
     l = E^(times_experts) * sum_e f_e P_e,    f_e = count_e / (slots | tokens),    P_e = mean probability of e
 
 f carries no gradient with `counts="hard"` (choices); `"soft"` takes the gates, with gradient (DynMoLE).
-`normalise="slots"`: f sums to 1, so l is 1 at uniform routing; `"tokens"`: f sums to K and l is K there (Mixtral, MixLoRA).
+`normalise="slots"`: f sums to 1, l is 1 at uniform routing; `"tokens"`: f sums to K, l is K there (MixLoRA).
 
 `over` pools the sums before the product: `site` (one value a router), `layer` (joins the routers of a layer, MoLA),
 `all` (joins all layers too: MixLoRA and HF Mixtral; opposite collapse in two layers then cancels). `reduce` is over the

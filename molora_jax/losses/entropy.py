@@ -1,6 +1,6 @@
-"""Entropy of the router (Dynamic MoE, arXiv 2403.07652, eq. 6): -sum_e p_e log p_e, mean over tokens, mean over routers.
+"""Entropy of the router (Dynamic MoE, arXiv 2403.07652, eq. 6): -sum_e p_e log p_e, mean over tokens and routers.
 
-Minimised with a positive weight: sharper routers need fewer experts to pass p. On the full distribution, before selection.
+Minimised with a positive weight: sharper routers need fewer experts to pass p. Of the full distribution.
 """
 
 import dataclasses

@@ -17,7 +17,10 @@ class ZLoss(Loss):
 
     def stats(self, routing, ctx):
         square = jax.nn.logsumexp(routing.logits, axis=-1) ** 2
-        return {"z": jnp.sum(jnp.where(routing.valid, square, 0.0)), "tokens": jnp.sum(routing.valid, dtype=jnp.float32)}
+        return {
+            "z": jnp.sum(jnp.where(routing.valid, square, 0.0)),
+            "tokens": jnp.sum(routing.valid, dtype=jnp.float32),
+        }
 
     def value(self, stats):
         return jnp.mean(jnp.concatenate([s["z"] / jnp.maximum(s["tokens"], 1.0) for *_, s in leaves(stats)]))

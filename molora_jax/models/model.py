@@ -73,7 +73,7 @@ class Model:
         """One layer at a time, with a key of the absolute layer: regrouping layers changes nothing."""
         key = jax.random.fold_in(key, rules_lib.site_tag(site.name) + (100 if params is None else 0))
 
-        def one(layer):
+        def one(layer, site=site):
             layer_key = jax.random.fold_in(key, layer)
             if params is None:
                 return member.init_leaves(layer_key, site, layer)
@@ -93,7 +93,7 @@ class Model:
                     site = rules_lib.site(self.config, scope, segment, E)
                     state = rule.router.init_state(site)
                     if state:
-                        state = jax.tree.map(lambda x: jnp.broadcast_to(x, (len(site.layers), *x.shape)) + 0, state)
+                        state = jax.tree.map(_stacked(len(site.layers)), state)
                         place = tree.setdefault(rule.name, {}).setdefault(segment.name, {}).setdefault("router", {})
                         place[scope] = state
         return tree
@@ -135,7 +135,7 @@ class Model:
           collect: also return the gates.
 
         Returns:
-          `(hidden [B, S, D], sums {rule: {segment: {scope: ...}}}, cache, gates {rule: {segment: {scope: [L, B, S, E]}}})`.
+          `(hidden [B, S, D], sums {rule: {segment: {scope: ...}}}, cache, gates likewise [L_segment, B, S, E])`.
         """
         tokens, segment_ids = batch["tokens"], batch["segment_ids"]
         zeros = jnp.zeros_like(tokens)
@@ -197,3 +197,5 @@ class Model:
         return jnp.dot(hidden, head.astype(hidden.dtype), preferred_element_type=jnp.float32)
 
 
+def _stacked(layers: int):
+    return lambda x: jnp.broadcast_to(x, (layers, *x.shape)) + 0

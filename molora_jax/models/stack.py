@@ -22,14 +22,14 @@ REMAT = {
 
 
 def attention_mask(segment_ids):
-    """Causal and block-diagonal over packed examples: `[B, S]` -> `[B, 1, S, S]`; padding sees itself (no empty row)."""
+    """Causal and block-diagonal by example: `[B, S]` -> `[B, 1, S, S]`; padding sees padding (no empty row)."""
     S = segment_ids.shape[1]
     same = segment_ids[:, None, :, None] == segment_ids[:, None, None, :]
     return same & jnp.tril(jnp.ones((S, S), bool))
 
 
 def run(model, params, adapters, state, x, ctx: Context, *, mask, carry, given, cache=None, collect=False, constrain):
-    """Runs all layers. `x [B, S, D]`, `params` the stacked block parameters, `adapters[rule][segment]`, `state` likewise.
+    """Runs all layers. `x [B, S, D]`, `params` the stacked blocks, `adapters[rule][segment]`, `state` likewise.
 
     `carry` by rule goes through the layers; `cache` is `(k, v, write)` with `k, v [L, B, S_k, H_kv, H_d]` and
     `write(buffer [B, ...], new [B, S, ...])`. Returns x, the new cache and `{rule: {segment: ...}}` of sums and gates,
@@ -44,10 +44,12 @@ def run(model, params, adapters, state, x, ctx: Context, *, mask, carry, given, 
         names = [rule.name for rule, _ in active]
         shared = {name: adapters[name].get("shared", {}) for name in names}
 
-        def body(loop, xs, segment=segment, active=active, shared=shared):
+        def body(loop, xs, segment=segment, active=active, shared=shared, cache=cache):
             x, carry, kv = loop
             index, own, own_state = xs
-            base = jax.tree.map(lambda w: checkpoint_name(jax.lax.dynamic_index_in_dim(w, index, 0, False), "base"), params)
+            base = jax.tree.map(
+                lambda w: checkpoint_name(jax.lax.dynamic_index_in_dim(w, index, 0, False), "base"), params
+            )
             layer = Layer(
                 model.config, segment, active, model.losses, (own, shared, own_state), carry,
                 ctx.replace(layer=index), given, collect,

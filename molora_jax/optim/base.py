@@ -1,4 +1,4 @@
-"""The optimizer contract: a frozen dataclass of the config's `optim`; `make(total_steps, pairs)` gives an optax transform.
+"""The optimizer contract: a frozen dataclass of `config.optim`; `make(total_steps, pairs)` gives an optax transform.
 
 `pairs = {(path of A, path of B): s}` names the low-rank factors that belong together, for optimizers that need both.
 Clipping is done by the step, which needs the norm anyway.
@@ -11,7 +11,7 @@ import optax
 
 @dataclasses.dataclass(frozen=True)
 class Optimizer:
-    """`decay`: constant, linear or cosine, to 0 at `total_steps`, after `warmup` linear steps. `b1, b2, eps`: Adam's."""
+    """`decay`: constant, linear or cosine (to 0 at `total_steps`), after `warmup` steps. `b1, b2, eps`: Adam's."""
 
     learning_rate: float = 2e-4
     weight_decay: float = 0.0

@@ -16,7 +16,7 @@ from molora_jax.routers.base import Router
 
 @dataclasses.dataclass(frozen=True)
 class SoftmaxTopK(Router):
-    """`renormalise=False` keeps `g = p` (Switch, top-1); `jitter` multiplies the router's input by U(1-j, 1+j) in training."""
+    """`renormalise=False` keeps `g = p` (Switch); `jitter` multiplies the input by U(1-j, 1+j) in training."""
 
     k: int = 2
     renormalise: bool = True

@@ -1,6 +1,6 @@
 """The training loop: everything that is not a pure function of arrays.
 
-    restore or start -> for every stage: compile its step -> batch, step, metrics, checkpoint -> table and picture
+restore or start -> for every stage: compile its step -> batch, step, metrics, checkpoint -> table and picture
 """
 
 import dataclasses
@@ -86,7 +86,13 @@ class Run:
     def __init__(self, config, workdir: Workdir, *, note):
         self.config, self.workdir, self.note = config, workdir, note
         made = setup(config)
-        self.mesh, self.base, self.data, self.model, self.params = made.mesh, made.base, made.data, made.model, made.params
+        self.mesh, self.base, self.data, self.model, self.params = (
+            made.mesh,
+            made.base,
+            made.data,
+            made.model,
+            made.params,
+        )
         self.identity = workdir.check_identity(config_lib.to_dict(config), made.identity)
         workdir.write_config(config_lib.to_dict(config))
         self.constrain = sharding.constrain(self.mesh)
@@ -116,7 +122,10 @@ class Run:
                 state = dataclasses.replace(state, adapters=sharding.put(new, whole))
             return state
         shapes = jax.eval_shape(lambda p: stage.start(self.model, p, key), self.params)
-        place = lambda tree: jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=whole), tree)  # noqa: E731
+
+        def place(tree):
+            return jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=whole), tree)
+
         template = {
             "adapters": place(shapes.adapters),
             "opt": place(shapes.opt),
@@ -296,7 +305,7 @@ def _finish(run, result: Result, start: int, note):
     rows = [
         ("steps", "loss", "tokens/s", "time", "peak memory", "checkpoint"),
         (f"{start} -> {result.step}", "-" if result.loss is None else f"{result.loss:.4f}", f"{rate:,.0f}",
-         duration(result.seconds), f"{result.peak_bytes / 1e9:.2f} GB", f"{run.workdir.path}/checkpoints/{result.step}"),
+         duration(result.seconds), f"{result.peak_bytes / 1e9:.2f} GB", f"{run.checkpoints.directory}/{result.step}"),
     ]  # fmt: skip
     note(summary.table(rows))
     note(f"loss curve: {path}")

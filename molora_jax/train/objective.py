@@ -1,4 +1,4 @@
-"""How a batch becomes a loss. `lm`: next-token cross-entropy on answer tokens, with logits only where there is a target.
+"""How a batch becomes a loss. `lm`: next-token cross-entropy on answer tokens, logits only where there is a target.
 
 The head is a fifth of SmolLM2's multiply-adds; the packer bounds the targets of a row, so `M` positions a row suffice.
 B batch, S sequence, M targets a row, V vocabulary.

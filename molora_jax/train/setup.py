@@ -1,4 +1,4 @@
-"""Everything a run needs before its first step: mesh, base, data, model, in the order in which mistakes are cheapest."""
+"""All that a run needs before its first step: mesh, base, data, model, in the order in which mistakes are cheapest."""
 
 import dataclasses
 from typing import Any
@@ -36,9 +36,7 @@ def setup(config, *, devices=None) -> Setup:
     mesh = sharding.make_mesh(config_lib.check_mesh(config, len(devices)), devices)
     base = load_base(config.base.source, dtype=config.base.dtype, seed=config.seed)
     config_lib.check_model(config, base.config.layers, base.config.dims)
-    data = data_lib.build(
-        config.data, tokenizer=base.tokenizer, batch_size=config.train.batch_size, seed=config.seed
-    )
+    data = data_lib.build(config.data, tokenizer=base.tokenizer, batch_size=config.train.batch_size, seed=config.seed)
     model = compile_model(config, base.config, max_segments=data.train.max_segments)
     params = sharding.put(base.params, sharding.param_shardings(base.params, mesh))
     return Setup(config, mesh, dataclasses.replace(base, params=None), data, model, params)

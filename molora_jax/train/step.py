@@ -51,7 +51,9 @@ def _part(stats: dict, part: str) -> dict:
     return {r: {s: {k: v[part] for k, v in sc.items()} for s, sc in seg.items()} for r, seg in stats.items()}
 
 
-def make_step(model, optimizer, schedule, *, seed: int, frozen, accumulate: int, clip: float, targets_per_row: int, constrain):
+def make_step(
+    model, optimizer, schedule, *, seed: int, frozen, accumulate: int, clip: float, targets_per_row: int, constrain
+):
     """The step function of one stage, to be jitted with its state donated.
 
     Args:
@@ -60,7 +62,7 @@ def make_step(model, optimizer, schedule, *, seed: int, frozen, accumulate: int,
       targets_per_row: the packer's bound M.
       constrain: pins activations to the mesh.
     """
-    exact = [n for n, l in model.losses if getattr(l, "accumulate", "micro") == "exact" and accumulate > 1]
+    exact = [name for name, loss in model.losses if accumulate > 1 and getattr(loss, "accumulate", "micro") == "exact"]
     losses = dict(model.losses)
 
     def train_step(state: TrainState, params: dict, batch: dict):
@@ -169,7 +171,8 @@ def site_metrics(model, load: dict) -> dict:
     out = {}
     for rule in model.rules:
         for scope in rule.scopes:
-            parts = [routing.load(scopes[scope]) for _, scopes in sorted(load.get(rule.name, {}).items()) if scope in scopes]
+            segments = [scopes for _, scopes in sorted(load.get(rule.name, {}).items()) if scope in scopes]
+            parts = [routing.load(scopes[scope]) for scopes in segments]
             if parts:
                 out[f"{rule.name}/{scope}"] = jax.tree.map(lambda *x: jnp.concatenate(x), *parts)
     return out

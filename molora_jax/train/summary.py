@@ -58,7 +58,8 @@ def table(rows, *, right=()) -> str:
     widths = [max(len(str(row[c])) for row in rows) for c in range(len(rows[0]))]
     lines = []
     for i, row in enumerate(rows):
-        cells = [str(x).rjust(w) if c in right else str(x).ljust(w) for c, (x, w) in enumerate(zip(row, widths, strict=True))]
+        pairs = enumerate(zip(map(str, row), widths, strict=True))
+        cells = [x.rjust(w) if c in right else x.ljust(w) for c, (x, w) in pairs]
         lines.append("  ".join(cells).rstrip())
         if i == 0:
             lines.append("  ".join("-" * w for w in widths))
