@@ -1,5 +1,6 @@
 """`build`: from `config.data` to the training stream and the held-out items."""
 
+import dataclasses
 import difflib
 import functools
 import hashlib
@@ -70,8 +71,6 @@ def _check(config_data):
 
 def _distinct_names(tasks):
     """Two files of one stem, or a file named as a task, get a number: `train`, `train-2`."""
-    import dataclasses
-
     taken, renamed = set(), []
     for task in sorted(tasks, key=lambda task: task.entry.startswith("jsonl:")):
         name, number = task.name, 2

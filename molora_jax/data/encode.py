@@ -108,15 +108,22 @@ def tokenizer_digest(tokenizer) -> str | None:
 
 def _read_package(entry: str, files):
     module = SOURCES[entry]
-    examples = distinct(module.examples(files), several_answers=getattr(module, "SEVERAL_ANSWERS", False))
+    try:
+        examples, problem = distinct(module.examples(files), several_answers=several_answers(entry)), "no example"
+    except (ValueError, LookupError, TypeError, AttributeError, OSError) as error:  # files of another format
+        examples, problem = [], f"{type(error).__name__}: {error}"
     if not examples:
         raise InputError(
             f"data.tasks, task {entry!r}",
-            got=f"no example in {module.DISTRIBUTION} {packages.version(module.DISTRIBUTION)}",
+            got=f"{problem} in the files of {module.DISTRIBUTION} {packages.version(module.DISTRIBUTION)}",
             expected="the file format of the pinned version",
             fix="Install the pinned versions: `pip install 'molora_jax[data]'`.",
         )
     return entry, entry, examples, {}
+
+
+def several_answers(entry: str) -> bool:
+    return getattr(SOURCES[entry], "SEVERAL_ANSWERS", False)
 
 
 def _read_jsonl(raw: bytes, *, path: str, bad_rows: str):
@@ -183,7 +190,7 @@ def _encode_texts(tokenizer, texts) -> list[list[int]]:
 
 
 def _in_bulk(tokenizer, texts, items, one) -> list[list[int]]:
-    """`one(item)` of each; from one call on all `texts` (five times faster) where that gives the same for the first."""
+    """`one(item)` of each; from one call on all `texts` (five times faster) where samples of it are the same."""
     batch = getattr(tokenizer, "encode_batch", None)
     inner = getattr(tokenizer, "inner", None)  # a tokenizers.Tokenizer
     if batch is None and hasattr(inner, "encode_batch_fast"):
@@ -191,6 +198,8 @@ def _in_bulk(tokenizer, texts, items, one) -> list[list[int]]:
         def batch(texts):
             return [encoding.ids for encoding in inner.encode_batch_fast(texts, add_special_tokens=False)]
 
-    if batch is not None and list(batch(texts[:1])[0]) == list(one(items[0])):
-        return [list(ids) for ids in batch(texts)]
+    if batch is not None:
+        all_ids = [list(ids) for ids in batch(texts)]
+        if all(all_ids[i] == list(one(items[i])) for i in {0, len(items) // 2, len(items) - 1}):
+            return all_ids
     return [list(one(item)) for item in items]

@@ -116,7 +116,7 @@ class Stream:
         for name in wanted:
             if name not in known:
                 raise InputError(
-                    "schedule tasks", got=repr(name), expected=f"some of {', '.join(known)}", fix="Correct the name."
+                    "schedule.*.tasks", got=repr(name), expected=f"some of {', '.join(known)}", fix="Correct the name."
                 )
         return Stream(
             self.split,

@@ -129,6 +129,13 @@ def test_bad_fields(change):
         build(config("math", **change), tokenizer=ByteTokenizer(), batch_size=1, seed=0)
 
 
+def test_a_package_of_another_format_is_named(monkeypatch, tmp_path):
+    (tmp_path / "other.txt").write_text("no table at all\n")
+    monkeypatch.setattr(SOURCES["sentiment"], "files", lambda: [("other.txt", tmp_path / "other.txt")])
+    with pytest.raises(InputError, match="vaderSentiment 3.*pinned version"):
+        build(config("sentiment"), tokenizer=ByteTokenizer(), batch_size=1, seed=0)
+
+
 @pytest.mark.parametrize("task", [name for name, source in SOURCES.items() if source.DISTRIBUTION])
 def test_a_missing_package_is_named(monkeypatch, task):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)

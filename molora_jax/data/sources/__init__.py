@@ -1,7 +1,8 @@
 """Task families: name -> module.
 
 A module has DISTRIBUTION (the pip name, "" for none), FILTERS (raise it when its output changes), `files()` giving
-`[(name, path)]` and `examples(files)` giving `Example`s; `identity()` where the output depends on more than the files.
+`[(name, path)]` and `examples(files)` giving `Example`s; `identity()` where the output depends on more than the
+files, SEVERAL_ANSWERS where one question may occur with more than one answer.
 """
 
 from molora_jax.data.sources import code, dialog, emoji, factbook, math, morph, sentiment, topic, translate

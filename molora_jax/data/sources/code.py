@@ -7,6 +7,7 @@ were never trained on.
 """
 
 import ast
+import os
 import pathlib
 import re
 import sys
@@ -31,17 +32,19 @@ def identity() -> str:
 
 def files():
     root = pathlib.Path(sysconfig.get_paths()["stdlib"])
-    found = [(path.relative_to(root), path) for path in root.rglob("*.py")]
-    kept = [(name.as_posix(), path) for name, path in found if not _SKIPPED.intersection(name.parts)]
-    kept = [(name, path) for name, path in kept if not name.startswith(("config-", "_sysconfigdata"))]
-    if not kept:
+    found = []
+    for folder, below, names in os.walk(root):
+        below[:] = [name for name in below if name not in _SKIPPED and not name.startswith("config-")]
+        kept = (name for name in names if name.endswith(".py") and not name.startswith("_sysconfigdata"))
+        found += [pathlib.Path(folder, name) for name in kept]
+    if not found:
         raise InputError(
             "data.tasks, task 'code'",
             got=f"an interpreter without the sources of its standard library at {root}",
             expected="its .py files",
             fix="Use an interpreter that ships them, or take the task out of `data.tasks`.",
         )
-    return sorted(kept)
+    return sorted((path.relative_to(root).as_posix(), path) for path in found)
 
 
 def examples(files):
