@@ -31,7 +31,7 @@ def pack(lengths, targets, *, seq_len: int, targets_per_row: int, max_segments: 
         return []
     limits = dict(seq_len=seq_len, targets_per_row=targets_per_row, max_segments=max_segments or seq_len)
     plain = _best_fit([], np.lexsort((-targets, -lengths)), lengths, targets, **limits)
-    tight = len(plain) * seq_len <= 1.01 * lengths.sum() + seq_len
+    tight = len(plain) * seq_len <= 1.02 * lengths.sum() + seq_len
     if tight or seq_len // lengths.min() > MOST_FOLDED:
         return plain
     rows, rest = _fold(lengths, targets, **limits)

@@ -3,7 +3,7 @@
 **Windows.** The endless sequence of packed rows is planned in windows of about 4,096 examples; global row
 `step * batch_size + b` lies in the window whose rows include it, so a batch may end one window and start the next, and
 no row is left out. A window is one epoch when all tasks together have no more examples than that. To find a row far
-ahead, the windows before it are planned once for their row counts (about 10 ms each); the plan needs lengths only.
+ahead, the windows before it are planned once for their row counts (10 to 40 ms each); the plan needs lengths only.
 
 **Mixture.** Of every window, task i gets the share p_i ~ n_i ** (1 / temperature) of the draws, counted so that no
 rounding error grows: after w windows exactly floor(w * draws * p_i) examples of it have been used.
