@@ -7,8 +7,6 @@
 set -euo pipefail
 SECONDS=0
 source "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
-export JAX_COMPILATION_CACHE_DIR="${JAX_COMPILATION_CACHE_DIR:-${MOLORA_CACHE:-$HOME/.cache/molora_jax}/jax}"
-export JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS="${JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS:-0.5}"
 
 echo "train: runs/quickstart (MixLoRA on SmolLM2-135M, nine tasks)"
 python -m launch.train --config=configs/quickstart.py --workdir=runs/quickstart "$@"
