@@ -1,0 +1,208 @@
+"""Batched generation with a KV cache: a prefill of right-padded prompts, then one token a row until all rows are done.
+
+    h = model(prompt);  y_0 ~ softmax(W h[n_b - 1] / temperature);  y_t from y_{t-1} at position n_b + t - 1
+
+Row b keeps token t of its answer in slot `n_b + t`; a query at position p sees slots j <= p, so padding behind a
+prompt is overwritten before it is seen. Padding and rows that are done have segment id 0: never routed, never counted.
+`train=False` is all that is ever passed, so there is no dropout and no noise.
+
+Prompts are padded to a multiple of 32 and the cache to the next multiple that holds the answers, batches to a power of
+two, so that few shapes compile. A row's answer depends on its own prompt and seed alone, not on its neighbours.
+
+B rows, S_p padded prompt length, N most new tokens, S_k = S_p + N slots, D width, V vocabulary, L layers.
+"""
+
+import functools
+import zlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from molora_jax.errors import InputError
+
+MULTIPLE = 32
+
+
+def generate(
+    model, params, adapters, router_state, prompts, *, max_new_tokens: int, eos_id: int | None,
+    temperature: float = 0.0, seed: int = 0, cache: bool = True, batch_size: int = 16, done=lambda rows: None,
+) -> list[list[int]]:  # fmt: skip
+    """Answers to many prompts, those of similar length together.
+
+    Args:
+      prompts: lists of token ids, none empty.
+      max_new_tokens: of one answer, the end token included; an answer also ends at the model's context.
+      temperature: 0 takes the likeliest token; else tokens are drawn, by `seed` and the prompt.
+      cache: False recomputes everything for each token (slow; the same answers).
+      done: called with the number of rows after each batch.
+
+    Returns:
+      The new ids of each prompt, the end token included where it came.
+
+    Raises:
+      InputError: an empty prompt or one that fills the context, a negative temperature, no room for a token.
+    """
+    _check(prompts, max_new_tokens, temperature, model.config.context)
+    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+    answers: list[list[int]] = [[] for _ in prompts]
+    for first in range(0, len(order), batch_size):
+        rows = order[first : first + batch_size]
+        batch = pad([prompts[i] for i in rows], max_new_tokens, model.config.context, seed)
+        ids, counts, _ = decode(
+            params, adapters, router_state, *batch, np.float32(temperature), np.int32(-1 if eos_id is None else eos_id),
+            model=model, size=new_slots(batch[0].shape[1], max_new_tokens), sample=temperature > 0, cache=cache,
+        )  # fmt: skip
+        ids, counts = np.asarray(ids), np.asarray(counts)
+        for row, i in enumerate(rows):
+            answers[i] = ids[row, : counts[row]].tolist()
+        done(len(rows))
+    return answers
+
+
+def _check(prompts, max_new_tokens, temperature, context):
+    if max_new_tokens < 1:
+        raise InputError("max_new_tokens", got=str(max_new_tokens), expected="at least 1")
+    if not 0 <= temperature < float("inf"):
+        raise InputError("temperature", got=str(temperature), expected="0 (the likeliest token) or a positive number")
+    for prompt in prompts:
+        if not 0 < len(prompt) < context:
+            raise InputError(
+                "prompt", got=f"{len(prompt)} tokens", expected=f"1 to {context - 1}, to fit the model's context",
+                fix="Shorten it." if prompt else "Write something.",
+            )  # fmt: skip
+
+
+def round_up(n: int) -> int:
+    return -(-n // MULTIPLE) * MULTIPLE
+
+
+def new_slots(padded: int, max_new_tokens: int) -> int:
+    """N: what the cache holds beyond the padded prompts."""
+    return round_up(padded + max_new_tokens) - padded
+
+
+def pad(prompts, max_new_tokens: int, context: int, seed: int):
+    """`tokens [B, S_p]`, `lengths [B]`, `limits [B]` and keys `[B, 2]`, B the next power of two.
+
+    A row's key comes from the seed and its prompt. Rows that fill up the batch have length 0.
+    """
+    B = 1 << (len(prompts) - 1).bit_length()
+    tokens = np.zeros((B, round_up(max(map(len, prompts)))), np.int32)
+    lengths, limits, digests = np.zeros(B, np.int32), np.zeros(B, np.int32), np.zeros(B, np.uint32)
+    for row, ids in enumerate(prompts):
+        tokens[row, : len(ids)], lengths[row] = ids, len(ids)
+        limits[row] = min(max_new_tokens, context - len(ids))
+        digests[row] = zlib.crc32(tokens[row, : len(ids)].tobytes())
+    keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.PRNGKey(seed), digests)
+    return tokens, lengths, limits, keys
+
+
+@functools.partial(jax.jit, static_argnames=("model", "size", "sample", "cache", "keep_logits"))
+def decode(
+    params, adapters, router_state, tokens, lengths, limits, keys, temperature, eos_id,
+    *, model, size, sample, cache=True, keep_logits=False,
+):  # fmt: skip
+    """One batch. `tokens [B, S_p]` padded on the right, `lengths`, `limits [B]`, `keys [B, 2]`, `size` is N.
+
+    Returns `ids [B, N]`, `counts [B]` (the end token counts), and the logits `[B, N, V]` that each id was taken from
+    with `keep_logits` (else None).
+    """
+    B = tokens.shape[0]
+    rows = jnp.arange(B)
+    hidden = functools.partial(model.hidden, params, adapters, router_state)
+    start, advance = (_cached if cache else _uncached)(hidden, model.config, tokens, lengths, size)
+
+    def choose(out, t, h, done):
+        """Writes token t of every row that goes on."""
+        ids, counts, logits = out
+        with jax.named_scope("choose"):
+            z = model.logits(params, h)
+            new = jnp.argmax(z, axis=-1)
+            if sample:
+                new = jax.vmap(lambda k, z: jax.random.categorical(jax.random.fold_in(k, t), z))(keys, z / temperature)
+            new = jnp.where(done, 0, new).astype(jnp.int32)
+        logits = None if logits is None else logits.at[:, t].set(z)
+        out = (ids.at[:, t].set(new), counts + ~done, logits)
+        return out, done | (new == eos_id) | (t + 1 >= limits)
+
+    def go_on(loop):
+        t, done, _, _ = loop
+        return (t < size) & ~jnp.all(done)
+
+    def step(loop):
+        t, done, out, memory = loop
+        h, memory = advance(memory, out[0][rows, t - 1], t - 1, ~done)
+        out, done = choose(out, t, h, done)
+        return t + 1, done, out, memory
+
+    h, memory = start()
+    logits = jnp.zeros((B, size, model.config.vocab), jnp.float32) if keep_logits else None
+    out = (jnp.zeros((B, size), jnp.int32), jnp.zeros(B, jnp.int32), logits)
+    out, done = choose(out, 0, h, limits <= 0)
+    _, _, out, _ = jax.lax.while_loop(go_on, step, (1, done, out, memory))
+    return out
+
+
+def _batch(tokens, positions, live):
+    return {"tokens": tokens, "positions": positions, "segment_ids": live.astype(jnp.int32)}
+
+
+def _last(h, lengths):
+    """`h [B, S, D]` at each row's last token: `[B, D]`, so that the head sees one position a row."""
+    return jnp.take_along_axis(h, jnp.maximum(lengths - 1, 0)[:, None, None], axis=1)[:, 0]
+
+
+def _cached(hidden, config, tokens, lengths, size):
+    """Keys and values of all layers in buffers `[L, B, S_k, H_kv, H_d]`."""
+    B, S = tokens.shape
+    rows, slots = jnp.arange(B), jnp.arange(S + size)
+    prompt_positions = jnp.broadcast_to(jnp.arange(S), (B, S))
+
+    def seen(positions):
+        return slots <= positions[:, None, :, None]  # [B, 1, S, S_k]
+
+    def start():
+        def write(buffer, new):
+            return jax.lax.dynamic_update_slice(buffer, new.astype(buffer.dtype), (0, 0, 0, 0))
+
+        shape = (config.layers, B, S + size, config.kv_heads, config.head_dim)
+        dtype = hidden.args[0]["embed"].dtype
+        batch = _batch(tokens, prompt_positions, prompt_positions < lengths[:, None])
+        kv = (jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))
+        h, _, kv, _ = hidden(batch, mask=seen(prompt_positions), cache=(*kv, write))
+        return _last(h, lengths), kv[:2]
+
+    def advance(kv, token, t, live):
+        at = lengths + t
+
+        def write(buffer, new):
+            return buffer.at[rows, at].set(new[:, 0].astype(buffer.dtype))
+
+        batch = _batch(token[:, None], at[:, None], live[:, None])
+        h, _, kv, _ = hidden(batch, mask=seen(at[:, None]), cache=(*kv, write))
+        return h[:, 0], kv[:2]
+
+    return start, advance
+
+
+def _uncached(hidden, config, tokens, lengths, size):
+    """The whole text again for every token: what the cache must equal."""
+    B, S = tokens.shape
+    rows = jnp.arange(B)
+    positions = jnp.broadcast_to(jnp.arange(S + size), (B, S + size))
+
+    def run(text, lengths, live):
+        inside = (positions < lengths[:, None]) & live[:, None]
+        h, _, _, _ = hidden(_batch(text, positions, inside))
+        return _last(h, lengths)
+
+    def start():
+        text = jnp.pad(tokens, ((0, 0), (0, size)))
+        return run(text, lengths, lengths > 0), text
+
+    def advance(text, token, t, live):
+        text = text.at[rows, lengths + t].set(token)
+        return run(text, lengths + t + 1, live), text
+
+    return start, advance

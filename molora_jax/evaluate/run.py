@@ -1,0 +1,214 @@
+"""A trained run, opened: `molora_jax.load_run(DIR)` in a notebook, a script or a launcher.
+
+    >>> run = molora_jax.load_run("runs/quickstart")
+    >>> run.generate("What is the capital of France?")
+    >>> run.routing("A sad film.")["ffn"]["ffn"].shape      # [layers, tokens, experts]
+
+Only the run's folder and its base model are needed; the task data are read when `run.data` is first asked for. The
+model sits on one device (the first): what a notebook and a report need.
+"""
+
+import dataclasses
+import functools
+import pathlib
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from molora_jax import config as config_lib
+from molora_jax import data as data_lib
+from molora_jax import sharding
+from molora_jax.decode import generate as decoding
+from molora_jax.errors import InputError
+from molora_jax.evaluate import saved
+from molora_jax.io.base import load_base
+from molora_jax.io.checkpoints import Checkpoints
+from molora_jax.models.compile import compile_model
+
+
+@dataclasses.dataclass
+class Run:
+    """`config` (ConfigDict), `model`, `params` (frozen base), `adapters`, `router_state` (nested dicts of arrays),
+    `tokenizer`, `step` (None: the base alone), `workdir` (None likewise)."""
+
+    config: Any
+    model: Any
+    params: dict
+    adapters: dict
+    router_state: dict
+    tokenizer: Any
+    step: int | None = None
+    workdir: pathlib.Path | None = None
+
+    @functools.cached_property
+    def data(self):
+        """The run's `DataSet`, read now. Raises InputError where its files or packages are gone."""
+        config = self.config
+        return data_lib.build(
+            config.data, tokenizer=self.tokenizer, batch_size=config.train.batch_size, seed=config.seed
+        )
+
+    @property
+    def mesh(self):
+        return one_device()
+
+    def tokens(self, text: str) -> list[str]:
+        """The pieces that `routing` reports on, as text."""
+        return [self.tokenizer.decode([i]) for i in self.tokenizer.encode(text)]
+
+    def prompt_ids(self, prompt: str) -> list[int]:
+        """A user's turn in the model's chat template, up to where the answer starts."""
+        if not prompt.strip():
+            raise InputError("prompt", got=repr(prompt), expected="some text", fix="Write a question.")
+        system = self.config.data.system
+        turns = [{"role": "system", "content": system}] * bool(system) + [{"role": "user", "content": prompt}]
+        return self.tokenizer.encode_chat(turns, add_generation_prompt=True)
+
+    def generate(
+        self, prompt, *, max_new_tokens: int = 64, temperature: float = 0.0, seed: int = 0, cache: bool = True
+    ):
+        """Answers one prompt (-> str) or a list of them (-> list of str).
+
+        Args:
+          temperature: 0 takes the likeliest token; else tokens are drawn, by `seed` and the prompt alone.
+          cache: False recomputes everything for each token: the same answer, slowly.
+
+        Raises:
+          InputError: an empty or too long prompt, a bad number.
+        """
+        prompts = [prompt] if isinstance(prompt, str) else list(prompt)
+        answers = decoding.generate(
+            self.model, self.params, self.adapters, self.router_state, [self.prompt_ids(text) for text in prompts],
+            max_new_tokens=max_new_tokens, eos_id=self.tokenizer.eos_id, temperature=temperature, seed=seed,
+            cache=cache,
+        )  # fmt: skip
+        texts = [self.text(ids) for ids in answers]
+        return texts[0] if isinstance(prompt, str) else texts
+
+    def text(self, ids) -> str:
+        """An answer's ids as text, without the end token."""
+        return self.tokenizer.decode(ids, skip_special_tokens=True)
+
+    def routing(self, text: str) -> dict[str, dict[str, np.ndarray]]:
+        """The gates of every routed rule for a text, read as it stands (no chat template).
+
+        Returns:
+          `{rule: {site | attn | ffn | model: [layers, tokens, E_max]}}` float32: a row for each layer of the model, 0
+          where the rule does not act or beyond a layer's experts; `model` (one decision for all layers) is
+          `[1, tokens, E]`.
+        """
+        ids = self.tokenizer.encode(text)
+        if not 0 < len(ids) <= self.model.config.context:
+            raise InputError("text", got=f"{len(ids)} tokens", expected=f"1 to {self.model.config.context}")
+        size = decoding.round_up(len(ids))
+        tokens = np.zeros((1, size), np.int32)
+        tokens[0, : len(ids)] = ids
+        batch = {
+            "tokens": tokens,
+            "positions": np.arange(size, dtype=np.int32)[None],
+            "segment_ids": (np.arange(size)[None] < len(ids)).astype(np.int32),
+        }
+        gates = _gates(self.params, self.adapters, self.router_state, batch, model=self.model)
+        return {
+            rule: {scope: np.asarray(g)[:, 0, : len(ids)] for scope, g in scopes.items()}
+            for rule, scopes in gates.items()
+        }
+
+
+@functools.partial(jax.jit, static_argnames="model")
+def _gates(params, adapters, router_state, batch, *, model):
+    gates = model.hidden(params, adapters, router_state, batch, collect=True)[3]
+    return by_layer(model, gates)
+
+
+def by_layer(model, gates: dict) -> dict:
+    """`{rule: {segment: {scope: [L_seg, ..., E]}}}` -> `{rule: {scope: [L, ..., E_max]}}`, zeros where no expert is.
+
+    A decision of the whole model keeps its one row.
+    """
+    out: dict = {}
+    for rule in model.rules:
+        E = max(rule.experts)
+        for scope in rule.scopes:
+            parts = {name: scopes[scope] for name, scopes in gates.get(rule.name, {}).items() if scope in scopes}
+            if scope == "model":
+                out.setdefault(rule.name, {})[scope] = parts["model"]
+                continue
+            like, rows = next(iter(parts.values())), []
+            for segment in model.segments:
+                g = parts.get(segment.name)
+                if g is None:
+                    g = jnp.zeros((len(segment.layers), *like.shape[1:-1], E), like.dtype)
+                rows.append(jnp.pad(g, [(0, 0)] * (g.ndim - 1) + [(0, E - g.shape[-1])]))
+            out.setdefault(rule.name, {})[scope] = jnp.concatenate(rows)
+    return out
+
+
+@functools.lru_cache(maxsize=1)
+def one_device():
+    return sharding.make_mesh(dict.fromkeys(sharding.AXES, 1), jax.local_devices()[:1])
+
+
+def _put(tree):
+    return sharding.put(tree, sharding.replicated(one_device()))
+
+
+def load_run(workdir, step="best", *, config=None) -> Run:
+    """Opens the run in `workdir`.
+
+    Args:
+      step: `"best"` (the newest valid one where none was marked), `"latest"` (the newest valid one), or its number.
+      config: in place of the run's own `config.json`, say with other fields of `eval`.
+
+    Raises:
+      InputError: no run there, no such step, damage, another base model, or a config that the checkpoint does not fit.
+    """
+    step, folder = saved.parse_step(step), pathlib.Path(workdir).expanduser()
+    own = saved.read_config(folder)
+    config = own if config is None else config
+    checkpoints = Checkpoints(folder / "checkpoints", keep=1)
+    step = _find(checkpoints, step, folder)
+    base = load_base(config.base.source, dtype=config.base.dtype, seed=config.seed)
+    trained_on = saved.read_identity(folder).get("base", {}).get("digest", base.digest)
+    if trained_on != base.digest:
+        raise InputError(
+            "base.source", got=f"{config.base.source}, with digest {base.digest[:16]}",
+            expected=f"the base that {folder} was trained on ({trained_on[:16]})", fix="Restore that model's files.",
+        )  # fmt: skip
+    config_lib.check_model(config, base.config.layers, base.config.dims)
+    model = compile_model(config, base.config)
+    params = _put(base.params)
+    whole = sharding.replicated(one_device())
+    shapes = {
+        "adapters": jax.eval_shape(lambda p: model.init_adapters(jax.random.key(0), p), params),
+        "router_state": jax.eval_shape(model.init_router_state),
+    }
+    template = jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=whole), shapes)
+    items = checkpoints.restore(step, template)
+    return Run(config, model, params, items["adapters"], items["router_state"], base.tokenizer, step, folder)
+
+
+def _find(checkpoints, step, folder) -> int:
+    if isinstance(step, int):
+        if step not in checkpoints.steps():
+            have = ", ".join(map(str, checkpoints.steps())) or "none"
+            raise InputError("step", got=str(step), expected=f"best, latest or a saved step of {folder} ({have})")
+        return step
+    found = checkpoints.best() if step == "best" else None
+    found = checkpoints.newest_valid() if found is None else found
+    if found is None:
+        raise InputError(
+            "workdir", got=f"{str(folder)!r}, without a checkpoint", expected="a run with a saved step", fix=saved.FIX
+        )
+    return found
+
+
+def load_base_run(config) -> Run:
+    """The frozen base of a config alone, in the same form: no rules, no adapters."""
+    base = load_base(config.base.source, dtype=config.base.dtype, seed=config.seed)
+    with config.copy_and_resolve_references().unlocked() as plain:
+        plain.method.rules, plain.losses = {}, {}
+    model = compile_model(plain, base.config)
+    return Run(config, model, _put(base.params), {}, {}, base.tokenizer)

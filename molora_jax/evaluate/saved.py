@@ -1,0 +1,77 @@
+"""What a run's folder says about itself, read without jax: a wrong folder is refused within a second."""
+
+import contextlib
+import json
+import pathlib
+
+from molora_jax import config as config_lib
+from molora_jax.config_fields import TASKS
+from molora_jax.errors import InputError
+
+FIX = "Give the --workdir of a run of launch.train."
+
+
+def read_config(workdir):
+    """The ConfigDict of the run's latest start.
+
+    Raises:
+      InputError: no such folder, or one without a readable `config.json`.
+    """
+    folder = pathlib.Path(workdir).expanduser()
+    if not folder.is_dir():
+        got = f"{str(workdir)!r}, {'a file' if folder.exists() else 'which does not exist'}"
+        raise InputError("workdir", got=got, expected="the folder of a run", fix=FIX)
+    if not (folder / "config.json").is_file():
+        raise InputError(
+            "workdir", got=f"{str(workdir)!r}, without config.json", expected="the folder of a run", fix=FIX
+        )
+    tree = read_object(folder / "config.json")
+    config = config_lib.from_dict(tree)
+    config_lib.validate(without_inputs(config))
+    return config
+
+
+def without_inputs(config, *, keep_data: bool = False):
+    """A copy that names none of the files which only training needs (they may be gone): its data and its starts."""
+    config = config.copy_and_resolve_references()
+    with (
+        config.unlocked(),
+        contextlib.suppress(AttributeError, KeyError, TypeError),
+    ):  # a foreign config: validated next
+        config.train.init_from = ""
+        for rule in config.method.rules.values():
+            rule.load = ()
+        if not keep_data:
+            config.data.tasks = ",".join(TASKS)
+    return config
+
+
+def read_identity(workdir) -> dict:
+    """`identity.json`; empty where a run has none."""
+    path = pathlib.Path(workdir).expanduser() / "identity.json"
+    return read_object(path) if path.is_file() else {}
+
+
+def read_object(path: pathlib.Path) -> dict:
+    """Raises InputError where a file holds no JSON object."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise InputError(str(path), got=f"no JSON ({error})", expected="the file as launch.train wrote it") from None
+    if not isinstance(value, dict):
+        raise InputError(str(path), got=type(value).__name__, expected="a JSON object")
+    return value
+
+
+def parse_step(text):
+    """`best`, `latest` or a step's number.
+
+    Raises:
+      InputError: anything else.
+    """
+    if isinstance(text, str) and text in ("best", "latest"):
+        return text
+    try:
+        return int(text)
+    except ValueError:
+        raise InputError("step", got=repr(text), expected="best, latest or the number of a step") from None
