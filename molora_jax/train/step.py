@@ -51,13 +51,10 @@ def _part(stats: dict, part: str) -> dict:
     return {r: {s: {k: v[part] for k, v in sc.items()} for s, sc in seg.items()} for r, seg in stats.items()}
 
 
-def make_step(
-    model, optimizer, schedule, *, seed: int, frozen, accumulate: int, clip: float, targets_per_row: int, constrain
-):
-    """The step function of one stage, to be jitted with its state donated.
+def make_gradient(model, *, seed: int, frozen, accumulate: int, targets_per_row: int, constrain):
+    """`gradient(state, params, batch) -> (grads, out)`: of the trainable leaves, and the sums that left the layers.
 
     Args:
-      optimizer: an optax transformation over the trainable leaves; schedule: step -> learning rate, for the metrics.
       frozen: path patterns of leaves that do not train.
       targets_per_row: the packer's bound M.
       constrain: pins activations to the mesh.
@@ -65,7 +62,7 @@ def make_step(
     exact = [name for name, loss in model.losses if accumulate > 1 and getattr(loss, "accumulate", "micro") == "exact"]
     losses = dict(model.losses)
 
-    def train_step(state: TrainState, params: dict, batch: dict):
+    def gradient(state: TrainState, params: dict, batch: dict):
         step_key = jax.random.fold_in(jax.random.key(seed), state.step)
         trainable, fixed = trees.split(state.adapters, frozen)
         weight = jnp.maximum(jnp.sum(batch["loss_weight"]), 1.0)
@@ -79,18 +76,20 @@ def make_step(
 
         micros = micro_batches(batch, accumulate) if accumulate > 1 else None
 
-        slopes, exact_values = {}, {}
-        if exact:
+        def over_micros(function):
+            """The sum of `function(micro, i)` over the micro-steps, one at a time."""
+            shapes = jax.eval_shape(function, jax.tree.map(lambda x: x[0], micros), 0)
+            zero = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
 
             def add(total, i_micro):
                 i, micro = i_micro
-                _, stats = forward(trainable, micro, i)
-                return jax.tree.map(jnp.add, total, {n: loss_sums(stats, n) for n in exact}), None
+                return jax.tree.map(jnp.add, total, function(micro, i)), None
 
-            shapes = jax.eval_shape(lambda m: {n: loss_sums(forward(trainable, m, 0)[1], n) for n in exact},
-                                    jax.tree.map(lambda x: x[0], micros))  # fmt: skip
-            zero = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
-            total, _ = jax.lax.scan(add, zero, (jnp.arange(accumulate), micros))
+            return jax.lax.scan(add, zero, (jnp.arange(accumulate), micros))[0]
+
+        slopes, exact_values = {}, {}
+        if exact:
+            total = over_micros(lambda micro, i: {n: loss_sums(forward(trainable, micro, i)[1], n) for n in exact})
             for n in exact:
                 exact_values[n], slopes[n] = jax.value_and_grad(losses[n].value)(total[n])
 
@@ -110,17 +109,25 @@ def make_step(
 
         grad = jax.grad(objective, has_aux=True)
         if accumulate == 1:
-            grads, out = grad(trainable, batch, 0)
-        else:
+            return grad(trainable, batch, 0)
+        return over_micros(lambda micro, i: grad(trainable, micro, i))
 
-            def add_micro(total, i_micro):
-                i, micro = i_micro
-                return jax.tree.map(jnp.add, total, grad(trainable, micro, i)), None
+    return gradient
 
-            shapes = jax.eval_shape(lambda m: grad(trainable, m, 0), jax.tree.map(lambda x: x[0], micros))
-            zero = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
-            (grads, out), _ = jax.lax.scan(add_micro, zero, (jnp.arange(accumulate), micros))
 
+def make_step(model, optimizer, schedule, *, clip: float, frozen, **options):
+    """The step function of one stage, to be jitted with its state donated.
+
+    Args:
+      optimizer: an optax transformation over the trainable leaves; schedule: step -> learning rate, for the metrics.
+      clip: global norm, 0 for none. options: of `make_gradient`.
+    """
+    gradient = make_gradient(model, frozen=frozen, **options)
+    losses = dict(model.losses)
+
+    def train_step(state: TrainState, params: dict, batch: dict):
+        grads, out = gradient(state, params, batch)
+        trainable, fixed = trees.split(state.adapters, frozen)
         with jax.named_scope("optimizer"):
             norm = optax.global_norm(grads)
             loss = out["lm_loss"] + sum(losses[n].weight * v for n, v in out["aux"].items())

@@ -1,0 +1,156 @@
+"""Measures a training step (or decoding) of a config, alone or paired against another.
+
+python -m launch.bench --config=configs/mixlora.py [--against=configs/lora.py] [--config.X=V] [--against.X=V]
+    [--batch=4 --seq=128 --dtype=float32 --threads=1 --steps=5] [--no_update] [--generate] [--json]
+
+Real base weights, every sequence full, a loss at every position. Each side is a child process of its own, pinned to
+the asked number of processors; after a warm-up their steps alternate, so a drift of the machine meets both. CPU seconds
+are those of the child process; the ratio is of CPU seconds, pair by pair. With `--generate` a step is the greedy
+decoding of 32 tokens after a prompt of 32, batch 1, and figures are a token.
+"""
+
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+
+from launch import flags
+
+FLAGS = [
+    ("--against", dict(metavar="FILE.py", help="a second config, stepped in turn with the first")),
+    ("--batch", dict(type=int, default=4, help="rows a step")),
+    ("--seq", dict(type=int, default=128, help="tokens a row")),
+    ("--dtype", dict(choices=("float32", "bfloat16"), default="float32")),
+    ("--threads", dict(type=int, default=1, help="processors of each child")),
+    ("--steps", dict(type=int, default=5, help="measured steps of each side")),
+    ("--no_update", dict(action="store_true", help="leave the optimizer out")),
+    ("--generate", dict(action="store_true", help="measure decoding instead")),
+    ("--json", dict(action="store_true", help="one JSON on stdout instead of a table")),
+]
+NEW_TOKENS = 32
+
+
+def run(argv):
+    against = [a.replace("--against.", "--config.", 1) for a in argv if a.startswith("--against.")]
+    config, args = flags.parse(__doc__, FLAGS, [a for a in argv if not a.startswith("--against.")])
+    sides = {"a": config}
+    if args.against:
+        sides["b"], _ = flags.parse(__doc__, FLAGS, [f"--config={args.against}", *against])
+    elif against:
+        raise flags.wrong("--against", "overrides alone", "a config to change", "Give --against=FILE.py too.")
+    result = measure(sides, args)
+    print(json.dumps(result) if args.json else table(result, args))
+
+
+def measure(sides, args) -> dict:
+    from molora_jax import config as config_lib
+
+    children = {}
+    try:
+        for name, config in sides.items():
+            children[name] = Child(config_lib.to_dict(config), vars(args))
+        for child in children.values():  # one after the other: a compile beside a step would disturb both
+            child.ask("start")
+        rows = [{name: child.ask("step") for name, child in children.items()} for _ in range(args.steps)]
+        ends = {name: child.ask("end") for name, child in children.items()}
+    finally:
+        for child in children.values():
+            child.close()
+    tokens = 1 if args.generate else args.batch * args.seq
+    result = {}
+    for name, child in children.items():
+        cpu = [row[name]["cpu"] for row in rows]
+        result[name] = {
+            "cpu_seconds": spread(cpu),
+            "wall_seconds": spread([row[name]["wall"] for row in rows]),
+            "tokens_per_cpu_second": tokens / min(cpu),
+            "peak_rss_mb": ends[name]["peak_rss_mb"],
+            "compile_seconds": child.started["compile"],
+            "first_step_seconds": child.started["first"],  # from the start of the process
+            "trainable": child.started["trainable"],
+        }
+    if "b" in children:
+        result["ratio"] = spread([row["a"]["cpu"] / row["b"]["cpu"] for row in rows])
+    result["machine"] = machine(args)
+    return result
+
+
+def spread(values) -> dict:
+    return {"median": statistics.median(values), "min": min(values), "max": max(values)}
+
+
+def machine(args) -> dict:
+    import importlib.metadata
+    import platform
+
+    model = platform.processor() or platform.machine()
+    if os.path.exists("/proc/cpuinfo"):
+        with open("/proc/cpuinfo") as lines:
+            model = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), model)
+    return {
+        "processor": model, "threads": args.threads, "python": platform.python_version(),
+        "jax": importlib.metadata.version("jax"), "batch": args.batch, "seq": args.seq, "dtype": args.dtype,
+    }  # fmt: skip
+
+
+def table(result, args) -> str:
+    unit = "a token" if args.generate else "a step"
+    rows = [(f"CPU s {unit} (median, min, max)", "wall s", "tokens/CPU s", "peak MB", "compile s", "trainable")]
+    for name in ("a", "b"):
+        if name in result:
+            r = result[name]
+            three = ", ".join(f"{r['cpu_seconds'][k]:.3f}" for k in ("median", "min", "max"))
+            rows.append((f"{name}: {three}", f"{r['wall_seconds']['median']:.3f}", f"{r['tokens_per_cpu_second']:.1f}",
+                         f"{r['peak_rss_mb']:.0f}", f"{r['compile_seconds']:.1f}", f"{r['trainable']:,}"))  # fmt: skip
+    widths = [max(len(row[c]) for row in rows) for c in range(len(rows[0]))]
+    lines = ["  ".join(x.ljust(w) for x, w in zip(row, widths, strict=True)).rstrip() for row in rows]
+    if "ratio" in result:
+        lines.append("ratio a/b: {median:.3f} ({min:.3f} to {max:.3f})".format(**result["ratio"]))
+    return "\n".join([*lines, ", ".join(f"{k} {v}" for k, v in result["machine"].items())])
+
+
+class Child:
+    """One side: a process that answers `start`, `step` and `end` with a line of JSON each."""
+
+    def __init__(self, config: dict, args: dict):
+        environment = dict(os.environ)
+        if args["threads"] == 1:
+            environment["XLA_FLAGS"] = environment.get("XLA_FLAGS", "") + " --xla_cpu_multi_thread_eigen=false"
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "launch.bench_side"], env=environment, text=True,
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+        )  # fmt: skip
+        self.started = {}
+        self._send({"config": config, "args": args, "born": time.time()})
+
+    def _send(self, message):
+        try:
+            self.process.stdin.write(json.dumps(message) + "\n")
+            self.process.stdin.flush()
+        except BrokenPipeError:
+            self._dead()
+
+    def ask(self, what: str) -> dict:
+        self._send(what)
+        line = self.process.stdout.readline()
+        if not line:
+            self._dead()
+        answer = json.loads(line)
+        if "error" in answer:
+            raise flags.InputError(**answer["error"])
+        if what == "start":
+            self.started = answer
+        return answer
+
+    def _dead(self):
+        raise SystemExit(f"the measured process ended with status {self.process.wait()} (its message is above)")
+
+    def close(self):
+        self.process.kill()
+        self.process.wait()
+
+
+if __name__ == "__main__":
+    flags.main(run)

@@ -1,0 +1,138 @@
+"""One side of `launch.bench`: reads a config, then answers `start`, `step`, `end` lines with JSON."""
+
+import json
+import os
+import resource
+import sys
+import time
+
+
+def main():
+    message = json.loads(sys.stdin.readline())
+    config, args = message["config"], message["args"]
+    os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: args["threads"]])  # before jax makes its threads
+    answers, sys.stdout = sys.stdout, sys.stderr
+    from molora_jax import runtime
+    from molora_jax.errors import InputError
+
+    runtime.configure()
+    work, booted = None, time.time() - message["born"]
+    for line in sys.stdin:
+        what = json.loads(line)
+        try:
+            if what == "start":
+                began = time.monotonic()
+                work, answer = start(config, args)
+                answer["first"] = booted + answer.pop("done") - began
+                work()  # a second warm-up, unmeasured
+            elif what == "step":
+                answer = timed(work)
+            else:
+                answer = {"peak_rss_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024}
+        except InputError as error:
+            answer = {"error": dict(where=error.where, got=error.got, expected=error.expected, fix=error.fix)}
+        print(json.dumps(answer), file=answers, flush=True)
+
+
+def timed(work) -> dict:
+    wall, cpu = time.monotonic(), time.process_time()
+    parts = work()
+    return {"cpu": (time.process_time() - cpu) / parts, "wall": (time.monotonic() - wall) / parts}
+
+
+def start(tree, args):
+    """`(work, answer)`: work() does one step and returns by how much to divide its time."""
+    import jax
+    import numpy as np
+
+    from molora_jax import config as config_lib
+    from molora_jax import sharding
+    from molora_jax.io.base import load_base
+    from molora_jax.models.compile import compile_model
+    from molora_jax.train import summary, trees
+
+    config = config_lib.from_dict(tree)
+    base = load_base(config.base.source, dtype=args["dtype"], seed=0)
+    config_lib.check_model(config, base.config.layers, base.config.dims)
+    model = compile_model(config, base.config, max_segments=1)
+    mesh = sharding.make_mesh(dict(data=1, fsdp=1, expert=1, tensor=1), jax.devices()[:1])
+    params = sharding.put(base.params, sharding.param_shardings(base.params, mesh))
+    frozen = model.frozen_patterns()
+    shapes = jax.eval_shape(lambda p: model.init_adapters(jax.random.key(0), p), params)
+    answer = {"trainable": summary.count(trees.split(shapes, frozen)[0])}
+    rng = np.random.default_rng(0)
+    make = decoding if args["generate"] else training
+    work = make(config, args, model, base, params, mesh, frozen, rng)
+    began = time.monotonic()
+    work()
+    answer["done"] = time.monotonic()
+    answer["compile"] = answer["done"] - began  # compile (or the cache's answer) and the warm-up step
+    return work, answer
+
+
+def training(config, args, model, base, params, mesh, frozen, rng):
+    import jax
+    import numpy as np
+    import optax
+
+    from molora_jax import sharding
+    from molora_jax.optim import OPTIMIZERS
+    from molora_jax.train import trees
+    from molora_jax.train.step import fresh, make_gradient, make_step
+
+    B, S = args["batch"], args["seq"]
+    options = dict(config.optim)
+    member = OPTIMIZERS[options.pop("name")](**options)
+    shapes = jax.eval_shape(lambda p: model.init_adapters(jax.random.key(0), p), params)
+    optimizer = member.make(config.train.steps, trees.pairs(model, trees.split(shapes, frozen)[0]))
+    whole = sharding.replicated(mesh)
+    state = jax.jit(lambda p: fresh(model, optimizer, p, frozen, jax.random.key(0)), out_shardings=whole)(params)
+    options = dict(
+        seed=0, frozen=frozen, accumulate=config.train.accumulate, targets_per_row=S,
+        constrain=sharding.constrain(mesh),
+    )  # fmt: skip
+    if args["no_update"]:
+        gradient = make_gradient(model, **options)
+        norm = jax.jit(lambda *x: optax.global_norm(gradient(*x)[0]))  # needs every gradient, keeps none
+    else:
+        step = make_step(model, optimizer, member.schedule(config.train.steps), clip=config.train.clip, **options)
+        step = jax.jit(step, donate_argnums=0, out_shardings=(whole, whole))
+    ids = rng.integers(0, base.config.vocab, (B, S + 1)).astype(np.int32)
+    ones = np.ones((B, S), np.int32)
+    batch = dict(tokens=ids[:, :-1], targets=ids[:, 1:], loss_weight=ones.astype(np.float32), segment_ids=ones,
+                 positions=ones * np.arange(S, dtype=np.int32), task_ids=0 * ones, example_ids=ones)  # fmt: skip
+    batch = sharding.put_batch(batch, mesh, B)
+
+    def work():
+        nonlocal state
+        if args["no_update"]:
+            jax.block_until_ready(norm(state, params, batch))
+        else:
+            state, values = step(state, params, batch)
+            jax.block_until_ready((state, values))
+        return 1
+
+    return work
+
+
+def decoding(config, args, model, base, params, mesh, frozen, rng):
+    import jax
+    import numpy as np
+
+    from launch.bench import NEW_TOKENS
+    from molora_jax import sharding
+    from molora_jax.decode.generate import generate
+
+    make = jax.jit(lambda p: model.init_adapters(jax.random.key(0), p), out_shardings=sharding.replicated(mesh))
+    adapters, state = make(params), model.init_router_state()
+    prompt = rng.integers(0, base.config.vocab, 32).astype(np.int32).tolist()
+
+    def work():
+        generate(model, params, adapters, state, [prompt], eos_id=-1, pad_id=0, max_new_tokens=NEW_TOKENS)
+        return NEW_TOKENS
+
+    return work
+
+
+if __name__ == "__main__":
+    main()
