@@ -93,7 +93,7 @@ def training(config, args, model, base, params, mesh, frozen, rng):
     )  # fmt: skip
     if args["no_update"]:
         gradient = make_gradient(model, **options)
-        norm = jax.jit(lambda *x: optax.global_norm(gradient(*x)[0]))  # needs every gradient, keeps none
+        norm = jax.jit(lambda *x: optax.tree.norm(gradient(*x)[0]))  # needs every gradient, keeps none
     else:
         step = make_step(model, optimizer, member.schedule(config.train.steps), clip=config.train.clip, **options)
         step = jax.jit(step, donate_argnums=0, out_shardings=(whole, whole))

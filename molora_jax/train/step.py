@@ -129,7 +129,7 @@ def make_step(model, optimizer, schedule, *, clip: float, frozen, **options):
         grads, out = gradient(state, params, batch)
         trainable, fixed = trees.split(state.adapters, frozen)
         with jax.named_scope("optimizer"):
-            norm = optax.global_norm(grads)
+            norm = optax.tree.norm(grads)
             loss = out["lm_loss"] + sum(losses[n].weight * v for n, v in out["aux"].items())
             finite = jnp.isfinite(norm) & jnp.isfinite(loss)
             scale = jnp.minimum(1.0, clip / jnp.maximum(norm, 1e-12)) if clip else 1.0
