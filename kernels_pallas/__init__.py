@@ -1,4 +1,4 @@
-"""Grouped low-rank products, one folder an op: `api.py` (one public function), `reference.py` (einsum), one file a backend.
+"""Grouped low-rank products, one folder an op: `api.py` (one public function), `reference.py`, one file a form.
 
 Arguments are arrays; the adapter's scale is folded into B; `idx [T, K]` int32 padded with E, `gates` float32.
 T tokens, D width, F FFN width, E experts, K active experts, R rank.

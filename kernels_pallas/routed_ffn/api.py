@@ -1,17 +1,42 @@
 """`routed_ffn`: K experts' hidden states mixed between the shared projections of one frozen FFN."""
 
-from kernels_pallas.routed_ffn import dense, reference
+from kernels_pallas.platform import platform_of
+from kernels_pallas.routed_ffn import dense, reference, tiled
 
-IMPLEMENTATIONS = {"reference": reference.routed_ffn, "dense": dense.routed_ffn}
+IMPLEMENTATIONS = {"reference": reference.routed_ffn, "dense": dense.routed_ffn, "tiled": tiled.routed_ffn}
+
+CPU_DENSE_COLUMNS = 32  # E * R up to which the masked product is as fast as the tiles (docs/performance.md)
 
 
-def choose(g, B_g, idx) -> tuple[str, str]:
-    """The implementation for these shapes, and why."""
-    return "dense", "one slot at a time in pure XLA: the only form so far without [T, K, F] in memory"
+def choose(g, B_g, idx, *, platform: str | None = None) -> tuple[str, str]:
+    """The implementation for these shapes, and why. `g [T, F]`, `B_g [E, R, F]`, `idx [T, K]`: only shapes are read."""
+    E, R, _ = B_g.shape
+    K, platform = idx.shape[1], platform_of(platform)
+    if platform != "cpu":
+        return "dense", f"{platform}: no kernel of its own yet, and a loop over tiles would leave the device idle"
+    if K == E:
+        return "dense", f"cpu: every expert has a slot (K = E = {E}), so products of width R are exact without sorting"
+    if E * R <= CPU_DENSE_COLUMNS:
+        return "dense", f"cpu: E*R = {E * R} columns, at most {CPU_DENSE_COLUMNS}: cheaper than sorting"
+    return "tiled", f"cpu: E*R = {E * R} columns, more than {CPU_DENSE_COLUMNS}: cost grows with K = {K}, not with E"
 
 
 def routed_ffn(
-    g, u, z_g, z_u, B_g, B_u, A_d, idx, gates, base, *, activation="silu", mask=None, implementation: str | None = None
+    g,
+    u,
+    z_g,
+    z_u,
+    B_g,
+    B_u,
+    A_d,
+    idx,
+    gates,
+    base,
+    *,
+    activation="silu",
+    mask=None,
+    implementation: str | None = None,
+    platform: str | None = None,
 ):
     """`h_k = act(g + B_g[e_k] z_g[k]) * (u + B_u[e_k] z_u[k])`, mixed before the down projection.
 
@@ -22,11 +47,13 @@ def routed_ffn(
       g, u: `[T, F]` shared gate and up projections.
       z_g, z_u: `[T, K, R]` rank activations of the token's slots.
       B_g, B_u: `[E, R, F]`; A_d: `[E, R, F]` or `[1, R, F]`; the scale is folded into the B.
-      idx: `[T, K]` int32, E at a slot that is not used.
+      idx: `[T, K]` int32, E at a slot that is not used; a token names an expert at most once.
       gates: `[T, K]` float32.
       base: `[T]` coefficient of the frozen FFN's own hidden state h_0.
       activation: `silu` or `gelu`.
       mask: `[T, F]` dropout mask (already divided by its keep rate) on the input of A_d, or None.
+      implementation: `reference`, `dense`, `tiled`, or None to choose.
+      platform: what to choose for; by default that of the mesh in context, else the default backend.
 
     Returns:
       `mix [T, F] = base h_0 + sum_k w_k h_k` and `z_d [T, K, R] = A_d[e_k] (mask * h_k)`, 0 at unused slots.
@@ -34,9 +61,7 @@ def routed_ffn(
     Raises:
       ValueError: an implementation that the op does not have.
     """
-    name = implementation or choose(g, B_g, idx)[0]
+    name = implementation or choose(g, B_g, idx, platform=platform)[0]
     if name not in IMPLEMENTATIONS:
         raise ValueError(f"routed_ffn has no implementation {name!r}; it has {', '.join(IMPLEMENTATIONS)}.")
-    return IMPLEMENTATIONS[name](
-        g, u, z_g, z_u, B_g, B_u, A_d, idx, gates, base, activation=activation, mask=mask
-    )
+    return IMPLEMENTATIONS[name](g, u, z_g, z_u, B_g, B_u, A_d, idx, gates, base, activation=activation, mask=mask)

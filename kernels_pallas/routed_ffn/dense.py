@@ -1,48 +1,76 @@
-"""The routed FFN in pure XLA, one slot at a time: never `[T, K, F]` in memory, forward or backward.
+"""The routed FFN in plain products of all rows, one slot at a time: never `[T, K, F]` in memory.
 
-A slot's `dg_k = z_g[k] B_g[e_k]` is one product of width E*R with the other experts' columns at zero, so the cost of the
-rank-R products grows with E; the element-wise work does not. The backward recomputes each h_k.
+A slot's `dg_k = z_g[k] B_g[e_k]` is one product of width E*R with the other experts' columns at zero, so the cost of
+the rank-R products grows with E; the element-wise work does not. Where every expert has a slot (K == E) the slots are
+put in the experts' order first, and a product has width R. The backward forms each h_k again.
+
+T tokens, F FFN width, E experts, K slots, R rank.
 """
 
 import functools
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
+from kernels_pallas.routed_ffn.activations import core, pair
+
 F32 = jnp.float32
 
 
-def _spread(z, idx, E):
-    """`z [T, R]` into its expert's columns: `[T, E*R]`."""
-    hot = idx[:, None] == jnp.arange(E)
-    return jnp.where(hot[..., None], z[:, None, :], 0).reshape(len(z), -1)
+class _Slot(NamedTuple):
+    """One term of the mixture. `hot [T, K, E']` marks where `[T, K, R]` goes in the `[T, E' * R]` that meets B."""
+
+    hot: jax.Array
+    experts: slice
+
+    def spread(self, z):
+        """`[T, K, R]` -> `[T, E' * R]`, zero in the columns of other experts."""
+        z = jnp.sum(jnp.where(self.hot[..., None], z[:, :, None, :], 0), axis=1)
+        return z.reshape(len(z), -1)
+
+    def collect(self, wide):
+        """`[T, E' * R]` -> `[T, K, R]`, zero in other slots and where the slot is not used."""
+        wide = wide.reshape(len(wide), 1, self.hot.shape[-1], -1)
+        return jnp.sum(jnp.where(self.hot[..., None], wide, 0), axis=2)
+
+    def flat(self, B, dtype):
+        return B[self.experts].reshape(-1, B.shape[-1]).astype(dtype)
+
+    @property
+    def used(self):
+        return jnp.any(self.hot, axis=(1, 2))
 
 
-def _collect(wide, idx, E):
-    """The expert's columns out of `[T, E*R]`: `[T, R]`; a padded slot gets 0."""
-    hot = idx[:, None] == jnp.arange(E)
-    return jnp.sum(jnp.where(hot[..., None], wide.reshape(len(wide), E, -1), 0), axis=1)
+def _slots(idx, E) -> list[_Slot]:
+    hot = idx[:, :, None] == jnp.arange(E)
+    K = idx.shape[1]
+    if K == E:  # a token names an expert at most once
+        return [_Slot(hot[:, :, e : e + 1], slice(e, e + 1)) for e in range(E)]
+    return [_Slot(hot & (jnp.arange(K) == k)[:, None], slice(0, E)) for k in range(K)]
 
 
-def _flat(x, dtype):
-    return x.reshape(-1, x.shape[-1]).astype(dtype)
+def _dot(a, b, contract):
+    return jax.lax.dot_general(a, b, (contract, ((), ())), preferred_element_type=F32)
+
+
+NN, NT, TN = ((1,), (0,)), ((1,), (1,)), ((0,), (0,))
+
+
+def _masked(x, mask):
+    return x if mask is None else jnp.where(mask == 0, 0.0, x * mask.astype(F32))
 
 
 def _activate(activation, g):
-    """`act(g)` and its derivative, in float32."""
     g = g.astype(F32)
-    if activation == "silu":
-        s = jax.nn.sigmoid(g)
-        return g * s, s * (1 + g * (1 - s))
-    return jax.vjp(jax.nn.gelu, g)[0], jax.jvp(jax.nn.gelu, (g,), (jnp.ones_like(g),))[1]
+    return pair(activation, g, jax.lax.optimization_barrier(core(activation, g)))
 
 
-def _hidden(activation, g, u, z_g, z_u, B_g, B_u, idx_k):
+def _hidden(activation, g, u, z_g, z_u, B_g, B_u):
     """`a = act(g_k)`, its derivative, `u_k` of one slot, float32; `h_k = a * u_k`."""
-    E = B_g.shape[0]
-    g_k = g + jnp.dot(_spread(z_g, idx_k, E).astype(g.dtype), _flat(B_g, g.dtype), preferred_element_type=F32)
-    u_k = u + jnp.dot(_spread(z_u, idx_k, E).astype(u.dtype), _flat(B_u, u.dtype), preferred_element_type=F32)
-    return *_activate(activation, g_k), u_k.astype(F32)
+    g_k = g.astype(F32) + _dot(z_g, B_g, NN)
+    u_k = u.astype(F32) + _dot(z_u, B_u, NN)
+    return *_activate(activation, g_k), u_k
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -51,75 +79,64 @@ def _op(activation, g, u, z_g, z_u, B_g, B_u, A_d, idx, gates, base, mask):
 
 
 def _forward(activation, g, u, z_g, z_u, B_g, B_u, A_d, idx, gates, base, mask):
-    E, K = B_g.shape[0], idx.shape[1]
+    E, dtype = B_g.shape[0], g.dtype
     A_all = jnp.broadcast_to(A_d, (E, *A_d.shape[1:]))
-    a, _ = _activate(activation, g)
-    mix = base[:, None] * (a * u.astype(F32))
-    z_d = []
-    for k in range(K):
-        a, _, u_k = _hidden(activation, g, u, z_g[:, k], z_u[:, k], B_g, B_u, idx[:, k])
+    mix = base[:, None] * (_activate(activation, g)[0] * u.astype(F32))
+    z_d = 0.0
+    for slot in _slots(idx, E):
+        zg, zu = slot.spread(z_g).astype(dtype), slot.spread(z_u).astype(dtype)
+        a, _, u_k = _hidden(activation, g, u, zg, zu, slot.flat(B_g, dtype), slot.flat(B_u, dtype))
         h = a * u_k
-        w = jnp.where(idx[:, k] < E, gates[:, k], 0.0)
-        mix = mix + w[:, None] * h
-        seen = (h if mask is None else h * mask).astype(g.dtype)
-        wide = jnp.dot(seen, _flat(A_all, g.dtype).T, preferred_element_type=F32)
-        z_d.append(_collect(wide, idx[:, k], E))
-    out = mix.astype(g.dtype), jnp.stack(z_d, 1).astype(g.dtype)
+        w = jnp.sum(jnp.where(jnp.any(slot.hot, -1), gates, 0.0), axis=1)[:, None]
+        mix = mix + jnp.where(w == 0, 0.0, w * h)
+        z_d = z_d + slot.collect(_dot(_masked(h, mask).astype(dtype), slot.flat(A_all, dtype), NT))
+    out = mix.astype(dtype), z_d.astype(dtype)
     return out, (g, u, z_g, z_u, B_g, B_u, A_d, idx, gates, base, mask)
 
 
 def _backward(activation, saved, cotangents):
     g, u, z_g, z_u, B_g, B_u, A_d, idx, gates, base, mask = saved
     dmix, dz_d = cotangents
-    E, K, dtype = B_g.shape[0], idx.shape[1], g.dtype
-    A_all = _flat(jnp.broadcast_to(A_d, (E, *A_d.shape[1:])), dtype)
-    dmix32 = dmix.astype(F32)
+    E, dtype = B_g.shape[0], g.dtype
+    A_all = jnp.broadcast_to(A_d, (E, *A_d.shape[1:]))
+    dmix32, u32 = dmix.astype(F32), u.astype(F32)
     a, da = _activate(activation, g)
-    u32 = u.astype(F32)
     dbase = jnp.sum(dmix32 * a * u32, axis=-1)
-    dg = base[:, None] * dmix32 * da * u32
-    du = base[:, None] * dmix32 * a
-    dB_g = dB_u = dA = 0.0
-    dz_g, dz_u, dgates = [], [], []
-    for k in range(K):
-        i = idx[:, k]
-        a, da, u_k = _hidden(activation, g, u, z_g[:, k], z_u[:, k], B_g, B_u, i)
-        h = a * u_k
-        used = i < E
-        w = jnp.where(used, gates[:, k], 0.0)
-        dgates.append(jnp.where(used, jnp.sum(dmix32 * h, axis=-1), 0.0))
-        wide = _spread(dz_d[:, k], i, E)  # [T, E*R]
-        dseen = jnp.dot(wide, A_all, preferred_element_type=F32)
-        seen = h if mask is None else h * mask
-        dA = dA + jax.lax.dot_general(wide, seen.astype(dtype), (((0,), (0,)), ((), ())), preferred_element_type=F32)
-        dh = w[:, None] * dmix32 + (dseen if mask is None else dseen * mask)
-        # a padded slot's h is the base's, so its share must not reach g and u
-        dg_k = jnp.where(used[:, None], dh * da * u_k, 0.0)
-        du_k = jnp.where(used[:, None], dh * a, 0.0)
+    dg, du = base[:, None] * (dmix32 * da * u32), base[:, None] * (dmix32 * a)
+    dz_g, dz_u, dgates = jnp.zeros(z_g.shape, F32), jnp.zeros(z_u.shape, F32), jnp.zeros(gates.shape, F32)
+    dB_g, dB_u, dA = jnp.zeros(B_g.shape, F32), jnp.zeros(B_u.shape, F32), jnp.zeros(A_all.shape, F32)
+    for slot in _slots(idx, E):
+        zg, zu, dz = (slot.spread(z).astype(dtype) for z in (z_g, z_u, dz_d))
+        Bg, Bu, Ad = (slot.flat(x, dtype) for x in (B_g, B_u, A_all))
+        a, da, u_k = _hidden(activation, g, u, zg, zu, Bg, Bu)
+        mine, used = jnp.any(slot.hot, -1), slot.used[:, None]
+        # a padded slot's h is the base's, so its share must not reach g, u or a factor
+        h = jnp.where(used, a * u_k, 0.0)
+        w = jnp.sum(jnp.where(mine, gates, 0.0), axis=1)[:, None]
+        dgates = dgates + jnp.where(mine, jnp.sum(dmix32 * h, axis=-1)[:, None], 0.0)
+        dh = jnp.where(w == 0, 0.0, w * dmix32) + _masked(_dot(dz, Ad, NN), mask)
+        dg_k = jnp.where(used, dh * da * u_k, 0.0)
+        du_k = jnp.where(used, dh * a, 0.0)
         dg, du = dg + dg_k, du + du_k
-        for dk, z, B, dz in ((dg_k, z_g, B_g, dz_g), (du_k, z_u, B_u, dz_u)):
-            dk = dk.astype(dtype)
-            back = jnp.dot(dk, _flat(B, dtype).T, preferred_element_type=F32)
-            dz.append(_collect(back, i, E))
-            part = jax.lax.dot_general(
-                _spread(z[:, k], i, E).astype(dtype), dk, (((0,), (0,)), ((), ())), preferred_element_type=F32
-            )
-            if B is B_g and dz is dz_g:
-                dB_g = dB_g + part
-            else:
-                dB_u = dB_u + part
-    dA = dA.reshape(E, *A_d.shape[1:])
-    dA = dA if A_d.shape[0] == E else jnp.sum(dA, axis=0, keepdims=True)
+        dg_k, du_k, seen = dg_k.astype(dtype), du_k.astype(dtype), _masked(h, mask).astype(dtype)
+        dz_g = dz_g + slot.collect(_dot(dg_k, Bg, NT))
+        dz_u = dz_u + slot.collect(_dot(du_k, Bu, NT))
+        shape = (-1, *B_g.shape[1:])
+        dB_g = dB_g.at[slot.experts].add(_dot(zg, dg_k, TN).reshape(shape))
+        dB_u = dB_u.at[slot.experts].add(_dot(zu, du_k, TN).reshape(shape))
+        dA = dA.at[slot.experts].add(_dot(dz, seen, TN).reshape(shape))
+    if A_d.shape[0] != E:
+        dA = jnp.sum(dA, axis=0, keepdims=True)
     return (
         dg.astype(dtype),
         du.astype(dtype),
-        jnp.stack(dz_g, 1).astype(z_g.dtype),
-        jnp.stack(dz_u, 1).astype(z_u.dtype),
-        dB_g.reshape(B_g.shape).astype(B_g.dtype),
-        dB_u.reshape(B_u.shape).astype(B_u.dtype),
+        dz_g.astype(z_g.dtype),
+        dz_u.astype(z_u.dtype),
+        dB_g.astype(B_g.dtype),
+        dB_u.astype(B_u.dtype),
         dA.astype(A_d.dtype),
         None,
-        jnp.stack(dgates, 1).astype(gates.dtype),
+        dgates.astype(gates.dtype),
         dbase.astype(base.dtype),
         None,
     )

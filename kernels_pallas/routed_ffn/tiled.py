@@ -1,0 +1,144 @@
+"""The routed FFN by experts: a loop over tiles of slots that share one expert, in pure XLA.
+
+    dg = z_g B_g[e],  du = z_u B_u[e],  h = act(g + dg) * (u + du),  mix += w h,  z_d = A_d[e] (mask h)
+
+Cost grows with the slots in use and not with E; nothing is dropped. Everything F-wide of a slot lives for one tile and
+stays in the cache: no `[T, K, F]`, forward or backward, which forms h again. One transcendental a slot and pass.
+A tile's empty rows may read anything, NaN included: `where`, never a product by zero.
+
+T tokens, F FFN width, E experts, K slots, R rank, M rows of a tile.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+
+from kernels_pallas import tiles
+from kernels_pallas.routed_ffn.activations import core, pair
+
+F32 = jnp.float32
+
+
+def _dot(a, b, contract):
+    return jax.lax.dot_general(a, b, (contract, ((), ())), preferred_element_type=F32)
+
+
+NN, NT, TN = ((1,), (0,)), ((1,), (1,)), ((0,), (0,))
+
+
+def _masked(x, mask):
+    return x if mask is None else jnp.where(mask == 0, 0.0, x * mask.astype(F32))
+
+
+def _rows(x, slot, valid):
+    """Rows of `[T, K, ...]` by slot, zero where the tile has none."""
+    return jnp.where(valid, tiles.take(x.reshape(x.shape[0] * x.shape[1], -1), slot), 0)
+
+
+def _expert(A, e):
+    return tiles.at(A, e if A.shape[0] > 1 else 0)
+
+
+def _hidden(activation, g, u, z_g, z_u, B_g, B_u, token):
+    """`g_k`, `core(g_k)`, `u_k [M, F]` of one tile, float32; the core is written once and read by what follows."""
+    g_k = tiles.take(g, token).astype(F32) + _dot(z_g, B_g, NN)
+    u_k = tiles.take(u, token).astype(F32) + _dot(z_u, B_u, NN)
+    return jax.lax.optimization_barrier((g_k, core(activation, g_k), u_k))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _op(activation, g, u, z_g, z_u, B_g, B_u, A_d, gates, base, mask, schedule):
+    return _forward(activation, g, u, z_g, z_u, B_g, B_u, A_d, gates, base, mask, schedule)[0]
+
+
+def _forward(activation, g, u, z_g, z_u, B_g, B_u, A_d, gates, base, mask, schedule):
+    T, K, R = z_g.shape
+    dtype = g.dtype
+
+    def step(i, carry):
+        mix, z_d = carry
+        slot, token, valid, e = (
+            tiles.at(x, i) for x in (schedule.slot, schedule.token, schedule.valid, schedule.expert)
+        )
+        z = (_rows(z_g, slot, valid).astype(dtype), _rows(z_u, slot, valid).astype(dtype))
+        g_k, c, u_k = _hidden(activation, g, u, *z, _expert(B_g, e).astype(dtype), _expert(B_u, e).astype(dtype), token)
+        h = pair(activation, g_k, c)[0] * u_k
+        w = _rows(gates, slot, valid)
+        seen = _masked(h, None if mask is None else tiles.take(mask, token)).astype(dtype)
+        down = _dot(seen, _expert(A_d, e).astype(dtype), NT)
+        mix = tiles.add_rows(mix, tiles.at(schedule.to_token, i), jnp.where(w == 0, 0.0, w * h))
+        return mix, tiles.add_rows(z_d, tiles.at(schedule.to_slot, i), down)
+
+    g32 = g.astype(F32)
+    start = base[:, None] * (pair(activation, g32, core(activation, g32))[0] * u.astype(F32))
+    mix, z_d = jax.lax.fori_loop(0, schedule.count, step, (start, *tiles.zeros((T * K, R))))
+    saved = (g, u, z_g, z_u, B_g, B_u, A_d, gates, base, mask, schedule)
+    return (mix.astype(dtype), z_d.reshape(T, K, R).astype(dtype)), saved
+
+
+def _backward(activation, saved, cotangents):
+    g, u, z_g, z_u, B_g, B_u, A_d, gates, base, mask, schedule = saved
+    dmix, dz_d = cotangents
+    (T, K, R), dtype = z_g.shape, g.dtype
+
+    def step(i, carry):
+        dg, du, dz_g, dz_u, dgates, dB_g, dB_u, dA_d = carry
+        slot, token, valid, e = (
+            tiles.at(x, i) for x in (schedule.slot, schedule.token, schedule.valid, schedule.expert)
+        )
+        zg, zu, dz = (_rows(z, slot, valid).astype(dtype) for z in (z_g, z_u, dz_d))
+        Bg, Bu, Ad = (_expert(x, e).astype(dtype) for x in (B_g, B_u, A_d))
+        g_k, c, u_k = _hidden(activation, g, u, zg, zu, Bg, Bu, token)
+        w = _rows(gates, slot, valid)
+        dm = tiles.take(dmix, token).astype(F32)
+        kept = None if mask is None else tiles.take(mask, token)
+        dh = jnp.where(w == 0, 0.0, w * dm) + _masked(_dot(dz, Ad, NN), kept)
+        a, da = pair(activation, g_k, c)
+        h = jnp.where(valid, a * u_k, 0.0)
+        dg_k = jnp.where(valid, dh * da * u_k, 0.0)
+        du_k = jnp.where(valid, dh * a, 0.0)
+        seen = _masked(h, kept).astype(dtype)
+        to_token, to_slot = tiles.at(schedule.to_token, i), tiles.at(schedule.to_slot, i)
+        dw = jax.lax.dot_general(dm, h, (((1,), (1,)), ((0,), (0,))))  # row by row
+        dg, du = tiles.add_rows(dg, to_token, dg_k), tiles.add_rows(du, to_token, du_k)
+        dg_k, du_k = dg_k.astype(dtype), du_k.astype(dtype)
+        return (
+            dg,
+            du,
+            tiles.add_rows(dz_g, to_slot, _dot(dg_k, Bg, NT)),
+            tiles.add_rows(dz_u, to_slot, _dot(du_k, Bu, NT)),
+            tiles.add_rows(dgates, to_slot, dw),
+            tiles.add_at(dB_g, e, _dot(zg, dg_k, TN)),
+            tiles.add_at(dB_u, e, _dot(zu, du_k, TN)),
+            tiles.add_at(dA_d, e if A_d.shape[0] > 1 else 0, _dot(dz, seen, TN)),
+        )
+
+    g32, u32, dmix32 = g.astype(F32), u.astype(F32), dmix.astype(F32)
+    a, da = pair(activation, g32, jax.lax.optimization_barrier(core(activation, g32)))
+    dbase = jax.lax.dot_general(dmix32, a * u32, (((1,), (1,)), ((0,), (0,))))
+    dg0, du0 = base[:, None] * (dmix32 * da * u32), base[:, None] * (dmix32 * a)
+    sums = tiles.zeros((T * K, R), (T * K, R), (T * K,), B_g.shape, B_u.shape, A_d.shape)
+    dg, du, dz_g, dz_u, dgates, dB_g, dB_u, dA_d = jax.lax.fori_loop(0, schedule.count, step, (dg0, du0, *sums))
+    return (
+        dg.astype(dtype),
+        du.astype(dtype),
+        dz_g.reshape(z_g.shape).astype(z_g.dtype),
+        dz_u.reshape(z_u.shape).astype(z_u.dtype),
+        dB_g.astype(B_g.dtype),
+        dB_u.astype(B_u.dtype),
+        dA_d.astype(A_d.dtype),
+        dgates.reshape(gates.shape).astype(gates.dtype),
+        dbase.astype(base.dtype),
+        None,
+        None,
+    )
+
+
+_op.defvjp(_forward, _backward)
+
+
+def routed_ffn(g, u, z_g, z_u, B_g, B_u, A_d, idx, gates, base, *, activation="silu", mask=None, rows=None):
+    """Shapes as in `api.routed_ffn`; `rows` of a tile, by default from the load."""
+    schedule = tiles.plan(idx, B_g.shape[0], rows)
+    return _op(activation, g, u, z_g, z_u, B_g, B_u, A_d, gates, base, mask, schedule)
