@@ -7,7 +7,8 @@ prompt is overwritten before it is seen. Padding and rows that are done have seg
 `train=False` is all that is ever passed, so there is no dropout and no noise.
 
 Prompts are padded to a multiple of 32 and the cache to the next multiple that holds the answers, batches to a power of
-two, so that few shapes compile. A row's answer depends on its own prompt and seed alone, not on its neighbours.
+two (at most `batch_size`), so that few shapes compile. A row's answer depends on its own prompt and seed alone, not on
+its neighbours.
 
 B rows, S_p padded prompt length, N most new tokens, S_k = S_p + N slots, D width, V vocabulary, L layers.
 """
@@ -48,7 +49,8 @@ def generate(
     answers: list[list[int]] = [[] for _ in prompts]
     for first in range(0, len(order), batch_size):
         rows = order[first : first + batch_size]
-        batch = pad([prompts[i] for i in rows], max_new_tokens, model.config.context, seed)
+        room = min(batch_size, 1 << (len(rows) - 1).bit_length())
+        batch = pad([prompts[i] for i in rows], max_new_tokens, model.config.context, seed, rows=room)
         ids, counts, _ = decode(
             params, adapters, router_state, *batch, np.float32(temperature), np.int32(-1 if eos_id is None else eos_id),
             model=model, size=new_slots(batch[0].shape[1], max_new_tokens), sample=temperature > 0, cache=cache,
@@ -82,12 +84,12 @@ def new_slots(padded: int, max_new_tokens: int) -> int:
     return round_up(padded + max_new_tokens) - padded
 
 
-def pad(prompts, max_new_tokens: int, context: int, seed: int):
-    """`tokens [B, S_p]`, `lengths [B]`, `limits [B]` and keys `[B, 2]`, B the next power of two.
+def pad(prompts, max_new_tokens: int, context: int, seed: int, *, rows: int):
+    """`tokens [B, S_p]`, `lengths [B]`, `limits [B]` and keys `[B, 2]`, B = `rows`.
 
     A row's key comes from the seed and its prompt. Rows that fill up the batch have length 0.
     """
-    B = 1 << (len(prompts) - 1).bit_length()
+    B = rows
     tokens = np.zeros((B, round_up(max(map(len, prompts)))), np.int32)
     lengths, limits, digests = np.zeros(B, np.int32), np.zeros(B, np.int32), np.zeros(B, np.uint32)
     for row, ids in enumerate(prompts):

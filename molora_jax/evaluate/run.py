@@ -14,7 +14,6 @@ import pathlib
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from molora_jax import config as config_lib
@@ -23,6 +22,7 @@ from molora_jax import sharding
 from molora_jax.decode import generate as decoding
 from molora_jax.errors import InputError
 from molora_jax.evaluate import saved
+from molora_jax.evaluate.gates import by_layer
 from molora_jax.io.base import load_base
 from molora_jax.io.checkpoints import Checkpoints
 from molora_jax.models.compile import compile_model
@@ -121,29 +121,6 @@ class Run:
 def _gates(params, adapters, router_state, batch, *, model):
     gates = model.hidden(params, adapters, router_state, batch, collect=True)[3]
     return by_layer(model, gates)
-
-
-def by_layer(model, gates: dict) -> dict:
-    """`{rule: {segment: {scope: [L_seg, ..., E]}}}` -> `{rule: {scope: [L, ..., E_max]}}`, zeros where no expert is.
-
-    A decision of the whole model keeps its one row.
-    """
-    out: dict = {}
-    for rule in model.rules:
-        E = max(rule.experts)
-        for scope in rule.scopes:
-            parts = {name: scopes[scope] for name, scopes in gates.get(rule.name, {}).items() if scope in scopes}
-            if scope == "model":
-                out.setdefault(rule.name, {})[scope] = parts["model"]
-                continue
-            like, rows = next(iter(parts.values())), []
-            for segment in model.segments:
-                g = parts.get(segment.name)
-                if g is None:
-                    g = jnp.zeros((len(segment.layers), *like.shape[1:-1], E), like.dtype)
-                rows.append(jnp.pad(g, [(0, 0)] * (g.ndim - 1) + [(0, E - g.shape[-1])]))
-            out.setdefault(rule.name, {})[scope] = jnp.concatenate(rows)
-    return out
 
 
 @functools.lru_cache(maxsize=1)

@@ -15,7 +15,7 @@ N = 12
 
 def _decode(made, prompts, *, cache=True, temperature=0.0, eos_id=-1, max_new_tokens=N):
     model = made[0]
-    batch = decoding.pad(prompts, max_new_tokens, model.config.context, seed=3)
+    batch = decoding.pad(prompts, max_new_tokens, model.config.context, seed=3, rows=4 if len(prompts) > 1 else 1)
     size = decoding.new_slots(batch[0].shape[1], max_new_tokens)
     out = decoding.decode(
         *made[1:], *batch, np.float32(temperature), np.int32(eos_id), model=model, size=size, sample=temperature > 0,

@@ -10,7 +10,8 @@ import pytest
 import molora_jax
 from molora_jax.errors import InputError
 from molora_jax.evaluate import saved
-from molora_jax.evaluate.run import by_layer, load_base_run
+from molora_jax.evaluate.gates import by_layer
+from molora_jax.evaluate.run import load_base_run
 from molora_jax.io.checkpoints import Checkpoints
 from tests.tiny import tiny_config, tiny_model
 

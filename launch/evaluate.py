@@ -1,0 +1,47 @@
+"""Evaluates a run on held-out items, before (the base model) and after training: a table, report.json and pictures.
+
+python -m launch.evaluate --workdir=runs/quickstart [--step=best|latest|N] [--config.eval.num_items=32 ...]
+"""
+
+from launch import flags
+from molora_jax.errors import InputError
+
+FLAGS = [
+    ("--workdir", dict(required=True, metavar="DIR", help="the folder of a run")),
+    ("--step", dict(default="best", help="best, latest or a number (default: best)")),
+]
+
+
+def saved_config(args):
+    from molora_jax.evaluate.saved import read_config, without_inputs
+
+    return without_inputs(read_config(args.workdir), keep_data=True)
+
+
+def run(argv):
+    config, args = flags.parse(__doc__, FLAGS, argv, need_config=False, defaults=saved_config)
+    if args.config:
+        raise InputError("--config", got=args.config, expected="nothing: a run has its own config", fix="Leave it out.")
+    from molora_jax import runtime
+
+    runtime.configure()
+    from molora_jax.evaluate import report as reports
+    from molora_jax.evaluate.progress import Phases
+    from molora_jax.evaluate.run import load_run
+
+    phases = Phases()
+    phases.start("run and base model", 1)
+    loaded = load_run(args.workdir, args.step, config=config)
+    phases.end()
+    report = reports.evaluate(loaded, phases=phases)
+    paths = reports.pictures(loaded, report)
+    print(f"step {report['step']} of {args.workdir}, test split, NLL in nats an answer token")
+    print(reports.text_table(report))
+    if report["without_items"]:
+        print(f"no test item: {', '.join(report['without_items'])}")
+    for path in [*paths, paths[0].with_name("report.json")]:
+        print(path)
+
+
+if __name__ == "__main__":
+    flags.main(run)

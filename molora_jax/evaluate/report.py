@@ -1,0 +1,125 @@
+"""The report of a run: `report/report.json`, three pictures beside it, and a table.
+
+    {"step": N, "tasks": {NAME: {"items", "answer_tokens", "nll", "nll_base", "exact", "exact_base", ...}}, ...}
+
+`nll` is per answer token (nats, end token included), `exact` the share of generated answers that equal the target; each
+is `[value, low, high]` with a 95 % interval (`intervals.py`). More keys: `nll_change` (tuned minus base, paired),
+`generated` (items with a generated answer), `too_long` (of these, targets that do not fit into `eval.max_new_tokens`,
+which count as wrong); `routing`: `{rule: {scope: {task: [L][E]}}}`, the mean share of the gates.
+"""
+
+import json
+import pathlib
+
+import numpy as np
+
+from molora_jax.errors import InputError
+from molora_jax.evaluate import intervals, plots
+from molora_jax.evaluate.score import chosen, score
+from molora_jax.io.manifest import write_atomically
+from molora_jax.train.summary import table
+
+
+def evaluate(run, *, phases) -> dict:
+    """Scores a loaded run on its test split and writes its report.
+
+    Returns:
+      The content of `report.json`.
+
+    Raises:
+      InputError: no data, or no test item in any task.
+    """
+    options = run.config.eval
+    phases.start("test items", 1)
+    examples = run.data.heldout("test", options.num_items)
+    phases.end()
+    if not examples:
+        raise InputError("data.tasks", got="no test item that fits", expected="at least one", fix="Raise data.seq_len.")
+    base = score(run, examples, base=True, phases=phases)
+    tuned = score(run, examples, base=False, phases=phases)
+    report = {
+        "step": run.step,
+        "base": run.config.base.source,
+        "max_new_tokens": options.max_new_tokens,
+        "tasks": tasks(run, examples, base, tuned),
+        "without_items": [n for i, n in enumerate(run.data.task_names) if all(e.task_id != i for e in examples)],
+        "routing": routing(run, tuned.gates, {e.task_id for e in examples}),
+    }
+    folder = pathlib.Path(run.workdir) / "report"
+    folder.mkdir(exist_ok=True)
+    write_atomically(folder / "report.json", json.dumps(report, indent=1) + "\n")
+    return report
+
+
+def tasks(run, examples, base, tuned) -> dict:
+    task_ids = np.array([e.task_id for e in examples])
+    picked = set(chosen(examples, run.config.eval.num_generated))
+    out = {}
+    for task, name in enumerate(run.data.task_names):
+        items = np.flatnonzero(task_ids == task)
+        if not len(items):
+            continue
+        generated = [i for i in items.tolist() if i in picked]
+        count = tuned.tokens[items]
+
+        def exact(scores, generated=generated):
+            right = sum(scores.answers[i].strip() == examples[i].target.strip() for i in generated)
+            return intervals.wilson(right, len(generated)) if generated else None
+
+        out[name] = {
+            "items": len(items),
+            "answer_tokens": int(count.sum()),
+            "nll": intervals.ratio(tuned.nll[items], count),
+            "nll_base": intervals.ratio(base.nll[items], count),
+            "nll_change": intervals.ratio_change(base.nll[items], tuned.nll[items], count),
+            "exact": exact(tuned),
+            "exact_base": exact(base),
+            "generated": len(generated),
+            "too_long": sum(len(examples[i].target_ids) > run.config.eval.max_new_tokens for i in generated),
+        }
+    return out
+
+
+def routing(run, gates: dict, present: set) -> dict:
+    """Shares that sum to 1 over a layer's experts; all zeros in a layer where the rule does not act."""
+    out: dict = {}
+    for rule, scopes in gates.items():
+        for scope, total in scopes.items():
+            share = total / np.maximum(total.sum(-1, keepdims=True), 1e-9)
+            named = {n: share[t].round(5).tolist() for t, n in enumerate(run.data.task_names) if t in present}
+            out.setdefault(rule, {})[scope] = named
+    return out
+
+
+def pictures(run, report: dict) -> list[pathlib.Path]:
+    """`tasks.png`, `loss.png` and `routing.png` in the run's `report` folder."""
+    folder = pathlib.Path(run.workdir) / "report"
+    counts = {rule.name: rule.experts for rule in run.model.rules}
+    return [
+        plots.plot_tasks(report, folder / "tasks.png"),
+        plots.plot_loss(run.workdir),
+        plots.plot_routing(report["routing"], counts, folder / "routing.png"),
+    ]
+
+
+def text_table(report: dict) -> str:
+    """One row a task and the mean over tasks; intervals are of the tuned model."""
+    rows = [("task", "items", "NLL base", "NLL tuned", "95 %", "generated", "exact base", "exact tuned", "95 %")]
+    for name, t in report["tasks"].items():
+        exact = ("-", "-", "-") if t["exact"] is None else (
+            f"{t['exact_base'][0]:.0%}", f"{t['exact'][0]:.0%}", f"{t['exact'][1]:.0%} - {t['exact'][2]:.0%}"
+        )  # fmt: skip
+        nll = t["nll"]
+        rows.append((name, str(t["items"]), f"{t['nll_base'][0]:.3f}", f"{nll[0]:.3f}", f"{nll[1]:.3f} - {nll[2]:.3f}",
+                     str(t["generated"]), *exact))  # fmt: skip
+    every = report["tasks"].values()
+
+    def mean(key, form):
+        values = [t[key][0] for t in every if t[key] is not None]
+        return form.format(np.mean(values)) if values else "-"
+
+    rows.append(
+        ("mean", str(sum(t["items"] for t in every)), mean("nll_base", "{:.3f}"), mean("nll", "{:.3f}"), "",
+         str(sum(t["generated"] for t in every)), mean("exact_base", "{:.0%}"), mean("exact", "{:.0%}"), "")
+    )  # fmt: skip
+    return table(rows, right=(1, 2, 3, 4, 5, 6, 7, 8))
