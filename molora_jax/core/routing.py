@@ -17,13 +17,17 @@ def logits(W: Array, x: Array, b: Array | None = None) -> Array:
     return z if b is None else z + b
 
 
+def permitted(allowed: Array | None) -> Array | bool:
+    """`allowed [E] | [B, E] | None` as a mask that broadcasts against `[B, S, E]`."""
+    return True if allowed is None else allowed if allowed.ndim == 1 else allowed[:, None, :]
+
+
 def softmax(z: Array, allowed: Array | None = None) -> Array:
     """Softmax over the experts that are allowed (`[E]` or `[B, E]`); the others get exactly 0."""
-    if allowed is not None:
-        mask = jnp.broadcast_to(allowed if allowed.ndim == 1 else allowed[:, None, :], z.shape)
-        z = jnp.where(mask, z, NEG_INF)
-        return jnp.where(mask, jax.nn.softmax(z, axis=-1), 0.0)
-    return jax.nn.softmax(z, axis=-1)
+    if allowed is None:
+        return jax.nn.softmax(z, axis=-1)
+    mask = permitted(allowed)
+    return jnp.where(mask, jax.nn.softmax(jnp.where(mask, z, NEG_INF), axis=-1), 0.0)
 
 
 def top_k(score: Array, k: int) -> Array:
@@ -73,10 +77,7 @@ def finish(
     base: Array | None = None,
 ) -> Routing:
     """Takes padding and shut-out experts out of a decision: at padding no expert, no gate, the base alone."""
-    valid = ctx.valid[..., None]
-    if ctx.allowed is not None:
-        valid = valid & (ctx.allowed if ctx.allowed.ndim == 1 else ctx.allowed[:, None, :])
-    selected = selected & valid
+    selected = selected & ctx.valid[..., None] & permitted(ctx.allowed)
     gates = jnp.where(selected, gates, 0.0)
     if base is not None:
         base = jnp.where(ctx.valid, base, 1.0)

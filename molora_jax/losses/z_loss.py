@@ -8,6 +8,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
+from molora_jax.core.routing import NEG_INF, permitted
 from molora_jax.losses.base import Loss, leaves
 
 
@@ -16,7 +17,8 @@ class ZLoss(Loss):
     weight: float = 1e-3
 
     def stats(self, routing, ctx):
-        square = jax.nn.logsumexp(routing.logits, axis=-1) ** 2
+        z = jnp.where(permitted(ctx.allowed), routing.logits, NEG_INF)  # shut-out and padded experts do not count
+        square = jax.nn.logsumexp(z, axis=-1) ** 2
         return {
             "z": jnp.sum(jnp.where(routing.valid, square, 0.0)),
             "tokens": jnp.sum(routing.valid, dtype=jnp.float32),

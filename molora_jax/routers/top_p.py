@@ -27,7 +27,7 @@ class TopP(Router):
     def route(self, p, shared, x, ctx):
         z = routing.logits(p["W"], x)
         probs = routing.softmax(z, ctx.allowed)
-        wanted = routing.top_p(probs, self.p)
+        wanted = routing.top_p(probs, self.p) & routing.permitted(ctx.allowed)
         k_max = self.k_max(z.shape[-1])
         selected = wanted & routing.top_k(probs, k_max)
         clipped = jnp.sum(wanted, axis=-1) - jnp.sum(selected, axis=-1)
