@@ -58,6 +58,12 @@ class Balance(Loss):
             "width": jnp.sum(width),
         }
 
+    def join(self, stacked):
+        if not self.per_example:
+            return super().join(stacked)
+        # micro-steps hold other rows: side by side, since an example never leaves its row
+        return jax.tree.map(lambda x: x.swapaxes(0, 1).reshape(x.shape[1], -1, *x.shape[3:]), stacked)
+
     def value(self, stats):
         values = [self._product(sums) for sums in self._pool(stats)]
         values = jnp.concatenate([v.reshape(-1) for v in values])

@@ -6,6 +6,9 @@
 
 import dataclasses
 
+import jax
+import jax.numpy as jnp
+
 from molora_jax.core.types import Array, Context, Routing
 
 
@@ -15,6 +18,10 @@ class Loss:
 
     def stats(self, routing: Routing, ctx: Context) -> dict[str, Array]:
         raise NotImplementedError
+
+    def join(self, stacked: dict) -> dict:
+        """The sums of several micro-steps, `[micro-steps, layers, ...]`, as those of the whole batch."""
+        return jax.tree.map(lambda x: jnp.sum(x, axis=0), stacked)
 
     def value(self, stats: dict) -> Array:
         raise NotImplementedError

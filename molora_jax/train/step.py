@@ -89,17 +89,24 @@ def make_gradient(model, *, seed: int, frozen, accumulate: int, targets_per_row:
 
         slopes, exact_values = {}, {}
         if exact:
-            total = over_micros(lambda micro, i: {n: loss_sums(forward(trainable, micro, i)[1], n) for n in exact})
+
+            def sums_of(i_micro):
+                i, micro = i_micro
+                _, stats = forward(trainable, micro, i)
+                return {n: loss_sums(stats, n) for n in exact}
+
+            stacked = jax.lax.map(sums_of, (jnp.arange(accumulate), micros))
             for n in exact:
-                exact_values[n], slopes[n] = jax.value_and_grad(losses[n].value)(total[n])
+                whole = lambda sums, n=n: losses[n].value(losses[n].join(sums))  # noqa: E731
+                exact_values[n], slopes[n] = jax.value_and_grad(whole)(stacked[n])
 
         def objective(trainable, micro, i):
             nll, stats = forward(trainable, micro, i)
             total, aux = nll, {}
             for name, loss in model.losses:
                 sums = loss_sums(stats, name)
-                if name in slopes:  # d value(global sums) = slope . d(own sums)
-                    products = jax.tree.map(lambda a, b: jnp.sum(a * b), slopes[name], sums)
+                if name in slopes:  # d value(all sums) = slope . d(own sums)
+                    products = jax.tree.map(lambda a, b: jnp.sum(a[i] * b), slopes[name], sums)
                     total = total + loss.weight * sum(jax.tree.leaves(products))
                     aux[name] = exact_values[name] / accumulate
                 else:
