@@ -57,7 +57,9 @@ def part(rule, p: dict, shared: dict, routing, contexts: dict, x: Array, ffn_wid
         base = jnp.zeros(T) if rule.shrink else 1.0 - jnp.sum(gates, axis=-1)
     if rule.shrink and routing is not None:  # padding has no expert: keep its hidden state finite and the base's
         base = jnp.where(routing.valid.reshape(-1), base, 1.0)
-    return Part(factors, masks, latents, idx, gates, base, rule.down == "per_expert")
+    # one expert's W_d is applied once either way, but a row factor has to act after it
+    per_expert = rule.down == "per_expert" or (routing is None and factors["down"].out is not None)
+    return Part(factors, masks, latents, idx, gates, base, per_expert)
 
 
 def _masked(x, mask):
