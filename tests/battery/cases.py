@@ -1,0 +1,190 @@
+"""What the battery runs on: a small decoder, a packed batch of real text, and a model from a config.
+
+B = 8 rows (the mesh of data 4 x fsdp 2 divides them), S = 12 positions; two packed examples a row, most rows padded.
+"""
+
+import dataclasses
+import functools
+import itertools
+import pathlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax.traverse_util import flatten_dict, unflatten_dict
+
+from configs import common
+from launch import flags
+from molora_jax import config as schema
+from molora_jax import sharding
+from molora_jax.io.random_init import random_params
+from molora_jax.methods import METHODS
+from molora_jax.models.compile import compile_model
+from molora_jax.models.families import TINY
+from molora_jax.optim import OPTIMIZERS
+from molora_jax.train import trees
+from molora_jax.train.step import fresh, make_step
+
+ROOT = pathlib.Path(__file__).parents[2]
+SMALL = dataclasses.replace(TINY, layers=2, width=32, ffn_width=48, heads=2, kv_heads=1, head_dim=16, vocab=128)
+DEEP = dataclasses.replace(SMALL, layers=4)  # MoLA's four groups of depth
+TEXT = ["2+3=|5", "cat:|tac", "4+4=|8", "dog:|god", "7-2=|5", "is:|was", "9-9=|0", "go:|went", "1+1=|2", "abc:|cba",
+        "6+1=|7", "no:|on", "3+3=|6", "sun:|nus", "8-4=|4", "up:|pu"]  # fmt: skip
+
+QUICK = {"xla_backend_optimization_level": 0}  # these programs run once: compiling them is nearly all of the time
+
+ADAPTERS = ("lora", "rslora", "dora")
+ROUTERS = {"none": None, "softmax_topk": dict(name="softmax_topk", k=2), "top_p": dict(name="top_p", p=0.6)}
+PLACEMENTS = {"projection": "q,k,v,o,gate,up,down", "ffn": "ffn"}
+INITS = ("kaiming", "pissa")
+PRODUCT = tuple(itertools.product(ADAPTERS, ROUTERS, PLACEMENTS, INITS))
+
+
+def batch(rows=8, length=12):
+    """Two examples a row: prompt, answer, the answer alone has a target; what is left of the row is padding."""
+    out = {n: np.zeros((rows, length), np.int32) for n in ("tokens", "targets", "segment_ids", "positions")}
+    out |= {n: np.zeros((rows, length), np.int32) for n in ("task_ids", "example_ids")}
+    out["loss_weight"] = np.zeros((rows, length), np.float32)
+    for row in range(rows):
+        at = 0
+        for segment, text in enumerate(TEXT[2 * row : 2 * row + 2], start=1):
+            prompt, answer = text.split("|")
+            ids = np.frombuffer((prompt + answer).encode(), np.uint8)
+            here = slice(at, at + len(ids) - 1)
+            out["tokens"][row, here], out["targets"][row, here] = ids[:-1], ids[1:]
+            out["segment_ids"][row, here] = segment
+            out["positions"][row, here] = np.arange(len(ids) - 1)
+            out["loss_weight"][row, at + len(prompt) - 1 : at + len(ids) - 1] = 1.0
+            out["example_ids"][row, here] = 2 * row + segment
+            at += len(ids) - 1
+    return out
+
+
+BATCH = batch()
+TARGETS_PER_ROW = int(BATCH["loss_weight"].sum(axis=1).max())
+
+
+@functools.cache
+def base(decoder, dtype="float32"):
+    """Random parameters with larger embeddings, so that logits are of order 1 as in a trained model."""
+    params = random_params(decoder, seed=1, dtype=dtype)[0]
+    return params | {"embed": (params["embed"] * 10).astype(params["embed"].dtype)}
+
+
+def combination(adapter, router, placement, init, **changes):
+    """The config of one point of the product; `changes` are dotted fields."""
+    rule = common.rule(
+        PLACEMENTS[placement],
+        adapter=common.adapter(adapter, rank=3, alpha=6.0, dropout=0.0, init=init),
+        experts="4" if ROUTERS[router] else "1",
+        router=ROUTERS[router] and dict(ROUTERS[router]),
+        down="per_expert" if adapter == "dora" and placement == "ffn" else "once",
+    )
+    config = common.get_config()
+    config.method.rules = dict(mix=rule)
+    if ROUTERS[router]:
+        config.losses = dict(balance=common.balance(weight=0.1), entropy=dict(weight=0.05))
+    return changed(config, {"base.source": "random:tiny", "optim.warmup": 0, **changes})
+
+
+def method(name, decoder=SMALL, **changes):
+    """The config of a row of the table, without dropout and warm-up; depth groups beyond the decoder's layers cut off."""
+    config = flags.load(ROOT / METHODS[name].config)
+    fixed = {f"method.rules.{rule}.adapter.dropout": 0.0 for rule in config.method.rules}
+    for rule, value in config.method.rules.items():
+        fixed[f"method.rules.{rule}.experts"] = "|".join(value.experts.split("|")[: decoder.layers])
+    return changed(
+        config, {"base.source": "random:tiny", "optim.warmup": 0, **fixed, **METHODS[name].overrides, **changes}
+    )
+
+
+def changed(config, changes):
+    config.unlock()
+    for path, value in changes.items():
+        group, _, key = path.rpartition(".")
+        target = functools.reduce(lambda node, name: node[name], filter(None, group.split(".")), config)
+        target[key] = value
+    schema.validate(config)
+    return config
+
+
+def random_adapters(model, params, *, seed=3):
+    """Every leaf away from its start and from zero; router logits of order 1, changes a part of the base's outputs."""
+    scales = {rule.name: rule.adapter.scale() * rule.adapter.rank**0.5 for rule in model.rules}
+    shapes = jax.eval_shape(model.init_adapters, jax.random.key(0), params)
+    start = flatten_dict(
+        jax.device_get(jax.jit(model.init_adapters, compiler_options=QUICK)(jax.random.key(0), params)), sep="/"
+    )
+    rng = np.random.default_rng(seed)
+    out = {}
+    for path, shape in sorted(flatten_dict(shapes, sep="/").items()):
+        leaf, noise = path.rpartition("/")[2], rng.standard_normal(shape.shape).astype(np.float32)
+        width = dict(A=shape.shape[-1] ** -0.5, B=0.3 / scales[path.split("/")[0]], W=2 * shape.shape[-1] ** -0.5)
+        if leaf in ("A0", "B0"):
+            out[path] = np.asarray(start[path])
+        elif leaf == "m":
+            out[path] = np.asarray(start[path]) * (1 + 0.2 * noise)
+        else:
+            out[path] = noise * np.float32(width[leaf])
+    return unflatten_dict(out, sep="/")
+
+
+def record() -> optax.GradientTransformation:
+    """Keeps the last gradient in the optimizer state, so that one compiled step shows everything."""
+    zeros = lambda params: jax.tree.map(jnp.zeros_like, params)  # noqa: E731
+    return optax.GradientTransformation(zeros, lambda updates, state, params=None: (updates, updates))
+
+
+class Case:
+    """A compiled config on a small decoder: the model, the frozen leaves, and one jitted step that records gradients."""
+
+    def __init__(self, config, decoder=SMALL, *, remat="dots", dtype="float32", mesh=None, freeze=(), **options):
+        self.config, self.decoder, self.mesh = config, decoder, mesh
+        schema.check_model(config, decoder.layers, decoder.dims)
+        model = compile_model(config, decoder, max_segments=3)
+        self.model = dataclasses.replace(model, remat=remat)
+        self.frozen = self.model.frozen_patterns() + tuple(freeze)
+        self.params = base(decoder, dtype)
+        shapes = jax.eval_shape(self.model.init_adapters, jax.random.key(0), self.params)
+        self.shapes = shapes
+        made = dict(config.optim) | dict(learning_rate=1e-2, decay="constant")
+        member = OPTIMIZERS[made.pop("name")](**made)
+        inner = member.make(100, trees.pairs(self.model, trees.split(shapes, self.frozen)[0]))
+        self.optimizer = optax.chain(record(), inner)
+        constrain = (lambda x: x) if mesh is None else sharding.constrain(mesh)
+        options = dict(accumulate=1, clip=0.0, targets_per_row=TARGETS_PER_ROW) | options
+        step = make_step(
+            self.model, self.optimizer, member.schedule(100), seed=0, frozen=self.frozen, constrain=constrain, **options
+        )
+        out = None if mesh is None else (sharding.replicated(mesh),) * 2
+        self.step = jax.jit(step, out_shardings=out, compiler_options=QUICK)
+
+    def start(self, adapters=None):
+        """State of step 0, with these adapters in place of fresh ones."""
+        make = jax.jit(
+            lambda p: fresh(self.model, self.optimizer, p, self.frozen, jax.random.key(0)), compiler_options=QUICK
+        )
+        state = make(self.params)
+        return state if adapters is None else state.replace(adapters=jax.tree.map(jnp.asarray, adapters))
+
+    def run(self, state, data=None):
+        """One step: `(state, metrics, gradients {path: array})`."""
+        data = BATCH if data is None else data
+        params = self.params
+        if self.mesh is not None:
+            params = sharding.put(params, sharding.param_shardings(params, self.mesh))
+            data = sharding.put_batch(data, self.mesh, len(data["tokens"]))
+            state = sharding.put(jax.device_get(state), sharding.replicated(self.mesh))
+        state, metrics = self.step(state, params, data)
+        return state, jax.device_get(metrics), flatten_dict(jax.device_get(state.opt[0]), sep="/")
+
+    def hidden(self, adapters, params=None):
+        """Hidden states in evaluation."""
+        model = self.model if adapters else self.model.without_rules()
+        go = jax.jit(lambda p, a, s, b: model.hidden(p, a, s, b)[0], compiler_options=QUICK)
+        return np.asarray(go(self.params if params is None else params, adapters, {}, BATCH), np.float32)
+
+
+def mesh8():
+    return sharding.make_mesh(dict(data=4, fsdp=2, expert=1, tensor=1))

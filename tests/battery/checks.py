@@ -1,0 +1,87 @@
+"""The battery's assertions, shared by the rows of the table and the points of the product."""
+
+import fnmatch
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax.traverse_util import flatten_dict
+
+from molora_jax.train import trees
+from tests.battery import reference
+from tests.battery.cases import BATCH, QUICK
+
+LEAVES = {"A", "B", "A0", "B0", "m", "W"}
+
+
+def matches(a, b, *, rtol, atol=0.0):
+    """Two trees of arrays, equal to these tolerances; the paths that are not are named."""
+    a, b = flatten_dict(a, sep="|"), flatten_dict(b, sep="|")
+    assert a.keys() == b.keys()
+    for path in a:
+        np.testing.assert_allclose(a[path], b[path], rtol=rtol, atol=atol, err_msg=path)
+
+
+def check_tree(model, adapters):
+    """Plain nested dicts with string keys: `rule/segment/site/leaf` and `rule/segment/router/scope/leaf`."""
+
+    def plain(node):
+        return type(node) is dict and all(
+            type(k) is str and (not hasattr(v, "items") or plain(v)) for k, v in node.items()
+        )
+
+    assert plain(adapters)
+    segments = {segment.name: len(segment.layers) for segment in model.segments}
+    for path, leaf in flatten_dict(adapters, sep="/").items():
+        rule, segment, *rest, name = path.split("/")
+        assert re.fullmatch(r"\d{3}-\d{3}", segment) and leaf.shape[0] == segments[segment], path
+        (rule,) = [r for r in model.rules if r.name == rule]
+        assert rest in [[site] for site in rule.projections] + [["router", scope] for scope in rule.scopes], path
+        assert name in LEAVES and leaf.dtype == jnp.float32, path
+    assert model.init_router_state() == {}, "no shipped router has a state"
+
+
+def check_step(case, adapters, metrics):
+    """Loss, its parts and the routing statistics against the naive form in float64."""
+    params, adapters = map(reference.as_float64, (case.params, adapters))
+    hidden, decisions = reference.forward(np, case.model, params, adapters, BATCH)
+    np.testing.assert_allclose(metrics["lm_loss"], reference.nll(np, params, hidden, BATCH), rtol=1e-5)
+    np.testing.assert_allclose(metrics["loss"], reference.loss(np, case.model, params, adapters, BATCH), rtol=1e-5)
+    assert int(metrics["tokens"]) == (BATCH["segment_ids"] > 0).sum() and int(metrics["skipped"]) == 0
+    for (layer, rule, scope), d in decisions.items():
+        table, row = metrics["site"][f"{rule}/{scope}"], [r for r in case.model.rules if r.name == rule][0]
+        at = sum(n > 0 for n in row.experts[:layer])
+        chosen, probs = d.selected[d.valid], d.probs[d.valid]
+        first = np.where(chosen, np.abs(d.gates[d.valid]), -1).argmax(axis=1)
+        wanted = dict(
+            active_experts=chosen.sum(axis=1).mean(),
+            load_max_over_mean=chosen.sum(axis=0).max() / chosen.sum(axis=0).mean(),
+            entropy=-(probs * np.log(probs)).sum(axis=1).mean(),
+            top1_share=np.bincount(first).max() / len(first),
+            clipped_share=0.0,
+        )
+        for name, value in wanted.items():
+            np.testing.assert_allclose(table[name][at], value, rtol=1e-5, atol=1e-6, err_msg=f"{layer} {scope} {name}")
+    assert len(decisions) == sum(len(r.scopes) * sum(n > 0 for n in r.experts) for r in case.model.rules)
+
+
+def check_gradients(case, adapters, gradients, norm, exceptions=()):
+    """Of trainable adapter leaves only; none of them dead; all as by `jax.grad` of the naive form."""
+    trainable, fixed = trees.split(adapters, case.frozen)
+    trainable, fixed = flatten_dict(trainable, sep="/"), flatten_dict(fixed, sep="/")
+    assert gradients.keys() == trainable.keys()
+    assert all(path.split("/")[0] in {rule.name for rule in case.model.rules} for path in gradients)
+    assert all(path.rpartition("/")[2] in ("A0", "B0") for path in fixed)
+    np.testing.assert_allclose(norm, np.sqrt(sum(np.sum(np.square(g)) for g in gradients.values())), rtol=1e-5)
+    unflat = trees.unflatten_dict
+    objective = lambda leaves: reference.loss(  # noqa: E731
+        jnp, case.model, case.params, unflat({**leaves, **fixed}, sep="/"), BATCH
+    )
+    wanted = jax.device_get(jax.jit(jax.grad(objective), compiler_options=QUICK)(trainable))
+    for path, g in gradients.items():
+        assert np.isfinite(g).all(), path
+        if not any(fnmatch.fnmatchcase(path, pattern) for pattern in exceptions):
+            dead = np.abs(g).reshape(len(g), -1).max(axis=1) == 0
+            assert not dead.any(), f"{path}: no gradient in layers {np.flatnonzero(dead)} of the segment"
+        np.testing.assert_allclose(g, wanted[path], rtol=1e-4, atol=1e-5 * np.abs(wanted[path]).max(), err_msg=path)

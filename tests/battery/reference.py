@@ -1,0 +1,190 @@
+"""The whole decoder with its mixtures, written naively: every expert has a weight of its own, every weight is applied.
+
+    W_e = W + s B_e A_e     (DoRA: m_e (W + s B_e A_e) / ||.||_row)
+    projection:  y = sum_e g_e W_e x + (1 - sum g) W x
+    ffn:         y = sum_e g_e FFN_e(x) + (1 - sum g) FFN_0(x),   FFN_e with its own W_gate, W_up and W_down
+
+Shares no code with the product: no rank-space gating, no shared base products, no slots, no scan. `xp` is numpy
+(float64 values) or jax.numpy (gradients). B batch, S sequence, D width, E experts.
+"""
+
+import collections
+
+import jax
+import numpy as np
+
+Decision = collections.namedtuple("Decision", "probs selected gates valid rows")  # [B, S, E], valid, rows [B, S]
+NORMS = dict(attn="attn_norm", ffn="ffn_norm")
+
+
+def as_float64(tree):
+    return jax.tree.map(lambda x: np.asarray(x, np.float64 if np.asarray(x).dtype.kind == "f" else None), tree)
+
+
+def softmax(xp, z):
+    e = xp.exp(z - xp.max(z, axis=-1, keepdims=True))
+    return e / xp.sum(e, axis=-1, keepdims=True)
+
+
+def rms(xp, x, weight, eps):
+    return x / xp.sqrt(xp.mean(x * x, axis=-1, keepdims=True) + eps) * weight
+
+
+def rotate(xp, x, positions, base):
+    """`x [B, S, H, H_d]`, by complex numbers' real form, pairs `(i, i + H_d / 2)`."""
+    half = x.shape[-1] // 2
+    angle = positions[:, :, None, None] * base ** (-np.arange(half) / half)
+    a, b = x[..., :half], x[..., half:]
+    cos, sin = xp.cos(angle), xp.sin(angle)
+    return xp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1)
+
+
+def attend(xp, q, k, v, segment_ids):
+    """Causal within an example; key-value heads repeated for their group of query heads."""
+    group = q.shape[2] // k.shape[2]
+    k, v = xp.repeat(k, group, axis=2), xp.repeat(v, group, axis=2)
+    scores = xp.einsum("bqhd,bkhd->bhqk", q, k) / q.shape[-1] ** 0.5
+    S = q.shape[1]
+    may = (segment_ids[:, None, :] == segment_ids[:, :, None]) & np.tril(np.ones((S, S), bool))
+    return xp.einsum("bhqk,bkhd->bqhd", softmax(xp, xp.where(may[:, None], scores, -1e30)), v)
+
+
+def route(xp, router, W, x, batch):
+    """Softmax, then either the K largest or the shortest prefix whose sum passes p."""
+    probs = softmax(xp, xp.einsum("bsd,ed->bse", x, W))
+    order = xp.argsort(-probs, axis=-1)
+    rank = xp.argsort(order, axis=-1)
+    if type(router).__name__ == "SoftmaxTopK":
+        keep = rank < router.k
+    else:
+        mass = xp.cumsum(xp.take_along_axis(probs, order, axis=-1), axis=-1)
+        t = xp.sum(mass <= router.p, axis=-1, keepdims=True) + 1
+        keep = rank < t
+    valid = batch["segment_ids"] > 0
+    selected = keep & valid[..., None]
+    gates = xp.where(selected, probs, 0.0)
+    if router.renormalise:
+        kept = xp.sum(gates, axis=-1, keepdims=True)
+        gates = gates / xp.where(kept > 0, kept, 1.0)
+    return Decision(probs, selected, gates, valid, np.arange(len(x))[:, None] * 1000 + batch["segment_ids"])
+
+
+def expert_weights(xp, adapter, leaves, W):
+    """`[E, D_in, D_out]`."""
+    kind = type(adapter).__name__
+    s = adapter.alpha / (adapter.rank**0.5 if kind == "RsLora" else adapter.rank)
+    change = xp.einsum("erd,ero->edo", leaves["A"], leaves["B"])
+    if "A0" in leaves:
+        change = change - xp.einsum("erd,ero->edo", leaves["A0"], leaves["B0"])
+    W_e = W[None] + s * change
+    if kind == "Dora":
+        norm = xp.sqrt(xp.sum(W_e * W_e, axis=1, keepdims=True))
+        W_e = leaves["m"][:, None] * W_e / (norm if xp is np else jax.lax.stop_gradient(norm))
+    return W_e
+
+
+def forward(xp, model, params, adapters, batch):
+    """`(hidden [B, S, D] after the last norm, {(layer, rule, scope): Decision})`."""
+    c, decisions = model.config, {}
+    batch = {name: np.asarray(value) for name, value in batch.items()}
+    x = params["embed"][batch["tokens"]]
+    for layer in range(c.layers):
+        block = jax.tree.map(lambda w, layer=layer: w[layer], params["blocks"])
+        acting = []
+        for rule in model.rules:
+            if rule.experts[layer]:
+                (name, segment), = [
+                    (n, t) for n, t in adapters[rule.name].items() if int(n[:3]) <= layer <= int(n[4:])
+                ]  # fmt: skip
+                acting.append((rule, jax.tree.map(lambda w, i=layer - int(name[:3]): w[i], segment)))
+
+        def decide(rule, leaves, scope, x, layer=layer):
+            if rule.router is None:
+                return xp.ones((*x.shape[:2], 1))
+            key = layer, rule.name, scope
+            if key not in decisions:
+                decisions[key] = route(xp, rule.router, leaves["router"][scope]["W"], x, batch)
+            return decisions[key].gates
+
+        def project(site, x, normed, acting=acting, block=block, decide=decide):
+            """A site whose own router (if it has one) reads `x`, a shared one the sub-block's `normed` input."""
+            W = block[site]["kernel"]
+            y = x @ W
+            for rule, leaves in acting:
+                if site in rule.sites:
+                    own = rule.router is None or rule.router.share == "site"
+                    g = decide(rule, leaves, site if own else rule.router.share, x if own else normed)
+                    W_e = expert_weights(xp, rule.adapter, leaves[site], W)
+                    y = y + xp.einsum("bse,bseo->bso", g, xp.einsum("bsd,edo->bseo", x, W_e) - (x @ W)[:, :, None])
+            return y
+
+        def ffn(h, block=block):
+            g, u, down = (block[s]["kernel"] for s in ("gate", "up", "down"))
+            act = h @ g
+            return (act / (1 + xp.exp(-act)) * (h @ u)) @ down
+
+        heads = lambda y: y.reshape(*y.shape[:2], -1, c.head_dim)  # noqa: E731
+        h = rms(xp, x, block["attn_norm"], c.norm_eps)
+        q, k, v = (heads(project(site, h, h)) for site in ("q", "k", "v"))
+        q, k = (rotate(xp, y, batch["positions"], c.rope_base) for y in (q, k))
+        a = attend(xp, q, k, v, batch["segment_ids"])
+        x = x + project("o", a.reshape(*h.shape[:2], -1), h)
+
+        h = rms(xp, x, block["ffn_norm"], c.norm_eps)
+        whole = [(rule, leaves) for rule, leaves in acting if rule.sites == ("ffn",)]
+        if whole:
+            y = base = ffn(h)
+            for rule, leaves in whole:
+                g = decide(rule, leaves, "ffn", h)
+                W = {s: expert_weights(xp, rule.adapter, leaves[s], block[s]["kernel"]) for s in ("gate", "up", "down")}
+                for e in range(g.shape[-1]):
+                    expert = ffn(h, {s: {"kernel": W[s][e]} for s in W})
+                    y = y + g[..., e : e + 1] * (expert - base)
+        else:
+            g, u = project("gate", h, h), project("up", h, h)
+            y = project("down", g / (1 + xp.exp(-g)) * u, h)
+        x = x + y
+    return rms(xp, x, params["final_norm"], c.norm_eps), decisions
+
+
+def nll(xp, params, hidden, batch):
+    """Mean over answer tokens."""
+    logits = hidden @ params["embed"].T
+    logp = xp.log(softmax(xp, logits))
+    at = xp.take_along_axis(logp, np.asarray(batch["targets"])[..., None], axis=-1)[..., 0]
+    return -xp.sum(at * batch["loss_weight"]) / np.sum(batch["loss_weight"])
+
+
+def balance(xp, decisions, option):
+    """The balance loss by joining tokens, as the papers write it: the arrays are concatenated, then the means taken."""
+    groups = collections.defaultdict(list)
+    for (layer, rule, scope), d in decisions.items():
+        E = d.probs.shape[-1]
+        key = dict(all=E, layer=(layer, E), site=(layer, rule, scope))[option.over]
+        keep = np.asarray(d.valid)
+        groups[key].append((d.probs[keep], (d.gates if option.counts == "soft" else d.selected)[keep],
+                            d.selected[keep], d.rows[keep]))  # fmt: skip
+    values = []
+    for parts in groups.values():
+        probs, chosen, selected, rows = (xp.concatenate(x) for x in zip(*parts, strict=True))
+        each = []
+        for example in np.unique(np.asarray(rows)) if option.per_example else [None]:
+            mine = np.ones(len(rows), bool) if example is None else np.asarray(rows) == example
+            whole = xp.sum(selected[mine]) if option.normalise == "slots" else mine.sum()
+            f, P = xp.sum(chosen[mine], axis=0) / whole, xp.mean(probs[mine], axis=0)
+            each.append((probs.shape[-1] if option.times_experts else 1) * xp.sum(f * P))
+        values.append(sum(each) / len(each))
+    return sum(values) / (len(values) if option.reduce == "mean" else 1)
+
+
+def entropy(xp, decisions, option):
+    each = [-xp.mean(xp.sum(d.probs * xp.log(d.probs), axis=-1)[np.asarray(d.valid)]) for d in decisions.values()]
+    return sum(each) / len(each)
+
+
+def loss(xp, model, params, adapters, batch):
+    """The training loss of the whole batch."""
+    hidden, decisions = forward(xp, model, params, adapters, batch)
+    values = {"balance": balance, "entropy": entropy}
+    total = nll(xp, params, hidden, batch)
+    return total + sum(member.weight * values[name](xp, decisions, member) for name, member in model.losses)

@@ -1,0 +1,121 @@
+"""adapter x router x placement x init: the whole product by shapes, a pairwise cover run, the rest with `--all`."""
+
+import itertools
+
+import jax
+import numpy as np
+import pytest
+from flax.traverse_util import flatten_dict
+
+from molora_jax import config as schema
+from molora_jax.errors import InputError
+from molora_jax.train import trees
+from molora_jax.train.step import fresh
+from tests.battery import reference
+from tests.battery.cases import BATCH, PRODUCT, SMALL, Case, combination, mesh8, random_adapters
+from tests.battery.checks import check_gradients, check_step, check_tree, matches
+
+
+def pairwise(product):
+    """A few points in which every two members of different axes meet, found greedily."""
+
+    def pairs_of(point):
+        return {((i, a), (j, b)) for (i, a), (j, b) in itertools.combinations(enumerate(point), 2)}
+
+    missing, chosen = set().union(*map(pairs_of, product)), []
+    while missing:
+        best = max(product, key=lambda point: len(pairs_of(point) & missing))
+        missing -= pairs_of(best)
+        chosen.append(best)
+    return tuple(chosen)
+
+
+COVER = pairwise(PRODUCT)
+every = pytest.mark.parametrize("point", PRODUCT, ids="-".join)
+covered = pytest.mark.parametrize(
+    "point", [pytest.param(p, marks=[] if p in COVER else [pytest.mark.slow], id="-".join(p)) for p in PRODUCT]
+)
+
+
+def test_the_cover_is_one():
+    for i, j in itertools.combinations(range(4), 2):
+        assert {(p[i], p[j]) for p in COVER} == {(p[i], p[j]) for p in PRODUCT}
+    assert len(COVER) < len(PRODUCT) / 2
+
+
+@every
+def test_shapes_of_every_combination(point):
+    """Init and step trace; the state keeps its shapes; metrics are float32 scalars and lists over layers."""
+    case = Case(combination(*point))
+    state = jax.eval_shape(lambda p: fresh(case.model, case.optimizer, p, case.frozen, jax.random.key(0)), case.params)
+    after, metrics = jax.eval_shape(case.step, state, case.params, BATCH)
+    shapes = lambda tree: jax.tree.map(lambda x: (x.shape, x.dtype), tree)  # noqa: E731
+    assert shapes(after) == shapes(state)
+    check_tree(case.model, state.adapters)
+    trainable, fixed = (flatten_dict(x, sep="/") for x in trees.split(state.adapters, case.frozen))
+    assert len(fixed) == (2 * len(case.model.rules[0].projections) if point[3] == "pissa" else 0)
+    assert flatten_dict(state.opt[0], sep="/").keys() == trainable.keys(), "optimizer state for trainable leaves alone"
+    for table in metrics.pop("site").values():
+        assert {x.shape for x in table.values()} == {(SMALL.layers,)}
+    assert all(x.shape == () for x in metrics.values())
+
+
+@covered
+def test_combination(point):
+    """The start is the base; value, loss, statistics and gradients are the naive form's; the loss falls."""
+    case = Case(combination(*point))
+    state = case.start()
+    np.testing.assert_allclose(case.hidden(state.adapters), case.hidden({}), atol=1e-5)
+
+    adapters = random_adapters(case.model, case.params)
+    wanted, _ = reference.forward(np, case.model, *map(reference.as_float64, (case.params, adapters)), BATCH)
+    keep = BATCH["segment_ids"] > 0
+    np.testing.assert_allclose(case.hidden(adapters)[keep], wanted[keep], rtol=1e-5, atol=1e-5)
+    _, metrics, gradients = case.run(case.start(adapters))
+    check_step(case, adapters, metrics)
+    check_gradients(case, adapters, gradients, metrics["grad_norm"])
+
+    losses = []
+    for _ in range(15):
+        state, metrics, _ = case.run(state)
+        losses.append(float(metrics["lm_loss"]))
+    assert losses[-1] < 0.9 * losses[0], losses
+
+
+@pytest.mark.slow
+@every
+def test_eight_devices_equal_one(point):
+    one, eight = Case(combination(*point)), Case(combination(*point), mesh=mesh8())
+    adapters = random_adapters(one.model, one.params)
+    _, metrics, gradients = one.run(one.start(adapters))
+    _, metrics8, gradients8 = eight.run(one.start(adapters))
+    matches(metrics, metrics8, rtol=1e-6, atol=1e-6)
+    largest = max(np.abs(g).max() for g in gradients.values())
+    matches(gradients, gradients8, rtol=1e-5, atol=1e-6 * largest)
+
+
+@pytest.mark.slow
+@every
+def test_bfloat16_is_finite(point):
+    case = Case(combination(*point), dtype="bfloat16")
+    _, metrics, gradients = case.run(case.start(random_adapters(case.model, case.params)))
+    assert all(np.isfinite(x).all() for x in jax.tree.leaves((metrics, gradients)))
+
+
+@pytest.mark.parametrize("router", ["softmax_topk", "top_p"])
+def test_dora_on_a_routed_ffn_needs_down_per_expert(router):
+    config = combination("dora", router, "ffn", "kaiming")
+    assert config.method.rules.mix.down == "per_expert"
+    config.method.rules.mix.down = "once"
+    with pytest.raises(InputError, match="row factor sits after W_d") as error:
+        schema.validate(config)
+    assert error.value.where == "method.rules.mix.down" and "per_expert" in str(error.value)
+
+
+def test_dora_on_an_unrouted_ffn_takes_either_down():
+    """One expert: W_d is applied once either way, and the row factor after it."""
+    point = ("dora", "none", "ffn", "kaiming")
+    forms = [Case(combination(*point, **{"method.rules.mix.down": down})) for down in ("once", "per_expert")]
+    adapters = random_adapters(forms[0].model, forms[0].params)
+    once, each = (case.hidden(adapters) for case in forms)
+    np.testing.assert_allclose(once, each, rtol=1e-5, atol=1e-5)

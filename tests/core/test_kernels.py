@@ -1,0 +1,168 @@
+"""Every implementation of an op against its reference: values, gradients, unused slots full of NaN; dropout masks."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from kernels_pallas import rank_gated, routed_ffn
+from kernels_pallas.rank_gated import api as rank_api
+from kernels_pallas.routed_ffn import api as ffn_api
+from molora_jax.core import lowrank
+from molora_jax.core.types import Factors
+
+OTHERS = lambda api: [name for name in api.IMPLEMENTATIONS if name != "reference"]  # noqa: E731
+SHAPES = [(17, 2, 3, 24, 20, 1), (40, 5, 4, 16, 24, 2), (33, 6, 8, 12, 9, 6), (1, 3, 2, 8, 8, 2)]  # T E R D F K
+
+
+def normal(rng, *shape):
+    return rng.standard_normal(shape).astype(np.float32)
+
+
+def decision(rng, T, E, K):
+    """Gates of every sign, some tokens with fewer than K experts, some with none: `gates [T, E]`, `idx, w [T, K]`."""
+    gates, idx, w = np.zeros((T, E), np.float32), np.full((T, K), E, np.int32), np.zeros((T, K), np.float32)
+    for t in range(T):
+        chosen = np.sort(rng.permutation(E)[: rng.integers(0, K + 1)])
+        gates[t, chosen] = normal(rng, len(chosen)) + 0.1
+        idx[t, : len(chosen)], w[t, : len(chosen)] = chosen, gates[t, chosen]
+    return gates, idx, w
+
+
+def near(got, wanted, tolerance, name=""):
+    wanted = np.asarray(wanted, np.float64)
+    limit = tolerance * max(np.abs(wanted).max(initial=0), 1e-3)
+    np.testing.assert_allclose(np.asarray(got, np.float64), wanted, rtol=0, atol=limit, err_msg=name)
+
+
+@pytest.mark.parametrize("name", OTHERS(rank_api))
+@pytest.mark.parametrize("shared_A", [False, True])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_rank_gated(shape, shared_A, name):
+    """Against numpy in float64, and the derivative of the reference."""
+    T, E, R, D, F, K = shape
+    rng = np.random.default_rng(T)
+    gates, _, _ = decision(rng, T, E, K)
+    args = normal(rng, T, D), normal(rng, 1 if shared_A else E, R, D), normal(rng, E, R, F), gates
+    x, A, B, g = (a.astype(np.float64) for a in args)
+    wanted = sum(g[:, e : e + 1] * (x @ A[e if len(A) > 1 else 0].T @ B[e]) for e in range(E))
+    dy = normal(rng, T, F)
+    got, pull = jax.vjp(lambda *a: rank_gated(*a, implementation=name), *map(jnp.asarray, args))
+    near(got, wanted, 1e-5)
+    _, pull_reference = jax.vjp(lambda *a: rank_gated(*a, implementation="reference"), *map(jnp.asarray, args))
+    for part, a, b in zip(("dx", "dA", "dB", "dgates"), pull(dy), pull_reference(dy), strict=True):
+        if part == "dgates":  # a gate that is exactly 0 is not selected; both forms give its derivative
+            assert a.shape == b.shape
+        near(a, b, 1e-5, part)
+
+
+@pytest.mark.parametrize("name", OTHERS(rank_api))
+def test_rank_gated_never_spreads_a_row_that_nobody_wrote(name):
+    rng = np.random.default_rng(0)
+    gates, _, _ = decision(rng, 9, 4, 2)
+    gates[3] = 0
+    x = normal(rng, 9, 8)
+    x[3] = np.nan
+    y = rank_gated(x, normal(rng, 4, 2, 8), normal(rng, 4, 2, 8), gates, implementation=name)
+    assert np.isfinite(y).all() and not np.any(y[3])
+
+
+@pytest.mark.parametrize("name", OTHERS(ffn_api))
+@pytest.mark.parametrize("activation", ["silu", "gelu"])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_routed_ffn(shape, activation, name):
+    """Values and every gradient; unused slots hold NaN and nothing of it comes out."""
+    T, E, R, D, F, K = shape
+    rng = np.random.default_rng(T + 1)
+    _, idx, w = decision(rng, T, E, K)
+    mask = (rng.random((T, F)) < 0.8).astype(np.float32) / 0.8 if T % 2 else None
+    mask = None if mask is None else jnp.asarray(mask)
+    args = [normal(rng, T, F), normal(rng, T, F), normal(rng, T, K, R), normal(rng, T, K, R), normal(rng, E, R, F),
+            normal(rng, E, R, F), normal(rng, 1 if T == 33 else E, R, F), w, normal(rng, T)]  # fmt: skip
+    unused = idx == E
+
+    def run(implementation, args):
+        def op(g, u, z_g, z_u, B_g, B_u, A_d, w, base):
+            return routed_ffn(
+                g, u, z_g, z_u, B_g, B_u, A_d, jnp.asarray(idx), w, base, activation=activation, mask=mask,
+                implementation=implementation,
+            )  # fmt: skip
+
+        out, pull = jax.vjp(op, *map(jnp.asarray, args))
+        return out, pull
+
+    (mix, z_d), pull = run("reference", args)
+    dirty = list(args)
+    for i in (2, 3):
+        dirty[i] = np.where(unused[..., None], np.nan, args[i])
+    dirty[7] = np.where(unused, np.nan, w)
+    (got_mix, got_z), got_pull = run(name, dirty)
+    near(got_mix, mix, 1e-5)
+    near(got_z, z_d, 1e-5)
+    assert not np.any(np.asarray(got_z)[unused])
+    cotangents = tuple(jnp.asarray(normal(rng, *x.shape)) for x in (mix, z_d))
+    clean = cotangents[0], jnp.where(unused[..., None], 0, cotangents[1])
+    parts = ("g", "u", "z_g", "z_u", "B_g", "B_u", "A_d", "gates", "base")
+    for part, a, b in zip(parts, got_pull(cotangents), pull(clean), strict=True):
+        a, b = np.asarray(a), np.asarray(b)
+        if part in ("z_g", "z_u", "gates"):
+            assert not np.any(a[unused]), f"{part}: an unused slot got a gradient"
+            a, b = a[~unused], b[~unused]
+        near(a, b, 2e-5, part)
+
+
+def test_routed_ffn_reference_is_the_formula_in_float64():
+    rng = np.random.default_rng(5)
+    T, E, R, F, K = 7, 4, 3, 10, 2
+    _, idx, w = decision(rng, T, E, K)
+    g, u, z_g, z_u = normal(rng, T, F), normal(rng, T, F), normal(rng, T, K, R), normal(rng, T, K, R)
+    B_g, B_u, A_d, base = normal(rng, E, R, F), normal(rng, E, R, F), normal(rng, E, R, F), normal(rng, T)
+    mix, z_d = routed_ffn(g, u, z_g, z_u, B_g, B_u, A_d, idx, w, base, implementation="reference")
+    silu = lambda x: x / (1 + np.exp(-x))  # noqa: E731
+    for t in range(T):
+        wanted = base[t] * silu(g[t].astype(np.float64)) * u[t]
+        for k in range(K):
+            e = idx[t, k]
+            if e == E:
+                assert not np.any(z_d[t, k])
+                continue
+            h = silu(g[t].astype(np.float64) + z_g[t, k] @ B_g[e]) * (u[t] + z_u[t, k] @ B_u[e])
+            wanted = wanted + w[t, k] * h
+            near(z_d[t, k], A_d[e] @ h, 1e-5)
+        near(mix[t], wanted, 1e-5)
+
+
+@pytest.mark.parametrize("op", [rank_api, ffn_api])
+def test_an_unknown_implementation_is_named(op):
+    args = (None,) * (4 if op is rank_api else 10)
+    call = rank_gated if op is rank_api else routed_ffn
+    with pytest.raises(ValueError, match="no implementation 'fast'.*dense"):
+        call(*args, implementation="fast")
+
+
+def test_low_rank_with_a_core_equals_its_experts():
+    """`mid` (LoRA-XS) and a latent hook go the general way: B (mid (A x)) by expert."""
+    rng = np.random.default_rng(0)
+    T, E, R, D, F = 11, 3, 4, 8, 6
+    gates, _, _ = decision(rng, T, E, 2)
+    A, B, mid, x = normal(rng, 1, R, D), normal(rng, E, R, F), normal(rng, E, R, R), normal(rng, T, D)
+    got = lowrank.low_rank(x, Factors(A, B, mid=mid), gates, latent=lambda z: 2 * z)
+    wanted = sum(gates[:, e : e + 1] * (2 * x @ A[0].T @ mid[e].T @ B[e]) for e in range(E))
+    near(got, wanted, 1e-5)
+
+
+@pytest.mark.parametrize("rate", [0.05, 0.5])
+@pytest.mark.parametrize("width", [64, 65])
+def test_dropout_mask(rate, width):
+    """0 or 1 / keep; the share is the rate, in each half of the random words and between neighbours."""
+    mask = np.asarray(lowrank.dropout_mask(jax.random.key(1), rate, (2000, width), jnp.float32))
+    assert mask.shape == (2000, width) and len(np.unique(mask)) == 2
+    kept = mask > 0
+    np.testing.assert_allclose(mask[kept], 1 / (1 - rate), rtol=1e-4)
+    sigma = (rate * (1 - rate) / kept.size) ** 0.5
+    assert abs(1 - kept.mean() - rate) < 5 * sigma
+    half = (width + 1) // 2
+    both = (~kept[:, : width - half] & ~kept[:, half:]).mean()
+    assert abs(both - rate**2) < 6 * (rate**2 / kept.size * 2) ** 0.5, "the two halves of a word are independent"
+    assert lowrank.dropout_mask(None, rate, (2, 2), jnp.float32) is None
+    assert lowrank.dropout_mask(jax.random.key(1), 0.0, (2, 2), jnp.float32) is None

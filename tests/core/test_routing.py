@@ -1,0 +1,160 @@
+"""Selections, slots, masks and load statistics, against loops in numpy."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+
+from molora_jax.core import routing
+from molora_jax.core.types import Context
+from molora_jax.routers import ROUTERS
+
+SHAPES = st.sampled_from([(4, 1), (4, 2), (4, 5), (4, 9)])  # a few, because every shape is compiled
+scores = hnp.arrays(np.float32, SHAPES, elements=st.sampled_from([-2.0, -1.0, 0.0, 0.25, 0.5, 1.0]))
+
+
+def context(valid, **more):
+    valid = jnp.asarray(valid)
+    zeros = jnp.zeros(valid.shape, jnp.int32)
+    return Context(valid, zeros, zeros, zeros, zeros, **more)
+
+
+@settings(deadline=None, max_examples=60)
+@given(scores, st.sampled_from([1, 2, 4, 5, 8]))
+def test_top_k_takes_the_largest_and_the_lower_index_of_a_tie(score, k):
+    wanted = np.zeros(score.shape, bool)
+    for row, out in zip(score, wanted, strict=True):
+        out[sorted(range(len(row)), key=lambda i: (-row[i], i))[:k]] = True
+    np.testing.assert_array_equal(routing.top_k(jnp.asarray(score), k), wanted)
+
+
+@settings(deadline=None, max_examples=100)
+@given(hnp.arrays(np.float32, SHAPES, elements=st.sampled_from([1.0, 2.0, 3.0, 5.0, 8.0])),
+       st.sampled_from([0.0, 0.25, 0.5, 0.9, 1.0, 1.5]))  # fmt: skip
+def test_top_p_is_the_shortest_prefix_past_p(weight, p):
+    probs = (weight / weight.sum(axis=1, keepdims=True)).astype(np.float32)
+    got = np.asarray(routing.top_p(jnp.asarray(probs), p))
+    for row, out in zip(probs, got, strict=True):
+        order, mass, kept = sorted(range(len(row)), key=lambda i: (-row[i], i)), np.float32(0), []
+        for i in order:
+            kept.append(i)
+            mass += row[i]
+            if mass > p:
+                break
+        near = abs(mass - row[kept[-1]] - p) < 1e-6  # the sum meets p to the last bit: either side is right
+        assert sorted(kept) == list(np.flatnonzero(out)) or near, (row, p)
+        assert out.any() and (p < 1 or out.all())
+
+
+@pytest.mark.parametrize("k_max", [2, 3, 5])
+def test_slots_pick_by_selection_not_by_gate(k_max):
+    """Gates may be negative, or 0 at a selected expert; padding has no slot."""
+    gates = np.array([[[0.0, -2.0, 0.0, 0.0, 3.0], [0.0, 0.0, 0.0, 0.0, 0.0], [9.0, 0.0, 0.0, 0.0, 0.0]]], np.float32)
+    selected = np.array([[[0, 1, 0, 0, 1], [1, 0, 1, 0, 0], [1, 0, 0, 0, 0]]], bool)
+    made = routing.finish(
+        jnp.asarray(gates), jnp.asarray(selected), gates, gates, context([[True, True, False]]), k_max=k_max
+    )
+    idx, w = map(np.asarray, routing.slots(made))
+    assert idx.shape == w.shape == (3, k_max) and idx.dtype == np.int32
+    found = [{int(i): float(g) for i, g in zip(*row, strict=True) if i < 5} for row in zip(idx, w, strict=True)]
+    assert found == [{1: -2.0, 4: 3.0}, {0: 0.0, 2: 0.0}, {}]
+    assert (w[idx == 5] == 0).all()
+
+
+@pytest.mark.parametrize("name", ROUTERS)
+@pytest.mark.parametrize("shape", ["E", "BE"])
+def test_allowed_experts_take_all_of_the_probability(name, shape):
+    """Shutting out an expert equals a router that does not have it; its weights get no gradient."""
+    key, B, S, D, E = jax.random.key(0), 2, 5, 8, 6
+    x, W = jax.random.normal(key, (B, S, D)), jax.random.normal(jax.random.key(1), (E, D))
+    router = ROUTERS[name]()
+    allowed = np.array([1, 0, 1, 1, 0, 1], bool)
+    keep = np.flatnonzero(allowed)
+    masked = context(np.ones((B, S), bool), allowed=jnp.asarray(allowed if shape == "E" else np.tile(allowed, (B, 1))))
+    probe = jnp.sin(jnp.arange(E))
+
+    def weighted(W, ctx, probe):
+        made = router.route({"W": W}, {}, x, ctx)[0]
+        return jnp.sum(made.gates * probe), made
+
+    (_, whole), g = jax.value_and_grad(weighted, has_aux=True)(W, masked, probe)
+    (_, small), g_small = jax.value_and_grad(weighted, has_aux=True)(
+        W[keep], context(np.ones((B, S), bool)), probe[keep]
+    )
+    for field in ("gates", "selected", "probs"):
+        np.testing.assert_allclose(getattr(whole, field)[..., keep], getattr(small, field), atol=1e-6)
+        assert not np.any(getattr(whole, field)[..., ~allowed])
+    np.testing.assert_allclose(g[keep], g_small, atol=1e-6)
+    assert not np.any(g[~allowed])
+
+
+@pytest.mark.parametrize("name", ROUTERS)
+def test_an_example_without_any_expert_takes_the_base_and_stays_finite(name):
+    x, W = jnp.ones((1, 3, 4)), jax.random.normal(jax.random.key(0), (5, 4))
+    ctx = context(np.ones((1, 3), bool), allowed=jnp.zeros((1, 5), bool))
+
+    def total(W):
+        made = ROUTERS[name](renormalise=True).route({"W": W}, {}, x, ctx)[0]
+        return jnp.sum(made.gates), made
+
+    (value, made), g = jax.value_and_grad(total, has_aux=True)(W)
+    assert value == 0 and not np.any(made.selected)
+    assert np.isfinite(g).all()
+
+
+@pytest.mark.parametrize("name", ROUTERS)
+def test_padding_is_never_routed_nor_counted(name):
+    x = jax.random.normal(jax.random.key(0), (2, 4, 8))
+    valid = np.array([[1, 1, 1, 0], [1, 0, 0, 0]], bool)
+    made = ROUTERS[name]().route({"W": jax.random.normal(jax.random.key(1), (5, 8))}, {}, x, context(valid))[0]
+    assert not np.any(np.asarray(made.gates)[~valid]) and not np.any(np.asarray(made.selected)[~valid])
+    total = routing.sums(made)
+    assert total["tokens"] == 4 and total["slots"] == np.asarray(made.selected).sum() == total["count"].sum()
+    assert total["top1"].sum() == 4
+    np.testing.assert_allclose(total["prob"], np.asarray(made.probs)[valid].sum(axis=0), rtol=1e-6)
+
+
+def test_load_of_hand_made_sums():
+    total = dict(tokens=10.0, slots=20.0, entropy=5.0, clipped=5.0,
+                 count=np.array([12.0, 6.0, 2.0, 0.0]), top1=np.array([7.0, 3.0, 0.0, 0.0]))  # fmt: skip
+    wanted = dict(load_max_over_mean=2.4, entropy=0.5, top1_share=0.7, active_experts=2.0, clipped_share=0.2)
+    got = routing.load({k: jnp.asarray(v) for k, v in total.items()})
+    assert got.keys() == wanted.keys()
+    for name, value in wanted.items():
+        np.testing.assert_allclose(got[name], value, rtol=1e-6)
+
+
+def test_router_is_float32_whatever_the_base():
+    """Two experts whose logits differ by less than a bfloat16 step: the larger is chosen."""
+    x = jnp.ones((1, 1, 2), jnp.bfloat16)
+    z = routing.logits(jnp.array([[100.0, 0.0], [100.0, 0.01]]), x)
+    assert z.dtype == jnp.float32 and int(jnp.argmax(z)) == 1
+    np.testing.assert_array_equal(routing.top_k(routing.softmax(z), 1)[0, 0], [False, True])
+
+
+def test_jitter_is_for_training_alone():
+    router, x = ROUTERS["softmax_topk"](jitter=0.5), jax.random.normal(jax.random.key(0), (1, 6, 8))
+    p = {"W": jax.random.normal(jax.random.key(1), (4, 8))}
+    ones = np.ones((1, 6), bool)
+    train = router.route(p, {}, x, context(ones, train=True, key=jax.random.key(2)))[0]
+    serve = router.route(p, {}, x, context(ones, key=jax.random.key(2)))[0]
+    still = ROUTERS["softmax_topk"]().route(p, {}, x, context(ones))[0]
+    np.testing.assert_array_equal(serve.logits, still.logits)
+    assert np.abs(train.logits - still.logits).max() > 0.01
+
+
+def test_clipped_counts_what_max_experts_cut():
+    x, p = jax.random.normal(jax.random.key(0), (2, 50, 8)), {"W": jax.random.normal(jax.random.key(1), (6, 8))}
+    ctx = context(np.ones((2, 50), bool))
+    free = ROUTERS["top_p"](p=0.9).route(p, {}, x, ctx)[0]
+    cut = ROUTERS["top_p"](p=0.9, max_experts=2).route(p, {}, x, ctx)[0]
+    wanted = np.asarray(free.selected).sum(-1)
+    np.testing.assert_array_equal(cut.clipped, np.maximum(wanted - 2, 0))
+    assert cut.k_max == 2 and np.asarray(cut.selected).sum(-1).max() == 2
+    assert int(np.asarray(cut.clipped).sum()) > 0
+    closed = context(np.ones((2, 50), bool), allowed=jnp.array([1, 1, 1, 0, 0, 0], bool))
+    made = ROUTERS["top_p"](p=1.0, max_experts=2).route(p, {}, x, closed)[0]
+    np.testing.assert_array_equal(made.clipped, np.ones((2, 50)), err_msg="shut-out experts are not wanted")
