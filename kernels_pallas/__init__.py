@@ -4,7 +4,9 @@ Arguments are arrays; the adapter's scale is folded into B; `idx [T, K]` int32 p
 T tokens, D width, F FFN width, E experts, K active experts, R rank.
 """
 
+from kernels_pallas.grouped_lora.api import grouped_expand, grouped_lora, grouped_shrink
 from kernels_pallas.rank_gated.api import rank_gated
 from kernels_pallas.routed_ffn.api import routed_ffn
+from kernels_pallas.select import low_rank_op
 
-__all__ = ["rank_gated", "routed_ffn"]
+__all__ = ["grouped_expand", "grouped_lora", "grouped_shrink", "low_rank_op", "rank_gated", "routed_ffn"]

@@ -1,13 +1,19 @@
-"""The platform that an op is traced for."""
+"""The device that an op is traced for.
+
+Never `jax.devices()`: a program may be compiled for devices that this machine does not have.
+"""
 
 import jax
 
 
-def platform_of(platform: str | None = None) -> str:
-    """`cpu`, `gpu` or `tpu`: the argument, else the mesh in context (`jax.set_mesh`), else the default backend.
+def device_kind_of() -> str | None:
+    """The device kind of the mesh in context (`jax.set_mesh`), None without one."""
+    device = getattr(jax.sharding.get_abstract_mesh(), "abstract_device", None)
+    return None if device is None else device.device_kind
 
-    Never `jax.devices()`: a program may be compiled for devices that this machine does not have.
-    """
+
+def platform_of(platform: str | None = None) -> str:
+    """`cpu`, `gpu` or `tpu`: the argument, else the mesh in context (`jax.set_mesh`), else the default backend."""
     if platform is not None:
         return {"cuda": "gpu", "rocm": "gpu"}.get(platform, platform)
     device = getattr(jax.sharding.get_abstract_mesh(), "abstract_device", None)
@@ -15,3 +21,13 @@ def platform_of(platform: str | None = None) -> str:
         return jax.default_backend()
     kind = f"{getattr(device, 'platform', '')} {device.device_kind}".lower()
     return "tpu" if "tpu" in kind else "cpu" if "cpu" in kind else "gpu"
+
+
+def is_split() -> bool:
+    """True where the compiler spreads arrays over the mesh in context: rows are then not this device's own.
+
+    Inside `shard_map` every axis is manual and rows are local.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    manual = set(getattr(mesh, "manual_axes", ()))
+    return any(size > 1 for name, size in dict(mesh.shape).items() if name not in manual)

@@ -70,6 +70,11 @@ def plan(idx: Array, E: int, rows: int | None = None) -> Tiles:
     )
 
 
+def step(schedule: Tiles, i: Array) -> Tiles:
+    """Tile i alone: the leading axis is gone, `expert` is a scalar."""
+    return Tiles(*(at(part, i) for part in schedule[:-1]), count=schedule.count)
+
+
 def at(x: Array, i: Array) -> Array:
     """`x[i]` for a traced scalar that is in range."""
     return jax.lax.dynamic_index_in_dim(x, i, axis=0, keepdims=False)

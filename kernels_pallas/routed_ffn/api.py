@@ -1,6 +1,6 @@
 """`routed_ffn`: K experts' hidden states mixed between the shared projections of one frozen FFN."""
 
-from kernels_pallas.platform import platform_of
+from kernels_pallas.platform import is_split, platform_of
 from kernels_pallas.routed_ffn import dense, reference, tiled
 
 IMPLEMENTATIONS = {"reference": reference.routed_ffn, "dense": dense.routed_ffn, "tiled": tiled.routed_ffn}
@@ -14,6 +14,11 @@ def choose(g, B_g, idx, *, platform: str | None = None) -> tuple[str, str]:
     K, platform = idx.shape[1], platform_of(platform)
     if platform != "cpu":
         return "dense", f"{platform}: no kernel of its own yet, and a loop over tiles would leave the device idle"
+    if is_split():
+        return (
+            "dense",
+            "the compiler spreads the rows over a mesh: tiles would gather them (shard_map keeps them local)",
+        )
     if K == E:
         return "dense", f"cpu: every expert has a slot (K = E = {E}), so products of width R are exact without sorting"
     if E * R <= CPU_DENSE_COLUMNS:

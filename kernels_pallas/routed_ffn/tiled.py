@@ -58,17 +58,15 @@ def _forward(activation, g, u, z_g, z_u, B_g, B_u, A_d, gates, base, mask, sched
 
     def step(i, carry):
         mix, z_d = carry
-        slot, token, valid, e = (
-            tiles.at(x, i) for x in (schedule.slot, schedule.token, schedule.valid, schedule.expert)
-        )
+        e, slot, token, to_slot, to_token, valid, _ = tiles.step(schedule, i)
         z = (_rows(z_g, slot, valid).astype(dtype), _rows(z_u, slot, valid).astype(dtype))
         g_k, c, u_k = _hidden(activation, g, u, *z, _expert(B_g, e).astype(dtype), _expert(B_u, e).astype(dtype), token)
         h = pair(activation, g_k, c)[0] * u_k
         w = _rows(gates, slot, valid)
         seen = _masked(h, None if mask is None else tiles.take(mask, token)).astype(dtype)
         down = _dot(seen, _expert(A_d, e).astype(dtype), NT)
-        mix = tiles.add_rows(mix, tiles.at(schedule.to_token, i), jnp.where(w == 0, 0.0, w * h))
-        return mix, tiles.add_rows(z_d, tiles.at(schedule.to_slot, i), down)
+        mix = tiles.add_rows(mix, to_token, jnp.where(w == 0, 0.0, w * h))
+        return mix, tiles.add_rows(z_d, to_slot, down)
 
     g32 = g.astype(F32)
     start = base[:, None] * (pair(activation, g32, core(activation, g32))[0] * u.astype(F32))
@@ -84,9 +82,7 @@ def _backward(activation, saved, cotangents):
 
     def step(i, carry):
         dg, du, dz_g, dz_u, dgates, dB_g, dB_u, dA_d = carry
-        slot, token, valid, e = (
-            tiles.at(x, i) for x in (schedule.slot, schedule.token, schedule.valid, schedule.expert)
-        )
+        e, slot, token, to_slot, to_token, valid, _ = tiles.step(schedule, i)
         zg, zu, dz = (_rows(z, slot, valid).astype(dtype) for z in (z_g, z_u, dz_d))
         Bg, Bu, Ad = (_expert(x, e).astype(dtype) for x in (B_g, B_u, A_d))
         g_k, c, u_k = _hidden(activation, g, u, zg, zu, Bg, Bu, token)
@@ -99,7 +95,6 @@ def _backward(activation, saved, cotangents):
         dg_k = jnp.where(valid, dh * da * u_k, 0.0)
         du_k = jnp.where(valid, dh * a, 0.0)
         seen = _masked(h, kept).astype(dtype)
-        to_token, to_slot = tiles.at(schedule.to_token, i), tiles.at(schedule.to_slot, i)
         dw = jax.lax.dot_general(dm, h, (((1,), (1,)), ((0,), (0,))))  # row by row
         dg, du = tiles.add_rows(dg, to_token, dg_k), tiles.add_rows(du, to_token, du_k)
         dg_k, du_k = dg_k.astype(dtype), du_k.astype(dtype)

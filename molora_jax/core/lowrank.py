@@ -7,7 +7,7 @@ T tokens, D width, E experts, K slots, R rank.
 import jax
 import jax.numpy as jnp
 
-from kernels_pallas import rank_gated
+from kernels_pallas import grouped_expand, grouped_lora, grouped_shrink, low_rank_op, rank_gated
 from molora_jax.core.types import Array, Factors
 
 F32 = jnp.float32
@@ -52,11 +52,39 @@ def expand(z: Array, B: Array, gates: Array, dtype) -> Array:
     return jnp.dot(u, B.reshape(-1, B.shape[-1]).astype(dtype), preferred_element_type=F32).astype(dtype)
 
 
-def low_rank(x: Array, factors: Factors, gates: Array, latent=None) -> Array:
-    """`sum_e g_e B_e mid_e latent(A_e x)`: `x [T, D_in]`, `gates [T, E]` -> `[T, D_out]`; the scale is in B."""
-    if latent is None and factors.mid is None:
-        return rank_gated(x, factors.A, factors.B, gates)
-    return expand(shrink(x, factors, latent), factors.B, gates, x.dtype)
+def _groups(E: int, R: int, K: int) -> bool:
+    """Whether this product is cheaper by experts than with all of them (`kernels_pallas/select.py` says why)."""
+    return low_rank_op(E, R, K)[0] == "grouped_lora"
+
+
+def low_rank(x: Array, factors: Factors, gates: Array, latent=None, slots=None) -> Array:
+    """`sum_e g_e B_e mid_e latent(A_e x)`: `x [T, D_in]`, `gates [T, E]` -> `[T, D_out]`; the scale is in B.
+
+    `slots` is the same decision as `(idx, gates) [T, K]` where the router bounds K: a product of many experts may then
+    be grouped by expert.
+    """
+    A, B = factors.A, factors.B
+    if latent is not None or factors.mid is not None:
+        return expand(shrink(x, factors, latent), B, gates, x.dtype)
+    if slots is not None and _groups(*B.shape[:2], slots[0].shape[1]):
+        return grouped_lora(x, A, B, *slots)
+    return rank_gated(x, A, B, gates)
+
+
+def shrink_slots(x: Array, factors: Factors, idx: Array, latent=None) -> Array:
+    """`shrink` at the token's experts alone: `x [T, D]`, `idx [T, K]` -> `[T, K, R]` float32, 0 at an unused slot."""
+    plain = latent is None and factors.mid is None and factors.A.shape[0] > 1
+    if plain and _groups(*factors.A.shape[:2], idx.shape[1]):
+        return grouped_shrink(x, factors.A, idx)
+    return to_slots(shrink(x, factors, latent), idx)
+
+
+def expand_slots(z: Array, B: Array, idx: Array, gates: Array, dtype) -> Array:
+    """`sum_k g_k B[e_k] z_k`: `z [T, K, R]`, `B [E, R, D_out]`, `idx, gates [T, K]` -> `[T, D_out]`."""
+    E, R, _ = B.shape
+    if _groups(E, R, idx.shape[1]):
+        return grouped_expand(z, B, idx, gates, dtype=dtype)
+    return expand(from_slots(z.astype(F32), idx, E), B, from_slots(gates[..., None], idx, E)[..., 0], dtype)
 
 
 def combine(f: Array | None, gates: Array) -> Array | float:

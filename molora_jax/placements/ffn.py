@@ -17,7 +17,8 @@ import jax.numpy as jnp
 
 from kernels_pallas import routed_ffn
 from kernels_pallas.routed_ffn.reference import ACTIVATIONS
-from molora_jax.core import lowrank, routing as routing_math
+from molora_jax.core import lowrank
+from molora_jax.core import routing as routing_math
 from molora_jax.core.types import Array, Factors
 from molora_jax.placements.projection import latent_of
 
@@ -72,8 +73,8 @@ def hidden(x: Array, g: Array, u: Array, one: Part, activation: str) -> tuple[Ar
     `x [T, D]`, `g, u [T, F]` shared projections -> `mix [T, F] = c h_0 + sum w_k h_k`, `z_d [T, K, R]`.
     """
     z = {
-        site: lowrank.to_slots(
-            lowrank.shrink(_masked(x, one.masks[site]), one.factors[site], one.latents[site]), one.idx
+        site: lowrank.shrink_slots(
+            _masked(x, one.masks[site]), one.factors[site], one.idx, one.latents[site]
         ).astype(x.dtype)
         for site in ("gate", "up")
     }
@@ -87,6 +88,8 @@ def hidden(x: Array, g: Array, u: Array, one: Part, activation: str) -> tuple[Ar
 def low_rank_down(z_d: Array, one: Part, dtype) -> Array:
     """`s sum_k w_k B_d[e_k] z_d[k]`: `[T, D]`."""
     factors, E = one.factors["down"], one.factors["down"].B.shape[0]
+    if one.latents["down"] is None and factors.mid is None:
+        return lowrank.expand_slots(z_d, factors.B, one.idx, one.gates, dtype)
     z = lowrank.from_slots(z_d.astype(jnp.float32), one.idx, E)
     if one.latents["down"] is not None:
         z = one.latents["down"](z)

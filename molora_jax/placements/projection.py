@@ -11,17 +11,22 @@ import jax.numpy as jnp
 
 from molora_jax.adapters.base import Adapter
 from molora_jax.core import lowrank
+from molora_jax.core import routing as routing_math
 from molora_jax.core.types import Array, Context, Factors
 
 
 @dataclasses.dataclass(frozen=True)
 class Part:
-    """One rule's share in one projection: `factors` with the scale folded in, `gates [T, E]`, dropout's `mask`."""
+    """One rule's share in one projection: `factors` with the scale folded in, `gates [T, E]`, dropout's `mask`.
+
+    `slots` is the decision as `(idx, gates) [T, K]`, None where every expert may have a gate.
+    """
 
     factors: Factors
     gates: Array
     mask: Array | None
     latent: object
+    slots: tuple[Array, Array] | None = None
 
 
 def part(rule, p: dict, shared: dict, routing, ctx: Context, x: Array) -> Part:
@@ -32,7 +37,8 @@ def part(rule, p: dict, shared: dict, routing, ctx: Context, x: Array) -> Part:
     E = factors.B.shape[0]
     gates = jnp.ones((len(x), 1), jnp.float32) if routing is None else routing.gates.reshape(-1, E)
     mask = lowrank.dropout_mask(ctx.keyed(), adapter.dropout, x.shape, x.dtype)
-    return Part(factors, gates, mask, latent_of(adapter, p, ctx))
+    slots = None if routing is None or routing.k_max >= E else routing_math.slots(routing)
+    return Part(factors, gates, mask, latent_of(adapter, p, ctx), slots)
 
 
 def latent_of(adapter, p, ctx):
@@ -53,5 +59,5 @@ def project(W: Array, bias: Array | None, x: Array, parts: list[Part]) -> Array:
         if one.factors.out is not None:
             y = y + (base * lowrank.combine(one.factors.out, one.gates)).astype(y.dtype)
         seen = x if one.mask is None else x * one.mask
-        y = y + lowrank.low_rank(seen, one.factors, one.gates, one.latent)
+        y = y + lowrank.low_rank(seen, one.factors, one.gates, one.latent, one.slots)
     return y if bias is None else y + bias.astype(y.dtype)
