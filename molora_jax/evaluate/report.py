@@ -14,7 +14,7 @@ import pathlib
 import numpy as np
 
 from molora_jax.errors import InputError
-from molora_jax.evaluate import intervals, plots
+from molora_jax.evaluate import intervals, plots, saved
 from molora_jax.evaluate.score import chosen, score
 from molora_jax.io.manifest import write_atomically
 from molora_jax.train.summary import table
@@ -33,6 +33,9 @@ def evaluate(run, *, phases) -> dict:
     phases.start("test items", 1)
     examples = run.data.heldout("test", options.num_items)
     phases.end()
+    trained_on = saved.read_identity(run.workdir).get("data", {}).get("fingerprint", run.data.fingerprint)
+    if trained_on != run.data.fingerprint:
+        phases.note("note: the data are not those that the run was trained on (other tasks, files or package versions)")
     if not examples:
         raise InputError("data.tasks", got="no test item that fits", expected="at least one", fix="Raise data.seq_len.")
     base = score(run, examples, base=True, phases=phases)
