@@ -43,7 +43,7 @@ class Layer:
         if rule.router.SIGNAL:
             x = ctx.signal
         with jax.named_scope("route"):
-            leaves = self.adapters[rule.name]["router"][scope]
+            leaves = self.adapters[rule.name].get("router", {}).get(scope, {})  # a router may have no leaf of its own
             decision, carry, sums = rule.router.route(leaves, self.shared.get(rule.name, {}), x, ctx)
         if rule.name in self.carry:
             self.carry[rule.name] = carry
@@ -77,7 +77,7 @@ class Layer:
             if rule.placement == "projection" and site in rule.sites:
                 decision = self._decision(rule, experts, site, x)
                 ctx = self._context(rule, site, base=W, experts=experts)
-                leaves = self.adapters[rule.name][site]
+                leaves = self.adapters[rule.name].get(site, {})
                 parts.append(projection.part(rule, leaves, self.shared.get(rule.name, {}), decision, ctx, flat))
         with jax.named_scope(site):
             return projection.project(W, bias, flat, parts).reshape(*x.shape[:-1], -1)

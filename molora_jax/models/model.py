@@ -3,7 +3,8 @@
     params (frozen base)  adapters (factors and routers)  router_state (mutable, no gradient)  ->  hidden, sums
 
 Trees are plain nested dicts: `adapters/<rule>/<segment>/<site>/<leaf> [L_segment, E, ...]`,
-`adapters/<rule>/<segment>/router/<scope>/<leaf>`, `adapters/<rule>/shared/...`; `router_state` mirrors it.
+`adapters/<rule>/<segment>/router/<scope>/<leaf>`, `adapters/<rule>/shared/...` (`router/model/<leaf> [1, ...]` among them
+where one router serves all layers); `router_state` mirrors it.
 """
 
 import dataclasses
@@ -14,7 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from molora_jax import rules as rules_lib
-from molora_jax.core.types import Array, Context
+from molora_jax.core.types import Array, Context, Site
 from molora_jax.models import stack
 from molora_jax.models.decoder import rms_norm
 from molora_jax.models.families import DecoderConfig
@@ -45,29 +46,47 @@ class Model:
         """Fresh leaves, float32. `params["blocks"]` is read by inits that start from the base; traceable."""
         tree: dict = {}
         for r, rule in enumerate(self.rules):
-            out = tree.setdefault(rule.name, {})
+            out = {}
             rule_key = jax.random.fold_in(key, rule.tag)
             sites = []
             for segment in self.segments:
                 E = segment.counts[r]
                 if not E:
                     continue
-                leaves = out.setdefault(segment.name, {})
+                leaves = {}
                 for name in rule.projections:
                     site = rules_lib.site(self.config, name, segment, E)
                     sites.append(site)
                     leaves[name] = self._init_layers(rule.adapter, rule_key, site, params, base_grad)
-                for scope in rule.scopes:
-                    site = rules_lib.site(self.config, scope, segment, E)
-                    leaves.setdefault("router", {})[scope] = self._init_layers(rule.router, rule_key, site, None, None)
+                for site in self._routers(r, segment):
+                    made = self._init_layers(rule.router, rule_key, site, None, None)
+                    leaves.setdefault("router", {})[site.name] = made
+                out[segment.name] = _without_empty(leaves)
             shared = {}
             if rule.adapter is not None:
                 shared |= rule.adapter.init_shared(jax.random.fold_in(rule_key, 1000), tuple(sites))
             if rule.router is not None:
                 shared |= rule.router.init_shared(jax.random.fold_in(rule_key, 1001), tuple(sites))
+            for site in self._model_router(r):
+                shared["router"] = {site.name: self._init_layers(rule.router, rule_key, site, None, None)}
             if shared:
                 out["shared"] = shared
+            tree[rule.name] = _without_empty(out)
         return tree
+
+    def _routers(self, r: int, segment) -> tuple[Site, ...]:
+        """The routers of rule `r` that a segment owns, one a layer and scope."""
+        rule, E = self.rules[r], segment.counts[r]
+        names = [scope for scope in rule.scopes if scope != "model"] if E else ()
+        return tuple(rules_lib.site(self.config, name, segment, E) for name in names)
+
+    def _model_router(self, r: int) -> tuple[Site, ...]:
+        """The one router of a rule with `share="model"`: kept with what its layers share, the layer axis of length 1."""
+        if "model" not in self.rules[r].scopes:
+            return ()
+        first = next(segment for segment in self.segments if segment.counts[r])
+        site = rules_lib.site(self.config, "model", first, first.counts[r])
+        return (dataclasses.replace(site, layers=site.layers[:1]),)
 
     def _init_layers(self, member, key, site, params, base_grad):
         """One layer at a time, with a key of the absolute layer: regrouping layers changes nothing."""
@@ -87,15 +106,12 @@ class Model:
     def init_router_state(self) -> dict:
         tree: dict = {}
         for r, rule in enumerate(self.rules):
-            for segment in self.segments:
-                E = segment.counts[r]
-                for scope in rule.scopes if E else ():
-                    site = rules_lib.site(self.config, scope, segment, E)
-                    state = rule.router.init_state(site)
-                    if state:
-                        state = jax.tree.map(_stacked(len(site.layers)), state)
-                        place = tree.setdefault(rule.name, {}).setdefault(segment.name, {}).setdefault("router", {})
-                        place[scope] = state
+            owned = [(segment.name, site) for segment in self.segments for site in self._routers(r, segment)]
+            for where, site in owned + [("shared", site) for site in self._model_router(r)]:
+                state = rule.router.init_state(site)
+                if state:
+                    state = jax.tree.map(_stacked(len(site.layers)), state)
+                    tree.setdefault(rule.name, {}).setdefault(where, {}).setdefault("router", {})[site.name] = state
         return tree
 
     def frozen_patterns(self) -> tuple[str, ...]:
@@ -174,15 +190,16 @@ class Model:
         """Rules with `share="model"`: one decision for all layers, on the embeddings. Sums lead with one "layer"."""
         given, stats, gates = {}, {}, {}
         first = self.segments[0]
-        for r, rule in enumerate(self.rules):
+        for rule in self.rules:
             if rule.router is None or rule.share != "model":
                 continue
             E, pick = max(rule.experts), lambda w: w[0]
-            where = next(s for s in self.segments if s.counts[r])
-            own = jax.tree.map(pick, adapters[rule.name][where.name])
-            own_state = jax.tree.map(pick, state.get(rule.name, {}).get(where.name, {}))
-            trees = ({rule.name: own}, {rule.name: adapters[rule.name].get("shared", {})}, {rule.name: own_state})
-            layer = Layer(self.config, first, [(rule, E)], self.losses, trees, {}, ctx.replace(layer=0), {}, collect)
+            shared = adapters[rule.name].get("shared", {})
+            own = {"router": jax.tree.map(pick, shared.get("router", {}))}
+            own_state = jax.tree.map(pick, state.get(rule.name, {}).get("shared", {}))
+            trees = ({rule.name: own}, {rule.name: shared}, {rule.name: own_state})
+            carry = {rule.name: rule.router.init_carry(*x.shape[:2])}
+            layer = Layer(self.config, first, [(rule, E)], self.losses, trees, carry, ctx.replace(layer=0), {}, collect)
             layer.enter("model", x)
             given[rule.name] = layer.decisions[rule.name, "model"]
             lead = lambda tree: jax.tree.map(lambda v: v[None], tree)  # noqa: E731
@@ -195,6 +212,12 @@ class Model:
         """`hidden [..., D]` -> `[..., V]` float32."""
         head = params["head"] if "head" in params else params["embed"].T
         return jnp.dot(hidden, head.astype(hidden.dtype), preferred_element_type=jnp.float32)
+
+
+def _without_empty(tree: dict) -> dict:
+    """Members may have no leaves of their own; splitting a tree into its trainable part would lose empty dicts."""
+    below = {k: _without_empty(v) if isinstance(v, dict) else v for k, v in tree.items()}
+    return {k: v for k, v in below.items() if not isinstance(v, dict) or v}
 
 
 def _stacked(layers: int):

@@ -68,7 +68,7 @@ def run(model, params, adapters, state, x, ctx: Context, *, mask, carry, given, 
             return (constrain(x), layer.carry, kv), (layer.stats, layer.routings)
 
         body = jax.checkpoint(body, policy=REMAT[model.remat], prevent_cse=False) if ctx.train else body
-        own = {name: adapters[name][segment.name] for name in names}
+        own = {name: adapters[name].get(segment.name, {}) for name in names}
         own_state = {name: state.get(name, {}).get(segment.name, {}) for name in names}
         xs = (jnp.arange(segment.start, segment.stop), own, own_state)
         kv = None if cache is None else cache[:2]

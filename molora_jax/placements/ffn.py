@@ -44,11 +44,12 @@ def part(rule, p: dict, shared: dict, routing, contexts: dict, x: Array, ffn_wid
     factors, masks, latents = {}, {}, {}
     for site in SITES:
         ctx = contexts[site]
-        one = adapter.factors(p[site], shared, ctx)
+        own = p.get(site, {})
+        one = adapter.factors(own, shared, ctx)
         factors[site] = one.replace(B=one.B * adapter.scale())
         width = ffn_width if site == "down" else x.shape[-1]
         masks[site] = lowrank.dropout_mask(ctx.keyed(), adapter.dropout, (T, width), x.dtype)
-        latents[site] = latent_of(adapter, p[site], ctx)
+        latents[site] = latent_of(adapter, own, ctx)
     if routing is None:
         idx, gates, base = jnp.zeros((T, 1), jnp.int32), jnp.ones((T, 1), jnp.float32), None
     else:

@@ -175,7 +175,8 @@ def update_routers(model, state: dict, sums: dict) -> dict:
     for rule in model.rules:
         for segment, scopes in state.get(rule.name, {}).items():
             for scope, old in scopes["router"].items():
-                done = jax.vmap(rule.router.update)(old, sums[rule.name][segment][scope])
+                own = sums[rule.name]["model" if segment == "shared" else segment][scope]
+                done = jax.vmap(rule.router.update)(old, own)
                 new.setdefault(rule.name, {}).setdefault(segment, {}).setdefault("router", {})[scope] = done
     return new
 
