@@ -119,7 +119,7 @@ METHODS = {
         config="configs/mola.py",
         title="MoLA",
         paper="2402.08562",
-        axes="placement `projection` with `experts=\"2\\|4\\|6\\|8\"`, loss `balance` over a layer",
+        axes='placement `projection` with `experts="2\\|4\\|6\\|8"`, loss `balance` over a layer',
         equation="y = W x + s sum_k w_k B_k A_k x, a router a projection",
         differs="padding is neither routed nor counted",
         params=mola,
@@ -143,6 +143,13 @@ def methods_table() -> str:
     for method in METHODS.values():
         changes = "".join(f" `--config.{field}={value}`" for field, value in method.overrides.items())
         paper = f"[{method.paper}](https://arxiv.org/abs/{method.paper})"
-        cells = (method.title, paper, method.axes, method.equation, method.differs or "-", f"`{method.config}`{changes}")
+        cells = (
+            method.title,
+            paper,
+            method.axes,
+            method.equation,
+            method.differs or "-",
+            f"`{method.config}`{changes}",
+        )
         rows.append(f"| {' | '.join(cells)} |")
     return "\n".join(rows) + "\n"

@@ -69,7 +69,8 @@ TARGETS_PER_ROW = int(BATCH["loss_weight"].sum(axis=1).max())
 def base(decoder, dtype="float32"):
     """Random parameters with larger embeddings, so that logits are of order 1 as in a trained model."""
     params = random_params(decoder, seed=1, dtype=dtype)[0]
-    return params | {"embed": (params["embed"] * 10).astype(params["embed"].dtype)}
+    params["embed"] = (params["embed"] * 10).astype(params["embed"].dtype)
+    return jax.tree.map(jnp.asarray, params)
 
 
 def combination(adapter, router, placement, init, **changes):
@@ -89,7 +90,7 @@ def combination(adapter, router, placement, init, **changes):
 
 
 def method(name, decoder=SMALL, **changes):
-    """The config of a row of the table, without dropout and warm-up; depth groups beyond the decoder's layers cut off."""
+    """The config of a row of the table, without dropout and warm-up; depth groups past the last layer are cut off."""
     config = flags.load(ROOT / METHODS[name].config)
     fixed = {f"method.rules.{rule}.adapter.dropout": 0.0 for rule in config.method.rules}
     for rule, value in config.method.rules.items():
@@ -137,7 +138,7 @@ def record() -> optax.GradientTransformation:
 
 
 class Case:
-    """A compiled config on a small decoder: the model, the frozen leaves, and one jitted step that records gradients."""
+    """A config on a small decoder: the model, the frozen leaves, and one jitted step that records its gradients."""
 
     def __init__(self, config, decoder=SMALL, *, remat="dots", dtype="float32", mesh=None, freeze=(), **options):
         self.config, self.decoder, self.mesh = config, decoder, mesh
