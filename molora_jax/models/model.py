@@ -3,8 +3,8 @@
     params (frozen base)  adapters (factors and routers)  router_state (mutable, no gradient)  ->  hidden, sums
 
 Trees are plain nested dicts: `adapters/<rule>/<segment>/<site>/<leaf> [L_segment, E, ...]`,
-`adapters/<rule>/<segment>/router/<scope>/<leaf>`, `adapters/<rule>/shared/...` (`router/model/<leaf> [1, ...]` among them
-where one router serves all layers); `router_state` mirrors it.
+`adapters/<rule>/<segment>/router/<scope>/<leaf>`, `adapters/<rule>/shared/...` (with `router/model/<leaf> [1, ...]` where
+one router serves all layers); `router_state` mirrors it.
 """
 
 import dataclasses
@@ -81,7 +81,7 @@ class Model:
         return tuple(rules_lib.site(self.config, name, segment, E) for name in names)
 
     def _model_router(self, r: int) -> tuple[Site, ...]:
-        """The one router of a rule with `share="model"`: kept with what its layers share, the layer axis of length 1."""
+        """The one router of a rule with `share="model"`: kept with what layers share, its layer axis of length 1."""
         if "model" not in self.rules[r].scopes:
             return ()
         first = next(segment for segment in self.segments if segment.counts[r])

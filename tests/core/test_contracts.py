@@ -1,4 +1,4 @@
-"""Contracts that no shipped router uses yet: mutable state, a carry through the layers, shared leaves, shared decisions."""
+"""Contracts that no shipped router uses yet: mutable state, a carry through the layers, shared leaves and decisions."""
 
 import dataclasses
 
@@ -159,7 +159,7 @@ def test_shared_leaves_get_the_gradient_of_all_layers():
 @pytest.mark.parametrize("experts", [(3, 3, 3, 3), (2, 2, 5, 5), (2, 0, 3, 4)], ids=str)
 @pytest.mark.parametrize("sites", [("ffn",), ("q", "down")], ids=",".join)
 def test_carry_passes_layers_and_segments(experts, sites):
-    """The carry counts the routers met: through equal layers, other expert counts, layers where the rule does not act."""
+    """The carry counts the routers met: through equal layers, other expert counts, layers without the rule."""
     model = model_of(Counting(), experts, sites, DEEP)
     params = base(DEEP)
     adapters = jax.jit(model.init_adapters, compiler_options=QUICK)(jax.random.key(0), params)
@@ -209,7 +209,7 @@ def test_update_is_left_out_where_there_is_no_state():
 
 
 def test_an_adapter_may_have_shared_leaves_alone():
-    """A basis for all layers (the place of VeRA and of MoS): no leaf of a layer's own, a gradient for the shared ones."""
+    """A basis for all layers (the place of VeRA and of MoS): no leaf of a layer's own, gradients for the shared."""
 
     @dataclasses.dataclass(frozen=True)
     class Tied(type(ADAPTERS["lora"]())):

@@ -1,0 +1,58 @@
+"""One layer of one model at work, for tests of equations: the frozen part, one rule, its output and its gradients."""
+
+import dataclasses
+
+import jax
+import numpy as np
+
+from molora_jax.adapters import ADAPTERS
+from molora_jax.models.model import Model
+from molora_jax.routers import ROUTERS
+from molora_jax.rules import Rule
+from tests.battery.cases import BATCH, QUICK, SMALL, base, random_adapters
+
+ONE = dataclasses.replace(SMALL, layers=1)
+VALID = BATCH["segment_ids"] > 0
+ALL = ("q", "k", "v", "o", "gate", "up", "down")
+
+
+def model(sites, experts, router=None, adapter="lora", decoder=ONE, rank=3, **options):
+    """A model of one rule `mix`. `router` is `(name, options)`."""
+    made = ADAPTERS[adapter](rank=rank, alpha=6.0, dropout=0.0, **options)
+    router = router and ROUTERS[router[0]](**router[1])
+    down = "per_expert" if adapter == "dora" and sites == ("ffn",) else "once"
+    counts = (experts,) * decoder.layers if isinstance(experts, int) else experts
+    return Model(decoder, (Rule("mix", sites, counts, made, router, down),), (), "dots", 3)
+
+
+def output(made, adapters, batch=None, params=None):
+    """Final hidden states of the valid positions `[N, D]`."""
+    params = base(made.config) if params is None else params
+    run = jax.jit(lambda p, a, b: made.hidden(p, a, {}, b)[0], compiler_options=QUICK)
+    return np.asarray(run(params, adapters, BATCH if batch is None else batch))[VALID]
+
+
+def gradient(made, adapters):
+    """Of a fixed random functional of the output, with respect to every leaf."""
+    probe = np.random.default_rng(9).standard_normal((*VALID.shape, made.config.width)).astype(np.float32)
+    probe = probe * VALID[..., None]
+    loss = lambda a: (made.hidden(base(made.config), a, {}, BATCH)[0] * probe).sum()  # noqa: E731
+    return jax.device_get(jax.jit(jax.grad(loss), compiler_options=QUICK)(adapters))
+
+
+def noisy(made, seed=3):
+    return random_adapters(made, base(made.config), seed=seed)
+
+
+def edit(adapters, segment="000-000", **changes):
+    """A copy in which `changes[leaf](value, site)` stands for every leaf of that name in the segment."""
+    out = {"mix": {segment: {}}}
+    for site, leaves in adapters["mix"][segment].items():
+        if site == "router":
+            out["mix"][segment]["router"] = {
+                scope: {leaf: changes.get(leaf, lambda x, s: x)(x, scope) for leaf, x in group.items()}
+                for scope, group in leaves.items()
+            }
+        else:
+            out["mix"][segment][site] = {leaf: changes.get(leaf, lambda x, s: x)(x, site) for leaf, x in leaves.items()}
+    return out
