@@ -3,8 +3,8 @@
     params (frozen base)  adapters (factors and routers)  router_state (mutable, no gradient)  ->  hidden, sums
 
 Trees are plain nested dicts: `adapters/<rule>/<segment>/<site>/<leaf> [L_segment, E, ...]`,
-`adapters/<rule>/<segment>/router/<scope>/<leaf>`, `adapters/<rule>/shared/...` (with `router/model/<leaf> [1, ...]` where
-one router serves all layers); `router_state` mirrors it.
+`adapters/<rule>/<segment>/router/<scope>/<leaf>`, `adapters/<rule>/shared/...` (there `router/model/<leaf> [1, ...]`,
+where one router serves all layers); `router_state` mirrors it.
 """
 
 import dataclasses

@@ -1,4 +1,4 @@
-"""MixLoRA (arXiv 2404.15159): items 1 to 7 of its acceptance list (8, two adapters at once, is another piece of work)."""
+"""MixLoRA (arXiv 2404.15159): items 1 to 7 of its acceptance list (8, two adapters at once, needs another engine)."""
 
 import dataclasses
 
@@ -42,7 +42,7 @@ def test_acceptance_2_equal_experts_are_one_ffn_with_that_lora(scale):
 
 
 def test_acceptance_3_optimised_equals_naive():
-    """Shared W_g x, W_u x and one W_d against a whole FFN an expert: values here and, with gradients, in the battery."""
+    """Shared W_g x, W_u x and one W_d against a whole FFN an expert, in values and in gradients."""
     adapters = noisy(MIX)
     naive, _ = reference.forward(np, MIX, *map(reference.as_float64, (base(ONE), adapters)), BATCH)
     np.testing.assert_allclose(output(MIX, adapters), naive[VALID], atol=1e-5)

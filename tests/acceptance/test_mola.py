@@ -69,7 +69,7 @@ def test_acceptance_3_other_sums_scale_with_them():
 
 @pytest.mark.parametrize("sites", [ALL, ("ffn",)], ids=["projection", "ffn"])
 def test_acceptance_4_padded_experts_change_nothing(sites):
-    """Three experts, and the same three among five of which two are shut out: outputs, gradients, the loss with N = 3."""
+    """Three experts, and the same three among five of which two are shut out: outputs, gradients, loss with N = 3."""
     router = ("softmax_topk", dict(k=2))
     small, wide = model(sites, 3, router), model(sites, 5, router)
     loss = ("balance", Balance(weight=1.0, over="layer", reduce="sum"))
