@@ -1,4 +1,4 @@
-"""LoRA (2106.09685), rsLoRA (2312.03732), DoRA (2402.09353), LoRA+ (2402.12354), PiSSA (2404.02948): the acceptance list.
+"""LoRA 2106.09685, rsLoRA 2312.03732, DoRA 2402.09353, LoRA+ 2402.12354, PiSSA 2404.02948: their acceptance list.
 
 Items 1 to 6; 7 and 8 are VeRA's and AdaLoRA's. Item 2 is against the published equations, written out in float64.
 """
@@ -136,8 +136,8 @@ def test_acceptance_4_the_norm_is_over_inputs():
 @pytest.mark.parametrize("ratio", [1.0, 16.0])
 def test_acceptance_5_lora_plus_moves_b_ratio_times_as_far(ratio):
     """Under SGD the measured ratio of update to gradient is `ratio` for B and 1 for every other leaf."""
-    params = {"all": {"000-001": {"q": {"A": normal(1, 2, 1, R, 5), "B": normal(2, 2, 1, R, 6), "m": normal(3, 2, 1, 6)},
-                                  "router": {"q": {"W": normal(4, 2, 3, 5)}}}}}  # fmt: skip
+    q = {"A": normal(1, 2, 1, R, 5), "B": normal(2, 2, 1, R, 6), "m": normal(3, 2, 1, 6)}
+    params = {"all": {"000-001": {"q": q, "router": {"q": {"W": normal(4, 2, 3, 5)}}}}}
     pairs = {("all/000-001/q/A", "all/000-001/q/B"): 2.0}
     optimizer = optax.chain(optax.sgd(0.1), scale_second(pairs, ratio))
     grads = jax.tree.map(lambda x: x + 1.0, params)
