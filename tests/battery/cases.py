@@ -126,8 +126,10 @@ def random_adapters(model, params, *, seed=3):
             out[path] = np.asarray(start[path])
         elif leaf == "m":
             out[path] = np.asarray(start[path]) * (1 + 0.2 * noise)
-        else:
+        elif leaf in width:
             out[path] = noise * np.float32(width[leaf])
+        else:  # a later method's leaf: away from its start
+            out[path] = np.asarray(start[path]) + 0.3 * noise
     return unflatten_dict(out, sep="/")
 
 
@@ -180,11 +182,11 @@ class Case:
         state, metrics = self.step(state, params, data)
         return state, jax.device_get(metrics), flatten_dict(jax.device_get(state.opt[0]), sep="/")
 
-    def hidden(self, adapters, params=None):
+    def hidden(self, adapters):
         """Hidden states in evaluation."""
         model = self.model if adapters else self.model.without_rules()
         go = jax.jit(lambda p, a, s, b: model.hidden(p, a, s, b)[0], compiler_options=QUICK)
-        return np.asarray(go(self.params if params is None else params, adapters, {}, BATCH), np.float32)
+        return np.asarray(go(self.params, adapters, model.init_router_state(), BATCH), np.float32)
 
 
 def mesh8():

@@ -6,6 +6,9 @@
 
 Shares no code with the product: no rank-space gating, no shared base products, no slots, no scan. `xp` is numpy
 (float64 values) or jax.numpy (gradients). B batch, S sequence, D width, E experts.
+
+The members of the first methods are written out again here. A later router, adapter or loss is asked for its decision,
+factors or sums (`members.py`); what is done with them stays naive, and its equation is its acceptance test's.
 """
 
 import collections
@@ -13,8 +16,10 @@ import collections
 import jax
 import numpy as np
 
-Decision = collections.namedtuple("Decision", "probs selected gates valid rows")  # [B, S, E], valid, rows [B, S]
-NORMS = dict(attn="attn_norm", ffn="ffn_norm")
+from tests.battery import members
+
+# [B, S, E] but valid, rows, base [B, S]
+Decision = collections.namedtuple("Decision", "probs selected gates valid rows logits base", defaults=(None, None))
 
 
 def as_float64(tree):
@@ -39,6 +44,10 @@ def rotate(xp, x, positions, base):
     return xp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1)
 
 
+def covers(segment, layer):
+    return int(segment[:3]) <= layer <= int(segment[4:])
+
+
 def attend(xp, q, k, v, segment_ids):
     """Causal within an example; key-value heads repeated for their group of query heads."""
     group = q.shape[2] // k.shape[2]
@@ -49,9 +58,10 @@ def attend(xp, q, k, v, segment_ids):
     return xp.einsum("bhqk,bkhd->bqhd", softmax(xp, xp.where(may[:, None], scores, -1e30)), v)
 
 
-def route(xp, router, W, x, batch):
+def route(xp, router, leaves, x, batch):
     """Softmax, then either the K largest or the shortest prefix whose sum passes p."""
-    probs = softmax(xp, xp.einsum("bsd,ed->bse", x, W))
+    logits = xp.einsum("bsd,ed->bse", x, leaves["W"])
+    probs = softmax(xp, logits)
     order = xp.argsort(-probs, axis=-1)
     rank = xp.argsort(order, axis=-1)
     if type(router).__name__ == "SoftmaxTopK":
@@ -66,12 +76,20 @@ def route(xp, router, W, x, batch):
     if router.renormalise:
         kept = xp.sum(gates, axis=-1, keepdims=True)
         gates = gates / xp.where(kept > 0, kept, 1.0)
-    return Decision(probs, selected, gates, valid, np.arange(len(x))[:, None] * 1000 + batch["segment_ids"])
+    return Decision(probs, selected, gates, valid, rows_of(batch), logits)
 
 
-def expert_weights(xp, adapter, leaves, W):
+def rows_of(batch):
+    """A number for every packed example."""
+    ids = batch["segment_ids"]
+    return np.arange(len(ids))[:, None] * 1000 + ids
+
+
+def expert_weights(xp, adapter, leaves, W, shared, ctx):
     """`[E, D_in, D_out]`."""
     kind = type(adapter).__name__
+    if kind not in ("Lora", "RsLora", "Dora"):
+        return members.expert_weights(xp, adapter, leaves, W, shared, ctx)
     s = adapter.alpha / (adapter.rank**0.5 if kind == "RsLora" else adapter.rank)
     change = xp.einsum("erd,ero->edo", leaves["A"], leaves["B"])
     if "A0" in leaves:
@@ -88,25 +106,35 @@ def forward(xp, model, params, adapters, batch):
     c, decisions = model.config, {}
     batch = {name: np.asarray(value) for name, value in batch.items()}
     x = params["embed"][batch["tokens"]]
+    routers = members.Routers(model, adapters, batch)
     for layer in range(c.layers):
         block = jax.tree.map(lambda w, layer=layer: w[layer], params["blocks"])
         acting = []
         for rule in model.rules:
             if rule.experts[layer]:
-                (name, segment), = [
-                    (n, t) for n, t in adapters[rule.name].items() if int(n[:3]) <= layer <= int(n[4:])
-                ]  # fmt: skip
+                own = [(n, t) for n, t in adapters[rule.name].items() if n != "shared" and covers(n, layer)]
+                name, segment = own[0] if own else ("000-000", {})
                 acting.append((rule, jax.tree.map(lambda w, i=layer - int(name[:3]): w[i], segment)))
 
         def decide(rule, leaves, scope, x, layer=layer):
             if rule.router is None:
                 return xp.ones((*x.shape[:2], 1))
-            key = layer, rule.name, scope
+            key = (layer, rule.name, scope) if scope != "model" else (0, rule.name, scope)
             if key not in decisions:
-                decisions[key] = route(xp, rule.router, leaves["router"][scope]["W"], x, batch)
+                x = params["embed"][batch["tokens"]] if scope == "model" else x
+                if type(rule.router).__name__ in ("SoftmaxTopK", "TopP"):
+                    own = routers.leaves(rule, leaves, scope)
+                    decisions[key] = route(xp, rule.router, own, x, batch)
+                else:
+                    made = routers.route(xp, rule, leaves, scope, x, layer)
+                    decisions[key] = Decision(*made[:4], rows_of(batch), *made[4:])
             return decisions[key].gates
 
-        def project(site, x, normed, acting=acting, block=block, decide=decide):
+        def weights(rule, leaves, site, W, layer=layer):
+            ctx = routers.context(rule, site, layer, base=W)
+            return expert_weights(xp, rule.adapter, leaves.get(site, {}), W, adapters[rule.name].get("shared", {}), ctx)
+
+        def project(site, x, normed, acting=acting, block=block, decide=decide, weights=weights):
             """A site whose own router (if it has one) reads `x`, a shared one the sub-block's `normed` input."""
             W = block[site]["kernel"]
             y = x @ W
@@ -114,7 +142,7 @@ def forward(xp, model, params, adapters, batch):
                 if site in rule.sites:
                     own = rule.router is None or rule.router.share == "site"
                     g = decide(rule, leaves, site if own else rule.router.share, x if own else normed)
-                    W_e = expert_weights(xp, rule.adapter, leaves[site], W)
+                    W_e = weights(rule, leaves, site, W)
                     y = y + xp.einsum("bse,bseo->bso", g, xp.einsum("bsd,edo->bseo", x, W_e) - (x @ W)[:, :, None])
             return y
 
@@ -133,13 +161,22 @@ def forward(xp, model, params, adapters, batch):
         h = rms(xp, x, block["ffn_norm"], c.norm_eps)
         whole = [(rule, leaves) for rule, leaves in acting if rule.sites == ("ffn",)]
         if whole:
-            y = base = ffn(h)
+            base = ffn(h)
+            y = base
             for rule, leaves in whole:
-                g = decide(rule, leaves, "ffn", h)
-                W = {s: expert_weights(xp, rule.adapter, leaves[s], block[s]["kernel"]) for s in ("gate", "up", "down")}
+                g = decide(rule, leaves, rule.share if rule.router is not None else "ffn", h)
+                W = {s: weights(rule, leaves, s, block[s]["kernel"]) for s in ("gate", "up", "down")}
                 for e in range(g.shape[-1]):
                     expert = ffn(h, {s: {"kernel": W[s][e]} for s in W})
                     y = y + g[..., e : e + 1] * (expert - base)
+                d = (
+                    decisions.get((layer if rule.share != "model" else 0, rule.name, rule.share))
+                    if rule.router
+                    else None
+                )
+                if d is not None and (rule.shrink or d.base is not None):  # the base's coefficient is not 1 - sum g
+                    c_0 = xp.where(d.valid, 0.0 if d.base is None else d.base, 1.0)
+                    y = y + (c_0 - (1 - xp.sum(g, axis=-1)))[..., None] * base
         else:
             g, u = project("gate", h, h), project("up", h, h)
             y = project("down", g / (1 + xp.exp(-g)) * u, h)
@@ -185,6 +222,9 @@ def entropy(xp, decisions, option):
 def loss(xp, model, params, adapters, batch):
     """The training loss of the whole batch."""
     hidden, decisions = forward(xp, model, params, adapters, batch)
-    values = {"balance": balance, "entropy": entropy}
+    known = {"balance": balance, "entropy": entropy}
     total = nll(xp, params, hidden, batch)
-    return total + sum(member.weight * values[name](xp, decisions, member) for name, member in model.losses)
+    for name, member in model.losses:
+        found = known[name](xp, decisions, member) if name in known else members.loss(model, member, decisions, batch)
+        total = total + member.weight * found
+    return total

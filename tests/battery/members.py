@@ -1,0 +1,76 @@
+"""Members that the naive form does not write out again: they are asked for their own part, on plain arrays.
+
+A router says its decision, an adapter its factors, a loss its sums; `reference.py` does the rest the naive way.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from molora_jax import rules as rules_lib
+from molora_jax.core.types import Context, Routing
+
+
+class Routers:
+    """Calls of a model's own routers, layer by layer, with their state and what each hands to the next."""
+
+    def __init__(self, model, adapters, batch):
+        self.model, self.adapters, self.state = model, adapters, model.init_router_state()
+        zeros = np.zeros_like(batch["tokens"])
+        names = ("segment_ids", "positions", "task_ids", "example_ids")
+        ids = [jnp.asarray(batch.get(name, zeros)) for name in names]
+        self.plain = Context(ids[0] > 0, *ids, max_segments=model.max_segments or batch["tokens"].shape[1])
+        self.carry = {r.name: r.router.init_carry(*zeros.shape) for r in model.rules if r.router is not None}
+
+    def _segment(self, layer):
+        return next(s for s in self.model.segments if layer in s.layers)
+
+    def context(self, rule, name, layer, **more):
+        site = rules_lib.site(self.model.config, name, self._segment(layer), rule.experts[layer])
+        return self.plain.replace(layer=layer, site=site, **more)
+
+    def leaves(self, rule, leaves, scope):
+        """A layer's own router, or the model's."""
+        if scope == "model":
+            return jax.tree.map(
+                lambda w: w[0], self.adapters[rule.name].get("shared", {}).get("router", {}).get(scope, {})
+            )
+        return leaves.get("router", {}).get(scope, {})
+
+    def route(self, xp, rule, leaves, scope, x, layer):
+        """`(probs, selected, gates, valid, logits, base)`."""
+        segment = self._segment(layer)
+        where, at = ("shared", 0) if scope == "model" else (segment.name, layer - segment.start)
+        state = self.state.get(rule.name, {}).get(where, {}).get("router", {}).get(scope, {})
+        ctx = self.context(rule, scope, layer, state=jax.tree.map(lambda v: v[at], state), carry=self.carry[rule.name])
+        own, shared = self.leaves(rule, leaves, scope), self.adapters[rule.name].get("shared", {})
+        made, self.carry[rule.name], _ = rule.router.route(own, shared, jnp.asarray(x, jnp.float32), ctx)
+        out = (made.probs, made.selected, made.gates, made.valid, made.logits, made.base)
+        return tuple(None if v is None else np.asarray(v) for v in out) if xp is np else out
+
+
+def expert_weights(xp, adapter, leaves, W, shared, ctx):
+    """`[E, D_in, D_out]` of any `Factors`: `inp (W) out + s A mid B`."""
+    cast = lambda tree: jax.tree.map(lambda v: jnp.asarray(v, jnp.float32), tree)  # noqa: E731
+    f = adapter.factors(cast(leaves), cast(shared), ctx.replace(base=jnp.asarray(W, jnp.float32)))
+    f = f if xp is jnp else jax.tree.map(lambda v: np.asarray(v, np.float64), f)
+    E = len(f.B)
+    A = xp.broadcast_to(f.A, (E, *f.A.shape[1:]))
+    if f.mid is not None:
+        A = xp.einsum("eqr,erd->eqd", f.mid, A)
+    W_e = xp.broadcast_to(W, (E, *W.shape))
+    W_e = W_e if f.inp is None else W_e * f.inp[:, :, None]
+    W_e = W_e if f.out is None else W_e * f.out[:, None, :]
+    return W_e + adapter.scale() * xp.einsum("erd,ero->edo", A, f.B)
+
+
+def loss(model, member, decisions, batch):
+    """A loss on routing by its own sums, each layer as a segment of one."""
+    routers, stats = Routers(model, {}, batch), {}
+    for (layer, rule, scope), d in decisions.items():
+        row = next(r for r in model.rules if r.name == rule)
+        made = Routing(*(jnp.asarray(v) for v in (d.gates, d.selected, d.logits, d.probs, d.valid)), k_max=1)
+        sums = member.stats(made, routers.context(row, scope, layer))
+        segment = "model" if scope == "model" else f"{layer:03d}-{layer:03d}"
+        stats.setdefault(rule, {}).setdefault(segment, {})[scope] = jax.tree.map(lambda v: v[None], sums)
+    return member.value(stats)
