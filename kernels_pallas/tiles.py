@@ -82,7 +82,7 @@ def at(x: Array, i: Array) -> Array:
 
 def take(x: Array, i: Array) -> Array:
     """Rows of x at indices that are in range."""
-    return x.at[i].get(mode="promise_in_bounds")
+    return jnp.asarray(x).at[i].get(mode="promise_in_bounds")
 
 
 def add_rows(x: Array, i: Array, rows: Array) -> Array:

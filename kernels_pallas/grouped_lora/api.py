@@ -1,18 +1,24 @@
 """`grouped_lora`: the low-rank product of each token's own experts, and its two halves."""
 
-from kernels_pallas.grouped_lora import reference, tiled
+from kernels_pallas.grouped_lora import reference, tiled, tpu
+from kernels_pallas.pick import no_kernel_because, pick
 from kernels_pallas.platform import platform_of
 
 IMPLEMENTATIONS = {"reference": reference.grouped_lora, "tiled": tiled.grouped_lora}
-REFUSED = {
-    "dense": "all experts for every token is the op rank_gated, which takes gates [T, E]",
-    "tpu": "not written yet",
-}
+KERNELS = {"tpu": tpu.grouped_lora}
+REFUSED = {"dense": "all experts for every token is the op rank_gated, which takes gates [T, E]"}
 
 
 def choose(x, A, B, idx, *, platform: str | None = None) -> tuple[str, str]:
-    """The implementation for these shapes, and why."""
-    return "tiled", f"{platform_of(platform)}: loops over tiles of one expert, the only grouped form here so far"
+    """The implementation for these shapes, and why. Only shapes and x's dtype count."""
+    platform, (_, R, D_out) = platform_of(platform), B.shape
+    if platform != "tpu":
+        return "tiled", f"{platform}: loops over tiles of one expert, the one grouped form without a kernel"
+    need = idx.size, max(R, 8), x.shape[1], D_out, x.dtype.itemsize
+    why = no_kernel_because(lambda: tpu.rows_that_fit(*need))
+    if why:
+        return "tiled", f"tpu: {why}"
+    return "tpu", "tpu: ragged groups without padding, rank activations in VMEM only"
 
 
 def grouped_lora(x, A, B, idx, gates, *, implementation: str | None = None, platform: str | None = None):
@@ -24,20 +30,17 @@ def grouped_lora(x, A, B, idx, gates, *, implementation: str | None = None, plat
       B: `[E, R, D_out]`, the scale folded in.
       idx: `[T, K]` int32, E at a slot that is not used.
       gates: `[T, K]` float32; those of unused slots are not read.
-      implementation: `reference`, `tiled`, or None to choose.
+      implementation: `reference`, `tiled`, `tpu`, or None to choose.
       platform: what to choose for; by default that of the mesh in context, else the default backend.
 
     Returns:
       `[T, D_out]` in x's dtype; accumulated in float32. An expert without tokens gets gradients of exactly zero.
 
     Raises:
-      ValueError: an implementation that the op does not have.
+      ValueError: an implementation that the op does not have, or that cannot run here.
     """
     name = implementation or choose(x, A, B, idx, platform=platform)[0]
-    if name not in IMPLEMENTATIONS:
-        why = f" ({REFUSED[name]})" if name in REFUSED else ""
-        raise ValueError(f"grouped_lora has no implementation {name!r}{why}; it has {', '.join(IMPLEMENTATIONS)}.")
-    return IMPLEMENTATIONS[name](x, A, B, idx, gates)
+    return pick("grouped_lora", IMPLEMENTATIONS, KERNELS, name, refused=REFUSED, platform=platform)(x, A, B, idx, gates)
 
 
 def grouped_shrink(x, A, idx):

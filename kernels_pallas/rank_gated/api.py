@@ -1,16 +1,26 @@
 """`rank_gated`: the all-expert low-rank product with the gates applied in rank space."""
 
-from kernels_pallas.rank_gated import dense, reference
+from kernels_pallas.pick import no_kernel_because, pick
+from kernels_pallas.platform import platform_of
+from kernels_pallas.rank_gated import dense, reference, tpu
 
 IMPLEMENTATIONS = {"reference": reference.rank_gated, "dense": dense.rank_gated}
+KERNELS = {"tpu": tpu.rank_gated}
+REFUSED = {"tiled": "every expert is computed for every token; the product by experts is grouped_lora"}
 
 
-def choose(x, A, B, gates) -> tuple[str, str]:
-    """The implementation for these shapes, and why."""
-    return "dense", "all experts in one product: the only form so far"
+def choose(x, A, B, gates, *, platform: str | None = None) -> tuple[str, str]:
+    """The implementation for these shapes, and why. Only shapes and x's dtype count."""
+    (T, D_in), (E, R, D_out), platform = x.shape, B.shape, platform_of(platform)
+    if platform != "tpu":
+        return "dense", f"{platform}: all experts in one product, a form that XLA does well"
+    why = no_kernel_because(lambda: tpu.rows_that_fit(T, E * R, E, D_in, D_out, x.dtype.itemsize, True))
+    if why:
+        return "dense", f"tpu: {why}"
+    return "tpu", f"tpu: A and B ({E * R} columns) stay in VMEM and the rank activations never leave it"
 
 
-def rank_gated(x, A, B, gates, *, implementation: str | None = None):
+def rank_gated(x, A, B, gates, *, implementation: str | None = None, platform: str | None = None):
     """`y_t = sum_e g_te B_e A_e x_t`, differentiable in every argument.
 
     Args:
@@ -18,15 +28,14 @@ def rank_gated(x, A, B, gates, *, implementation: str | None = None):
       A: `[E, R, D_in]`, or `[1, R, D_in]` shared by the experts.
       B: `[E, R, D_out]`, the scale folded in.
       gates: `[T, E]` float32; 0 means not selected.
-      implementation: `reference`, `dense`, or None to choose.
+      implementation: `reference`, `dense`, `tpu`, or None to choose.
+      platform: what to choose for; by default that of the mesh in context, else the default backend.
 
     Returns:
       `[T, D_out]` in x's dtype; accumulated in float32.
 
     Raises:
-      ValueError: an implementation that the op does not have.
+      ValueError: an implementation that the op does not have, or that cannot run here.
     """
-    name = implementation or choose(x, A, B, gates)[0]
-    if name not in IMPLEMENTATIONS:
-        raise ValueError(f"rank_gated has no implementation {name!r}; it has {', '.join(IMPLEMENTATIONS)}.")
-    return IMPLEMENTATIONS[name](x, A, B, gates)
+    name = implementation or choose(x, A, B, gates, platform=platform)[0]
+    return pick("rank_gated", IMPLEMENTATIONS, KERNELS, name, refused=REFUSED, platform=platform)(x, A, B, gates)

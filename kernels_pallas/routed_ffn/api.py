@@ -1,9 +1,11 @@
 """`routed_ffn`: K experts' hidden states mixed between the shared projections of one frozen FFN."""
 
+from kernels_pallas.pick import no_kernel_because, pick
 from kernels_pallas.platform import is_split, platform_of
-from kernels_pallas.routed_ffn import dense, reference, tiled
+from kernels_pallas.routed_ffn import dense, reference, tiled, tpu
 
 IMPLEMENTATIONS = {"reference": reference.routed_ffn, "dense": dense.routed_ffn, "tiled": tiled.routed_ffn}
+KERNELS = {"tpu": tpu.routed_ffn}
 
 CPU_DENSE_COLUMNS = 32  # E * R up to which the masked product is as fast as the tiles (docs/performance.md)
 
@@ -12,6 +14,10 @@ def choose(g, B_g, idx, *, platform: str | None = None) -> tuple[str, str]:
     """The implementation for these shapes, and why. `g [T, F]`, `B_g [E, R, F]`, `idx [T, K]`: only shapes are read."""
     E, R, _ = B_g.shape
     K, platform = idx.shape[1], platform_of(platform)
+    if platform == "tpu":
+        (T, F), size = g.shape, g.dtype.itemsize
+        why = no_kernel_because(lambda: tpu.tiles_that_fit(T, F, E * R, K * R, size, True))
+        return ("dense", f"tpu: {why}") if why else ("tpu", "tpu: one pass over g and u, every h_k in VMEM only")
     if platform != "cpu":
         return "dense", f"{platform}: no kernel of its own yet, and a loop over tiles would leave the device idle"
     if is_split():
@@ -57,16 +63,15 @@ def routed_ffn(
       base: `[T]` coefficient of the frozen FFN's own hidden state h_0.
       activation: `silu` or `gelu`.
       mask: `[T, F]` dropout mask (already divided by its keep rate) on the input of A_d, or None.
-      implementation: `reference`, `dense`, `tiled`, or None to choose.
+      implementation: `reference`, `dense`, `tiled`, `tpu`, or None to choose.
       platform: what to choose for; by default that of the mesh in context, else the default backend.
 
     Returns:
       `mix [T, F] = base h_0 + sum_k w_k h_k` and `z_d [T, K, R] = A_d[e_k] (mask * h_k)`, 0 at unused slots.
 
     Raises:
-      ValueError: an implementation that the op does not have.
+      ValueError: an implementation that the op does not have, or that cannot run here.
     """
     name = implementation or choose(g, B_g, idx, platform=platform)[0]
-    if name not in IMPLEMENTATIONS:
-        raise ValueError(f"routed_ffn has no implementation {name!r}; it has {', '.join(IMPLEMENTATIONS)}.")
-    return IMPLEMENTATIONS[name](g, u, z_g, z_u, B_g, B_u, A_d, idx, gates, base, activation=activation, mask=mask)
+    form = pick("routed_ffn", IMPLEMENTATIONS, KERNELS, name, refused={}, platform=platform)
+    return form(g, u, z_g, z_u, B_g, B_u, A_d, idx, gates, base, activation=activation, mask=mask)

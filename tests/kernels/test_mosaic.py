@@ -1,0 +1,90 @@
+"""The TPU kernels through the real Mosaic compiler, forward and backward, for chips that this machine does not have.
+
+Needs `libtpu`: `pip install -e '.[tpu]'`, or TPU_LIBRARY_PATH at a libtpu.so. Without it these tests fail and say so.
+"""
+
+import importlib.util
+import os
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.experimental import topologies
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from kernels_pallas.grouped_lora import shapes as grouped_shapes
+from kernels_pallas.grouped_lora import tpu as grouped
+from kernels_pallas.rank_gated import shapes as gated_shapes
+from kernels_pallas.rank_gated import tpu as gated
+from kernels_pallas.routed_ffn import shapes as ffn_shapes
+from kernels_pallas.routed_ffn import tpu as ffn
+
+pytestmark = pytest.mark.slow
+
+CHIPS = {"v5e": "v5e:2x4", "v6e": "v6e:2x4", "v5p": "v5p:2x2x1", "tpu7x": "tpu7x:2x2x1"}
+
+
+@pytest.fixture(params=CHIPS)
+def chip(request):
+    if "TPU_LIBRARY_PATH" not in os.environ and importlib.util.find_spec("libtpu") is None:
+        pytest.fail("libtpu is not installed: pip install -e '.[tpu]', or set TPU_LIBRARY_PATH.", pytrace=False)
+    os.environ.update(TPU_SKIP_MDS_QUERY="1", ALLOW_MULTIPLE_LIBTPU_LOAD="1")
+    jax.config.update("jax_enable_compilation_cache", False)  # an executable without a client cannot be read back
+    yield topologies.get_topology_desc(CHIPS[request.param], platform="tpu").devices[0]
+    jax.config.update("jax_enable_compilation_cache", True)
+
+
+def compiled(chip, function, arguments, wide):
+    """Compiles value and gradients for one device of the topology; returns the executable."""
+    sharding = NamedSharding(Mesh(np.array([chip]), ("x",)), PartitionSpec())
+    structs = [jax.ShapeDtypeStruct(shape, dtype, sharding=sharding) for shape, dtype in arguments]
+
+    def both(*args):
+        value, pull = jax.vjp(lambda *some: function(*some, *args[wide:]), *args[:wide])
+        return value, pull(jax.tree.map(jnp.ones_like, value))
+
+    return jax.jit(both).lower(*structs).compile()
+
+
+DTYPES = {"bfloat16": jnp.bfloat16, "float32": jnp.float32}
+
+
+def cases(shapes):
+    """Every shape in bfloat16; float32, whose exact products take the compiler a minute, at two of them."""
+    return [(name, dtype) for i, name in enumerate(shapes) for dtype in DTYPES if dtype == "bfloat16" or i in (0, 5)]
+
+
+@pytest.mark.parametrize("name, dtype", cases(gated_shapes.SHAPES))
+def test_rank_gated(chip, name, dtype):
+    s, dtype = gated_shapes.SHAPES[name], DTYPES[dtype]
+    T, E, R = s["T"], s["E"], s["R"]
+    arguments = [((T, s["D_in"]), dtype), ((E, R, s["D_in"]), jnp.float32), ((E, R, s["D_out"]), jnp.float32)]
+    arguments += [((T, E), jnp.float32)]
+    compiled(chip, lambda *a: gated.rank_gated(*a, device_kind=chip.device_kind), arguments, 4)
+
+
+@pytest.mark.parametrize("name, dtype", cases(grouped_shapes.SHAPES))
+def test_grouped_lora(chip, name, dtype):
+    s, dtype = grouped_shapes.SHAPES[name], DTYPES[dtype]
+    T, E, R, K = s["T"], s["E"], s["R"], s["K"]
+    arguments = [((T, s["D_in"]), dtype), ((E, R, s["D_in"]), jnp.float32), ((E, R, s["D_out"]), jnp.float32)]
+    arguments += [((T, K), jnp.float32), ((T, K), jnp.int32)]
+
+    def op(x, A, B, gates, idx):
+        return grouped.grouped_lora(x, A, B, idx, gates, device_kind=chip.device_kind)
+
+    compiled(chip, op, arguments, 4)
+
+
+@pytest.mark.parametrize("name, dtype", cases(ffn_shapes.SHAPES))
+def test_routed_ffn(chip, name, dtype):
+    s, dtype = ffn_shapes.SHAPES[name], DTYPES[dtype]
+    T, F, E, R, K = s["T"], s["F"], s["E"], s["R"], s["K"]
+    arguments = [((T, F), dtype)] * 2 + [((T, K, R), dtype)] * 2 + [((E, R, F), jnp.float32)] * 3
+    arguments += [((T, K), jnp.float32), ((T,), jnp.float32), ((T, K), jnp.int32)]
+
+    def op(g, u, z_g, z_u, B_g, B_u, A_d, gates, base, idx):
+        return ffn.routed_ffn(g, u, z_g, z_u, B_g, B_u, A_d, idx, gates, base, device_kind=chip.device_kind)
+
+    compiled(chip, op, arguments, 9)

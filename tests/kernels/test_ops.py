@@ -1,0 +1,226 @@
+"""Every form of every op against its float64 reference: values and all gradients, and the choice between them.
+
+Kernels run in both interpreters, one of them over buffers full of NaN.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+import kernels_pallas
+from kernels_pallas import grouped_lora, low_rank_op, rank_gated, routed_ffn, tiles
+from kernels_pallas.grouped_lora import api as grouped_api
+from kernels_pallas.grouped_lora import tpu as grouped_tpu
+from kernels_pallas.rank_gated import api as gated_api
+from kernels_pallas.rank_gated import tpu as gated_tpu
+from kernels_pallas.routed_ffn import api as ffn_api
+from kernels_pallas.routed_ffn import tiled as ffn_tiled
+from kernels_pallas.routed_ffn import tpu as ffn_tpu
+from tests.kernels.common import DECISIONS, INTERPRETERS, compare, decision, dense_gates, normal
+
+# T E K R D F: fewer rows than a tile, one expert, T no multiple of a tile, rank 1, more experts than slots
+SHAPES = {"small": (37, 5, 2, 3, 24, 40), "one": (5, 1, 1, 4, 16, 16), "many": (20, 70, 3, 1, 8, 24)}
+KERNELS = {f"tpu-{name}": how for name, how in INTERPRETERS.items()}
+
+
+@functools.cache
+def form(op, name):
+    """A function of the op's arrays: a kernel in an interpreter, or a form in plain XLA."""
+    api, kernel, *_ = OPS[op]
+    return functools.partial(kernel, interpret=KERNELS[name]) if name in KERNELS else api.IMPLEMENTATIONS[name]
+
+
+def gated_inputs(rng, T, E, K, R, D, F, kind):
+    idx, gates = decision(rng, T, E, K, kind)
+    args = [normal(rng, T, D), normal(rng, E, R, D), normal(rng, E, R, F), dense_gates(idx, gates, E)]
+    return args, normal(rng, T, F)
+
+
+def grouped_inputs(rng, T, E, K, R, D, F, kind):
+    idx, gates = decision(rng, T, E, K, kind)
+    return [normal(rng, T, D), normal(rng, E, R, D), normal(rng, E, R, F), idx, gates], normal(rng, T, F)
+
+
+def ffn_inputs(rng, T, E, K, R, D, F, kind):
+    idx, gates = decision(rng, T, E, K, kind)
+    wide, rank, factor = (T, F), (T, K, R), (E, R, F)
+    args = [normal(rng, *shape) for shape in (wide, wide, rank, rank, factor, factor, factor)]
+    return [*args, idx, gates, normal(rng, T)], (normal(rng, *wide), normal(rng, *rank))
+
+
+OPS = {
+    "rank_gated": (gated_api, gated_tpu.rank_gated, gated_inputs, ("dense",)),
+    "grouped_lora": (grouped_api, grouped_tpu.grouped_lora, grouped_inputs, ("tiled",)),
+    "routed_ffn": (ffn_api, ffn_tpu.routed_ffn, ffn_inputs, ("dense", "tiled")),
+}
+PAIRS = [(op, name) for op, (*_, names) in OPS.items() for name in (*names, *KERNELS)]
+
+
+@pytest.mark.parametrize("kind", DECISIONS)
+@pytest.mark.parametrize("op, name", PAIRS)
+def test_against_float64(op, name, kind):
+    inputs = OPS[op][2]
+    args, cotangents = inputs(np.random.default_rng(1), *SHAPES["small"], kind)
+    compare(form(op, name), form(op, "reference"), args, cotangents)
+
+
+@pytest.mark.parametrize("shape", ["one", "many"])
+@pytest.mark.parametrize("op, name", [pair for pair in PAIRS if pair[1] != "tpu-plain"])
+def test_shapes(op, name, shape):
+    inputs = OPS[op][2]
+    args, cotangents = inputs(np.random.default_rng(2), *SHAPES[shape], "random")
+    compare(form(op, name), form(op, "reference"), args, cotangents)
+
+
+@pytest.mark.parametrize("op, name", [pair for pair in PAIRS if pair[1] != "tpu-plain"])
+def test_bfloat16(op, name):
+    inputs = OPS[op][2]
+    args, cotangents = inputs(np.random.default_rng(3), *SHAPES["small"], "padded")
+    compare(form(op, name), form(op, "reference"), args, cotangents, 3e-2, jnp.bfloat16)
+
+
+@pytest.mark.parametrize("name", ["dense", "tiled", "tpu-nan"])
+@pytest.mark.parametrize("activation", ["silu", "gelu"])
+def test_routed_ffn_dropout_shared_A_and_activation(name, activation):
+    rng = np.random.default_rng(4)
+    args, cotangents = ffn_inputs(rng, 21, 4, 2, 3, 0, 24, "padded")
+    args[6] = args[6][:1]  # one A_d for all experts
+    mask = (rng.random((21, 24)) > 0.3).astype(np.float32) / 0.7
+    compare(
+        functools.partial(form("routed_ffn", name), activation=activation, mask=mask),
+        functools.partial(ffn_api.IMPLEMENTATIONS["reference"], activation=activation, mask=mask),
+        args, cotangents,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ["dense", "tiled"])
+def test_routed_ffn_where_every_expert_has_a_slot(name):
+    args, cotangents = ffn_inputs(np.random.default_rng(5), 19, 4, 4, 3, 0, 24, "padded")
+    compare(ffn_api.IMPLEMENTATIONS[name], ffn_api.IMPLEMENTATIONS["reference"], args, cotangents)
+
+
+@settings(max_examples=4, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
+@given(data=st.data())
+@pytest.mark.parametrize("op", OPS)
+def test_random_shapes(op, data):
+    *_, inputs, names = OPS[op]
+    T, E, R = (data.draw(st.integers(1, high), label) for label, high in (("T", 70), ("E", 9), ("R", 9)))
+    K = data.draw(st.integers(1, min(E, 3)), "K")
+    D, F = data.draw(st.sampled_from([8, 24, 130]), "D"), data.draw(st.sampled_from([16, 40, 136]), "F")
+    kind = data.draw(st.sampled_from([k for k in DECISIONS if k != "empty" or E > 1]), "kind")
+    args, cotangents = inputs(np.random.default_rng(T), T, E, K, R, D, F, kind)
+    name = data.draw(st.sampled_from([*names, "tpu-nan"]), "form")
+    compare(form(op, name), form(op, "reference"), args, cotangents)
+
+
+@pytest.mark.parametrize("rows", [1, 4, 32])
+@pytest.mark.parametrize("kind", DECISIONS)
+def test_a_plan_visits_every_used_slot_once(kind, rows):
+    T, E, K = 33, 6, 2
+    idx, _ = decision(np.random.default_rng(6), T, E, K, kind)
+    plan = jax.tree.map(np.asarray, jax.jit(tiles.plan, static_argnums=(1, 2))(idx, E, rows))
+    valid = plan.valid[..., 0]
+    assert not valid[int(plan.count) :].any()
+    slots = plan.slot[valid]
+    assert sorted(slots) == sorted(np.flatnonzero(idx.reshape(-1) < E))
+    np.testing.assert_array_equal(plan.token[valid], slots // K)
+    np.testing.assert_array_equal(np.repeat(plan.expert[:, None], rows, 1)[valid], idx.reshape(-1)[slots])
+    assert (np.diff(plan.to_token, axis=1) > 0).all() and (plan.to_token[~valid] >= T).all()
+
+
+def test_rows_that_nobody_routes_may_hold_nan():
+    args, cotangents = ffn_inputs(np.random.default_rng(7), 30, 5, 2, 3, 0, 24, "random")
+    args[7][3] = 5
+    for i in (2, 3):
+        args[i][3] = np.nan  # rank activations of an unused slot
+    for name in ("dense", "tiled"):
+        _, pull = jax.vjp(lambda *a, name=name: routed_ffn(*a, implementation=name), *map(jnp.asarray, args))
+        for i, gradient in enumerate(pull(jax.tree.map(jnp.asarray, cotangents))):
+            if i != 7:
+                assert np.isfinite(gradient).all(), (name, i)
+
+
+def test_an_expert_without_tokens_has_a_gradient_of_exactly_zero():
+    args, cotangents = grouped_inputs(np.random.default_rng(8), 40, 6, 2, 3, 8, 8, "empty")
+    for function in (grouped_lora, functools.partial(grouped_tpu.grouped_lora, interpret=INTERPRETERS["nan"])):
+        _, pull = jax.vjp(lambda A, B, f=function: f(args[0], A, B, *args[3:]), *map(jnp.asarray, args[1:3]))
+        for gradient in pull(jnp.asarray(cotangents)):
+            assert (np.asarray(gradient)[3] == 0).all() and (np.asarray(gradient)[2] != 0).any()
+
+
+def test_cost_of_tiles_follows_k_and_not_e():
+    """The loop's trips: slots in use over rows of a tile, and at most one more an expert that has any."""
+    idx, _ = decision(np.random.default_rng(9), 512, 128, 2, "random")
+    rows = tiles.rows_per_tile(1024, 128)
+    assert rows == 8 and int(tiles.plan(idx, 128).count) <= 1024 // rows + 128
+    assert tiles.rows_per_tile(1024, 8) == 32 and tiles.rows_per_tile(2, 8) == 1
+
+
+def test_no_f_wide_array_of_all_slots():
+    """Neither `[T, K, F]` nor `[T*K, F]` in the program of the routed FFN, forward or backward."""
+    T, K, F = 64, 2, 48
+    args, cotangents = ffn_inputs(np.random.default_rng(10), T, 8, K, 4, 0, F, "random")
+    for function in (routed_ffn, functools.partial(ffn_tiled.routed_ffn, rows=8)):
+        pull = lambda *a, f=function: jax.vjp(lambda g, *r: f(g, *a[1:7], *a[7:]), *a[:1])[1](cotangents)  # noqa: E731
+        text = jax.jit(pull).lower(*args).as_text()
+        assert f"tensor<{T}x{K}x{F}x" not in text and f"tensor<{T * K}x{F}x" not in text
+
+
+def test_the_choice_and_its_reason():
+    shape = jax.ShapeDtypeStruct
+    g, B, idx = shape((512, 1536), jnp.float32), shape((8, 16, 1536), jnp.float32), shape((512, 2), jnp.int32)
+    name, why = ffn_api.choose(g, B, idx, platform="cpu")
+    assert name == "tiled" and "128 columns" in why
+    name, why = ffn_api.choose(g, B, shape((512, 8), jnp.int32), platform="cpu")
+    assert name == "dense" and "K = E" in why
+    assert ffn_api.choose(g, B, idx, platform="cuda")[0] == "dense"
+    name, why = low_rank_op(8, 16, 2, platform="cpu")
+    assert name == "grouped_lora" and "128" in why
+    assert low_rank_op(8, 8, 2, platform="cpu")[0] == "rank_gated"
+    assert low_rank_op(8, 16, None)[0] == low_rank_op(8, 16, 8)[0] == "rank_gated"
+    for kind, threshold in {"NVIDIA H100": 1467, "TPU v5 lite": 1321, "TPU v6 lite": 3079, "TPU v5": 911}.items():
+        for columns, expected in ((threshold - 9, "rank_gated"), (threshold + 9, "grouped_lora")):
+            name, why = low_rank_op(columns, 1, 2, platform="tpu", device_kind=kind)
+            assert name == expected, why
+    assert low_rank_op(8, 16, 2, platform="tpu", threshold=100)[0] == "grouped_lora"
+
+
+@pytest.mark.parametrize(
+    "call, words",
+    [
+        (lambda x, A, i, w: rank_gated(x, A, A, w, implementation="tiled"), "grouped_lora"),
+        (lambda x, A, i, w: rank_gated(x, A, A, w, implementation="tpu"), "program is for cpu"),
+        (lambda x, A, i, w: grouped_lora(x, A, A, i, w, implementation="dense"), "rank_gated"),
+        (lambda x, A, i, w: grouped_lora(x, A, A, i, w, implementation="fast"), "no implementation 'fast'"),
+    ],
+)
+def test_a_form_that_an_op_lacks_is_refused_with_the_reason(call, words):
+    x, A = jnp.ones((4, 8)), jnp.ones((2, 3, 8))
+    with pytest.raises(ValueError, match=words):
+        call(x, A, jnp.zeros((4, 2), jnp.int32), jnp.ones((4, 2)))
+
+
+def test_a_kernel_that_does_not_fit_says_so():
+    with pytest.raises(ValueError, match="MiB of VMEM"):
+        gated_tpu.rows_that_fit(512, 1 << 16, 512, 4096, 4096, 2, True, "TPU v5 lite")
+
+
+def test_on_eight_devices_the_compiler_may_split_the_rows():
+    """Rows sharded by the compiler, no mesh in context: slower, but the same value."""
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    args, _ = grouped_inputs(np.random.default_rng(11), 64, 8, 2, 4, 16, 24, "random")
+    wanted = grouped_lora(*args)
+    rows = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("data"))
+    split = [jax.device_put(a, rows) for a in args]
+    np.testing.assert_allclose(jax.jit(grouped_lora)(*split), wanted, rtol=1e-5, atol=1e-5)
+    with jax.set_mesh(mesh):
+        assert low_rank_op(8, 16, 2)[0] == "rank_gated"
+
+
+def test_public_names():
+    assert set(kernels_pallas.__all__) >= {"grouped_lora", "rank_gated", "routed_ffn", "low_rank_op"}
