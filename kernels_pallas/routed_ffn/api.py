@@ -25,8 +25,8 @@ def choose(g, B_g, idx, *, platform: str | None = None) -> tuple[str, str]:
             "dense",
             "the compiler spreads the rows over a mesh: tiles would gather them (shard_map keeps them local)",
         )
-    if K == E:
-        return "dense", f"cpu: every expert has a slot (K = E = {E}), so products of width R are exact without sorting"
+    if E == 1:
+        return "dense", "cpu: one expert: nothing to sort"
     if E * R <= CPU_DENSE_COLUMNS:
         return "dense", f"cpu: E*R = {E * R} columns, at most {CPU_DENSE_COLUMNS}: cheaper than sorting"
     return "tiled", f"cpu: E*R = {E * R} columns, more than {CPU_DENSE_COLUMNS}: cost grows with K = {K}, not with E"
