@@ -33,12 +33,14 @@ NEW_TOKENS = 32
 
 
 def run(argv):
-    against = [a.replace("--against.", "--config.", 1) for a in argv if a.startswith("--against.")]
+    # both sides stand on the same base unless the second says otherwise
+    base = [a for a in argv if a.startswith("--config.base.")]
+    against = [*base, *(a.replace("--against.", "--config.", 1) for a in argv if a.startswith("--against."))]
     config, args = flags.parse(__doc__, FLAGS, [a for a in argv if not a.startswith("--against.")])
     sides = {"a": config}
     if args.against:
         sides["b"], _ = flags.parse(__doc__, FLAGS, [f"--config={args.against}", *against])
-    elif against:
+    elif any(a.startswith("--against.") for a in argv):
         raise flags.wrong("--against", "overrides alone", "a config to change", "Give --against=FILE.py too.")
     result = measure(sides, args)
     print(json.dumps(result) if args.json else table(result, args))

@@ -79,7 +79,7 @@ def load(path):
     if not file.is_file():
         near = [str(f) for f in (file.parent if file.parent.is_dir() else ROOT / "configs").glob("*.py")]
         fix = did_you_mean(str(file), [f for f in near if not f.endswith("__init__.py")])
-        raise wrong("--config", f"{str(path)!r} (no such file)", "a Python file with get_config()", fix)
+        raise wrong("--config", f"{str(path)!r} (no such file, or a folder)", "a Python file with get_config()", fix)
     if str(ROOT) not in sys.path:  # config files inherit from `configs.common`
         sys.path.insert(0, str(ROOT))
     try:

@@ -41,8 +41,8 @@ def check_model(config, num_layers, dims=None):
                 problems.append(wrong(f"{where}.sites", repr(site), f"a projection of this model: {', '.join(dims)}"))
                 continue
             rank, widths = rule["adapter"].get("rank"), dims and (dims[site] if isinstance(dims, dict) else dims(site))
-            if widths and rank and rule["adapter"].get("init") == "pissa" and rank > min(widths):
-                expected = f"<= {min(widths)}, the smaller width of {site}, because PiSSA takes singular vectors"
+            if widths and rank and rank > min(widths):
+                expected = f"<= {min(widths)}, the smaller width of {site}"
                 problems.append(wrong(f"{where}.adapter.rank", rank, expected, "Lower the rank."))
     raise_all(problems)
 

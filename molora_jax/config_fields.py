@@ -40,6 +40,10 @@ def at_least(low, kind=int):
     return Field(kind, f">= {low}", lambda value: value >= low)
 
 
+def between(low, high):
+    return Field(int, f"from {low} to {high:,}", lambda value: low <= value <= high)
+
+
 def above(low, high=math.inf):
     text = f"> {low}" if high == math.inf else f"in ({low}, {high}]"
     return Field(float, text, lambda value: low < value <= high)
@@ -56,7 +60,7 @@ def choice(*names):
 TEXT = Field(str)
 
 FIELDS = {
-    "seed": at_least(0),
+    "seed": between(0, 2**31 - 1),
     "base": {"source": TEXT, "dtype": choice("float32", "bfloat16")},
     "data": {
         "tasks": TEXT,
@@ -78,7 +82,7 @@ FIELDS = {
     "train": {
         "steps": at_least(1),
         "stop_after": at_least(0),
-        "batch_size": at_least(1),
+        "batch_size": between(1, 1_000_000),
         "accumulate": at_least(1),
         "clip": at_least(0, float),
         "eval_every": at_least(0),
@@ -128,7 +132,7 @@ RANGES = {
         "accumulate": choice("micro", "exact"),
     },
     "optim": {
-        "learning_rate": above(0),
+        "learning_rate": above(0, 1e3),
         "weight_decay": at_least(0, float),
         "decay": choice("linear", "cosine", "constant"),
         "warmup": at_least(0),

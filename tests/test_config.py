@@ -92,7 +92,7 @@ BAD = [
     ({"train.steps": 2.5}, "train.steps", "an integer"),
     ({"train.steps": True}, "train.steps", "an integer"),
     ({"train.steps": 0}, "train.steps", ">= 1"),
-    ({"seed": -1}, "seed", ">= 0"),
+    ({"seed": -1}, "seed", "from 0 to"),
     ({"seed": None}, "seed", "an integer"),
     ({"train.clip": NAN}, "train.clip", "a finite number"),
     ({"optim.learning_rate": NAN}, "optim.learning_rate", "a finite number"),

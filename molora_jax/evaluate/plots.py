@@ -35,9 +35,9 @@ def plot_loss(workdir) -> pathlib.Path:
     workdir = pathlib.Path(workdir)
     path = workdir / "metrics.jsonl"
     lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-    rows = [json.loads(line) for line in lines if line.strip()]
+    rows = [row for row in map(_row, lines) if row]
     fig, ax = figure(figsize=(7, 4), layout="constrained")
-    for name, label, color in (("loss", "training loss", BASE), ("lm_loss", "answer tokens only", TUNED)):
+    for name, label, color in (("loss", "with router losses", BASE), ("lm_loss", "answer tokens", TUNED)):
         points = [(r["step"], _finite(r[name])) for r in rows if name in r]
         if points:
             marker = "." if len(points) < 60 else None
@@ -53,6 +53,14 @@ def plot_loss(workdir) -> pathlib.Path:
         _say(ax, "no step yet")
     ax.grid(alpha=0.3)
     return save(fig, workdir / "report" / "loss.png")
+
+
+def _row(line: str) -> dict | None:
+    """None for half a line, which a kill leaves behind (the next start of the training cuts it)."""
+    try:
+        return json.loads(line)
+    except ValueError:
+        return None
 
 
 def _finite(value) -> float:

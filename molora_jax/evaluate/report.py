@@ -37,7 +37,10 @@ def evaluate(run, *, phases) -> dict:
     if trained_on != run.data.fingerprint:
         phases.note("note: the data are not those that the run was trained on (other tasks, files or package versions)")
     if not examples:
-        raise InputError("data.tasks", got="no test item that fits", expected="at least one", fix="Raise data.seq_len.")
+        raise InputError(
+            "data.tasks", got="no test item (5 % of the rows, by a hash of their text, that fit into data.seq_len)",
+            expected="at least one", fix="Add rows, or raise data.seq_len if the report counts too long ones.",
+        )  # fmt: skip
     base = score(run, examples, base=True, phases=phases)
     tuned = score(run, examples, base=False, phases=phases)
     report = {
@@ -49,6 +52,8 @@ def evaluate(run, *, phases) -> dict:
         "routing": routing(run, tuned.gates, {e.task_id for e in examples}),
     }
     folder = pathlib.Path(run.workdir) / "report"
+    if folder.exists() and not folder.is_dir():
+        raise InputError(str(folder), got="a file", expected="a folder for the report", fix="Move it away.")
     folder.mkdir(exist_ok=True)
     write_atomically(folder / "report.json", json.dumps(report, indent=1) + "\n")
     return report

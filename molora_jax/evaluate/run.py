@@ -42,6 +42,10 @@ class Run:
     step: int | None = None
     workdir: pathlib.Path | None = None
 
+    def __repr__(self):
+        rules = ", ".join(rule.name for rule in self.model.rules) or "no rules"
+        return f"Run({str(self.workdir)!r}, step={self.step}, base={self.config.base.source!r}, rules: {rules})"
+
     @functools.cached_property
     def data(self):
         """The run's `DataSet`, read now. Raises InputError where its files or packages are gone."""

@@ -259,6 +259,8 @@ class Checkpoints:
             valid, reason = self.valid(step)
             if valid:
                 found = step
+                if skipped:
+                    self.warn(f"checkpoint {step} is used instead")
                 break
             skipped.append(f"step {step}: {reason}")
             self.warn(f"checkpoint {step} is skipped: {reason}")

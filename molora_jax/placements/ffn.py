@@ -74,9 +74,9 @@ def hidden(x: Array, g: Array, u: Array, one: Part, activation: str) -> tuple[Ar
     `x [T, D]`, `g, u [T, F]` shared projections -> `mix [T, F] = c h_0 + sum w_k h_k`, `z_d [T, K, R]`.
     """
     z = {
-        site: lowrank.shrink_slots(
-            _masked(x, one.masks[site]), one.factors[site], one.idx, one.latents[site]
-        ).astype(x.dtype)
+        site: lowrank.shrink_slots(_masked(x, one.masks[site]), one.factors[site], one.idx, one.latents[site]).astype(
+            x.dtype
+        )
         for site in ("gate", "up")
     }
     B_g, B_u, A_d = one.factors["gate"].B, one.factors["up"].B, one.factors["down"].A

@@ -229,7 +229,7 @@ def _loop(run, state, start, last, stop, progress, note, profile, writer) -> Res
                 fix="Lower optim.learning_rate, or look at the data of these steps; the last checkpoint is unharmed.",
             )  # fmt: skip
 
-    batches, stage = None, None
+    batches, stage, announced = None, None, None
     try:
         while step < last and not _stopping(stop, step):
             now = stages_lib.stage_at(run.stages, step)
@@ -239,6 +239,9 @@ def _loop(run, state, start, last, stop, progress, note, profile, writer) -> Res
                 batches = compiled.stream.iterate(step, rows=rows)
             if profile and step == start + 2:
                 jax.profiler.start_trace(str(pathlib.Path(run.workdir) / "profile"))
+            if stage is not announced:
+                note("compiling the step (seconds to a minute, cached for the next start)")
+                announced = stage
             _, batch = next(batches)
             state, values = compiled.step(state, run.params, sharding.put_batch(batch, run.mesh, config.batch_size))
             step += 1
@@ -303,11 +306,13 @@ def _finish(run, result: Result, start: int, note):
     done = result.step - start
     rate = result.tokens / result.seconds if done else 0.0
     rows = [
-        ("steps", "loss", "tokens/s", "time", "peak memory", "checkpoint"),
+        ("steps", "loss", "tokens/s with compile", "time", "peak memory", "checkpoint"),
         (f"{start} -> {result.step}", "-" if result.loss is None else f"{result.loss:.4f}", f"{rate:,.0f}",
          duration(result.seconds), f"{result.peak_bytes / 1e9:.2f} GB", f"{run.checkpoints.directory}/{result.step}"),
     ]  # fmt: skip
     note(summary.table(rows))
     note(f"loss curve: {path}")
+    if run.config.train.stop_after and start >= run.config.train.stop_after:
+        note(f"nothing to do: the run is at step {start}, train.stop_after is {run.config.train.stop_after}")
     if result.signal is not None:
         note(f"stopped by signal {result.signal} after step {result.step}: the same command goes on from there")

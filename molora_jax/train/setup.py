@@ -8,6 +8,7 @@ import jax
 from molora_jax import config as config_lib
 from molora_jax import data as data_lib
 from molora_jax import sharding
+from molora_jax.errors import InputError
 from molora_jax.io.base import load_base
 from molora_jax.models.compile import compile_model
 from molora_jax.models.model import Model
@@ -36,6 +37,10 @@ def setup(config, *, devices=None) -> Setup:
     mesh = sharding.make_mesh(config_lib.check_mesh(config, len(devices)), devices)
     base = load_base(config.base.source, dtype=config.base.dtype, seed=config.seed)
     config_lib.check_model(config, base.config.layers, base.config.dims)
+    if config.data.seq_len > base.config.context:
+        raise InputError(
+            "data.seq_len", got=str(config.data.seq_len), expected=f"at most {base.config.context}, the model's context"
+        )
     data = data_lib.build(config.data, tokenizer=base.tokenizer, batch_size=config.train.batch_size, seed=config.seed)
     model = compile_model(config, base.config, max_segments=data.train.max_segments)
     params = sharding.put(base.params, sharding.param_shardings(base.params, mesh))

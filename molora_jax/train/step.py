@@ -138,12 +138,13 @@ def make_step(model, optimizer, schedule, *, clip: float, frozen, **options):
         with jax.named_scope("optimizer"):
             norm = optax.tree.norm(grads)
             loss = out["lm_loss"] + sum(losses[n].weight * v for n, v in out["aux"].items())
-            finite = jnp.isfinite(norm) & jnp.isfinite(loss)
             scale = jnp.minimum(1.0, clip / jnp.maximum(norm, 1e-12)) if clip else 1.0
             updates, opt = optimizer.update(jax.tree.map(lambda g: g * scale, grads), state.opt, trainable)
             for rule in model.rules:
                 if rule.name in updates:
                     updates[rule.name] = rule.adapter.update_mask(updates[rule.name], state.step)
+            # an update that overflows would poison every later step, so it counts too
+            finite = jnp.isfinite(norm) & jnp.isfinite(loss) & jnp.isfinite(optax.tree.norm(updates))
             moved = trees.merge(optax.apply_updates(trainable, updates), fixed)
             router_state = update_routers(model, state.router_state, out["router"])
             keep = lambda new, old: jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, old)  # noqa: E731

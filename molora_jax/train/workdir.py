@@ -72,11 +72,18 @@ class Workdir:
         self._lock = None
         if not writer:
             return
+        if not str(path).strip():
+            raise InputError("workdir", got="an empty path", expected="a folder for the run", fix="Name one.")
         try:
             self.path.mkdir(parents=True, exist_ok=True)
+            self._lock = os.open(self.path / "lock", os.O_RDWR | os.O_CREAT, 0o644)
         except (FileExistsError, NotADirectoryError):
             raise InputError("workdir", got=f"{self.path}, a file", expected="a folder") from None
-        self._lock = os.open(self.path / "lock", os.O_RDWR | os.O_CREAT, 0o644)
+        except OSError as error:
+            raise InputError(
+                "workdir", got=f"{self.path}: {error.strerror}", expected="a folder that can be written",
+                fix="Choose another workdir.",
+            ) from None  # fmt: skip
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -124,14 +131,20 @@ class Workdir:
             try:
                 old = json.loads(path.read_text(encoding="utf-8"))
             except ValueError as error:
-                raise InputError(str(path), got=f"{error}", expected="the identity as it was written") from None
+                raise InputError(
+                    str(path),
+                    got=f"{error}",
+                    expected="the identity as it was written",
+                    fix="Restore the file, or choose another workdir.",
+                ) from None
             changed = differences(old, new)
             if changed:
                 raise InputError(
                     f"workdir {self.path}",
                     got="another run than the one that is there:\n  " + "\n  ".join(changed) + "\n",
                     expected="the same values",
-                    fix="Undo these changes, or choose another workdir.",
+                    fix="Undo these changes, or choose another workdir (base.digest is the content of base.source, "
+                    "data.fingerprint that of data.tasks).",
                 )
         elif self.writer:
             write_atomically(path, json.dumps(new, indent=1, sort_keys=True) + "\n")

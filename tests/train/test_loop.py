@@ -164,7 +164,7 @@ def test_stages_freeze_and_go_on(tmp_path):
 
 def test_a_run_without_finite_gradients_gives_up(tmp_path):
     config = tiny("lora", steps=20)
-    config.optim.update(learning_rate=1e30, decay="constant")
+    config.optim.update(learning_rate=1e3, decay="constant", weight_decay=1e36)
     with pytest.raises(InputError, match="no finite gradient for 5 steps"):
         start(config, tmp_path)
 
