@@ -10,5 +10,6 @@ export JAX_PLATFORMS=cpu JAX_COMPILATION_CACHE_DIR="${JAX_COMPILATION_CACHE_DIR:
 
 paths=tests
 for argument in "$@"; do [ ! -e "${argument%%::*}" ] || paths=; done
-echo "test: pytest -q $paths $*"
-exec python -m pytest -q $paths "$@"
+# Compiling keeps one processor busy, so two workers use two; a file's tests stay together and share what it set up.
+echo "test: pytest -q -n 2 --dist loadfile $paths $*"
+exec python -m pytest -q -n 2 --dist loadfile $paths "$@"
