@@ -230,7 +230,7 @@ def _losses(config):
 
 
 def _engine(config):
-    engine, names = config.get("engine"), tuple(sorted({*known.ENGINES, *members("engines")}))
+    engine, names = config.get("engine"), known.ENGINES
     if isinstance(engine, str) and engine not in names:
         planned = engine in known.ENGINES_PLANNED
         fix = f"{engine} is not available yet." if planned else did_you_mean(engine, names)

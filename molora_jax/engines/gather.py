@@ -1,0 +1,46 @@
+"""Experts stay in P shares and are gathered where they are used: FSDP by expert. Tokens stay at home.
+
+    3 S E (P-1)/P numbers a layer and step inside a checkpointed stack: two all-gathers (the forward pass and its
+    recomputation), one reduce-scatter of gradients; then an all-reduce of the own share over the other axes
+
+The gather is part of the differentiated program, so its transpose, the reduce-scatter, needs no code.
+A layer whose E the axis does not divide is stored whole and runs as `replicate`.
+
+S parameters of one expert, E experts, P devices on the axis `expert`.
+"""
+
+import jax
+
+from molora_jax.core.types import Factors
+from molora_jax.engines import replicate
+
+refuses = replicate.refuses
+
+
+def gathered(factors: Factors, shared_A: bool) -> Factors:
+    """`[E/P, ...]` -> `[E, ...]`; an A that the experts share is whole already."""
+    whole = jax.tree.map(lambda leaf: jax.lax.all_gather(leaf, "expert", axis=0, tiled=True), factors)
+    return whole.replace(A=factors.A) if shared_A else whole
+
+
+def project(x, W, parts, on, rows, share=(0, 1)):
+    """As `replicate.project`, once the experts are here."""
+
+    def fetched(part):
+        return part.replace(factors=gathered(part.factors, part.shared_A)) if on.stored(part.experts) else part
+
+    with jax.named_scope("gather"):
+        parts = [fetched(part) for part in parts]
+    return replicate.project(x, W, parts, on, rows, share)
+
+
+def feed_forward(x, g, u, weights, parts, on, rows, activation, share=(0, 1)):
+    """As `replicate.feed_forward`, once the experts are here."""
+
+    def fetched(part):
+        factors = {site: gathered(f, part.shared_A) for site, f in part.factors.items()}
+        return part.replace(factors=factors) if on.stored(part.experts) else part
+
+    with jax.named_scope("gather"):
+        parts = [fetched(part) for part in parts]
+    return replicate.feed_forward(x, g, u, weights, parts, on, rows, activation, share)
