@@ -131,3 +131,21 @@ def refuses(factors, *, placement: str, latent: bool, on: Engine) -> str | None:
     if placement == "ffn" and on.rank_space:
         return "an FFN's experts need the whole row of width D, so rank_space has nothing to ship"
     return None
+
+
+def bytes_moved(load, on: Engine) -> tuple[float, float]:
+    """`(shipped, useful)` bytes of one device, layer and step; the useful rows are those of an even load."""
+    rows = on.peers * common.rows_to_a_peer(load.T, load.K, on.padded(load.E), on.peers, on.capacity)
+    return rows_moved(load, on, rows), load.K * load.T * 2 * (load.row_in + load.row_out) * (on.peers - 1) / on.peers
+
+
+def rows_moved(load, on: Engine, rows: int) -> float:
+    """Bytes of `rows` rows exchanged in every pass, and of the gradients of what stays."""
+    rank = on.rank_space and load.placement == "projection"
+    there, ids = load.rank_bytes if rank else load.row_in, 8 if load.placement == "ffn" else 4
+    row = (load.passes + 1) * (there + 4) + 2 * load.row_out + load.passes * ids  # 4: the gate
+    moved = rows * row * (on.peers - 1) / on.peers
+    if not on.stored(load.E):  # gradients of a leaf that is stored whole are gathered again
+        padded = sum(size for size, each, _ in load.leaves if each) * on.padded(load.E) / load.E
+        moved += padded * (on.peers - 1) / on.peers
+    return moved + load.shares(on) + load.sums(on, per_expert=False)

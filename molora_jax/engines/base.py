@@ -50,7 +50,7 @@ class Engine:
 
     @property
     def moves_tokens(self) -> bool:
-        return self.name in ("all_to_all", "ragged_all_to_all") and not self.alone
+        return self.name in ("all_to_all", "ragged_all_to_all") and self.peers > 1
 
     def padded(self, experts: int) -> int:
         """The smallest multiple of P that holds so many experts; the last are masked: no token is sent to them."""
@@ -58,8 +58,7 @@ class Engine:
 
     def stored(self, experts: int) -> bool:
         """Whether leaves `[L, E, ...]` of so many experts are kept in P shares (a dimension that P divides)."""
-        shared = self.name in ("gather", "all_to_all", "ragged_all_to_all") and self.peers > 1
-        return shared and experts % self.peers == 0 and experts > 1
+        return self.name != "replicate" and self.peers > 1 and experts % self.peers == 0 and experts > 1
 
     def split(self, experts: int, routed: bool) -> bool:
         """Whether a device sees only its share of the experts. A single expert without a router is everywhere."""
@@ -71,3 +70,41 @@ class Engine:
 
 
 ALONE = Engine()
+
+
+@dataclasses.dataclass(frozen=True)
+class Load:
+    """What one routed site of one layer asks of an engine in a step; one device's share throughout.
+
+    `leaves`: `(bytes of all E experts, is it per expert, is it split over tensor)` of every factor. `row_in, row_out`:
+    bytes of a token's row there and back; `rank_bytes` of its rank activations. `passes`: forward passes, 2 where the
+    stack is recomputed. Routers and other rules cost the same under every engine and are left out.
+    """
+
+    T: int
+    K: int
+    E: int
+    row_in: int
+    row_out: int
+    rank_bytes: int
+    leaves: tuple[tuple[int, bool, bool], ...]
+    placement: str
+    passes: int
+
+    def sums(self, on: Engine, *, per_expert: bool | None = None) -> float:
+        """Bytes of the gradient all-reduces of leaves that every device holds."""
+        total = 0.0
+        for size, each, split in self.leaves:
+            if per_expert in (None, each):
+                n = on.ways(*(ROWS if split else AXES))
+                total += 2 * size * (n - 1) / n
+        return total
+
+    def shares(self, on: Engine) -> float:
+        """The same of leaves of which a device on `expert` holds one share, the others having the same."""
+        total = 0.0
+        for size, each, split in self.leaves:
+            if each:
+                n = on.ways(*(ROWS if split else AXES)) // on.peers
+                total += 2 * size * on.padded(self.E) / self.E / on.peers * (n - 1) / n
+        return total

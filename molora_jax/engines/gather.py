@@ -44,3 +44,11 @@ def feed_forward(x, g, u, weights, parts, on, rows, activation, share=(0, 1)):
     with jax.named_scope("gather"):
         parts = [fetched(part) for part in parts]
     return replicate.feed_forward(x, g, u, weights, parts, on, rows, activation, share)
+
+
+def bytes_moved(load, on) -> tuple[float, float]:
+    """`(shipped, useful)` bytes of one device, layer and step: all-gathers, the reduce-scatter, sums of the share."""
+    if not on.stored(load.E):
+        return replicate.bytes_moved(load, on)
+    own = sum(size for size, each, _ in load.leaves if each) * (on.peers - 1) / on.peers
+    return ((load.passes + 1) * own + load.shares(on) + load.sums(on, per_expert=False),) * 2

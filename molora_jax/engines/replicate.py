@@ -23,3 +23,8 @@ def feed_forward(x, g, u, weights, parts, on, rows, activation, share=(0, 1)):
 def refuses(factors, *, placement: str, latent: bool, on) -> str | None:
     """Why this engine cannot serve an adapter, None where it can."""
     return None
+
+
+def bytes_moved(load, on) -> tuple[float, float]:
+    """`(shipped, useful)` bytes of one device, layer and step."""
+    return (load.sums(on),) * 2
