@@ -50,9 +50,17 @@ def local_experts(travel, extra=None):
 
 def received(travel, buffer, expert):
     """The rows that came, 0 where nobody wrote."""
+    return _written(travel, travel.there(buffer), expert)
+
+
+def returned(travel, rows, expert):
+    """The rows' way home, and the sum of each token's. Masked too: so are the cotangents that come for empty rows."""
+    return common.combine(travel.back(_written(travel, rows, expert)), travel.plan)
+
+
+def _written(travel, rows, expert):
     each = travel.experts // travel.on.peers
-    got = travel.there(buffer)
-    return jnp.where((expert < each).reshape(-1, *(1,) * (got.ndim - 1)), got, 0)
+    return jnp.where((expert < each).reshape(-1, *(1,) * (rows.ndim - 1)), rows, 0)
 
 
 def project(x, W, parts, on, rows, share=(0, 1), *, travel_by=Padded):
@@ -78,7 +86,7 @@ def project(x, W, parts, on, rows, share=(0, 1), *, travel_by=Padded):
                 row = received(travel, common.send_tokens(seen, travel.plan), expert)
             out = lowrank.low_rank(row, part.factors, weight, None, (expert[:, None], gate[:, None]))
         with jax.named_scope("combine"):
-            y = y + common.combine(travel.back(out), travel.plan)
+            y = y + returned(travel, out, expert)
         counts.append(travel.plan.counts if on.capacity else None)
     return y, counts
 
@@ -93,7 +101,7 @@ def _from_rank(travel, x, idx, factors, expert, weight):
     return lowrank.expand(z, factors.B, weight, x.dtype)
 
 
-def feed_forward(x, g, u, weights, parts, on, rows, activation, share=(0, 1), *, travel_by=Padded):
+def feed_forward(x, g, u, weights, parts, on, rows, activation, share=(0, 1), z=None, *, travel_by=Padded):
     """See `base.py`. Home keeps the frozen h_0; every selected expert's whole FFN runs where the expert is."""
     home = [p for p in parts if not on.split(p.experts, p.routed)]
     away = [p for p in parts if on.split(p.experts, p.routed)]
@@ -117,7 +125,7 @@ def feed_forward(x, g, u, weights, parts, on, rows, activation, share=(0, 1), *,
         shared = [lowrank.frozen_linear(weights[s], row) for s in ("gate", "up")]
         mixed, more = ffn.apply(row, *shared, [there], activation, down, row_ids, share)
         with jax.named_scope("combine"):
-            rest = rest + common.combine(travel.back(down(mixed) + more), plan)
+            rest = rest + returned(travel, down(mixed) + more, expert)
         counts[id(part)] = plan.counts if on.capacity else None
     return mix, rest, [counts.get(id(p)) for p in parts]
 

@@ -109,7 +109,7 @@ def table(model, on: Engine, *, tokens: int, itemsize: int) -> list[Row]:
     rows = []
     for name, module in ENGINES.items():
         own = dataclasses.replace(on, name=name)
-        refused = refusal(model, own)
+        refused = refusal(model, own) or _emulated(own)
         shipped = useful = 0.0
         for rule, segment, experts, site in routed(model):
             one = load(model, rule, segment, experts, site, on=own, tokens=tokens, itemsize=itemsize)
@@ -117,6 +117,13 @@ def table(model, on: Engine, *, tokens: int, itemsize: int) -> list[Row]:
             shipped, useful = shipped + a * len(segment.layers), useful + b * len(segment.layers)
         rows.append(Row(name, shipped, useful, refused))
     return rows
+
+
+def _emulated(on: Engine) -> str:
+    """Said of an engine that a config may ask for, but that `auto` leaves alone on this platform."""
+    if on.name == "ragged_all_to_all" and on.mesh.devices.flat[0].platform != "tpu":
+        return "emulated by an all-gather on this platform"
+    return ""
 
 
 def choose(rows: list[Row], *, state_bytes: int, memory: int | None) -> tuple[str, str]:

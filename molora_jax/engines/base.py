@@ -3,11 +3,15 @@
 An engine is a module with one signature on local arrays, called inside `shard_map` (or directly on one device):
 
     project(x, W, parts, on, rows, share)                -> (y, counts)         x [T, D_in]  -> y [T, D_out]
-    feed_forward(x, g, u, weights, parts, on, rows, ...) -> (mix, rest, counts) x [T, D], g, u [T, F] -> [T, F], [T, D]
+    feed_forward(x, g, u, weights, parts, on, rows, activation, share, z)
+                                                         -> (mix, rest, counts) x [T, D], g, u [T, F] -> [T, F], [T, D]
+    refuses(factors, placement, latent, on)              -> why an adapter cannot be served, or None
+    bytes_moved(load, on)                                -> bytes shipped and useful, see `Load`
 
 `x` are this device's tokens; a part's factors are this device's experts where `moved(part)`, else all of them.
 `counts [1, 2]`: slots sent and slots dropped. Where `share = (index, of)` is not (0, 1), the arrays hold one share of
-F (or of D_in) and y, rest are partial sums over the axis `tensor`.
+F (or of D_in) and y, rest are partial sums over the axis `tensor`; `z` are then rank activations that are known already
+(`ranks(x, parts, on, rows)`, of the engines that keep tokens at home).
 
 T tokens a device, D width, F FFN width, E experts, K slots, R rank, P devices on the axis `expert`.
 """

@@ -1,7 +1,7 @@
 """What the exchanging engines share: the plan of who goes where, and moving rows by it.
 
-Slots (token, k) are sorted by (expert, token), stably, so the plan is a function of the routing alone. Rows are moved by
-gathers in both passes: into the buffer by the slot that a row came from, out of it by K gathers in token order. No
+Slots (token, k) are sorted by (expert, token), stably, so the plan is a function of the routing alone. Rows are moved
+by gathers in both passes: into the buffer by the slot that a row came from, out of it by K gathers in token order. No
 scatter-add, so no duplicate indices and no order of summation that may change.
 
 T tokens, K slots a token, N = T K slots, E experts, P peers, M rows of a send buffer.
@@ -18,7 +18,7 @@ FILL = 0.0  # of rows that nobody writes; the tests set NaN: every reader masks 
 
 @flax.struct.dataclass
 class Plan:
-    """`slot [M]`: the slot (t * K + k) that a buffer row came from; `filled [M]`; `place [T, K]`: its row; `kept [T, K]`.
+    """`slot [M]`: the slot (t K + k) that a buffer row came from; `filled [M]`; `place [T, K]`: its row; `kept [T, K]`.
 
     `expert [M]`: the row's expert, E_padded where not filled. `start, count [P]`: the rows of each peer among the slots
     in order; `dropped`: slots beyond the capacity, `asked`: slots with an expert.

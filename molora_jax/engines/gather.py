@@ -34,16 +34,21 @@ def project(x, W, parts, on, rows, share=(0, 1)):
     return replicate.project(x, W, parts, on, rows, share)
 
 
-def feed_forward(x, g, u, weights, parts, on, rows, activation, share=(0, 1)):
-    """As `replicate.feed_forward`, once the experts are here."""
-
-    def fetched(part):
-        factors = {site: gathered(f, part.shared_A) for site, f in part.factors.items()}
-        return part.replace(factors=factors) if on.stored(part.experts) else part
-
+def _fetched(part, on, sites=("gate", "up", "down")):
+    if not on.stored(part.experts):
+        return part
     with jax.named_scope("gather"):
-        parts = [fetched(part) for part in parts]
-    return replicate.feed_forward(x, g, u, weights, parts, on, rows, activation, share)
+        return part.replace(factors=part.factors | {s: gathered(part.factors[s], part.shared_A) for s in sites})
+
+
+def ranks(x, parts, on, rows):
+    """As `replicate.ranks`, once the experts are here; what it does not use is not gathered."""
+    return replicate.ranks(x, [_fetched(part, on, ("gate", "up")) for part in parts], on, rows)
+
+
+def feed_forward(x, g, u, weights, parts, on, rows, activation, share=(0, 1), z=None):
+    """As `replicate.feed_forward`, once the experts are here."""
+    return replicate.feed_forward(x, g, u, weights, [_fetched(p, on) for p in parts], on, rows, activation, share, z)
 
 
 def bytes_moved(load, on) -> tuple[float, float]:

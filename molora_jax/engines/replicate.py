@@ -14,10 +14,15 @@ def project(x, W, parts, on, rows, share=(0, 1)):
     return projection.project(W, x, parts, rows, share), None
 
 
-def feed_forward(x, g, u, weights, parts, on, rows, activation, share=(0, 1)):
+def ranks(x, parts, on, rows):
+    """`ffn.ranks` of every part."""
+    return [ffn.ranks(x, part, rows) for part in parts]
+
+
+def feed_forward(x, g, u, weights, parts, on, rows, activation, share=(0, 1), z=None):
     """`x [T, D]`, `g, u [T, F]` -> `mix [T, F]` for the frozen W_d, and `rest [T, D]` beside it; see `base.py`."""
     down = lambda h: frozen_linear(weights["down"], h)  # noqa: E731
-    return *ffn.apply(x, g, u, parts, activation, down, rows, share), None
+    return *ffn.apply(x, g, u, parts, activation, down, rows, share, z), None
 
 
 def refuses(factors, *, placement: str, latent: bool, on) -> str | None:

@@ -18,6 +18,8 @@ from jax.sharding import PartitionSpec as P
 from molora_jax.core.types import Array, Factors
 from molora_jax.engines import all_to_all, gather, ragged_all_to_all, replicate
 from molora_jax.engines.base import ROW_SITES, Engine
+from molora_jax.placements import ffn
+from molora_jax.sharding import ROWS
 
 ENGINES = {
     "replicate": replicate,
@@ -73,21 +75,41 @@ def feed_forward(on: Engine, x: Array, g: Array, u: Array, weights: dict, parts,
         return mix, rest, [None] * len(parts)
     axes, ways = on.row_axes(len(x)), on.ways("tensor")
     moved = any(on.moves_tokens and on.split(p.experts, p.routed) for p in parts)
+    z = _ranks(on, axes, x, parts) if ways > 1 and not moved and all(map(ffn.is_plain, parts)) else None
     used = ("gate", "up", "down") if moved else ("down",) if any(p.per_expert for p in parts) else ()
 
-    def local(x, g, u, weights, parts):
+    def local(x, g, u, weights, parts, z):
         rows, share = _rows(axes, len(x)), _share(on, True)
-        mix, rest, counts = ENGINES[on.name].feed_forward(x, g, u, weights, parts, on, rows, activation, share)
+        mix, rest, counts = ENGINES[on.name].feed_forward(x, g, u, weights, parts, on, rows, activation, share, z)
         return mix, rest if ways == 1 else rest[None], counts or [None] * len(parts)
 
     specs = (
         P(axes, None), P(axes, "tensor"), P(axes, "tensor"),
         {s: P("tensor", None) if s in ROW_SITES else P(None, "tensor") for s in used},
-        [_ffn_specs(p, on, axes) for p in parts],
+        [_ffn_specs(p, on, axes) for p in parts], P(axes),
     )  # fmt: skip
     outs = (P(axes, "tensor"), _rest(axes, ways), P(axes))
     run = jax.shard_map(local, mesh=on.mesh, in_specs=specs, out_specs=outs, check_vma=False)
-    return run(x, g, u, {s: weights[s] for s in used}, [_padded(p, on) for p in parts])
+    return run(x, g, u, {s: weights[s] for s in used}, [_padded(p, on) for p in parts], z)
+
+
+def _ranks(on, axes, x, parts):
+    """Gate's and up's rank activations, the axis `tensor` left to the compiler.
+
+    Inside the other `shard_map` x would be an input that is equal on all devices of `tensor`, its cotangent a sum over
+    them of width D: the base model has none there. So x stays outside and only rank-wide arrays are summed.
+    """
+    local = lambda x, parts, rows: ENGINES[on.name].ranks(x, parts, on, rows)  # noqa: E731
+    specs = [_without_tensor(_ffn_specs(p, on, axes)) for p in parts]
+    run = jax.shard_map(
+        local, mesh=on.mesh, in_specs=(P(axes, None), specs, P(axes)), out_specs=P(axes), axis_names=set(ROWS),
+        check_vma=False,
+    )  # fmt: skip
+    return run(x, parts, jnp.arange(len(x)))
+
+
+def _without_tensor(specs):
+    return jax.tree.map(lambda s: P(*(None if a == "tensor" else a for a in s)), specs)
 
 
 # check_vma=False, because a pallas_call is not allowed otherwise; then the cotangent of an output that is equal on all

@@ -18,7 +18,9 @@ from molora_jax.placements import ffn, projection
 class Layer:
     """One layer of one trace. `rules` are (rule, experts) that act here; trees are this layer's slices by rule name."""
 
-    def __init__(self, config: DecoderConfig, segment, active, losses, trees, carry, ctx: Context, given, collect, engine):
+    def __init__(
+        self, config: DecoderConfig, segment, active, losses, trees, carry, ctx: Context, given, collect, engine
+    ):
         self.config, self.segment, self.active, self.losses = config, segment, active, losses
         self.adapters, self.shared, self.state = trees
         self.carry, self.ctx, self.given, self.collect = dict(carry), ctx, given, collect

@@ -26,7 +26,7 @@ SITES = ("gate", "up", "down")
 
 @flax.struct.dataclass
 class Part:
-    """One rule's experts: factors by site with the scale folded in, dropout by site, `idx, gates [T, K]`, `base [T]`."""
+    """One rule's experts: factors (with the scale in them) and dropout by site, `idx, gates [T, K]`, `base [T]`."""
 
     factors: dict[str, Factors]
     dropout: dict[str, lowrank.Dropout | None]
@@ -73,18 +73,23 @@ def part(rule, p: dict, shared: dict, routing, contexts: dict, x: Array) -> Part
     )  # fmt: skip
 
 
-def hidden(x: Array, g: Array, u: Array, one: Part, activation: str, rows: Array, share) -> tuple[Array, Array]:
-    """The mixed hidden state and the rank activations of the low-rank down path.
-
-    `x [T, D]`, `g, u [T, F]` shared projections -> `mix [T, F] = c h_0 + sum w_k h_k`, `z_d [T, K, R]`.
-    """
+def ranks(x: Array, one: Part, rows: Array) -> dict[str, Array]:
+    """Rank activations `[T, K, R]` of gate and up at the token's experts, from `x [T, D]`."""
     z = {}
     for site in ("gate", "up"):
         seen = lowrank.dropped(x, one.dropout[site], rows)
         z[site] = lowrank.shrink_slots(seen, one.factors[site], one.idx, one.latent(site)).astype(x.dtype)
+    return z
+
+
+def hidden(z: dict, g: Array, u: Array, one: Part, activation: str, rows: Array, share) -> tuple[Array, Array]:
+    """The mixed hidden state and the rank activations of the low-rank down path.
+
+    `z` from `ranks`, `g, u [T, F]` shared projections -> `mix [T, F] = c h_0 + sum w_k h_k`, `z_d [T, K, R]`.
+    """
     B_g, B_u, A_d = one.factors["gate"].B, one.factors["up"].B, one.factors["down"].A
     drop, ways = one.dropout["down"], share[1]
-    mask = None if drop is None else drop.mask(rows, g.shape[1] * ways, x.dtype, share=share)
+    mask = None if drop is None else drop.mask(rows, g.shape[1] * ways, g.dtype, share=share)
     return routed_ffn(
         g, u, z["gate"], z["up"], B_g, B_u, A_d, one.idx, one.gates, one.base, activation=activation, mask=mask
     )
@@ -150,18 +155,20 @@ def per_slot(x: Array, g: Array, u: Array, one: Part, activation: str, down, row
     return mix, rest.astype(x.dtype)
 
 
-def apply(x, g, u, parts: list[Part], activation: str, down, rows: Array, share=(0, 1)) -> tuple[Array, Array]:
+def apply(x, g, u, parts: list[Part], activation: str, down, rows: Array, share=(0, 1), z=None) -> tuple[Array, Array]:
     """All `ffn` rules of a block together: `sum_rules sum_k w_k (h_k - h_0)` on top of h_0.
 
-    `x [T, D]`, `g, u [T, F]`; `rows [T]` the tokens' place in the global batch (for dropout). Where g, u and the factors
-    hold one `share` of F, `rest` is a partial sum, as the frozen W_d's product of `mix` is.
+    `x [T, D]`, `g, u [T, F]`; `rows [T]` the tokens' place in the global batch (for dropout). Where g, u and the
+    factors hold one `share` of F, `rest` is a partial sum, as the frozen W_d's product of `mix` is. `z`: `ranks` of every part,
+    where they are known.
 
     Returns `mix [T, F]` for the block's one frozen W_d, and `rest [T, D]` to add after it.
     """
     mixes, rest = [], jnp.zeros(x.shape, x.dtype)
-    for one in parts:
+    for i, one in enumerate(parts):
         if is_plain(one):
-            mix, z_d = hidden(x, g, u, one, activation, rows, share)
+            known = ranks(x, one, rows) if z is None else z[i]
+            mix, z_d = hidden(known, g, u, one, activation, rows, share)
             more = low_rank_down(z_d, one, x.dtype)
         else:
             mix, more = per_slot(x, g, u, one, activation, down, rows, share)

@@ -3,11 +3,13 @@
 B rows, S tokens a row, T = B S, D width, F FFN width, E experts, R rank.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from molora_jax import engines, sharding
+from molora_jax import sharding
 from molora_jax.adapters import ADAPTERS
 from molora_jax.core.types import Context
 from molora_jax.models.families import DecoderConfig
@@ -67,7 +69,7 @@ def tokens(width=D, seed=2):
 
 
 def apply(on, one: Rule, tree, base, x, *, key=None, site_name=None):
-    """The output of a site under an engine, and the layer's statistics; `x [B, S, D_in]`, two padded tokens in row 0."""
+    """The output of a site under an engine, and the layer's statistics; `x [B, S, D_in]`, row 0 ends in padding."""
     zeros = jnp.zeros(x.shape[:2], jnp.int32)
     valid = jnp.ones(x.shape[:2], bool).at[0, -2:].set(False)
     ctx = Context(valid, valid.astype(jnp.int32), zeros, zeros, zeros, key=key, train=True, max_segments=2)
@@ -81,16 +83,46 @@ def apply(on, one: Rule, tree, base, x, *, key=None, site_name=None):
     return layer.project(site_name or one.sites[0], base[site_name or one.sites[0]], None, x), layer.stats
 
 
-def value_and_grads(on, one, tree, base, x, **options):
-    """`(y, (gradients of x, of every leaf))` of a fixed random projection of y, and the statistics."""
+@functools.cache
+def value_and_grads(on, one, *, key=None, site_name=None, reference=False):
+    """A compiled `(tree, base, x) -> y, (gradients of x, of every leaf), statistics` for a fixed projection of y."""
 
-    def loss(x, tree):
-        y, stats = apply(on, one, tree, base, x, **options)
+    def loss(x, tree, base):
+        if reference:
+            y, stats = einsum(one, tree, base, x), {}
+        else:
+            key_ = None if key is None else jax.random.key(key)
+            y, stats = apply(on, one, tree, base, x, key=key_, site_name=site_name)
         target = jnp.asarray(np.random.default_rng(9).standard_normal(y.shape), y.dtype)
         return jnp.sum(y * target), (y, stats)
 
-    (_, (y, stats)), grads = jax.jit(jax.value_and_grad(loss, (0, 1), has_aux=True))(x, tree)
-    return y, grads, stats
+    def run(tree, base, x):
+        (_, (y, stats)), grads = jax.value_and_grad(loss, (0, 1), has_aux=True)(x, tree, base)
+        return y, grads, stats
+
+    return jax.jit(run)
+
+
+def einsum(one: Rule, tree, base, x):
+    """The mixture as it reads; gates by the rule's own router."""
+    name = one.scopes[0]
+    at = site(CONFIG, name, SEGMENT, one.experts[0])
+    zeros = jnp.zeros(x.shape[:2], jnp.int32)
+    valid = jnp.ones(x.shape[:2], bool).at[0, -2:].set(False)
+    ctx = Context(valid, valid.astype(jnp.int32), zeros, zeros, zeros, site=at, max_segments=2)
+    gates = one.router.route(tree["router"][name], {}, x, ctx)[0].gates  # [B, S, E]
+    scale = one.adapter.scale()
+
+    def delta(name, v):  # [B, S, (E,) D_in] -> [B, S, E, D_out]
+        z = jnp.einsum("bsed,erd->bser", jnp.broadcast_to(v, (*gates.shape, v.shape[-1])), tree[name]["A"])
+        return scale * jnp.einsum("bser,ero->bseo", z, tree[name]["B"])
+
+    if one.sites != ("ffn",):
+        return x @ base[name] + jnp.einsum("bse,bseo->bso", gates, delta(name, x[:, :, None]))
+    g, u = x @ base["gate"], x @ base["up"]
+    h = jax.nn.silu(g[:, :, None] + delta("gate", x[:, :, None])) * (u[:, :, None] + delta("up", x[:, :, None]))
+    y = jnp.einsum("bse,bseo->bso", gates, h @ base["down"] + delta("down", h))
+    return y + (1 - gates.sum(-1, keepdims=True)) * ((jax.nn.silu(g) * u) @ base["down"])
 
 
 def close(a, b, tolerance=2e-6):
@@ -99,7 +131,3 @@ def close(a, b, tolerance=2e-6):
         x, y = np.asarray(x), np.asarray(y)
         assert np.isfinite(x).all(), path
         np.testing.assert_allclose(x, y, atol=tolerance * max(np.abs(y).max(), 1e-3), err_msg=str(path))
-
-
-def engine(name, where, **options):
-    return engines.Engine(name, where, **options)
