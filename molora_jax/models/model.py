@@ -202,7 +202,8 @@ class Model:
             trees = ({rule.name: own}, {rule.name: shared}, {rule.name: own_state})
             carry = {rule.name: rule.router.init_carry(*x.shape[:2])}
             layer = Layer(
-                self.config, first, [(rule, E)], self.losses, trees, carry, ctx.replace(layer=0), {}, collect, self.engine
+                self.config, first, [(rule, E)], self.losses, trees, carry, ctx.replace(layer=0), {}, collect,
+                self.engine,
             )  # fmt: skip
             layer.enter("model", x)
             given[rule.name] = layer.decisions[rule.name, "model"]

@@ -155,12 +155,14 @@ def per_slot(x: Array, g: Array, u: Array, one: Part, activation: str, down, row
     return mix, rest.astype(x.dtype)
 
 
-def apply(x, g, u, parts: list[Part], activation: str, down, rows: Array, share=(0, 1), z=None) -> tuple[Array, Array]:
+def apply(
+    x, g, u, parts: list[Part], activation: str, down, rows: Array, share=(0, 1), z=None
+) -> tuple[Array, Array]:
     """All `ffn` rules of a block together: `sum_rules sum_k w_k (h_k - h_0)` on top of h_0.
 
     `x [T, D]`, `g, u [T, F]`; `rows [T]` the tokens' place in the global batch (for dropout). Where g, u and the
-    factors hold one `share` of F, `rest` is a partial sum, as the frozen W_d's product of `mix` is. `z`: `ranks` of every part,
-    where they are known.
+    factors hold one `share` of F, `rest` is a partial sum, as the frozen W_d's product of `mix` is. `z`: `ranks` of
+    every part, where they are known.
 
     Returns `mix [T, F]` for the block's one frozen W_d, and `rest [T, D]` to add after it.
     """
