@@ -6,7 +6,8 @@
 Every device sends C rows to each of the P devices. C = T min(K, E/P) is dropless; `capacity` bounds it, and what does
 not fit is dropped and counted: a projection then has no change by that slot, an FFN the frozen h_0 in its place.
 Numbers a layer and step inside a checkpointed stack, each P C (P-1)/P rows: x there twice (once recomputed), dx back;
-y back, dy there: 3 D_in + 2 D_out. The gate travels with its row, so that the recomputation needs no way back.
+y back (twice, but once where nothing in the layer comes after it: down, ffn), dy there: 3 D_in + (3 or 2) D_out. The
+gate travels with its row, so that what comes back is summed as it is and no gradient needs it.
 With `rank_space` all devices keep every A, and R numbers travel in place of D_in (projections only).
 
 T tokens a device, K slots, E experts, R rank, P devices on `expert`, C rows to a peer, D width, F FFN width.
@@ -151,7 +152,8 @@ def rows_moved(load, on: Engine, rows: int) -> float:
     """Bytes of `rows` rows exchanged in every pass, and of the gradients of what stays."""
     rank = on.rank_space and load.placement == "projection"
     there, ids = load.rank_bytes if rank else load.row_in, 8 if load.placement == "ffn" else 4
-    row = (load.passes + 1) * (there + 4) + 2 * load.row_out + load.passes * ids  # 4: the gate
+    back = 2 if load.last else load.passes + 1
+    row = (load.passes + 1) * (there + 4) + back * load.row_out + load.passes * ids  # 4: the gate
     moved = rows * row * (on.peers - 1) / on.peers
     if not on.stored(load.E):  # gradients of a leaf that is stored whole are gathered again
         padded = sum(size for size, each, _ in load.leaves if each) * on.padded(load.E) / load.E

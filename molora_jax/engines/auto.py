@@ -74,7 +74,7 @@ def load(model, rule, segment, experts: int, name: str, *, on: Engine, tokens: i
     return Load(
         T=tokens, K=rule.router.k_max(experts), E=experts, row_in=d_in * itemsize, row_out=d_out * itemsize,
         rank_bytes=rank * itemsize, leaves=tuple(leaves), placement=rule.placement,
-        passes=1 if model.remat == "none" else 2,
+        passes=1 if model.remat == "none" else 2, last=name in ("ffn", "down"),
     )  # fmt: skip
 
 

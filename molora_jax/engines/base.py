@@ -82,7 +82,8 @@ class Load:
 
     `leaves`: `(bytes of all E experts, is it per expert, is it split over tensor)` of every factor. `row_in, row_out`:
     bytes of a token's row there and back; `rank_bytes` of its rank activations. `passes`: forward passes, 2 where the
-    stack is recomputed. Routers and other rules cost the same under every engine and are left out.
+    stack is recomputed; `last`: nothing in the layer comes after the site, so its output is not recomputed.
+    Routers and rules without one cost the same under every engine and are left out.
     """
 
     T: int
@@ -94,6 +95,7 @@ class Load:
     leaves: tuple[tuple[int, bool, bool], ...]
     placement: str
     passes: int
+    last: bool
 
     def sums(self, on: Engine, *, per_expert: bool | None = None) -> float:
         """Bytes of the gradient all-reduces of leaves that every device holds."""
