@@ -18,6 +18,7 @@ from configs import common
 from launch import flags
 from molora_jax import config as schema
 from molora_jax import sharding
+from molora_jax.engines import ALONE, Engine
 from molora_jax.io.random_init import random_params
 from molora_jax.methods import METHODS
 from molora_jax.models.compile import compile_model
@@ -142,11 +143,14 @@ def record() -> optax.GradientTransformation:
 class Case:
     """A config on a small decoder: the model, the frozen leaves, and one jitted step that records its gradients."""
 
-    def __init__(self, config, decoder=SMALL, *, remat="dots", dtype="float32", mesh=None, freeze=(), **options):
+    def __init__(
+        self, config, decoder=SMALL, *, remat="dots", dtype="float32", mesh=None, engine=None, freeze=(), **options
+    ):
         self.config, self.decoder, self.mesh = config, decoder, mesh
         schema.check_model(config, decoder.layers, decoder.dims)
         model = compile_model(config, decoder, max_segments=3)
-        self.model = dataclasses.replace(model, remat=remat)
+        engine = ALONE if engine is None else Engine(engine, mesh)
+        self.model = dataclasses.replace(model, remat=remat, engine=engine)
         self.frozen = self.model.frozen_patterns() + tuple(freeze)
         self.params = base(decoder, dtype)
         shapes = jax.eval_shape(self.model.init_adapters, jax.random.key(0), self.params)
@@ -160,7 +164,13 @@ class Case:
         step = make_step(
             self.model, self.optimizer, member.schedule(100), seed=0, frozen=self.frozen, constrain=constrain, **options
         )
-        out = None if mesh is None else (sharding.replicated(mesh),) * 2
+        self.places = out = None
+        if mesh is not None:
+            shapes = jax.eval_shape(
+                lambda p: fresh(self.model, self.optimizer, p, self.frozen, jax.random.key(0)), self.params
+            )
+            self.places = sharding.state_shardings(shapes, self.model, mesh)
+            out = (self.places, sharding.replicated(mesh))
         self.step = jax.jit(step, out_shardings=out, compiler_options=QUICK)
 
     def start(self, adapters=None):
@@ -178,7 +188,7 @@ class Case:
         if self.mesh is not None:
             params = sharding.put(params, sharding.param_shardings(params, self.mesh))
             data = sharding.put_batch(data, self.mesh, len(data["tokens"]))
-            state = sharding.put(jax.device_get(state), sharding.replicated(self.mesh))
+            state = sharding.put(jax.device_get(state), self.places)
         state, metrics = self.step(state, params, data)
         return state, jax.device_get(metrics), flatten_dict(jax.device_get(state.opt[0]), sep="/")
 
