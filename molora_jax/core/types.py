@@ -70,7 +70,8 @@ class Context:
     scalars; `key` unique to the site call, `step_key` equal over layers and micro-steps (both None outside training);
     `allowed [E] | [B, E]` experts that may be chosen; `state` this router's mutable state; `carry` what the router
     handed on from the layer before; `base` the site's frozen kernel `[D_in, D_out]`; `signal [B, S, D]` a router's
-    declared model-level input; `iteration` the pass inside a chain.
+    declared model-level input; `iteration` the pass inside a chain; `tasks` the names behind `task_ids` (entries of
+    `data.tasks`); `dropout` the rate of the rule's adapter, for a router that reads its dropped input.
     """
 
     valid: Array
@@ -91,6 +92,8 @@ class Context:
     train: bool = flax.struct.field(pytree_node=False, default=False)
     iteration: int = flax.struct.field(pytree_node=False, default=0)
     max_segments: int = flax.struct.field(pytree_node=False, default=0)
+    tasks: tuple[str, ...] = flax.struct.field(pytree_node=False, default=())
+    dropout: float = flax.struct.field(pytree_node=False, default=0.0)
 
     def keyed(self, *tags: int) -> Array | None:
         """A key of its own for each use inside one call; None outside training."""

@@ -31,7 +31,10 @@ def compile_model(config, decoder: DecoderConfig, *, max_segments: int = 0) -> M
                 shrink=rule.shrink,
             )
         )
-    return Model(decoder, tuple(rules), compile_losses(config), remat=config.train.remat, max_segments=max_segments)
+    return Model(
+        decoder, tuple(rules), compile_losses(config), remat=config.train.remat, max_segments=max_segments,
+        tasks=tuple(name.strip() for name in config.data.tasks.split(",")),
+    )  # fmt: skip
 
 
 def compile_losses(config) -> tuple[tuple[str, object], ...]:

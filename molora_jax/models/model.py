@@ -31,6 +31,7 @@ class Model:
     losses: tuple[tuple[str, Any], ...] = ()
     remat: str = "dots"
     max_segments: int = 0
+    tasks: tuple[str, ...] = ()  # the names behind `task_ids`
 
     @functools.cached_property
     def segments(self) -> tuple[rules_lib.Segment, ...]:
@@ -169,6 +170,7 @@ class Model:
             allowed=batch.get("allowed"),
             train=train,
             max_segments=self.max_segments or tokens.shape[1],
+            tasks=self.tasks,
         )
         carry = {
             rule.name: rule.router.init_carry(*tokens.shape)
