@@ -23,7 +23,7 @@ def context(valid, **more):
 
 
 def decide(name, W, x, ctx, **options):
-    """A router's decision with these weights; what else a member needs is at its start, RMoE's projection the identity."""
+    """A router's decision with these weights; what else it needs is at its start, RMoE's projection the identity."""
     options |= dict(hidden=x.shape[-1]) if name == "recurrent" else {}
     router = ROUTERS[name](**options)
     site = Site("q", x.shape[-1], x.shape[-1], (0,), len(W))
