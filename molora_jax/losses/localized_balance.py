@@ -5,7 +5,7 @@
     Z = I Q,     l = var(Z) / mean(Z)^2  (the code) | var(Z) / mean(Z)  (the paper),  over all M E entries, unbiased
 
 One value a router, summed over routers. Examples of the tasks in `world` (world knowledge) have the type of the first
-half of the experts, all others that of the second half.
+half of the experts (rounded down), all others that of the second.
 
 Direction: l is least where Z is constant, Q proportional to 1 / I. So an example's *matching* half gets the lower
 gates, (1 - delta) / E each against (1 + delta) / E: by default it is the second half that serves `world` more (measured
@@ -19,7 +19,6 @@ import jax
 import jax.numpy as jnp
 
 from molora_jax.core.routing import permitted
-from molora_jax.errors import InputError
 from molora_jax.losses.base import Loss, leaves
 
 
@@ -42,18 +41,17 @@ class LocalizedBalance(Loss):
 
     def stats(self, routing, ctx):
         """`Q [B, N, E]`, `factor [B, N, E]` (I, 0 where there is no entry), `tokens [B, N]`."""
-        E = routing.gates.shape[-1]
-        if E % 2:
-            raise InputError("losses.localized_balance", got=f"{E} experts", expected="an even number: two halves")
-        world = jnp.array([ctx.tasks.index(name.strip()) for name in self.world.split(",")])
+        names = [name.strip() for name in self.world.split(",")]
+        world = jnp.array([i for i, task in enumerate(ctx.tasks) if task in names], jnp.int32)
         hot = jax.nn.one_hot(ctx.segment_ids - 1, ctx.max_segments)  # padding (-1) is all zero
         valid = routing.valid.astype(jnp.float32)
         tokens = jnp.einsum("bsn,bs->bn", hot, valid)
         is_world = jnp.any(ctx.task_ids[..., None] == world, axis=-1)
         is_world = jnp.einsum("bsn,bs->bn", hot, valid * is_world) > 0  # an example has one task
-        first = jnp.arange(E) < E // 2
+        open_ = jnp.ones(routing.gates.shape[-1], bool) & permitted(ctx.allowed)
+        first = jnp.cumsum(open_, axis=-1) <= jnp.sum(open_, axis=-1, keepdims=True) // 2  # half of those permitted
         match = (is_world[..., None] == first) != self.invert_type
-        there = (tokens > 0)[..., None] & permitted(ctx.allowed)
+        there = (tokens > 0)[..., None] & open_
         return {
             "Q": jnp.einsum("bsn,bse->bne", hot, jnp.where(routing.valid[..., None], routing.gates, 0.0)),
             "factor": jnp.where(there, jnp.where(match, 1 + self.delta, 1 - self.delta), 0.0),

@@ -13,7 +13,7 @@ import numpy as np
 from launch import flags
 from molora_jax import config as schema
 from molora_jax.adapters import ADAPTERS
-from molora_jax.core.types import Context
+from molora_jax.core.types import Context, Routing
 from molora_jax.io.random_init import random_params
 from molora_jax.models.compile import compile_model
 from molora_jax.models.families import TINY
@@ -45,7 +45,8 @@ def from_probs(router, probs, **changes):
 def change(adapter, leaves, gates, x):
     """What one routed projection adds to W x = 0: `x [T, D_in]`, `gates [T, E]` -> `[T, D_out]`, as the model does."""
     rule = Rule("r", ("q",), (1,), adapter, router=object())
-    routing = type("", (), {"gates": gates})
+    gates = gates[None]
+    routing = Routing(gates, gates != 0, gates, gates, jnp.ones(gates.shape[:2], bool), k_max=gates.shape[-1])
     part = projection.part(rule, leaves, {}, routing, context(1, len(x)), x)
     return projection.project(jnp.zeros((x.shape[-1], leaves["B"].shape[-1])), None, x, [part])
 
