@@ -275,6 +275,16 @@ def _losses(config):
         yield from _member(where, loss, "losses", name=name)
         if name in members("losses") and attribute("losses", name, "ROUTING") is not False and not routed:
             yield wrong(where, "a loss on routing", "a rule with a router", "Remove the loss or add a router.")
+        yield from _task_names(where, name, loss, _split(config["data"].get("tasks")))
+
+
+def _task_names(where, name, loss, tasks):
+    """Options that a loss declares as task names (`TASKS`) are entries of data.tasks."""
+    for option in attribute("losses", name, "TASKS") or () if isinstance(loss, dict) else ():
+        for task in _split(loss.get(option, options("losses", name)[option].default)):
+            if task not in tasks:
+                expected = f"tasks among data.tasks = {','.join(tasks)}"
+                yield wrong(f"{where}.{option}", repr(task), expected, did_you_mean(task, tasks))
 
 
 def _engine(config):

@@ -53,6 +53,12 @@ def below(high):
     return Field(float, f"in [0, {high})", lambda value: 0 <= value < high)
 
 
+def within(low, high=None):
+    """A closed interval, as a member states it."""
+    text = f">= {low}" if high is None else f"in [{low}, {high}]"
+    return Field(type(low), text, lambda value: low <= value and (high is None or value <= high))
+
+
 def choice(*names):
     return Field(str, "among " + ", ".join(map(repr, names)), lambda value: value in names)
 

@@ -2,7 +2,8 @@
 
 A member is `molora_jax/<axis>/<name>.py`; its options are the annotated fields of the one dataclass in that file and of
 the base classes in the same folder. So a new member needs no row in a table, and a wrong config is refused before jax
-is loaded. A member states allowed values with `over: Literal["site", "layer"] = "site"`.
+is loaded. A member states allowed values with `over: Literal["site", "layer"] = "site"`, and the range of a number with
+`LIMITS: ClassVar = {"q": (0.01, 2.0)}` (closed; None is no bound).
 """
 
 import ast
@@ -10,7 +11,7 @@ import dataclasses
 import functools
 import pathlib
 
-from molora_jax.config_fields import RANGES, REQUIRED, Field, choice, wrong
+from molora_jax.config_fields import RANGES, REQUIRED, Field, choice, within, wrong
 
 PACKAGE = pathlib.Path(__file__).parent
 NOT_MEMBERS = ("__init__", "base")
@@ -34,10 +35,10 @@ def unlisted(axis, name):
 def options(axis, name):
     """{option: Field} of a member, with those of its base class in `base.py` or another member's file."""
     ranges = {**RANGES.get(axis, {}), **RANGES.get(f"{axis}.{name}", {})}
-    fields = {}
+    fields, limits = {}, attribute(axis, name, "LIMITS") or {}
     for option, (annotation, default) in _annotations(axis, name).items():
         field = _field(f"molora_jax/{axis}/{name}.py, field {option}", annotation, default)
-        limit = ranges.get(option)
+        limit = within(*limits[option]) if option in limits else ranges.get(option)
         if limit is not None and limit.kind is field.kind and not field.expected:
             field = dataclasses.replace(limit, default=field.default)
         elif limit is not None and (limit.kind, field.kind) in ((int, float), (float, int)):

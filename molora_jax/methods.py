@@ -75,6 +75,33 @@ def x_lora(decoder: DecoderConfig) -> int:
     return decoder.layers * 9 * (low_rank(decoder, sites, 16) + len(sites) * (decoder.width + 1))
 
 
+def dynmole(decoder: DecoderConfig) -> int:
+    """Six pairs of rank 24 and one router `[6, D_in]` on gate, up and down."""
+    return decoder.layers * 6 * (low_rank(decoder, FFN, 24) + sum(decoder.dims(site)[0] for site in FFN))
+
+
+def smora(decoder: DecoderConfig) -> int:
+    """One LoRA of rank 64 and one router `[64, D_in]` on each projection."""
+    return decoder.layers * (low_rank(decoder, PROJECTIONS, 64) + 64 * sum(decoder.dims(s)[0] for s in PROJECTIONS))
+
+
+def loramoe(decoder: DecoderConfig) -> int:
+    """Six pairs of rank 4 and one router `[6, D_in]` on gate, up and down."""
+    return decoder.layers * 6 * (low_rank(decoder, FFN, 4) + sum(decoder.dims(site)[0] for site in FFN))
+
+
+def rmoe(decoder: DecoderConfig) -> int:
+    """MixLoRA's with the router `L P D + 6 P^2 + 6 P + L P E` in place of `L D E`; P = 128, E = 8."""
+    L, D, P, E = decoder.layers, decoder.width, 128, 8
+    return ffn_experts(decoder) - L * D * E + L * P * D + 6 * P * P + 6 * P + L * P * E
+
+
+def llava_mole(decoder: DecoderConfig) -> int:
+    """LoRA of rank 32 on attention, three such triplets on the FFN, one router `[3, D]` with a bias a layer."""
+    ffn = 3 * (low_rank(decoder, FFN, 32) + decoder.width + 1)
+    return decoder.layers * (low_rank(decoder, ATTENTION, 32) + ffn)
+
+
 METHODS = {
     "lora": Method(
         config="configs/lora.py",
@@ -176,6 +203,51 @@ METHODS = {
         equation="y = W x + s sum_a softmax(V_l h)_a B_a A_a x, h = base(tokens)",
         differs="top-k softmax per token, not over the batch; a KV cache for both passes",
         params=x_lora,
+    ),
+    "dynmole": Method(
+        config="configs/dynmole.py",
+        title="DynMoLE",
+        paper="2504.00661",
+        axes="router `entropy_hybrid`, loss `entropy` of kind `tsallis`, loss `balance` with soft counts",
+        equation="y = W x + s sum_i g_i B_i A_i x, g = p on all if S_q(p) / max S_q > H, else on top-p or the first k",
+        differs="padding is not in the entropy loss; counts of the balance loss may be hard",
+        params=dynmole,
+    ),
+    "smora": Method(
+        config="configs/smora.py",
+        title="SMoRA",
+        paper="2501.15103",
+        axes="router `sigmoid_topk`, whose load bias is state; experts of rank 1",
+        equation="y = W x + (alpha / k) sum_{i in I} g_i b_i a_i^T x, I = top k of sigmoid(W_r x) + bias, sum g = k",
+        differs="alpha is given divided by k; the load is counted once a step, without padding",
+        params=smora,
+    ),
+    "loramoe": Method(
+        config="configs/loramoe.py",
+        title="LoRAMoE",
+        paper="2312.09979",
+        axes="router `softmax_topk` with k=0 (dense), loss `localized_balance`",
+        equation="y = W x + s sum_i p_i B_i A_i x; l = var(I Q) / mean(I Q)^2",
+        differs="the loss is on (the script sets its weight to 0), without padding; one dropout mask for all experts",
+        params=loramoe,
+    ),
+    "rmoe": Method(
+        config="configs/rmoe.py",
+        title="RMoE",
+        paper="2408.06793",
+        axes="router `recurrent`: a carry through the layers and a GRU that they share",
+        equation="h_i = GRU(V_i x, h_{i-1}), w = top 2 of softmax(G_i h_i), experts as MixLoRA's",
+        differs="LoRA experts on a frozen model, not from scratch; gates not renormalised (the paper; the code does)",
+        params=rmoe,
+    ),
+    "llava_mole": Method(
+        config="configs/llava_mole.py",
+        title="LLaVA-MoLE",
+        paper="2401.16160",
+        axes="router `top1`, shared by gate, up and down; loss `balance` per example over all layers",
+        equation="y = W x + s B_e A_e x, e = argmax softmax(W_r x + b), no gate factor",
+        differs="text only so far; the language-model loss gives the router no gradient, as there",
+        params=llava_mole,
     ),
 }
 

@@ -127,7 +127,9 @@ BAD = [
     ({"method.rules.ffn.load": ("missing_adapter",)}, "method.rules.ffn.load", "paths that exist"),
     ({f"{ROUTER}.k": 9}, f"{ROUTER}.k", "K > E"),
     ({"method.rules.ffn.experts": "1|8"}, f"{ROUTER}.k", "K > E"),
-    ({f"{ROUTER}.k": 0}, f"{ROUTER}.k", ">= 1"),
+    ({f"{ROUTER}.k": -1}, f"{ROUTER}.k", ">= 0"),  # 0 is all
+    ({ROUTER: dict(name="entropy_hybrid", q=3.0)}, f"{ROUTER}.q", "in [0.01, 2.0]"),
+    ({"losses.localized_balance": dict(world="math,fact")}, "losses.localized_balance.world", "among data.tasks"),
     ({ROUTER: {**TOP_P, "p": 0.0}}, f"{ROUTER}.p", "> 0"),
     ({ROUTER: {**TOP_P, "k": 2}}, f"{ROUTER}.k", "an option of top_p"),
     ({f"{ROUTER}.name": "softmax_topp"}, f"{ROUTER}.name", "'softmax_topk'"),

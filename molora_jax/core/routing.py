@@ -49,8 +49,10 @@ def top_k(score: Array, k: int) -> Array:
     return selected
 
 
-def top_p(probs: Array, p: float) -> Array:
+def top_p(probs: Array, p: float, *, crossing: bool = True) -> Array:
     """The shortest prefix of experts, by falling probability, whose sum passes p: the crossing expert included.
+
+    `crossing=False` leaves it out: those whose sum, their own share included, is at most p; maybe none (DynMoLE).
 
     Expert i is kept when the probability *before* it (of those ahead of it in the order) is at most p, so at least one
     is kept, and p >= 1 keeps all whatever the rounding. Ties: the lower index is ahead.
@@ -60,9 +62,11 @@ def top_p(probs: Array, p: float) -> Array:
         return jnp.ones(probs.shape, bool)
     order = jnp.argsort(-probs, axis=-1, stable=True)
     ranked = jnp.take_along_axis(probs, order, axis=-1)
-    before = jnp.cumsum(ranked, axis=-1) - ranked
+    mass = jnp.cumsum(ranked, axis=-1)
+    if crossing:
+        mass = mass - ranked
     rank = jnp.argsort(order, axis=-1, stable=True)
-    return jnp.take_along_axis(before <= p, rank, axis=-1)
+    return jnp.take_along_axis(mass <= p, rank, axis=-1)
 
 
 def finish(

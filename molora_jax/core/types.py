@@ -73,7 +73,8 @@ class Context:
     `allowed [E] | [B, E]` experts that may be chosen; `state` this router's mutable state; `carry` what the router
     handed on from the layer before; `base` the site's frozen kernel `[D_in, D_out]`; `signal` by rule, a router's
     declared model-level input `[B, S, *]`; `iteration` the pass inside a chain; `route` how a stage routes in the
-    routers' place ("": it does not).
+    routers' place ("": it does not); `tasks` the names behind `task_ids` (entries of `data.tasks`); `dropout` the rate
+    of the rule's adapter, for a router that reads its dropped input.
     """
 
     valid: Array
@@ -95,6 +96,8 @@ class Context:
     iteration: int = flax.struct.field(pytree_node=False, default=0)
     route: str = flax.struct.field(pytree_node=False, default="")
     max_segments: int = flax.struct.field(pytree_node=False, default=0)
+    tasks: tuple[str, ...] = flax.struct.field(pytree_node=False, default=())
+    dropout: float = flax.struct.field(pytree_node=False, default=0.0)
 
     def keyed(self, *tags: int) -> Array | None:
         """A key of its own for each use inside one call; None outside training."""

@@ -38,7 +38,10 @@ def compile_model(config, decoder: DecoderConfig, *, max_segments: int = 0) -> M
                 place=_member(NAMED, rule.placement) if "placement" in rule else None,
             )
         )
-    model = Model(decoder, tuple(rules), compile_losses(config), remat=config.train.remat, max_segments=max_segments)
+    model = Model(
+        decoder, tuple(rules), compile_losses(config), remat=config.train.remat, max_segments=max_segments,
+        tasks=tuple(name.strip() for name in config.data.tasks.split(",")),
+    )  # fmt: skip
     for rule in rules:
         rule.adapter.check(f"method.rules.{rule.name}.adapter", adapter_sites(decoder, rule, model.segments))
     return model

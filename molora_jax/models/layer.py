@@ -33,7 +33,7 @@ class Layer:
             key = jax.random.fold_in(jax.random.fold_in(self.ctx.key, rule.tag), rules_lib.site_tag(name))
             key = jax.random.fold_in(key, self.ctx.layer)
         site = rules_lib.site(self.config, name, self.segment, rule)
-        return self.ctx.replace(key=key, site=site, base=base)
+        return self.ctx.replace(key=key, site=site, base=base, dropout=rule.adapter.dropout)
 
     def enter(self, scope: str, x: Array) -> None:
         """Routes every rule that shares a decision over this sub-block. `x [B, S, D]`, after the norm."""

@@ -34,6 +34,7 @@ class Model:
     max_segments: int = 0
     engine: Engine = ALONE
     route: str = ""  # a stage's own routing: "task" is hard, by task id
+    tasks: tuple[str, ...] = ()  # the names behind `task_ids`
 
     @functools.cached_property
     def segments(self) -> tuple[rules_lib.Segment, ...]:
@@ -111,6 +112,7 @@ class Model:
             train=train,
             route=self.route,
             max_segments=self.max_segments or tokens.shape[1],
+            tasks=self.tasks,
         )
         carry = {
             rule.name: rule.router.init_carry(*tokens.shape)

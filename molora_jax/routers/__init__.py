@@ -1,7 +1,19 @@
 """Which experts does a token use, with what weight?"""
 
+from molora_jax.routers.entropy_hybrid import EntropyHybrid
+from molora_jax.routers.recurrent import Recurrent
+from molora_jax.routers.sigmoid_topk import SigmoidTopK
 from molora_jax.routers.softmax_topk import SoftmaxTopK
+from molora_jax.routers.top1 import Top1
 from molora_jax.routers.top_p import TopP
 from molora_jax.routers.x_lora import XLora
 
-ROUTERS = {"softmax_topk": SoftmaxTopK, "top_p": TopP, "x_lora": XLora}
+ROUTERS = {
+    "softmax_topk": SoftmaxTopK,
+    "top_p": TopP,
+    "entropy_hybrid": EntropyHybrid,
+    "sigmoid_topk": SigmoidTopK,
+    "recurrent": Recurrent,
+    "top1": Top1,
+    "x_lora": XLora,
+}

@@ -6,6 +6,7 @@ B batch, S sequence, D width, E experts, K active.
 """
 
 import dataclasses
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -16,14 +17,18 @@ from molora_jax.routers.base import Router
 
 @dataclasses.dataclass(frozen=True)
 class SoftmaxTopK(Router):
-    """`renormalise=False` keeps `g = p` (Switch); `jitter` multiplies the input by U(1-j, 1+j) in training."""
+    """`k=0` is all experts, a dense softmax (LoRAMoE); `renormalise=False` keeps `g = p` (Switch); `jitter` multiplies
+    the input by U(1-j, 1+j) in training.
+    """
 
     k: int = 2
     renormalise: bool = True
     jitter: float = 0.0
 
+    LIMITS: ClassVar = {"k": (0, None)}
+
     def k_max(self, experts):
-        return min(self.k, experts)
+        return min(self.k or experts, experts)
 
     def route(self, p, shared, x, ctx):
         if self.jitter and ctx.train:
@@ -33,7 +38,7 @@ class SoftmaxTopK(Router):
             x = x * noise.astype(x.dtype)
         z = routing.logits(p["W"], x)
         probs = routing.softmax(z, ctx.allowed)
-        selected = routing.top_k(probs, self.k)
+        selected = routing.top_k(probs, self.k_max(z.shape[-1]))
         gates = jnp.where(selected, probs, 0.0)
         if self.renormalise:
             gates = gates / jnp.sum(gates, axis=-1, keepdims=True)

@@ -40,6 +40,13 @@ ROUTERS = {"none": None, "softmax_topk": dict(name="softmax_topk", k=2), "top_p"
 PLACEMENTS = {"projection": "q,k,v,o,gate,up,down", "ffn": "ffn"}
 INITS = ("kaiming", "pissa")
 PRODUCT = tuple(itertools.product(ADAPTERS, ROUTERS, PLACEMENTS, INITS))
+MORE_ROUTERS = {  # of single methods: in the product by shapes, and run with `--all`
+    "entropy_hybrid": dict(name="entropy_hybrid", k=1, p=0.6, threshold=0.8),
+    "sigmoid_topk": dict(name="sigmoid_topk", k=2, bias_rate=1e-3),
+    "recurrent": dict(name="recurrent", k=2, hidden=5),
+    "top1": dict(name="top1", gated=True),
+}
+WIDE = PRODUCT + tuple(itertools.product(ADAPTERS, MORE_ROUTERS, PLACEMENTS, INITS))
 
 
 def batch(rows=8, length=12):
@@ -58,6 +65,7 @@ def batch(rows=8, length=12):
             out["positions"][row, here] = np.arange(len(ids) - 1)
             out["loss_weight"][row, at + len(prompt) - 1 : at + len(ids) - 1] = 1.0
             out["example_ids"][row, here] = 2 * row + segment
+            out["task_ids"][row, here] = 3 * (segment - 1)  # in the shipped mixture: morph, factbook
             at += len(ids) - 1
     return out
 
@@ -76,16 +84,17 @@ def base(decoder, dtype="float32"):
 
 def combination(adapter, router, placement, init, **changes):
     """The config of one point of the product; `changes` are dotted fields."""
+    options = (ROUTERS | MORE_ROUTERS)[router]
     rule = common.rule(
         PLACEMENTS[placement],
         adapter=common.adapter(adapter, rank=3, alpha=6.0, dropout=0.0, init=init),
-        experts="4" if ROUTERS[router] else "1",
-        router=ROUTERS[router] and dict(ROUTERS[router]),
+        experts="4" if options else "1",
+        router=options and dict(options),
         down="per_expert" if adapter == "dora" and placement == "ffn" else "once",
     )
     config = common.get_config()
     config.method.rules = dict(mix=rule)
-    if ROUTERS[router]:
+    if options:
         config.losses = dict(balance=common.balance(weight=0.1), entropy=dict(weight=0.05))
     return changed(config, {"base.source": "random:tiny", "optim.warmup": 0, **changes})
 

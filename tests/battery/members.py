@@ -19,7 +19,8 @@ class Routers:
         zeros = np.zeros_like(batch["tokens"])
         names = ("segment_ids", "positions", "task_ids", "example_ids")
         ids = [jnp.asarray(batch.get(name, zeros)) for name in names]
-        self.plain = Context(ids[0] > 0, *ids, max_segments=model.max_segments or batch["tokens"].shape[1])
+        segments = model.max_segments or batch["tokens"].shape[1]
+        self.plain = Context(ids[0] > 0, *ids, max_segments=segments, tasks=model.tasks)
         self.carry = {r.name: r.router.init_carry(*zeros.shape) for r in model.rules if r.router is not None}
 
     def _segment(self, layer):

@@ -65,7 +65,7 @@ def route(xp, router, leaves, x, batch):
     order = xp.argsort(-probs, axis=-1)
     rank = xp.argsort(order, axis=-1)
     if type(router).__name__ == "SoftmaxTopK":
-        keep = rank < router.k
+        keep = rank < (router.k or probs.shape[-1])
     else:
         mass = xp.cumsum(xp.take_along_axis(probs, order, axis=-1), axis=-1)
         t = xp.sum(mass <= router.p, axis=-1, keepdims=True) + 1
@@ -130,7 +130,8 @@ def forward(xp, model, params, adapters, batch):
                     decisions[key] = route(xp, rule.router, own, x, batch)
                 else:
                     made = routers.route(xp, rule, leaves, scope, x, layer)
-                    decisions[key] = Decision(*made[:4], rows_of(batch), *made[4:])
+                    valid = batch["segment_ids"] > 0  # numpy: known while jax traces
+                    decisions[key] = Decision(*made[:3], valid, rows_of(batch), *made[4:])
             return decisions[key].gates
 
         def weights(rule, leaves, site, W, layer=layer):
@@ -215,10 +216,10 @@ def balance(xp, decisions, option):
     values = []
     for parts in groups.values():
         *arrays, rows = zip(*parts, strict=True)
-        (probs, chosen, selected), rows = map(xp.concatenate, arrays), np.concatenate(rows)
-        each = []
-        for example in np.unique(np.asarray(rows)) if option.per_example else [None]:
-            mine = np.ones(len(rows), bool) if example is None else np.asarray(rows) == example
+        probs, chosen, selected = map(xp.concatenate, arrays)
+        rows, each = np.concatenate(rows), []  # numpy: known while jax traces
+        for example in np.unique(rows) if option.per_example else [None]:
+            mine = np.ones(len(rows), bool) if example is None else rows == example
             whole = xp.sum(selected[mine]) if option.normalise == "slots" else mine.sum()
             f, P = xp.sum(chosen[mine], axis=0) / whole, xp.mean(probs[mine], axis=0)
             each.append((probs.shape[-1] if option.times_experts else 1) * xp.sum(f * P))
@@ -237,6 +238,7 @@ def loss(xp, model, params, adapters, batch):
     known = {"balance": balance, "entropy": entropy}
     total = nll(xp, params, hidden, batch)
     for name, member in model.losses:
-        found = known[name](xp, decisions, member) if name in known else members.loss(model, member, decisions, batch)
+        written = name in known and getattr(member, "kind", "shannon") == "shannon"
+        found = known[name](xp, decisions, member) if written else members.loss(model, member, decisions, batch)
         total = total + member.weight * found
     return total

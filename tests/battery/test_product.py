@@ -12,7 +12,7 @@ from molora_jax.errors import InputError
 from molora_jax.train import trees
 from molora_jax.train.step import fresh
 from tests.battery import reference
-from tests.battery.cases import BATCH, PRODUCT, SMALL, Case, combination, mesh8, random_adapters
+from tests.battery.cases import BATCH, PRODUCT, SMALL, WIDE, Case, combination, mesh8, random_adapters
 from tests.battery.checks import check_gradients, check_step, check_tree, matches
 
 
@@ -31,9 +31,9 @@ def pairwise(product):
 
 
 COVER = pairwise(PRODUCT)
-every = pytest.mark.parametrize("point", PRODUCT, ids="-".join)
+every = pytest.mark.parametrize("point", WIDE, ids="-".join)
 covered = pytest.mark.parametrize(
-    "point", [pytest.param(p, marks=[] if p in COVER else [pytest.mark.slow], id="-".join(p)) for p in PRODUCT]
+    "point", [pytest.param(p, marks=[] if p in COVER else [pytest.mark.slow], id="-".join(p)) for p in WIDE]
 )
 
 

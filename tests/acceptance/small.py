@@ -1,0 +1,115 @@
+"""What acceptance tests run on: one router by itself, one routed projection, and a config on a decoder of two layers.
+
+B = 4 rows, S = 10 positions: two packed examples and two positions of padding a row. D width, E experts.
+"""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from launch import flags
+from molora_jax import config as schema
+from molora_jax.adapters import ADAPTERS
+from molora_jax.core.types import Context, Routing
+from molora_jax.io.random_init import random_params
+from molora_jax.models.compile import compile_model
+from molora_jax.models.families import TINY
+from molora_jax.placements import projection
+from molora_jax.rules import Rule
+from molora_jax.train.objective import lm
+
+DECODER = dataclasses.replace(TINY, layers=2, width=32, ffn_width=48, heads=2, kv_heads=1, head_dim=16, vocab=64)
+B, S = 4, 10
+
+
+def context(batch=1, length=6, **changes):
+    """A router's context: no padding, one example a row."""
+    ones = jnp.ones((batch, length), jnp.int32)
+    places = jnp.broadcast_to(jnp.arange(length), (batch, length))
+    base = Context(valid=ones > 0, segment_ids=ones, positions=places, task_ids=0 * ones, example_ids=0 * ones,
+                   max_segments=1, state={})  # fmt: skip
+    return base.replace(**changes)
+
+
+def from_probs(router, probs, **changes):
+    """The decision for given probabilities `[E]` or `[T, E]`: the router reads their logarithms through an identity."""
+    probs = jnp.atleast_2d(jnp.asarray(probs, jnp.float32))
+    E = probs.shape[-1]
+    x = jnp.log(jnp.maximum(probs, 1e-30))[None]
+    return router.route({"W": jnp.eye(E)}, {}, x, context(1, len(probs), **changes))[0]
+
+
+def change(adapter, leaves, gates, x):
+    """What one routed projection adds to W x = 0: `x [T, D_in]`, `gates [T, E]` -> `[T, D_out]`, as the model does."""
+    rule = Rule("r", ("q",), (1,), adapter, router=object())
+    gates = gates[None]
+    routing = Routing(gates, gates != 0, gates, gates, jnp.ones(gates.shape[:2], bool), k_max=gates.shape[-1])
+    part = projection.part(rule, leaves, {}, routing, context(1, len(x)), x)
+    return projection.project(jnp.zeros((x.shape[-1], leaves["B"].shape[-1])), None, x, [part])
+
+
+def lora(rank, alpha):
+    return ADAPTERS["lora"](rank=rank, alpha=alpha, dropout=0.0)
+
+
+def factors(E, rank, d_in=16, d_out=24, seed=0):
+    rng = np.random.default_rng(seed)
+    normal = lambda *shape: jnp.asarray(rng.standard_normal(shape), jnp.float32)  # noqa: E731
+    return {"A": normal(E, rank, d_in) / 4, "B": normal(E, rank, d_out) / 4}
+
+
+def config(name, **changes):
+    """`configs/NAME.py` on random weights, without dropout; `changes` are dotted fields with `__` for the dot."""
+    made = flags.load(flags.ROOT / "configs" / f"{name}.py")
+    changes = {"base.source": "random:tiny"} | {k.replace("__", "."): v for k, v in changes.items()}
+    with made.unlocked():
+        for rule in made.method.rules.values():
+            rule.adapter.dropout = 0.0
+        for path, value in changes.items():
+            group, _, key = path.rpartition(".")
+            functools.reduce(lambda node, part: node[part], filter(None, group.split(".")), made)[key] = value
+    schema.validate(made)
+    return made
+
+
+def build(name, *, layers=2, **changes):
+    """`(model, params, adapters, router_state)`: every leaf random, so that no expert is silent."""
+    decoder = dataclasses.replace(DECODER, layers=layers)
+    model = compile_model(config(name, **changes), decoder, max_segments=2)
+    params = jax.tree.map(jnp.asarray, random_params(decoder, seed=1, dtype="float32")[0])
+    fresh = jax.jit(model.init_adapters)(jax.random.key(0), params)
+    rng = np.random.default_rng(0)
+    noise = lambda x: x + 0.2 * rng.standard_normal(x.shape).astype(np.float32)  # noqa: E731
+    return model, params, jax.tree.map(noise, jax.device_get(fresh)), model.init_router_state()
+
+
+def batch(seed=0):
+    """Tokens at random; the first example of a row has task 3 (factbook), the second task 0."""
+    rng = np.random.default_rng(seed)
+    tokens = rng.integers(0, DECODER.vocab, (B, S)).astype(np.int32)
+    segment = np.repeat([[1] * 5 + [2] * 3 + [0] * 2], B, axis=0).astype(np.int32)
+    segment[1] = [1] * 3 + [2] * 4 + [0] * 3  # rows differ
+    return dict(
+        tokens=tokens, targets=np.roll(tokens, -1, axis=1), segment_ids=segment,
+        positions=np.concatenate([np.r_[:5], np.r_[:3], np.r_[:2]])[None].repeat(B, 0).astype(np.int32),
+        loss_weight=(segment > 0).astype(np.float32), task_ids=np.where(segment == 1, 3, 0).astype(np.int32),
+        example_ids=(segment + 2 * np.arange(B)[:, None]).astype(np.int32),
+    )  # fmt: skip
+
+
+def lm_loss(model, params, adapters, state, data):
+    hidden, stats, _, _ = model.hidden(params, adapters, state, data)
+    return lm(model, params, hidden, data, S) / jnp.sum(data["loss_weight"]), stats
+
+
+def lm_gradient(model, params, adapters, state, data):
+    """Of the language-model loss alone."""
+    return jax.jit(jax.grad(lambda a: lm_loss(model, params, a, state, data)[0]))(adapters)
+
+
+def gates(model, params, adapters, state, data, **options):
+    """`{rule: {segment: {scope: [L, B, S, E]}}}`."""
+    return jax.jit(lambda a: model.hidden(params, a, state, data, collect=True, **options)[3])(adapters)
