@@ -23,7 +23,7 @@ class Method:
 
     config: str
     title: str
-    paper: str  # arXiv id
+    paper: str  # arXiv id; "" for a method of your own
     axes: str  # what is its own, by axis
     equation: str
     params: Callable[[DecoderConfig], int]
@@ -126,7 +126,7 @@ METHODS = {
         title="DoRA",
         paper="2402.09353",
         axes="adapter `dora`",
-        equation="y = m (W + s B A) / \\|\\|W + s B A\\|\\|_row x",
+        equation="y = m (W + s B A) / ||W + s B A||_row x",
         differs="with dropout, the base term keeps the undropped input",
         params=dora,
     ),
@@ -162,7 +162,7 @@ METHODS = {
         config="configs/mola.py",
         title="MoLA",
         paper="2402.08562",
-        axes='placement `projection` with `experts="2\\|4\\|6\\|8"`, loss `balance` over a layer',
+        axes='placement `projection` with `experts="2|4|6|8"`, loss `balance` over a layer',
         equation="y = W x + s sum_k w_k B_k A_k x, a router a projection",
         differs="padding is neither routed nor counted",
         params=mola,
@@ -253,19 +253,33 @@ METHODS = {
 
 
 def methods_table() -> str:
-    """The table of the README, in Markdown."""
+    """The table of `docs/methods.md`, in Markdown."""
     rows = ["| method | paper | its own on the axes | equation | differs from the paper's code | config |"]
     rows.append("|---|---|---|---|---|---|")
-    for method in METHODS.values():
-        changes = "".join(f" `--config.{field}={value}`" for field, value in method.overrides.items())
-        paper = f"[{method.paper}](https://arxiv.org/abs/{method.paper})"
-        cells = (
-            method.title,
-            paper,
-            method.axes,
-            method.equation,
-            method.differs or "-",
-            f"`{method.config}`{changes}",
-        )
-        rows.append(f"| {' | '.join(cells)} |")
+    for row in METHODS.values():
+        axes, equation, differs = (x.replace("|", "\\|") for x in (row.axes, row.equation, row.differs or "-"))
+        rows.append(f"| {row.title} | {_paper(row)} | {axes} | {equation} | {differs} | {_command(row)} |")
     return "\n".join(rows) + "\n"
+
+
+def readme_table() -> str:
+    """The table of the README: the same rows, fewer columns."""
+    rows = ["| method | paper | its own on the axes | run it with |", "|---|---|---|---|"]
+    for row in METHODS.values():
+        axes = row.axes.replace("|", "\\|")
+        rows.append(f"| {row.title} | {_paper(row)} | {axes} | {_command(row)} |")
+    return "\n".join(rows) + "\n"
+
+
+def _paper(row: Method) -> str:
+    return f"[{row.paper}](https://arxiv.org/abs/{row.paper})" if row.paper else "-"
+
+
+def _command(row: Method) -> str:
+    changes = "".join(f" --config.{field}={value}" for field, value in row.overrides.items())
+    return f"`--config={row.config}{changes}`"
+
+
+if __name__ == "__main__":  # python -m molora_jax.methods > docs/methods.md
+    print("# Methods\n\nMade by `python -m molora_jax.methods > docs/methods.md`.\n")
+    print(methods_table(), end="")

@@ -32,9 +32,9 @@ class Row:
     refused: str
 
 
-def factor_shapes(model, rule, name: str, segment, experts: int):
+def factor_shapes(model, rule, name: str, segment):
     """`Factors` of shapes of one projection in one layer."""
-    at = rules_lib.site(model.config, name, segment, experts)
+    at = rules_lib.site(model.config, name, segment, rule)
     W = jax.ShapeDtypeStruct((at.d_in, at.d_out), jnp.float32)
 
     def make(key, W):
@@ -48,10 +48,10 @@ def factor_shapes(model, rule, name: str, segment, experts: int):
 
 
 def routed(model):
-    """`(rule, segment, E, site)` of every routed site in every segment; an FFN is one site."""
+    """`(rule, segment, E, site)` of every routed site in every segment; an FFN is one site. A chain has no engine."""
     for r, rule in enumerate(model.rules):
         for segment in model.segments:
-            if rule.router is not None and segment.counts[r] > 1:
+            if rule.router is not None and segment.counts[r] > 1 and rule.placement != "chain":
                 for name in ("ffn",) if rule.placement == "ffn" else rule.sites:
                     yield rule, segment, segment.counts[r], name
 
@@ -60,7 +60,7 @@ def load(model, rule, segment, experts: int, name: str, *, on: Engine, tokens: i
     """The load of one site of one layer. `tokens` on one device; `itemsize`: bytes of an activation's number."""
     ways, leaves, rank = on.ways("tensor"), [], 0
     for site in rule.projections if name == "ffn" else (name,):
-        factors = factor_shapes(model, rule, site, segment, experts)
+        factors = factor_shapes(model, rule, site, segment)
         rank = factors.A.shape[1]
         for leaf, at_input in ((factors.A, True), (factors.B, False), (factors.out, False), (factors.inp, True)):
             if leaf is not None:
@@ -81,10 +81,10 @@ def load(model, rule, segment, experts: int, name: str, *, on: Engine, tokens: i
 def refusal(model, on: Engine) -> str:
     """Why the engine cannot serve the model's rules, "" where it can."""
     module = ENGINES[on.name]
-    for rule, segment, experts, name in routed(model):
+    for rule, segment, _, name in routed(model):
         adapter = type(rule.adapter)
         for site in rule.projections if name == "ffn" else (name,):
-            factors, latent = factor_shapes(model, rule, site, segment, experts), adapter.latent is not Adapter.latent
+            factors, latent = factor_shapes(model, rule, site, segment), adapter.latent is not Adapter.latent
             reason = module.refuses(factors, placement=rule.placement, latent=latent, on=on)
             if reason:
                 return f"{adapter.__name__} of rule {rule.name} on {name}: {reason}"
@@ -181,9 +181,9 @@ def resolve(model, *, engine: str, mesh, capacity: float, rank_space: bool, toke
 
 def _state_bytes(model) -> int:
     total = 0
-    for rule, segment, experts, name in routed(model):
+    for rule, segment, _, name in routed(model):
         for site in rule.projections if name == "ffn" else (name,):
-            leaves = jax.tree.leaves(factor_shapes(model, rule, site, segment, experts))
+            leaves = jax.tree.leaves(factor_shapes(model, rule, site, segment))
             total += sum(int(np.prod(leaf.shape)) for leaf in leaves) * len(segment.layers)
     return total * STATE_BYTES
 

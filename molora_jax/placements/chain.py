@@ -70,7 +70,7 @@ def apply(rule, p: dict, shared: dict, ctx, x, decide):
         with jax.named_scope(f"pass{t}"):
             at = ctx.replace(key=ctx.keyed(t), iteration=t)
             one = projection.part(rule, p, shared, decide(t, z), at, flat)
-            seen = flat if one.mask is None else flat * one.mask
+            seen = lowrank.dropped(flat, one.dropout, jnp.arange(len(flat)))
             latent = one.latent if phi is None else lambda a: phi(a if one.latent is None else one.latent(a))
             return lowrank.low_rank(seen, one.factors, one.gates, latent, one.slots).reshape(z.shape)
 

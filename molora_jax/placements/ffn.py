@@ -155,9 +155,7 @@ def per_slot(x: Array, g: Array, u: Array, one: Part, activation: str, down, row
     return mix, rest.astype(x.dtype)
 
 
-def apply(
-    x, g, u, parts: list[Part], activation: str, down, rows: Array, share=(0, 1), z=None
-) -> tuple[Array, Array]:
+def apply(x, g, u, parts: list[Part], activation: str, down, rows: Array, share=(0, 1), z=None) -> tuple[Array, Array]:
     """All `ffn` rules of a block together: `sum_rules sum_k w_k (h_k - h_0)` on top of h_0.
 
     `x [T, D]`, `g, u [T, F]`; `rows [T]` the tokens' place in the global batch (for dropout). Where g, u and the

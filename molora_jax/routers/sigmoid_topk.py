@@ -48,8 +48,8 @@ class SigmoidTopK(Router):
 
     def route(self, p, shared, x, ctx):
         if self.input_dropout:
-            mask = lowrank.dropout_mask(ctx.keyed(), ctx.dropout, (x.shape[0] * x.shape[1], x.shape[2]), x.dtype)
-            x = x if mask is None else x * mask.reshape(x.shape)
+            flat = x.reshape(-1, x.shape[-1])
+            x = lowrank.dropped(flat, lowrank.dropout(ctx.keyed(), ctx.dropout), jnp.arange(len(flat))).reshape(x.shape)
         z = routing.logits(p["W"], x)
         mask = routing.permitted(ctx.allowed)
         score = jnp.where(mask, jax.nn.sigmoid(z), 0.0)

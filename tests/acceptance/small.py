@@ -12,6 +12,7 @@ import numpy as np
 
 from launch import flags
 from molora_jax import config as schema
+from molora_jax import engines
 from molora_jax.adapters import ADAPTERS
 from molora_jax.core.types import Context, Routing
 from molora_jax.io.random_init import random_params
@@ -48,7 +49,7 @@ def change(adapter, leaves, gates, x):
     gates = gates[None]
     routing = Routing(gates, gates != 0, gates, gates, jnp.ones(gates.shape[:2], bool), k_max=gates.shape[-1])
     part = projection.part(rule, leaves, {}, routing, context(1, len(x)), x)
-    return projection.project(jnp.zeros((x.shape[-1], leaves["B"].shape[-1])), None, x, [part])
+    return engines.project(engines.ALONE, "q", jnp.zeros((x.shape[-1], leaves["B"].shape[-1])), None, x, [part])[0]
 
 
 def lora(rank, alpha):
