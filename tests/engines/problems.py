@@ -49,12 +49,12 @@ def leaves(one: Rule, base, *, skew=0.0, seed=1):
     rng = np.random.default_rng(seed)
     tree = {}
     for name in one.projections:
-        at = site(CONFIG, name, SEGMENT, one.experts[0])
+        at = site(CONFIG, name, SEGMENT, one)
         shapes = jax.eval_shape(lambda at=at, name=name: one.adapter.init_leaves(jax.random.key(0), at, 0,
                                                                                base=base[name]))  # fmt: skip
         tree[name] = {k: jnp.asarray(rng.standard_normal(v.shape) / 3 + (k == "m"), v.dtype) for k, v in shapes.items()}
     for scope in one.scopes:
-        at = site(CONFIG, scope, SEGMENT, one.experts[0])
+        at = site(CONFIG, scope, SEGMENT, one)
         W = rng.standard_normal((at.experts, at.d_in)) * 0.5
         if skew:  # the input's first feature is constant
             W[:, 0] = -skew * np.arange(at.experts)
@@ -106,7 +106,7 @@ def value_and_grads(on, one, *, key=None, site_name=None, reference=False):
 def einsum(one: Rule, tree, base, x):
     """The mixture as it reads; gates by the rule's own router."""
     name = one.scopes[0]
-    at = site(CONFIG, name, SEGMENT, one.experts[0])
+    at = site(CONFIG, name, SEGMENT, one)
     zeros = jnp.zeros(x.shape[:2], jnp.int32)
     valid = jnp.ones(x.shape[:2], bool).at[0, -2:].set(False)
     ctx = Context(valid, valid.astype(jnp.int32), zeros, zeros, zeros, site=at, max_segments=2)
