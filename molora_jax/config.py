@@ -41,8 +41,10 @@ def check_model(config, num_layers, dims=None):
                 problems.append(wrong(f"{where}.sites", repr(site), f"a projection of this model: {', '.join(dims)}"))
                 continue
             rank, widths = rule["adapter"].get("rank"), dims and (dims[site] if isinstance(dims, dict) else dims(site))
-            if widths and rank and rank > min(widths):
-                expected = f"<= {min(widths)}, the smaller width of {site}"
+            pissa = rule["adapter"].get("init") == "pissa"  # takes singular vectors: there are min(widths)
+            most = widths and (min(widths) if pissa else max(widths))
+            if widths and rank and rank > most:
+                expected = f"<= {most}, the {'smaller' if pissa else 'larger'} width of {site}"
                 problems.append(wrong(f"{where}.adapter.rank", rank, expected, "Lower the rank."))
     raise_all(problems)
 

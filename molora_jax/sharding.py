@@ -120,9 +120,10 @@ def adapter_shardings(adapters, model, mesh: Mesh):
     }
 
     def one(path, leaf):
-        rule, segment, site, *_, name = (str(k.key) for k in path)
+        rule, segment, site, *_ = names = [str(k.key) for k in path]  # a shared leaf may end at its third name
         E, placement = experts.get((rule, segment), (0, ""))
-        whole = site == "router" or (model.engine.rank_space and placement == "projection" and name in ("A", "A0"))
+        kept = model.engine.rank_space and placement == "projection" and names[-1] in ("A", "A0")
+        whole = site == "router" or placement == "chain" or kept
         shared = not whole and len(leaf.shape) > 1 and leaf.shape[1] == E and model.engine.stored(E)
         return NamedSharding(mesh, P(None, "expert") if shared else P())
 
