@@ -52,7 +52,11 @@ def get_config():
             ),
             schedule=dict(s00=dict(steps=0, tasks="", freeze="", set=dict(), route="")),  # steps=0: to the end
             mesh=dict(data=-1, fsdp=1, expert=1, tensor=1),
-            engine="auto",
+            engine="auto",  # where experts live: replicate, gather, all_to_all, ragged_all_to_all (docs/parallelism.md)
+            expert_parallel=dict(
+                capacity=0.0,  # rows a device sends to each peer, times the mean; 0 never drops
+                rank_space=False,  # exchange rank-R rows: every device keeps all A
+            ),
             train=dict(
                 steps=200,
                 stop_after=0,  # absolute step at which to stop cleanly; the schedule is unchanged

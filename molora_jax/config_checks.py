@@ -230,11 +230,16 @@ def _losses(config):
 
 
 def _engine(config):
-    engine, names = config.get("engine"), tuple(sorted({*known.ENGINES, *members("engines")}))
+    engine, names = config.get("engine"), known.ENGINES
     if isinstance(engine, str) and engine not in names:
         planned = engine in known.ENGINES_PLANNED
         fix = f"{engine} is not available yet." if planned else did_you_mean(engine, names)
         yield wrong("engine", repr(engine), one_of(names), fix)
+    options = config["expert_parallel"]
+    for name in ("capacity", "rank_space"):
+        if engine in ("replicate", "gather") and options.get(name):
+            expected = f"0 with engine {engine!r}, which sends no tokens"
+            yield wrong(f"expert_parallel.{name}", options[name], expected, "Set engine to 'all_to_all' or 'auto'.")
 
 
 def _train(config):

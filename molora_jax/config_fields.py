@@ -16,8 +16,8 @@ ATTENTION, FFN = PROJECTIONS[:4], PROJECTIONS[4:]
 TASKS = ("morph", "translate", "emoji", "factbook", "sentiment", "topic", "dialog", "code", "math")
 BASE_PACKAGES = ("smollm2-135m-instruct",)
 BASE_RANDOM = ("tiny",)
-ENGINES = ("auto", "replicate")  # besides the files of molora_jax/engines
-ENGINES_PLANNED = ("gather", "all_to_all", "ragged_all_to_all")
+ENGINES = ("auto", "replicate", "gather", "all_to_all", "ragged_all_to_all")
+ENGINES_PLANNED = ("ring", "fssdp")
 MESH_AXES = ("data", "fsdp", "expert", "tensor")
 REQUIRED = object()
 
@@ -79,6 +79,7 @@ FIELDS = {
         **{axis: at_least(1) for axis in MESH_AXES[1:]},
     },
     "engine": TEXT,
+    "expert_parallel": {"capacity": at_least(0, float), "rank_space": Field(bool)},
     "train": {
         "steps": at_least(1),
         "stop_after": at_least(0),

@@ -32,6 +32,11 @@ def make_mesh(sizes: dict[str, int], devices=None) -> Mesh:
     return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
 
 
+def ways(mesh: Mesh, axes) -> int:
+    """The devices along some axes together."""
+    return int(np.prod([mesh.shape[a] for a in axes]))
+
+
 def paths(tree) -> list[str]:
     """`a/b/c` of every leaf, in tree order."""
     return ["/".join(str(k.key) for k in path) for path, _ in jax.tree_util.tree_leaves_with_path(tree)]
@@ -51,10 +56,10 @@ def param_shardings(params, mesh: Mesh):
             raise ValueError(f"no sharding pattern matches the parameter {name!r}; add one to molora_jax/sharding.py")
         for size, axes in zip(leaf.shape, spec, strict=False):
             axes = (axes,) if isinstance(axes, str) else axes or ()
-            ways = int(np.prod([mesh.shape[a] for a in axes]))
-            if size % ways:
+            parts = ways(mesh, axes)
+            if size % parts:
                 raise InputError(
-                    f"mesh.{axes[0]}", got=f"{ways} ways for {name} of {size}", expected=f"a divisor of {size}",
+                    f"mesh.{axes[0]}", got=f"{parts} ways for {name} of {size}", expected=f"a divisor of {size}",
                     fix="Choose a smaller axis, or give its devices to mesh.data.",
                 )  # fmt: skip
         return NamedSharding(mesh, spec)
@@ -100,3 +105,49 @@ def put(tree, shardings):
     if isinstance(shardings, NamedSharding):
         return jax.tree.map(lambda x: one(np.asarray(x), shardings), tree)
     return jax.tree.map(lambda x, s: one(np.asarray(x), s), tree, shardings)
+
+
+def adapter_shardings(adapters, model, mesh: Mesh):
+    """Shardings of a tree of adapters (or of their shapes): experts over `expert` where the engine keeps shares.
+
+    Leaves are `rule/segment/site/leaf [L, E, ...]`; routers and leaves that a rule shares are replicated, and so is a
+    leaf whose E the axis does not divide.
+    """
+    experts = {
+        (rule.name, segment.name): (E, rule.placement)
+        for segment in model.segments
+        for rule, E in zip(model.rules, segment.counts, strict=True)
+    }
+
+    def one(path, leaf):
+        rule, segment, site, *_, name = (str(k.key) for k in path)
+        E, placement = experts.get((rule, segment), (0, ""))
+        whole = site == "router" or (model.engine.rank_space and placement == "projection" and name in ("A", "A0"))
+        shared = not whole and len(leaf.shape) > 1 and leaf.shape[1] == E and model.engine.stored(E)
+        return NamedSharding(mesh, P(None, "expert") if shared else P())
+
+    return jax.tree_util.tree_map_with_path(one, adapters)
+
+
+def state_shardings(state, model, mesh: Mesh):
+    """Shardings of a training state (shapes): the optimizer's leaves lie where the leaves lie that they belong to.
+
+    An optimizer keeps trees of the adapters' structure: a leaf belongs to the adapter whose path its own ends with.
+    """
+    of = {
+        path: (leaf.shape, sharding)
+        for path, leaf, sharding in zip(
+            paths(state.adapters), jax.tree.leaves(state.adapters),
+            jax.tree.leaves(adapter_shardings(state.adapters, model, mesh)), strict=True,
+        )
+    }  # fmt: skip
+
+    def one(path, leaf):
+        names = [str(k.key) for k in path if isinstance(k, jax.tree_util.DictKey)]
+        for i in range(len(names)):
+            shape, sharding = of.get("/".join(names[i:]), (None, None))
+            if shape == leaf.shape:
+                return sharding
+        return replicated(mesh)
+
+    return jax.tree_util.tree_map_with_path(one, state)

@@ -162,7 +162,7 @@ BAD = [
     ({"train.accumulate": 0}, "train.accumulate", ">= 1"),
     ({"train.remat": "all"}, "train.remat", "'full'"),
     ({"train.init_from": "missing_run"}, "train.init_from", "no such folder"),
-    ({"engine": "all_to_all"}, "engine", "not available yet"),
+    ({"engine": "fssdp"}, "engine", "not available yet"),
     ({"engine": "replicat"}, "engine", "'replicate'"),
     ({"schedule": {}}, "schedule", "at least one stage"),
     ({"schedule.first": dict(steps=0, tasks="", freeze="", set={}, route="")}, "schedule.first", "s00"),

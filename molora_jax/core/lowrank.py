@@ -4,7 +4,9 @@ Every use of a base weight goes through `frozen_linear`, so that quantised bases
 T tokens, D width, E experts, K slots, R rank.
 """
 
+import flax.struct
 import jax
+import jax.extend
 import jax.numpy as jnp
 
 from kernels_pallas import grouped_expand, grouped_lora, grouped_shrink, low_rank_op, rank_gated
@@ -18,19 +20,38 @@ def frozen_linear(W: Array, x: Array) -> Array:
     return jnp.dot(x, W.astype(x.dtype), preferred_element_type=F32).astype(x.dtype)
 
 
-def dropout_mask(key: Array | None, rate: float, shape: tuple[int, ...], dtype) -> Array | None:
-    """A mask of 0 and 1/keep, or None where nothing is dropped.
+@flax.struct.dataclass
+class Dropout:
+    """One dropout mask, as the key that it follows from: any share of its rows and columns can be made anywhere."""
 
-    Two decisions come out of one 32-bit word: random bits are a visible part of a CPU step.
-    """
-    if key is None or rate == 0:
-        return None
-    *rest, last = shape
-    words = jax.random.bits(key, (*rest, (last + 1) // 2), jnp.uint32)
-    halves = jnp.concatenate([words & 0xFFFF, words >> 16], axis=-1)[..., :last]
-    drop = round(rate * 65536)
-    keep = 1 - drop / 65536
-    return jnp.where(halves >= drop, 1 / keep, 0.0).astype(dtype)
+    key: Array
+    rate: float = flax.struct.field(pytree_node=False)
+
+    def mask(self, rows: Array, width: int, dtype, *, share=(0, 1)) -> Array:
+        """0 or 1/keep for `rows [T]` (rows of the global batch), the share `(index, of)` of `width` columns.
+
+        A counter (row, column / 4) gives 64 random bits, hence four decisions: random bits are a visible part of a CPU
+        step, and `jax.random.bits` would make twice as many.
+        """
+        index, ways = share
+        quarter = -(-width // 4)
+        row = jnp.broadcast_to(rows.astype(jnp.uint32)[:, None], (len(rows), quarter))
+        column = jnp.broadcast_to(jnp.arange(quarter, dtype=jnp.uint32), row.shape)
+        a, b = jax.extend.random.threefry_2x32(jax.random.key_data(self.key)[:2], jnp.stack([row, column]))
+        bits = jnp.concatenate([a & 0xFFFF, a >> 16, b & 0xFFFF, b >> 16], axis=-1)
+        bits = jax.lax.dynamic_slice_in_dim(bits, index * (width // ways), width // ways, axis=1)
+        drop = round(self.rate * 65536)
+        return jnp.where(bits >= drop, 65536 / (65536 - drop), 0.0).astype(dtype)
+
+
+def dropout(key: Array | None, rate: float) -> Dropout | None:
+    """None where nothing is dropped."""
+    return None if key is None or rate == 0 else Dropout(key, rate)
+
+
+def dropped(x: Array, drop: Dropout | None, rows: Array, share=(0, 1)) -> Array:
+    """`x [T, D]` after dropout; `share`: which of how many shares of the columns x holds."""
+    return x if drop is None else x * drop.mask(rows, x.shape[1] * share[1], x.dtype, share=share)
 
 
 def shrink(x: Array, factors: Factors, latent=None) -> Array:

@@ -132,15 +132,19 @@ def load(total: dict[str, Array]) -> dict[str, Array]:
     """Load statistics from `sums` (any leading axes): the metrics of the contract.
 
     `load_max_over_mean` (1 is balanced, E is collapse), `entropy` (of the probabilities, nats a token), `top1_share`
-    (largest share of tokens whose strongest expert is the same), `active_experts` (a token), `clipped_share`.
+    (largest share of tokens whose strongest expert is the same), `active_experts` (a token), `clipped_share`;
+    `dropped_share` of the slots that an engine with a capacity was asked to send.
     """
     tokens = jnp.maximum(total["tokens"], 1.0)
     slots_ = jnp.maximum(total["slots"], 1.0)
     E = total["count"].shape[-1]
-    return {
+    out = {
         "load_max_over_mean": jnp.max(total["count"], axis=-1) * E / slots_,
         "entropy": total["entropy"] / tokens,
         "top1_share": jnp.max(total["top1"], axis=-1) / tokens,
         "active_experts": total["slots"] / tokens,
         "clipped_share": total["clipped"] / jnp.maximum(total["slots"] + total["clipped"], 1.0),
     }
+    if "dropped" in total:
+        out["dropped_share"] = total["dropped"] / jnp.maximum(total["sent"], 1.0)
+    return out

@@ -5,7 +5,9 @@ sub-block (`attn`, `ffn`; reused at o and down), or the whole model (`model`; de
 """
 
 import jax
+import jax.numpy as jnp
 
+from molora_jax import engines
 from molora_jax import rules as rules_lib
 from molora_jax.core import routing as routing_math
 from molora_jax.core.types import Array, Context
@@ -16,10 +18,13 @@ from molora_jax.placements import ffn, projection
 class Layer:
     """One layer of one trace. `rules` are (rule, experts) that act here; trees are this layer's slices by rule name."""
 
-    def __init__(self, config: DecoderConfig, segment, active, losses, trees, carry, ctx: Context, given, collect):
+    def __init__(
+        self, config: DecoderConfig, segment, active, losses, trees, carry, ctx: Context, given, collect, engine
+    ):
         self.config, self.segment, self.active, self.losses = config, segment, active, losses
         self.adapters, self.shared, self.state = trees
         self.carry, self.ctx, self.given, self.collect = dict(carry), ctx, given, collect
+        self.engine = engine
         self.decisions, self.stats, self.routings = {}, {}, {}
 
     def _context(self, rule, name: str, base=None, experts: int = 1) -> Context:
@@ -57,6 +62,8 @@ class Layer:
             "losses": {name: loss.stats(decision, ctx) for name, loss in self.losses},
             "router": sums,
         }
+        if self._counted(rule, decision.gates.shape[-1]):
+            self.stats[rule.name][scope]["load"] |= {"sent": jnp.float32(0), "dropped": jnp.float32(0)}
         if self.collect:
             self.routings.setdefault(rule.name, {})[scope] = decision.gates
 
@@ -69,18 +76,35 @@ class Layer:
         found = self.decisions.get((rule.name, scope))
         return self._route(rule, experts, scope, x) if found is None else found
 
-    def project(self, site: str, W: Array, bias: Array | None, x: Array) -> Array:
-        """A projection with every rule's change of it. `x [B, S, D_in]` -> `[B, S, D_out]`."""
+    def _counted(self, rule, experts) -> bool:
+        """Whether an engine may drop slots of this rule."""
+        on = self.engine
+        return bool(on.capacity) and on.moves_tokens and on.split(experts, rule.router is not None)
+
+    def _count(self, acting, site: str, counts) -> None:
+        for (rule, experts), one in zip(acting, counts, strict=True):
+            if one is not None and self._counted(rule, experts):
+                scope = rule.share if rule.share in rules_lib.SCOPES else site
+                load, total = self.stats[rule.name][scope]["load"], jax.lax.stop_gradient(one).sum(axis=0)
+                load["sent"], load["dropped"] = load["sent"] + total[0], load["dropped"] + total[1]
+
+    def project(self, site: str, W: Array, bias: Array | None, x: Array, rest: Array | None = None) -> Array:
+        """A projection with every rule's change of it, plus `rest` (see `engines.project`).
+
+        `x [B, S, D_in]` -> `[B, S, D_out]`.
+        """
         flat = x.reshape(-1, x.shape[-1])
+        acting = [(r, E) for r, E in self.active if r.placement == "projection" and site in r.sites]
         parts = []
-        for rule, experts in self.active:
-            if rule.placement == "projection" and site in rule.sites:
-                decision = self._decision(rule, experts, site, x)
-                ctx = self._context(rule, site, base=W, experts=experts)
-                leaves = self.adapters[rule.name].get(site, {})
-                parts.append(projection.part(rule, leaves, self.shared.get(rule.name, {}), decision, ctx, flat))
+        for rule, experts in acting:
+            decision = self._decision(rule, experts, site, x)
+            ctx = self._context(rule, site, base=W, experts=experts)
+            leaves = self.adapters[rule.name].get(site, {})
+            parts.append(projection.part(rule, leaves, self.shared.get(rule.name, {}), decision, ctx, flat))
         with jax.named_scope(site):
-            return projection.project(W, bias, flat, parts).reshape(*x.shape[:-1], -1)
+            y, counts = engines.project(self.engine, site, W, bias, flat, parts, rest)
+        self._count(acting, site, counts)
+        return y.reshape(*x.shape[:-1], -1)
 
     def feed_forward(self, x: Array, g: Array, u: Array, weights: dict, act: str) -> Array:
         """From the shared gate and up projections `[B, S, F]` to the block's output `[B, S, D]`.
@@ -88,18 +112,17 @@ class Layer:
         `weights` holds the frozen kernels of gate, up and down.
         """
         W_down, b_down = weights["down"]
+        acting = [(r, E) for r, E in self.active if r.placement == "ffn"]
+        if not acting:
+            return self.project("down", W_down, b_down, ffn.ACTIVATIONS[act](g) * u)
+        kernels = {s: weights[s][0] for s in ffn.SITES}
         flat = [a.reshape(-1, a.shape[-1]) for a in (x, g, u)]
         parts = []
-        for rule, experts in self.active:
-            if rule.placement == "ffn":
-                contexts = {s: self._context(rule, s, base=weights[s][0], experts=experts) for s in ffn.SITES}
-                shared, decision = self.shared.get(rule.name, {}), self._decision(rule, experts, "ffn", x)
-                leaves = self.adapters[rule.name]
-                parts.append(ffn.part(rule, leaves, shared, decision, contexts, flat[0], self.config.ffn_width))
-        if not parts:
-            mix, rest = ffn.ACTIVATIONS[act](g) * u, 0.0
-        else:
-            with jax.named_scope("experts"):
-                mix, rest = ffn.apply(*flat, parts, act, lambda h: projection.project(W_down, None, h, []))
-            mix, rest = mix.reshape(g.shape), rest.reshape(x.shape)
-        return self.project("down", W_down, b_down, mix) + rest
+        for rule, experts in acting:
+            contexts = {s: self._context(rule, s, base=kernels[s], experts=experts) for s in ffn.SITES}
+            shared, decision = self.shared.get(rule.name, {}), self._decision(rule, experts, "ffn", x)
+            parts.append(ffn.part(rule, self.adapters[rule.name], shared, decision, contexts, flat[0]))
+        with jax.named_scope("experts"):
+            mix, rest, counts = engines.feed_forward(self.engine, *flat, kernels, parts, act)
+        self._count(acting, "ffn", counts)
+        return self.project("down", W_down, b_down, mix.reshape(g.shape), rest)

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 
 from molora_jax import rules as rules_lib
 from molora_jax.core.types import Array, Context, Site
+from molora_jax.engines import ALONE, Engine
 from molora_jax.models import stack
 from molora_jax.models.decoder import rms_norm
 from molora_jax.models.families import DecoderConfig
@@ -31,6 +32,7 @@ class Model:
     losses: tuple[tuple[str, Any], ...] = ()
     remat: str = "dots"
     max_segments: int = 0
+    engine: Engine = ALONE
 
     @functools.cached_property
     def segments(self) -> tuple[rules_lib.Segment, ...]:
@@ -199,7 +201,10 @@ class Model:
             own_state = jax.tree.map(pick, state.get(rule.name, {}).get("shared", {}))
             trees = ({rule.name: own}, {rule.name: shared}, {rule.name: own_state})
             carry = {rule.name: rule.router.init_carry(*x.shape[:2])}
-            layer = Layer(self.config, first, [(rule, E)], self.losses, trees, carry, ctx.replace(layer=0), {}, collect)
+            layer = Layer(
+                self.config, first, [(rule, E)], self.losses, trees, carry, ctx.replace(layer=0), {}, collect,
+                self.engine,
+            )  # fmt: skip
             layer.enter("model", x)
             given[rule.name] = layer.decisions[rule.name, "model"]
             lead = lambda tree: jax.tree.map(lambda v: v[None], tree)  # noqa: E731

@@ -52,7 +52,7 @@ def run(model, params, adapters, state, x, ctx: Context, *, mask, carry, given, 
             )
             layer = Layer(
                 model.config, segment, active, model.losses, (own, shared, own_state), carry,
-                ctx.replace(layer=index), given, collect,
+                ctx.replace(layer=index), given, collect, model.engine,
             )  # fmt: skip
             store = None
             if kv is not None:

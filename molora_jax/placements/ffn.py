@@ -10,8 +10,7 @@ to; the rule's `shrink=True` sets c = 0 and lets `sum w` shrink the base (MixLoR
 T tokens, D width, F FFN width, E experts, K slots, R rank.
 """
 
-import dataclasses
-
+import flax.struct
 import jax
 import jax.numpy as jnp
 
@@ -25,31 +24,36 @@ from molora_jax.placements.projection import latent_of
 SITES = ("gate", "up", "down")
 
 
-@dataclasses.dataclass(frozen=True)
+@flax.struct.dataclass
 class Part:
-    """One rule's experts: factors by site with the scale folded in, dropout masks by site, `idx, gates [T, K]`."""
+    """One rule's experts: factors (with the scale in them) and dropout by site, `idx, gates [T, K]`, `base [T]`."""
 
     factors: dict[str, Factors]
-    masks: dict[str, Array | None]
-    latents: dict[str, object]
+    dropout: dict[str, lowrank.Dropout | None]
     idx: Array
     gates: Array
     base: Array
-    per_expert: bool
+    routed: bool = flax.struct.field(pytree_node=False)
+    per_expert: bool = flax.struct.field(pytree_node=False)
+    latents: tuple = flax.struct.field(pytree_node=False)
+    experts: int = flax.struct.field(pytree_node=False)
+    shared_A: bool = flax.struct.field(pytree_node=False)
+
+    def latent(self, site: str):
+        return self.latents[SITES.index(site)]
 
 
-def part(rule, p: dict, shared: dict, routing, contexts: dict, x: Array, ffn_width: int) -> Part:
-    """`contexts` by site; `x [T, D]`. Without a router: one expert with weight 1."""
+def part(rule, p: dict, shared: dict, routing, contexts: dict, x: Array) -> Part:
+    """`contexts` by site; `x [T, D]` only gives the shape. Without a router: one expert with weight 1."""
     adapter, T = rule.adapter, len(x)
-    factors, masks, latents = {}, {}, {}
+    factors, dropout, latents = {}, {}, []
     for site in SITES:
         ctx = contexts[site]
         own = p.get(site, {})
         one = adapter.factors(own, shared, ctx)
         factors[site] = one.replace(B=one.B * adapter.scale())
-        width = ffn_width if site == "down" else x.shape[-1]
-        masks[site] = lowrank.dropout_mask(ctx.keyed(), adapter.dropout, (T, width), x.dtype)
-        latents[site] = latent_of(adapter, own, ctx)
+        dropout[site] = lowrank.dropout(ctx.keyed(), adapter.dropout)
+        latents.append(latent_of(adapter, own, ctx))
     if routing is None:
         idx, gates, base = jnp.zeros((T, 1), jnp.int32), jnp.ones((T, 1), jnp.float32), None
     else:
@@ -61,39 +65,44 @@ def part(rule, p: dict, shared: dict, routing, contexts: dict, x: Array, ffn_wid
         base = jnp.where(routing.valid.reshape(-1), base, 1.0)
     # one expert's W_d is applied once either way, but a row factor has to act after it
     per_expert = rule.down == "per_expert" or (routing is None and factors["down"].out is not None)
-    return Part(factors, masks, latents, idx, gates, base, per_expert)
+    E = factors["gate"].B.shape[0]
+    return Part(
+        factors, dropout, idx, gates, base,
+        routed=routing is not None, per_expert=per_expert, latents=tuple(latents),
+        experts=E, shared_A=factors["gate"].A.shape[0] == 1 < E,
+    )  # fmt: skip
 
 
-def _masked(x, mask):
-    return x if mask is None else x * mask.astype(x.dtype)
+def ranks(x: Array, one: Part, rows: Array) -> dict[str, Array]:
+    """Rank activations `[T, K, R]` of gate and up at the token's experts, from `x [T, D]`."""
+    z = {}
+    for site in ("gate", "up"):
+        seen = lowrank.dropped(x, one.dropout[site], rows)
+        z[site] = lowrank.shrink_slots(seen, one.factors[site], one.idx, one.latent(site)).astype(x.dtype)
+    return z
 
 
-def hidden(x: Array, g: Array, u: Array, one: Part, activation: str) -> tuple[Array, Array]:
+def hidden(z: dict, g: Array, u: Array, one: Part, activation: str, rows: Array, share) -> tuple[Array, Array]:
     """The mixed hidden state and the rank activations of the low-rank down path.
 
-    `x [T, D]`, `g, u [T, F]` shared projections -> `mix [T, F] = c h_0 + sum w_k h_k`, `z_d [T, K, R]`.
+    `z` from `ranks`, `g, u [T, F]` shared projections -> `mix [T, F] = c h_0 + sum w_k h_k`, `z_d [T, K, R]`.
     """
-    z = {
-        site: lowrank.shrink_slots(_masked(x, one.masks[site]), one.factors[site], one.idx, one.latents[site]).astype(
-            x.dtype
-        )
-        for site in ("gate", "up")
-    }
     B_g, B_u, A_d = one.factors["gate"].B, one.factors["up"].B, one.factors["down"].A
+    drop, ways = one.dropout["down"], share[1]
+    mask = None if drop is None else drop.mask(rows, g.shape[1] * ways, g.dtype, share=share)
     return routed_ffn(
-        g, u, z["gate"], z["up"], B_g, B_u, A_d, one.idx, one.gates, one.base,
-        activation=activation, mask=one.masks["down"],
-    )  # fmt: skip
+        g, u, z["gate"], z["up"], B_g, B_u, A_d, one.idx, one.gates, one.base, activation=activation, mask=mask
+    )
 
 
 def low_rank_down(z_d: Array, one: Part, dtype) -> Array:
     """`s sum_k w_k B_d[e_k] z_d[k]`: `[T, D]`."""
     factors, E = one.factors["down"], one.factors["down"].B.shape[0]
-    if one.latents["down"] is None and factors.mid is None:
+    if one.latent("down") is None and factors.mid is None:
         return lowrank.expand_slots(z_d, factors.B, one.idx, one.gates, dtype)
     z = lowrank.from_slots(z_d.astype(jnp.float32), one.idx, E)
-    if one.latents["down"] is not None:
-        z = one.latents["down"](z)
+    if one.latent("down") is not None:
+        z = one.latent("down")(z)
     if factors.mid is not None:
         z = jnp.einsum("ter,eqr->teq", z, factors.mid)
     gates = lowrank.from_slots(one.gates[..., None], one.idx, E)[..., 0]
@@ -105,7 +114,7 @@ def is_plain(one: Part) -> bool:
     return not one.per_expert and all(f.out is None and f.inp is None for f in one.factors.values())
 
 
-def per_slot(x: Array, g: Array, u: Array, one: Part, activation: str, down) -> tuple[Array, Array]:
+def per_slot(x: Array, g: Array, u: Array, one: Part, activation: str, down, rows, share) -> tuple[Array, Array]:
     """The general form: every slot's own h, row and column factors included, W_d per slot where asked for.
 
     `down(h [T, F]) -> [T, D]` applies the frozen W_d. Returns `mix [T, F]` still to be sent through W_d (zero beyond
@@ -122,7 +131,8 @@ def per_slot(x: Array, g: Array, u: Array, one: Part, activation: str, down) -> 
 
         def change(site, seen, base):
             f = one.factors[site]
-            y = lowrank.low_rank(_masked(seen, one.masks[site]), f, hot, one.latents[site])
+            seen = lowrank.dropped(seen, one.dropout[site], rows, share if site == "down" else (0, 1))
+            y = lowrank.low_rank(seen, f, hot, one.latent(site))
             return y if f.out is None else y + (base * lowrank.combine(f.out, hot)).astype(y.dtype)
 
         def scaled(site, seen):
@@ -145,18 +155,25 @@ def per_slot(x: Array, g: Array, u: Array, one: Part, activation: str, down) -> 
     return mix, rest.astype(x.dtype)
 
 
-def apply(x: Array, g: Array, u: Array, parts: list[Part], activation: str, down) -> tuple[Array, Array]:
+def apply(
+    x, g, u, parts: list[Part], activation: str, down, rows: Array, share=(0, 1), z=None
+) -> tuple[Array, Array]:
     """All `ffn` rules of a block together: `sum_rules sum_k w_k (h_k - h_0)` on top of h_0.
+
+    `x [T, D]`, `g, u [T, F]`; `rows [T]` the tokens' place in the global batch (for dropout). Where g, u and the
+    factors hold one `share` of F, `rest` is a partial sum, as the frozen W_d's product of `mix` is. `z`: `ranks` of
+    every part, where they are known.
 
     Returns `mix [T, F]` for the block's one frozen W_d, and `rest [T, D]` to add after it.
     """
     mixes, rest = [], jnp.zeros(x.shape, x.dtype)
-    for one in parts:
+    for i, one in enumerate(parts):
         if is_plain(one):
-            mix, z_d = hidden(x, g, u, one, activation)
+            known = ranks(x, one, rows) if z is None else z[i]
+            mix, z_d = hidden(known, g, u, one, activation, rows, share)
             more = low_rank_down(z_d, one, x.dtype)
         else:
-            mix, more = per_slot(x, g, u, one, activation, down)
+            mix, more = per_slot(x, g, u, one, activation, down, rows, share)
         mixes.append(mix)
         rest = rest + more
     mix = sum(mixes)

@@ -5,8 +5,7 @@
 Several rules on one projection add their changes. T tokens, D width, E experts.
 """
 
-import dataclasses
-
+import flax.struct
 import jax.numpy as jnp
 
 from molora_jax.adapters.base import Adapter
@@ -15,18 +14,24 @@ from molora_jax.core import routing as routing_math
 from molora_jax.core.types import Array, Context, Factors
 
 
-@dataclasses.dataclass(frozen=True)
+@flax.struct.dataclass
 class Part:
-    """One rule's share in one projection: `factors` with the scale folded in, `gates [T, E]`, dropout's `mask`.
+    """One rule's share in one projection: `factors` with the scale folded in, `gates [T, E]`, its dropout.
 
-    `slots` is the decision as `(idx, gates) [T, K]`, None where every expert may have a gate.
+    `slots` are `(idx [T, K], gates [T, K])`, None without a router; `shared_A`: all experts have one A.
     """
 
     factors: Factors
     gates: Array
-    mask: Array | None
-    latent: object
-    slots: tuple[Array, Array] | None = None
+    slots: tuple[Array, Array] | None
+    dropout: lowrank.Dropout | None
+    latent: object = flax.struct.field(pytree_node=False)
+    experts: int = flax.struct.field(pytree_node=False)
+    shared_A: bool = flax.struct.field(pytree_node=False)
+
+    @property
+    def routed(self) -> bool:
+        return self.slots is not None
 
 
 def part(rule, p: dict, shared: dict, routing, ctx: Context, x: Array) -> Part:
@@ -36,9 +41,10 @@ def part(rule, p: dict, shared: dict, routing, ctx: Context, x: Array) -> Part:
     factors = factors.replace(B=factors.B * adapter.scale())
     E = factors.B.shape[0]
     gates = jnp.ones((len(x), 1), jnp.float32) if routing is None else routing.gates.reshape(-1, E)
-    mask = lowrank.dropout_mask(ctx.keyed(), adapter.dropout, x.shape, x.dtype)
-    slots = None if routing is None or routing.k_max >= E else routing_math.slots(routing)
-    return Part(factors, gates, mask, latent_of(adapter, p, ctx), slots)
+    slots = None if routing is None else routing_math.slots(routing)
+    dropout = lowrank.dropout(ctx.keyed(), adapter.dropout)
+    shared_A = factors.A.shape[0] == 1 < E
+    return Part(factors, gates, slots, dropout, latent_of(adapter, p, ctx), E, shared_A)
 
 
 def latent_of(adapter, p, ctx):
@@ -48,8 +54,12 @@ def latent_of(adapter, p, ctx):
     return lambda z: adapter.latent(z, p, ctx)
 
 
-def project(W: Array, bias: Array | None, x: Array, parts: list[Part]) -> Array:
-    """`x [T, D_in]`, `W [D_in, D_out]` -> `[T, D_out]`: the frozen projection and every rule's change of it."""
+def project(W: Array, x: Array, parts: list[Part], rows: Array, share=(0, 1)) -> Array:
+    """`x [T, D_in]`, `W [D_in, D_out]` -> `[T, D_out]`: the frozen projection and every rule's change of it.
+
+    `rows [T]`: the tokens' place in the global batch (for dropout). Linear in the columns of x: where x, W's rows and
+    A hold one `share` of D_in, the sum over the shares is the projection.
+    """
     scaled = x
     for one in parts:
         if one.factors.inp is not None:
@@ -58,6 +68,7 @@ def project(W: Array, bias: Array | None, x: Array, parts: list[Part]) -> Array:
     for one in parts:
         if one.factors.out is not None:
             y = y + (base * lowrank.combine(one.factors.out, one.gates)).astype(y.dtype)
-        seen = x if one.mask is None else x * one.mask
-        y = y + lowrank.low_rank(seen, one.factors, one.gates, one.latent, one.slots)
-    return y if bias is None else y + bias.astype(y.dtype)
+        seen = lowrank.dropped(x, one.dropout, rows, share)
+        slots = one.slots if one.slots is not None and one.slots[0].shape[1] < one.experts else None
+        y = y + lowrank.low_rank(seen, one.factors, one.gates, one.latent, slots)
+    return y

@@ -72,12 +72,15 @@ class StageStep:
             accumulate=run.config.train.accumulate, clip=stage.config.train.clip,
             targets_per_row=run.data.train.targets_per_row, constrain=run.constrain,
         )  # fmt: skip
-        whole = sharding.replicated(run.mesh)
-        self.step = jax.jit(step, donate_argnums=0, out_shardings=(whole, whole))
+        key = jax.random.fold_in(jax.random.key(run.config.seed), 0x5EED)
+        self.start = lambda params: fresh(self.model, self.optimizer, params, self.frozen, key)
+        shapes = jax.eval_shape(self.start, run.params)
+        self.shardings = sharding.state_shardings(shapes, self.model, run.mesh)
+        self.shapes = jax.tree.map(
+            lambda s, where: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=where), shapes, self.shardings
+        )
+        self.step = jax.jit(step, donate_argnums=0, out_shardings=(self.shardings, sharding.replicated(run.mesh)))
         self.stream = run.data.train.for_tasks(stage.tasks) if stage.tasks else run.data.train
-
-    def start(self, model, params, key) -> TrainState:
-        return fresh(model, self.optimizer, params, self.frozen, key)
 
 
 class Run:
@@ -93,6 +96,8 @@ class Run:
             made.model,
             made.params,
         )
+        if made.engines:
+            note(made.engines)
         self.identity = workdir.check_identity(config_lib.to_dict(config), made.identity)
         workdir.write_config(config_lib.to_dict(config))
         self.constrain = sharding.constrain(self.mesh)
@@ -111,26 +116,19 @@ class Run:
     def restore_or_start(self) -> TrainState:
         step = self.checkpoints.newest_valid()
         stage = self.compiled(stages_lib.stage_at(self.stages, step or 0))
-        whole = sharding.replicated(self.mesh)
-        key = jax.random.fold_in(jax.random.key(self.config.seed), 0x5EED)
-        make = jax.jit(lambda p: stage.start(self.model, p, key), out_shardings=whole)
         if step is None:
-            state = make(self.params)
+            state = jax.jit(stage.start, out_shardings=stage.shardings)(self.params)
             if self.config.train.init_from:
                 old = warm_start.load_adapters(self.config.train.init_from)
-                new = warm_start.recut(old, jax.device_get(state.adapters))
-                state = dataclasses.replace(state, adapters=sharding.put(new, whole))
+                new = warm_start.recut(old, stage.shapes.adapters)
+                state = dataclasses.replace(state, adapters=sharding.put(new, stage.shardings.adapters))
             return state
-        shapes = jax.eval_shape(lambda p: stage.start(self.model, p, key), self.params)
-
-        def place(tree):
-            return jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=whole), tree)
-
+        shapes = stage.shapes
         template = {
-            "adapters": place(shapes.adapters),
-            "opt": place(shapes.opt),
-            "router_state": place(shapes.router_state),
-            "train": {"step": place(shapes.step), "skipped": place(shapes.skipped), "best": np.zeros((), np.float64)},
+            "adapters": shapes.adapters,
+            "opt": shapes.opt,
+            "router_state": shapes.router_state,
+            "train": {"step": shapes.step, "skipped": shapes.skipped, "best": np.zeros((), np.float64)},
         }
         items = self.checkpoints.restore(step, template)
         self.best = float(items["train"]["best"])
@@ -158,7 +156,7 @@ class Run:
         """The next stage's fresh optimizer state, placed as the old one."""
         compiled = self.compiled(stage)
         trainable, _ = trees.split(state.adapters, compiled.frozen)
-        opt = jax.jit(compiled.optimizer.init, out_shardings=sharding.replicated(self.mesh))(trainable)
+        opt = jax.jit(compiled.optimizer.init, out_shardings=compiled.shardings.opt)(trainable)
         return dataclasses.replace(state, opt=opt)
 
     # ---- evaluation ------------------------------------------------------------------------------------------------

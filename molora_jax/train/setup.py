@@ -8,6 +8,7 @@ import jax
 from molora_jax import config as config_lib
 from molora_jax import data as data_lib
 from molora_jax import sharding
+from molora_jax.engines import auto
 from molora_jax.errors import InputError
 from molora_jax.io.base import load_base
 from molora_jax.models.compile import compile_model
@@ -24,6 +25,7 @@ class Setup:
     data: Any
     model: Model
     params: dict
+    engines: str | None  # the table of engines, to print
 
     @property
     def identity(self) -> dict:
@@ -43,5 +45,17 @@ def setup(config, *, devices=None) -> Setup:
         )
     data = data_lib.build(config.data, tokenizer=base.tokenizer, batch_size=config.train.batch_size, seed=config.seed)
     model = compile_model(config, base.config, max_segments=data.train.max_segments)
+    model, engines = place(config, model, mesh)
     params = sharding.put(base.params, sharding.param_shardings(base.params, mesh))
-    return Setup(config, mesh, dataclasses.replace(base, params=None), data, model, params)
+    return Setup(config, mesh, dataclasses.replace(base, params=None), data, model, params, engines)
+
+
+def place(config, model: Model, mesh) -> tuple[Model, str | None]:
+    """The model with the config's engine, and the table of engines to print."""
+    rows = config.train.batch_size // config.train.accumulate // sharding.ways(mesh, sharding.ROWS)
+    on, text = auto.resolve(
+        model, engine=config.engine, mesh=mesh, capacity=config.expert_parallel.capacity,
+        rank_space=config.expert_parallel.rank_space, tokens=rows * config.data.seq_len,
+        itemsize=2 if config.base.dtype == "bfloat16" else 4,
+    )  # fmt: skip
+    return dataclasses.replace(model, engine=on), text

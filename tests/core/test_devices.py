@@ -15,7 +15,7 @@ from molora_jax.optim import OPTIMIZERS
 from molora_jax.train import trees
 from molora_jax.train.setup import setup
 from molora_jax.train.step import fresh, make_step
-from tests.battery.cases import QUICK, ROOT, changed
+from tests.battery.cases import ROOT, changed
 from tests.battery.checks import matches
 
 STEPS = 20
@@ -43,9 +43,9 @@ def run(config, num_devices, steps=STEPS):
         targets_per_row=made.data.train.targets_per_row, constrain=sharding.constrain(made.mesh),
     )  # fmt: skip
     whole = sharding.replicated(made.mesh)
-    step = jax.jit(step, out_shardings=(whole, whole), donate_argnums=0, compiler_options=QUICK)
+    step = jax.jit(step, out_shardings=(whole, whole), donate_argnums=0)
     start = lambda p: fresh(made.model, optimizer, p, frozen, jax.random.key(1))  # noqa: E731
-    state, losses, first = jax.jit(start, out_shardings=whole, compiler_options=QUICK)(made.params), [], None
+    state, losses, first = jax.jit(start, out_shardings=whole)(made.params), [], None
     for i in range(steps):
         batch = sharding.put_batch(made.data.train.batch(i), made.mesh, 8)
         state, metrics = step(state, made.params, batch)

@@ -155,7 +155,7 @@ def test_low_rank_with_a_core_equals_its_experts():
 @pytest.mark.parametrize("width", [64, 65])
 def test_dropout_mask(rate, width):
     """0 or 1 / keep; the share is the rate, in each half of the random words and between neighbours."""
-    mask = np.asarray(lowrank.dropout_mask(jax.random.key(1), rate, (2000, width), jnp.float32))
+    mask = np.asarray(lowrank.Dropout(jax.random.key(1), rate).mask(jnp.arange(2000), width, jnp.float32))
     assert mask.shape == (2000, width) and len(np.unique(mask)) == 2
     kept = mask > 0
     np.testing.assert_allclose(mask[kept], 1 / (1 - rate), rtol=1e-4)
@@ -164,5 +164,12 @@ def test_dropout_mask(rate, width):
     half = (width + 1) // 2
     both = (~kept[:, : width - half] & ~kept[:, half:]).mean()
     assert abs(both - rate**2) < 6 * (rate**2 / kept.size * 2) ** 0.5, "the two halves of a word are independent"
-    assert lowrank.dropout_mask(None, rate, (2, 2), jnp.float32) is None
-    assert lowrank.dropout_mask(jax.random.key(1), 0.0, (2, 2), jnp.float32) is None
+    assert lowrank.dropout(None, rate) is None
+    assert lowrank.dropout(jax.random.key(1), 0.0) is None
+
+
+def test_dropout_is_made_in_shares():
+    drop, x = lowrank.Dropout(jax.random.key(1), 0.4), jnp.ones((7, 12))
+    whole = lowrank.dropped(x, drop, jnp.arange(7))
+    parts = [lowrank.dropped(x[3:, :4], drop, jnp.arange(3, 7), (i, 3)) for i in range(3)]
+    np.testing.assert_array_equal(jnp.concatenate(parts, axis=1), whole[3:])

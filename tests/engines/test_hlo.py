@@ -1,0 +1,121 @@
+"""The collectives of the compiled layer scan are those of the engines' formulas, and tensor parallelism adds none.
+
+`auto.table` leaves out what every engine pays alike: routers and rules that are not routed; here it is added.
+"""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from molora_jax import sharding
+from molora_jax.engines import Engine, auto, hlo
+from tests import tiny
+from tests.engines.problems import mesh
+
+ROWS, LENGTH = 16, 32
+
+
+@functools.cache
+def compiled(method, engine, *, remat="dots", rules=True):
+    """Collectives of the gradients (of adapters and embeddings) of a sum over the final hidden states."""
+    model, params, adapters, state = tiny.tiny_model(method)
+    model = dataclasses.replace(model, engine=engine, remat=remat)
+    model = model if rules else model.without_rules()
+    where = {"adapters": sharding.adapter_shardings(adapters, model, engine.mesh) if rules else {}}
+    params_at = sharding.param_shardings(params, engine.mesh)
+    where["embed"] = params_at["embed"]
+    shapes = lambda tree, at: jax.tree.map(  # noqa: E731
+        lambda x, s: jax.ShapeDtypeStruct(np.shape(x), x.dtype, sharding=s), tree, at
+    )
+    given = {"adapters": adapters if rules else {}, "embed": params["embed"]}
+    tokens = jax.ShapeDtypeStruct((ROWS, LENGTH), jnp.int32, sharding=sharding.row_sharding(engine.mesh))
+    batch = {name: tokens for name in ("tokens", "segment_ids", "positions")}
+
+    def loss(given, params, batch):
+        hidden, *_ = model.hidden(
+            params | {"embed": given["embed"]}, given["adapters"], state, batch, train=True, key=jax.random.key(1),
+            constrain=sharding.constrain(engine.mesh),
+        )  # fmt: skip
+        return jnp.sum(hidden**2)
+
+    lowered = jax.jit(jax.grad(loss), out_shardings=where).lower(shapes(given, where), shapes(params, params_at), batch)
+    return model, adapters, hlo.collectives(lowered.compile().as_text(), engine.mesh.size)
+
+
+def everywhere(model, adapters, engine):
+    """Bytes of the gradient sums of what no engine places: routers and rules without one."""
+    routed = {rule.name for rule in model.rules if rule.router is not None}
+    total = 0.0
+    for path, leaf in zip(sharding.paths(adapters), jax.tree.leaves(adapters), strict=True):
+        if path.split("/")[0] not in routed or "/router/" in path:
+            total += 2 * leaf.size * 4 * (engine.mesh.size - 1) / engine.mesh.size
+    return total
+
+
+@pytest.mark.parametrize("name, remat", [("replicate", "dots"), ("gather", "full"), ("gather", "none"),
+                                         ("all_to_all", "dots")])  # fmt: skip
+@pytest.mark.parametrize("method", ["mixlora", "dora"])
+def test_the_layer_scan_ships_what_the_formula_says(method, name, remat):
+    if (method, name) == ("dora", "all_to_all"):
+        method = "projections"
+        router = dict(name="softmax_topk", k=2, share="site")
+        rule = tiny.common.rule("q,down", adapter=tiny.common.adapter(), experts="4", router=router)
+        tiny.METHODS.setdefault(method, dict(all=rule))
+    engine = Engine(name, mesh(data=2, expert=4))
+    model, adapters, found = compiled(method, engine, remat=remat)
+    tokens = ROWS * LENGTH // 8
+    row = next(r for r in auto.table(model, engine, tokens=tokens, itemsize=4) if r.name == name)
+    assert row.refused == ""
+    # sums of statistics are a few numbers an expert
+    moved = sum(c.bytes_moved for c in found if c.loop and c.bytes > 512)
+    assert moved == pytest.approx(row.shipped + everywhere(model, adapters, engine), rel=0.05)
+    kinds = {c.kind for c in found if c.loop and c.devices > 1 and c.bytes > 512}
+    extra = {"gather": {"all-gather", "reduce-scatter"}, "all_to_all": {"all-to-all"}}.get(name, set())
+    assert kinds == {"all-reduce"} | extra
+    if name == "gather":
+        leaves = len([1 for _, s, _, site in auto.routed(model)
+                      for _ in (model.rules[-1].projections if site == "ffn" else (site,))])  # fmt: skip
+        gathers = [c for c in found if c.kind == "all-gather"]
+        per_leaf = 2 if remat == "full" else 1
+        assert len(gathers) >= 2 * leaves * per_leaf  # A and B; forward, and its recomputation
+
+
+@pytest.mark.parametrize("method", ["mixlora", "lora"])
+def test_tensor_parallelism_adds_no_wide_collective(method):
+    """Activations that cross `tensor`: the base model's own, with rules or without."""
+    engine = Engine("replicate", mesh(data=2, tensor=4))
+
+    def wide(found):  # a result with a row for every token
+        rows = ROWS * LENGTH // 2
+        return sorted(
+            (c.kind, shape, c.devices) for c in found if c.loop for shape in c.shapes
+            if rows in shape or int(np.prod(shape[:2])) == rows
+            if len(shape) > 1 and shape[-1] >= 32  # D 64, F 128; ranks are 16
+        )  # fmt: skip
+
+    base = wide(compiled(method, engine, rules=False)[2])
+    assert base, "the base model's own sums are found"
+    assert wide(compiled(method, engine)[2]) == base
+
+
+def test_the_reader_counts_loops_and_groups():
+    text = """
+%body (p: (s32[], f32[4,8])) -> (s32[], f32[4,8]) {
+  %ag = f32[4,8]{1,0} all-gather(%x), replica_groups={{0,1,2,3},{4,5,6,7}}, dimensions={0}
+  %ar = (f32[8]{0}, f32[2,2]{1,0}) all-reduce(%a, %b), replica_groups=[1,8]<=[8], to_apply=%add
+}
+
+ENTRY %main (p: f32[4,8]) -> f32[4,8] {
+  %w = (s32[], f32[4,8]) while(%t), condition=%cond, body=%body, backend_config={"known_trip_count":{"n":"3"}}
+  %rs = f32[2,8]{1,0} reduce-scatter(%y), replica_groups={{0,1}}, dimensions={0}
+}
+"""
+    found = {c.kind: c for c in hlo.collectives(text, 8)}
+    assert found["all-gather"].bytes_moved == 3 * 4 * 8 * 4 * 3 / 4 and found["all-gather"].loop
+    assert found["all-reduce"].bytes_moved == 3 * 2 * (8 + 4) * 4 * 7 / 8
+    assert found["reduce-scatter"].bytes_moved == 2 * 8 * 4 and not found["reduce-scatter"].loop
+    assert hlo.total_bytes(list(found.values()), kind="all-gather") == found["all-gather"].bytes_moved

@@ -1,0 +1,55 @@
+"""The same program in two processes on loopback as in one: steps, a checkpoint, a resumed run."""
+
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from tests import tiny
+
+ROOT = pathlib.Path(__file__).parents[2]
+
+
+def launch(*arguments, processes=None, devices=4):
+    env = dict(os.environ, PATH=f"{pathlib.Path(sys.executable).parent}:{os.environ['PATH']}", JAX_PLATFORMS="cpu")
+    env["XLA_FLAGS"] = "" if processes else f"--xla_force_host_platform_device_count={devices}"
+    head = [sys.executable] if not processes else [
+        "bash", "launch/local.sh", f"--processes={processes}", f"--devices={devices // processes}"
+    ]  # fmt: skip
+    return subprocess.run([*head, *arguments], cwd=ROOT, env=env, capture_output=True, text=True, timeout=1500)
+
+
+def losses(folder):
+    return [json.loads(line)["loss"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("engine, sizes", [("all_to_all", ("expert=4",)), ("gather", ("data=2", "expert=2"))])
+def test_two_processes_run_the_same_program(tmp_path, engine, sizes):
+    task = tiny.write_task(tmp_path / "task.jsonl")
+    common = [
+        "-m", "launch.train", "--config=configs/mixlora.py", "--config.base.source=random:tiny",
+        f"--config.data.tasks=jsonl:{task}", "--config.data.seq_len=64", "--config.train.steps=4",
+        f"--config.engine={engine}", *(f"--config.mesh.{size}" for size in sizes), "--config.train.log_every=1",
+    ]  # fmt: skip
+    two, one = tmp_path / "two", tmp_path / "one"
+    for stop in (2, 4):  # the second start resumes
+        done = launch(*common, f"--workdir={two}", f"--config.train.stop_after={stop}", processes=2)
+        assert done.returncode == 0, done.stdout + done.stderr
+    done = launch(*common, f"--workdir={one}")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert len(losses(two)) == 4
+    np.testing.assert_allclose(losses(two), losses(one), rtol=2e-5)
+    # a checkpoint of two processes goes on in one
+    done = launch(*common, f"--workdir={two}", "--config.train.stop_after=0", "--config.engine=replicate", devices=8)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_bad_arguments():
+    for arguments in (["--processes=0", "-m", "x"], ["--processes=2"], ["--nodes=2", "-m", "x"]):
+        done = subprocess.run(["bash", "launch/local.sh", *arguments], cwd=ROOT, capture_output=True, text=True)
+        assert done.returncode == 2 and "expected" in done.stderr
