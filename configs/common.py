@@ -16,10 +16,14 @@ def adapter(name="lora", *, rank=16, alpha=32.0, dropout=0.05, init="kaiming", *
     return dict(name=name, rank=rank, alpha=alpha, dropout=dropout, init=init, **more)
 
 
-def rule(sites, *, adapter, router=None, layers="all", experts="1", load=(), down="once", shrink=False):
-    """One rule. `down` and `shrink` matter for `sites="ffn"` only; without a router there is one expert."""
+def rule(sites, *, adapter, router=None, placement=None, layers="all", experts="1", load=(), down="once", shrink=False):
+    """One rule. `down` and `shrink` matter for `sites="ffn"` only; without a router there is one expert.
+
+    The sites say the placement (whole FFN or projection); `placement=dict(name="chain", ...)` names another.
+    """
     fields = dict(sites=sites, layers=layers, experts=experts, load=load, adapter=adapter, down=down, shrink=shrink)
-    return fields if router is None else dict(fields, router=router)
+    members = dict(router=router, placement=placement)
+    return fields | {name: member for name, member in members.items() if member is not None}
 
 
 def balance(**changes):

@@ -24,6 +24,7 @@ from molora_jax.errors import InputError
 
 ROOT = pathlib.Path(__file__).parents[1]
 OVERRIDE = re.compile(r"--?config\.([^=]*)(=.*)?", re.DOTALL)
+AXES = dict(adapter="adapters", router="routers", placement="placements", optim="optim")
 BOOLS = {"true": True, "false": False, "1": True, "0": False, "yes": True, "no": False}
 
 
@@ -164,7 +165,7 @@ def _find(config, path):
 
 def _options(group, keys):
     """Options of the member that a group configures, which the file may leave at their defaults."""
-    axis = {"adapter": "adapters", "router": "routers", "optim": "optim"}.get(keys[-1] if keys else "")
+    axis = AXES.get(keys[-1] if keys else "")
     name = group.get("name") if axis else keys[1] if len(keys) == 2 and keys[0] == "losses" else None
     axis = axis or "losses"
     return options(axis, name) if name in members(axis) else {}

@@ -36,7 +36,7 @@ def check_model(config, num_layers, dims=None):
         except InputError as problem:
             problems.append(problem)
         sites = resolve_sites(rule["sites"], where=f"{where}.sites")
-        for site in FFN if sites == ("ffn",) else sites:
+        for site in () if "placement" in rule else FFN if sites == ("ffn",) else sites:
             if isinstance(dims, dict) and site not in dims:
                 problems.append(wrong(f"{where}.sites", repr(site), f"a projection of this model: {', '.join(dims)}"))
                 continue

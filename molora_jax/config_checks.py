@@ -142,14 +142,24 @@ def _rules(config):
         if not isinstance(rule, dict):
             yield wrong(where, repr(rule), "a rule (see configs/common.py)")
             continue
-        found = list(_fields(where, rule, known.RULE, more=("adapter", "router")))
+        found = list(_fields(where, rule, known.RULE, more=("adapter", "router", "placement")))
         found += _member(f"{where}.adapter", rule.get("adapter"), "adapters")
         if "router" in rule:
             found += _member(f"{where}.router", rule["router"], "routers")
-        yield from found or _rule(where, rule)
+        if "placement" in rule:
+            found += _placement(f"{where}.placement", rule["placement"])
+        yield from found or _rule(where, rule, start=config["train"].get("init_from"))
 
 
-def _rule(where, rule):
+def _placement(where, value):
+    named = [name for name in members("placements") if attribute("placements", name, "NAME")]
+    if isinstance(value, dict) and value.get("name") not in named:
+        fix = "Leave placement out: the sites say whether experts are whole FFNs or projections."
+        return [wrong(f"{where}.name", repr(value.get("name")), one_of(named), fix)]
+    return _member(where, value, "placements")
+
+
+def _rule(where, rule, *, start):
     """What ties a rule's fields together; each field alone is right by now."""
     sites, counts = (), ()
     try:
@@ -160,10 +170,14 @@ def _rule(where, rule):
     for path in rule["load"]:
         if not isinstance(path, str) or not _path(path).exists():
             yield wrong(f"{where}.load", repr(path), "paths that exist", "Check the path.")
+    if rule["load"]:
+        yield from _load(where, rule, counts)
     init, inits = rule["adapter"].get("init"), members("inits")
     if init is not None and init not in inits:
         yield wrong(f"{where}.adapter.init", repr(init), one_of(inits), did_you_mean(init, inits))
-    if sites and "router" in rule:
+    if sites and "placement" in rule:
+        yield from _chain(where, rule, sites, start=start)
+    elif sites and "router" in rule:
         yield from _share(f"{where}.router.share", _option(rule, "share", "site"), sites)
         if sites == ("ffn",):
             yield from _routed_ffn(where, rule)
@@ -205,6 +219,40 @@ def _share(where, share, sites):
         yield wrong(where, got, "sites among q,k,v,o for share 'attn'", "Write two rules, or use 'site'.")
     if share == "ffn" and sites != ("ffn",) and not set(sites) <= set(FFN):
         yield wrong(where, got, "sites among gate,up,down, or ffn, for share 'ffn'", "Write two rules, or use 'site'.")
+
+
+def _load(where, rule, counts):
+    """Loaded experts are read as products B A, one expert a run."""
+    number, adapter = len(rule["load"]), rule["adapter"]
+    if set(counts) != {number}:
+        yield wrong(f"{where}.experts", repr(rule["experts"]), f'"{number}", one for each of the runs in load')
+    if adapter["name"] not in ("lora", "rslora") or adapter.get("init", "kaiming") != "kaiming":
+        got = f"{adapter['name']!r} with init {adapter.get('init')!r}"
+        yield wrong(f"{where}.adapter", got, "lora or rslora with init 'kaiming', to hold what load reads")
+    if "placement" in rule:
+        yield wrong(f"{where}.load", f"runs for a {rule['placement']['name']}", "projections or ffn")
+
+
+def _chain(where, rule, sites, *, start):
+    """A chain changes the state of width D that enters the FFN: no base weight of that shape exists."""
+    adapter, place = rule["adapter"], rule["placement"]
+    if sites != ("ffn",):
+        yield wrong(f"{where}.sites", repr(rule["sites"]), "'ffn' for a chain", "Write other sites as another rule.")
+    if inherits("adapters", adapter["name"], "dora"):
+        reason = "an adapter without row factors: they scale a base weight, and a chain has none"
+        yield wrong(f"{where}.adapter.name", repr(adapter["name"]), reason, "Use lora.")
+    if adapter.get("init") == "pissa":
+        yield wrong(f"{where}.adapter.init", "'pissa'", "a start that needs no base weight", "Use kaiming.")
+    if place.get("residual") == "outer" and place.get("iterations", 2) > 1 and not start:
+        reason = "'inner': from B = 0 two passes without an inner residual have no gradient"
+        yield wrong(f"{where}.placement.residual", "'outer'", reason, "Or give trained experts in train.init_from.")
+    if "router" in rule:
+        if _option(rule, "share", "site") not in ("site", "ffn"):
+            reason = "'site': each pass routes on the state that the pass before it made"
+            yield wrong(f"{where}.router.share", repr(_option(rule, "share", "site")), reason)
+        if "z" in (attribute("routers", rule["router"]["name"], "NEEDS") or ()):
+            got = f"{rule['router']['name']!r} in a chain"
+            yield wrong(f"{where}.router.name", got, "projections: this router reads their rank activations")
 
 
 def _routed_ffn(where, rule):
@@ -283,6 +331,9 @@ def _schedule(config, *, valid):
                 )
         if stage.get("freeze") and not all(FREEZE.fullmatch(part) for part in _split(stage["freeze"])):
             yield wrong(f"{where}.freeze", repr(stage["freeze"]), "a comma list of path patterns such as */router/*")
+        rules = config["method"].get("rules") or {}
+        if stage.get("route") and not any(isinstance(rule, dict) and "router" in rule for rule in rules.values()):
+            yield wrong(f"{where}.route", repr(stage["route"]), "a rule with a router", "There is nothing to route.")
         changes = stage.get("set")
         if isinstance(changes, dict) and changes:
             found = list(_changes(f"{where}.set", changes, config))
@@ -294,10 +345,9 @@ def _schedule(config, *, valid):
     if not all(isinstance(n, int) and n >= 0 for n in steps) or not isinstance(total, int) or total < 1:
         return
     text, fix = f"stages of {', '.join(map(str, steps))} steps", "Change the stages or train.steps."
-    if 0 in steps[:-1]:
-        yield wrong("schedule", text, "0 (the rest) in the last stage only", fix)
-    elif steps[-1] and sum(steps) != total or not steps[-1] and sum(steps) >= total:
-        yield wrong("schedule", text, f"a sum of train.steps = {total} (0 in the last stage takes the rest)", fix)
+    open_stages = steps.count(0)
+    if sum(steps) + open_stages > total or not open_stages and sum(steps) != total:
+        yield wrong("schedule", text, f"a sum of train.steps = {total} (stages of 0 steps share the rest)", fix)
 
 
 def _changes(where, changes, config):

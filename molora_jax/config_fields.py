@@ -110,7 +110,7 @@ RULE = {
     "shrink": Field(bool),
 }
 
-STAGE = {"steps": at_least(0), "tasks": TEXT, "freeze": TEXT, "route": TEXT}
+STAGE = {"steps": at_least(0), "tasks": TEXT, "freeze": TEXT, "route": choice("", "task")}
 WHOLE = dict(steps=0, tasks="", freeze="", set={}, route="")  # the one stage of a plain run
 
 # Options of well-known names, by axis; a member's own Literal wins. Types still come from the member's file.
@@ -123,7 +123,13 @@ RANGES = {
         "init": choice("normal", "kaiming"),
         "jitter": at_least(0, float),
         "max_experts": at_least(0),
+        "temperature": above(0),
+        "top_k": at_least(0),
+        "depth": at_least(1),
+        "width": at_least(1),
+        "dropout": below(1),
     },
+    "placements": {"iterations": at_least(1)},
     "losses": {"weight": at_least(0, float)},
     "losses.balance": {
         "over": choice("site", "layer", "all"),

@@ -59,6 +59,22 @@ def mola(decoder: DecoderConfig) -> int:
     return one * sum(resolve_experts("2|4|6|8", decoder.layers))
 
 
+def mos(decoder: DecoderConfig) -> int:
+    """`e L (D_in + D_out)` a projection type, whatever the active rank: LoRA of rank e = 8."""
+    return decoder.layers * low_rank(decoder, PROJECTIONS, 8)
+
+
+def coe(decoder: DecoderConfig) -> int:
+    """8 experts `[16, D]` and `[16, D]`, and a router `[8, D]` for each of two passes."""
+    return decoder.layers * 8 * (2 * 16 + 2) * decoder.width
+
+
+def x_lora(decoder: DecoderConfig) -> int:
+    """Nine adapters of rank 16 on five projections, and a head with `9 (D + 1)` for each of the wrapped linears."""
+    sites = (*ATTENTION, "gate")
+    return decoder.layers * 9 * (low_rank(decoder, sites, 16) + len(sites) * (decoder.width + 1))
+
+
 METHODS = {
     "lora": Method(
         config="configs/lora.py",
@@ -132,6 +148,34 @@ METHODS = {
         equation="y = sum_{i <= t} p_i FFN_i(x) + (1 - sum p_i) FFN_0(x), t = fewest with sum p_i > P",
         differs="LoRA experts over a frozen FFN, which keeps the mass that is not kept",
         params=ffn_experts,
+    ),
+    "mos": Method(
+        config="configs/mos.py",
+        title="MoS",
+        paper="2410.00938",
+        axes="adapter `mos`: pools shared by the layers, frozen index tables",
+        equation="y = W x + (alpha / r) B A x, row j of A and B = n shards of a shared pool",
+        differs="pools saved, not only their expansion; no inert random scaling; private rows and shards are ours",
+        params=mos,
+        exceptions=("all/shared/*",),  # rows of the pool that no layer drew
+    ),
+    "coe": Method(
+        config="configs/coe.py",
+        title="Chain of Experts",
+        paper="2506.18945",
+        axes="placement `chain`",
+        equation="z_t = z_{t-1} + sum_e g_{t,e} s B_e A_e z_{t-1}, y = FFN(z_0) + z_C - z_0",
+        differs="LoRA experts beside the frozen FFN, whose residual stream stays; balance per packed example",
+        params=coe,
+    ),
+    "x_lora": Method(
+        config="configs/x_lora.py",
+        title="X-LoRA",
+        paper="2402.07148",
+        axes="router `x_lora` on the frozen base's hidden state, stages (or `load`)",
+        equation="y = W x + s sum_a softmax(V_l h)_a B_a A_a x, h = base(tokens)",
+        differs="top-k softmax per token, not over the batch; a KV cache for both passes",
+        params=x_lora,
     ),
 }
 

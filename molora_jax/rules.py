@@ -11,6 +11,7 @@ from molora_jax.core.types import Site
 from molora_jax.models.families import ATTENTION, FFN, DecoderConfig
 
 SCOPES = ("attn", "ffn", "model")
+PROJECTIONS = (*ATTENTION, *FFN)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,9 +25,13 @@ class Rule:
     router: Any = None
     down: str = "once"
     shrink: bool = False
+    load: tuple[str, ...] = ()  # workdirs of the runs whose adapters are the experts, frozen
+    place: Any = None  # the placement's options, where the rule names one
 
     @property
     def placement(self) -> str:
+        if self.place is not None:
+            return self.place.NAME
         return "ffn" if self.sites == ("ffn",) else "projection"
 
     @property
@@ -36,15 +41,30 @@ class Rule:
 
     @property
     def share(self) -> str:
-        """Who shares a router: `site` on a routed FFN is the FFN."""
+        """Who shares a router ("": there is none). `site` on a routed FFN is the FFN; a chain's passes are its own."""
+        if self.router is None:
+            return ""
+        if self.place is not None:
+            return self.place.NAME
         return "ffn" if self.placement == "ffn" and self.router.share == "site" else self.router.share
 
     @property
     def scopes(self) -> tuple[str, ...]:
-        """The routers of one layer, by the name under which they are stored and reported."""
+        """The decisions of one layer, by the name under which they are stored and reported."""
         if self.router is None:
             return ()
+        if self.place is not None:
+            return self.place.scopes
         return (self.share,) if self.share in SCOPES else self.sites
+
+    def leaves_of(self, scope: str) -> str:
+        """The scope whose leaves and state a decision uses: its own, unless passes of a chain share a router."""
+        return scope if self.place is None else self.place.leaves_of(scope)
+
+    @property
+    def router_scopes(self) -> tuple[str, ...]:
+        """The scopes that own leaves."""
+        return tuple(dict.fromkeys(map(self.leaves_of, self.scopes)))
 
     @property
     def tag(self) -> int:
@@ -79,10 +99,21 @@ def segments(rules: tuple[Rule, ...], num_layers: int) -> tuple[Segment, ...]:
     return tuple(out)
 
 
-def site(config: DecoderConfig, name: str, segment: Segment, experts: int) -> Site:
-    """A projection, or a router's scope (`attn`, `ffn`, `model`: the normed input of the sub-block, width D)."""
-    d_in, d_out = (config.width, config.width) if name in SCOPES else config.dims(name)
-    return Site(name, d_in, d_out, segment.layers, experts)
+def site(config: DecoderConfig, name: str, segment: Segment, rule: Rule) -> Site:
+    """A projection; or `attn`, `ffn`, `model`, `pass<t>`, which read a state of width D (in a chain, change it too)."""
+    d_in, d_out = config.dims(name) if name in PROJECTIONS else (config.width, config.width)
+    return Site(name, d_in, d_out, segment.layers, rule.experts[segment.start], rule.experts)
+
+
+def router_site(config: DecoderConfig, scope: str, segment: Segment, rule: Rule) -> Site:
+    """A router's scope; one that reads a signal of the model reads width D wherever it stands."""
+    found = site(config, scope, segment, rule)
+    return dataclasses.replace(found, d_in=config.width) if rule.router.SIGNAL else found
+
+
+def adapter_sites(config: DecoderConfig, rule: Rule, segments: tuple[Segment, ...]) -> tuple[Site, ...]:
+    """Every site whose factors the rule owns, segment by segment."""
+    return tuple(site(config, name, s, rule) for s in segments if rule.experts[s.start] for name in rule.projections)
 
 
 def scope_input(name: str) -> str:
@@ -91,4 +122,5 @@ def scope_input(name: str) -> str:
 
 
 def site_tag(name: str) -> int:
-    return (*ATTENTION, *FFN, *SCOPES).index(name)
+    names = (*PROJECTIONS, *SCOPES)
+    return names.index(name) if name in names else 20 + int(name.removeprefix("pass"))

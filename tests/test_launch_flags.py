@@ -41,7 +41,8 @@ def test_tuples(tmp_path):
     (tmp_path / "one").mkdir()
     (tmp_path / "two").mkdir()
     paths = (str(tmp_path / "one"), str(tmp_path / "two"))
-    config, _ = parse(f"--config={MIXLORA}", f"--config.method.rules.ffn.load={','.join(paths)}")
+    load = f"--config.method.rules.ffn.load={','.join(paths)}"
+    config, _ = parse(f"--config={MIXLORA}", "--config.method.rules.ffn.experts=2", load)
     assert config.method.rules.ffn.load == paths
 
 

@@ -2,6 +2,7 @@
 
 from molora_jax.adapters.dora import Dora
 from molora_jax.adapters.lora import Lora
+from molora_jax.adapters.mos import Mos
 from molora_jax.adapters.rslora import RsLora
 
-ADAPTERS = {"lora": Lora, "rslora": RsLora, "dora": Dora}
+ADAPTERS = {"lora": Lora, "rslora": RsLora, "dora": Dora, "mos": Mos}

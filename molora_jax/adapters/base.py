@@ -26,6 +26,9 @@ class Adapter:
         """`s` of `s B A x`; leaves are stored unscaled."""
         return self.alpha / self.rank
 
+    def check(self, where: str, sites: tuple[Site, ...]) -> None:
+        """Raises InputError where this model's widths or layers do not fit; `where` is the field of the config."""
+
     def init_leaves(
         self, key: Array, site: Site, layer: Array, *, base: Array | None = None, base_grad: Array | None = None
     ) -> dict[str, Array]:

@@ -84,6 +84,13 @@ def finish(
     return Routing(gates, selected, z, probs, ctx.valid, clipped, base, k_max)
 
 
+def by_task(ctx: Context, experts: int) -> Routing:
+    """Hard routing by the batch's task ids: expert `task_id mod E` alone, with weight 1."""
+    hot = (ctx.task_ids % experts)[..., None] == jnp.arange(experts)
+    p = hot.astype(jnp.float32)
+    return finish(p, hot, jnp.where(hot, 0.0, NEG_INF), p, ctx, k_max=1)
+
+
 def slots(routing: Routing) -> tuple[Array, Array]:
     """`(idx [T, K] int32 padded with E, gates [T, K] float32)`, experts in rising order.
 

@@ -16,7 +16,8 @@ Array = jax.Array
 class Site:
     """A projection of the decoder in one segment of layers.
 
-    `layers` are the absolute layers that share this site's shape and expert count; `experts` is E.
+    `layers` are the absolute layers that share this site's shape and expert count; `experts` is E. `counts` are the
+    rule's experts in every layer of the model (0 where it does not act), for leaves that layers share.
     """
 
     name: str
@@ -24,6 +25,7 @@ class Site:
     d_out: int
     layers: tuple[int, ...]
     experts: int
+    counts: tuple[int, ...] = ()
 
 
 @flax.struct.dataclass
@@ -69,8 +71,9 @@ class Context:
     `valid [B, S]` bool; `segment_ids`, `positions`, `task_ids`, `example_ids [B, S]` int32; `step`, `layer` int32
     scalars; `key` unique to the site call, `step_key` equal over layers and micro-steps (both None outside training);
     `allowed [E] | [B, E]` experts that may be chosen; `state` this router's mutable state; `carry` what the router
-    handed on from the layer before; `base` the site's frozen kernel `[D_in, D_out]`; `signal [B, S, D]` a router's
-    declared model-level input; `iteration` the pass inside a chain.
+    handed on from the layer before; `base` the site's frozen kernel `[D_in, D_out]`; `signal` by rule, a router's
+    declared model-level input `[B, S, *]`; `iteration` the pass inside a chain; `route` how a stage routes in the
+    routers' place ("": it does not).
     """
 
     valid: Array
@@ -86,10 +89,11 @@ class Context:
     state: Any = None
     carry: Any = None
     base: Any = None
-    signal: Array | None = None
+    signal: Any = None
     site: Site | None = flax.struct.field(pytree_node=False, default=None)
     train: bool = flax.struct.field(pytree_node=False, default=False)
     iteration: int = flax.struct.field(pytree_node=False, default=0)
+    route: str = flax.struct.field(pytree_node=False, default="")
     max_segments: int = flax.struct.field(pytree_node=False, default=0)
 
     def keyed(self, *tags: int) -> Array | None:

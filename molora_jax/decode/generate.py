@@ -113,7 +113,7 @@ def decode(
     B = tokens.shape[0]
     rows = jnp.arange(B)
     hidden = functools.partial(model.hidden, params, adapters, router_state)
-    start, advance = (_cached if cache else _uncached)(hidden, model.config, tokens, lengths, size)
+    start, advance = (_cached if cache else _uncached)(hidden, model, tokens, lengths, size)
 
     def choose(out, t, h, done):
         """Writes token t of every row that goes on."""
@@ -155,8 +155,8 @@ def _last(h, lengths):
     return jnp.take_along_axis(h, jnp.maximum(lengths - 1, 0)[:, None, None], axis=1)[:, 0]
 
 
-def _cached(hidden, config, tokens, lengths, size):
-    """Keys and values of all layers in buffers `[L, B, S_k, H_kv, H_d]`."""
+def _cached(hidden, model, tokens, lengths, size):
+    """Keys and values of all layers in buffers `[L, B, S_k, H_kv, H_d]`; a router's base pass has its own."""
     B, S = tokens.shape
     rows, slots = jnp.arange(B), jnp.arange(S + size)
     prompt_positions = jnp.broadcast_to(jnp.arange(S), (B, S))
@@ -168,12 +168,10 @@ def _cached(hidden, config, tokens, lengths, size):
         def write(buffer, new):
             return jax.lax.dynamic_update_slice(buffer, new.astype(buffer.dtype), (0, 0, 0, 0))
 
-        shape = (config.layers, B, S + size, config.kv_heads, config.head_dim)
-        dtype = hidden.args[0]["embed"].dtype
+        empty = model.init_cache(B, S + size, hidden.args[0]["embed"].dtype)
         batch = _batch(tokens, prompt_positions, prompt_positions < lengths[:, None])
-        kv = (jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))
-        h, _, kv, _ = hidden(batch, mask=seen(prompt_positions), cache=(*kv, write))
-        return _last(h, lengths), kv[:2]
+        h, _, kv, _ = hidden(batch, mask=seen(prompt_positions), cache=(empty, write))
+        return _last(h, lengths), kv
 
     def advance(kv, token, t, live):
         at = lengths + t
@@ -182,13 +180,13 @@ def _cached(hidden, config, tokens, lengths, size):
             return buffer.at[rows, at].set(new[:, 0].astype(buffer.dtype))
 
         batch = _batch(token[:, None], at[:, None], live[:, None])
-        h, _, kv, _ = hidden(batch, mask=seen(at[:, None]), cache=(*kv, write))
-        return h[:, 0], kv[:2]
+        h, _, kv, _ = hidden(batch, mask=seen(at[:, None]), cache=(kv, write))
+        return h[:, 0], kv
 
     return start, advance
 
 
-def _uncached(hidden, config, tokens, lengths, size):
+def _uncached(hidden, model, tokens, lengths, size):
     """The whole text again for every token: what the cache must equal."""
     B, S = tokens.shape
     rows = jnp.arange(B)

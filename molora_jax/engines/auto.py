@@ -34,7 +34,7 @@ class Row:
 
 def factor_shapes(model, rule, name: str, segment, experts: int):
     """`Factors` of shapes of one projection in one layer."""
-    at = rules_lib.site(model.config, name, segment, experts)
+    at = rules_lib.site(model.config, name, segment, rule)
     W = jax.ShapeDtypeStruct((at.d_in, at.d_out), jnp.float32)
 
     def make(key, W):
@@ -48,8 +48,10 @@ def factor_shapes(model, rule, name: str, segment, experts: int):
 
 
 def routed(model):
-    """`(rule, segment, E, site)` of every routed site in every segment; an FFN is one site."""
+    """`(rule, segment, E, site)` of every routed site in every segment; an FFN is one site. Chains stay at home."""
     for r, rule in enumerate(model.rules):
+        if rule.placement == "chain":
+            continue
         for segment in model.segments:
             if rule.router is not None and segment.counts[r] > 1:
                 for name in ("ffn",) if rule.placement == "ffn" else rule.sites:

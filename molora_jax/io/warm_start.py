@@ -15,7 +15,7 @@ def load_adapters(run: str, *, where: str = "train.init_from") -> dict:
     Raises:
       InputError: no such run, or none of its steps is valid.
     """
-    folder = pathlib.Path(run) / "checkpoints"
+    folder = pathlib.Path(run).expanduser() / "checkpoints"
     checkpoints = Checkpoints(folder, keep=1)
     step = checkpoints.newest_valid()
     if step is None:

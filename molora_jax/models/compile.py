@@ -5,8 +5,9 @@ from molora_jax.adapters import ADAPTERS
 from molora_jax.losses import LOSSES
 from molora_jax.models.families import DecoderConfig
 from molora_jax.models.model import Model
+from molora_jax.placements import NAMED
 from molora_jax.routers import ROUTERS
-from molora_jax.rules import Rule
+from molora_jax.rules import Rule, adapter_sites
 
 
 def _member(table, options):
@@ -15,7 +16,11 @@ def _member(table, options):
 
 
 def compile_model(config, decoder: DecoderConfig, *, max_segments: int = 0) -> Model:
-    """The validated config's rules on this decoder. Rules keep the config's (sorted) order."""
+    """The validated config's rules on this decoder. Rules keep the config's (sorted) order.
+
+    Raises:
+      InputError: an adapter that this decoder's widths or layers do not fit.
+    """
     rules = []
     for name, rule in sorted(config.method.rules.items()):
         layers = config_lib.resolve_layers(rule.layers, decoder.layers)
@@ -29,9 +34,14 @@ def compile_model(config, decoder: DecoderConfig, *, max_segments: int = 0) -> M
                 router=_member(ROUTERS, rule.router) if "router" in rule else None,
                 down=rule.down,
                 shrink=rule.shrink,
+                load=tuple(rule.load),
+                place=_member(NAMED, rule.placement) if "placement" in rule else None,
             )
         )
-    return Model(decoder, tuple(rules), compile_losses(config), remat=config.train.remat, max_segments=max_segments)
+    model = Model(decoder, tuple(rules), compile_losses(config), remat=config.train.remat, max_segments=max_segments)
+    for rule in rules:
+        rule.adapter.check(f"method.rules.{rule.name}.adapter", adapter_sites(decoder, rule, model.segments))
+    return model
 
 
 def compile_losses(config) -> tuple[tuple[str, object], ...]:

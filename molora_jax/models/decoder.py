@@ -86,5 +86,5 @@ class Block(nn.Module):
             h = rms_norm(x, norm["ffn_norm"], c.norm_eps)
             layer.enter("ffn", h)
             g, u = (layer.project(n, *weights[n], h) for n in ("gate", "up"))
-            x = x + layer.feed_forward(h, g, u, weights, c.activation)
+            x = x + (layer.feed_forward(h, g, u, weights, c.activation) + layer.chains(h))
         return x, cache

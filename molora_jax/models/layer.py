@@ -12,7 +12,7 @@ from molora_jax import rules as rules_lib
 from molora_jax.core import routing as routing_math
 from molora_jax.core.types import Array, Context
 from molora_jax.models.families import DecoderConfig
-from molora_jax.placements import ffn, projection
+from molora_jax.placements import chain, ffn, projection
 
 
 class Layer:
@@ -27,12 +27,12 @@ class Layer:
         self.engine = engine
         self.decisions, self.stats, self.routings = {}, {}, {}
 
-    def _context(self, rule, name: str, base=None, experts: int = 1) -> Context:
+    def _context(self, rule, name: str, base=None) -> Context:
         key = None
         if self.ctx.key is not None:
             key = jax.random.fold_in(jax.random.fold_in(self.ctx.key, rule.tag), rules_lib.site_tag(name))
             key = jax.random.fold_in(key, self.ctx.layer)
-        site = rules_lib.site(self.config, name, self.segment, experts)
+        site = rules_lib.site(self.config, name, self.segment, rule)
         return self.ctx.replace(key=key, site=site, base=base)
 
     def enter(self, scope: str, x: Array) -> None:
@@ -41,15 +41,19 @@ class Layer:
             if rule.router is not None and rule.share == scope:
                 self._route(rule, experts, scope, x)
 
-    def _route(self, rule, experts, scope, x):
-        ctx = self._context(rule, scope, experts=experts).replace(
-            state=self.state[rule.name].get("router", {}).get(scope, {}), carry=self.carry.get(rule.name, ())
-        )
-        if rule.router.SIGNAL:
-            x = ctx.signal
+    def _route(self, rule, experts, scope, x, iteration=0):
+        own = rule.leaves_of(scope)
+        ctx = self._context(rule, scope).replace(
+            state=self.state[rule.name].get("router", {}).get(own, {}), carry=self.carry.get(rule.name, ()),
+            iteration=iteration,
+        )  # fmt: skip
         with jax.named_scope("route"):
-            leaves = self.adapters[rule.name].get("router", {}).get(scope, {})  # a router may have no leaf of its own
-            decision, carry, sums = rule.router.route(leaves, self.shared.get(rule.name, {}), x, ctx)
+            if ctx.route == "task":
+                decision, carry, sums = routing_math.by_task(ctx, ctx.site.experts), ctx.carry, {}
+            else:
+                x = ctx.signal[rule.name] if rule.router.SIGNAL else x
+                leaves = self.adapters[rule.name].get("router", {}).get(own, {})  # a router may have none of its own
+                decision, carry, sums = rule.router.route(leaves, self.shared.get(rule.name, {}), x, ctx)
         if rule.name in self.carry:
             self.carry[rule.name] = carry
         self.record(rule, scope, decision, sums, ctx)
@@ -98,7 +102,7 @@ class Layer:
         parts = []
         for rule, experts in acting:
             decision = self._decision(rule, experts, site, x)
-            ctx = self._context(rule, site, base=W, experts=experts)
+            ctx = self._context(rule, site, base=W)
             leaves = self.adapters[rule.name].get(site, {})
             parts.append(projection.part(rule, leaves, self.shared.get(rule.name, {}), decision, ctx, flat))
         with jax.named_scope(site):
@@ -119,10 +123,34 @@ class Layer:
         flat = [a.reshape(-1, a.shape[-1]) for a in (x, g, u)]
         parts = []
         for rule, experts in acting:
-            contexts = {s: self._context(rule, s, base=kernels[s], experts=experts) for s in ffn.SITES}
+            contexts = {s: self._context(rule, s, base=kernels[s]) for s in ffn.SITES}
             shared, decision = self.shared.get(rule.name, {}), self._decision(rule, experts, "ffn", x)
             parts.append(ffn.part(rule, self.adapters[rule.name], shared, decision, contexts, flat[0]))
         with jax.named_scope("experts"):
             mix, rest, counts = engines.feed_forward(self.engine, *flat, kernels, parts, act)
         self._count(acting, "ffn", counts)
         return self.project("down", W_down, b_down, mix.reshape(g.shape), rest)
+
+    def chains(self, x: Array) -> Array | float:
+        """What the chains beside the feed-forward block add to its output. `x [B, S, D]`, its normed input."""
+        return sum(self._chain(rule, experts, x) for rule, experts in self.active if rule.placement == "chain")
+
+    def _chain(self, rule, experts, x):
+        """Each pass's decision is recorded as its own."""
+
+        def decide(t, z):
+            if rule.router is None:
+                return None
+            if t and rule.place.gating == "once":
+                first, ctx = self.decisions[rule.name, "pass0"], self._context(rule, rule.scopes[t])
+                self.record(rule, rule.scopes[t], first, {}, ctx)
+                return first
+            return self._route(rule, experts, rule.scopes[t], z, iteration=t)
+
+        shared, ctx = self.shared.get(rule.name, {}), self._context(rule, "ffn")
+        change = chain.apply(rule, self.adapters[rule.name]["ffn"], shared, ctx, x, decide)
+        if rule.router is not None and rule.place.gating == "shared":  # one router's state sees all of its passes
+            stats = self.stats[rule.name]
+            whole = jax.tree.map(lambda *s: sum(s), *(stats[scope]["router"] for scope in rule.scopes))
+            stats["pass0"] = stats["pass0"] | {"router": whole}
+        return change

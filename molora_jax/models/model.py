@@ -15,9 +15,9 @@ import jax
 import jax.numpy as jnp
 
 from molora_jax import rules as rules_lib
-from molora_jax.core.types import Array, Context, Site
+from molora_jax.core.types import Array, Context
 from molora_jax.engines import ALONE, Engine
-from molora_jax.models import stack
+from molora_jax.models import leaves, stack
 from molora_jax.models.decoder import rms_norm
 from molora_jax.models.families import DecoderConfig
 from molora_jax.models.layer import Layer
@@ -33,6 +33,7 @@ class Model:
     remat: str = "dots"
     max_segments: int = 0
     engine: Engine = ALONE
+    route: str = ""  # a stage's own routing: "task" is hard, by task id
 
     @functools.cached_property
     def segments(self) -> tuple[rules_lib.Segment, ...]:
@@ -42,89 +43,27 @@ class Model:
         """The frozen base alone."""
         return dataclasses.replace(self, rules=(), losses=())
 
-    # ---- trees -----------------------------------------------------------------------------------------------------
-
     def init_adapters(self, key: Array, params: dict, base_grad: dict | None = None) -> dict:
-        """Fresh leaves, float32. `params["blocks"]` is read by inits that start from the base; traceable."""
-        tree: dict = {}
-        for r, rule in enumerate(self.rules):
-            out = {}
-            rule_key = jax.random.fold_in(key, rule.tag)
-            sites = []
-            for segment in self.segments:
-                E = segment.counts[r]
-                if not E:
-                    continue
-                leaves = {}
-                for name in rule.projections:
-                    site = rules_lib.site(self.config, name, segment, E)
-                    sites.append(site)
-                    leaves[name] = self._init_layers(rule.adapter, rule_key, site, params, base_grad)
-                for site in self._routers(r, segment):
-                    made = self._init_layers(rule.router, rule_key, site, None, None)
-                    leaves.setdefault("router", {})[site.name] = made
-                out[segment.name] = _without_empty(leaves)
-            shared = {}
-            if rule.adapter is not None:
-                shared |= rule.adapter.init_shared(jax.random.fold_in(rule_key, 1000), tuple(sites))
-            if rule.router is not None:
-                shared |= rule.router.init_shared(jax.random.fold_in(rule_key, 1001), tuple(sites))
-            for site in self._model_router(r):
-                shared["router"] = {site.name: self._init_layers(rule.router, rule_key, site, None, None)}
-            if shared:
-                out["shared"] = shared
-            tree[rule.name] = _without_empty(out)
-        return tree
-
-    def _routers(self, r: int, segment) -> tuple[Site, ...]:
-        """The routers of rule `r` that a segment owns, one a layer and scope."""
-        rule, E = self.rules[r], segment.counts[r]
-        names = [scope for scope in rule.scopes if scope != "model"] if E else ()
-        return tuple(rules_lib.site(self.config, name, segment, E) for name in names)
-
-    def _model_router(self, r: int) -> tuple[Site, ...]:
-        """The one router of a rule with `share="model"`: kept with what layers share, its layer axis of length 1."""
-        if "model" not in self.rules[r].scopes:
-            return ()
-        first = next(segment for segment in self.segments if segment.counts[r])
-        site = rules_lib.site(self.config, "model", first, first.counts[r])
-        return (dataclasses.replace(site, layers=site.layers[:1]),)
-
-    def _init_layers(self, member, key, site, params, base_grad):
-        """One layer at a time, with a key of the absolute layer: regrouping layers changes nothing."""
-        key = jax.random.fold_in(key, rules_lib.site_tag(site.name) + (100 if params is None else 0))
-
-        def one(layer, site=site):
-            layer_key = jax.random.fold_in(key, layer)
-            if params is None:
-                return member.init_leaves(layer_key, site, layer)
-            pick = lambda w: jax.lax.dynamic_index_in_dim(w, layer, 0, False)  # noqa: E731
-            base = pick(params["blocks"][site.name]["kernel"])
-            grad = None if base_grad is None else pick(base_grad[site.name])
-            return member.init_leaves(layer_key, site, layer, base=base, base_grad=grad)
-
-        return jax.lax.map(one, jnp.array(site.layers))
+        """Fresh leaves, float32 (tables int32). `params["blocks"]` is read by inits that start from the base."""
+        return leaves.init_adapters(self.config, self.rules, self.segments, key, params, base_grad)
 
     def init_router_state(self) -> dict:
-        tree: dict = {}
-        for r, rule in enumerate(self.rules):
-            owned = [(segment.name, site) for segment in self.segments for site in self._routers(r, segment)]
-            for where, site in owned + [("shared", site) for site in self._model_router(r)]:
-                state = rule.router.init_state(site)
-                if state:
-                    state = jax.tree.map(_stacked(len(site.layers)), state)
-                    tree.setdefault(rule.name, {}).setdefault(where, {}).setdefault("router", {})[site.name] = state
-        return tree
+        return leaves.init_router_state(self.config, self.rules, self.segments)
 
     def frozen_patterns(self) -> tuple[str, ...]:
-        """Paths `rule/.../leaf` that never train, from the members' FROZEN."""
-        out = []
-        for rule in self.rules:
-            names = rule.adapter.FROZEN + (rule.router.FROZEN if rule.router is not None else ())
-            out += [f"{rule.name}/*/{name}" for name in names]
-        return tuple(out)
+        """Paths `rule/.../leaf` that never train, from the members' FROZEN and the rules' loaded experts."""
+        return leaves.frozen_patterns(self.rules)
 
-    # ---- passes ----------------------------------------------------------------------------------------------------
+    def init_cache(self, rows: int, slots: int, dtype) -> dict:
+        """Empty keys and values `[L, rows, slots, H_kv, H_d]`: of this model, and of the base pass of a signal."""
+        c = self.config
+        empty = lambda: jnp.zeros((c.layers, rows, slots, c.kv_heads, c.head_dim), dtype)  # noqa: E731
+        return {name: (empty(), empty()) for name in ("own", "base") if name == "own" or self._signalled}
+
+    @property
+    def _signalled(self) -> tuple[rules_lib.Rule, ...]:
+        """Rules whose routers read the frozen base's hidden state."""
+        return tuple(rule for rule in self.rules if rule.router is not None and rule.router.SIGNAL and not self.route)
 
     def hidden(
         self,
@@ -149,11 +88,11 @@ class Model:
             all `[B, S]` int32; optional `allowed [E] | [B, E]`.
           train: dropout and noise on (needs `key`), layers inside `jax.checkpoint`.
           mask: `[B, 1, S, S_k]` attention mask; by default causal and block-diagonal over `segment_ids`.
-          cache: see `stack.run`.
+          cache: `(buffers, write)`: those of `init_cache`, and what puts new keys or values in, see `stack.run`.
           collect: also return the gates.
 
         Returns:
-          `(hidden [B, S, D], sums {rule: {segment: {scope: ...}}}, cache, gates likewise [L_segment, B, S, E])`.
+          `(hidden [B, S, D], sums {rule: {segment: {scope: ...}}}, buffers, gates likewise [L_segment, B, S, E])`.
         """
         tokens, segment_ids = batch["tokens"], batch["segment_ids"]
         zeros = jnp.zeros_like(tokens)
@@ -170,6 +109,7 @@ class Model:
             step_key=step_key if train else None,
             allowed=batch.get("allowed"),
             train=train,
+            route=self.route,
             max_segments=self.max_segments or tokens.shape[1],
         )
         carry = {
@@ -177,32 +117,57 @@ class Model:
             for rule in self.rules
             if rule.router is not None and jax.tree.leaves(rule.router.init_carry(*tokens.shape))
         }
-        given, stats, gates = self._route_model(adapters, state, x, ctx, collect)
         mask = stack.attention_mask(segment_ids) if mask is None else mask
-        x, cache, inner, inner_gates = stack.run(
+        buffers, write = ({}, None) if cache is None else cache
+        signal, base_kv = self._signal(params, adapters, batch, ctx, mask, buffers.get("base"), write, constrain)
+        ctx = ctx.replace(signal=signal)
+        given, stats, gates = self._route_model(adapters, state, x, ctx, collect)
+        x, kv, inner, inner_gates = stack.run(
             self, params["blocks"], adapters, state, x, ctx,
-            mask=mask, carry=carry, given=given, cache=cache, collect=collect, constrain=constrain,
+            mask=mask, carry=carry, given=given, cache=(*buffers["own"], write) if buffers else None,
+            collect=collect, constrain=constrain,
         )  # fmt: skip
+        if buffers:
+            buffers = {"own": kv[:2]} | ({} if base_kv is None else {"base": base_kv})
         for name in inner:
             stats.setdefault(name, {}).update({k: v for k, v in inner[name].items() if v})
             gates.setdefault(name, {}).update({k: v for k, v in inner_gates[name].items() if v})
-        return rms_norm(x, params["final_norm"], self.config.norm_eps), stats, cache, gates
+        return rms_norm(x, params["final_norm"], self.config.norm_eps), stats, buffers or None, gates
+
+    def _signal(self, params, adapters, batch, ctx, mask, kv, write, constrain):
+        """What routers with a SIGNAL read, by rule, and the base pass's own keys and values.
+
+        One pass of the frozen base, without rules: no expert is computed and nothing is differentiated.
+        """
+        if not self._signalled:
+            return {}, kv
+        cache = None if kv is None else ({"own": kv}, write)
+        with jax.named_scope("base_hidden"):
+            h, _, buffers, _ = self.without_rules().hidden(
+                params, {}, {}, batch, mask=mask, cache=cache, constrain=constrain
+            )
+            h = jax.lax.stop_gradient(h)
+        signal = {}
+        for rule in self._signalled:
+            own = ctx.replace(key=None if ctx.key is None else jax.random.fold_in(ctx.key, rule.tag))
+            signal[rule.name] = rule.router.signal(adapters[rule.name].get("shared", {}), h, own)
+        return signal, None if buffers is None else buffers["own"]
 
     def _route_model(self, adapters, state, x, ctx, collect):
         """Rules with `share="model"`: one decision for all layers, on the embeddings. Sums lead with one "layer"."""
         given, stats, gates = {}, {}, {}
-        first = self.segments[0]
-        for rule in self.rules:
-            if rule.router is None or rule.share != "model":
+        for r, rule in enumerate(self.rules):
+            if rule.share != "model":
                 continue
             E, pick = max(rule.experts), lambda w: w[0]
+            where = next(s for s in self.segments if s.counts[r])
             shared = adapters[rule.name].get("shared", {})
             own = {"router": jax.tree.map(pick, shared.get("router", {}))}
             own_state = jax.tree.map(pick, state.get(rule.name, {}).get("shared", {}))
             trees = ({rule.name: own}, {rule.name: shared}, {rule.name: own_state})
             carry = {rule.name: rule.router.init_carry(*x.shape[:2])}
             layer = Layer(
-                self.config, first, [(rule, E)], self.losses, trees, carry, ctx.replace(layer=0), {}, collect,
+                self.config, where, [(rule, E)], self.losses, trees, carry, ctx.replace(layer=0), {}, collect,
                 self.engine,
             )  # fmt: skip
             layer.enter("model", x)
@@ -217,13 +182,3 @@ class Model:
         """`hidden [..., D]` -> `[..., V]` float32."""
         head = params["head"] if "head" in params else params["embed"].T
         return jnp.dot(hidden, head.astype(hidden.dtype), preferred_element_type=jnp.float32)
-
-
-def _without_empty(tree: dict) -> dict:
-    """Members may have no leaves of their own; splitting a tree into its trainable part would lose empty dicts."""
-    below = {k: _without_empty(v) if isinstance(v, dict) else v for k, v in tree.items()}
-    return {k: v for k, v in below.items() if not isinstance(v, dict) or v}
-
-
-def _stacked(layers: int):
-    return lambda x: jnp.broadcast_to(x, (layers, *x.shape)) + 0

@@ -2,6 +2,8 @@
 
 `route(p, shared, x, ctx) -> (Routing, carry, sums)`: `x [B, S, D]`, `p` this layer's leaves, `shared` leaves common to
 the layers of the rule, `ctx.state` its mutable state, `ctx.carry` what the layer before handed on.
+A router that declares a SIGNAL gets that in place of x, and its leaves are made for the model's width D.
+`share="model"` has one set of leaves, `adapters/<rule>/shared/router/model/...`, and one decision for all layers.
 `update(state, sums)` runs once an applied optimizer step, on sums over the whole global batch, never in evaluation.
 """
 
@@ -25,7 +27,7 @@ class Router:
 
     FROZEN: ClassVar[tuple[str, ...]] = ()  # leaf names that never train
     NEEDS: ClassVar[tuple[str, ...]] = ()  # "z": the placement computes the rank activations first
-    SIGNAL: ClassVar[str] = ""  # "embedding" | "base_hidden": a model-level input in place of the site's
+    SIGNAL: ClassVar[str] = ""  # "base_hidden": the frozen base's last hidden state in place of the site's input
 
     def k_max(self, experts: int) -> int:
         """Most experts that one token may use, static."""
@@ -40,6 +42,10 @@ class Router:
 
     def init_shared(self, key: Array, sites: tuple[Site, ...]) -> dict[str, Array]:
         return {}
+
+    def signal(self, shared: dict, h: Array, ctx: Context) -> Array:
+        """What `route` gets as x of a declared SIGNAL `h [B, S, D]`: computed once a pass, for all layers."""
+        return h
 
     def init_state(self, site: Site) -> dict[str, Array]:
         return {}

@@ -18,7 +18,7 @@ from molora_jax import sharding
 from molora_jax.errors import InputError
 from molora_jax.evaluate.nll import example_nll
 from molora_jax.evaluate.plots import plot_loss
-from molora_jax.io import warm_start
+from molora_jax.io import expert_runs, warm_start
 from molora_jax.io.checkpoints import Checkpoints
 from molora_jax.metrics import MetricsWriter, Progress, duration
 from molora_jax.models.compile import compile_losses
@@ -65,8 +65,8 @@ class StageStep:
                 f"schedule.{stage.name}.freeze", got="patterns that freeze every leaf", expected="something to train"
             )
         self.optimizer = self.member.make(total, trees.pairs(model, trainable))
-        # the losses and their weights are the stage's own; shapes of leaves never are
-        self.model = dataclasses.replace(model, losses=compile_losses(stage.config))
+        # losses with their weights, and hard routing, are the stage's own; shapes of leaves never are
+        self.model = dataclasses.replace(model, losses=compile_losses(stage.config), route=stage.route)
         step = make_step(
             self.model, self.optimizer, self.member.schedule(total), seed=run.config.seed, frozen=self.frozen,
             accumulate=run.config.train.accumulate, clip=stage.config.train.clip,
@@ -122,6 +122,11 @@ class Run:
                 old = warm_start.load_adapters(self.config.train.init_from)
                 new = warm_start.recut(old, stage.shapes.adapters)
                 state = dataclasses.replace(state, adapters=sharding.put(new, stage.shardings.adapters))
+            if any(rule.load for rule in self.model.rules):
+                new = expert_runs.load_experts(self.model, stage.shapes.adapters, self.base.digest)
+                where = trees.flatten_dict(stage.shardings.adapters, sep="/")
+                where = trees.unflatten_dict({p: where[p] for p in trees.flatten_dict(new, sep="/")}, sep="/")
+                state = dataclasses.replace(state, adapters=trees.merge(state.adapters, sharding.put(new, where)))
             return state
         shapes = stage.shapes
         template = {
@@ -161,13 +166,13 @@ class Run:
 
     # ---- evaluation ------------------------------------------------------------------------------------------------
 
-    def valid_nll(self, state: TrainState) -> float:
+    def valid_nll(self, model, state: TrainState) -> float:
         """Mean over tasks of the NLL per answer token on held-out items (split "valid")."""
         examples = self.data.heldout("valid", self.config.eval.num_items)
         rows = self.config.train.batch_size // self.config.train.accumulate
         batches = self.data.heldout_batches(examples, rows, targets_per_row=self.data.train.targets_per_row)
         sums = example_nll(
-            self.model, self.params, state.adapters, state.router_state, batches, len(examples),
+            model, self.params, state.adapters, state.router_state, batches, len(examples),
             mesh=self.mesh, targets_per_row=self.data.train.targets_per_row, constrain=self.constrain,
         )  # fmt: skip
         tasks = np.array([e.task_id for e in examples])
@@ -254,7 +259,7 @@ def _loop(run, state, start, last, stop, progress, note, profile, writer) -> Res
                 state = run.enter(stages_lib.stage_at(run.stages, step), state)
             best = False
             if config.eval_every and step % config.eval_every == 0:
-                valid = run.valid_nll(state)
+                valid = run.valid_nll(compiled.model, state)
                 best, run.best = valid < run.best, min(valid, run.best)
                 pending[2]["valid_nll"] = valid
                 note(f"step {step}: valid NLL {valid:.4f}{' (best)' if best else ''}")

@@ -12,28 +12,36 @@ from ml_collections import ConfigDict
 
 @dataclasses.dataclass(frozen=True)
 class Stage:
-    """Steps `start` to `stop - 1`. `config` is the run's with the stage's `set` applied; `tasks` "" means all."""
+    """Steps `start` to `stop - 1`. `config` is the run's with the stage's `set` applied; `tasks` "" means all.
+
+    `route="task"` sends every token to the expert of its task in the routers' place: experts train apart.
+    """
 
     name: str
     start: int
     stop: int
     tasks: str
     freeze: tuple[str, ...]
+    route: str
     config: Any
 
 
 def stages(config) -> tuple[Stage, ...]:
-    """The validated config's stages; `steps=0` takes what the others leave of `train.steps`."""
+    """The validated config's stages; those of `steps=0` share what the others leave of `train.steps` (later: more)."""
     named = sorted(config.schedule.items())
     rest = config.train.steps - sum(stage.steps for _, stage in named)
+    open_stages = sum(not stage.steps for _, stage in named)
     out, start = [], 0
     for name, stage in named:
-        stop = start + (stage.steps or rest)
+        stop = start + stage.steps
+        if not stage.steps:
+            stop += rest // open_stages
+            rest, open_stages = rest - rest // open_stages, open_stages - 1
         changed = ConfigDict(config.to_dict())
         with changed.unlocked():
             changed.update(stage["set"].to_dict())
         freeze = tuple(p.strip() for p in stage.freeze.split(",") if p.strip())
-        out.append(Stage(name, start, stop, stage.tasks, freeze, changed))
+        out.append(Stage(name, start, stop, stage.tasks, freeze, stage.route, changed))
         start = stop
     return tuple(out)
 

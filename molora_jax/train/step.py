@@ -146,7 +146,9 @@ def make_step(model, optimizer, schedule, *, clip: float, frozen, **options):
             # an update that overflows would poison every later step, so it counts too
             finite = jnp.isfinite(norm) & jnp.isfinite(loss) & jnp.isfinite(optax.tree.norm(updates))
             moved = trees.merge(optax.apply_updates(trainable, updates), fixed)
-            router_state = update_routers(model, state.router_state, out["router"])
+            router_state = state.router_state
+            if not model.route:  # a stage that routes by itself leaves the routers alone
+                router_state = update_routers(model, router_state, out["router"])
             keep = lambda new, old: jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, old)  # noqa: E731
             state = TrainState(
                 step=state.step + 1,

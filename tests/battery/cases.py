@@ -96,6 +96,10 @@ def method(name, decoder=SMALL, **changes):
     fixed = {f"method.rules.{rule}.adapter.dropout": 0.0 for rule in config.method.rules}
     for rule, value in config.method.rules.items():
         fixed[f"method.rules.{rule}.experts"] = "|".join(value.experts.split("|")[: decoder.layers])
+        if value.adapter.name == "mos":  # the pool has a part for each layer, and a table takes no row twice
+            mos = value.adapter
+            most = mos.private + (mos.budget - mos.private) * decoder.layers
+            fixed[f"method.rules.{rule}.adapter.rank"] = min(mos.rank, most)
     return changed(
         config, {"base.source": "random:tiny", "optim.warmup": 0, **fixed, **METHODS[name].overrides, **changes}
     )
@@ -123,7 +127,7 @@ def random_adapters(model, params, *, seed=3):
     for path, shape in sorted(flatten_dict(shapes, sep="/").items()):
         leaf, noise = path.rpartition("/")[2], rng.standard_normal(shape.shape).astype(np.float32)
         width = dict(A=shape.shape[-1] ** -0.5, B=0.3 / scales[path.split("/")[0]], W=2 * shape.shape[-1] ** -0.5)
-        if leaf in ("A0", "B0"):
+        if leaf in ("A0", "B0") or shape.dtype == np.int32:
             out[path] = np.asarray(start[path])
         elif leaf == "m":
             out[path] = np.asarray(start[path]) * (1 + 0.2 * noise)

@@ -26,7 +26,7 @@ class Routers:
         return next(s for s in self.model.segments if layer in s.layers)
 
     def context(self, rule, name, layer, **more):
-        site = rules_lib.site(self.model.config, name, self._segment(layer), rule.experts[layer])
+        site = rules_lib.site(self.model.config, name, self._segment(layer), rule)
         return self.plain.replace(layer=layer, site=site, **more)
 
     def leaves(self, rule, leaves, scope):
@@ -51,7 +51,9 @@ class Routers:
 
 def expert_weights(xp, adapter, leaves, W, shared, ctx):
     """`[E, D_in, D_out]` of any `Factors`: `inp (W) out + s A mid B`."""
-    cast = lambda tree: jax.tree.map(lambda v: jnp.asarray(v, jnp.float32), tree)  # noqa: E731
+    cast = lambda tree: jax.tree.map(  # noqa: E731  (index tables stay integers)
+        lambda v: jnp.asarray(v, jnp.int32 if jnp.issubdtype(v.dtype, jnp.integer) else jnp.float32), tree
+    )
     f = adapter.factors(cast(leaves), cast(shared), ctx.replace(base=jnp.asarray(W, jnp.float32)))
     f = f if xp is jnp else jax.tree.map(lambda v: np.asarray(v, np.float64), f)
     E = len(f.B)

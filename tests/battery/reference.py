@@ -107,6 +107,8 @@ def forward(xp, model, params, adapters, batch):
     batch = {name: np.asarray(value) for name, value in batch.items()}
     x = params["embed"][batch["tokens"]]
     routers = members.Routers(model, adapters, batch)
+    reads = any(rule.router is not None and rule.router.SIGNAL for rule in model.rules)
+    signal = forward(xp, model.without_rules(), params, {}, batch)[0] if reads else None
     for layer in range(c.layers):
         block = jax.tree.map(lambda w, layer=layer: w[layer], params["blocks"])
         acting = []
@@ -122,6 +124,7 @@ def forward(xp, model, params, adapters, batch):
             key = (layer, rule.name, scope) if scope != "model" else (0, rule.name, scope)
             if key not in decisions:
                 x = params["embed"][batch["tokens"]] if scope == "model" else x
+                x = signal if rule.router.SIGNAL else x
                 if type(rule.router).__name__ in ("SoftmaxTopK", "TopP"):
                     own = routers.leaves(rule, leaves, scope)
                     decisions[key] = route(xp, rule.router, own, x, batch)
@@ -159,7 +162,7 @@ def forward(xp, model, params, adapters, batch):
         x = x + project("o", a.reshape(*h.shape[:2], -1), h)
 
         h = rms(xp, x, block["ffn_norm"], c.norm_eps)
-        whole = [(rule, leaves) for rule, leaves in acting if rule.sites == ("ffn",)]
+        whole = [(rule, leaves) for rule, leaves in acting if rule.placement == "ffn"]
         if whole:
             base = ffn(h)
             y = base
@@ -180,6 +183,14 @@ def forward(xp, model, params, adapters, batch):
         else:
             g, u = project("gate", h, h), project("up", h, h)
             y = project("down", g / (1 + xp.exp(-g)) * u, h)
+        for rule, leaves in acting:
+            if rule.placement == "chain":
+                z = h
+                for t in range(rule.place.iterations):
+                    g = decide(rule, leaves, f"pass{t}", z)
+                    pair = leaves["ffn"]["A"], leaves["ffn"]["B"]
+                    z = z + rule.adapter.alpha / rule.adapter.rank * xp.einsum("bse,bsd,erd,ero->bso", g, z, *pair)
+                y = y + z - h
         x = x + y
     return rms(xp, x, params["final_norm"], c.norm_eps), decisions
 
@@ -203,7 +214,8 @@ def balance(xp, decisions, option):
                             d.selected[keep], d.rows[keep]))  # fmt: skip
     values = []
     for parts in groups.values():
-        probs, chosen, selected, rows = (xp.concatenate(x) for x in zip(*parts, strict=True))
+        *arrays, rows = zip(*parts, strict=True)
+        (probs, chosen, selected), rows = map(xp.concatenate, arrays), np.concatenate(rows)
         each = []
         for example in np.unique(np.asarray(rows)) if option.per_example else [None]:
             mine = np.ones(len(rows), bool) if example is None else np.asarray(rows) == example

@@ -1,0 +1,25 @@
+"""Chain of Experts: two passes through one pool of LoRA experts, each with a router of its own (arXiv 2506.18945).
+
+    python -m launch.train --config=configs/coe.py --workdir=runs/coe
+
+The claim: at equal compute, two passes of top K beat one pass of top 2 K, because the second pass routes on what the
+first one wrote. Here top 1 of 8 in two passes, softmax gates as they are, one balance term a pass and layer; the
+mixture of equal compute is `--config.method.rules.ffn.placement.iterations=1 --config.method.rules.ffn.router.k=2`.
+"""
+
+from configs import common
+
+
+def get_config():
+    config = common.get_config()
+    config.method.rules = dict(
+        ffn=common.rule(
+            "ffn",
+            experts="8",
+            adapter=common.adapter(),
+            router=dict(name="softmax_topk", k=1, share="site", renormalise=False, init="kaiming"),
+            placement=dict(name="chain", iterations=2, gating="independent", residual="inner", nonlinearity="none"),
+        )
+    )
+    config.losses = dict(balance=common.balance(weight=1e-3, over="site", reduce="sum", per_example=True))
+    return config

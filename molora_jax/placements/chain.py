@@ -1,0 +1,79 @@
+"""Chain of experts: a token passes C times through one pool of experts, routed anew each time (arXiv 2506.18945).
+
+    z(0) = x,   z(t) = z(t-1) + sum_e g_{t,e} s B_e phi(A_e z(t-1)),   g_t = router_t(z(t-1)),   t = 1 .. C
+    block output = h + FFN(z(0)) + (z(C) - z(0))
+
+x is the normed input of the feed-forward block, whose frozen weights and residual stream stay as they are: with B = 0
+nothing changes. (The paper trains whole experts from scratch, and its code drops the raw residual stream h: with a
+frozen base that would drop the base's own output, so there is no such option.) C = 1 is the plain mixture beside the
+FFN. K is per pass: CoE(C, K) costs what a mixture of C K costs.
+
+`gating`: a router for each pass; `shared`, one router asked again at each pass (the paper's code for its ablation);
+`once`, the first pass's gates for all (its report). `residual="outer"` drops the inner one: z(t) = sum_e ..., the
+output adds z(C); C >= 2 has no gradient from B = 0 there, so it needs a start of its own (train.init_from). phi is
+`nonlinearity`; without one the passes compose linear maps, gates apart.
+
+The experts of a chain stay on every device, whatever the engine: a pass waits for the one before it.
+A pass is a scope of its own (`pass0`, `pass1` ...), so its leaves, state, sums, losses and statistics stay apart.
+T tokens, D width, E experts, R rank, C iterations: A [E, R, D], B [E, R, D], stored under site `ffn`.
+"""
+
+import dataclasses
+from typing import ClassVar, Literal
+
+import jax
+import jax.numpy as jnp
+
+from molora_jax.core import lowrank
+from molora_jax.placements import projection
+
+NONLINEARITIES = {"silu": jax.nn.silu, "gelu": jax.nn.gelu, "relu": jax.nn.relu}
+
+
+@dataclasses.dataclass(frozen=True)
+class Chain:
+    iterations: int = 2
+    gating: Literal["independent", "shared", "once"] = "independent"
+    residual: Literal["inner", "outer"] = "inner"
+    nonlinearity: Literal["none", "silu", "gelu", "relu"] = "none"
+
+    NAME: ClassVar[str] = "chain"
+
+    @property
+    def scopes(self) -> tuple[str, ...]:
+        return tuple(f"pass{t}" for t in range(self.iterations))
+
+    def leaves_of(self, scope: str) -> str:
+        """The pass whose router another pass asks."""
+        return scope if self.gating == "independent" else "pass0"
+
+
+def chain(x, experts, iterations: int, residual: str = "inner"):
+    """`d = z(C) - z(0)` (outer: z(C)) for `experts(t, z) -> like z`; carries d, so that C = 1 is exact."""
+    d, z = jnp.zeros_like(x), x
+    for t in range(iterations):
+        out = experts(t, z)
+        d = out if residual == "outer" else d + out
+        z = d if residual == "outer" else x + d
+    return d
+
+
+def apply(rule, p: dict, shared: dict, ctx, x, decide):
+    """A rule's change of the block's output, `[B, S, D]`.
+
+    Args:
+      p: the leaves of site `ffn`. x: `[B, S, D]`. decide: `(t, z [B, S, D]) -> Routing | None`.
+    """
+    phi = NONLINEARITIES.get(rule.place.nonlinearity)
+
+    def experts(t, z):
+        flat = z.reshape(-1, z.shape[-1])
+        with jax.named_scope(f"pass{t}"):
+            at = ctx.replace(key=ctx.keyed(t), iteration=t)
+            one = projection.part(rule, p, shared, decide(t, z), at, flat)
+            seen = lowrank.dropped(flat, one.dropout, jnp.arange(len(flat)))
+            latent = one.latent if phi is None else lambda a: phi(a if one.latent is None else one.latent(a))
+            slots = one.slots if one.slots is not None and one.slots[0].shape[1] < one.experts else None
+            return lowrank.low_rank(seen, one.factors, one.gates, latent, slots).reshape(z.shape)
+
+    return chain(x, experts, rule.place.iterations, rule.place.residual)
