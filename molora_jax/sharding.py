@@ -122,7 +122,11 @@ def adapter_shardings(adapters, model, mesh: Mesh):
     def one(path, leaf):
         rule, segment, site, *_, name = (str(k.key) for k in path)
         E, placement = experts.get((rule, segment), (0, ""))
-        whole = site == "router" or placement == "chain" or (model.engine.rank_space and placement == "projection" and name in ("A", "A0"))
+        whole = (
+            site == "router"
+            or placement == "chain"
+            or (model.engine.rank_space and placement == "projection" and name in ("A", "A0"))
+        )
         shared = not whole and len(leaf.shape) > 1 and leaf.shape[1] == E and model.engine.stored(E)
         return NamedSharding(mesh, P(None, "expert") if shared else P())
 
