@@ -23,7 +23,7 @@ class Device:
     bytes_per_second: float
 
 
-# Makers' figures; the key is found in the lower-case device kind, first match.
+# Nominal, rounded; override what you have measured. The key is found in the lower-case device kind, first match.
 DEVICES = {
     "v5 lite": Device(197e12, 0.82e12),
     "v5e": Device(197e12, 0.82e12),

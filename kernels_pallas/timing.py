@@ -66,7 +66,7 @@ def measure(functions: dict, args: tuple, rounds: int) -> dict[str, list[float]]
 
 
 def roofline() -> select.Device:
-    """P and BW of this device: measured on a CPU, the makers' figures elsewhere."""
+    """P and BW of this device: measured on a CPU, nominal figures elsewhere."""
     if platform_of() != "cpu":
         kind = jax.local_devices()[0].device_kind.lower()
         return next((chip for key, chip in select.DEVICES.items() if key in kind), select.UNKNOWN)
