@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from kernels_pallas import select, tiles
 from molora_jax.losses import LOSSES
 from molora_jax.routers import ROUTERS
 from tests.acceptance import small
@@ -121,8 +122,8 @@ def test_acceptance_6_a_token_moves_its_own_choice_alone_and_the_projections_sha
 
 
 def test_acceptance_7_a_token_works_for_one_expert():
-    """Work of the grouped product in rows: the tiles pad to within a tenth, whatever E. Needs E distinct loads."""
-    tiles = pytest.importorskip("kernels_pallas.tiles")
+    """The config's product is the grouped one, and its rows of work pad T by less than a tenth, whatever E."""
+    assert select.low_rank_op(3, 32, 1, platform="cpu")[0] == "grouped_lora"
     T, rows = 8192, 32
     for E in (2, 4, 8, 16):
         idx = jnp.asarray(np.random.default_rng(E).integers(0, E, (T, 1)), jnp.int32)

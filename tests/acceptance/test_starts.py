@@ -11,11 +11,13 @@ from molora_jax.train.loop import train
 from tests.tiny import write_task
 
 
-@pytest.mark.parametrize("name", ["mos", "coe", "x_lora"])
+@pytest.mark.parametrize("name", ["mos", "coe", "x_lora", "dynmole", "smora", "loramoe", "rmoe", "llava_mole"])
 def test_config_starts_on_the_tiny_base_and_goes_on(name, tmp_path):
     config = flags.load(flags.ROOT / "configs" / f"{name}.py")
     config.base.source = "random:tiny"
     config.data.update(tasks=f"jsonl:{write_task(tmp_path / 'task.jsonl', rows=40)}", seq_len=96)
+    if "localized_balance" in config.losses:
+        config.losses.localized_balance.world = config.data.tasks
     config.train.update(steps=2, batch_size=8, save_every=1, stop_after=1)
     schema.validate(config)
     train(config, str(tmp_path / "run"), note=lambda text: None)
