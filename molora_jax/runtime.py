@@ -20,3 +20,17 @@ def configure() -> None:
         jax.distributed.initialize(
             os.environ["MOLORA_COORDINATOR"], int(os.environ["MOLORA_PROCESSES"]), int(os.environ["MOLORA_PROCESS"])
         )
+
+
+def together(name: str, *, seconds: int = 1800) -> None:
+    """Waits until every process is here; nothing with one process. `name` is new each time.
+
+    Before the first collective of a program: the CPU's (gloo) give up on a peer that is 30 s late, and processes take
+    unequal times to load and to compile. This waits through the coordinator instead, without a collective.
+    """
+    import jax
+
+    if jax.process_count() > 1:
+        from orbax.checkpoint import multihost
+
+        multihost.get_barrier_sync_fn()(key=name, timeout_ms=1000 * seconds)

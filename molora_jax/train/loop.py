@@ -14,7 +14,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from molora_jax import config as config_lib
-from molora_jax import sharding
+from molora_jax import runtime, sharding
 from molora_jax.errors import InputError
 from molora_jax.evaluate.nll import example_nll
 from molora_jax.evaluate.plots import plot_loss
@@ -80,7 +80,16 @@ class StageStep:
             lambda s, where: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=where), shapes, self.shardings
         )
         self.step = jax.jit(step, donate_argnums=0, out_shardings=(self.shardings, sharding.replicated(run.mesh)))
+        self.ready = False
         self.stream = run.data.train.for_tasks(stage.tasks) if stage.tasks else run.data.train
+
+    def compile_together(self, *arguments) -> None:
+        """With several processes: the first step of a stage starts when all have compiled it."""
+        *arguments, step = arguments
+        if not self.ready and jax.process_count() > 1:
+            self.step = self.step.lower(*arguments).compile()
+            runtime.together(f"step {step} of {self.stage.name} is compiled")
+        self.ready = True
 
 
 class Run:
@@ -89,6 +98,7 @@ class Run:
     def __init__(self, config, workdir: Workdir, *, note):
         self.config, self.workdir, self.note = config, workdir, note
         made = setup(config)
+        runtime.together("set up")
         self.mesh, self.base, self.data, self.model, self.params = (
             made.mesh,
             made.base,
@@ -244,7 +254,9 @@ def _loop(run, state, start, last, stop, progress, note, profile, writer) -> Res
                 note("compiling the step (seconds to a minute, cached for the next start)")
                 announced = stage
             _, batch = next(batches)
-            state, values = compiled.step(state, run.params, sharding.put_batch(batch, run.mesh, config.batch_size))
+            batch = sharding.put_batch(batch, run.mesh, config.batch_size)
+            compiled.compile_together(state, run.params, batch, step)
+            state, values = compiled.step(state, run.params, batch)
             step += 1
             flush(pending)
             pending = (step, values, {})
