@@ -42,6 +42,7 @@ def rows_per_tile(num_slots: int, E: int) -> int:
     return min(32, 1 << (mean - 1).bit_length()) if mean > 1 else 1
 
 
+@jax.named_scope("dispatch")
 def plan(idx: Array, E: int, rows: int | None = None) -> Tiles:
     """The schedule for `idx [T, K]` int32 (E, or more, at a slot that is not used)."""
     T, K = idx.shape

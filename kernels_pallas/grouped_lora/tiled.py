@@ -37,6 +37,7 @@ def _shrink(K, x, A, schedule):
     return _shrink_forward(K, x, A, schedule)[0]
 
 
+@jax.named_scope("shrink")
 def _shrink_forward(K, x, A, schedule):
     def step(i, z):
         s = tiles.step(schedule, i)
@@ -47,6 +48,7 @@ def _shrink_forward(K, x, A, schedule):
     return z.reshape(len(x), K, -1), (x, A, schedule)
 
 
+@jax.named_scope("shrink")
 def _shrink_backward(K, saved, dz):
     x, A, schedule = saved
     dz = _flat(dz).astype(x.dtype)
@@ -70,6 +72,7 @@ def _expand(dtype, z, B, gates, schedule):
     return _expand_forward(dtype, z, B, gates, schedule)[0]
 
 
+@jax.named_scope("expand")
 def _expand_forward(dtype, z, B, gates, schedule):
     def step(i, y):
         s = tiles.step(schedule, i)
@@ -84,6 +87,7 @@ def _gated(w, z):
     return jnp.where(w == 0, 0.0, w * z.astype(F32))
 
 
+@jax.named_scope("expand")
 def _expand_backward(dtype, saved, dy):
     z, B, gates, schedule = saved
 

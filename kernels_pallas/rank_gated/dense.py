@@ -17,6 +17,7 @@ def _dot(a, b, contract, dtype):
     return jax.lax.dot_general(a, b, (contract, ((), ())), preferred_element_type=F32).astype(dtype)
 
 
+@jax.named_scope("shrink")
 def _shrink(x, A):
     z = _dot(x, A.reshape(-1, A.shape[-1]).astype(x.dtype), ((1,), (1,)), F32)
     return z.reshape(len(x), A.shape[0], A.shape[1])
@@ -34,24 +35,27 @@ def rank_gated(x, A, B, gates):
 
 def _forward(x, A, B, gates):
     z = _shrink(x, A)
-    u = _gate(z, gates).reshape(len(x), -1).astype(x.dtype)
-    y = _dot(u, B.reshape(-1, B.shape[-1]).astype(x.dtype), ((1,), (0,)), x.dtype)
+    with jax.named_scope("expand"):
+        u = _gate(z, gates).reshape(len(x), -1).astype(x.dtype)
+        y = _dot(u, B.reshape(-1, B.shape[-1]).astype(x.dtype), ((1,), (0,)), x.dtype)
     return y, (x, z, A, B, gates)
 
 
 def _backward(saved, dy):
     x, z, A, B, gates = saved
     E, R = B.shape[:2]
-    u = _gate(z, gates).reshape(len(x), -1).astype(x.dtype)
-    dB = _dot(u, dy, ((0,), (0,)), B.dtype).reshape(B.shape)
-    du = _dot(dy, B.reshape(-1, B.shape[-1]).astype(x.dtype), ((1,), (1,)), F32).reshape(len(x), E, R)
-    dgates = jnp.sum(du * z, axis=-1).astype(gates.dtype)
-    dz = _gate(du, gates)
-    if A.shape[0] == 1:
-        dz = jnp.sum(dz, axis=1, keepdims=True)
-    dz = dz.reshape(len(x), -1).astype(x.dtype)
-    dA = _dot(dz, x, ((0,), (0,)), A.dtype).reshape(A.shape)
-    dx = _dot(dz, A.reshape(-1, A.shape[-1]).astype(x.dtype), ((1,), (0,)), x.dtype)
+    with jax.named_scope("expand"):
+        u = _gate(z, gates).reshape(len(x), -1).astype(x.dtype)
+        dB = _dot(u, dy, ((0,), (0,)), B.dtype).reshape(B.shape)
+        du = _dot(dy, B.reshape(-1, B.shape[-1]).astype(x.dtype), ((1,), (1,)), F32).reshape(len(x), E, R)
+        dgates = jnp.sum(du * z, axis=-1).astype(gates.dtype)
+    with jax.named_scope("shrink"):
+        dz = _gate(du, gates)
+        if A.shape[0] == 1:
+            dz = jnp.sum(dz, axis=1, keepdims=True)
+        dz = dz.reshape(len(x), -1).astype(x.dtype)
+        dA = _dot(dz, x, ((0,), (0,)), A.dtype).reshape(A.shape)
+        dx = _dot(dz, A.reshape(-1, A.shape[-1]).astype(x.dtype), ((1,), (0,)), x.dtype)
     return dx, dA, dB, dgates
 
 

@@ -78,6 +78,7 @@ def _op(activation, g, u, z_g, z_u, B_g, B_u, A_d, idx, gates, base, mask):
     return _forward(activation, g, u, z_g, z_u, B_g, B_u, A_d, idx, gates, base, mask)[0]
 
 
+@jax.named_scope("experts")
 def _forward(activation, g, u, z_g, z_u, B_g, B_u, A_d, idx, gates, base, mask):
     E, dtype = B_g.shape[0], g.dtype
     A_all = jnp.broadcast_to(A_d, (E, *A_d.shape[1:]))
@@ -94,6 +95,7 @@ def _forward(activation, g, u, z_g, z_u, B_g, B_u, A_d, idx, gates, base, mask):
     return out, (g, u, z_g, z_u, B_g, B_u, A_d, idx, gates, base, mask)
 
 
+@jax.named_scope("experts")
 def _backward(activation, saved, cotangents):
     g, u, z_g, z_u, B_g, B_u, A_d, idx, gates, base, mask = saved
     dmix, dz_d = cotangents

@@ -52,6 +52,7 @@ def _op(activation, g, u, z_g, z_u, B_g, B_u, A_d, gates, base, mask, schedule):
     return _forward(activation, g, u, z_g, z_u, B_g, B_u, A_d, gates, base, mask, schedule)[0]
 
 
+@jax.named_scope("experts")
 def _forward(activation, g, u, z_g, z_u, B_g, B_u, A_d, gates, base, mask, schedule):
     T, K, R = z_g.shape
     dtype = g.dtype
@@ -75,6 +76,7 @@ def _forward(activation, g, u, z_g, z_u, B_g, B_u, A_d, gates, base, mask, sched
     return (mix.astype(dtype), z_d.reshape(T, K, R).astype(dtype)), saved
 
 
+@jax.named_scope("experts")
 def _backward(activation, saved, cotangents):
     g, u, z_g, z_u, B_g, B_u, A_d, gates, base, mask, schedule = saved
     dmix, dz_d = cotangents

@@ -15,6 +15,7 @@ from molora_jax.core.types import Array, Factors
 F32 = jnp.float32
 
 
+@jax.named_scope("base")
 def frozen_linear(W: Array, x: Array) -> Array:
     """`x [..., D_in]`, `W [D_in, D_out]` -> `[..., D_out]` in x's dtype."""
     return jnp.dot(x, W.astype(x.dtype), preferred_element_type=F32).astype(x.dtype)
@@ -27,6 +28,7 @@ class Dropout:
     key: Array
     rate: float = flax.struct.field(pytree_node=False)
 
+    @jax.named_scope("dropout")
     def mask(self, rows: Array, width: int, dtype, *, share=(0, 1)) -> Array:
         """0 or 1/keep for `rows [T]` (rows of the global batch), the share `(index, of)` of `width` columns.
 
@@ -54,6 +56,7 @@ def dropped(x: Array, drop: Dropout | None, rows: Array, share=(0, 1)) -> Array:
     return x if drop is None else x * drop.mask(rows, x.shape[1] * share[1], x.dtype, share=share)
 
 
+@jax.named_scope("shrink")
 def shrink(x: Array, factors: Factors, latent=None) -> Array:
     """Rank activations `[T, 1|E, R]`, float32: `A x`, the adapter's `latent`, then `mid`."""
     A = factors.A
@@ -66,6 +69,7 @@ def shrink(x: Array, factors: Factors, latent=None) -> Array:
     return z
 
 
+@jax.named_scope("expand")
 def expand(z: Array, B: Array, gates: Array, dtype) -> Array:
     """`sum_e g_e B_e z_e`: `z [T, 1|E, R]`, `B [E, R, D_out]`, `gates [T, E]` -> `[T, D_out]`."""
     u = jnp.where(gates[..., None] == 0, 0.0, gates[..., None] * z)

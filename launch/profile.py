@@ -1,0 +1,108 @@
+"""Where the time of a training step goes, by stage.
+
+python -m launch.profile --config=configs/mixlora.py [--config.X=V] [--batch=4 --seq=128 --dtype=float32 --threads=1]
+    [--steps=3] [--no_update]
+
+The step of `launch.bench` (real base weights, every sequence full), traced. A traced operation is an instruction of the
+compiled program, whose name carries the `named_scope`s it came from; it counts for the innermost of STAGES, less the
+time of the operations inside it. `backward` holds what the stack computes again, too. What the compiler fuses counts
+for the fusion's last operation. On an accelerator the device's own times are taken.
+"""
+
+import collections
+import os
+import pathlib
+import re
+import tempfile
+
+from launch import flags
+from launch.bench import FLAGS
+
+STAGES = {
+    "route": "scores, top-k, the sums of losses and statistics",
+    "dispatch": "sorting slots by expert, sending tokens",
+    "shrink": "x A, rank-R activations",
+    "expand": "z B, summed over a token's experts",
+    "experts": "routed FFN: expand, activation, mix, shrink in one pass",
+    "combine": "bringing tokens back",
+    "gather": "bringing experts to the tokens",
+    "dropout": "masks of the adapters' inputs",
+    "base": "frozen projections",
+    "attention": "scores, norm, rotation, cache",
+    "ffn": "norm, residual, activation outside experts",
+    "loss": "logits and cross-entropy",
+    "optimizer": "norm, update",
+    "other": "the loop over layers: slices of weights and of kept activations, zeroed buffers",
+}
+INSTRUCTION = re.compile(r"^\s*(?:ROOT )?%?([\w.-]+) = .*op_name=\"([^\"]*)\"", re.M)
+
+
+def run(argv):
+    config, args = flags.parse(__doc__, [f for f in FLAGS if f[0] not in ("--against", "--generate", "--json")], argv)
+    os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: args.threads])  # before jax makes its threads
+    if args.threads == 1:
+        os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_cpu_multi_thread_eigen=false"
+    from molora_jax import runtime
+
+    runtime.configure()
+    import jax
+
+    from launch import bench_side
+    from molora_jax import config as config_lib
+
+    jax.config.update("jax_compilation_cache_include_metadata_in_key", True)  # else the names may be an older program's
+    work, _ = bench_side.start(config_lib.to_dict(config), vars(args) | {"generate": False})
+    names = dict(INSTRUCTION.findall(work.text()))
+    with tempfile.TemporaryDirectory() as folder:
+        with jax.profiler.trace(folder):
+            for _ in range(args.steps):
+                work()
+        (path,) = pathlib.Path(folder).rglob("*.xplane.pb")
+        spent = by_stage(jax.profiler.ProfileData.from_file(str(path)), names)
+    print(table(spent, args.steps))
+
+
+def by_stage(profile, names) -> dict:
+    """`{(stage, backward): nanoseconds}` over the whole trace."""
+    planes = [p for p in profile.planes if p.name.startswith("/device:")]
+    planes = planes or [p for p in profile.planes if p.name.startswith("/host:CPU")]
+    spent = collections.Counter()
+    for line in (line for plane in planes for line in plane.lines):
+        for op, own in own_times((e.start_ns, e.duration_ns, op) for e in line.events if (op := op_of(e))):
+            path = names.get(op, "")
+            stage = next((part for part in re.split(r"[/()]", path)[-2::-1] if part in STAGES), "other")
+            spent[stage, "transpose(" in path or "rematted" in path] += own
+    return spent
+
+
+def op_of(event) -> str | None:
+    return next((str(value) for key, value in event.stats if key == "hlo_op"), None)
+
+
+def own_times(events):
+    """`(name, time less that of the events inside)` of `(start, duration, name)` on one line of a trace."""
+    open_ = []  # [end, name, own time]
+    for start, duration, name in sorted(events, key=lambda e: (e[0], -e[1])):
+        while open_ and open_[-1][0] <= start:
+            yield open_.pop()[1:]
+        if open_:
+            open_[-1][2] -= duration
+        open_.append([start + duration, name, duration])
+    yield from (entry[1:] for entry in open_)
+
+
+def table(spent, steps) -> str:
+    total = sum(spent.values())
+    rows = [("stage", "forward ms", "backward ms", "share", "what")]
+    stages = sorted({stage for stage, _ in spent}, key=lambda s: -spent[s, False] - spent[s, True])
+    for stage in stages:
+        ahead, back = spent[stage, False], spent[stage, True]
+        share = f"{(ahead + back) / total:.1%}"
+        rows.append((stage, f"{ahead / steps / 1e6:.1f}", f"{back / steps / 1e6:.1f}", share, STAGES[stage]))
+    rows.append(("a step", *(f"{sum(spent[s, b] for s in stages) / steps / 1e6:.1f}" for b in (False, True)), "", ""))
+    widths = [max(len(row[c]) for row in rows) for c in range(5)]
+    return "\n".join("  ".join(x.ljust(w) for x, w in zip(row, widths, strict=True)).rstrip() for row in rows)
+
+
+if __name__ == "__main__":
+    flags.main(run)
