@@ -25,6 +25,19 @@ def matches(a, b, *, rtol, atol=0.0):
         np.testing.assert_allclose(a[path], b[path], rtol=rtol, atol=atol, err_msg=path)
 
 
+def same_step(metrics, gradients, other_metrics, other_gradients):
+    """Two runs of one step on other numbers of devices: statistics and losses to 1e-6, gradients to float32's sums.
+
+    The gradient of a leaf that all layers share is a sum over layers too: more terms in another order.
+    """
+    apart = 4e-6 if any("/shared/" in path for path in gradients) else 1e-6
+    np.testing.assert_allclose(metrics["grad_norm"], other_metrics["grad_norm"], rtol=apart)
+    rest = [{k: v for k, v in m.items() if k != "grad_norm"} for m in (metrics, other_metrics)]
+    matches(*rest, rtol=1e-6, atol=1e-6)
+    largest = max(np.abs(g).max() for g in gradients.values())
+    matches(gradients, other_gradients, rtol=1e-5, atol=apart * largest)
+
+
 def check_tree(model, adapters):
     """Plain nested dicts with string keys: `rule/segment/site/leaf` and `rule/segment/router/scope/leaf`."""
 
