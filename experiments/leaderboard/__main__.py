@@ -8,14 +8,14 @@ method and for the base. Each run is a process of its own: a crash costs one row
 """
 
 import re
-import sys
+import signal
 
 from configs import common
 from experiments.leaderboard import work
 from experiments.leaderboard.results import Results
 from experiments.leaderboard.tables import TABLES, check_methods, entry, settled
 from launch import flags
-from molora_jax.errors import InputError
+from molora_jax.io.base import load_base
 from molora_jax.train.workdir import Workdir
 
 FLAGS = [
@@ -48,40 +48,44 @@ def main(argv):
     common_changes = changes + budget(args.budget, config.data.seq_len) + [("eval.num_items", str(args.items))]
     setting = {"budget": args.budget, "items": args.items, "config": dict(changes)}
     results = Results(args.out, setting)
+    signal.signal(signal.SIGTERM, interrupt)
     with Workdir(args.workdir):
-        return go(args, methods, wanted, common_changes, results)
+        decoder = load_base(config.base.source, dtype=config.base.dtype).config
+        plan = {t: [entry(t, m, decoder, common_changes, args.seeds) for m in methods] for t in wanted}
+        board = work.Board(args.workdir, settled("lora", {}, common_changes), plan, results)
+        return go(board, args)
 
 
-def go(args, methods, wanted, common_changes, results) -> int:
-    from molora_jax.io.base import load_base
+def interrupt(*_):
+    raise KeyboardInterrupt  # the child is told to stop, and we end as after Ctrl-C
 
-    source = dict(common_changes).get("base.source", common.get_config().base.source)
-    decoder = load_base(source, dtype="bfloat16").config
-    plan = {t: [entry(t, m, decoder, common_changes, args.seeds) for m in methods] for t in wanted}
-    board = work.Board(args.workdir, settled("lora", {}, common_changes), plan, results)
+
+def go(board, args) -> int:
+    """Everything that is not there yet; the exit status."""
     board.base()
-    for table in plan:
+    for table, entries in board.plan.items():
         for seed in range(args.seeds):
-            for one in plan[table]:
+            for one in entries:
                 board.run(table, one, seed)
-    for table in plan if args.cost_steps else ():
-        for one in plan[table]:
+    for table, entries in board.plan.items() if args.cost_steps else ():
+        for one in entries:
             board.cost(table, one, args.cost_steps)
     board.write()
-    for name, message in results.tree["failed"].items():
-        print(f"failed: {name}: {message.splitlines()[0]}", file=sys.stderr)
-    return 1 if results.tree["failed"] else 0
+    failed = board.results.tree["failed"].values()
+    for message in failed:
+        work.say(f"failed: {message.splitlines()[0]}")
+    return 1 if failed else 0
 
 
 def budget(text: str, seq_len: int) -> list[tuple[str, str]]:
     """`40x512` as the fields that it sets."""
     match = re.fullmatch(r"([1-9]\d{0,6})x([1-9]\d{0,6})", text)
     if not match:
-        raise InputError("--budget", got=repr(text), expected="STEPSxTOKENS_A_STEP, such as 40x512")
+        raise flags.wrong("--budget", repr(text), "STEPSxTOKENS_A_STEP, such as 40x512")
     steps, tokens = map(int, match.groups())
     if tokens % seq_len:
         expected = f"tokens a step in whole rows: a multiple of data.seq_len = {seq_len}"
-        raise InputError("--budget", got=str(tokens), expected=expected, fix="Change it, or --config.data.seq_len.")
+        raise flags.wrong("--budget", tokens, expected, "Change it, or --config.data.seq_len.")
     fields = dict(steps=steps, batch_size=tokens // seq_len, save_every=0, keep=1, log_every=10)
     return [(f"train.{name}", str(value)) for name, value in fields.items()] + [("eval.num_generated", "0")]
 
@@ -90,9 +94,8 @@ def tables(text: str) -> list[str]:
     names = [name.strip() for name in text.split(",")]
     for name in names:
         if name not in TABLES:
-            raise InputError(
-                "--tables", got=repr(name), expected=" or ".join(TABLES), fix=flags.did_you_mean(name, TABLES)
-            )
+            near = flags.did_you_mean(name, TABLES)
+            raise flags.wrong("--tables", repr(name), "names among " + ", ".join(TABLES), near)
     return [name for name in TABLES if name in names]
 
 

@@ -69,15 +69,16 @@ def text(tree: dict, rows: dict) -> str:
         parts += ["\nNLL per answer token (nats) by task, mean over seeds:\n", _tasks(group, tree["base"])]
     if tree["failed"]:
         parts += ["\n## Failed (the next start tries them again)\n"]
-        parts += [f"- {name}: {message.splitlines()[0]}" for name, message in tree["failed"].items()]
+        parts += [f"- {message.splitlines()[0]}" for message in tree["failed"].values()]
     return "\n".join(parts) + "\n"
 
 
 def _head(tree):
     setting, runs = tree["setting"], tree["runs"]
     changes = "".join(f" --config.{field}={value}" for field, value in setting["config"].items())
-    yield f"Made by `python -m experiments.leaderboard --budget={setting['budget']} --items={setting['items']}{changes}`"
-    yield "(more runs: `--methods`, `--seeds`; what was finished is kept). Lower is better.\n"
+    budget, items = setting["budget"], setting["items"]
+    yield f"Made by `python -m experiments.leaderboard --budget={budget} --items={items}{changes}` (more runs with"
+    yield "`--methods` and `--seeds`; what is finished is kept). Lower is better.\n"
     machines = {(m["processor"], m["threads"], m["jax"], m["dtype"]) for m in (run["machine"] for run in runs)}
     for processor, threads, jax, dtype in sorted(machines):
         yield f"- runs on {processor}, {threads} thread{'s' * (threads > 1)}, jax {jax}, base in {dtype}"
@@ -109,16 +110,14 @@ def _changes(group):
     """What a table changed in each config, for a run by hand."""
     lines = []
     for row in group:
-        changes = {f: v for f, v in row.entry.changes.items()}
-        lines.append(f"- {row.title}: " + (", ".join(f"`{f.removeprefix('method.rules.')}={v}`" for f, v in changes.items())
-                                            or "as shipped"))  # fmt: skip
+        changes = [f"`{f.removeprefix('method.rules.')}={v}`" for f, v in row.entry.changes.items()]
+        lines.append(f"- {row.title}: {', '.join(changes) or 'as shipped'}")
     return "Changed in the shipped configs (fields below `method.rules`):\n\n" + "\n".join(lines)
 
 
 def _tasks(group, base):
-    names = (
-        list(base["nll"]) if base else sorted({name for row in group for r in row.runs.values() for name in r["nll"]})
-    )
+    found = dict.fromkeys(name for row in group for run in row.runs.values() for name in run["nll"])
+    names = list(base["nll"] if base else found)
     lines = ["| method | " + " | ".join(names) + " |", "|---" * (len(names) + 1) + "|"]
     if base:
         lines.append("| base model | " + " | ".join(f"{base['nll'][n]:.3f}" for n in names) + " |")

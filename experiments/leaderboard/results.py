@@ -4,7 +4,7 @@
      "base": {"nll": {TASK: NATS}, "items": ..., "answer_tokens": ...},
      "runs": [{"key", "method", "changes", "seed", "machine", "nll", "peak_mb", ...}, ...],
      "costs": [{"key", "method", "changes", "ratio": {"median", "min", "max"}, ...}, ...],
-     "failed": {NAME: MESSAGE}}
+     "failed": {KEY: MESSAGE}}
 
 A run is found again by its key, a hash of everything that makes it this run (method, losses, optimizer, data, seed,
 ...), so two tables share a run, and a changed config is run anew. The file is replaced as a whole, never half written.
@@ -55,18 +55,18 @@ class Results:
         """A finished entry of `runs` or `costs`."""
         return next((entry for entry in self.tree[kind] if entry["key"] == key), None)
 
-    def add(self, kind: str, name: str, entry: dict):
-        """Keeps a finished entry, under the name that it may have failed under."""
+    def add(self, kind: str, key: str, entry: dict):
+        """Keeps a finished entry (`base`, or one more of `runs` or `costs`)."""
         if kind == "base":
             self.tree["base"] = entry
         else:
-            self.tree[kind].append(entry)
-        self.tree["failed"].pop(name, None)
+            self.tree[kind].append({"key": key} | entry)
+        self.tree["failed"].pop(f"{kind} {key}", None)
         self.save()
 
-    def fail(self, name: str, message: str):
+    def fail(self, kind: str, key: str, message: str):
         """Keeps why something failed; the next start tries it again."""
-        self.tree["failed"][name] = message
+        self.tree["failed"][f"{kind} {key}"] = message
         self.save()
 
     def save(self):

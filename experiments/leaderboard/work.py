@@ -31,7 +31,7 @@ class Board:
         with config.unlocked():
             config.method.rules, config.losses = {}, {}
         if self.results.tree["base"] is None:
-            self._attempt("base", "base", lambda: job(config, self.folder / "base"))
+            self._attempt("base", "", "base", lambda: job(config, self.folder / "base"))
 
     def run(self, table: str, entry, seed: int):
         config = entry.configs[seed]
@@ -41,10 +41,10 @@ class Board:
         workdir = self.folder / f"{entry.method}-{number}"
 
         def work():
-            facts = dict(key=number, method=entry.method, changes=entry.changes, seed=seed, machine=machine(config))
+            facts = dict(method=entry.method, changes=entry.changes, seed=seed, machine=machine(config))
             return facts | job(config, workdir)
 
-        if self._attempt("runs", f"{table}: {entry.method}, seed {seed}", work):
+        if self._attempt("runs", number, f"{table}: {entry.method}, seed {seed}", work):
             shutil.rmtree(workdir, ignore_errors=True)  # the row is what is kept
 
     def cost(self, table: str, entry, steps: int):
@@ -57,23 +57,23 @@ class Board:
 
         def work():
             made = bench.measure({"a": config, "b": self.lora}, options)
-            facts = dict(key=number, method=entry.method, changes=entry.changes, machine=made["machine"])
+            facts = dict(method=entry.method, changes=entry.changes, machine=made["machine"])
             return facts | dict(ratio=made["ratio"], cpu_seconds=made["a"]["cpu_seconds"])
 
-        self._attempt("costs", f"{table}: cost of {entry.method}", work)
+        self._attempt("costs", number, f"{table}: cost of {entry.method}", work)
 
     def write(self):
         report.write(self.results.path.parent, self.results.tree, self.plan)
 
-    def _attempt(self, kind: str, name: str, work) -> bool:
+    def _attempt(self, kind: str, number: str, name: str, work) -> bool:
         say(f"{name} ...")
         try:
             done = work()
         except (InputError, Failed, SystemExit) as error:
-            self.results.fail(name, str(error))
+            self.results.fail(kind, number, f"{name}: {error}")
             say(f"{name} failed: {error}")
             return False
-        self.results.add(kind, name, done)
+        self.results.add(kind, number, done)
         say(f"{name}: {summary(done)}")
         self.write()
         return True
