@@ -253,8 +253,8 @@ def _command(row: Method) -> str:
 LEGEND = """
 Trained parameters, of factors and routers in every stage: p(sites) is the sum of D_in + D_out over the sites of a
 layer, d(sites) of D_in, o(sites) of D_out; L layers, D width; all: q, k, v, o, gate, up, down; attn: q, k, v, o; ffn:
-gate, up, down. `tests/battery/test_methods.py` asserts that the formula's number is the count of the model's own leaves.
-Lines count docstrings; what a method needed elsewhere is in [design.md](design.md).
+gate, up, down. The formula's number is the count of the model's own leaves (`tests/battery/test_methods.py`). Lines
+count docstrings; what a method needed elsewhere is in [design.md](design.md).
 """
 
 
