@@ -25,6 +25,7 @@ FLAGS = [
     ("--items", dict(type=int, default=16, help="held-out items a task")),
     ("--tables", dict(default="rank,params", help="equal active rank, equal trainable parameters")),
     ("--cost_steps", dict(type=int, default=3, help="measured steps of each pair; 0 measures no cost")),
+    ("--report", dict(action="store_true", help="run nothing: write results.md and .png of what is there")),
     ("--out", dict(default="experiments/leaderboard", metavar="DIR", help="holds results.json, .md and .png")),
     ("--workdir", dict(default="runs/leaderboard", metavar="DIR", help="where unfinished runs are")),
 ]
@@ -62,12 +63,14 @@ def interrupt(*_):
 
 def go(board, args) -> int:
     """Everything that is not there yet; the exit status."""
-    board.base()
-    for table, entries in board.plan.items():
+    plan = {} if args.report else board.plan
+    if plan:
+        board.base()
+    for table, entries in plan.items():
         for seed in range(args.seeds):
             for one in entries:
                 board.run(table, one, seed)
-    for table, entries in board.plan.items() if args.cost_steps else ():
+    for table, entries in plan.items() if args.cost_steps else ():
         for one in entries:
             board.cost(table, one, args.cost_steps)
     board.write()

@@ -65,8 +65,12 @@ def text(tree: dict, rows: dict) -> str:
     parts = ["# Leaderboard\n", *_head(tree)]
     for table, group in rows.items():
         lora = next((row for row in group if row.entry.method == "lora"), None)
-        parts += [f"\n## {TITLES[table]}\n", _summary(table, group, lora), "", _changes(group)]
-        parts += ["\nNLL per answer token (nats) by task, mean over seeds:\n", _tasks(group, tree["base"])]
+        seen = [row for row in group if row.runs]
+        parts += [f"\n## {TITLES[table]}\n", _summary(seen, lora)]
+        parts += ["\nNLL per answer token (nats) by task:\n", _tasks(seen, tree["base"])]
+        parts += ["\nChanged in the shipped configs (fields below `method.rules`):\n", _changes(group)]
+        left = [row.title for row in group if not row.runs]
+        parts += [f"\nNot run yet: {', '.join(left)}."] if left else []
     if tree["failed"]:
         parts += ["\n## Failed (the next start tries them again)\n"]
         parts += [f"- {message.splitlines()[0]}" for message in tree["failed"].values()]
@@ -82,13 +86,14 @@ def _head(tree):
     machines = {(m["processor"], m["threads"], m["jax"], m["dtype"]) for m in (run["machine"] for run in runs)}
     for processor, threads, jax, dtype in sorted(machines):
         yield f"- runs on {processor}, {threads} thread{'s' * (threads > 1)}, jax {jax}, base in {dtype}"
-    yield "- a budget is optimizer steps x tokens a step, padding included; X-LoRA spends half of its steps on experts"
-    yield "  apart (s00) and half on its head (s01), where a step passes the base once more"
+    yield "- a budget is optimizer steps x tokens a step, padding included, whatever a step costs; X-LoRA spends half"
+    yield "  of its steps on experts apart (s00), half on its head (s01), where a step passes the base once more"
+    yield "- sites are those of the shipped configs: DynMoLE, LoRAMoE and Chain of Experts leave attention alone"
     yield "- \u00b1 is the 95 % t-interval over n seeds; items and base are the same for all"
     yield "- step: CPU time over that of plain LoRA in turn, median of pairs (`launch.bench`); memory: peak of training"
 
 
-def _summary(table, group, lora):
+def _summary(group, lora):
     head = ["method", "n", "NLL", "minus LoRA", "step", "memory MB", "experts used", "rank at work", "trained", "loss"]
     lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
     for row in group:
@@ -112,7 +117,7 @@ def _changes(group):
     for row in group:
         changes = [f"`{f.removeprefix('method.rules.')}={v}`" for f, v in row.entry.changes.items()]
         lines.append(f"- {row.title}: {', '.join(changes) or 'as shipped'}")
-    return "Changed in the shipped configs (fields below `method.rules`):\n\n" + "\n".join(lines)
+    return "\n".join(lines)
 
 
 def _tasks(group, base):
@@ -122,7 +127,7 @@ def _tasks(group, base):
     if base:
         lines.append("| base model | " + " | ".join(f"{base['nll'][n]:.3f}" for n in names) + " |")
     for row in group:
-        cells = [_mean([r["nll"][n] for r in row.runs.values() if n in r["nll"]], "{:.3f}") for n in names]
+        cells = [_spread([r["nll"][n] for r in row.runs.values() if n in r["nll"]], "{:.3f}") for n in names]
         lines.append(f"| {row.title} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
