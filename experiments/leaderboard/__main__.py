@@ -49,7 +49,6 @@ def main(argv):
     common_changes = changes + budget(args.budget, config.data.seq_len) + [("eval.num_items", str(args.items))]
     setting = {"budget": args.budget, "items": args.items, "config": dict(changes)}
     results = Results(args.out, setting)
-    signal.signal(signal.SIGTERM, interrupt)
     with Workdir(args.workdir):
         decoder = load_base(config.base.source, dtype=config.base.dtype).config
         plan = {t: [entry(t, m, decoder, common_changes, args.seeds) for m in methods] for t in wanted}
@@ -103,4 +102,5 @@ def tables(text: str) -> list[str]:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, interrupt)
     flags.main(main)

@@ -90,7 +90,8 @@ def _head(tree):
     yield "  of its steps on experts apart (s00), half on its head (s01), where a step passes the base once more"
     yield "- sites are those of the shipped configs: DynMoLE, LoRAMoE and Chain of Experts leave attention alone"
     yield "- \u00b1 is the 95 % t-interval over n seeds; items and base are the same for all"
-    yield "- step: CPU time over that of plain LoRA in turn, median of pairs (`launch.bench`); memory: peak of training"
+    yield "- step: CPU time over that of plain LoRA in turn, median of pairs (`launch.bench`; X-LoRA with experts and"
+    yield "  head training at once); memory: peak of the training process, base included"
 
 
 def _summary(group, lora):
