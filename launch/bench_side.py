@@ -1,5 +1,6 @@
 """One side of `launch.bench`: reads a config, then answers `start`, `step`, `end` lines with JSON."""
 
+import dataclasses
 import json
 import os
 import resource
@@ -57,6 +58,7 @@ def start(tree, args):
     model = compile_model(config, base.config, max_segments=1)
     mesh = sharding.make_mesh(dict(data=1, fsdp=1, expert=1, tensor=1), jax.devices()[:1])
     params = sharding.put(base.params, sharding.param_shardings(base.params, mesh))
+    base = dataclasses.replace(base, params=None)  # the host's copy is not part of a step's memory
     frozen = model.frozen_patterns()
     shapes = jax.eval_shape(lambda p: model.init_adapters(jax.random.key(0), p), params)
     answer = {"trainable": summary.count(trees.split(shapes, frozen)[0])}

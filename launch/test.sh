@@ -8,6 +8,15 @@ set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
 export JAX_PLATFORMS=cpu JAX_COMPILATION_CACHE_DIR="${JAX_COMPILATION_CACHE_DIR:-$PWD/.jax_cache}"
 
+if [[ " $* " == *" --all "* && -z "${TPU_LIBRARY_PATH:-}" ]]; then # the TPU's compiler; in a folder of its own, because
+  if [ ! -e .venv/tpu/libtpu/libtpu.so ]; then                     # jax would look for a TPU at every start
+    libtpu="$(python -c 'import importlib.metadata as m; print(*[r.split(";")[0] for r in m.requires("jax") if "libtpu" in r])')"
+    echo "setup: $libtpu into .venv/tpu (once)"
+    python -m pip install -qq --disable-pip-version-check --no-deps --target .venv/tpu "$libtpu"
+  fi
+  export TPU_LIBRARY_PATH="$PWD/.venv/tpu/libtpu/libtpu.so"
+fi
+
 paths=tests
 for argument in "$@"; do [ ! -e "${argument%%::*}" ] || paths=; done
 # Compiling keeps one processor busy, so two workers use two; a file's tests stay together and share what it set up.

@@ -124,7 +124,8 @@ def _data(config):
     for name in names:
         if name.startswith("jsonl:"):
             if not _path(name[6:]).is_file():
-                yield wrong(where, f"{name!r} (no such file, or a folder)", "an existing jsonl file", "Check the path.")
+                expected = "an existing jsonl file, no comma in its path"
+                yield wrong(where, f"{name!r} (no such file, or a folder)", expected, "Check the path.")
         elif name not in known.TASKS:
             expected = f"jsonl:PATH or {one_of(known.TASKS)}"
             yield wrong(where, repr(name), expected, did_you_mean(name, known.TASKS))

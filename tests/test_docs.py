@@ -23,3 +23,8 @@ def test_links_of_the_readme_exist():
     text = (ROOT / "README.md").read_text() + (ROOT / "CONTRIBUTING.md").read_text()
     for link in re.findall(r"\]\(([^)#]+)\)", text):
         assert link.startswith("https://") or (ROOT / link).exists(), link
+
+
+def test_the_worked_example_is_the_file():
+    router = (ROOT / "molora_jax" / "routers" / "top_p.py").read_text()
+    assert router in (ROOT / "CONTRIBUTING.md").read_text()

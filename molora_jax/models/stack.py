@@ -14,8 +14,16 @@ from molora_jax.models.decoder import Block, rotary
 from molora_jax.models.layer import Layer
 
 _policies = jax.checkpoint_policies
+
+
+def _activations(prim, *avals, **params) -> bool:
+    """Everything but a layer's base weights, neither under their name nor as the slice that the name is given to."""
+    sliced = prim.name in ("dynamic_slice", "squeeze") or (prim.name == "name" and params["name"] == "base")
+    return not sliced
+
+
 REMAT = {
-    "none": _policies.save_anything_except_these_names("base"),
+    "none": _activations,
     "dots": _policies.dots_with_no_batch_dims_saveable,
     "full": _policies.nothing_saveable,
 }

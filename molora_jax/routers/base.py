@@ -4,6 +4,9 @@
 the layers of the rule, `ctx.state` its mutable state, `ctx.carry` what the layer before handed on.
 A router that declares a SIGNAL gets that in place of x, and its leaves are made for the model's width D.
 `share="model"` has one set of leaves, `adapters/<rule>/shared/router/model/...`, and one decision for all layers.
+Build the decision with `core.routing.finish(gates, selected, z, probs, ctx, k_max=...)`. `probs [B, S, E]` are the
+scores over all experts before the selection; losses read them, so they should sum to 1 over E where the router has a
+distribution (a router of independent scores gives those). Every router honours `ctx.allowed` (`routing.permitted`).
 `update(state, sums)` runs once an applied optimizer step, on sums over the whole global batch, never in evaluation.
 """
 
@@ -34,6 +37,7 @@ class Router:
         raise NotImplementedError
 
     def init_leaves(self, key: Array, site: Site, layer: Array) -> dict[str, Array]:
+        """Leaves of one layer, float32. `layer`: its absolute index, a traced scalar."""
         shape = (site.experts, site.d_in)
         if self.init == "kaiming":
             bound = site.d_in**-0.5

@@ -215,14 +215,14 @@ def train(config, workdir: str, *, profile: bool = False, note=None) -> Result:
 
 
 def _loop(run, state, start, last, stop, progress, note, profile, writer) -> Result:
-    config, began, tokens, loss = run.config.train, time.monotonic(), 0, None
+    config, began, tokens, loss, skipped = run.config.train, time.monotonic(), 0, None, 0
     metrics = MetricsWriter(run.workdir, after_step=start) if writer else None
     pending, clock = None, time.monotonic()
     step = saved = start
 
     def flush(entry):
         """Writes the metrics of a step that is done (one step late, so that the device never waits for us)."""
-        nonlocal clock, tokens, loss
+        nonlocal clock, tokens, loss, skipped
         if entry is None:
             return
         number, values, extra = entry
@@ -233,12 +233,9 @@ def _loop(run, state, start, last, stop, progress, note, profile, writer) -> Res
         if writer:
             metrics.write(row(number, values, now - before) | extra)
         progress.update(number, loss=loss, tokens=count) if writer else None
-        if int(values["skipped"]) >= MAX_SKIPPED:
-            raise InputError(
-                "train", got=f"no finite gradient for {MAX_SKIPPED} steps in a row (up to step {number})",
-                expected="finite gradients",
-                fix="Lower optim.learning_rate, or look at the data of these steps; the last checkpoint is unharmed.",
-            )  # fmt: skip
+        skipped = int(values["skipped"])
+        if skipped >= MAX_SKIPPED:
+            raise _not_finite(skipped, number)
 
     batches, stage, announced = None, None, None
     try:
@@ -296,7 +293,17 @@ def _loop(run, state, start, last, stop, progress, note, profile, writer) -> Res
     result = Result(step, loss, time.monotonic() - began, tokens, peak_bytes(), stop.signal)
     if writer:
         _finish(run, result, start, note)
+    if step > start and skipped >= step - start:  # too short to give up on the way
+        raise _not_finite(skipped, step)
     return result
+
+
+def _not_finite(skipped: int, step: int) -> InputError:
+    return InputError(
+        "train", got=f"no finite gradient for {skipped} steps in a row (up to step {step})",
+        expected="finite gradients",
+        fix="Lower optim.learning_rate, or look at the data of these steps; what was trained before is unharmed.",
+    )  # fmt: skip
 
 
 def _stopping(stop: StopRequest, step: int) -> bool:

@@ -9,7 +9,7 @@ from molora_jax.adapters import ADAPTERS
 from molora_jax.models.model import Model
 from molora_jax.routers import ROUTERS
 from molora_jax.rules import Rule
-from tests.battery.cases import BATCH, QUICK, SMALL, base, random_adapters
+from tests.battery.cases import BATCH, SMALL, base, random_adapters
 
 ONE = dataclasses.replace(SMALL, layers=1)
 VALID = BATCH["segment_ids"] > 0
@@ -28,7 +28,7 @@ def model(sites, experts, router=None, adapter="lora", decoder=ONE, rank=3, **op
 def output(made, adapters, batch=None, params=None):
     """Final hidden states of the valid positions `[N, D]`."""
     params = base(made.config) if params is None else params
-    run = jax.jit(lambda p, a, b: made.hidden(p, a, {}, b)[0], compiler_options=QUICK)
+    run = jax.jit(lambda p, a, b: made.hidden(p, a, {}, b)[0])
     return np.asarray(run(params, adapters, BATCH if batch is None else batch))[VALID]
 
 
@@ -37,7 +37,7 @@ def gradient(made, adapters):
     probe = np.random.default_rng(9).standard_normal((*VALID.shape, made.config.width)).astype(np.float32)
     probe = probe * VALID[..., None]
     loss = lambda a: (made.hidden(base(made.config), a, {}, BATCH)[0] * probe).sum()  # noqa: E731
-    return jax.device_get(jax.jit(jax.grad(loss), compiler_options=QUICK)(adapters))
+    return jax.device_get(jax.jit(jax.grad(loss))(adapters))
 
 
 def noisy(made, seed=3):

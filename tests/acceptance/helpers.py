@@ -18,7 +18,6 @@ from molora_jax.train.step import loss_sums
 
 SMALL = dataclasses.replace(TINY, layers=3, width=32, ffn_width=48, heads=2, kv_heads=1, head_dim=16, vocab=64)
 B, S = 2, 12
-QUICK = {"xla_backend_optimization_level": 0}  # compiling is nearly all of the time
 
 
 @functools.cache
@@ -57,7 +56,7 @@ def build(rules, losses=None, decoder=SMALL, **fields):
     config = rules_config(rules, losses, **fields)
     schema.check_model(config, decoder.layers, decoder.dims)
     model = compile_model(config, decoder, max_segments=3)
-    return model, base(decoder), jax.jit(model.init_adapters, compiler_options=QUICK)(jax.random.key(3), base(decoder))
+    return model, base(decoder), jax.jit(model.init_adapters)(jax.random.key(3), base(decoder))
 
 
 def randomised(adapters, seed=5, scale=0.2):
@@ -67,19 +66,19 @@ def randomised(adapters, seed=5, scale=0.2):
     return jax.tree.map(lambda x: move(x) if jnp.issubdtype(x.dtype, jnp.floating) else x, adapters)
 
 
-@functools.partial(jax.jit, static_argnames="model", compiler_options=QUICK)
+@functools.partial(jax.jit, static_argnames="model")
 def hidden(model, params, adapters, data, state=None):
     return model.hidden(params, adapters, state or {}, data)[0]
 
 
-@functools.partial(jax.jit, static_argnames=("model", "collect"), compiler_options=QUICK)
+@functools.partial(jax.jit, static_argnames=("model", "collect"))
 def run(model, params, adapters, data, state=None, collect=False):
     """`(hidden, sums, gates)`."""
     h, sums, _, gates = model.hidden(params, adapters, state or {}, data, collect=collect)
     return h, sums, gates
 
 
-@functools.partial(jax.jit, static_argnames=("model", "frozen"), compiler_options=QUICK)
+@functools.partial(jax.jit, static_argnames=("model", "frozen"))
 def gradient(model, params, adapters, data, frozen=None):
     """Of the mean NLL and the routing losses, with respect to the trainable leaves; `frozen` replaces the members'."""
     frozen = model.frozen_patterns() if frozen is None else frozen

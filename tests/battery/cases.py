@@ -33,8 +33,6 @@ DEEP = dataclasses.replace(SMALL, layers=4)  # MoLA's four groups of depth
 TEXT = ["2+3=|5", "cat:|tac", "4+4=|8", "dog:|god", "7-2=|5", "is:|was", "9-9=|0", "go:|went", "1+1=|2", "abc:|cba",
         "6+1=|7", "no:|on", "3+3=|6", "sun:|nus", "8-4=|4", "up:|pu"]  # fmt: skip
 
-QUICK = {"xla_backend_optimization_level": 0}  # these programs run once: compiling them is nearly all of the time
-
 ADAPTERS = ("lora", "rslora", "dora")
 ROUTERS = {"none": None, "softmax_topk": dict(name="softmax_topk", k=2), "top_p": dict(name="top_p", p=0.6)}
 PLACEMENTS = {"projection": "q,k,v,o,gate,up,down", "ffn": "ffn"}
@@ -128,9 +126,7 @@ def random_adapters(model, params, *, seed=3):
     """Every leaf away from its start and from zero; router logits of order 1, changes a part of the base's outputs."""
     scales = {rule.name: rule.adapter.scale() * rule.adapter.rank**0.5 for rule in model.rules}
     shapes = jax.eval_shape(model.init_adapters, jax.random.key(0), params)
-    start = flatten_dict(
-        jax.device_get(jax.jit(model.init_adapters, compiler_options=QUICK)(jax.random.key(0), params)), sep="/"
-    )
+    start = flatten_dict(jax.device_get(jax.jit(model.init_adapters)(jax.random.key(0), params)), sep="/")
     rng = np.random.default_rng(seed)
     out = {}
     for path, shape in sorted(flatten_dict(shapes, sep="/").items()):
@@ -184,13 +180,11 @@ class Case:
             )
             self.places = sharding.state_shardings(shapes, self.model, mesh)
             out = (self.places, sharding.replicated(mesh))
-        self.step = jax.jit(step, out_shardings=out, compiler_options=QUICK)
+        self.step = jax.jit(step, out_shardings=out)
 
     def start(self, adapters=None):
         """State of step 0, with these adapters in place of fresh ones."""
-        make = jax.jit(
-            lambda p: fresh(self.model, self.optimizer, p, self.frozen, jax.random.key(0)), compiler_options=QUICK
-        )
+        make = jax.jit(lambda p: fresh(self.model, self.optimizer, p, self.frozen, jax.random.key(0)))
         state = make(self.params)
         return state if adapters is None else state.replace(adapters=jax.tree.map(jnp.asarray, adapters))
 
@@ -208,7 +202,7 @@ class Case:
     def hidden(self, adapters):
         """Hidden states in evaluation."""
         model = self.model if adapters else self.model.without_rules()
-        go = jax.jit(lambda p, a, s, b: model.hidden(p, a, s, b)[0], compiler_options=QUICK)
+        go = jax.jit(lambda p, a, s, b: model.hidden(p, a, s, b)[0])
         return np.asarray(go(self.params, adapters, model.init_router_state(), BATCH), np.float32)
 
 

@@ -12,7 +12,7 @@ from molora_jax import rules as rules_lib
 from molora_jax.models.families import PROJECTIONS
 from molora_jax.train import trees
 from tests.battery import reference
-from tests.battery.cases import BATCH, QUICK
+from tests.battery.cases import BATCH
 
 TABLES = ("I_A", "I_B")  # index tables are the only leaves that are not float32
 
@@ -86,7 +86,7 @@ def check_gradients(case, adapters, gradients, norm, exceptions=()):
     objective = lambda leaves: reference.loss(  # noqa: E731
         jnp, case.model, case.params, unflat({**leaves, **fixed}, sep="/"), BATCH
     )
-    wanted = jax.device_get(jax.jit(jax.grad(objective), compiler_options=QUICK)(trainable))
+    wanted = jax.device_get(jax.jit(jax.grad(objective))(trainable))
     for path, g in gradients.items():
         assert np.isfinite(g).all(), path
         if not any(fnmatch.fnmatchcase(path, pattern) for pattern in exceptions):

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from molora_jax.models.compile import compile_model
-from tests.battery.cases import BATCH, QUICK, SMALL, Case, base, combination, method, random_adapters
+from tests.battery.cases import BATCH, SMALL, Case, base, combination, method, random_adapters
 from tests.battery.checks import matches
 
 POINTS = {"projection": ("lora", "top_p", "projection", "pissa"), "ffn": ("rslora", "softmax_topk", "ffn", "kaiming"),
@@ -25,7 +25,7 @@ def test_jit_equals_eager(point):
         hidden, stats, _, _ = case.model.hidden(case.params, adapters, {}, BATCH)
         return (hidden * np.sin(np.arange(hidden.size)).reshape(hidden.shape)).mean(), stats
 
-    (value, stats), g = jax.jit(jax.value_and_grad(loss, has_aux=True), compiler_options=QUICK)(adapters)
+    (value, stats), g = jax.jit(jax.value_and_grad(loss, has_aux=True))(adapters)
     with jax.disable_jit():
         (eager, eager_stats), eager_g = jax.value_and_grad(loss, has_aux=True)(adapters)
     np.testing.assert_allclose(value, eager, rtol=1e-5, atol=1e-8)
@@ -80,7 +80,7 @@ def test_padding_and_neighbours_do_not_reach_an_example(point):
     adapters = random_adapters(case.model, case.params)
     first = BATCH["segment_ids"] == 1
     other = dict(BATCH, tokens=np.where(first, BATCH["tokens"], 77 - BATCH["tokens"] // 2))
-    run = jax.jit(lambda b: case.model.hidden(case.params, adapters, {}, b)[0], compiler_options=QUICK)
+    run = jax.jit(lambda b: case.model.hidden(case.params, adapters, {}, b)[0])
     a, b = run(BATCH), run(other)
     np.testing.assert_allclose(a[first], b[first], rtol=1e-6, atol=1e-6)
     assert np.abs(np.asarray(a - b)[~first]).max() > 0.1, "the change was real"
@@ -91,7 +91,7 @@ def test_padding_takes_the_base_and_counts_nowhere():
     case = Case(combination("lora", "top_p", "ffn", "kaiming"))
     adapters = random_adapters(case.model, case.params)
     alone = {k: np.where(BATCH["segment_ids"] == 0, BATCH[k], 0).astype(v.dtype) for k, v in BATCH.items()}
-    run = jax.jit(lambda a, b: case.model.hidden(case.params, a, {}, b)[:2], compiler_options=QUICK)
+    run = jax.jit(lambda a, b: case.model.hidden(case.params, a, {}, b)[:2])
     hidden, stats = run(adapters, alone)
     plain = jax.jit(lambda b: case.model.without_rules().hidden(case.params, {}, {}, b)[0])(alone)
     np.testing.assert_allclose(hidden, plain, atol=1e-6)

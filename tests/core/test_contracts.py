@@ -17,7 +17,7 @@ from molora_jax.routers import ROUTERS
 from molora_jax.routers.base import Router
 from molora_jax.rules import Rule
 from molora_jax.train.step import fresh, make_step, update_routers
-from tests.battery.cases import BATCH, DEEP, QUICK, SMALL, TARGETS_PER_ROW, base, mesh8, record
+from tests.battery.cases import BATCH, DEEP, SMALL, TARGETS_PER_ROW, base, mesh8, record
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,7 +88,7 @@ def step_of(model, accumulate=1, mesh=None):
     state = jax.jit(lambda p: fresh(model, optimizer, p, model.frozen_patterns(), jax.random.key(0)))(base(SMALL))
     noisy = jax.tree.map(lambda x: x + 0.1 * jnp.sin(jnp.arange(x.size)).reshape(x.shape), state.adapters)
     out = None if mesh is None else (sharding.replicated(mesh),) * 2
-    return jax.jit(step, out_shardings=out, compiler_options=QUICK), state.replace(adapters=noisy)
+    return jax.jit(step, out_shardings=out), state.replace(adapters=noisy)
 
 
 @pytest.mark.parametrize("own", [True, False], ids=["leaves", "shared_only"])
@@ -151,7 +151,7 @@ def test_shared_leaves_get_the_gradient_of_all_layers():
         hidden = model.hidden(base(SMALL), tree, state.router_state, BATCH)[0]
         return lm(model, base(SMALL), hidden, BATCH, TARGETS_PER_ROW) / BATCH["loss_weight"].sum()
 
-    each = jax.jit(jax.grad(loss), compiler_options=QUICK)(jnp.full(2, state.adapters["mix"]["shared"]["temperature"]))
+    each = jax.jit(jax.grad(loss))(jnp.full(2, state.adapters["mix"]["shared"]["temperature"]))
     assert (np.abs(each) > 0).all()
     np.testing.assert_allclose(shared, each.sum(), rtol=1e-4)
 
@@ -162,8 +162,8 @@ def test_carry_passes_layers_and_segments(experts, sites):
     """The carry counts the routers met: through equal layers, other expert counts, layers without the rule."""
     model = model_of(Counting(), experts, sites, DEEP)
     params = base(DEEP)
-    adapters = jax.jit(model.init_adapters, compiler_options=QUICK)(jax.random.key(0), params)
-    run = jax.jit(lambda a: model.hidden(params, a, {}, BATCH, collect=True)[3], compiler_options=QUICK)
+    adapters = jax.jit(model.init_adapters)(jax.random.key(0), params)
+    run = jax.jit(lambda a: model.hidden(params, a, {}, BATCH, collect=True)[3])
     gates, met = run(adapters)["mix"], 0
     for segment in model.segments:
         for i, layer in enumerate(segment.layers):

@@ -100,7 +100,7 @@ def value_and_grads(on, one, *, key=None, site_name=None, reference=False):
         (_, (y, stats)), grads = jax.value_and_grad(loss, (0, 1), has_aux=True)(x, tree, base)
         return y, grads, stats
 
-    return jax.jit(run, compiler_options={"xla_backend_optimization_level": 0})
+    return jax.jit(run)
 
 
 def einsum(one: Rule, tree, base, x):

@@ -1,39 +1,29 @@
 """The ragged exchange compiled for a TPU without one: the primitive is there, and ships what the formula says.
 
-Needs the extra `tpu` (libtpu). The compiler works on a described topology; nothing runs.
+The compiler works on a described topology; nothing runs.
 """
 
-import os
-
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from molora_jax.engines import Engine, hlo
+from molora_jax.sharding import AXES
+from tests import tpu
+from tests.engines import problems
 
 pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
 def v5e():
-    pytest.importorskip("libtpu", reason="pip install -e .[tpu]")
-    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
-    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
-    from jax.experimental import topologies
-    from jax.sharding import AxisType, Mesh
-
-    from molora_jax.sharding import AXES
-
-    devices = topologies.get_topology_desc(topology_name="v5e:2x4", platform="tpu").devices
-    return Mesh(np.array(devices).reshape(1, 1, 8, 1), AXES, axis_types=(AxisType.Auto,) * 4)
+    return Mesh(np.array(tpu.devices("v5e")).reshape(1, 1, 8, 1), AXES, axis_types=(AxisType.Auto,) * 4)
 
 
 @pytest.mark.parametrize("sites", [("q",), ("ffn",)], ids=["projection", "ffn"])
 def test_ragged_all_to_all_on_tpu(v5e, sites):
-    import jax
-    import jax.numpy as jnp
-    from jax.sharding import NamedSharding, PartitionSpec
-
-    from molora_jax.engines import Engine, hlo
-    from tests.engines import problems
-
     on = Engine("ragged_all_to_all", v5e)
     one, base = problems.rule(sites, 8, k=2), problems.weights()
     tree = problems.leaves(one, base)

@@ -1,16 +1,9 @@
-"""The TPU kernels through the real Mosaic compiler, forward and backward, for chips that this machine does not have.
-
-Needs `libtpu`: `pip install -e '.[tpu]'`, or TPU_LIBRARY_PATH at a libtpu.so. Without it these tests fail and say so.
-"""
-
-import importlib.util
-import os
+"""The TPU kernels through the real Mosaic compiler, forward and backward, for chips that this machine does not have."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from kernels_pallas.grouped_lora import shapes as grouped_shapes
@@ -20,19 +13,15 @@ from kernels_pallas.rank_gated import shapes as gated_shapes
 from kernels_pallas.rank_gated import tpu as gated
 from kernels_pallas.routed_ffn import shapes as ffn_shapes
 from kernels_pallas.routed_ffn import tpu as ffn
+from tests import tpu
 
 pytestmark = pytest.mark.slow
 
-CHIPS = {"v5e": "v5e:2x4", "v6e": "v6e:2x4", "v5p": "v5p:2x2x1", "tpu7x": "tpu7x:2x2x1"}
 
-
-@pytest.fixture(params=CHIPS)
+@pytest.fixture(params=tpu.TOPOLOGIES)
 def chip(request):
-    if "TPU_LIBRARY_PATH" not in os.environ and importlib.util.find_spec("libtpu") is None:
-        pytest.fail("libtpu is not installed: pip install -e '.[tpu]', or set TPU_LIBRARY_PATH.", pytrace=False)
-    os.environ.update(TPU_SKIP_MDS_QUERY="1", ALLOW_MULTIPLE_LIBTPU_LOAD="1")
     jax.config.update("jax_enable_compilation_cache", False)  # an executable without a client cannot be read back
-    yield topologies.get_topology_desc(CHIPS[request.param], platform="tpu").devices[0]
+    yield tpu.devices(request.param)[0]
     jax.config.update("jax_enable_compilation_cache", True)
 
 

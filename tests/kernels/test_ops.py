@@ -94,7 +94,7 @@ def test_routed_ffn_dropout_shared_A_and_activation(name, activation):
     compare(
         functools.partial(form("routed_ffn", name), activation=activation, mask=mask),
         functools.partial(ffn_api.IMPLEMENTATIONS["reference"], activation=activation, mask=mask),
-        args, cotangents,
+        args, cotangents, 4e-6,  # the tanh of gelu is the platform's, to a few units in the last place
     )  # fmt: skip
 
 

@@ -162,10 +162,11 @@ def test_stages_freeze_and_go_on(tmp_path):
     assert rows(tmp_path)[3]["lr"] > rows(tmp_path)[1]["lr"]
 
 
-def test_a_run_without_finite_gradients_gives_up(tmp_path):
-    config = tiny("lora", steps=20)
+@pytest.mark.parametrize("steps, given_up", [(20, 5), (3, 3)])
+def test_a_run_without_finite_gradients_gives_up(tmp_path, steps, given_up):
+    config = tiny("lora", steps=steps)
     config.optim.update(learning_rate=1e3, decay="constant", weight_decay=1e36)
-    with pytest.raises(InputError, match="no finite gradient for 5 steps"):
+    with pytest.raises(InputError, match=f"no finite gradient for {given_up} steps"):
         start(config, tmp_path)
 
 
