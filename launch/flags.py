@@ -47,7 +47,7 @@ def parse(description, flags, argv=None, need_config=True, defaults=None):
     for name, keywords in flags:
         parser.add_argument(name, **keywords)
     parser.epilog = "--config.a.b=value changes one field of the config, as in --config.train.steps=20"
-    rest, overrides = _split(argv)
+    rest, overrides = split(argv)
     args, unknown = parser.parse_known_args(rest)
     if unknown:
         flag, known = unknown[0].partition("=")[0], ["--config", *(name for name, _ in flags)]
@@ -134,7 +134,7 @@ def _command():
     return main_module.name if main_module else pathlib.Path(sys.argv[0]).stem
 
 
-def _split(argv):
+def split(argv):
     """Takes `--config.path=value` and `--config.path value` out of the arguments."""
     rest, overrides, queue = [], [], list(argv)
     while queue:

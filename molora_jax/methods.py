@@ -2,23 +2,27 @@
 
 A row is a config (with overrides where a method is one option away from another), the paper, the equation, what the
 method has of its own on the axes, where it departs from the paper's code, and the paper's count of trained parameters
-as a function of the decoder's shape. Imports neither jax nor a config. D width, F FFN width, E experts, R rank.
+as a function of the decoder's shape. Imports neither jax nor a config.
 """
 
 import dataclasses
+import pathlib
 from collections.abc import Callable
 from typing import Any
 
-from molora_jax.config_resolve import resolve_experts
-from molora_jax.models.families import ATTENTION, FFN, PROJECTIONS, DecoderConfig
+from molora_jax import formulas
+from molora_jax.models.families import SMOLLM2, DecoderConfig
+
+ROOT = pathlib.Path(__file__).parents[1]
 
 
 @dataclasses.dataclass(frozen=True)
 class Method:
     """One method of the literature.
 
-    `params(decoder)` is the paper's number of trained parameters; `zero_init` says that the start changes nothing;
-    `exceptions` are path patterns of leaves that get no gradient at random factors, by the method's own design.
+    `params(decoder)` is the paper's number of trained parameters; `own` the files under `molora_jax/` that are there
+    for it; `zero_init` says that the start changes nothing; `exceptions` are path patterns of leaves that get no
+    gradient at random factors, by the method's own design.
     """
 
     config: str
@@ -28,78 +32,10 @@ class Method:
     equation: str
     params: Callable[[DecoderConfig], int]
     differs: str = ""
+    own: tuple[str, ...] = ()
     overrides: dict[str, Any] = dataclasses.field(default_factory=dict)  # dotted field of the config -> value
     zero_init: bool = True
     exceptions: tuple[str, ...] = ()
-
-
-def low_rank(decoder: DecoderConfig, sites, rank: int) -> int:
-    """Parameters of one pair A, B on each of the sites of one layer: `R (D_in + D_out)`."""
-    return sum(rank * sum(decoder.dims(site)) for site in sites)
-
-
-def lora(decoder: DecoderConfig) -> int:
-    return decoder.layers * low_rank(decoder, PROJECTIONS, 16)
-
-
-def dora(decoder: DecoderConfig) -> int:
-    """LoRA's and one magnitude an output row."""
-    return lora(decoder) + decoder.layers * sum(decoder.dims(site)[1] for site in PROJECTIONS)
-
-
-def ffn_experts(decoder: DecoderConfig) -> int:
-    """LoRA on attention, 8 whole-FFN experts, one router `[E, D]` a layer."""
-    experts = 8 * (low_rank(decoder, FFN, 16) + decoder.width)
-    return decoder.layers * (low_rank(decoder, ATTENTION, 16) + experts)
-
-
-def mola(decoder: DecoderConfig) -> int:
-    """`N_j` pairs and one router `[N_j, D_in]` on each projection of layer j."""
-    one = low_rank(decoder, PROJECTIONS, 8) + sum(decoder.dims(site)[0] for site in PROJECTIONS)
-    return one * sum(resolve_experts("2|4|6|8", decoder.layers))
-
-
-def mos(decoder: DecoderConfig) -> int:
-    """`e L (D_in + D_out)` a projection type, whatever the active rank: LoRA of rank e = 8."""
-    return decoder.layers * low_rank(decoder, PROJECTIONS, 8)
-
-
-def coe(decoder: DecoderConfig) -> int:
-    """8 experts `[16, D]` and `[16, D]`, and a router `[8, D]` for each of two passes."""
-    return decoder.layers * 8 * (2 * 16 + 2) * decoder.width
-
-
-def x_lora(decoder: DecoderConfig) -> int:
-    """Nine adapters of rank 16 on five projections, and a head with `9 (D + 1)` for each of the wrapped linears."""
-    sites = (*ATTENTION, "gate")
-    return decoder.layers * 9 * (low_rank(decoder, sites, 16) + len(sites) * (decoder.width + 1))
-
-
-def dynmole(decoder: DecoderConfig) -> int:
-    """Six pairs of rank 24 and one router `[6, D_in]` on gate, up and down."""
-    return decoder.layers * 6 * (low_rank(decoder, FFN, 24) + sum(decoder.dims(site)[0] for site in FFN))
-
-
-def smora(decoder: DecoderConfig) -> int:
-    """One LoRA of rank 64 and one router `[64, D_in]` on each projection."""
-    return decoder.layers * (low_rank(decoder, PROJECTIONS, 64) + 64 * sum(decoder.dims(s)[0] for s in PROJECTIONS))
-
-
-def loramoe(decoder: DecoderConfig) -> int:
-    """Six pairs of rank 4 and one router `[6, D_in]` on gate, up and down."""
-    return decoder.layers * 6 * (low_rank(decoder, FFN, 4) + sum(decoder.dims(site)[0] for site in FFN))
-
-
-def rmoe(decoder: DecoderConfig) -> int:
-    """MixLoRA's with the router `L P D + 6 P^2 + 6 P + L P E` in place of `L D E`; P = 128, E = 8."""
-    L, D, P, E = decoder.layers, decoder.width, 128, 8
-    return ffn_experts(decoder) - L * D * E + L * P * D + 6 * P * P + 6 * P + L * P * E
-
-
-def llava_mole(decoder: DecoderConfig) -> int:
-    """LoRA of rank 32 on attention, three such triplets on the FFN, one router `[3, D]` with a bias a layer."""
-    ffn = 3 * (low_rank(decoder, FFN, 32) + decoder.width + 1)
-    return decoder.layers * (low_rank(decoder, ATTENTION, 32) + ffn)
 
 
 METHODS = {
@@ -109,7 +45,8 @@ METHODS = {
         paper="2106.09685",
         axes="adapter `lora`",
         equation="y = W x + (alpha / R) B A x",
-        params=lora,
+        params=formulas.lora,
+        own=("adapters/lora.py",),
     ),
     "rslora": Method(
         config="configs/lora.py",
@@ -118,7 +55,8 @@ METHODS = {
         paper="2312.03732",
         axes="adapter `rslora`",
         equation="y = W x + (alpha / sqrt(R)) B A x",
-        params=lora,
+        params=formulas.lora,
+        own=("adapters/rslora.py",),
     ),
     "dora": Method(
         config="configs/lora.py",
@@ -128,7 +66,8 @@ METHODS = {
         axes="adapter `dora`",
         equation="y = m (W + s B A) / ||W + s B A||_row x",
         differs="with dropout, the base term keeps the undropped input",
-        params=dora,
+        params=formulas.dora,
+        own=("adapters/dora.py",),
     ),
     "pissa": Method(
         config="configs/lora.py",
@@ -138,7 +77,8 @@ METHODS = {
         axes="init `pissa`",
         equation="y = W x + s (B A - B0 A0) x; s B0 A0 = rank-R part of W",
         differs="W is not altered: the start is saved and subtracted; exact SVD",
-        params=lora,
+        params=formulas.lora,
+        own=("inits/pissa.py",),
     ),
     "lora_plus": Method(
         config="configs/lora.py",
@@ -147,7 +87,8 @@ METHODS = {
         paper="2402.12354",
         axes="optimizer `lora_plus`",
         equation="lr_B = 16 lr_A",
-        params=lora,
+        params=formulas.lora,
+        own=("optim/lora_plus.py",),
     ),
     "mixlora": Method(
         config="configs/mixlora.py",
@@ -156,7 +97,11 @@ METHODS = {
         axes="placement `ffn`, router `softmax_topk`, loss `balance` over all layers",
         equation="y = sum_k w_k FFN_k(x), w = top 2 of softmax(W_r x), renormalised",
         differs="loss weight 1e-2 (paper) not 1e-3 (code); router jitter off, and never seen by the experts",
-        params=ffn_experts,
+        params=formulas.ffn_experts,
+        own=(
+            "placements/ffn.py",
+            "routers/softmax_topk.py",
+        ),
     ),
     "mola": Method(
         config="configs/mola.py",
@@ -165,7 +110,7 @@ METHODS = {
         axes='placement `projection` with `experts="2|4|6|8"`, loss `balance` over a layer',
         equation="y = W x + s sum_k w_k B_k A_k x, a router a projection",
         differs="padding is neither routed nor counted",
-        params=mola,
+        params=formulas.mola,
     ),
     "dynamic_moe": Method(
         config="configs/dynamic_moe.py",
@@ -174,7 +119,11 @@ METHODS = {
         axes="router `top_p`, loss `entropy`",
         equation="y = sum_{i <= t} p_i FFN_i(x) + (1 - sum p_i) FFN_0(x), t = fewest with sum p_i > P",
         differs="LoRA experts over a frozen FFN, which keeps the mass that is not kept",
-        params=ffn_experts,
+        params=formulas.ffn_experts,
+        own=(
+            "routers/top_p.py",
+            "losses/entropy.py",
+        ),
     ),
     "mos": Method(
         config="configs/mos.py",
@@ -183,7 +132,8 @@ METHODS = {
         axes="adapter `mos`: pools shared by the layers, frozen index tables",
         equation="y = W x + (alpha / r) B A x, row j of A and B = n shards of a shared pool",
         differs="pools saved, not only their expansion; no inert random scaling; private rows and shards are ours",
-        params=mos,
+        params=formulas.mos,
+        own=("adapters/mos.py",),
         exceptions=("all/shared/*",),  # rows of the pool that no layer drew
     ),
     "coe": Method(
@@ -193,7 +143,8 @@ METHODS = {
         axes="placement `chain`",
         equation="z_t = z_{t-1} + sum_e g_{t,e} s B_e A_e z_{t-1}, y = FFN(z_0) + z_C - z_0",
         differs="LoRA experts beside the frozen FFN, whose residual stream stays; balance per packed example",
-        params=coe,
+        params=formulas.coe,
+        own=("placements/chain.py",),
     ),
     "x_lora": Method(
         config="configs/x_lora.py",
@@ -202,7 +153,8 @@ METHODS = {
         axes="router `x_lora` on the frozen base's hidden state, stages (or `load`)",
         equation="y = W x + s sum_a softmax(V_l h)_a B_a A_a x, h = base(tokens)",
         differs="top-k softmax per token, not over the batch; a KV cache for both passes",
-        params=x_lora,
+        params=formulas.x_lora,
+        own=("routers/x_lora.py",),
     ),
     "dynmole": Method(
         config="configs/dynmole.py",
@@ -211,7 +163,11 @@ METHODS = {
         axes="router `entropy_hybrid`, loss `entropy` of kind `tsallis`, loss `balance` with soft counts",
         equation="y = W x + s sum_i g_i B_i A_i x, g = p on all if S_q(p) / max S_q > H, else on top-p or the first k",
         differs="padding is not in the entropy loss; counts of the balance loss may be hard",
-        params=dynmole,
+        params=formulas.dynmole,
+        own=(
+            "routers/entropy_hybrid.py",
+            "core/entropy.py",
+        ),
     ),
     "smora": Method(
         config="configs/smora.py",
@@ -220,7 +176,8 @@ METHODS = {
         axes="router `sigmoid_topk`, whose load bias is state; experts of rank 1",
         equation="y = W x + (alpha / k) sum_{i in I} g_i b_i a_i^T x, I = top k of sigmoid(W_r x) + bias, sum g = k",
         differs="alpha is given divided by k; the load is counted once a step, without padding",
-        params=smora,
+        params=formulas.smora,
+        own=("routers/sigmoid_topk.py",),
     ),
     "loramoe": Method(
         config="configs/loramoe.py",
@@ -229,7 +186,8 @@ METHODS = {
         axes="router `softmax_topk` with k=0 (dense), loss `localized_balance`",
         equation="y = W x + s sum_i p_i B_i A_i x; l = var(I Q) / mean(I Q)^2",
         differs="the loss is on (the script sets its weight to 0), without padding; one dropout mask for all experts",
-        params=loramoe,
+        params=formulas.loramoe,
+        own=("losses/localized_balance.py",),
     ),
     "rmoe": Method(
         config="configs/rmoe.py",
@@ -238,7 +196,8 @@ METHODS = {
         axes="router `recurrent`: a carry through the layers and a GRU that they share",
         equation="h_i = GRU(V_i x, h_{i-1}), w = top 2 of softmax(G_i h_i), experts as MixLoRA's",
         differs="LoRA experts on a frozen model, not from scratch; gates not renormalised (the paper; the code does)",
-        params=rmoe,
+        params=formulas.rmoe,
+        own=("routers/recurrent.py",),
     ),
     "llava_mole": Method(
         config="configs/llava_mole.py",
@@ -247,18 +206,21 @@ METHODS = {
         axes="router `top1`, shared by gate, up and down; loss `balance` per example over all layers",
         equation="y = W x + s B_e A_e x, e = argmax softmax(W_r x + b), no gate factor",
         differs="text only so far; the language-model loss gives the router no gradient, as there",
-        params=llava_mole,
+        params=formulas.llava_mole,
+        own=("routers/top1.py",),
     ),
 }
 
 
 def methods_table() -> str:
     """The table of `docs/methods.md`, in Markdown."""
-    rows = ["| method | paper | its own on the axes | equation | differs from the paper's code | config |"]
-    rows.append("|---|---|---|---|---|---|")
+    head = ["method", "paper", "its own on the axes", "equation", "differs from the paper's code"]
+    head += ["trained on SmolLM2-135M", "lines of its own", "config"]
+    rows = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
     for row in METHODS.values():
-        axes, equation, differs = (x.replace("|", "\\|") for x in (row.axes, row.equation, row.differs or "-"))
-        rows.append(f"| {row.title} | {_paper(row)} | {axes} | {equation} | {differs} | {_command(row)} |")
+        cells = [row.title, _paper(row), row.axes, row.equation, row.differs or "-"]
+        cells += [f"{row.params.__doc__}: {row.params(SMOLLM2):,}", _lines(row), _command(row)]
+        rows.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
     return "\n".join(rows) + "\n"
 
 
@@ -271,6 +233,14 @@ def readme_table() -> str:
     return "\n".join(rows) + "\n"
 
 
+def _lines(row: Method) -> str:
+    """Lines of the config (where it is not another row's with one option changed), then of each file of its own."""
+    files = {} if row.overrides else {row.config: ROOT / row.config}
+    files |= {name: ROOT / "molora_jax" / name for name in row.own}
+    counts = {name: len(path.read_text(encoding="utf-8").splitlines()) for name, path in files.items()}
+    return ", ".join(f"`{name}` {count}" for name, count in counts.items())
+
+
 def _paper(row: Method) -> str:
     return f"[{row.paper}](https://arxiv.org/abs/{row.paper})" if row.paper else "-"
 
@@ -280,6 +250,14 @@ def _command(row: Method) -> str:
     return f"`--config={row.config}{changes}`"
 
 
+LEGEND = """
+Trained parameters, of factors and routers in every stage: p(sites) is the sum of D_in + D_out over the sites of a
+layer, d(sites) of D_in, o(sites) of D_out; L layers, D width; all: q, k, v, o, gate, up, down; attn: q, k, v, o; ffn:
+gate, up, down. The formula's number is the count of the model's own leaves (`tests/battery/test_methods.py`). Lines
+count docstrings; what a method needed elsewhere is in [design.md](design.md).
+"""
+
+
 if __name__ == "__main__":  # python -m molora_jax.methods > docs/methods.md
     print("# Methods\n\nMade by `python -m molora_jax.methods > docs/methods.md`.\n")
-    print(methods_table(), end="")
+    print(methods_table(), end=LEGEND)

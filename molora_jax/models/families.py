@@ -53,6 +53,10 @@ TINY = DecoderConfig(
     family="llama", layers=4, width=64, ffn_width=128, heads=4, kv_heads=2, head_dim=16, vocab=320, context=512,
     rope_base=10000.0, norm_eps=1e-5, tied=True,
 )  # fmt: skip
+SMOLLM2 = DecoderConfig(  # the default base, for counts and costs that need no weights
+    family="llama", layers=30, width=576, ffn_width=1536, heads=9, kv_heads=3, head_dim=64, vocab=49152, context=8192,
+    rope_base=100000.0, norm_eps=1e-5, tied=True,
+)  # fmt: skip
 
 _BLOCK = {
     "attn_norm": "input_layernorm.weight",

@@ -8,6 +8,7 @@ import pytest
 from configs import common
 from molora_jax.decode.generate import generate
 from molora_jax.evaluate.run import load_base_run
+from molora_jax.models.families import SMOLLM2
 
 FIXTURE = pathlib.Path(__file__).parents[1] / "fixtures" / "smollm2_logits.npz"
 QUESTION = "What is the capital of France?"
@@ -23,6 +24,10 @@ def run():
 @pytest.fixture(scope="module")
 def fixture():
     return np.load(FIXTURE)
+
+
+def test_its_shape_is_the_one_that_counts_use(run):
+    assert run.model.config == SMOLLM2
 
 
 def test_logits_match_torch_to_1e_3(run, fixture):

@@ -1,0 +1,106 @@
+"""Every method under one budget: what it learns, what a step costs, what it needs. Goes on from results.json.
+
+python -m experiments.leaderboard --budget=40x512 --methods=all|a,b,c --seeds=2 [--items=16] [--tables=rank,params]
+    [--out=experiments/leaderboard] [--workdir=runs/leaderboard] [--config.X=V ...]
+
+--budget is optimizer steps x tokens a step (whole rows of data.seq_len, padding included). An override holds for every
+method and for the base. Each run is a process of its own: a crash costs one row, which the next start tries again.
+"""
+
+import re
+import signal
+
+from configs import common
+from experiments.leaderboard import work
+from experiments.leaderboard.results import Results
+from experiments.leaderboard.tables import TABLES, check_methods, entry, settled
+from launch import flags
+from molora_jax.io.base import load_base
+from molora_jax.train.workdir import Workdir
+
+FLAGS = [
+    ("--budget", dict(required=True, metavar="STEPSxTOKENS", help="optimizer steps x tokens a step, as 40x512")),
+    ("--methods", dict(default="all", help="all, or names of molora_jax/methods.py")),
+    ("--seeds", dict(type=int, default=2, help="seeds 0 to N - 1")),
+    ("--items", dict(type=int, default=16, help="held-out items a task")),
+    ("--tables", dict(default="rank,params", help="equal active rank, equal trainable parameters")),
+    ("--cost_steps", dict(type=int, default=3, help="measured steps of each pair; 0 measures no cost")),
+    ("--report", dict(action="store_true", help="run nothing: write results.md and .png of what is there")),
+    ("--out", dict(default="experiments/leaderboard", metavar="DIR", help="holds results.json, .md and .png")),
+    ("--workdir", dict(default="runs/leaderboard", metavar="DIR", help="where unfinished runs are")),
+]
+OURS = ("method", "losses", "schedule", "seed", "train", "eval")  # sections that budget, tables and seeds decide
+FREE = ("train.remat",)
+
+
+def main(argv):
+    _, changes = flags.split(argv)
+    config, args = flags.parse(__doc__, FLAGS, argv, need_config=False, defaults=lambda args: common.get_config())
+    if args.config:
+        raise flags.wrong("--config", args.config, "nothing: --methods names the configs", "Leave it out.")
+    for field, _ in changes:
+        if field.partition(".")[0] in OURS and field not in FREE:
+            raise flags.wrong(f"--config.{field}", "an override", f"a field outside {', '.join(OURS)}",
+                              "Budget, tables and seeds set these.")  # fmt: skip
+    methods, wanted = check_methods(args.methods), tables(args.tables)
+    for name, least in (("seeds", 1), ("items", 1), ("cost_steps", 0)):
+        if getattr(args, name) < least:
+            raise flags.wrong(f"--{name}", getattr(args, name), f"at least {least}")
+    common_changes = changes + budget(args.budget, config.data.seq_len) + [("eval.num_items", str(args.items))]
+    setting = {"budget": args.budget, "items": args.items, "config": dict(changes)}
+    results = Results(args.out, setting)
+    with Workdir(args.workdir):
+        decoder = load_base(config.base.source, dtype=config.base.dtype).config
+        plan = {t: [entry(t, m, decoder, common_changes, args.seeds) for m in methods] for t in wanted}
+        board = work.Board(args.workdir, settled("lora", {}, common_changes), plan, results)
+        return go(board, args)
+
+
+def interrupt(*_):
+    raise KeyboardInterrupt  # the child is told to stop, and we end as after Ctrl-C
+
+
+def go(board, args) -> int:
+    """Everything that is not there yet; the exit status."""
+    plan = {} if args.report else board.plan
+    if plan:
+        board.base()
+    for table, entries in plan.items():
+        for seed in range(args.seeds):
+            for one in entries:
+                board.run(table, one, seed)
+    for table, entries in plan.items() if args.cost_steps else ():
+        for one in entries:
+            board.cost(table, one, args.cost_steps)
+    board.write()
+    failed = board.results.tree["failed"].values()
+    for message in failed:
+        work.say(f"failed: {message.splitlines()[0]}")
+    return 1 if failed else 0
+
+
+def budget(text: str, seq_len: int) -> list[tuple[str, str]]:
+    """`40x512` as the fields that it sets."""
+    match = re.fullmatch(r"([1-9]\d{0,6})x([1-9]\d{0,6})", text)
+    if not match:
+        raise flags.wrong("--budget", repr(text), "STEPSxTOKENS_A_STEP, such as 40x512")
+    steps, tokens = map(int, match.groups())
+    if tokens % seq_len:
+        expected = f"tokens a step in whole rows: a multiple of data.seq_len = {seq_len}"
+        raise flags.wrong("--budget", tokens, expected, "Change it, or --config.data.seq_len.")
+    fields = dict(steps=steps, batch_size=tokens // seq_len, save_every=0, keep=1, log_every=10)
+    return [(f"train.{name}", str(value)) for name, value in fields.items()] + [("eval.num_generated", "0")]
+
+
+def tables(text: str) -> list[str]:
+    names = [name.strip() for name in text.split(",")]
+    for name in names:
+        if name not in TABLES:
+            near = flags.did_you_mean(name, TABLES)
+            raise flags.wrong("--tables", repr(name), "names among " + ", ".join(TABLES), near)
+    return [name for name in TABLES if name in names]
+
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, interrupt)
+    flags.main(main)

@@ -1,0 +1,162 @@
+"""Which form of each method enters a table: what is changed in its shipped config, and nothing else.
+
+    rank     every projection sees rank 16 at work: R (rank of an expert) times the most experts that a token may use
+             (its K, all where a router may take all), times the passes of a chain
+    params   as many trained parameters as plain LoRA of rank 16, within 5 %
+
+alpha / R stays the config's, so that a change of R is no change of scale. A change is a dotted field and its text, as
+after `--config.` on a command line.
+"""
+
+import dataclasses
+
+from launch import flags
+from molora_jax import config as config_lib
+from molora_jax.errors import InputError
+from molora_jax.methods import METHODS
+from molora_jax.models.compile import compile_model
+from molora_jax.models.sizes import num_trainable
+
+TABLES = ("rank", "params")
+RANK = 16
+TOLERANCE = 0.05
+
+# rank: where R alone cannot do it. Dense mixtures of 6 experts have no whole R; SMoRA's experts are of rank 1.
+FIRST = {
+    "dynmole": {"method.rules.ffn.experts": "8"},
+    "loramoe": {"method.rules.ffn.experts": "8"},
+    "smora": {"method.rules.all.router.k": "16"},
+}
+# params: what is turned in place of R
+KNOBS = {"mos": "method.rules.all.adapter.budget", "smora": "method.rules.all.experts"}
+FEWER = (1.0, 0.9, 0.75, 0.6, 0.5)  # of the experts, tried in this order where R alone leaves 5 %
+WHOLE = {"x_lora": "an expert for each of the nine tasks, and R is a whole number"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Entry:
+    """A method in a table: its `changes`, and its config for each seed.
+
+    `rank` is at work (see above); `cannot` says why the method misses the table's rule.
+    """
+
+    method: str
+    changes: dict[str, str]
+    configs: tuple
+    rank: int
+    trainable: int
+    cannot: str = ""
+
+
+def settled(method: str, changes: dict, common: list):
+    """The validated config of a method with a table's changes, after those that all runs share."""
+    row = METHODS[method]
+    own = [(field, str(value)) for field, value in row.overrides.items()]
+    config = flags.override(flags.load(flags.ROOT / row.config), [*own, *common, *changes.items()])
+    config_lib.validate(config)
+    return config
+
+
+def entry(table: str, method: str, decoder, common: list, seeds: int) -> Entry:
+    """The form of a method in a table, on this decoder.
+
+    Raises:
+      InputError: a config that the decoder does not fit.
+    """
+    search = _Search(method, decoder, common)
+    changes = search.equal_rank() if table == "rank" else search.equal_params()
+    model, config = search.model(changes), search.config({})
+    changes = {field: text for field, text in changes.items() if text != str(_at(config, field))}
+    rank, count, cannot = max(map(at_work, model.rules)), num_trainable(model), ""
+    if table == "rank" and {at_work(rule) for rule in model.rules} != {RANK}:
+        cannot = WHOLE.get(method, f"no whole R gives {RANK}")
+    if table == "params" and abs(count / search.wanted - 1) > TOLERANCE:
+        cannot = WHOLE.get(method, "no R and number of experts does")
+    configs = [settled(method, changes, [*common, ("seed", str(seed))]) for seed in range(seeds)]
+    return Entry(method, changes, tuple(configs), rank, count, cannot)
+
+
+def at_work(rule) -> int:
+    """R times the most experts of a token, times the passes."""
+    experts = 1 if rule.router is None else max(rule.router.k_max(n) for n in rule.experts if n)
+    return rule.adapter.rank * experts * (1 if rule.place is None else rule.place.iterations)
+
+
+class _Search:
+    def __init__(self, method, decoder, common):
+        self.method, self.decoder, self.common = method, decoder, common
+        plain = compile_model(settled("lora", {}, common), decoder)
+        self.wanted = num_trainable(plain)
+
+    def config(self, changes):
+        return settled(self.method, changes, self.common)
+
+    def model(self, changes):
+        config = self.config(changes)
+        config_lib.check_model(config, self.decoder.layers, self.decoder.dims)
+        return compile_model(config, self.decoder)
+
+    def ranked(self, ranks: dict) -> dict:
+        """Changes that set R of the named rules."""
+        config, changes = self.config({}), {}
+        for name, rank in ranks.items():
+            adapter = config.method.rules[name].adapter
+            changes[f"method.rules.{name}.adapter.rank"] = str(rank)
+            changes[f"method.rules.{name}.adapter.alpha"] = str(adapter.alpha / adapter.rank * rank)
+        return changes
+
+    def equal_rank(self) -> dict:
+        first = FIRST.get(self.method, {})
+        model = self.model(first)
+        return first | self.ranked({r.name: max(1, round(RANK * r.adapter.rank / at_work(r))) for r in model.rules})
+
+    def equal_params(self) -> dict:
+        if self.method in KNOBS:
+            field = KNOBS[self.method]
+            return self.nearest(lambda n: {field: str(n)}, int(_at(self.config({}), field)))
+        found, rules = [], self.config({}).method.rules
+        for share in (1.0,) if self.method in WHOLE else FEWER:
+            fewer = self.fewer(share)
+            found.append(self.nearest(lambda n, fewer=fewer: fewer | self.ranked(dict.fromkeys(rules, n)), 2))
+            if self.miss(found[-1]) <= TOLERANCE:
+                return found[-1]
+        return min(found, key=self.miss)
+
+    def fewer(self, share: float) -> dict:
+        """Changes that keep a share of every rule's experts, never fewer than a token uses."""
+        changes = {}
+        for name, rule in self.config({}).method.rules.items():
+            if "router" in rule and share < 1:
+                least = rule.router.get("k", 1)
+                counts = [max(least, 1, round(share * int(n))) for n in rule.experts.split("|")]
+                changes[f"method.rules.{name}.experts"] = "|".join(map(str, counts))
+        return changes
+
+    def nearest(self, changes_of, start: int) -> dict:
+        """The whole number whose count is nearest to the wanted one; counts are affine in it."""
+        counts = [num_trainable(self.model(changes_of(n))) for n in (start, start + 1)]
+        exact = start + (self.wanted - counts[0]) / (counts[1] - counts[0])
+        return changes_of(max(1, round(exact)))
+
+    def miss(self, changes) -> float:
+        return abs(num_trainable(self.model(changes)) / self.wanted - 1)
+
+
+def _at(config, field):
+    for key in field.split("."):
+        config = config[key]
+    return config
+
+
+def check_methods(text: str) -> list[str]:
+    """The names of `--methods`, in the order of the table of methods."""
+    names = list(METHODS) if text == "all" else [name.strip() for name in text.split(",")]
+    for name in names:
+        if name not in METHODS:
+            near = flags.did_you_mean(name, METHODS)
+            raise InputError(
+                "--methods", got=repr(name), expected="all, or names among " + ", ".join(METHODS), fix=near
+            )
+    if len(names) != len(set(names)):
+        raise InputError("--methods", got=repr(text), expected="every method once")
+    return [name for name in METHODS if name in names]

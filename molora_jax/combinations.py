@@ -1,0 +1,149 @@
+"""adapter x router x placement x engine: every point works, or is refused with the reason. Makes docs/combinations.md.
+
+    python -m molora_jax.combinations > docs/combinations.md
+
+A point is one rule with the members' own defaults, experts shared out over a mesh axis `expert` of 2. It is asked what
+a run asks before its first step: the config's checks (refused: "config"), and the engine (`engines/auto.refusal`).
+"""
+
+import dataclasses
+import itertools
+
+from jax.sharding import AbstractMesh
+
+from molora_jax import config as config_lib
+from molora_jax.adapters import ADAPTERS
+from molora_jax.engines import ENGINES, Engine, auto
+from molora_jax.errors import InputError
+from molora_jax.models.compile import compile_model
+from molora_jax.models.families import TINY
+from molora_jax.placements import PLACEMENTS
+from molora_jax.routers import ROUTERS
+from molora_jax.sharding import AXES
+
+SITES = {"projection": "q,k,v,o,gate,up,down", "ffn": "ffn", "chain": "ffn"}
+MESH = AbstractMesh(tuple(2 if axis == "expert" else 1 for axis in AXES), AXES)
+EXPERTS = 8
+
+
+@dataclasses.dataclass(frozen=True)
+class Point:
+    """`router` "none" is a single expert."""
+
+    adapter: str
+    router: str
+    placement: str
+    engine: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Verdict:
+    """`by`: "" where the point works, else who refuses it (`config` or `engine`). `down`: of a routed FFN."""
+
+    by: str = ""
+    reason: str = ""
+    down: str = "once"
+
+
+def points() -> list[Point]:
+    product = itertools.product(ADAPTERS, ("none", *ROUTERS), PLACEMENTS, ENGINES)
+    return [Point(*names) for names in product]
+
+
+def config_of(point: Point, defaults, *, down: str = "once"):
+    """The config of a point; not validated."""
+    rule = dict(
+        sites=SITES[point.placement], layers="all", experts="1" if point.router == "none" else str(EXPERTS), load=(),
+        adapter=dict(name=point.adapter, rank=4, alpha=8.0, dropout=0.0), down=down, shrink=False,
+    )  # fmt: skip
+    if point.router != "none":
+        rule["router"] = dict(name=point.router)
+    if point.placement == "chain":
+        rule["placement"] = dict(name="chain")
+    config = defaults.copy_and_resolve_references()
+    with config.unlocked():
+        config.method.rules = dict(mix=rule)
+        config.engine = point.engine
+        config.base.source = "random:tiny"
+    return config
+
+
+def verdict(point: Point, defaults, decoder=TINY) -> Verdict:
+    """What a run of this point would be told."""
+    refused = None
+    for down in ("once", "per_expert"):
+        config = config_of(point, defaults, down=down)
+        try:
+            config_lib.validate(config)
+            config_lib.check_model(config, decoder.layers, decoder.dims)
+            model = compile_model(config, decoder)
+        except InputError as error:
+            reason = error.fix if ": " in error.fix else error.expected
+            refused = refused or Verdict("config", reason.partition(": set ")[0])
+            continue
+        reason = auto.refusal(model, Engine(point.engine, MESH))
+        return Verdict("engine", reason.partition(": ")[2] or reason, down) if reason else Verdict(down=down)
+    return refused
+
+
+def walk(defaults) -> dict[Point, Verdict]:
+    return {point: verdict(point, defaults) for point in points()}
+
+
+def document(found: dict[Point, Verdict]) -> str:
+    """Two tables: what the config says (adapter and placement against router), then what the engines say."""
+    notes: dict[str, int] = {}
+
+    def config_cell(v: Verdict) -> str:
+        if v.by == "config":
+            return f"[{notes.setdefault(v.reason, len(notes) + 1)}]"
+        return "works" if v.down == "once" else '`down="per_expert"`'
+
+    def engine_cell(v: Verdict) -> str:
+        return f"[{notes.setdefault(v.reason, len(notes) + 1)}]" if v.by == "engine" else "works"
+
+    def table(axis: str, names, cell, keep) -> str:
+        """A row an adapter and placement; a cell joins what the points of the other axis say."""
+        lines = [f"| placement, adapter | {' | '.join(names)} |", "|---" * (len(names) + 1) + "|"]
+        for placement, adapter in itertools.product(PLACEMENTS, ADAPTERS):
+            cells = []
+            for name in names:
+                at = {"placement": placement, "adapter": adapter, axis: name}
+                here = [v for p, v in found.items() if keep(p, v) and at.items() <= vars(p).items()]
+                cells.append(", ".join(dict.fromkeys(map(cell, here))) or "-")
+            lines.append(f"| {placement}, {adapter} | {' | '.join(cells)} |")
+        return "\n".join(lines)
+
+    configs = table("router", ("none", *ROUTERS), config_cell, lambda p, v: True)
+    engines = table("engine", ENGINES, engine_cell, lambda p, v: p.router != "none" and v.by != "config")
+    works = sum(not v.by for v in found.values())
+    reasons = "\n".join(f"{number}. {reason}" for reason, number in notes.items())
+    return TEXT.format(works=works, points=len(found), configs=configs, engines=engines, reasons=reasons)
+
+
+TEXT = """\
+# Combinations
+
+Made by `python -m molora_jax.combinations > docs/combinations.md`: {works} of {points} points of adapter x router x
+placement x engine work, the others are refused before anything compiles, with the reason that stands below. A point is
+one rule with its members' own defaults; `none` is one expert without a router; `[n]` is a reason.
+
+What the config says, whatever the engine. `down="per_expert"`: works with that field of the rule.
+
+{configs}
+
+What the engines say, with any router, where the config works. One expert without a router, and the experts of a chain,
+are whole on every device under all four.
+
+{engines}
+
+Reasons:
+
+{reasons}
+"""
+
+
+if __name__ == "__main__":
+    from configs import common
+
+    print(document(walk(common.get_config())), end="")

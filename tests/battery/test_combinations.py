@@ -1,0 +1,42 @@
+"""docs/combinations.md is what the walk says, and what the walk calls working traces."""
+
+import jax
+import pytest
+
+from configs import common
+from molora_jax.combinations import config_of, document, points, verdict, walk
+from molora_jax.train.step import fresh
+from tests.battery.cases import BATCH, ROOT, SMALL, Case
+from tests.engines.problems import mesh
+
+POINTS = {"-".join(vars(point).values()): point for point in points()}
+
+
+def test_the_document_is_the_walk():
+    """Mend with `python -m molora_jax.combinations > docs/combinations.md`."""
+    assert document(walk(common.get_config())) == (ROOT / "docs" / "combinations.md").read_text()
+
+
+@pytest.mark.parametrize("name", ["mos-x_lora-chain-replicate", "mos-sigmoid_topk-ffn-replicate"])
+def test_a_point_traces(name):
+    trace(POINTS[name])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", POINTS)
+def test_every_point_traces_or_has_a_reason(name):
+    trace(POINTS[name])
+
+
+def trace(point):
+    """A whole training step by shapes, experts over a mesh axis of two."""
+    said = verdict(point, common.get_config(), SMALL)
+    if said.by:
+        assert len(said.reason) > 20, "a reason, not a name"
+        return
+    config = config_of(point, common.get_config(), down=said.down)
+    case = Case(config, mesh=mesh(data=4, expert=2), engine=point.engine)
+    state = jax.eval_shape(lambda p: fresh(case.model, case.optimizer, p, case.frozen, jax.random.key(0)), case.params)
+    after, metrics = jax.eval_shape(case.step, state, case.params, BATCH)
+    shapes = lambda tree: jax.tree.map(lambda x: (x.shape, x.dtype), tree)  # noqa: E731
+    assert shapes(after) == shapes(state) and "loss" in metrics
