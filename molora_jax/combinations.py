@@ -1,6 +1,6 @@
 """adapter x router x placement x engine: every point works, or is refused with the reason. Makes docs/combinations.md.
 
-    python -m molora_jax.combinations > docs/combinations.md
+    python -m launch.docs
 
 A point is one rule with the members' own defaults, experts shared out over a mesh axis `expert` of 2. It is asked what
 a run asks before its first step: the config's checks (refused: "config"), and the engine (`engines/auto.refusal`).
@@ -124,7 +124,7 @@ def document(found: dict[Point, Verdict]) -> str:
 TEXT = """\
 # Combinations
 
-Made by `python -m molora_jax.combinations > docs/combinations.md`: {works} of {points} points of adapter x router x
+Made by `python -m launch.docs`: {works} of {points} points of adapter x router x
 placement x engine work, the others are refused before anything compiles, with the reason that stands below. A point is
 one rule with its members' own defaults; `none` is one expert without a router; `[n]` is a reason.
 
@@ -141,9 +141,3 @@ Reasons:
 
 {reasons}
 """
-
-
-if __name__ == "__main__":
-    from configs import common
-
-    print(document(walk(common.get_config())), end="")

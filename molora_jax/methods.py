@@ -258,6 +258,6 @@ count docstrings; what a method needed elsewhere is in [design.md](design.md).
 """
 
 
-if __name__ == "__main__":  # python -m molora_jax.methods > docs/methods.md
-    print("# Methods\n\nMade by `python -m molora_jax.methods > docs/methods.md`.\n")
-    print(methods_table(), end=LEGEND)
+def document() -> str:
+    """docs/methods.md."""
+    return "# Methods\n\nMade by `python -m launch.docs`.\n\n" + methods_table() + LEGEND

@@ -1,17 +1,21 @@
-"""What is written down twice is the same: the tables of methods (docs/combinations.md: tests/battery)."""
+"""What is written down twice is the same."""
 
 import pathlib
 import re
 
-from molora_jax.methods import LEGEND, METHODS, methods_table, readme_table
+import pytest
+
+from launch.docs import documents
+from molora_jax.methods import METHODS, readme_table
 
 ROOT = pathlib.Path(__file__).parents[1]
 
 
-def test_tables_are_those_of_the_code():
-    """Mend with `python -m molora_jax.methods > docs/methods.md`, and copy `readme_table()` into the README."""
-    assert readme_table() in (ROOT / "README.md").read_text()
-    assert (ROOT / "docs" / "methods.md").read_text().endswith(methods_table() + LEGEND)
+@pytest.mark.parametrize("path, text", documents().items(), ids=documents())
+def test_documents_are_those_of_the_code(path, text):
+    """Mend with `python -m launch.docs`."""
+    assert (ROOT / path).read_text() == text
+    assert path != "README.md" or readme_table() in text
 
 
 def test_every_config_is_a_row_or_a_start():

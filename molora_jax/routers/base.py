@@ -6,7 +6,9 @@ A router that declares a SIGNAL gets that in place of x, and its leaves are made
 `share="model"` has one set of leaves, `adapters/<rule>/shared/router/model/...`, and one decision for all layers.
 Build the decision with `core.routing.finish(gates, selected, z, probs, ctx, k_max=...)`. `probs [B, S, E]` are the
 scores over all experts before the selection; losses read them, so they should sum to 1 over E where the router has a
-distribution (a router of independent scores gives those). Every router honours `ctx.allowed` (`routing.permitted`).
+distribution (a router of independent scores gives those), with a training noise in them if they were selected with
+it. Select on logits where a low temperature could make probabilities tie at 0. Every router honours `ctx.allowed`
+(`routing.permitted`).
 `update(state, sums)` runs once an applied optimizer step, on sums over the whole global batch, never in evaluation.
 """
 
@@ -29,6 +31,7 @@ class Router:
     init: str = "normal"
 
     FROZEN: ClassVar[tuple[str, ...]] = ()  # leaf names that never train
+    RANDOM: ClassVar[tuple[str, ...]] = ()  # fields that make training random, off at 0 (the battery sets them so)
     NEEDS: ClassVar[tuple[str, ...]] = ()  # "z": the placement computes the rank activations first
     SIGNAL: ClassVar[str] = ""  # "base_hidden": the frozen base's last hidden state in place of the site's input
 

@@ -26,6 +26,7 @@ class SoftmaxTopK(Router):
     jitter: float = 0.0
 
     LIMITS: ClassVar = {"k": (0, None)}
+    RANDOM: ClassVar = ("jitter",)
 
     def k_max(self, experts):
         return min(self.k or experts, experts)

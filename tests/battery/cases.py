@@ -24,6 +24,7 @@ from molora_jax.methods import METHODS
 from molora_jax.models.compile import compile_model
 from molora_jax.models.families import TINY
 from molora_jax.optim import OPTIMIZERS
+from molora_jax.routers import ROUTERS as ROUTERS_OF
 from molora_jax.train import trees
 from molora_jax.train.step import fresh, make_step
 
@@ -43,6 +44,12 @@ MORE_ROUTERS = {  # of single methods: in the product by shapes, and run with `-
     "sigmoid_topk": dict(name="sigmoid_topk", k=2, bias_rate=1e-3),
     "recurrent": dict(name="recurrent", k=2, hidden=5),
     "top1": dict(name="top1", gated=True),
+}
+# a later router is here with its defaults; x_lora decides once for the whole model and has tests of its own
+MORE_ROUTERS |= {
+    name: dict(name=name, **dict.fromkeys(member.RANDOM, 0.0))
+    for name, member in ROUTERS_OF.items()
+    if name not in {*ROUTERS, *MORE_ROUTERS, "x_lora"}
 }
 WIDE = PRODUCT + tuple(itertools.product(ADAPTERS, MORE_ROUTERS, PLACEMENTS, INITS))
 
@@ -98,10 +105,12 @@ def combination(adapter, router, placement, init, **changes):
 
 
 def method(name, decoder=SMALL, **changes):
-    """The config of a row of the table, without dropout and warm-up; depth groups past the last layer are cut off."""
+    """The config of a row of the table, without dropout, noise and warm-up; groups of depth past the last layer cut."""
     config = flags.load(ROOT / METHODS[name].config)
     fixed = {f"method.rules.{rule}.adapter.dropout": 0.0 for rule in config.method.rules}
     for rule, value in config.method.rules.items():
+        if "router" in value:
+            fixed |= {f"method.rules.{rule}.router.{field}": 0.0 for field in ROUTERS_OF[value.router.name].RANDOM}
         fixed[f"method.rules.{rule}.experts"] = "|".join(value.experts.split("|")[: decoder.layers])
         if value.adapter.name == "mos":  # the pool has a part for each layer, and a table takes no row twice
             mos = value.adapter

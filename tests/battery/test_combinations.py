@@ -1,20 +1,15 @@
-"""docs/combinations.md is what the walk says, and what the walk calls working traces."""
+"""What the walk of docs/combinations.md calls working traces."""
 
 import jax
 import pytest
 
 from configs import common
-from molora_jax.combinations import config_of, document, points, verdict, walk
+from molora_jax.combinations import config_of, points, verdict
 from molora_jax.train.step import fresh
-from tests.battery.cases import BATCH, ROOT, SMALL, Case
+from tests.battery.cases import BATCH, SMALL, Case
 from tests.engines.problems import mesh
 
 POINTS = {"-".join(vars(point).values()): point for point in points()}
-
-
-def test_the_document_is_the_walk():
-    """Mend with `python -m molora_jax.combinations > docs/combinations.md`."""
-    assert document(walk(common.get_config())) == (ROOT / "docs" / "combinations.md").read_text()
 
 
 @pytest.mark.parametrize("name", ["mos-x_lora-chain-replicate", "mos-sigmoid_topk-ffn-replicate"])

@@ -24,11 +24,12 @@ def context(valid, **more):
 
 def decide(name, W, x, ctx, **options):
     """A router's decision with these weights; what else it needs is at its start, RMoE's projection the identity."""
-    options |= dict(hidden=x.shape[-1]) if name == "recurrent" else {}
+    options |= dict(recurrent=dict(hidden=x.shape[-1]), x_lora=dict(bias=False)).get(name, {})
     router = ROUTERS[name](**options)
     site = Site("q", x.shape[-1], x.shape[-1], (0,), len(W))
     ctx = ctx.replace(state=router.init_state(site), carry=router.init_carry(*x.shape[:2]))
-    leaves = {"W": W, "proj": jnp.eye(x.shape[-1])}
+    leaves = router.init_leaves(jax.random.key(4), site, 0) | {"W": W}
+    leaves |= {"proj": jnp.eye(x.shape[-1])} if "proj" in leaves else {}
     return router.route(leaves, router.init_shared(jax.random.key(5), (site,)), x, ctx)[0]
 
 
