@@ -132,7 +132,7 @@ def decoding(config, args, model, base, params, mesh, frozen, rng):
     prompt = rng.integers(0, base.config.vocab, 32).astype(np.int32).tolist()
 
     def work():
-        generate(model, params, adapters, state, [prompt], eos_id=-1, pad_id=0, max_new_tokens=NEW_TOKENS)
+        generate(model, params, adapters, state, [prompt], eos_id=None, max_new_tokens=NEW_TOKENS)
         return NEW_TOKENS
 
     return work

@@ -83,16 +83,16 @@ def _groups(E: int, R: int, K: int) -> bool:
 
 
 def low_rank(x: Array, factors: Factors, gates: Array, latent=None, slots=None) -> Array:
-    """`sum_e g_e B_e mid_e latent(A_e x)`: `x [T, D_in]`, `gates [T, E]` -> `[T, D_out]`; the scale is in B.
+    """`s sum_e g_e B_e mid_e latent(A_e x)`: `x [T, D_in]`, `gates [T, E]` -> `[T, D_out]`.
 
     `slots` is the same decision as `(idx, gates) [T, K]` where the router bounds K: a product of many experts may then
     be grouped by expert.
     """
-    A, B = factors.A, factors.B
+    A, B, gates = factors.A, factors.B, factors.scale * gates
     if latent is not None or factors.mid is not None:
         return expand(shrink(x, factors, latent), B, gates, x.dtype)
     if slots is not None and _groups(*B.shape[:2], slots[0].shape[1]):
-        return grouped_lora(x, A, B, *slots)
+        return grouped_lora(x, A, B, slots[0], factors.scale * slots[1])
     return rank_gated(x, A, B, gates)
 
 

@@ -30,11 +30,13 @@ class Site:
 
 @flax.struct.dataclass
 class Factors:
-    """How E experts change one projection `W`; rank-major, unscaled (the caller folds the adapter's scale into B).
+    """How E experts change one projection `W`; rank-major.
 
     `A [1|E, R, D_in]`, `B [1|E, R, D_out]`: the low-rank part `B_e A_e x`.
     `out [E, D_out]` multiplies `W x` (DoRA), `inp [E, D_in]` multiplies `x`; both are combined over experts as
-    `1 + sum_e g_e (f_e - 1)`. `mid [E, R, R]` stands between A and B (LoRA-XS).
+    `1 + sum_e g_e (f_e - 1)`. `mid [E, R, R]` stands between A and B (LoRA-XS). `scale` multiplies the low-rank part,
+    where it is smallest: at the gates or rank activations, never at B, which would be a copy of all experts a layer.
+    The placement sets it, an adapter leaves it at 1.
     """
 
     A: Array
@@ -42,6 +44,7 @@ class Factors:
     mid: Array | None = None
     out: Array | None = None
     inp: Array | None = None
+    scale: float = flax.struct.field(pytree_node=False, default=1.0)
 
 
 @flax.struct.dataclass

@@ -99,7 +99,7 @@ def _from_rank(travel, x, idx, factors, expert, weight):
     z = received(travel, common.send_slots(z, travel.plan), expert)[:, None].astype(jnp.float32)
     if factors.mid is not None:
         z = jnp.einsum("ter,eqr->teq", jnp.broadcast_to(z, (len(z), *factors.mid.shape[:2])), factors.mid)
-    return lowrank.expand(z, factors.B, weight, x.dtype)
+    return lowrank.expand(z, factors.B, factors.scale * weight, x.dtype)
 
 
 def feed_forward(x, g, u, weights, parts, on, rows, activation, share=(0, 1), z=None, *, travel_by=Padded):

@@ -144,7 +144,7 @@ def _factor_specs(factors: Factors, site: str, on: Engine, split: bool, shared_A
     specs = dict(
         A=P(None if shared_A or whole_A else e, None, into), B=P(e, None, out), mid=P(e), out=P(e, out), inp=P(e, into)
     )
-    return Factors(**{name: None if getattr(factors, name) is None else spec for name, spec in specs.items()})
+    return factors.replace(**{name: None if getattr(factors, name) is None else spec for name, spec in specs.items()})
 
 
 def _projection_specs(part, on, site, axes):

@@ -26,7 +26,7 @@ SITES = ("gate", "up", "down")
 
 @flax.struct.dataclass
 class Part:
-    """One rule's experts: factors (with the scale in them) and dropout by site, `idx, gates [T, K]`, `base [T]`."""
+    """One rule's experts: factors (with the scale set) and dropout by site, `idx, gates [T, K]`, `base [T]`."""
 
     factors: dict[str, Factors]
     dropout: dict[str, lowrank.Dropout | None]
@@ -50,8 +50,7 @@ def part(rule, p: dict, shared: dict, routing, contexts: dict, x: Array) -> Part
     for site in SITES:
         ctx = contexts[site]
         own = p.get(site, {})
-        one = adapter.factors(own, shared, ctx)
-        factors[site] = one.replace(B=one.B * adapter.scale())
+        factors[site] = adapter.factors(own, shared, ctx).replace(scale=adapter.scale())
         dropout[site] = lowrank.dropout(ctx.keyed(), adapter.dropout)
         latents.append(latent_of(adapter, own, ctx))
     if routing is None:
@@ -74,11 +73,12 @@ def part(rule, p: dict, shared: dict, routing, contexts: dict, x: Array) -> Part
 
 
 def ranks(x: Array, one: Part, rows: Array) -> dict[str, Array]:
-    """Rank activations `[T, K, R]` of gate and up at the token's experts, from `x [T, D]`."""
+    """Scaled rank activations `[T, K, R]` of gate and up at the token's experts, from `x [T, D]`."""
     z = {}
     for site in ("gate", "up"):
         seen = lowrank.dropped(x, one.dropout[site], rows)
-        z[site] = lowrank.shrink_slots(seen, one.factors[site], one.idx, one.latent(site)).astype(x.dtype)
+        factors = one.factors[site]
+        z[site] = (factors.scale * lowrank.shrink_slots(seen, factors, one.idx, one.latent(site))).astype(x.dtype)
     return z
 
 
@@ -98,15 +98,15 @@ def hidden(z: dict, g: Array, u: Array, one: Part, activation: str, rows: Array,
 def low_rank_down(z_d: Array, one: Part, dtype) -> Array:
     """`s sum_k w_k B_d[e_k] z_d[k]`: `[T, D]`."""
     factors, E = one.factors["down"], one.factors["down"].B.shape[0]
+    gates = factors.scale * one.gates
     if one.latent("down") is None and factors.mid is None:
-        return lowrank.expand_slots(z_d, factors.B, one.idx, one.gates, dtype)
+        return lowrank.expand_slots(z_d, factors.B, one.idx, gates, dtype)
     z = lowrank.from_slots(z_d.astype(jnp.float32), one.idx, E)
     if one.latent("down") is not None:
         z = one.latent("down")(z)
     if factors.mid is not None:
         z = jnp.einsum("ter,eqr->teq", z, factors.mid)
-    gates = lowrank.from_slots(one.gates[..., None], one.idx, E)[..., 0]
-    return lowrank.expand(z, factors.B, gates, dtype)
+    return lowrank.expand(z, factors.B, lowrank.from_slots(gates[..., None], one.idx, E)[..., 0], dtype)
 
 
 def is_plain(one: Part) -> bool:

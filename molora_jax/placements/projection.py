@@ -16,7 +16,7 @@ from molora_jax.core.types import Array, Context, Factors
 
 @flax.struct.dataclass
 class Part:
-    """One rule's share in one projection: `factors` with the scale folded in, `gates [T, E]`, its dropout.
+    """One rule's share in one projection: `factors` with the scale set, `gates [T, E]`, its dropout.
 
     `slots` are `(idx [T, K], gates [T, K])`, None without a router; `shared_A`: all experts have one A.
     """
@@ -37,8 +37,7 @@ class Part:
 def part(rule, p: dict, shared: dict, routing, ctx: Context, x: Array) -> Part:
     """`x [T, D_in]` only gives the shape; without a router every token uses the one expert with weight 1."""
     adapter = rule.adapter
-    factors = adapter.factors(p, shared, ctx)
-    factors = factors.replace(B=factors.B * adapter.scale())
+    factors = adapter.factors(p, shared, ctx).replace(scale=adapter.scale())
     E = factors.B.shape[0]
     gates = jnp.ones((len(x), 1), jnp.float32) if routing is None else routing.gates.reshape(-1, E)
     slots = None if routing is None else routing_math.slots(routing)

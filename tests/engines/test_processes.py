@@ -45,7 +45,8 @@ def test_two_processes_run_the_same_program(tmp_path, engine, sizes):
     assert len(losses(two)) == 4
     np.testing.assert_allclose(losses(two), losses(one), rtol=2e-5)
     # a checkpoint of two processes goes on in one
-    done = launch(*common, f"--workdir={two}", "--config.train.stop_after=0", "--config.engine=replicate", devices=8)
+    other = ["--config.train.stop_after=0", "--config.engine=replicate", "--config.mesh.data=-1"]
+    done = launch(*common, f"--workdir={two}", *other, devices=8)
     assert done.returncode == 0, done.stdout + done.stderr
 
 
