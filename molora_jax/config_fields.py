@@ -146,7 +146,7 @@ RANGES = {
     },
     "optim": {
         "learning_rate": above(0, 1e3),
-        "weight_decay": at_least(0, float),
+        "weight_decay": within(0.0, 1e3),
         "decay": choice("linear", "cosine", "constant"),
         "warmup": at_least(0),
         "b1": below(1),

@@ -182,5 +182,6 @@ class Model:
 
     def logits(self, params: dict, hidden: Array) -> Array:
         """`hidden [..., D]` -> `[..., V]` float32."""
-        head = params["head"] if "head" in params else params["embed"].T
-        return jnp.dot(hidden, head.astype(hidden.dtype), preferred_element_type=jnp.float32)
+        head, axis = (params["head"], 0) if "head" in params else (params["embed"], 1)
+        contract = (((hidden.ndim - 1,), (axis,)), ((), ()))  # `embed.T` would be a copy a token on a CPU
+        return jax.lax.dot_general(hidden, head.astype(hidden.dtype), contract, preferred_element_type=jnp.float32)
