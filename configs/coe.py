@@ -5,6 +5,10 @@
 The claim: at equal compute, two passes of top K beat one pass of top 2 K, because the second pass routes on what the
 first one wrote. Here top 1 of 8 in two passes, softmax gates as they are, one balance term a pass and layer; the
 mixture of equal compute is `--config.method.rules.ffn.placement.iterations=1 --config.method.rules.ffn.router.k=2`.
+
+Measured with `python -m experiments.leaderboard --budget=40x512 --methods=coe` and the settings of its README
+(equal active rank, one CPU core, seed 0): mean loss of the first five of 40 steps 5.65, of the last
+five 2.89.
 """
 
 from configs import common

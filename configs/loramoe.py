@@ -6,6 +6,10 @@ The claim: with two groups of experts, one for world knowledge (`world`, here th
 tasks forgets less. Values of the paper (delta = beta = 0.1, six experts of rank 4); the reference's script switches the
 loss off (`--config.losses.localized_balance.weight=0`) and has eight. Not as there: padding is not counted, and one
 dropout mask serves all experts.
+
+Measured with `python -m experiments.leaderboard --budget=40x512 --methods=loramoe` and the settings of its README
+(equal active rank, one CPU core, seed 0): mean loss of the first five of 40 steps 5.20, of the last
+five 2.42.
 """
 
 from configs import common

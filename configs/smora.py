@@ -7,6 +7,10 @@ of 4 are `experts="16"`, rank 4, k=2). The scale is the paper's alpha over the a
 (divide the paper's alpha by k). No loss: a load bias in the router's state balances. As in the code, the bias is part
 of the gate and the router reads the dropped input (`bias_in_gate`, `input_dropout`); not as there, padding is not
 counted, counts are of the whole step, and the loss is on answers only.
+
+Measured with `python -m experiments.leaderboard --budget=40x512 --methods=smora` and the settings of its README
+(equal active rank, one CPU core, seed 0): mean loss of the first five of 40 steps 4.67, of the last
+five 2.10.
 """
 
 from configs import common
