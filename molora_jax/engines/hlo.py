@@ -8,6 +8,7 @@ times. The tables of `auto.py` are held against this in the tests.
 """
 
 import dataclasses
+import math
 import re
 
 KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "ragged-all-to-all", "collective-permute")
@@ -90,6 +91,11 @@ def _devices(line, num_devices):
     listed = re.search(r"replica_groups=\{\{([\d,]*)\}", line)
     if listed:
         return listed[1].count(",") + 1
+    mesh = re.search(r"replica_groups=mesh\[([^\]]*)\] ?\{([^}]*)\}", line)  # axes of a mesh by name, from jax 0.12 on
+    if mesh:
+        sizes = dict(re.findall(r"'([^']+)'=(\d+)", mesh[1]))
+        axes = re.findall(r"'([^']+)'(?::\(\d+\)(\d+))?", mesh[2])  # 'a':(2)4 is a part of 4 of the axis
+        return math.prod(int(part or sizes[name]) for name, part in axes)
     iota = re.search(r"replica_groups=\[(\d+),(\d+)\]", line)
     return int(iota[2]) if iota else num_devices
 

@@ -112,10 +112,12 @@ def test_the_reader_counts_loops_and_groups():
 ENTRY %main (p: f32[4,8]) -> f32[4,8] {
   %w = (s32[], f32[4,8]) while(%t), condition=%cond, body=%body, backend_config={"known_trip_count":{"n":"3"}}
   %rs = f32[2,8]{1,0} reduce-scatter(%y), replica_groups={{0,1}}, dimensions={0}
+  %ap = f32[16]{0} all-to-all(%z), channel_id=1, replica_groups=mesh['data'=2,'fsdp'=1,'expert'=4] {'data','fsdp'}
 }
 """
     found = {c.kind: c for c in hlo.collectives(text, 8)}
     assert found["all-gather"].bytes_moved == 3 * 4 * 8 * 4 * 3 / 4 and found["all-gather"].loop
     assert found["all-reduce"].bytes_moved == 3 * 2 * (8 + 4) * 4 * 7 / 8
     assert found["reduce-scatter"].bytes_moved == 2 * 8 * 4 and not found["reduce-scatter"].loop
+    assert found["all-to-all"].devices == 2
     assert hlo.total_bytes(list(found.values()), kind="all-gather") == found["all-gather"].bytes_moved
