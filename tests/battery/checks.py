@@ -28,8 +28,8 @@ def matches(a, b, *, rtol, atol=0.0):
 def same_step(metrics, gradients, other_metrics, other_gradients):
     """Two runs of one step on other numbers of devices: statistics, losses and the gradients' norm to 1e-6.
 
-    A single entry of a gradient is a sum of many terms in another order: to 2e-6 of the leaves' largest. The gradient of
-    a leaf that all layers share is a sum over layers too: 4e-6, and so is the norm.
+    A single entry of a gradient is a sum of many terms in another order: to 2e-6 of the leaves' largest. The gradient
+    of a leaf that all layers share is a sum over layers too: 4e-6, and so is the norm.
     """
     apart = 4e-6 if any("/shared/" in path for path in gradients) else 1e-6
     np.testing.assert_allclose(metrics["grad_norm"], other_metrics["grad_norm"], rtol=apart)
