@@ -6,6 +6,9 @@ The claim: at equal compute, two passes of top K beat one pass of top 2 K, becau
 first one wrote. Here top 1 of 8 in two passes, softmax gates as they are, one balance term a pass and layer; the
 mixture of equal compute is `--config.method.rules.ffn.placement.iterations=1 --config.method.rules.ffn.router.k=2`.
 
+As it stands, with `--config.train.steps=30 --config.train.batch_size=4` (jax 0.12, one CPU core): mean loss of the
+first five steps 5.73, of the last five 5.28.
+
 Measured with `python -m experiments.leaderboard --budget=40x512 --methods=coe` and the settings of its README
 (equal active rank, one CPU core, mean of seeds 0 and 1): mean loss of the first five of 40 steps 5.70, of the last
 five 3.04.

@@ -6,6 +6,9 @@ The claim: routing by Tsallis entropy, with the entropy as a loss, beats fixed t
 Values of the reference code. Not as there: padding is left out of the entropy loss too; `counts="hard"` is the usual
 count-based balance loss, which a third party reports for the paper.
 
+As it stands, with `--config.train.steps=30 --config.train.batch_size=4` (jax 0.12, one CPU core): mean loss of the
+first five steps 5.56, of the last five 3.37.
+
 Measured with `python -m experiments.leaderboard --budget=40x512 --methods=dynmole` and the settings of its README
 (equal active rank, one CPU core, mean of seeds 0 and 1): mean loss of the first five of 40 steps 5.63, of the last
 five 2.79.

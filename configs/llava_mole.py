@@ -8,6 +8,9 @@ alone trains it, per example over all layers together and without the factor E (
 expect strong specialisation. `dense=True` is the reference's dense path (every expert, by its probability, in all three
 projections); `gated=True` adds the factor that the paper leaves out.
 
+As it stands, with `--config.train.steps=30 --config.train.batch_size=4` (jax 0.12, one CPU core): mean loss of the
+first five steps 5.35, of the last five 3.12.
+
 Measured with `python -m experiments.leaderboard --budget=40x512 --methods=llava_mole` and the settings of its README
 (equal active rank, one CPU core, mean of seeds 0 and 1): mean loss of the first five of 40 steps 4.80, of the last
 five 2.26.

@@ -8,6 +8,9 @@ LoRA on a frozen FFN, as in mixlora, and only the router differs: top 2 of 8, ga
 its Hugging Face code does: `renormalise=True`). To freeze the router:
 `--config.schedule.s00.freeze='*/router/*,*/gru_*'`.
 
+As it stands, with `--config.train.steps=30 --config.train.batch_size=4` (jax 0.12, one CPU core): mean loss of the
+first five steps 5.58, of the last five 3.42.
+
 Measured with `python -m experiments.leaderboard --budget=40x512 --methods=rmoe` and the settings of its README
 (equal active rank, one CPU core, mean of seeds 0 and 1): mean loss of the first five of 40 steps 4.92, of the last
 five 2.40.

@@ -8,6 +8,9 @@ of 4 are `experts="16"`, rank 4, k=2). The scale is the paper's alpha over the a
 of the gate and the router reads the dropped input (`bias_in_gate`, `input_dropout`); not as there, padding is not
 counted, counts are of the whole step, and the loss is on answers only.
 
+As it stands, with `--config.train.steps=30 --config.train.batch_size=4` (jax 0.12, one CPU core): mean loss of the
+first five steps 5.57, of the last five 3.34.
+
 Measured with `python -m experiments.leaderboard --budget=40x512 --methods=smora` and the settings of its README
 (equal active rank, one CPU core, mean of seeds 0 and 1): mean loss of the first five of 40 steps 4.79, of the last
 five 2.20.
