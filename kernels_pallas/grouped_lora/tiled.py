@@ -44,7 +44,7 @@ def _shrink_forward(K, x, A, schedule):
         return tiles.add_rows(z, s.to_slot, _dot(tiles.take(x, s.token), tiles.at(A, s.expert).astype(x.dtype), NT))
 
     (z,) = tiles.zeros((len(x) * K, A.shape[1]))
-    z = jax.lax.fori_loop(0, schedule.count, step, z)
+    z = tiles.loop(schedule.count, step, z)
     return z.reshape(len(x), K, -1), (x, A, schedule)
 
 
@@ -60,7 +60,7 @@ def _shrink_backward(K, saved, dz):
         dx = tiles.add_rows(dx, s.to_token, _dot(d, tiles.at(A, s.expert).astype(x.dtype), NN))
         return dx, tiles.add_at(dA, s.expert, _dot(d, _rows(x, s.token, s.valid), TN))
 
-    dx, dA = jax.lax.fori_loop(0, schedule.count, step, tuple(tiles.zeros(x.shape, A.shape)))
+    dx, dA = tiles.loop(schedule.count, step, tuple(tiles.zeros(x.shape, A.shape)))
     return dx.astype(x.dtype), dA.astype(A.dtype), None
 
 
@@ -80,7 +80,7 @@ def _expand_forward(dtype, z, B, gates, schedule):
         return tiles.add_rows(y, s.to_token, _dot(u.astype(dtype), tiles.at(B, s.expert).astype(dtype), NN))
 
     (y,) = tiles.zeros((len(z), B.shape[-1]))
-    return jax.lax.fori_loop(0, schedule.count, step, y).astype(dtype), (z, B, gates, schedule)
+    return tiles.loop(schedule.count, step, y).astype(dtype), (z, B, gates, schedule)
 
 
 def _gated(w, z):
@@ -102,7 +102,7 @@ def _expand_backward(dtype, saved, dy):
         return tiles.add_rows(dz, s.to_slot, _gated(w, du)), dw, dB
 
     N, R = z.shape[0] * z.shape[1], z.shape[2]
-    dz, dw, dB = jax.lax.fori_loop(0, schedule.count, step, tuple(tiles.zeros((N, R), (N,), B.shape)))
+    dz, dw, dB = tiles.loop(schedule.count, step, tuple(tiles.zeros((N, R), (N,), B.shape)))
     return dz.reshape(z.shape).astype(z.dtype), dB.astype(B.dtype), dw.reshape(gates.shape).astype(gates.dtype), None
 
 

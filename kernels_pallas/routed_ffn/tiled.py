@@ -71,7 +71,7 @@ def _forward(activation, g, u, z_g, z_u, B_g, B_u, A_d, gates, base, mask, sched
 
     g32 = g.astype(F32)
     start = base[:, None] * (pair(activation, g32, core(activation, g32))[0] * u.astype(F32))
-    mix, z_d = jax.lax.fori_loop(0, schedule.count, step, (start, *tiles.zeros((T * K, R))))
+    mix, z_d = tiles.loop(schedule.count, step, (start, *tiles.zeros((T * K, R))))
     saved = (g, u, z_g, z_u, B_g, B_u, A_d, gates, base, mask, schedule)
     return (mix.astype(dtype), z_d.reshape(T, K, R).astype(dtype)), saved
 
@@ -116,7 +116,7 @@ def _backward(activation, saved, cotangents):
     dbase = jax.lax.dot_general(dmix32, a * u32, (((1,), (1,)), ((0,), (0,))))
     dg0, du0 = base[:, None] * (dmix32 * da * u32), base[:, None] * (dmix32 * a)
     sums = tiles.zeros((T * K, R), (T * K, R), (T * K,), B_g.shape, B_u.shape, A_d.shape)
-    dg, du, dz_g, dz_u, dgates, dB_g, dB_u, dA_d = jax.lax.fori_loop(0, schedule.count, step, (dg0, du0, *sums))
+    dg, du, dz_g, dz_u, dgates, dB_g, dB_u, dA_d = tiles.loop(schedule.count, step, (dg0, du0, *sums))
     return (
         dg.astype(dtype),
         du.astype(dtype),

@@ -1,14 +1,15 @@
 """The stack as a function: one `lax.scan` a segment over `block.apply`, inside `jax.checkpoint`.
 
 Base parameters stay stacked `[L, ...]` and are indexed inside the body (slicing the stack into segments outside would
-copy it). `remat` picks what the backward keeps: `none` all activations, `dots` the matrix products, `full` nothing;
-a layer's base weights are never kept, so a sharded base is gathered one layer at a time in both passes.
+copy it). `remat` picks what the backward keeps: `none` all activations, `dots` the matrix products (those by experts
+too), `full` nothing; a layer's base weights are never kept: a sharded base is gathered a layer at a time, twice.
 """
 
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
+from kernels_pallas.tiles import PRODUCT
 from molora_jax.core.types import Context
 from molora_jax.models.decoder import Block, rotary
 from molora_jax.models.layer import Layer
@@ -24,7 +25,9 @@ def _activations(prim, *avals, **params) -> bool:
 
 REMAT = {
     "none": _activations,
-    "dots": _policies.dots_with_no_batch_dims_saveable,
+    "dots": _policies.save_from_both_policies(
+        _policies.dots_with_no_batch_dims_saveable, _policies.save_only_these_names(PRODUCT)
+    ),
     "full": _policies.nothing_saveable,
 }
 
