@@ -10,8 +10,10 @@ import importlib.machinery
 import importlib.util
 import linecache
 import math
+import os
 import pathlib
 import re
+import signal
 import sys
 import traceback
 
@@ -62,7 +64,12 @@ def parse(description, flags, argv=None, need_config=True, defaults=None):
 
 
 def main(function):
-    """Runs `function(argv)`; a user's mistake is one message and exit status 2, Ctrl-C is 130."""
+    """Runs `function(argv)`; a user's mistake is one message and exit status 2, Ctrl-C is 130.
+
+    Ctrl-C ends the process where it is: as an exception it would be swallowed, or come out as another error, inside the
+    imports of large packages. What has to be put away first takes the signal for itself (`StopRequest`).
+    """
+    signal.signal(signal.SIGINT, _interrupted)
     try:
         status = function(sys.argv[1:])
     except InputError as error:
@@ -72,6 +79,11 @@ def main(function):
         print("interrupted", file=sys.stderr)
         status = 130
     sys.exit(status or 0)
+
+
+def _interrupted(*_):
+    os.write(2, b"interrupted\n")
+    os._exit(130)
 
 
 def load(path):

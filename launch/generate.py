@@ -23,6 +23,8 @@ def check(args):
     if bool(args.workdir) == args.base:
         got = "both --workdir and --base" if args.base else "neither --workdir nor --base"
         raise InputError("command line", got=got, expected="one of them")
+    if args.base and args.step != "best":
+        raise InputError("--step", got=args.step, expected="nothing: the base has no steps", fix="Leave it out.")
     if args.workdir and args.config:
         raise InputError("--config", got=args.config, expected="nothing: a run has its own config", fix="Leave it out.")
     if not args.prompt.strip():

@@ -48,6 +48,8 @@ def _value(where, value, field):
         return [wrong(where, f"{value!r} (a {type(value).__name__})", str(field))]
     if isinstance(value, float) and not math.isfinite(value):
         return [wrong(where, value, f"a finite number {field.expected}".rstrip())]
+    if isinstance(value, str) and not value.isascii() and value.encode(errors="replace").decode() != value:
+        return [wrong(where, ascii(value), "text that is valid Unicode")]  # half a surrogate: bytes that are not UTF-8
     return [] if field.accepts(value) else [wrong(where, repr(value), str(field), _near(value, field))]
 
 

@@ -107,7 +107,7 @@ def test_wrong_sha256(tmp_path, monkeypatch):
 
 def test_foreign_workdir_prints_the_difference(tmp_path):
     run = tmp_path / "run"
-    run.mkdir()
+    (run / "checkpoints" / "0").mkdir(parents=True)
     (run / "identity.json").write_text(json.dumps({"seed": 7}))
     message = refused(tmp_path)
     assert "seed: was 7, now 0" in message and json.loads((run / "identity.json").read_text()) == {"seed": 7}

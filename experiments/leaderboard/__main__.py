@@ -34,6 +34,8 @@ FREE = ("train.remat",)
 
 
 def main(argv):
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, interrupt)
     _, changes = flags.split(argv)
     config, args = flags.parse(__doc__, FLAGS, argv, need_config=False, defaults=lambda args: common.get_config())
     if args.config:
@@ -102,5 +104,4 @@ def tables(text: str) -> list[str]:
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, interrupt)
     flags.main(main)

@@ -79,7 +79,7 @@ def _row(line: bytes, *, last: bool) -> Example:
         row = json.loads(text)
     except (ValueError, RecursionError) as error:
         got = f"invalid JSON ({getattr(error, 'msg', None) or error}) in {_shown(text.strip())}"
-        if last:  # no newline after it
+        if last and not str(error).startswith("Extra data"):  # no newline after it
             raise _BadRow(got, "a whole JSON object", "The last line looks cut off: write the file again.") from None
         raise _BadRow(got, "one JSON object") from None
     if not isinstance(row, dict):

@@ -44,16 +44,17 @@ def generate(
     Raises:
       InputError: an empty prompt or one that fills the context, a negative temperature, no room for a token.
     """
-    _check(prompts, max_new_tokens, temperature, model.config.context)
+    _check(prompts, max_new_tokens, temperature, seed, model.config.context)
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     answers: list[list[int]] = [[] for _ in prompts]
     for first in range(0, len(order), batch_size):
         rows = order[first : first + batch_size]
         room = min(batch_size, 1 << (len(rows) - 1).bit_length())
-        batch = pad([prompts[i] for i in rows], max_new_tokens, model.config.context, seed, rows=room)
+        limit = min(max_new_tokens, model.config.context - len(prompts[rows[0]]))  # the cache is no larger than needed
+        batch = pad([prompts[i] for i in rows], limit, model.config.context, seed, rows=room)
         ids, counts, _ = decode(
             params, adapters, router_state, *batch, np.float32(temperature), np.int32(-1 if eos_id is None else eos_id),
-            model=model, size=new_slots(batch[0].shape[1], max_new_tokens), sample=temperature > 0, cache=cache,
+            model=model, size=new_slots(batch[0].shape[1], limit), sample=temperature > 0, cache=cache,
         )  # fmt: skip
         ids, counts = np.asarray(ids), np.asarray(counts)
         for row, i in enumerate(rows):
@@ -62,11 +63,19 @@ def generate(
     return answers
 
 
-def _check(prompts, max_new_tokens, temperature, context):
+def _check(prompts, max_new_tokens, temperature, seed, context):
+    whole = (int, np.integer)
+    for name, value in (("max_new_tokens", max_new_tokens), ("seed", seed)):
+        if isinstance(value, bool) or not isinstance(value, whole):
+            raise InputError(name, got=repr(value), expected="an integer")
+    if isinstance(temperature, bool) or not isinstance(temperature, (*whole, float, np.floating)):
+        raise InputError("temperature", got=repr(temperature), expected="a number")
     if max_new_tokens < 1:
         raise InputError("max_new_tokens", got=str(max_new_tokens), expected="at least 1")
-    if not 0 <= temperature < float("inf"):
-        raise InputError("temperature", got=str(temperature), expected="0 (the likeliest token) or a positive number")
+    if not 0 <= seed < 2**31:
+        raise InputError("seed", got=str(seed), expected="0 to 2147483647")
+    if temperature != 0 and not 1e-3 <= temperature <= 1e3:  # beyond, float32 logits overflow
+        raise InputError("temperature", got=str(temperature), expected="0 (the likeliest token), or 0.001 to 1000")
     for prompt in prompts:
         if not 0 < len(prompt) < context:
             raise InputError(

@@ -33,7 +33,7 @@ def evaluate(run, *, phases) -> dict:
     phases.start("test items", 1)
     examples = run.data.heldout("test", options.num_items)
     phases.end()
-    trained_on = saved.read_identity(run.workdir).get("data", {}).get("fingerprint", run.data.fingerprint)
+    trained_on = saved.read_identity(run.workdir, "data", "fingerprint") or run.data.fingerprint
     if trained_on != run.data.fingerprint:
         phases.note("note: the data are not those that the run was trained on (other tasks, files or package versions)")
     if not examples:

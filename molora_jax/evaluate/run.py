@@ -82,7 +82,9 @@ class Run:
         Raises:
           InputError: an empty or too long prompt, a bad number.
         """
-        prompts = [prompt] if isinstance(prompt, str) else list(prompt)
+        prompts = [prompt] if isinstance(prompt, str) else prompt
+        if not isinstance(prompts, (list, tuple)) or not all(isinstance(text, str) for text in prompts):
+            raise InputError("prompt", got=repr(prompt)[:80], expected="text, or a list of texts")
         answers = decoding.generate(
             self.model, self.params, self.adapters, self.router_state, [self.prompt_ids(text) for text in prompts],
             max_new_tokens=max_new_tokens, eos_id=self.tokenizer.eos_id, temperature=temperature, seed=seed,
@@ -103,6 +105,8 @@ class Run:
           where the rule does not act or beyond a layer's experts; `model` (one decision for all layers) is
           `[1, tokens, E]`.
         """
+        if not isinstance(text, str):
+            raise InputError("text", got=repr(text)[:80], expected="text")
         ids = self.tokenizer.encode(text)
         if not 0 < len(ids) <= self.model.config.context:
             raise InputError("text", got=f"{len(ids)} tokens", expected=f"1 to {self.model.config.context}")
@@ -146,13 +150,13 @@ def load_run(workdir, step="best", *, config=None) -> Run:
     Raises:
       InputError: no run there, no such step, damage, another base model, or a config that the checkpoint does not fit.
     """
-    step, folder = saved.parse_step(step), pathlib.Path(workdir).expanduser()
-    own = saved.read_config(folder)
+    step, own = saved.parse_step(step), saved.read_config(workdir)
+    folder = pathlib.Path(workdir).expanduser()
     config = own if config is None else config
     checkpoints = Checkpoints(folder / "checkpoints", keep=1)
     step = _find(checkpoints, step, folder)
     base = load_base(config.base.source, dtype=config.base.dtype, seed=config.seed)
-    trained_on = saved.read_identity(folder).get("base", {}).get("digest", base.digest)
+    trained_on = saved.read_identity(folder, "base", "digest") or base.digest
     if trained_on != base.digest:
         raise InputError(
             "base.source", got=f"{config.base.source}, with digest {base.digest[:16]}",

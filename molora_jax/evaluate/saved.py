@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import os
 import pathlib
 
 from molora_jax import config as config_lib
@@ -17,6 +18,8 @@ def read_config(workdir):
     Raises:
       InputError: no such folder, or one without a readable `config.json`.
     """
+    if not isinstance(workdir, (str, os.PathLike)):
+        raise InputError("workdir", got=repr(workdir), expected="the path of a run's folder", fix=FIX)
     folder = pathlib.Path(workdir).expanduser()
     if not folder.is_dir():
         got = f"{str(workdir)!r}, {'a file' if folder.exists() else 'which does not exist'}"
@@ -46,10 +49,13 @@ def without_inputs(config, *, keep_data: bool = False):
     return config
 
 
-def read_identity(workdir) -> dict:
-    """`identity.json`; empty where a run has none."""
+def read_identity(workdir, group: str, field: str) -> str | None:
+    """A field of `identity.json`, as in `("base", "digest")`; None where a run has none."""
     path = pathlib.Path(workdir).expanduser() / "identity.json"
-    return read_object(path) if path.is_file() else {}
+    value = read_object(path).get(group, {}) if path.is_file() else {}
+    if not isinstance(value, dict):
+        raise InputError(f"{path}: {group}", got=repr(value)[:80], expected="the group as launch.train wrote it")
+    return value.get(field)
 
 
 def read_object(path: pathlib.Path) -> dict:
@@ -72,6 +78,8 @@ def parse_step(text):
     if isinstance(text, str) and text in ("best", "latest"):
         return text
     try:
-        return int(text)
+        if isinstance(text, (str, int)) and not isinstance(text, bool):
+            return int(text)
+        raise ValueError  # noqa: TRY301
     except ValueError:
         raise InputError("step", got=repr(text), expected="best, latest or the number of a step") from None

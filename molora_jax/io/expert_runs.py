@@ -42,7 +42,7 @@ def _factors(path, where, decoder, base_digest) -> dict:
         return InputError(f"{where}.load", got=f"{path}, {got}", expected=expected, fix=fix)
 
     tree, found = load_adapters(path, where=f"{where}.load"), {}
-    trained_on = saved.read_identity(path).get("base", {}).get("digest", base_digest)
+    trained_on = saved.read_identity(path, "base", "digest") or base_digest
     if trained_on != base_digest:
         raise refuse(f"trained on base {trained_on[:16]}", f"a run on this base ({base_digest[:16]})")
     # its config is not validated: the data that it names may be gone

@@ -57,7 +57,10 @@ class Tokenizer:
         return self.inner.get_vocab_size(with_added_tokens=True)
 
     def encode(self, text: str) -> list[int]:
-        return self.inner.encode(text, add_special_tokens=False).ids
+        try:
+            return self.inner.encode(text, add_special_tokens=False).ids
+        except TypeError:  # half a surrogate pair, say: a command line that is not UTF-8
+            raise InputError("text", got=f"{text!r:.80}", expected="text that is valid Unicode") from None
 
     def decode(self, ids, *, skip_special_tokens: bool = False) -> str:
         return self.inner.decode([int(i) for i in ids], skip_special_tokens=skip_special_tokens)
@@ -126,10 +129,22 @@ def from_folder(folder: str | pathlib.Path) -> Tokenizer:
 
     def token(role):
         value = config.get(f"{role}_token")
-        return value.get("content") if isinstance(value, dict) else value
+        return text(f"{role}_token", value.get("content") if isinstance(value, dict) else value)
+
+    def text(name, value):
+        if value is None or isinstance(value, str):
+            return value
+        raise InputError(f"{folder / 'tokenizer_config.json'}: {name}", got=repr(value)[:80], expected="text")
 
     where = str(folder)
-    return Tokenizer(inner, bos=token("bos"), eos=token("eos"), pad=token("pad"), template=template, where=where)
+    return Tokenizer(
+        inner,
+        bos=token("bos"),
+        eos=token("eos"),
+        pad=token("pad"),
+        template=text("chat_template", template),
+        where=where,
+    )
 
 
 def read_json(path: pathlib.Path) -> dict:

@@ -3,6 +3,7 @@
 restore or start -> for every stage: compile its step -> batch, step, metrics, checkpoint -> table and picture
 """
 
+import contextlib
 import dataclasses
 import pathlib
 import resource
@@ -108,6 +109,11 @@ class Run:
         )
         if made.engines:
             note(made.engines)
+        if config.train.eval_every and not self.data.heldout("valid", config.eval.num_items):
+            raise InputError(
+                "train.eval_every", got="no held-out item in the split valid", expected="at least one",
+                fix="Give more rows, or set train.eval_every=0.",
+            )  # fmt: skip
         self.identity = workdir.check_identity(config_lib.to_dict(config), made.identity)
         workdir.write_config(config_lib.to_dict(config))
         self.constrain = sharding.constrain(self.mesh)
@@ -202,7 +208,7 @@ def train(config, workdir: str, *, profile: bool = False, note=None) -> Result:
     last = min(config.train.stop_after or config.train.steps, config.train.steps)
     progress = Progress(last, log_every=config.train.log_every)
     note = note or (progress.note if writer else lambda text: None)
-    with Workdir(workdir, writer=writer) as place, StopRequest() as stop:
+    with Workdir(workdir, writer=writer) as place, StopRequest() as stop, _obstacles(workdir):
         run = Run(config, place, note=note)
         state = run.restore_or_start()
         start = int(state.step)
@@ -214,11 +220,30 @@ def train(config, workdir: str, *, profile: bool = False, note=None) -> Result:
             return _loop(run, state, start, last, stop, progress, note, profile, writer)
 
 
+@contextlib.contextmanager
+def _obstacles(workdir):
+    """An OSError inside the workdir (a file where a folder should be, no permission) is the user's to mend."""
+    try:
+        yield
+    except OSError as error:
+        inside = error.filename and str(error.filename).startswith(str(pathlib.Path(workdir).absolute()))
+        if not inside:
+            raise
+        raise InputError(
+            str(error.filename), got=error.strerror, expected="what launch.train wrote there, or nothing",
+            fix="Move it away, and start the same command again.",
+        ) from None  # fmt: skip
+
+
 def _loop(run, state, start, last, stop, progress, note, profile, writer) -> Result:
     config, began, tokens, loss, skipped = run.config.train, time.monotonic(), 0, None, 0
     metrics = MetricsWriter(run.workdir, after_step=start) if writer else None
     pending, clock = None, time.monotonic()
     step = saved = start
+    trace = (start + 2, min(start + 5, last)) if profile else (None, None)  # the first two compile and warm up
+    if profile and last < start + 3:
+        note(f"no trace: --profile needs 3 steps, {last - start} are left")
+        trace = (None, None)
 
     def flush(entry):
         """Writes the metrics of a step that is done (one step late, so that the device never waits for us)."""
@@ -237,7 +262,7 @@ def _loop(run, state, start, last, stop, progress, note, profile, writer) -> Res
         if skipped >= MAX_SKIPPED:
             raise _not_finite(skipped, number)
 
-    batches, stage, announced = None, None, None
+    batches, stage, announced, tracing = None, None, None, False
     try:
         while step < last and not _stopping(stop, step):
             now = stages_lib.stage_at(run.stages, step)
@@ -245,7 +270,8 @@ def _loop(run, state, start, last, stop, progress, note, profile, writer) -> Res
                 stage, compiled = now, run.compiled(now)
                 rows = sharding.rows_of_process(config.batch_size)
                 batches = compiled.stream.iterate(step, rows=rows)
-            if profile and step == start + 2:
+            if step == trace[0]:
+                tracing = True
                 jax.profiler.start_trace(str(pathlib.Path(run.workdir) / "profile"))
             if stage is not announced:
                 note("compiling the step (seconds to a minute, cached for the next start)")
@@ -257,11 +283,12 @@ def _loop(run, state, start, last, stop, progress, note, profile, writer) -> Res
             step += 1
             flush(pending)
             pending = (step, values, {})
-            if profile and step == min(start + 5, last):
+            if step == trace[1]:
                 jax.block_until_ready(values)
-                jax.profiler.stop_trace()
+                tracing = jax.profiler.stop_trace()
                 note(f"trace of steps {start + 3} to {step}: {pathlib.Path(run.workdir) / 'profile'}")
-                profile = False
+            if run.checkpoints.failures and not run.checkpoints.steps():  # known within the first compile
+                raise _not_saved(0, run.checkpoints.failures)
             if step >= stage.stop and stage is not run.stages[-1]:
                 state = run.enter(stages_lib.stage_at(run.stages, step), state)
             best = False
@@ -281,15 +308,14 @@ def _loop(run, state, start, last, stop, progress, note, profile, writer) -> Res
     finally:
         if batches is not None:
             batches.close()
+        if tracing:
+            jax.profiler.stop_trace()
         failures = run.checkpoints.close()
         progress.close()
         if metrics is not None:
             metrics.close()
     if any(f.step == step and f.stage == "save" for f in failures):
-        raise InputError(
-            f"checkpoint {step}", got=failures[-1].error, expected="a saved checkpoint at the end of the run",
-            fix="Make room, and start the same command again: it goes on from the last saved step.",
-        )  # fmt: skip
+        raise _not_saved(step, failures)
     result = Result(step, loss, time.monotonic() - began, tokens, peak_bytes(), stop.signal)
     if writer:
         _finish(run, result, start, note)
@@ -298,11 +324,20 @@ def _loop(run, state, start, last, stop, progress, note, profile, writer) -> Res
     return result
 
 
+def _not_saved(step: int, failures) -> InputError:
+    return InputError(
+        f"checkpoint {step}", got=failures[-1].error, expected="a checkpoint that can be written",
+        fix="Make room (or remove what stands in the way), and start the same command again: it goes on from the last "
+        "saved step.",
+    )  # fmt: skip
+
+
 def _not_finite(skipped: int, step: int) -> InputError:
     return InputError(
         "train", got=f"no finite gradient for {skipped} steps in a row (up to step {step})",
         expected="finite gradients",
-        fix="Lower optim.learning_rate, or look at the data of these steps; what was trained before is unharmed.",
+        fix="Start in another workdir with a lower optim.learning_rate (train.init_from=DIR takes over what this one "
+        "learned), or look at the data of these steps; what was trained before is unharmed.",
     )  # fmt: skip
 
 
@@ -322,7 +357,10 @@ def row(step: int, values: dict, seconds: float) -> dict:
 
 
 def _finish(run, result: Result, start: int, note):
-    path = plot_loss(run.workdir)
+    try:
+        path = plot_loss(run.workdir)
+    except OSError as error:  # the run is done and saved: a picture is not worth an error
+        path = f"not written ({error})"
     done = result.step - start
     rate = result.tokens / result.seconds if done else 0.0
     rows = [

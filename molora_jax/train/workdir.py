@@ -123,11 +123,12 @@ class Workdir:
     def check_identity(self, config: dict, extra: dict) -> str:
         """The hash of this run's identity, which the first start records here.
 
-        Raises InputError that lists each field in which an earlier start was another run.
+        Raises InputError that lists each field in which an earlier start was another run. A start that ended before it
+        saved anything (it was refused, say) claims nothing: the next one may differ.
         """
         new = identity(config, extra)
         path = self.path / "identity.json"
-        if self.writer and path.exists():
+        if self.writer and path.exists() and any((self.path / "checkpoints").glob("[0-9]*")):
             try:
                 old = json.loads(path.read_text(encoding="utf-8"))
             except ValueError as error:

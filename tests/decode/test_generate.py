@@ -102,6 +102,10 @@ def test_answers_end_at_the_context():
         ([[1]], dict(max_new_tokens=0), "max_new_tokens"),
         ([[1]], dict(temperature=-1.0), "temperature"),
         ([[1]], dict(temperature=float("nan")), "temperature"),
+        ([[1]], dict(temperature=1e-40), "temperature"),
+        ([[1]], dict(temperature="warm"), "temperature"),
+        ([[1]], dict(seed=2**40), "seed"),
+        ([[1]], dict(max_new_tokens=2.5), "max_new_tokens"),
     ],
 )
 def test_bad_input(prompts, options, message):

@@ -70,6 +70,49 @@ def test_resume_is_bit_exact(whole, tmp_path):
     assert leaves(tmp_path, 6) == leaves(whole[0], 6)  # digests included
 
 
+def test_twenty_steps_are_ten_and_ten(tmp_path):
+    """With accumulation, router noise, evaluation and several passes over the data."""
+
+    def config(**fields):
+        result = tiny(steps=20, eval_every=4, **fields)
+        result.train.accumulate = 2
+        result.mesh.update(data=2, fsdp=2, tensor=2)
+        result.method.rules.ffn.router.jitter = 0.1
+        result.eval.num_items = 4
+        return result
+
+    start(config(), tmp_path / "whole")
+    start(config(stop_after=10), tmp_path / "broken")
+    start(config(), tmp_path / "broken")
+    assert rows(tmp_path / "broken") == rows(tmp_path / "whole")
+    assert leaves(tmp_path / "broken", 20) == leaves(tmp_path / "whole", 20)
+
+
+def test_a_trace_needs_steps_and_never_costs_the_run(tmp_path):
+    notes = []
+    train(tiny("lora", steps=2), str(tmp_path), profile=True, note=notes.append)
+    assert any("--profile needs 3 steps, 2 are left" in note for note in notes) and leaves(tmp_path, 2)
+
+
+def test_obstacles_in_the_workdir(tmp_path):
+    blocked = tmp_path / "blocked"
+    blocked.mkdir()
+    (blocked / "checkpoints").write_text("a file")
+    with pytest.raises(InputError, match="checkpoint 0: .*checkpoints"):
+        start(tiny("lora", steps=30), blocked)
+    assert len(rows(blocked)) <= 2  # found out within the first compile, not at the end
+    (tmp_path / "metrics.jsonl").mkdir()
+    with pytest.raises(InputError, match=r"metrics\.jsonl: got Is a directory"):
+        start(tiny("lora", steps=2), tmp_path)
+
+
+def test_evaluation_needs_an_item(tmp_path):
+    (tmp_path / "one.jsonl").write_text('{"prompt": "a", "target": "b"}\n')
+    config = tiny("lora", tasks=f"jsonl:{tmp_path}/one.jsonl", steps=2, eval_every=1)
+    with pytest.raises(InputError, match=r"train\.eval_every: got no held-out item"):
+        start(config, tmp_path / "run")
+
+
 def test_metrics_rows_hold_the_contract(whole):
     first = json.loads((whole[0] / "metrics.jsonl").read_text().splitlines()[0])
     assert first["step"] == 1 and FIELDS <= set(first)

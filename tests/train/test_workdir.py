@@ -95,9 +95,17 @@ IDENTITY += ["method__rules__all__experts", "method__rules__all__adapter__rank",
 IDENTITY += ["train__batch_size", "train__accumulate", "train__clip", "train__init_from", "train__steps"]
 
 
+@pytest.fixture
+def saved(tmp_path):
+    """A run's folder that holds something: only then does it belong to an identity."""
+    for folder in (tmp_path, tmp_path / "cosine"):
+        (folder / "checkpoints" / "0").mkdir(parents=True)
+    return tmp_path
+
+
 @pytest.mark.parametrize("field", IDENTITY)
-def test_another_identity_is_refused_by_field(tmp_path, field):
-    with Workdir(tmp_path) as workdir:
+def test_another_identity_is_refused_by_field(saved, field):
+    with Workdir(saved) as workdir:
         workdir.check_identity(config(), EXTRA)
         with pytest.raises(InputError) as caught:
             workdir.check_identity(config(**{field: "changed"}), EXTRA)
@@ -105,8 +113,16 @@ def test_another_identity_is_refused_by_field(tmp_path, field):
         workdir.check_identity(config(), EXTRA)
 
 
-def test_content_is_part_of_the_identity_and_every_difference_is_listed(tmp_path):
+def test_a_start_that_saved_nothing_claims_nothing(tmp_path):
     with Workdir(tmp_path) as workdir:
+        workdir.check_identity(config(train__init_from="wrong"), EXTRA)
+        right = workdir.check_identity(config(), EXTRA)
+        (tmp_path / "checkpoints" / "0").mkdir(parents=True)
+        assert workdir.check_identity(config(), EXTRA) == right
+
+
+def test_content_is_part_of_the_identity_and_every_difference_is_listed(saved):
+    with Workdir(saved) as workdir:
         workdir.check_identity(config(), EXTRA)
         with pytest.raises(InputError) as caught:
             workdir.check_identity(config(seed=1), {"base_digest": "b1", "data_fingerprint": "d1"})
@@ -118,11 +134,11 @@ def test_content_is_part_of_the_identity_and_every_difference_is_listed(tmp_path
     ]
 
 
-def test_steps_may_change_where_the_schedule_does_not_depend_on_them(tmp_path):
-    with Workdir(tmp_path) as workdir:
+def test_steps_may_change_where_the_schedule_does_not_depend_on_them(saved):
+    with Workdir(saved) as workdir:
         workdir.check_identity(config(optim__decay="constant"), EXTRA)
         workdir.check_identity(config(optim__decay="constant", train__steps=999), EXTRA)
-    with Workdir(tmp_path / "cosine") as workdir:
+    with Workdir(saved / "cosine") as workdir:
         workdir.check_identity(config(), EXTRA)
         with pytest.raises(InputError, match=r"train\.steps: was 200, now 999 \(the learning rate depends on it"):
             workdir.check_identity(config(train__steps=999), EXTRA)
