@@ -68,29 +68,32 @@ def test_acceptance_4_with_zero_B_the_output_is_the_frozen_models(dense):
     )
 
 
-def balance(z, layers=1, **changes):
+def balance(z, dense=False, **changes):
     """The loss of `configs/llava_mole.py` on logits `[layers, B, S, E]`."""
     options = dict(small.config("llava_mole").losses.balance)
     loss, W = LOSSES["balance"](**options), {"W": jnp.eye(z.shape[-1])}
     ctx = small.context(z.shape[1], z.shape[2], **changes)
-    sums = [loss.stats(TOP1(bias=False).route(W, {}, one, ctx)[0], ctx) for one in z]
+    sums = [loss.stats(TOP1(bias=False, dense=dense).route(W, {}, one, ctx)[0], ctx) for one in z]
     return loss.value({"ffn": {SEGMENT: {"ffn": jax.tree.map(lambda *x: jnp.stack(x), *sums)}}})
 
 
-def test_acceptance_5_balance_is_one_over_E_at_uniform_and_one_at_collapse():
+@pytest.mark.parametrize("dense", [False, True])
+def test_acceptance_5_balance_is_one_over_E_at_uniform_and_one_at_collapse(dense):
     tie = 1e-7 * np.random.default_rng(0).standard_normal((2, 3, 6, 4))  # any argmax, p uniform
-    np.testing.assert_allclose(balance(jnp.asarray(tie, jnp.float32)), 1 / 4, rtol=1e-5)
+    np.testing.assert_allclose(balance(jnp.asarray(tie, jnp.float32), dense), 1 / 4, rtol=1e-5)
     collapse = jnp.zeros((2, 3, 6, 4)).at[..., 2].set(40.0)
-    np.testing.assert_allclose(balance(collapse), 1.0, rtol=1e-5)
+    np.testing.assert_allclose(balance(collapse, dense), 1.0, rtol=1e-5)
     opposite = collapse.at[1].set(jnp.roll(collapse[1], 1, axis=-1))  # layers are pooled: even use of two experts
-    np.testing.assert_allclose(balance(opposite), 0.5, rtol=1e-5)
+    np.testing.assert_allclose(balance(opposite, dense), 0.5, rtol=1e-5)
 
 
-def test_acceptance_5_the_gradient_is_that_of_p_alone():
+@pytest.mark.parametrize("dense", [False, True])
+def test_acceptance_5_the_gradient_is_that_of_p_alone(dense):
     z = jnp.asarray(np.random.default_rng(1).standard_normal((1, 1, 6, 4)), jnp.float32)
     count = jax.nn.one_hot(z.argmax(-1), 4).mean((0, 1, 2))
     want = jax.grad(lambda z: jnp.sum(count * jax.nn.softmax(z).mean((0, 1, 2))))(z)
-    got = jax.grad(balance)(z)
+    value, got = jax.value_and_grad(balance)(z, dense)
+    np.testing.assert_allclose(value, jnp.sum(count * jax.nn.softmax(z).mean((0, 1, 2))), rtol=1e-6)
     np.testing.assert_allclose(got, want, atol=1e-7)
     assert np.abs(got).max() > 1e-3
 
