@@ -6,6 +6,12 @@ The claim: at equal compute, two passes of top K beat one pass of top 2 K, becau
 first one wrote. Here top 1 of 8 in two passes, softmax gates as they are, one balance term a pass and layer; the
 mixture of equal compute is `--config.method.rules.ffn.placement.iterations=1 --config.method.rules.ffn.router.k=2`.
 
+`nonlinearity="none"` because the paper's chain is that: its experts are nonlinear themselves, a LoRA expert is B A, so
+that two passes compose linear maps, chosen by gates that are not linear. A nonlinearity in the bottleneck (`silu`) is
+advisable for that reason; it is an option, since with it an expert is no LoRA, C = 1 is no longer the plain mixture,
+and the numbers below are without it. The released code adds the normed state and drops the residual stream h; here no
+option does: beside a frozen base it would drop the base's own output, and silent experts would change the model.
+
 As it stands, with `--config.train.steps=30 --config.train.batch_size=4` (jax 0.12, one CPU core): mean loss of the
 first five steps 5.73, of the last five 5.28.
 

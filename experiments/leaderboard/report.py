@@ -149,7 +149,10 @@ def _spread(values, form):
 
 
 def draw(rows: dict, tree: dict, path):
-    """A panel a table: every seed as a dot, the interval of their mean as a line, the base as a dashed line."""
+    """A panel a table: every seed as a dot, the interval of their mean as a line; the base's NLL is the title.
+
+    The dots set the scale: an interval of two seeds may be wider than all differences. An arrow says where one is cut.
+    """
     most = max(len(group) for group in rows.values())
     fig, axes = plots.figure(
         1, len(rows), figsize=(6 * len(rows), 1.6 + 0.32 * most), layout="constrained", squeeze=False
@@ -161,14 +164,21 @@ def draw(rows: dict, tree: dict, path):
             mean, half = t_interval(values)
             ax.plot([mean - half, mean + half], [at, at], color=plots.BASE, lw=2)
             ax.plot(values, [at] * len(values), "o", color=plots.TUNED, ms=5)
-        if seen:  # an interval of two seeds may be wider than all differences: the dots set the scale
+        if seen:
             values = [v for row in seen for v in row.scores.values()]
             room = 0.1 * (max(values) - min(values)) + 0.01
-            ax.set_xlim(min(values) - room, max(values) + room)
+            left, right = ax.set_xlim(min(values) - room, max(values) + room)
+            for at, row in enumerate(seen):
+                mean, half = t_interval(list(row.scores.values()))
+                for end, marker, cut in ((left, "<", mean - half < left), (right, ">", mean + half > right)):
+                    if cut:
+                        ax.plot(end, at, marker, color=plots.BASE, ms=7, clip_on=False, zorder=3)
         ax.set_yticks(range(len(seen)), [row.title for row in seen])
         ax.invert_yaxis()
         ax.set_title(TITLES[table].replace(": ", ":\n", 1), fontsize=9)
-        ax.set_xlabel("NLL per answer token, mean over tasks (nats); a dot a seed", fontsize=8)
+        ax.set_xlabel(
+            "NLL per answer token, mean over tasks (nats)\na dot a seed, an arrow where an interval is cut", fontsize=8
+        )
         ax.grid(axis="x", alpha=0.3)
         ax.spines[["top", "right"]].set_visible(False)
     if tree["base"]:

@@ -79,13 +79,16 @@ def finish(
     k_max: int,
     clipped: Array | None = None,
     base: Array | None = None,
+    chosen: Array | None = None,
 ) -> Routing:
     """Takes padding and shut-out experts out of a decision: at padding no expert, no gate, the base alone."""
     selected = selected & ctx.valid[..., None] & permitted(ctx.allowed)
     gates = jnp.where(selected, gates, 0.0)
     if base is not None:
         base = jnp.where(ctx.valid, base, 1.0)
-    return Routing(gates, selected, z, probs, ctx.valid, clipped, base, k_max)
+    if chosen is not None:
+        chosen = chosen & selected
+    return Routing(gates, selected, z, probs, ctx.valid, clipped, base, k_max, chosen)
 
 
 def by_task(ctx: Context, experts: int) -> Routing:

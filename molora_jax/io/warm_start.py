@@ -1,4 +1,4 @@
-"""Adapters of another run as a start: read from its checkpoint, re-cut to this run's segments by absolute layer."""
+"""Another run as a start: its adapters and router state, re-cut to this run's segments by absolute layer."""
 
 import pathlib
 
@@ -9,8 +9,8 @@ from molora_jax.errors import InputError
 from molora_jax.io.checkpoints import Checkpoints, read_manifest
 
 
-def load_adapters(run: str, *, where: str = "train.init_from") -> dict:
-    """The adapters of a run's newest valid step as a nested dict of numpy arrays.
+def load(run: str, items=("adapters", "router_state"), *, where: str = "train.init_from") -> dict:
+    """These items of a run's newest valid step, each a nested dict of numpy arrays.
 
     Raises:
       InputError: no such run, or none of its steps is valid.
@@ -22,9 +22,14 @@ def load_adapters(run: str, *, where: str = "train.init_from") -> dict:
         raise InputError(
             where, got=f"{run}, without a checkpoint", expected="the workdir of a run", fix="Check the path."
         )
-    leaves = read_manifest(folder / str(step))["tree"]["adapters"]
-    template = unflatten_dict({k: np.zeros(v["shape"], v["dtype"]) for k, v in leaves.items()}, sep="/")
-    return checkpoints.restore(step, {"adapters": template})["adapters"]
+    tree = read_manifest(folder / str(step))["tree"]
+    blank = lambda leaves: {k: np.zeros(v["shape"], v["dtype"]) for k, v in leaves.items()}  # noqa: E731
+    return checkpoints.restore(step, {item: unflatten_dict(blank(tree[item]), sep="/") for item in items})
+
+
+def load_adapters(run: str, *, where: str = "train.init_from") -> dict:
+    """`load` of the adapters alone."""
+    return load(run, ("adapters",), where=where)["adapters"]
 
 
 def recut(old: dict, new: dict, *, where: str = "train.init_from") -> dict:

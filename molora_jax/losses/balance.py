@@ -30,11 +30,12 @@ class Balance(Loss):
 
     def stats(self, routing, ctx):
         valid = routing.valid[..., None]
-        chosen = routing.gates if self.counts == "soft" else routing.selected
+        picked = routing.selected if routing.chosen is None else routing.chosen
+        chosen = routing.gates if self.counts == "soft" else picked
         count = jnp.where(valid, chosen.astype(jnp.float32), 0.0)
         prob = jnp.where(valid, routing.probs, 0.0)
         tokens = routing.valid.astype(jnp.float32)
-        slots = jnp.sum(routing.selected & valid, axis=-1).astype(jnp.float32)
+        slots = jnp.sum(picked & valid, axis=-1).astype(jnp.float32)
         E = routing.probs.shape[-1]
         experts = E if ctx.allowed is None else jnp.sum(ctx.allowed, axis=-1, keepdims=ctx.allowed.ndim > 1)
         width = tokens * experts  # shut-out and padded experts do not count

@@ -2,6 +2,7 @@
 
     p = softmax(W x + b),  e* = argmax p;    g_e = 1 for e*, else 0          (`dense=True`: g = p, all experts)
 
+A balance loss counts e* in either mode (`Routing.chosen`): counting all E would hold it at a constant.
 The chosen expert is not multiplied by its probability, so the language-model loss gives the router exactly no gradient:
 only the balance loss trains it, and the hidden states' drift moves the choices. `gated=True` multiplies by p (Switch).
 E experts, D width.
@@ -37,6 +38,8 @@ class Top1(Router):
     def route(self, p, shared, x, ctx):
         z = routing.logits(p["W"], x, p.get("b"))
         probs = routing.softmax(z, ctx.allowed)
-        selected = routing.top_k(probs, self.k_max(z.shape[-1]))
+        k, best = self.k_max(z.shape[-1]), routing.top_k(probs, 1)
+        selected = routing.top_k(probs, k)
         gates = jnp.where(selected, probs if self.dense or self.gated else 1.0, 0.0)
-        return routing.finish(gates, selected, z, probs, ctx, k_max=self.k_max(z.shape[-1])), ctx.carry, {}
+        chosen = best if self.dense else None
+        return routing.finish(gates, selected, z, probs, ctx, k_max=k, chosen=chosen), ctx.carry, {}

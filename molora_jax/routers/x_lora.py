@@ -7,10 +7,10 @@ One head for the whole model, one slice W_l [E, D] of its last layer for each li
 projections of a sub-block share one, with `model` there is one for all (layer-wise scalings off). `depth` d > 1 puts
 d - 1 layers (linear, ReLU, dropout; `width` H) in front, computed once a pass.
 
-`mix`: `softmax` over all experts; `raw`, the logits themselves; `softmax_topk`, softmax over the kept ones. `top_k` > 0
-keeps the k largest and does not renormalise (with `softmax_topk` it does, per token: the original code took one softmax
-over the kept entries of the whole batch, by which examples changed each other; peft's form is kept here). Experts see
-the gates as they are, so at the start, near 1 / E, the model is the average adapter.
+`mix`: `softmax` over all experts; `raw`, the logits themselves, without T; `softmax_topk`, softmax over the kept ones.
+`top_k` > 0 keeps the k largest and does not renormalise (with `softmax_topk` it does, per token: the original code
+took one softmax over the kept entries of the whole batch, by which examples changed each other; peft's form is kept
+here). Experts see the gates as they are, so at the start, near 1 / E, the model is the average adapter.
 
 E experts, D width, H hidden width of the head. Experts come from other runs (rules.X.load) or from a stage before.
 """
@@ -73,12 +73,13 @@ class XLora(Router):
         return h
 
     def route(self, p, shared, x, ctx):
-        z = routing.logits(p["W"], x, p.get("b")) / self.temperature
-        probs = routing.softmax(z, ctx.allowed)
+        z = routing.logits(p["W"], x, p.get("b"))
+        cool, allowed = z / self.temperature, routing.permitted(ctx.allowed)
+        probs = routing.softmax(cool, ctx.allowed)
         k = self.k_max(z.shape[-1])
-        selected = routing.top_k(probs, k)
+        selected = routing.top_k(jnp.where(allowed, z, routing.NEG_INF), k)  # logits: cold probabilities tie at 0
         if self.mix == "softmax_topk":
-            gates = jax.nn.softmax(jnp.where(selected & (probs > 0), z, routing.NEG_INF), axis=-1)
+            gates = jax.nn.softmax(jnp.where(selected & allowed, cool, routing.NEG_INF), axis=-1)
         else:
             gates = probs if self.mix == "softmax" else z
         decision = routing.finish(self.gain * gates, selected, z, probs, ctx, k_max=k)

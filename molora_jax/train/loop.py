@@ -135,9 +135,10 @@ class Run:
         if step is None:
             state = jax.jit(stage.start, out_shardings=stage.shardings)(self.params)
             if self.config.train.init_from:
-                old = warm_start.load_adapters(self.config.train.init_from)
-                new = warm_start.recut(old, stage.shapes.adapters)
-                state = dataclasses.replace(state, adapters=sharding.put(new, stage.shardings.adapters))
+                old = warm_start.load(self.config.train.init_from)
+                new = {item: warm_start.recut(tree, getattr(stage.shapes, item)) for item, tree in old.items()}
+                put = {item: sharding.put(tree, getattr(stage.shardings, item)) for item, tree in new.items()}
+                state = dataclasses.replace(state, **put)
             if any(rule.load for rule in self.model.rules):
                 new = expert_runs.load_experts(self.model, jax.device_get(state.adapters), self.base.digest)
                 state = dataclasses.replace(state, adapters=sharding.put(new, stage.shardings.adapters))

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from kernels_pallas import tiles
 from launch import flags
 from molora_jax import config as schema
 from molora_jax import engines
@@ -114,3 +115,19 @@ def lm_gradient(model, params, adapters, state, data):
 def gates(model, params, adapters, state, data, **options):
     """`{rule: {segment: {scope: [L, B, S, E]}}}`."""
     return jax.jit(lambda a: model.hidden(params, a, state, data, collect=True, **options)[3])(adapters)
+
+
+def rows_visited(monkeypatch, run, *args):
+    """The rows of work of each grouped product of `run`: those of the tiles that its loop visits, one count a plan."""
+    found, plan = [], tiles.plan
+
+    def spy(idx, E, rows=None):
+        schedule = plan(idx, E, rows)
+        jax.debug.callback(lambda n: found.append(int(n) * schedule.slot.shape[1]), schedule.count)
+        return schedule
+
+    with monkeypatch.context() as patch:
+        patch.setattr(tiles, "plan", spy)
+        jax.block_until_ready(jax.jit(run)(*args))
+        jax.effects_barrier()
+    return found

@@ -155,6 +155,23 @@ def test_raw_logits_temperature_and_gain():
     np.testing.assert_allclose(top.sum(-1), raw["q"][:, KEEP].max(-1), rtol=1e-6)  # may be negative: still the gate
 
 
+def test_the_temperature_belongs_to_the_softmax_and_the_choice_to_the_logits():
+    """Raw gates are the logits at any T; at a T where all but one probability round to 0, k experts are still the k."""
+    model, params, adapters = made(mix="raw")
+    z = gates_of(model, params, adapters)
+    cold = dict(temperature=1e-4)
+    same = gates_of(made(mix="raw", **cold)[0], params, adapters)
+    two = gates_of(made(mix="raw", top_k=2, **cold)[0], params, adapters)
+    chosen = run(made(top_k=2, **cold)[0], params, adapters, batch())[1]["mix"]["000-002"]
+    for site in SITES:
+        np.testing.assert_array_equal(same[site], z[site])
+        second = np.sort(z[site], axis=-1)[..., -2:-1]
+        wanted = np.where(z[site] >= second, z[site], 0.0)
+        np.testing.assert_array_equal(two[site][:, KEEP], wanted[:, KEEP])
+        count = (z[site] >= second)[:, KEEP].sum(axis=1)
+        np.testing.assert_array_equal(chosen[site]["load"]["count"], count)
+
+
 def test_acceptance_6_the_second_sample_does_not_alter_the_first():
     model, params, adapters = made(top_k=2, mix="softmax_topk")
     one, other = batch(), batch()

@@ -9,15 +9,19 @@ import subprocess
 import sys
 import time
 
+import jax
 import numpy as np
 import pytest
 from flax.traverse_util import flatten_dict
 
 from molora_jax import config as config_lib
 from molora_jax.errors import InputError
+from molora_jax.evaluate.run import load_run
 from molora_jax.io import warm_start
 from molora_jax.io.checkpoints import Checkpoints, read_manifest
-from molora_jax.train.loop import train
+from molora_jax.models.families import PROJECTIONS
+from molora_jax.train.loop import Run, train
+from molora_jax.train.workdir import Workdir
 
 ROOT = pathlib.Path(__file__).parents[2]
 FIELDS = {"step", "loss", "lm_loss", "aux/balance", "grad_norm", "lr", "tokens", "seconds"}
@@ -181,6 +185,59 @@ def test_warm_start_recuts_segments(whole, tmp_path):
     config.method.rules.attn.adapter.rank = 4
     with pytest.raises(InputError, match="train.init_from"):
         start(config, tmp_path / "other")
+
+
+def biased(**fields):
+    """SMoRA with a load bias that moves visibly."""
+    config = tiny("smora", steps=4, **fields)
+    config.method.rules["all"].router.bias_rate = 1e-3
+    config.eval.num_items = 4
+    return config
+
+
+def load_bias(tree):
+    return {path: np.asarray(b) for path, b in flatten_dict(jax.device_get(tree), sep="/").items()}
+
+
+@pytest.fixture(scope="module")
+def evaluated(tmp_path_factory):
+    """Four steps of SMoRA, with an evaluation after every second."""
+    workdir = tmp_path_factory.mktemp("biased")
+    start(biased(eval_every=2), workdir)
+    return workdir
+
+
+def test_router_state_passes_over_evaluations_stops_and_meshes(evaluated, tmp_path):
+    """Against a run that never evaluates, stops in the middle and goes on with its data laid out otherwise."""
+    start(biased(stop_after=2), tmp_path)
+    start(biased(), tmp_path)
+    assert "valid_nll" in rows(evaluated)[1] and "valid_nll" not in rows(tmp_path)[1]
+    assert leaves(tmp_path, 4, ("adapters", "opt", "router_state")) == leaves(
+        evaluated, 4, ("adapters", "opt", "router_state")
+    )
+    saved = load_bias(warm_start.load(str(evaluated))["router_state"])
+    steps = np.concatenate([b.ravel() for b in saved.values()]) / 1e-3
+    assert saved.keys() == {f"all/000-003/router/{site}/b" for site in PROJECTIONS}
+    assert np.abs(steps).max() > 1 and np.abs(steps).max() <= 4 + 1e-3, "at most bias_rate a step"
+    one = load_run(str(evaluated))  # on one device
+    config = biased()
+    config.mesh.update(data=2, fsdp=4)
+    with Workdir(str(evaluated), writer=True) as place:
+        other = Run(config, place, note=lambda text: None).restore_or_start()
+    for tree in (one.router_state, other.router_state):
+        restored = load_bias(tree)
+        assert restored.keys() == saved.keys()
+        assert all((restored[path] == b).all() for path, b in saved.items())
+
+
+def test_warm_start_takes_the_router_state_along(evaluated, tmp_path):
+    config = biased(init_from=str(evaluated), stop_after=1)
+    config.method.rules["all"].layers = "1-3"
+    config.method.rules["all"].router.bias_rate = 0.0
+    start(config, tmp_path)
+    old, new = (load_bias(warm_start.load(str(run))["router_state"]) for run in (evaluated, tmp_path))
+    for path, b in old.items():
+        np.testing.assert_array_equal(new[path.replace("000-003", "001-003")], b[1:])
 
 
 def test_stages_freeze_and_go_on(tmp_path):
