@@ -84,6 +84,18 @@ def test_bfloat16(op, name):
     compare(form(op, name), form(op, "reference"), args, cotangents, 3e-2, jnp.bfloat16)
 
 
+@pytest.mark.parametrize("T, kind", [(37, "random"), (29, "padded")])
+@pytest.mark.parametrize("op", OPS)
+def test_kernels_over_several_tiles(op, T, kind, monkeypatch):
+    """Rows in tiles of 8, the last one partial, and F in two blocks: what a kernel carries from step to step."""
+    for kernel in (gated_tpu, grouped_tpu, ffn_tpu):
+        monkeypatch.setattr(kernel, "ROWS", (8,))
+    monkeypatch.setattr(ffn_tpu, "BLOCKS", (128,))
+    args, cotangents = OPS[op][2](np.random.default_rng(T), T, 5, 2, 3, 9, 150, kind)
+    kernel = functools.partial(OPS[op][1], interpret=INTERPRETERS["nan"])  # its own: `form` may be compiled already
+    compare(kernel, form(op, "reference"), args, cotangents)
+
+
 @pytest.mark.parametrize("name", ["dense", "tiled", "tpu-nan"])
 @pytest.mark.parametrize("activation", ["silu", "gelu"])
 def test_routed_ffn_dropout_shared_A_and_activation(name, activation):
