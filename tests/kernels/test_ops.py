@@ -13,7 +13,15 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import kernels_pallas
-from kernels_pallas import grouped_lora, low_rank_op, rank_gated, routed_ffn, tiles
+from kernels_pallas import (
+    grouped_expand,
+    grouped_lora,
+    grouped_shrink,
+    low_rank_op,
+    rank_gated,
+    routed_ffn,
+    tiles,
+)
 from kernels_pallas.grouped_lora import api as grouped_api
 from kernels_pallas.grouped_lora import tpu as grouped_tpu
 from kernels_pallas.rank_gated import api as gated_api
@@ -21,7 +29,7 @@ from kernels_pallas.rank_gated import tpu as gated_tpu
 from kernels_pallas.routed_ffn import api as ffn_api
 from kernels_pallas.routed_ffn import tiled as ffn_tiled
 from kernels_pallas.routed_ffn import tpu as ffn_tpu
-from tests.kernels.common import DECISIONS, INTERPRETERS, compare, decision, dense_gates, normal
+from tests.kernels.common import DECISIONS, INTERPRETERS, both, compare, decision, dense_gates, normal
 
 # T E K R D F: fewer rows than a tile, one expert, T no multiple of a tile, rank 1, more experts than slots
 SHAPES = {"small": (37, 5, 2, 3, 24, 40), "one": (5, 1, 1, 4, 16, 16), "many": (20, 70, 3, 1, 8, 24)}
@@ -209,12 +217,110 @@ def test_the_choice_and_its_reason():
         (lambda x, A, i, w: rank_gated(x, A, A, w, implementation="tpu"), "program is for cpu"),
         (lambda x, A, i, w: grouped_lora(x, A, A, i, w, implementation="dense"), "rank_gated"),
         (lambda x, A, i, w: grouped_lora(x, A, A, i, w, implementation="fast"), "no implementation 'fast'"),
+        (lambda x, A, i, w: grouped_lora(x, A, A, i, w, implementation=""), "no implementation ''"),
+        (lambda x, A, i, w: grouped_lora(x, A, A, i, w, platform="xpu"), "platform 'xpu' is not known.*tpu"),
+        (
+            lambda x, A, i, w: grouped_lora(x, A, A, i, w, platform="tpu", implementation="tpu"),
+            "grouped_lora.*this program is for cpu.*tiled",
+        ),
+        (
+            lambda x, A, i, w: rank_gated(x, A, A, w, platform="tpu", implementation="tpu"),
+            "rank_gated.*this program is for cpu.*dense",
+        ),
     ],
 )
 def test_a_form_that_an_op_lacks_is_refused_with_the_reason(call, words):
     x, A = jnp.ones((4, 8)), jnp.ones((2, 3, 8))
     with pytest.raises(ValueError, match=words):
         call(x, A, jnp.zeros((4, 2), jnp.int32), jnp.ones((4, 2)))
+
+
+@pytest.mark.parametrize(
+    "how, words",
+    [
+        (dict(implementation="fast"), "no implementation 'fast'.*dense, tiled, tpu"),
+        (dict(implementation=""), "no implementation ''"),
+        (dict(implementation="tpu"), "this program is for cpu.*dense"),
+        (dict(implementation="tpu", platform="tpu"), "this program is for cpu.*jax.set_mesh"),
+        (dict(platform="xpu", implementation="dense"), "platform 'xpu' is not known.*cpu"),
+        (dict(activation="relu"), "activation 'relu'.*silu, gelu"),
+    ],
+)
+def test_routed_ffn_refuses_with_the_reason(how, words):
+    args, _ = ffn_inputs(np.random.default_rng(12), 6, 4, 2, 3, 0, 8, "random")
+    with pytest.raises(ValueError, match=f"{'' if 'platform' in words else 'routed_ffn.*'}{words}"):
+        routed_ffn(*args, **how)
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_an_explicit_kernel_that_cannot_serve_is_refused_with_that_reason(op, monkeypatch):
+    monkeypatch.setattr("kernels_pallas.pick.platform_of", lambda platform=None: "tpu")  # eight devices, no mesh
+    args, _ = OPS[op][2](np.random.default_rng(12), 6, 4, 2, 3, 8, 8, "random")
+    with pytest.raises(
+        ValueError, match=f"{op}.*'tpu' cannot serve here.*only shard_map splits a kernel.*Use reference"
+    ):
+        getattr(kernels_pallas, op)(*args, implementation="tpu")
+
+
+# By position: what an op is given instead of the right array, and what the error names. T 6, E 4, K 2, R 3, widths 8.
+WRONG = {
+    "rank_gated": [
+        (0, (7, 8), "gates has shape .6, 4., expected .T, E.: its T is 6, but x's is 7"),
+        (1, (2, 3, 8), "A has shape .2, 3, 8.*its E is 2, but B's is 4"),
+        (1, (4, 2, 8), "its R is 2"),
+        (1, (4, 3, 9), "its D_in is 9, but x's is 8"),
+        (3, (6, 1), "gates.*its E is 1, but B's is 4"),
+        (0, (2, 3, 8), "x has shape .2, 3, 8., expected .T, D_in.. Reshape"),
+    ],
+    "grouped_lora": [
+        (1, (2, 3, 8), "A.*its E is 2, but B's is 4.*or one A for all"),
+        (2, (2, 3, 8), "A.*its E is 4, but B's is 2"),
+        (2, (4, 2, 8), "its R is 3, but B's is 2"),
+        (3, (5, 2), "idx.*its T is 5, but x's is 6"),
+        (3, (6, 2), "idx is float32, expected integers"),
+        (3, (6, 0), "its K is 0"),
+        (4, (6, 4), "gates.*its K is 4, but idx's is 2"),
+    ],
+    "routed_ffn": [
+        (1, (6, 9), "u.*its F is 9"),
+        (2, (6, 1, 3), "z_g.*its K is 1, but idx's is 2"),
+        (3, (6, 2, 2), "z_u.*its R is 2, but z_g's is 3"),
+        (5, (2, 3, 8), "B_u.*its E is 2, but B_g's is 4"),
+        (6, (2, 3, 8), "A_d.*its E is 2"),
+        (7, (6, 2), "idx is float32"),
+        (8, (6, 4), "gates.*its K is 4, but idx's is 2"),
+        (9, (1,), "base.*its T is 1, but g's is 6"),
+    ],
+}
+
+
+@pytest.mark.parametrize("op, at, shape, words", [(op, *case) for op, cases in WRONG.items() for case in cases])
+def test_arrays_that_do_not_agree_are_refused(op, at, shape, words):
+    args, _ = OPS[op][2](np.random.default_rng(12), 6, 4, 2, 3, 8, 8, "random")
+    args[at] = np.ones(shape, np.float32)
+    with pytest.raises(ValueError, match=f"^{op}: .*{words}"):
+        getattr(kernels_pallas, op)(*args)
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_no_rows_give_no_rows_and_gradients_of_zero(op):
+    args, cotangents = OPS[op][2](np.random.default_rng(12), 0, 4, 2, 3, 8, 8, "random")
+    for name in (None, *OPS[op][3], "reference"):
+        function = functools.partial(getattr(kernels_pallas, op), implementation=name)
+        got = both(function, list(map(jnp.asarray, args)), jax.tree.map(jnp.asarray, cotangents))
+        wanted = both(form(op, "reference"), list(map(jnp.asarray, args)), jax.tree.map(jnp.asarray, cotangents))
+        for a, b in zip(got, wanted, strict=True):
+            assert a.shape == b.shape and not np.any(a)
+
+
+def test_the_halves_of_grouped_lora_check_too():
+    z, A, idx, w = jnp.ones((6, 2, 3)), jnp.ones((4, 3, 8)), jnp.zeros((6, 2), jnp.int32), jnp.ones((6, 2))
+    with pytest.raises(ValueError, match="grouped_shrink: A.*its D is 8, but x's is 9"):
+        grouped_shrink(jnp.ones((6, 9)), A, idx)
+    with pytest.raises(ValueError, match="grouped_expand: gates.*its K is 1"):
+        grouped_expand(z, A, idx, w[:, :1], dtype=z.dtype)
+    assert grouped_shrink(jnp.ones((0, 8)), A, idx[:0]).shape == (0, 2, 3)
+    assert grouped_expand(z[:0], A, idx[:0], w[:0], dtype=z.dtype).shape == (0, 8)
 
 
 def test_a_kernel_that_does_not_fit_says_so():
