@@ -165,6 +165,66 @@ def test_rows_that_nobody_routes_may_hold_nan():
                 assert np.isfinite(gradient).all(), (name, i)
 
 
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+@pytest.mark.parametrize("shared", [False, True])
+@pytest.mark.parametrize("name", ["dense", "tpu-nan"])
+def test_rank_gated_rows_without_a_gate_may_hold_anything(name, shared, bad):
+    """Everything but the row's own dgates is as with a row of zeros; that is finite."""
+    args, dy = gated_inputs(np.random.default_rng(13), 20, 4, 2, 3, 8, 8, "random")
+    args[3][5] = 0
+    args[1] = args[1][: 1 if shared else None]
+    got = []
+    for value in (0, bad):
+        args[0][5] = value
+        got.append(both(form("rank_gated", name), list(map(jnp.asarray, args)), jnp.asarray(dy)))
+    for clean, dirty in zip(*got, strict=True):
+        np.testing.assert_array_equal(dirty, clean)  # dgates of a row of zeros are 0
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+@pytest.mark.parametrize("shared", [False, True])
+@pytest.mark.parametrize("name", ["reference", "tiled", "tpu-nan"])
+def test_grouped_lora_does_not_read_what_is_not_used(name, shared, bad):
+    args, dy = grouped_inputs(np.random.default_rng(13), 20, 4, 2, 3, 8, 8, "padded")
+    args[3][5] = 4
+    args[1] = args[1][: 1 if shared else None]
+    got = []
+    for value in (0, bad):
+        args[0][5] = value
+        args[4][args[3] == 4] = value
+        got.append(both(form("grouped_lora", name), list(map(jnp.asarray, args)), jnp.asarray(dy)))
+    for clean, dirty in zip(*got, strict=True):
+        np.testing.assert_array_equal(dirty, clean)
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+@pytest.mark.parametrize("name", ["reference", "dense", "tiled", "tpu-nan"])
+def test_routed_ffn_does_not_read_what_is_not_used(name, bad):
+    """Unused slots, and g and u of a row without experts and without a base; not so for the reference's g."""
+    args, cotangents = ffn_inputs(np.random.default_rng(13), 20, 4, 2, 3, 0, 24, "padded")
+    args[7][5], args[9][5] = 4, 0
+    unused = args[7] == 4
+    got = []
+    for value in (0, bad):
+        for part in (args[2], args[3], args[8], cotangents[1]):
+            part[unused] = value
+        if name != "reference":
+            args[0][5], args[1][5] = value, value
+        got.append(both(form("routed_ffn", name), list(map(jnp.asarray, args)), jax.tree.map(jnp.asarray, cotangents)))
+    for clean, dirty in zip(*got, strict=True):
+        np.testing.assert_array_equal(dirty, clean)
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_every_form_returns_the_dtype_of_x(op):
+    args, _ = OPS[op][2](np.random.default_rng(13), 6, 4, 2, 3, 8, 8, "random")
+    wide = 4 if op == "routed_ffn" else 1
+    args = [jnp.asarray(a, jnp.bfloat16) if i < wide else jnp.asarray(a) for i, a in enumerate(args)]
+    for name in ("reference", *OPS[op][3], "tpu-plain"):
+        for out in jax.tree.leaves(jax.eval_shape(form(op, name), *args)):
+            assert out.dtype == jnp.bfloat16, name
+
+
 def test_an_expert_without_tokens_has_a_gradient_of_exactly_zero():
     args, cotangents = grouped_inputs(np.random.default_rng(8), 40, 6, 2, 3, 8, 8, "empty")
     for function in (grouped_lora, functools.partial(grouped_tpu.grouped_lora, interpret=INTERPRETERS["nan"])):
