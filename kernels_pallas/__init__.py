@@ -1,6 +1,7 @@
 """Grouped low-rank products, one folder an op: `api.py` (one public function), `reference.py`, one file a form.
 
-Arguments are arrays; the adapter's scale is folded into B; `idx [T, K]` int32 padded with E, `gates` float32.
+Arguments are arrays; the adapter's scale is folded into B; `idx [T, K]` int32 padded with E, no expert twice in a
+token, `gates` float32.
 T tokens, D width, F FFN width, E experts, K active experts, R rank.
 """
 

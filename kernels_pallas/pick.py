@@ -5,18 +5,29 @@ import jax
 from kernels_pallas.platform import is_split, platform_of
 
 
-def pick(op: str, portable: dict, kernels: dict, name: str, *, refused: dict[str, str], platform: str | None):
+def pick(op: str, portable: dict, kernels: dict, name: str, *, refused: dict[str, str], platform, no_kernel):
     """The form called `name`: of those in plain XLA, or of the kernels, each named after its platform.
 
+    `platform` is what the caller chose for, None for that of the program. `no_kernel()` says why a kernel cannot serve
+    these shapes here, None where it can.
+
     Raises:
-      ValueError: the op has no such form (`refused` says why, where there is a reason), or the kernel cannot run on
-        the platform.
+      ValueError: the op has no such form (`refused` says why, where there is a reason); the kernel is not for
+        `platform`, or not for that of the program; the kernel cannot serve here; `platform` is not known.
     """
-    if name in kernels and platform_of(platform) != name:
-        raise ValueError(
-            f"{op}: implementation {name!r} is a kernel for that platform and this program is for "
-            f"{platform_of(platform)}; use {', '.join(portable)}."
-        )
+    chosen_for = platform_of(platform)
+    if name in kernels:
+        for other in (chosen_for, platform_of()):
+            if other != name:
+                raise ValueError(
+                    f"{op}: implementation {name!r} is a kernel for that platform and this program is for {other}; "
+                    f"use {', '.join(portable)}, or set the mesh to compile for (jax.set_mesh)."
+                )
+        why = no_kernel()
+        if why:
+            raise ValueError(
+                f"{op}: implementation {name!r} cannot serve here: {why.rstrip('.')}. Use {', '.join(portable)}."
+            )
     forms = {**portable, **kernels}
     if name not in forms:
         why = f" ({refused[name]})" if name in refused else ""

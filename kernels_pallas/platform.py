@@ -5,6 +5,8 @@ Never `jax.devices()`: a program may be compiled for devices that this machine d
 
 import jax
 
+PLATFORMS = {"cpu": "cpu", "gpu": "gpu", "cuda": "gpu", "rocm": "gpu", "tpu": "tpu"}
+
 
 def device_kind_of() -> str | None:
     """The device kind of the mesh in context (`jax.set_mesh`), None without one."""
@@ -13,9 +15,15 @@ def device_kind_of() -> str | None:
 
 
 def platform_of(platform: str | None = None) -> str:
-    """`cpu`, `gpu` or `tpu`: the argument, else the mesh in context (`jax.set_mesh`), else the default backend."""
+    """`cpu`, `gpu` or `tpu`: the argument, else the mesh in context (`jax.set_mesh`), else the default backend.
+
+    Raises:
+      ValueError: the argument is another name.
+    """
     if platform is not None:
-        return {"cuda": "gpu", "rocm": "gpu"}.get(platform, platform)
+        if platform not in PLATFORMS:
+            raise ValueError(f"platform {platform!r} is not known, expected one of {', '.join(PLATFORMS)}.")
+        return PLATFORMS[platform]
     device = getattr(jax.sharding.get_abstract_mesh(), "abstract_device", None)
     if device is None:
         return jax.default_backend()

@@ -2,8 +2,10 @@
 
     python -m kernels_pallas.grouped_lora.bench [--shape=NAME --dtype=float32 --rounds=15] [--json]
 
-`rank_gated` computes all experts with the same gates; `gathered` takes each slot's factors, `A[idx] [T, K, R, D]`,
-under autodiff. The named crossover shapes (`E4` ... `E32`) are the table from which `select` takes its CPU threshold.
+`grouped_lora` is the form that the op chooses here; beside a kernel `tiled` runs too. `rank_gated` computes all experts
+with the same gates. Where they are small, `reference` multiplies by one-hot slots and `gathered` takes each slot's
+factors, `A[idx] [T, K, R, D]`, under autodiff. The named crossover shapes (`E4` ... `E32`) are the table from which
+`select` takes its CPU threshold.
 """
 
 import functools
@@ -35,6 +37,13 @@ def gathered(x, A, B, gates, idx):
     return jnp.einsum("tk,tkr,tkro->to", gates, z, B[idx])
 
 
+def form(name):
+    def op(x, A, B, gates, idx):
+        return api.grouped_lora(x, A, B, idx, gates, implementation=name)
+
+    return op
+
+
 def main():
     args = timing.arguments(__doc__, SHAPES, CPU)
     timing.one_thread()
@@ -46,13 +55,11 @@ def main():
         factor = functools.partial(timing.normal, scale=0.1)
         inputs = (timing.normal(T, D_in, dtype=dtype), factor(E, R, D_in), factor(E, R, D_out), gates, idx)
         own = api.choose(inputs[0], inputs[1], inputs[2], idx)[0]
-
-        def grouped(x, A, B, gates, idx, own=own):
-            return api.grouped_lora(x, A, B, idx, gates, implementation=own)
-
-        forms = {"rank_gated": all_experts, "grouped_lora": grouped}
+        forms = {"rank_gated": all_experts, "grouped_lora": form(own)}
+        if own != "tiled":
+            forms["tiled"] = form("tiled")
         if T * K * R * (D_in + D_out) * 4 < GATHERED_BYTES and name in shapes.SHAPES:
-            forms["gathered"] = gathered
+            forms |= {"gathered": gathered, "reference": form("reference")}
         functions = {f: timing.with_gradients(op, 4) for f, op in forms.items()}
         times = timing.measure(functions, inputs, args.rounds)
         flops = 6 * T * K * R * (D_in + D_out)

@@ -123,8 +123,9 @@ def grouped_lora(x, A, B, idx, gates, *, rows=None):
     """Shapes as in `api.grouped_lora`; `rows` of a tile, by default from the load."""
     schedule = tiles.plan(idx, B.shape[0], rows)
     if A.shape[0] == 1:  # one A for all: a plain product
-        z = _dot(x, A[0].astype(x.dtype), NT)[:, None, :]
-        z = jnp.where((idx < B.shape[0])[..., None], z, 0.0)
+        used = idx < B.shape[0]
+        rows = jnp.where(jnp.any(used, axis=1, keepdims=True), x, 0)  # dA contracts over all of them
+        z = jnp.where(used[..., None], _dot(rows, A[0].astype(x.dtype), NT)[:, None, :], 0.0)
     else:
         z = shrink(x, A, idx, schedule=schedule)
     return expand(z, B, idx, gates, dtype=x.dtype, schedule=schedule)

@@ -3,6 +3,7 @@
     python -m kernels_pallas.rank_gated.bench [--shape=NAME --dtype=float32 --rounds=15] [--json]
 
 `autodiff` is the same product without the custom derivative; `reference` the einsum of three arrays as it reads.
+`grouped_lora` is not among them: these gates `[T, E]` leave no expert out. With K < E its own bench compares the two.
 """
 
 import functools

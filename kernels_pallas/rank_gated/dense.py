@@ -4,7 +4,9 @@
 
 No sort, no gather, no drops, exact for any gates; 6 T E R (D_in + D_out) FLOPs forward and backward. The derivative is
 written out because XLA:CPU otherwise transposes dy inside a fused loop (a quarter of a training step, measured), and
-to save only x and z. `where` instead of a product by zero: a row that nobody wrote may hold NaN.
+to save only x and z. `where` instead of a product by zero: a row of x whose gates are all 0 may hold anything, NaN
+included, and reaches neither y nor dA. Its own dgates are then 0 where they are not finite; every other gate of 0 keeps
+its derivative, `dy_t B_e A_e x_t`.
 """
 
 import jax
@@ -44,17 +46,19 @@ def _forward(x, A, B, gates):
 def _backward(saved, dy):
     x, z, A, B, gates = saved
     E, R = B.shape[:2]
+    on = jnp.any(gates != 0, axis=1, keepdims=True)
     with jax.named_scope("expand"):
         u = _gate(z, gates).reshape(len(x), -1).astype(x.dtype)
         dB = _dot(u, dy, ((0,), (0,)), B.dtype).reshape(B.shape)
         du = _dot(dy, B.reshape(-1, B.shape[-1]).astype(x.dtype), ((1,), (1,)), F32).reshape(len(x), E, R)
-        dgates = jnp.sum(du * z, axis=-1).astype(gates.dtype)
+        dgates = jnp.sum(du * z, axis=-1)
+        dgates = jnp.where(on | jnp.isfinite(dgates), dgates, 0.0).astype(gates.dtype)
     with jax.named_scope("shrink"):
         dz = _gate(du, gates)
         if A.shape[0] == 1:
             dz = jnp.sum(dz, axis=1, keepdims=True)
         dz = dz.reshape(len(x), -1).astype(x.dtype)
-        dA = _dot(dz, x, ((0,), (0,)), A.dtype).reshape(A.shape)
+        dA = _dot(dz, jnp.where(on, x, 0), ((0,), (0,)), A.dtype).reshape(A.shape)
         dx = _dot(dz, A.reshape(-1, A.shape[-1]).astype(x.dtype), ((1,), (0,)), x.dtype)
     return dx, dA, dB, dgates
 

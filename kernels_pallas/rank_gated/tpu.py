@@ -3,7 +3,8 @@
     u = x A^T,  m = gates S,  y = (m u) B          S [E, E*R]: which columns are an expert's
 
 All of A and B lie in VMEM, rows stream past. The backward reads x and dy once, writes dx and dgates once, and keeps the
-sums of dA and dB in VMEM. Gates of exactly 0 select nothing, even where z is not finite.
+sums of dA and dB in VMEM. Gates of exactly 0 select nothing, even where z is not finite: what a row whose gates are
+all 0 may hold, and how its dgates then come out, is as in `dense.py`.
 """
 
 import functools
@@ -50,10 +51,12 @@ def _forward_kernel(x, gates, S, A, B, y):
 def _backward_kernel(T, x, gates, dy, S, A, B, dx, dgates, dA, dB):
     i, rows = pl.program_id(0), x.shape[0]
     real = row_mask(i * rows, rows, 0, T)  # the last tile reads past the end: it may hold anything
-    x_, dy_ = jnp.where(real, x[...], 0), jnp.where(real, dy[...], 0)
-    m = dot(jnp.where(real, gates[...], 0), S[...], NN)
+    x_, dy_, gates_ = (jnp.where(real, a[...], 0) for a in (x, dy, gates))
+    on = jnp.max(jnp.where(gates_ == 0, 0.0, 1.0), axis=1, keepdims=True) > 0
+    m = dot(gates_, S[...], NN)
     z, du = dot(x_, A[...], NT), dot(dy_, B[...], NT)
-    dgates[...] = dot(z * du, S[...], NT)
+    dg = dot(z * du, S[...], NT)
+    dgates[...] = jnp.where(on | (jnp.abs(dg) < jnp.inf), dg, 0.0)
     dz, u = _gated(m, du).astype(x.dtype), _gated(m, z).astype(x.dtype)
     dx[...] = dot(dz, A[...], NN).astype(dx.dtype)
 
@@ -62,7 +65,7 @@ def _backward_kernel(T, x, gates, dy, S, A, B, dx, dgates, dA, dB):
         dA[...] = jnp.zeros_like(dA)
         dB[...] = jnp.zeros_like(dB)
 
-    dA[...] += dot(dz, x_, TN)
+    dA[...] += dot(dz, jnp.where(on, x_, 0), TN)
     dB[...] += dot(u, dy_, TN)
 
 

@@ -1,8 +1,12 @@
 """`routed_ffn`: K experts' hidden states mixed between the shared projections of one frozen FFN."""
 
+import jax.numpy as jnp
+
+from kernels_pallas.check import agree
 from kernels_pallas.pick import no_kernel_because, pick
 from kernels_pallas.platform import is_split, platform_of
 from kernels_pallas.routed_ffn import dense, reference, tiled, tpu
+from kernels_pallas.routed_ffn.activations import PAIRS
 
 IMPLEMENTATIONS = {"reference": reference.routed_ffn, "dense": dense.routed_ffn, "tiled": tiled.routed_ffn}
 KERNELS = {"tpu": tpu.routed_ffn}
@@ -10,13 +14,18 @@ KERNELS = {"tpu": tpu.routed_ffn}
 CPU_DENSE_COLUMNS = 32  # E * R up to which the masked product is as fast as the tiles (docs/performance.md)
 
 
+def no_kernel(g, B_g, idx) -> str | None:
+    """Why the kernel cannot serve these shapes here, None where it can."""
+    (T, F), (E, R, _), K = g.shape, B_g.shape, idx.shape[1]
+    return no_kernel_because(lambda: tpu.tiles_that_fit(T, F, E * R, K * R, g.dtype.itemsize, True))
+
+
 def choose(g, B_g, idx, *, platform: str | None = None) -> tuple[str, str]:
     """The implementation for these shapes, and why. `g [T, F]`, `B_g [E, R, F]`, `idx [T, K]`: only shapes are read."""
     E, R, _ = B_g.shape
     K, platform = idx.shape[1], platform_of(platform)
     if platform == "tpu":
-        (T, F), size = g.shape, g.dtype.itemsize
-        why = no_kernel_because(lambda: tpu.tiles_that_fit(T, F, E * R, K * R, size, True))
+        why = no_kernel(g, B_g, idx)
         return ("dense", f"tpu: {why}") if why else ("tpu", "tpu: one pass over g and u, every h_k in VMEM only")
     if platform != "cpu":
         return "dense", f"{platform}: no kernel of its own yet, and a loop over tiles would leave the device idle"
@@ -30,6 +39,16 @@ def choose(g, B_g, idx, *, platform: str | None = None) -> tuple[str, str]:
     if E * R <= CPU_DENSE_COLUMNS:
         return "dense", f"cpu: E*R = {E * R} columns, at most {CPU_DENSE_COLUMNS}: cheaper than sorting"
     return "tiled", f"cpu: E*R = {E * R} columns, more than {CPU_DENSE_COLUMNS}: cost grows with K = {K}, not with E"
+
+
+def check(g, u, z_g, z_u, B_g, B_u, A_d, idx, gates, base, *, activation, mask) -> dict[str, int]:
+    """The sizes by axis. Raises ValueError where the shapes do not agree, or for an unknown activation."""
+    if activation not in PAIRS:
+        raise ValueError(f"routed_ffn: activation {activation!r} is not known, expected one of {', '.join(PAIRS)}.")
+    wide = {"g": (g, "T F"), "u": (u, "T F"), "mask": (mask, "T F")}
+    slots = {"idx": (idx, "T K"), "gates": (gates, "T K"), "z_g": (z_g, "T K R"), "z_u": (z_u, "T K R")}
+    factors = {"B_g": (B_g, "E R F"), "B_u": (B_u, "E R F"), "A_d": (A_d, "1|E R F")}
+    return agree("routed_ffn", **wide, **slots, **factors, base=(base, "T"))
 
 
 def routed_ffn(
@@ -70,8 +89,13 @@ def routed_ffn(
       `mix [T, F] = base h_0 + sum_k w_k h_k` and `z_d [T, K, R] = A_d[e_k] (mask * h_k)`, 0 at unused slots.
 
     Raises:
-      ValueError: an implementation that the op does not have, or that cannot run here.
+      ValueError: shapes that do not agree, an unknown activation; an implementation that the op does not have, or that
+        cannot run here.
     """
-    name = implementation or choose(g, B_g, idx, platform=platform)[0]
-    form = pick("routed_ffn", IMPLEMENTATIONS, KERNELS, name, refused={}, platform=platform)
+    sizes = check(g, u, z_g, z_u, B_g, B_u, A_d, idx, gates, base, activation=activation, mask=mask)
+    name = choose(g, B_g, idx, platform=platform)[0] if implementation is None else implementation
+    why_not = lambda: no_kernel(g, B_g, idx)  # noqa: E731
+    form = pick("routed_ffn", IMPLEMENTATIONS, KERNELS, name, refused={}, platform=platform, no_kernel=why_not)
+    if sizes["T"] == 0:
+        return jnp.zeros_like(g), jnp.zeros(z_g.shape, g.dtype)
     return form(g, u, z_g, z_u, B_g, B_u, A_d, idx, gates, base, activation=activation, mask=mask)

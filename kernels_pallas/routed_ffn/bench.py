@@ -3,7 +3,8 @@
     python -m kernels_pallas.routed_ffn.bench [--shape=NAME --dtype=float32 --rounds=15] [--json]
 
 `plain` is the FFN without experts, `act(g) * u`: what is above it is the price of routing. `naive` is K separate FFN
-hidden states in `[T, K, F]` under autodiff, with each slot's factors gathered.
+hidden states in `[T, K, F]` under autodiff, with each slot's factors gathered. With many columns E*R only the form that
+the op chooses and `tiled` run: the others would compute every expert, or copy its factors.
 """
 
 import functools
@@ -48,9 +49,9 @@ def main():
         factors = [timing.normal(E, R, F, scale=0.1) for _ in range(3)]
         inputs = (make(T, F), make(T, F), make(T, K, R), make(T, K, R), *factors, gates, 1 - gates.sum(1), idx)
         chosen = api.choose(inputs[0], factors[0], idx)
-        forms = {"plain": plain, chosen[0]: form(chosen[0])}
+        forms = {"plain": plain, chosen[0]: form(chosen[0]), "tiled": form("tiled")}
         if E * R <= DENSE_COLUMNS:
-            forms |= {other: form(other) for other in ("dense", "tiled")} | {"naive": naive}
+            forms |= {other: form(other) for other in ("dense", "reference")} | {"naive": naive}
         functions = {f: timing.with_gradients(op, 2 if f == "plain" else 9) for f, op in forms.items()}
         times = timing.measure(functions, inputs, args.rounds)
         flops, size = 22 * T * K * R * F, dtype.itemsize  # 3 products forward, 8 backward

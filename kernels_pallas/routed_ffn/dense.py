@@ -2,7 +2,8 @@
 
 A slot's `dg_k = z_g[k] B_g[e_k]` is one product of width E*R with the other experts' columns at zero, so the cost of
 the rank-R products grows with E; the element-wise work does not. Where every expert has a slot (K == E) the slots are
-put in the experts' order first, and a product has width R. The backward forms each h_k again.
+put in the experts' order first, and a product has width R (so a token must not name an expert twice). The backward
+forms each h_k again. A base of 0 keeps h_0 out even where it is not finite; its own dbase is then 0.
 
 T tokens, F FFN width, E experts, K slots, R rank.
 """
@@ -61,6 +62,11 @@ def _masked(x, mask):
     return x if mask is None else jnp.where(mask == 0, 0.0, x * mask.astype(F32))
 
 
+def _gated(w, h):
+    """`w h`; a weight of 0 selects nothing, even where h is not finite."""
+    return jnp.where(w == 0, 0.0, w * h)
+
+
 def _activate(activation, g):
     g = g.astype(F32)
     return pair(activation, g, jax.lax.optimization_barrier(core(activation, g)))
@@ -82,14 +88,14 @@ def _op(activation, g, u, z_g, z_u, B_g, B_u, A_d, idx, gates, base, mask):
 def _forward(activation, g, u, z_g, z_u, B_g, B_u, A_d, idx, gates, base, mask):
     E, dtype = B_g.shape[0], g.dtype
     A_all = jnp.broadcast_to(A_d, (E, *A_d.shape[1:]))
-    mix = base[:, None] * (_activate(activation, g)[0] * u.astype(F32))
+    mix = _gated(base[:, None], _activate(activation, g)[0] * u.astype(F32))
     z_d = 0.0
     for slot in _slots(idx, E):
         zg, zu = slot.spread(z_g).astype(dtype), slot.spread(z_u).astype(dtype)
         a, _, u_k = _hidden(activation, g, u, zg, zu, slot.flat(B_g, dtype), slot.flat(B_u, dtype))
         h = a * u_k
         w = jnp.sum(jnp.where(jnp.any(slot.hot, -1), gates, 0.0), axis=1)[:, None]
-        mix = mix + jnp.where(w == 0, 0.0, w * h)
+        mix = mix + _gated(w, h)
         z_d = z_d + slot.collect(_dot(_masked(h, mask).astype(dtype), slot.flat(A_all, dtype), NT))
     out = mix.astype(dtype), z_d.astype(dtype)
     return out, (g, u, z_g, z_u, B_g, B_u, A_d, idx, gates, base, mask)
@@ -104,7 +110,8 @@ def _backward(activation, saved, cotangents):
     dmix32, u32 = dmix.astype(F32), u.astype(F32)
     a, da = _activate(activation, g)
     dbase = jnp.sum(dmix32 * a * u32, axis=-1)
-    dg, du = base[:, None] * (dmix32 * da * u32), base[:, None] * (dmix32 * a)
+    dbase = jnp.where((base != 0) | jnp.isfinite(dbase), dbase, 0.0)
+    dg, du = _gated(base[:, None], dmix32 * da * u32), _gated(base[:, None], dmix32 * a)
     dz_g, dz_u, dgates = jnp.zeros(z_g.shape, F32), jnp.zeros(z_u.shape, F32), jnp.zeros(gates.shape, F32)
     dB_g, dB_u, dA = jnp.zeros(B_g.shape, F32), jnp.zeros(B_u.shape, F32), jnp.zeros(A_all.shape, F32)
     for slot in _slots(idx, E):
@@ -116,7 +123,7 @@ def _backward(activation, saved, cotangents):
         h = jnp.where(used, a * u_k, 0.0)
         w = jnp.sum(jnp.where(mine, gates, 0.0), axis=1)[:, None]
         dgates = dgates + jnp.where(mine, jnp.sum(dmix32 * h, axis=-1)[:, None], 0.0)
-        dh = jnp.where(w == 0, 0.0, w * dmix32) + _masked(_dot(dz, Ad, NN), mask)
+        dh = _gated(w, dmix32) + _masked(_dot(dz, Ad, NN), mask)
         dg_k = jnp.where(used, dh * da * u_k, 0.0)
         du_k = jnp.where(used, dh * a, 0.0)
         dg, du = dg + dg_k, du + du_k

@@ -4,7 +4,8 @@
 
 Cost grows with the slots in use and not with E; nothing is dropped. Everything F-wide of a slot lives for one tile and
 stays in the cache: no `[T, K, F]`, forward or backward, which forms h again. One transcendental a slot and pass.
-A tile's empty rows may read anything, NaN included: `where`, never a product by zero.
+A tile's empty rows may read anything, NaN included: `where`, never a product by zero. A base of 0 keeps h_0 out even
+where it is not finite; its own dbase is then 0.
 
 T tokens, F FFN width, E experts, K slots, R rank, M rows of a tile.
 """
@@ -29,6 +30,11 @@ NN, NT, TN = ((1,), (0,)), ((1,), (1,)), ((0,), (0,))
 
 def _masked(x, mask):
     return x if mask is None else jnp.where(mask == 0, 0.0, x * mask.astype(F32))
+
+
+def _gated(w, h):
+    """`w h`; a weight of 0 selects nothing, even where h is not finite."""
+    return jnp.where(w == 0, 0.0, w * h)
 
 
 def _rows(x, slot, valid):
@@ -66,11 +72,11 @@ def _forward(activation, g, u, z_g, z_u, B_g, B_u, A_d, gates, base, mask, sched
         w = _rows(gates, slot, valid)
         seen = _masked(h, None if mask is None else tiles.take(mask, token)).astype(dtype)
         down = _dot(seen, _expert(A_d, e).astype(dtype), NT)
-        mix = tiles.add_rows(mix, to_token, jnp.where(w == 0, 0.0, w * h))
+        mix = tiles.add_rows(mix, to_token, _gated(w, h))
         return mix, tiles.add_rows(z_d, to_slot, down)
 
     g32 = g.astype(F32)
-    start = base[:, None] * (pair(activation, g32, core(activation, g32))[0] * u.astype(F32))
+    start = _gated(base[:, None], pair(activation, g32, core(activation, g32))[0] * u.astype(F32))
     mix, z_d = tiles.loop(schedule.count, step, (start, *tiles.zeros((T * K, R))))
     saved = (g, u, z_g, z_u, B_g, B_u, A_d, gates, base, mask, schedule)
     return (mix.astype(dtype), z_d.reshape(T, K, R).astype(dtype)), saved
@@ -91,7 +97,7 @@ def _backward(activation, saved, cotangents):
         w = _rows(gates, slot, valid)
         dm = tiles.take(dmix, token).astype(F32)
         kept = None if mask is None else tiles.take(mask, token)
-        dh = jnp.where(w == 0, 0.0, w * dm) + _masked(_dot(dz, Ad, NN), kept)
+        dh = _gated(w, dm) + _masked(_dot(dz, Ad, NN), kept)
         a, da = pair(activation, g_k, c)
         h = jnp.where(valid, a * u_k, 0.0)
         dg_k = jnp.where(valid, dh * da * u_k, 0.0)
@@ -114,7 +120,8 @@ def _backward(activation, saved, cotangents):
     g32, u32, dmix32 = g.astype(F32), u.astype(F32), dmix.astype(F32)
     a, da = pair(activation, g32, jax.lax.optimization_barrier(core(activation, g32)))
     dbase = jax.lax.dot_general(dmix32, a * u32, (((1,), (1,)), ((0,), (0,))))
-    dg0, du0 = base[:, None] * (dmix32 * da * u32), base[:, None] * (dmix32 * a)
+    dbase = jnp.where((base != 0) | jnp.isfinite(dbase), dbase, 0.0)
+    dg0, du0 = _gated(base[:, None], dmix32 * da * u32), _gated(base[:, None], dmix32 * a)
     sums = tiles.zeros((T * K, R), (T * K, R), (T * K,), B_g.shape, B_u.shape, A_d.shape)
     dg, du, dz_g, dz_u, dgates, dB_g, dB_u, dA_d = tiles.loop(schedule.count, step, (dg0, du0, *sums))
     return (

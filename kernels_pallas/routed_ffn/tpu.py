@@ -7,7 +7,7 @@ B_g, B_u in one product. The MXU contracts 128 or 256 deep whatever R is, so up 
 
 The grid is (blocks of F, tiles of T): a block of the factors is fetched once, and the backward sums its gradient in
 VMEM while rows stream past. What is summed over F (z_d, dz_g, dz_u, dgates, dbase; rank-wide) leaves as one part a
-block. A slot that is not used, a row past the end: `where`, never a product by zero.
+block. A slot that is not used, a base of 0, a row past the end: `where`, never a product by zero.
 
 T tokens, F FFN width, E experts, K slots, R rank.
 """
@@ -61,6 +61,11 @@ def _masked(x, mask):
     return x if mask is None else jnp.where(mask == 0, 0.0, x * mask.astype(F32))
 
 
+def _gated(w, h):
+    """`w h`; a weight of 0 selects nothing, even where h is not finite."""
+    return jnp.where(w == 0, 0.0, w * h)
+
+
 def _forward_kernel(T, K, E, activation, has_mask, *refs):
     g, u, z_g, z_u, idx, gates, base, expert_of, slot_of, Q, B_g, B_u, A_d = (r[...] for r in refs[:13])
     mask = refs[13][...] if has_mask else None
@@ -68,7 +73,7 @@ def _forward_kernel(T, K, E, activation, has_mask, *refs):
     rows, dtype = g.shape[0], g.dtype
     real = row_mask(pl.program_id(1) * rows, rows, 0, T)
     g, u = g.astype(F32), u.astype(F32)
-    mix = base * (pair(activation, g, core(activation, g))[0] * u)
+    mix = _gated(base, pair(activation, g, core(activation, g))[0] * u)
     z_d = jnp.zeros(z_g.shape, F32)
     for k in range(K):
         hot, used, (zg, zu) = _slot(k, real, idx, (z_g, z_u), Q, expert_of, slot_of, E)
@@ -76,7 +81,7 @@ def _forward_kernel(T, K, E, activation, has_mask, *refs):
         u_k = u + dot(zu.astype(dtype), B_u, NN)
         h = pair(activation, g_k, core(activation, g_k))[0] * u_k
         w = jnp.where(used, gates[:, k : k + 1], 0.0)
-        mix = mix + jnp.where(w == 0, 0.0, w * h)
+        mix = mix + _gated(w, h)
         z_d = z_d + _collect(k, hot, dot(_masked(h, mask).astype(dtype), A_d, NT), Q, slot_of)
     mix_ref[...] = mix.astype(dtype)
     z_d_ref[...] = z_d
@@ -91,8 +96,9 @@ def _backward_kernel(T, K, E, activation, has_mask, *refs):
     real = row_mask(pl.program_id(1) * rows, rows, 0, T)
     g, u, dmix = g.astype(F32), u.astype(F32), dmix.astype(F32)
     a, da = pair(activation, g, core(activation, g))
-    dbase_ref[...] = jnp.sum(dmix * a * u, axis=1, keepdims=True)
-    dg, du = base * (dmix * da * u), base * (dmix * a)
+    dbase = jnp.sum(dmix * a * u, axis=1, keepdims=True)
+    dbase_ref[...] = jnp.where((base != 0) | (jnp.abs(dbase) < jnp.inf), dbase, 0.0)
+    dg, du = _gated(base, dmix * da * u), _gated(base, dmix * a)
     dz_g = dz_u = jnp.zeros(z_g.shape, F32)
     dgates = jnp.zeros(gates.shape, F32)
     slot = jax.lax.broadcasted_iota(jnp.int32, gates.shape, 1)
@@ -111,7 +117,7 @@ def _backward_kernel(T, K, E, activation, has_mask, *refs):
         w = jnp.where(used, gates[:, k : k + 1], 0.0)
         dw = jnp.sum(jnp.where(used, dmix, 0.0) * h, axis=1, keepdims=True)
         dgates = jnp.where(slot == k, dw, dgates)
-        dh = jnp.where(w == 0, 0.0, w * dmix) + _masked(dot(dz, A_d, NN), mask)
+        dh = _gated(w, dmix) + _masked(dot(dz, A_d, NN), mask)
         dg_k, du_k = jnp.where(used, dh * da * u_k, 0.0), jnp.where(used, dh * a, 0.0)
         dg, du = dg + dg_k, du + du_k
         dg_k, du_k = dg_k.astype(dtype), du_k.astype(dtype)

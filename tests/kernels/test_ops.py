@@ -13,7 +13,15 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import kernels_pallas
-from kernels_pallas import grouped_lora, low_rank_op, rank_gated, routed_ffn, tiles
+from kernels_pallas import (
+    grouped_expand,
+    grouped_lora,
+    grouped_shrink,
+    low_rank_op,
+    rank_gated,
+    routed_ffn,
+    tiles,
+)
 from kernels_pallas.grouped_lora import api as grouped_api
 from kernels_pallas.grouped_lora import tpu as grouped_tpu
 from kernels_pallas.rank_gated import api as gated_api
@@ -21,10 +29,16 @@ from kernels_pallas.rank_gated import tpu as gated_tpu
 from kernels_pallas.routed_ffn import api as ffn_api
 from kernels_pallas.routed_ffn import tiled as ffn_tiled
 from kernels_pallas.routed_ffn import tpu as ffn_tpu
-from tests.kernels.common import DECISIONS, INTERPRETERS, compare, decision, dense_gates, normal
+from tests.kernels.common import DECISIONS, INTERPRETERS, both, compare, decision, dense_gates, normal
 
-# T E K R D F: fewer rows than a tile, one expert, T no multiple of a tile, rank 1, more experts than slots
-SHAPES = {"small": (37, 5, 2, 3, 24, 40), "one": (5, 1, 1, 4, 16, 16), "many": (20, 70, 3, 1, 8, 24)}
+# T E K R D F: fewer rows than a tile, one expert, T no multiple of a tile, rank 1, more experts than slots, high rank
+SHAPES = {
+    "small": (37, 5, 2, 3, 24, 40),
+    "one": (5, 1, 1, 4, 16, 16),
+    "many": (20, 70, 3, 1, 8, 24),
+    "crowd": (9, 512, 2, 1, 8, 24),
+    "deep": (40, 3, 2, 64, 24, 40),
+}
 KERNELS = {f"tpu-{name}": how for name, how in INTERPRETERS.items()}
 
 
@@ -69,7 +83,7 @@ def test_against_float64(op, name, kind):
     compare(form(op, name), form(op, "reference"), args, cotangents)
 
 
-@pytest.mark.parametrize("shape", ["one", "many"])
+@pytest.mark.parametrize("shape", ["one", "many", "crowd", "deep"])
 @pytest.mark.parametrize("op, name", [pair for pair in PAIRS if pair[1] != "tpu-plain"])
 def test_shapes(op, name, shape):
     inputs = OPS[op][2]
@@ -82,6 +96,18 @@ def test_bfloat16(op, name):
     inputs = OPS[op][2]
     args, cotangents = inputs(np.random.default_rng(3), *SHAPES["small"], "padded")
     compare(form(op, name), form(op, "reference"), args, cotangents, 3e-2, jnp.bfloat16)
+
+
+@pytest.mark.parametrize("T, kind", [(37, "random"), (29, "padded")])
+@pytest.mark.parametrize("op", OPS)
+def test_kernels_over_several_tiles(op, T, kind, monkeypatch):
+    """Rows in tiles of 8, the last one partial, and F in two blocks: what a kernel carries from step to step."""
+    for kernel in (gated_tpu, grouped_tpu, ffn_tpu):
+        monkeypatch.setattr(kernel, "ROWS", (8,))
+    monkeypatch.setattr(ffn_tpu, "BLOCKS", (128,))
+    args, cotangents = OPS[op][2](np.random.default_rng(T), T, 5, 2, 3, 9, 150, kind)
+    kernel = functools.partial(OPS[op][1], interpret=INTERPRETERS["nan"])  # its own: `form` may be compiled already
+    compare(kernel, form(op, "reference"), args, cotangents)
 
 
 @pytest.mark.parametrize("name", ["dense", "tiled", "tpu-nan"])
@@ -145,12 +171,77 @@ def test_rows_that_nobody_routes_may_hold_nan():
                 assert np.isfinite(gradient).all(), (name, i)
 
 
-def test_an_expert_without_tokens_has_a_gradient_of_exactly_zero():
-    args, cotangents = grouped_inputs(np.random.default_rng(8), 40, 6, 2, 3, 8, 8, "empty")
-    for function in (grouped_lora, functools.partial(grouped_tpu.grouped_lora, interpret=INTERPRETERS["nan"])):
-        _, pull = jax.vjp(lambda A, B, f=function: f(args[0], A, B, *args[3:]), *map(jnp.asarray, args[1:3]))
-        for gradient in pull(jnp.asarray(cotangents)):
-            assert (np.asarray(gradient)[3] == 0).all() and (np.asarray(gradient)[2] != 0).any()
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+@pytest.mark.parametrize("shared", [False, True])
+@pytest.mark.parametrize("name", ["dense", "tpu-nan"])
+def test_rank_gated_rows_without_a_gate_may_hold_anything(name, shared, bad):
+    """Everything but the row's own dgates is as with a row of zeros; that is finite."""
+    args, dy = gated_inputs(np.random.default_rng(13), 20, 4, 2, 3, 8, 8, "random")
+    args[3][5] = 0
+    args[1] = args[1][: 1 if shared else None]
+    got = []
+    for value in (0, bad):
+        args[0][5] = value
+        got.append(both(form("rank_gated", name), list(map(jnp.asarray, args)), jnp.asarray(dy)))
+    for clean, dirty in zip(*got, strict=True):
+        np.testing.assert_array_equal(dirty, clean)  # dgates of a row of zeros are 0
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+@pytest.mark.parametrize("shared", [False, True])
+@pytest.mark.parametrize("name", ["reference", "tiled", "tpu-nan"])
+def test_grouped_lora_does_not_read_what_is_not_used(name, shared, bad):
+    args, dy = grouped_inputs(np.random.default_rng(13), 20, 4, 2, 3, 8, 8, "padded")
+    args[3][5] = 4
+    args[1] = args[1][: 1 if shared else None]
+    got = []
+    for value in (0, bad):
+        args[0][5] = value
+        args[4][args[3] == 4] = value
+        got.append(both(form("grouped_lora", name), list(map(jnp.asarray, args)), jnp.asarray(dy)))
+    for clean, dirty in zip(*got, strict=True):
+        np.testing.assert_array_equal(dirty, clean)
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+@pytest.mark.parametrize("name", ["reference", "dense", "tiled", "tpu-nan"])
+def test_routed_ffn_does_not_read_what_is_not_used(name, bad):
+    """Unused slots, and g and u of a row without experts and without a base; not so for the reference's g."""
+    args, cotangents = ffn_inputs(np.random.default_rng(13), 20, 4, 2, 3, 0, 24, "padded")
+    args[7][5], args[9][5] = 4, 0
+    unused = args[7] == 4
+    got = []
+    for value in (0, bad):
+        for part in (args[2], args[3], args[8], cotangents[1]):
+            part[unused] = value
+        if name != "reference":
+            args[0][5], args[1][5] = value, value
+        got.append(both(form("routed_ffn", name), list(map(jnp.asarray, args)), jax.tree.map(jnp.asarray, cotangents)))
+    for clean, dirty in zip(*got, strict=True):
+        np.testing.assert_array_equal(dirty, clean)
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_every_form_returns_the_dtype_of_x(op):
+    args, _ = OPS[op][2](np.random.default_rng(13), 6, 4, 2, 3, 8, 8, "random")
+    wide = 4 if op == "routed_ffn" else 1
+    args = [jnp.asarray(a, jnp.bfloat16) if i < wide else jnp.asarray(a) for i, a in enumerate(args)]
+    for name in ("reference", *OPS[op][3], "tpu-plain"):
+        for out in jax.tree.leaves(jax.eval_shape(form(op, name), *args)):
+            assert out.dtype == jnp.bfloat16, name
+
+
+@pytest.mark.parametrize("op, name", [pair for pair in PAIRS if pair[1] != "tpu-plain"])
+def test_an_expert_without_tokens_has_a_gradient_of_exactly_zero(op, name):
+    args, cotangents = OPS[op][2](np.random.default_rng(8), 40, 6, 2, 3, 8, 8, "empty")  # nobody picks expert 3
+    factors = (4, 5, 6) if op == "routed_ffn" else (1, 2)
+
+    def of(*some):
+        return form(op, name)(*args[: factors[0]], *some, *args[factors[-1] + 1 :])
+
+    _, pull = jax.vjp(of, *(jnp.asarray(args[i]) for i in factors))
+    for gradient in map(np.asarray, pull(jax.tree.map(jnp.asarray, cotangents))):
+        assert (gradient[3] == 0).all() and (gradient[2] != 0).any()
 
 
 def test_cost_of_tiles_follows_k_and_not_e():
@@ -197,12 +288,110 @@ def test_the_choice_and_its_reason():
         (lambda x, A, i, w: rank_gated(x, A, A, w, implementation="tpu"), "program is for cpu"),
         (lambda x, A, i, w: grouped_lora(x, A, A, i, w, implementation="dense"), "rank_gated"),
         (lambda x, A, i, w: grouped_lora(x, A, A, i, w, implementation="fast"), "no implementation 'fast'"),
+        (lambda x, A, i, w: grouped_lora(x, A, A, i, w, implementation=""), "no implementation ''"),
+        (lambda x, A, i, w: grouped_lora(x, A, A, i, w, platform="xpu"), "platform 'xpu' is not known.*tpu"),
+        (
+            lambda x, A, i, w: grouped_lora(x, A, A, i, w, platform="tpu", implementation="tpu"),
+            "grouped_lora.*this program is for cpu.*tiled",
+        ),
+        (
+            lambda x, A, i, w: rank_gated(x, A, A, w, platform="tpu", implementation="tpu"),
+            "rank_gated.*this program is for cpu.*dense",
+        ),
     ],
 )
 def test_a_form_that_an_op_lacks_is_refused_with_the_reason(call, words):
     x, A = jnp.ones((4, 8)), jnp.ones((2, 3, 8))
     with pytest.raises(ValueError, match=words):
         call(x, A, jnp.zeros((4, 2), jnp.int32), jnp.ones((4, 2)))
+
+
+@pytest.mark.parametrize(
+    "how, words",
+    [
+        (dict(implementation="fast"), "no implementation 'fast'.*dense, tiled, tpu"),
+        (dict(implementation=""), "no implementation ''"),
+        (dict(implementation="tpu"), "this program is for cpu.*dense"),
+        (dict(implementation="tpu", platform="tpu"), "this program is for cpu.*jax.set_mesh"),
+        (dict(platform="xpu", implementation="dense"), "platform 'xpu' is not known.*cpu"),
+        (dict(activation="relu"), "activation 'relu'.*silu, gelu"),
+    ],
+)
+def test_routed_ffn_refuses_with_the_reason(how, words):
+    args, _ = ffn_inputs(np.random.default_rng(12), 6, 4, 2, 3, 0, 8, "random")
+    with pytest.raises(ValueError, match=f"{'' if 'platform' in words else 'routed_ffn.*'}{words}"):
+        routed_ffn(*args, **how)
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_an_explicit_kernel_that_cannot_serve_is_refused_with_that_reason(op, monkeypatch):
+    monkeypatch.setattr("kernels_pallas.pick.platform_of", lambda platform=None: "tpu")  # eight devices, no mesh
+    args, _ = OPS[op][2](np.random.default_rng(12), 6, 4, 2, 3, 8, 8, "random")
+    with pytest.raises(
+        ValueError, match=f"{op}.*'tpu' cannot serve here.*only shard_map splits a kernel.*Use reference"
+    ):
+        getattr(kernels_pallas, op)(*args, implementation="tpu")
+
+
+# By position: what an op is given instead of the right array, and what the error names. T 6, E 4, K 2, R 3, widths 8.
+WRONG = {
+    "rank_gated": [
+        (0, (7, 8), "gates has shape .6, 4., expected .T, E.: its T is 6, but x's is 7"),
+        (1, (2, 3, 8), "A has shape .2, 3, 8.*its E is 2, but B's is 4"),
+        (1, (4, 2, 8), "its R is 2"),
+        (1, (4, 3, 9), "its D_in is 9, but x's is 8"),
+        (3, (6, 1), "gates.*its E is 1, but B's is 4"),
+        (0, (2, 3, 8), "x has shape .2, 3, 8., expected .T, D_in.. Reshape"),
+    ],
+    "grouped_lora": [
+        (1, (2, 3, 8), "A.*its E is 2, but B's is 4.*or one A for all"),
+        (2, (2, 3, 8), "A.*its E is 4, but B's is 2"),
+        (2, (4, 2, 8), "its R is 3, but B's is 2"),
+        (3, (5, 2), "idx.*its T is 5, but x's is 6"),
+        (3, (6, 2), "idx is float32, expected integers"),
+        (3, (6, 0), "its K is 0"),
+        (4, (6, 4), "gates.*its K is 4, but idx's is 2"),
+    ],
+    "routed_ffn": [
+        (1, (6, 9), "u.*its F is 9"),
+        (2, (6, 1, 3), "z_g.*its K is 1, but idx's is 2"),
+        (3, (6, 2, 2), "z_u.*its R is 2, but z_g's is 3"),
+        (5, (2, 3, 8), "B_u.*its E is 2, but B_g's is 4"),
+        (6, (2, 3, 8), "A_d.*its E is 2"),
+        (7, (6, 2), "idx is float32"),
+        (8, (6, 4), "gates.*its K is 4, but idx's is 2"),
+        (9, (1,), "base.*its T is 1, but g's is 6"),
+    ],
+}
+
+
+@pytest.mark.parametrize("op, at, shape, words", [(op, *case) for op, cases in WRONG.items() for case in cases])
+def test_arrays_that_do_not_agree_are_refused(op, at, shape, words):
+    args, _ = OPS[op][2](np.random.default_rng(12), 6, 4, 2, 3, 8, 8, "random")
+    args[at] = np.ones(shape, np.float32)
+    with pytest.raises(ValueError, match=f"^{op}: .*{words}"):
+        getattr(kernels_pallas, op)(*args)
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_no_rows_give_no_rows_and_gradients_of_zero(op):
+    args, cotangents = OPS[op][2](np.random.default_rng(12), 0, 4, 2, 3, 8, 8, "random")
+    for name in (None, *OPS[op][3], "reference"):
+        function = functools.partial(getattr(kernels_pallas, op), implementation=name)
+        got = both(function, list(map(jnp.asarray, args)), jax.tree.map(jnp.asarray, cotangents))
+        wanted = both(form(op, "reference"), list(map(jnp.asarray, args)), jax.tree.map(jnp.asarray, cotangents))
+        for a, b in zip(got, wanted, strict=True):
+            assert a.shape == b.shape and not np.any(a)
+
+
+def test_the_halves_of_grouped_lora_check_too():
+    z, A, idx, w = jnp.ones((6, 2, 3)), jnp.ones((4, 3, 8)), jnp.zeros((6, 2), jnp.int32), jnp.ones((6, 2))
+    with pytest.raises(ValueError, match="grouped_shrink: A.*its D is 8, but x's is 9"):
+        grouped_shrink(jnp.ones((6, 9)), A, idx)
+    with pytest.raises(ValueError, match="grouped_expand: gates.*its K is 1"):
+        grouped_expand(z, A, idx, w[:, :1], dtype=z.dtype)
+    assert grouped_shrink(jnp.ones((0, 8)), A, idx[:0]).shape == (0, 2, 3)
+    assert grouped_expand(z[:0], A, idx[:0], w[:0], dtype=z.dtype).shape == (0, 8)
 
 
 def test_a_kernel_that_does_not_fit_says_so():
