@@ -68,7 +68,7 @@ def number(model, adapters, engine):
         if engine.name == "gather" and "expert" in place.spec:
             count.update({"all-gather": passes * layers, "reduce-scatter": layers})
     for _, segment, _, site in auto.routed(model):
-        if engine.name == "all_to_all":
+        if engine.moves_tokens:
             back = 2 if site in ("ffn", "down") else passes + 1
             count["all-to-all"] += len(segment.layers) * (passes + 2 * (passes + 1) + back)  # ids, gates and rows, back
     return count
@@ -158,6 +158,8 @@ ENTRY %main (p: f32[4,8]) -> f32[4,8] {
   %w = (s32[], f32[4,8]) while(%t), condition=%cond, body=%body, backend_config={"known_trip_count":{"n":"3"}}
   %rs = f32[2,8]{1,0} reduce-scatter(%y), replica_groups={{0,1}}, dimensions={0}
   %ap = f32[16]{0} all-to-all(%z), channel_id=1, replica_groups=mesh['data'=2,'fsdp'=1,'expert'=4] {'data','fsdp'}
+  %rows = f32[64,8]{1,0} broadcast(%c), dimensions={}
+  %ra = f32[16,8]{1,0} ragged-all-to-all(%rows, %out, %i, %s, %o, /*index=5*/%r), replica_groups={{0,1,2,3},{4,5,6,7}}
 }
 """
     found = {c.kind: c for c in hlo.collectives(text, 8)}
@@ -165,4 +167,5 @@ ENTRY %main (p: f32[4,8]) -> f32[4,8] {
     assert found["all-reduce"].bytes_moved == 3 * 2 * (8 + 4) * 4 * 7 / 8
     assert found["reduce-scatter"].bytes_moved == 2 * 8 * 4 and not found["reduce-scatter"].loop
     assert found["all-to-all"].devices == 2
+    assert found["ragged-all-to-all"].bytes_moved == 16 * 8 * 4 * 3 / 4
     assert hlo.total_bytes(list(found.values()), kind="all-gather") == found["all-gather"].bytes_moved
