@@ -37,6 +37,7 @@ def run(argv):
     base = [a for a in argv if a.startswith("--config.base.")]
     against = [*base, *(a.replace("--against.", "--config.", 1) for a in argv if a.startswith("--against."))]
     config, args = flags.parse(__doc__, FLAGS, [a for a in argv if not a.startswith("--against.")])
+    check(args)
     sides = {"a": config}
     if args.against:
         sides["b"], _ = flags.parse(__doc__, FLAGS, [f"--config={args.against}", *against])
@@ -44,6 +45,18 @@ def run(argv):
         raise flags.wrong("--against", "overrides alone", "a config to change", "Give --against=FILE.py too.")
     result = measure(sides, args)
     print(json.dumps(result) if args.json else table(result, args))
+
+
+def check(args):
+    processors = len(os.sched_getaffinity(0))
+    for name in ("batch", "seq", "steps", "threads"):
+        value = getattr(args, name)
+        if value < 1:
+            raise flags.wrong(f"--{name}", value, ">= 1")
+    if args.threads > processors:
+        raise flags.wrong("--threads", args.threads, f"<= {processors}, the processors that this process may use")
+    if args.generate and args.no_update:
+        raise flags.wrong("--no_update", "with --generate", "a training step", "Decoding has no update: drop a flag.")
 
 
 def measure(sides, args) -> dict:

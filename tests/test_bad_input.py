@@ -26,7 +26,7 @@ CASES = {  # name -> (overrides, what the message must say)
     "layer beyond the model": (["--config.method.rules.attn.layers=2-7"], ["method.rules.attn.layers", "7", "4"]),
     "experts do not fit": (["--config.method.rules.ffn.experts=8*3"], ["method.rules.ffn.experts", "8*3", "4 layers"]),
     "mesh against batch": (["--config.mesh.data=8", "--config.train.batch_size=6"], ["mesh", "8", "6"]),
-    "mesh against devices": (["--config.mesh.data=3"], ["mesh", "3", "8"]),
+    "mesh against devices": (["--config.mesh.data=2"], ["mesh", "data=2", "8, the number of devices"]),
     "unknown adapter": (["--config.method.rules.attn.adapter.name=lorra"], ["adapter.name", "'lora'"]),
     "unknown task": (["--config.data.tasks=maths"], ["data.tasks", "'math'"]),
     "missing data file": (["--config.data.tasks=jsonl:no/such.jsonl"], ["no/such.jsonl"]),

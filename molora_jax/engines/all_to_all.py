@@ -148,12 +148,13 @@ def bytes_moved(load, on: Engine) -> tuple[float, float]:
     return rows_moved(load, on, rows), load.K * load.T * 2 * (load.row_in + load.row_out) * (on.peers - 1) / on.peers
 
 
-def rows_moved(load, on: Engine, rows: int) -> float:
-    """Bytes of `rows` rows exchanged in every pass, and of the gradients of what stays."""
+def rows_moved(load, on: Engine, rows: int, line: int = 1) -> float:
+    """Bytes of `rows` rows (each in whole lines) exchanged in every pass, and of the gradients of what stays."""
     rank = on.rank_space and load.placement == "projection"
-    there, ids = load.rank_bytes if rank else load.row_in, 8 if load.placement == "ffn" else 4
-    back = 2 if load.last else load.passes + 1
-    row = (load.passes + 1) * (there + 4) + back * load.row_out + load.passes * ids  # 4: the gate
+    there, back = load.passes + 1, 2 if load.last else load.passes + 1
+    sizes = {"row": load.rank_bytes if rank else load.row_in, "gate": 4, "ids": 8 if load.placement == "ffn" else 4}
+    row, gate, ids, out = (-(-size // line) * line for size in (*sizes.values(), load.row_out))
+    row = there * (row + gate) + back * out + load.passes * ids
     moved = rows * row * (on.peers - 1) / on.peers
     if not on.stored(load.E):  # gradients of a leaf that is stored whole are gathered again
         padded = sum(size for size, each, _ in load.leaves if each) * on.padded(load.E) / load.E

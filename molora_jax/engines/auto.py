@@ -59,6 +59,7 @@ def routed(model):
 def load(model, rule, segment, experts: int, name: str, *, on: Engine, tokens: int, itemsize: int) -> Load:
     """The load of one site of one layer. `tokens` on one device; `itemsize`: bytes of an activation's number."""
     ways, leaves, rank = on.ways("tensor"), [], 0
+    keeps_A = on.rank_space and rule.placement == "projection"  # whole on every device, as `adapter_shardings` has it
     for site in rule.projections if name == "ffn" else (name,):
         factors = factor_shapes(model, rule, site, segment)
         rank = factors.A.shape[1]
@@ -66,7 +67,7 @@ def load(model, rule, segment, experts: int, name: str, *, on: Engine, tokens: i
             if leaf is not None:
                 split = at_input == (site in ROW_SITES)
                 size = int(np.prod(leaf.shape)) * 4 // (ways if split else 1)
-                leaves.append((size, leaf.shape[0] == experts, split))
+                leaves.append((size, leaf.shape[0] == experts and not (keeps_A and leaf is factors.A), split))
         if factors.mid is not None:
             leaves.append((int(np.prod(factors.mid.shape)) * 4, True, False))
     d_in, d_out = (model.config.width,) * 2 if name == "ffn" else model.config.dims(name)
@@ -108,7 +109,7 @@ def table(model, on: Engine, *, tokens: int, itemsize: int) -> list[Row]:
     """A row for every engine; `on` gives mesh and options. `tokens` of a micro-step on one device."""
     rows = []
     for name, module in ENGINES.items():
-        own = dataclasses.replace(on, name=name)
+        own = _named(on, name)
         refused = refusal(model, own) or _emulated(own)
         shipped = useful = 0.0
         for rule, segment, experts, site in routed(model):
@@ -117,6 +118,12 @@ def table(model, on: Engine, *, tokens: int, itemsize: int) -> list[Row]:
             shipped, useful = shipped + a * len(segment.layers), useful + b * len(segment.layers)
         rows.append(Row(name, shipped, useful, refused))
     return rows
+
+
+def _named(on: Engine, name: str) -> Engine:
+    """The same under another engine; one that sends no tokens has no rank space."""
+    own = dataclasses.replace(on, name=name)
+    return dataclasses.replace(own, rank_space=on.rank_space and own.moves_tokens)
 
 
 def _emulated(on: Engine) -> str:
@@ -174,7 +181,7 @@ def resolve(model, *, engine: str, mesh, capacity: float, rank_space: bool, toke
         name, why = engine, "the config asks for it"
     else:
         name, why = choose(rows, state_bytes=_state_bytes(model), memory=_memory(mesh))
-    on = dataclasses.replace(on, name=name)
+    on = _named(on, name)
     wanted = name != "replicate" or (on.peers > 1 and any(True for _ in routed(model)))
     return on, report(rows, name, why) if wanted else None
 

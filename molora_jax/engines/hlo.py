@@ -3,6 +3,7 @@
     bytes that one device sends: all-gather (n-1)/n of the result, reduce-scatter (n-1) times the result,
     all-reduce 2 (n-1)/n, all-to-all (n-1)/n, collective-permute 1           n devices in a group
 
+A ragged-all-to-all has a buffer for the worst case on one side, so the smaller of its operand and result counts.
 Loops count with their trip count (`known_trip_count`, written by XLA), so a collective inside the layer scan counts L
 times. The tables of `auto.py` are held against this in the tests.
 """
@@ -19,7 +20,7 @@ CALL = re.compile(r"(?:body|to_apply|calls|condition)=%?([\w.\-]+)")
 BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
 TRIPS = re.compile(r'known_trip_count"?:\{"n":"(\d+)"\}')
 SHAPE = re.compile(r"(\w+)\[([\d,]*)\]")
-LINE = re.compile(r"= (.*?) (" + "|".join(KINDS) + r")(-start)?\(")
+LINE = re.compile(r"= (.*?) (" + "|".join(KINDS) + r")(-start)?\(%?([\w.\-]*)")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,7 +58,12 @@ def collectives(text: str, num_devices: int) -> list[Collective]:
         for line in bodies[name]:
             found = LINE.search(line)
             if found:
-                out.append(_collective(line, found, num_devices, times, loop))
+                one = _collective(line, found[1], found, num_devices, times, loop)
+                if one.kind == "ragged-all-to-all":
+                    operand = next(text for text in bodies[name] if f"%{found[4]} = " in text).split(" = ")[1]
+                    sent = _collective(line, operand.split(" ")[0], found, num_devices, times, loop)
+                    one = min(one, sent, key=lambda c: c.bytes)
+                out.append(one)
             elif "calls=" in line and " fusion(" in line:
                 continue  # no collective inside
             else:
@@ -73,9 +79,9 @@ def collectives(text: str, num_devices: int) -> list[Collective]:
     return out
 
 
-def _collective(line, found, num_devices, times, loop):
+def _collective(line, result, found, num_devices, times, loop):
     kind, start = found[2], bool(found[3])
-    shapes = [(SIZES.get(t, 4), tuple(int(n) for n in dims.split(",") if n)) for t, dims in SHAPE.findall(found[1])]
+    shapes = [(SIZES.get(t, 4), tuple(int(n) for n in dims.split(",") if n)) for t, dims in SHAPE.findall(result)]
     if start:  # an asynchronous form's result holds its operands too
         shapes = shapes[len(shapes) // 2 :]
     total = 0

@@ -1,6 +1,7 @@
 """Tokens travel to their experts, exactly as many rows as there are: `jax.lax.ragged_all_to_all`, or its emulation.
 
 As `all_to_all`, with T K rows sent instead of P C. The receive buffer has to hold the worst case, P C rows, C as there.
+On TPU each row, gate and id is sent in whole lines of 512 bytes.
 The primitive runs on TPU; XLA:CPU does not have it, so elsewhere an exact emulation stands in its place: one program,
 the primitive swapped by the mesh's platform. (Not on v5e slices of 16x16, says the compiler.)
 
@@ -14,6 +15,8 @@ import jax.numpy as jnp
 
 from molora_jax.engines import all_to_all, common
 from molora_jax.engines.base import Engine
+
+LINE = 512  # bytes: 128 numbers of float32, 256 of bfloat16
 
 refuses = all_to_all.refuses
 
@@ -88,4 +91,4 @@ feed_forward = functools.partial(all_to_all.feed_forward, travel_by=Ragged)
 def bytes_moved(load, on: Engine) -> tuple[float, float]:
     """`(shipped, useful)` bytes of one device, layer and step, at an even load; on TPU (the emulation gathers all)."""
     useful = all_to_all.bytes_moved(load, on)[1]
-    return all_to_all.rows_moved(load, on, load.T * load.K), useful
+    return all_to_all.rows_moved(load, on, load.T * load.K, LINE), useful

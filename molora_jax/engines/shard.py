@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
+from molora_jax.core.lowrank import frozen_linear
 from molora_jax.core.types import Array, Factors
 from molora_jax.engines import all_to_all, gather, ragged_all_to_all, replicate
 from molora_jax.engines.base import ROW_SITES, Engine
@@ -77,9 +78,15 @@ def feed_forward(on: Engine, x: Array, g: Array, u: Array, weights: dict, parts,
     moved = any(on.moves_tokens and on.split(p.experts, p.routed) for p in parts)
     z = _ranks(on, axes, x, parts) if ways > 1 and not moved and all(map(ffn.is_plain, parts)) else None
     used = ("gate", "up", "down") if moved else ("down",) if any(p.per_expert for p in parts) else ()
+    if moved and ways > 1:
+        # x itself has to enter, with a cotangent of width D to be summed over `tensor`, as that of the base's gate and
+        # up is. So these (no rule changes them here, see `auto.refusal`) are made inside: one sum serves all of them.
+        g = u = None
 
     def local(x, g, u, weights, parts, z):
         rows, share = _rows(axes, len(x)), _share(on, True)
+        if g is None:
+            g, u = (frozen_linear(weights[s], x) for s in ("gate", "up"))
         mix, rest, counts = ENGINES[on.name].feed_forward(x, g, u, weights, parts, on, rows, activation, share, z)
         return mix, rest if ways == 1 else rest[None], counts or [None] * len(parts)
 

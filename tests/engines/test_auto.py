@@ -67,6 +67,20 @@ def test_auto_takes_the_fewest_bytes_and_says_so():
     assert name == "gather" and "memory" in why
 
 
+def test_auto_has_rank_space_only_where_tokens_travel(monkeypatch):
+    """An engine that keeps tokens at home would gather an A that every device has already."""
+    rules = dict(a=common.rule("q", experts="8", adapter=common.adapter(), router=ROUTER))
+    _, model = model_of(rules)
+    monkeypatch.setattr(auto, "_memory", lambda mesh: 1)  # whole experts are refused
+    chosen = {}
+    for tokens in (8, 10**6):
+        on, _ = auto.resolve(
+            model, engine="auto", mesh=mesh(data=2, expert=4), capacity=0.0, rank_space=True, tokens=tokens, itemsize=4
+        )
+        chosen[on.name] = on.rank_space
+    assert chosen == {"all_to_all": True, "gather": False}
+
+
 def test_one_device_or_nothing_to_place_prints_nothing():
     config, model = model_of(dict(a=common.rule("q", adapter=common.adapter())))
     assert place(config, model, mesh(data=2, expert=4))[1] is None

@@ -9,10 +9,11 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from molora_jax.engines import Engine, hlo
+from molora_jax.engines import Engine, auto, hlo
+from molora_jax.engines.ragged_all_to_all import bytes_moved
 from molora_jax.sharding import AXES
-from tests import tpu
-from tests.engines import problems
+from tests import tiny, tpu
+from tests.engines import problems, test_hlo
 
 pytestmark = pytest.mark.slow
 
@@ -45,3 +46,18 @@ def test_ragged_all_to_all_on_tpu(v5e, sites):
     assert len(found) == 7, [(c.kind, c.shapes) for c in found]
     wide = [c for c in hlo.collectives(text, 8) if c.kind == "all-gather" and any(problems.D in s for s in c.shapes)]
     assert not wide, "no emulation"
+
+
+@pytest.mark.parametrize("method, rank_space", [("mixlora", False), ("projections", False), ("projections", True)])
+def test_the_layer_scan_ships_what_the_formula_says(v5e, method, rank_space, monkeypatch):
+    monkeypatch.setattr(tiny, "METHODS", tiny.METHODS | test_hlo.METHODS)
+    devices = v5e.devices.reshape(2, 1, 4, 1)
+    on = Engine("ragged_all_to_all", Mesh(devices, AXES, axis_types=(AxisType.Auto,) * 4), rank_space=rank_space)
+    model, _, found = test_hlo.compiled(method, on)
+    tokens, expected = test_hlo.ROWS * test_hlo.LENGTH // 8, 0.0
+    for *which, site in auto.routed(model):
+        load = auto.load(model, *which, site, on=on, tokens=tokens, itemsize=4)
+        expected += bytes_moved(load, on)[0] - load.shares(on) - load.sums(on, per_expert=False)
+    moved = [c.bytes_moved for c in found if c.kind == "ragged-all-to-all"]  # of a layer: no trip count on TPU
+    assert sum(moved) == pytest.approx(expected, rel=0.05)
+    assert len(moved) == test_hlo.number(model, {}, on)["all-to-all"] / model.config.layers
