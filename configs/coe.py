@@ -34,5 +34,7 @@ def get_config():
             placement=dict(name="chain", iterations=2, gating="independent", residual="inner", nonlinearity="none"),
         )
     )
-    config.losses = dict(balance=common.balance(weight=1e-3, over="site", reduce="sum", per_example=True))
+    config.losses = dict(
+        balance=common.balance(weight=1e-3, over="site", reduce="sum", per_example=True, accumulate="exact")
+    )
     return config

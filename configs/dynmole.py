@@ -31,7 +31,7 @@ def get_config():
         )
     )  # fmt: skip
     config.losses = dict(
-        balance=common.balance(weight=1e-3, over="all", normalise="tokens", counts="soft"),
-        entropy=dict(weight=1e-2, kind="tsallis", q=1.1, eps=1e-5),
+        balance=common.balance(weight=1e-3, over="all", normalise="tokens", counts="soft", accumulate="exact"),
+        entropy=dict(weight=1e-2, kind="tsallis", q=1.1, eps=1e-5, accumulate="exact"),
     )
     return config

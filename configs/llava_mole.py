@@ -30,5 +30,7 @@ def get_config():
             router=dict(name="top1", share="ffn", init="kaiming", dense=False, gated=False),
         ),
     )
-    config.losses = dict(balance=common.balance(weight=1e-2, over="all", per_example=True, times_experts=False))
+    config.losses = dict(
+        balance=common.balance(weight=1e-2, over="all", per_example=True, times_experts=False, accumulate="exact")
+    )
     return config

@@ -30,7 +30,13 @@ def get_config():
     )
     config.losses = dict(
         localized_balance=dict(
-            weight=0.1, delta=0.1, world="factbook", variant="code", invert_type=False, per_token=False
-        )
+            weight=0.1,
+            delta=0.1,
+            world="factbook",
+            variant="code",
+            invert_type=False,
+            per_token=False,
+            accumulate="exact",
+        )  # fmt: skip
     )
     return config

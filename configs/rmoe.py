@@ -32,5 +32,5 @@ def get_config():
             ),
         ),
     )  # fmt: skip
-    config.losses = dict(balance=common.balance(weight=1e-2))
+    config.losses = dict(balance=common.balance(weight=1e-2, accumulate="exact"))
     return config

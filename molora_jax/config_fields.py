@@ -136,13 +136,12 @@ RANGES = {
         "dropout": below(1),
     },
     "placements": {"iterations": at_least(1)},
-    "losses": {"weight": at_least(0, float)},
+    "losses": {"weight": at_least(0, float), "accumulate": choice("micro", "exact")},
     "losses.balance": {
         "over": choice("site", "layer", "all"),
         "reduce": choice("sum", "mean"),
         "normalise": choice("slots", "tokens"),
         "counts": choice("hard", "soft"),
-        "accumulate": choice("micro", "exact"),
     },
     "optim": {
         "learning_rate": above(0, 1e3),

@@ -26,7 +26,6 @@ class Balance(Loss):
     per_example: bool = False
     normalise: str = "slots"  # slots | tokens
     counts: str = "hard"  # hard | soft
-    accumulate: str = "micro"  # micro: mean of the micro-steps' values; exact: of the global sums
 
     def stats(self, routing, ctx):
         valid = routing.valid[..., None]
@@ -60,10 +59,7 @@ class Balance(Loss):
         }
 
     def join(self, stacked):
-        if not self.per_example:
-            return super().join(stacked)
-        # micro-steps hold other rows: side by side, since an example never leaves its row
-        return jax.tree.map(lambda x: x.swapaxes(0, 1).reshape(x.shape[1], -1, *x.shape[3:]), stacked)
+        return self.side_by_side(stacked) if self.per_example else super().join(stacked)
 
     def value(self, stats):
         values = [self._product(sums) for sums in self._pool(stats)]

@@ -14,7 +14,12 @@ from molora_jax.core.types import Array, Context, Routing
 
 @dataclasses.dataclass(frozen=True)
 class Loss:
+    """`accumulate`: with `train.accumulate` > 1, `micro` is the mean of the micro-steps' values, `exact` the value of
+    the whole batch's sums (one more forward pass). They differ, since a loss is rarely linear in its sums.
+    """
+
     weight: float = 1e-2
+    accumulate: str = dataclasses.field(default="micro", kw_only=True)
 
     def stats(self, routing: Routing, ctx: Context) -> dict[str, Array]:
         raise NotImplementedError
@@ -22,6 +27,11 @@ class Loss:
     def join(self, stacked: dict) -> dict:
         """The sums of several micro-steps, `[micro-steps, layers, ...]`, as those of the whole batch."""
         return jax.tree.map(lambda x: jnp.sum(x, axis=0), stacked)
+
+    @staticmethod
+    def side_by_side(stacked: dict) -> dict:
+        """`join` for sums by row, `[micro-steps, layers, rows, ...]`: micro-steps hold other rows."""
+        return jax.tree.map(lambda x: x.swapaxes(0, 1).reshape(x.shape[1], -1, *x.shape[3:]), stacked)
 
     def value(self, stats: dict) -> Array:
         raise NotImplementedError

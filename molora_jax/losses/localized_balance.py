@@ -26,7 +26,7 @@ from molora_jax.losses.base import Loss, leaves
 class LocalizedBalance(Loss):
     """`per_token` divides Q by the example's length: without it (as published) unequal lengths alone are a variance.
 
-    The variance is over the examples of a whole global batch; with accumulation, of a micro-step, and averaged.
+    The variance is over the examples of a whole global batch; with `accumulate="micro"`, of a micro-step, and averaged.
     """
 
     weight: float = 0.1
@@ -57,6 +57,9 @@ class LocalizedBalance(Loss):
             "factor": jnp.where(there, jnp.where(match, 1 + self.delta, 1 - self.delta), 0.0),
             "tokens": tokens,
         }
+
+    def join(self, stacked):
+        return self.side_by_side(stacked)
 
     def value(self, stats):
         values = [jax.vmap(self._spread)(s["Q"], s["factor"], s["tokens"]) for *_, s in leaves(stats)]

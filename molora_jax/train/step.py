@@ -59,7 +59,7 @@ def make_gradient(model, *, seed: int, frozen, accumulate: int, targets_per_row:
       targets_per_row: the packer's bound M.
       constrain: pins activations to the mesh.
     """
-    exact = [name for name, loss in model.losses if accumulate > 1 and getattr(loss, "accumulate", "micro") == "exact"]
+    exact = [name for name, loss in model.losses if accumulate > 1 and loss.accumulate == "exact"]
     losses = dict(model.losses)
 
     def gradient(state: TrainState, params: dict, batch: dict):

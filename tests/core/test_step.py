@@ -50,6 +50,17 @@ def test_exact_accumulation_is_the_whole_batch(options):
     close(gradients4, gradients, 1e-5)
 
 
+@pytest.mark.parametrize("name", ["dynmole", "loramoe", "rmoe", "coe", "llava_mole"])
+def test_a_methods_losses_are_those_of_the_whole_batch(name):
+    whole, parts = Case(method(name)), Case(method(name), accumulate=4)
+    adapters = random_adapters(whole.model, whole.params)
+    _, metrics, gradients = whole.run(whole.start(adapters), EVEN)
+    _, metrics4, gradients4 = parts.run(parts.start(adapters), EVEN)
+    for key in (k for k in metrics if k.startswith("aux/") or k == "loss"):
+        np.testing.assert_allclose(metrics4[key], metrics[key], rtol=1e-5, err_msg=key)
+    close(gradients4, gradients, 1e-5)
+
+
 def test_micro_accumulation_is_the_mean_of_the_micro_steps_and_no_more():
     options = dict(over="layer")
     parts, one = Case(balanced("micro", **options), accumulate=4), Case(balanced("micro", **options))
