@@ -6,7 +6,8 @@ python -m launch.profile --config=configs/mixlora.py [--config.X=V] [--batch=4 -
 The step of `launch.bench` (real base weights, every sequence full), traced. A traced operation is an instruction of the
 compiled program, whose name carries the `named_scope`s it came from; it counts for the innermost of STAGES, less the
 time of the operations inside it. `backward` holds what the stack computes again, too. What the compiler fuses counts
-for the fusion's last operation. On an accelerator the device's own times are taken.
+for the fusion's last operation. On an accelerator the device's own times are taken. On a CPU every event costs time,
+most of all in loops: the last line has the step's time without the trace beside it.
 """
 
 import collections
@@ -14,6 +15,7 @@ import os
 import pathlib
 import re
 import tempfile
+import time
 
 from launch import flags
 from launch.bench import FLAGS
@@ -53,13 +55,21 @@ def run(argv):
     jax.config.update("jax_compilation_cache_include_metadata_in_key", True)  # else the names may be an older program's
     work, _ = bench_side.start(config_lib.to_dict(config), vars(args) | {"generate": False})
     names = dict(INSTRUCTION.findall(work.text()))
+
+    def measure():
+        began = time.monotonic()
+        for _ in range(args.steps):
+            work()
+        return 1e3 * (time.monotonic() - began) / args.steps
+
     with tempfile.TemporaryDirectory() as folder:
+        times = [measure()]
         with jax.profiler.trace(folder):
-            for _ in range(args.steps):
-                work()
+            times.append(measure())
         (path,) = pathlib.Path(folder).rglob("*.xplane.pb")
         spent = by_stage(jax.profiler.ProfileData.from_file(str(path)), names)
     print(table(spent, args.steps))
+    print("wall ms a step: {:.0f}, traced {:.0f}".format(*times))
 
 
 def by_stage(profile, names) -> dict:
