@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from kernels_pallas import tiles
+from kernels_pallas.zeros import gated
 
 F32 = jnp.float32
 NN, NT, TN = ((1,), (0,)), ((1,), (1,)), ((0,), (0,))
@@ -76,15 +77,11 @@ def _expand(dtype, z, B, gates, schedule):
 def _expand_forward(dtype, z, B, gates, schedule):
     def step(i, y):
         s = tiles.step(schedule, i)
-        u = _gated(_rows(_flat(gates), s.slot, s.valid), _rows(_flat(z), s.slot, s.valid))
+        u = gated(_rows(_flat(gates), s.slot, s.valid), _rows(_flat(z), s.slot, s.valid).astype(F32))
         return tiles.add_rows(y, s.to_token, _dot(u.astype(dtype), tiles.at(B, s.expert).astype(dtype), NN))
 
     (y,) = tiles.zeros((len(z), B.shape[-1]))
     return tiles.loop(schedule.count, step, y).astype(dtype), (z, B, gates, schedule)
-
-
-def _gated(w, z):
-    return jnp.where(w == 0, 0.0, w * z.astype(F32))
 
 
 @jax.named_scope("expand")
@@ -97,9 +94,9 @@ def _expand_backward(dtype, saved, dy):
         w, own = _rows(_flat(gates), s.slot, s.valid), _rows(_flat(z), s.slot, s.valid)
         d = _rows(dy, s.token, s.valid)
         du = _dot(d, tiles.at(B, s.expert).astype(dtype), NT)
-        dB = tiles.add_at(dB, s.expert, _dot(_gated(w, own).astype(dtype), d, TN))
+        dB = tiles.add_at(dB, s.expert, _dot(gated(w, own.astype(F32)).astype(dtype), d, TN))
         dw = tiles.add_rows(dw, s.to_slot, jnp.sum(du * own.astype(F32), axis=1))
-        return tiles.add_rows(dz, s.to_slot, _gated(w, du)), dw, dB
+        return tiles.add_rows(dz, s.to_slot, gated(w, du)), dw, dB
 
     N, R = z.shape[0] * z.shape[1], z.shape[2]
     dz, dw, dB = tiles.loop(schedule.count, step, tuple(tiles.zeros((N, R), (N,), B.shape)))

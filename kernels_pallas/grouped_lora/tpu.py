@@ -16,6 +16,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from kernels_pallas.mosaic import F32, NN, NT, TN, dot, fit, params, row_mask, visits
+from kernels_pallas.zeros import gated
 
 ROWS = (256, 128, 64, 32, 16, 8)
 
@@ -34,14 +35,10 @@ def rows_that_fit(N, R, D_in, D_out, size, device_kind=None) -> int:
     return fit("grouped_lora", candidates, lambda rows: need(rows), device_kind)[0]
 
 
-def _gated(w, z):
-    return jnp.where(w == 0, 0.0, w * z)
-
-
 def _forward_kernel(e, m, low, high, first_tile, first_expert, x, w, A, B, y):
     v, rows = pl.program_id(0), x.shape[0]
     mine = row_mask(m[v] * rows, rows, low[v], high[v])
-    u = jnp.where(mine, _gated(w[...], dot(x[...], A[...], NT)), 0.0)
+    u = jnp.where(mine, gated(w[...], dot(x[...], A[...], NT)), 0.0)
     part = dot(u.astype(x.dtype), B[...], NN)
 
     @pl.when(first_tile[v] == 1)
@@ -58,7 +55,7 @@ def _backward_kernel(e, m, low, high, first_tile, first_expert, x, w, dy, A, B, 
     mine = row_mask(m[v] * rows, rows, low[v], high[v])
     x_, dy_, w_ = (jnp.where(mine, a[...], 0) for a in (x, dy, w))
     z, du = dot(x_, A[...], NT), dot(dy_, B[...], NT)
-    u, dz = _gated(w_, z).astype(x.dtype), _gated(w_, du).astype(x.dtype)
+    u, dz = gated(w_, z).astype(x.dtype), gated(w_, du).astype(x.dtype)
     part, dw_part = dot(dz, A[...], NN).astype(dx.dtype), jnp.sum(z * du, axis=1, keepdims=True)
 
     @pl.when(first_tile[v] == 1)

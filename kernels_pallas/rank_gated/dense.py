@@ -12,6 +12,8 @@ its derivative, `dy_t B_e A_e x_t`.
 import jax
 import jax.numpy as jnp
 
+from kernels_pallas.zeros import gated
+
 F32 = jnp.float32
 
 
@@ -25,10 +27,6 @@ def _shrink(x, A):
     return z.reshape(len(x), A.shape[0], A.shape[1])
 
 
-def _gate(z, gates):
-    return jnp.where(gates[..., None] == 0, 0.0, gates[..., None] * z)
-
-
 @jax.custom_vjp
 def rank_gated(x, A, B, gates):
     """`x [T, D_in]`, `A [1|E, R, D_in]`, `B [E, R, D_out]`, `gates [T, E]` -> `[T, D_out]` in x's dtype."""
@@ -38,7 +36,7 @@ def rank_gated(x, A, B, gates):
 def _forward(x, A, B, gates):
     z = _shrink(x, A)
     with jax.named_scope("expand"):
-        u = _gate(z, gates).reshape(len(x), -1).astype(x.dtype)
+        u = gated(gates[..., None], z).reshape(len(x), -1).astype(x.dtype)
         y = _dot(u, B.reshape(-1, B.shape[-1]).astype(x.dtype), ((1,), (0,)), x.dtype)
     return y, (x, z, A, B, gates)
 
@@ -48,13 +46,13 @@ def _backward(saved, dy):
     E, R = B.shape[:2]
     on = jnp.any(gates != 0, axis=1, keepdims=True)
     with jax.named_scope("expand"):
-        u = _gate(z, gates).reshape(len(x), -1).astype(x.dtype)
+        u = gated(gates[..., None], z).reshape(len(x), -1).astype(x.dtype)
         dB = _dot(u, dy, ((0,), (0,)), B.dtype).reshape(B.shape)
         du = _dot(dy, B.reshape(-1, B.shape[-1]).astype(x.dtype), ((1,), (1,)), F32).reshape(len(x), E, R)
         dgates = jnp.sum(du * z, axis=-1)
         dgates = jnp.where(on | jnp.isfinite(dgates), dgates, 0.0).astype(gates.dtype)
     with jax.named_scope("shrink"):
-        dz = _gate(du, gates)
+        dz = gated(gates[..., None], du)
         if A.shape[0] == 1:
             dz = jnp.sum(dz, axis=1, keepdims=True)
         dz = dz.reshape(len(x), -1).astype(x.dtype)

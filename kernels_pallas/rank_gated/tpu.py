@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
 from kernels_pallas.mosaic import F32, NN, NT, TN, dot, fit, params, row_mask
+from kernels_pallas.zeros import gated
 
 ROWS = (512, 256, 128, 64, 32, 16, 8)
 
@@ -38,13 +39,9 @@ def _select(E, columns):
     return (jnp.arange(columns) // (columns // E) == jnp.arange(E)[:, None]).astype(F32)
 
 
-def _gated(m, z):
-    return jnp.where(m == 0, 0.0, m * z)
-
-
 def _forward_kernel(x, gates, S, A, B, y):
     m = dot(gates[...], S[...], NN)
-    u = _gated(m, dot(x[...], A[...], NT))
+    u = gated(m, dot(x[...], A[...], NT))
     y[...] = dot(u.astype(x.dtype), B[...], NN).astype(y.dtype)
 
 
@@ -57,7 +54,7 @@ def _backward_kernel(T, x, gates, dy, S, A, B, dx, dgates, dA, dB):
     z, du = dot(x_, A[...], NT), dot(dy_, B[...], NT)
     dg = dot(z * du, S[...], NT)
     dgates[...] = jnp.where(on | (jnp.abs(dg) < jnp.inf), dg, 0.0)
-    dz, u = _gated(m, du).astype(x.dtype), _gated(m, z).astype(x.dtype)
+    dz, u = gated(m, du).astype(x.dtype), gated(m, z).astype(x.dtype)
     dx[...] = dot(dz, A[...], NN).astype(dx.dtype)
 
     @pl.when(i == 0)

@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from kernels_pallas.routed_ffn.activations import core, pair
+from kernels_pallas.zeros import gated, masked
 
 F32 = jnp.float32
 
@@ -58,15 +59,6 @@ def _dot(a, b, contract):
 NN, NT, TN = ((1,), (0,)), ((1,), (1,)), ((0,), (0,))
 
 
-def _masked(x, mask):
-    return x if mask is None else jnp.where(mask == 0, 0.0, x * mask.astype(F32))
-
-
-def _gated(w, h):
-    """`w h`; a weight of 0 selects nothing, even where h is not finite."""
-    return jnp.where(w == 0, 0.0, w * h)
-
-
 def _activate(activation, g):
     g = g.astype(F32)
     return pair(activation, g, jax.lax.optimization_barrier(core(activation, g)))
@@ -88,15 +80,15 @@ def _op(activation, g, u, z_g, z_u, B_g, B_u, A_d, idx, gates, base, mask):
 def _forward(activation, g, u, z_g, z_u, B_g, B_u, A_d, idx, gates, base, mask):
     E, dtype = B_g.shape[0], g.dtype
     A_all = jnp.broadcast_to(A_d, (E, *A_d.shape[1:]))
-    mix = _gated(base[:, None], _activate(activation, g)[0] * u.astype(F32))
+    mix = gated(base[:, None], _activate(activation, g)[0] * u.astype(F32))
     z_d = 0.0
     for slot in _slots(idx, E):
         zg, zu = slot.spread(z_g).astype(dtype), slot.spread(z_u).astype(dtype)
         a, _, u_k = _hidden(activation, g, u, zg, zu, slot.flat(B_g, dtype), slot.flat(B_u, dtype))
         h = a * u_k
         w = jnp.sum(jnp.where(jnp.any(slot.hot, -1), gates, 0.0), axis=1)[:, None]
-        mix = mix + _gated(w, h)
-        z_d = z_d + slot.collect(_dot(_masked(h, mask).astype(dtype), slot.flat(A_all, dtype), NT))
+        mix = mix + gated(w, h)
+        z_d = z_d + slot.collect(_dot(masked(h, mask).astype(dtype), slot.flat(A_all, dtype), NT))
     out = mix.astype(dtype), z_d.astype(dtype)
     return out, (g, u, z_g, z_u, B_g, B_u, A_d, idx, gates, base, mask)
 
@@ -111,7 +103,7 @@ def _backward(activation, saved, cotangents):
     a, da = _activate(activation, g)
     dbase = jnp.sum(dmix32 * a * u32, axis=-1)
     dbase = jnp.where((base != 0) | jnp.isfinite(dbase), dbase, 0.0)
-    dg, du = _gated(base[:, None], dmix32 * da * u32), _gated(base[:, None], dmix32 * a)
+    dg, du = gated(base[:, None], dmix32 * da * u32), gated(base[:, None], dmix32 * a)
     dz_g, dz_u, dgates = jnp.zeros(z_g.shape, F32), jnp.zeros(z_u.shape, F32), jnp.zeros(gates.shape, F32)
     dB_g, dB_u, dA = jnp.zeros(B_g.shape, F32), jnp.zeros(B_u.shape, F32), jnp.zeros(A_all.shape, F32)
     for slot in _slots(idx, E):
@@ -123,11 +115,11 @@ def _backward(activation, saved, cotangents):
         h = jnp.where(used, a * u_k, 0.0)
         w = jnp.sum(jnp.where(mine, gates, 0.0), axis=1)[:, None]
         dgates = dgates + jnp.where(mine, jnp.sum(dmix32 * h, axis=-1)[:, None], 0.0)
-        dh = _gated(w, dmix32) + _masked(_dot(dz, Ad, NN), mask)
+        dh = gated(w, dmix32) + masked(_dot(dz, Ad, NN), mask)
         dg_k = jnp.where(used, dh * da * u_k, 0.0)
         du_k = jnp.where(used, dh * a, 0.0)
         dg, du = dg + dg_k, du + du_k
-        dg_k, du_k, seen = dg_k.astype(dtype), du_k.astype(dtype), _masked(h, mask).astype(dtype)
+        dg_k, du_k, seen = dg_k.astype(dtype), du_k.astype(dtype), masked(h, mask).astype(dtype)
         dz_g = dz_g + slot.collect(_dot(dg_k, Bg, NT))
         dz_u = dz_u + slot.collect(_dot(du_k, Bu, NT))
         shape = (-1, *B_g.shape[1:])

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 
 from kernels_pallas import tiles
 from kernels_pallas.routed_ffn.activations import core, pair
+from kernels_pallas.zeros import gated, masked
 
 F32 = jnp.float32
 
@@ -26,15 +27,6 @@ def _dot(a, b, contract):
 
 
 NN, NT, TN = ((1,), (0,)), ((1,), (1,)), ((0,), (0,))
-
-
-def _masked(x, mask):
-    return x if mask is None else jnp.where(mask == 0, 0.0, x * mask.astype(F32))
-
-
-def _gated(w, h):
-    """`w h`; a weight of 0 selects nothing, even where h is not finite."""
-    return jnp.where(w == 0, 0.0, w * h)
 
 
 def _rows(x, slot, valid):
@@ -70,13 +62,13 @@ def _forward(activation, g, u, z_g, z_u, B_g, B_u, A_d, gates, base, mask, sched
         g_k, c, u_k = _hidden(activation, g, u, *z, _expert(B_g, e).astype(dtype), _expert(B_u, e).astype(dtype), token)
         h = pair(activation, g_k, c)[0] * u_k
         w = _rows(gates, slot, valid)
-        seen = _masked(h, None if mask is None else tiles.take(mask, token)).astype(dtype)
+        seen = masked(h, None if mask is None else tiles.take(mask, token)).astype(dtype)
         down = _dot(seen, _expert(A_d, e).astype(dtype), NT)
-        mix = tiles.add_rows(mix, to_token, _gated(w, h))
+        mix = tiles.add_rows(mix, to_token, gated(w, h))
         return mix, tiles.add_rows(z_d, to_slot, down)
 
     g32 = g.astype(F32)
-    start = _gated(base[:, None], pair(activation, g32, core(activation, g32))[0] * u.astype(F32))
+    start = gated(base[:, None], pair(activation, g32, core(activation, g32))[0] * u.astype(F32))
     mix, z_d = tiles.loop(schedule.count, step, (start, *tiles.zeros((T * K, R))))
     saved = (g, u, z_g, z_u, B_g, B_u, A_d, gates, base, mask, schedule)
     return (mix.astype(dtype), z_d.reshape(T, K, R).astype(dtype)), saved
@@ -97,12 +89,12 @@ def _backward(activation, saved, cotangents):
         w = _rows(gates, slot, valid)
         dm = tiles.take(dmix, token).astype(F32)
         kept = None if mask is None else tiles.take(mask, token)
-        dh = _gated(w, dm) + _masked(_dot(dz, Ad, NN), kept)
+        dh = gated(w, dm) + masked(_dot(dz, Ad, NN), kept)
         a, da = pair(activation, g_k, c)
         h = jnp.where(valid, a * u_k, 0.0)
         dg_k = jnp.where(valid, dh * da * u_k, 0.0)
         du_k = jnp.where(valid, dh * a, 0.0)
-        seen = _masked(h, kept).astype(dtype)
+        seen = masked(h, kept).astype(dtype)
         dw = jax.lax.dot_general(dm, h, (((1,), (1,)), ((0,), (0,))))  # row by row
         dg, du = tiles.add_rows(dg, to_token, dg_k), tiles.add_rows(du, to_token, du_k)
         dg_k, du_k = dg_k.astype(dtype), du_k.astype(dtype)
@@ -121,7 +113,7 @@ def _backward(activation, saved, cotangents):
     a, da = pair(activation, g32, jax.lax.optimization_barrier(core(activation, g32)))
     dbase = jax.lax.dot_general(dmix32, a * u32, (((1,), (1,)), ((0,), (0,))))
     dbase = jnp.where((base != 0) | jnp.isfinite(dbase), dbase, 0.0)
-    dg0, du0 = _gated(base[:, None], dmix32 * da * u32), _gated(base[:, None], dmix32 * a)
+    dg0, du0 = gated(base[:, None], dmix32 * da * u32), gated(base[:, None], dmix32 * a)
     sums = tiles.zeros((T * K, R), (T * K, R), (T * K,), B_g.shape, B_u.shape, A_d.shape)
     dg, du, dz_g, dz_u, dgates, dB_g, dB_u, dA_d = tiles.loop(schedule.count, step, (dg0, du0, *sums))
     return (

@@ -20,6 +20,7 @@ from jax.experimental import pallas as pl
 
 from kernels_pallas.mosaic import F32, NN, NT, TN, dot, fit, params, row_mask
 from kernels_pallas.routed_ffn.activations import core, pair
+from kernels_pallas.zeros import gated, masked
 
 ROWS, BLOCKS = (256, 128, 64, 32, 16, 8), (1024, 512, 256, 128)
 
@@ -57,15 +58,6 @@ def _collect(k, hot, wide, Q, slot_of):
     return jnp.where(slot_of == k, dot(jnp.where(hot, wide, 0.0), Q.astype(F32), NT), 0.0)
 
 
-def _masked(x, mask):
-    return x if mask is None else jnp.where(mask == 0, 0.0, x * mask.astype(F32))
-
-
-def _gated(w, h):
-    """`w h`; a weight of 0 selects nothing, even where h is not finite."""
-    return jnp.where(w == 0, 0.0, w * h)
-
-
 def _forward_kernel(T, K, E, activation, has_mask, *refs):
     g, u, z_g, z_u, idx, gates, base, expert_of, slot_of, Q, B_g, B_u, A_d = (r[...] for r in refs[:13])
     mask = refs[13][...] if has_mask else None
@@ -73,7 +65,7 @@ def _forward_kernel(T, K, E, activation, has_mask, *refs):
     rows, dtype = g.shape[0], g.dtype
     real = row_mask(pl.program_id(1) * rows, rows, 0, T)
     g, u = g.astype(F32), u.astype(F32)
-    mix = _gated(base, pair(activation, g, core(activation, g))[0] * u)
+    mix = gated(base, pair(activation, g, core(activation, g))[0] * u)
     z_d = jnp.zeros(z_g.shape, F32)
     for k in range(K):
         hot, used, (zg, zu) = _slot(k, real, idx, (z_g, z_u), Q, expert_of, slot_of, E)
@@ -81,8 +73,8 @@ def _forward_kernel(T, K, E, activation, has_mask, *refs):
         u_k = u + dot(zu.astype(dtype), B_u, NN)
         h = pair(activation, g_k, core(activation, g_k))[0] * u_k
         w = jnp.where(used, gates[:, k : k + 1], 0.0)
-        mix = mix + _gated(w, h)
-        z_d = z_d + _collect(k, hot, dot(_masked(h, mask).astype(dtype), A_d, NT), Q, slot_of)
+        mix = mix + gated(w, h)
+        z_d = z_d + _collect(k, hot, dot(masked(h, mask).astype(dtype), A_d, NT), Q, slot_of)
     mix_ref[...] = mix.astype(dtype)
     z_d_ref[...] = z_d
 
@@ -98,7 +90,7 @@ def _backward_kernel(T, K, E, activation, has_mask, *refs):
     a, da = pair(activation, g, core(activation, g))
     dbase = jnp.sum(dmix * a * u, axis=1, keepdims=True)
     dbase_ref[...] = jnp.where((base != 0) | (jnp.abs(dbase) < jnp.inf), dbase, 0.0)
-    dg, du = _gated(base, dmix * da * u), _gated(base, dmix * a)
+    dg, du = gated(base, dmix * da * u), gated(base, dmix * a)
     dz_g = dz_u = jnp.zeros(z_g.shape, F32)
     dgates = jnp.zeros(gates.shape, F32)
     slot = jax.lax.broadcasted_iota(jnp.int32, gates.shape, 1)
@@ -117,7 +109,7 @@ def _backward_kernel(T, K, E, activation, has_mask, *refs):
         w = jnp.where(used, gates[:, k : k + 1], 0.0)
         dw = jnp.sum(jnp.where(used, dmix, 0.0) * h, axis=1, keepdims=True)
         dgates = jnp.where(slot == k, dw, dgates)
-        dh = _gated(w, dmix) + _masked(dot(dz, A_d, NN), mask)
+        dh = gated(w, dmix) + masked(dot(dz, A_d, NN), mask)
         dg_k, du_k = jnp.where(used, dh * da * u_k, 0.0), jnp.where(used, dh * a, 0.0)
         dg, du = dg + dg_k, du + du_k
         dg_k, du_k = dg_k.astype(dtype), du_k.astype(dtype)
@@ -125,7 +117,7 @@ def _backward_kernel(T, K, E, activation, has_mask, *refs):
         dz_u = dz_u + _collect(k, hot, dot(du_k, B_u, NT), Q, slot_of)
         dB_g_ref[...] += dot(zg, dg_k, TN)
         dB_u_ref[...] += dot(zu, du_k, TN)
-        seen = h if mask is None else jnp.where(used, _masked(h, mask), 0.0)
+        seen = h if mask is None else jnp.where(used, masked(h, mask), 0.0)
         dA_ref[...] += dot(dz, seen.astype(dtype), TN)
     dg_ref[...], du_ref[...] = dg.astype(dtype), du.astype(dtype)
     dz_g_ref[...], dz_u_ref[...], dgates_ref[...] = dz_g, dz_u, dgates
