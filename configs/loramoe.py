@@ -30,13 +30,8 @@ def get_config():
     )
     config.losses = dict(
         localized_balance=dict(
-            weight=0.1,
-            delta=0.1,
-            world="factbook",
-            variant="code",
-            invert_type=False,
-            per_token=False,
+            weight=0.1, delta=0.1, world="factbook", variant="code", invert_type=False, per_token=False,
             accumulate="exact",
-        )  # fmt: skip
-    )
+        )
+    )  # fmt: skip
     return config

@@ -77,9 +77,7 @@ def parse_step(text):
     """
     if isinstance(text, str) and text in ("best", "latest"):
         return text
-    try:
-        if isinstance(text, (str, int)) and not isinstance(text, bool):
+    if isinstance(text, (str, int)) and not isinstance(text, bool):
+        with contextlib.suppress(ValueError):
             return int(text)
-        raise ValueError  # noqa: TRY301
-    except ValueError:
-        raise InputError("step", got=repr(text), expected="best, latest or the number of a step") from None
+    raise InputError("step", got=repr(text), expected="best, latest or the number of a step")

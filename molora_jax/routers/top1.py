@@ -38,8 +38,8 @@ class Top1(Router):
     def route(self, p, shared, x, ctx):
         z = routing.logits(p["W"], x, p.get("b"))
         probs = routing.softmax(z, ctx.allowed)
-        k, best = self.k_max(z.shape[-1]), routing.top_k(probs, 1)
+        k = self.k_max(z.shape[-1])
         selected = routing.top_k(probs, k)
         gates = jnp.where(selected, probs if self.dense or self.gated else 1.0, 0.0)
-        chosen = best if self.dense else None
+        chosen = routing.top_k(probs, 1) if self.dense else None
         return routing.finish(gates, selected, z, probs, ctx, k_max=k, chosen=chosen), ctx.carry, {}

@@ -241,10 +241,11 @@ def _loop(run, state, start, last, stop, progress, note, profile, writer) -> Res
     metrics = MetricsWriter(run.workdir, after_step=start) if writer else None
     pending, clock = None, time.monotonic()
     step = saved = start
-    trace = (start + 2, min(start + 5, last)) if profile else (None, None)  # the first two compile and warm up
+    trace, tracing = (None, None), False
     if profile and last < start + 3:
         note(f"no trace: --profile needs 3 steps, {last - start} are left")
-        trace = (None, None)
+    elif profile:
+        trace = start + 2, min(start + 5, last)  # the first two compile and warm up
 
     def flush(entry):
         """Writes the metrics of a step that is done (one step late, so that the device never waits for us)."""
@@ -263,7 +264,7 @@ def _loop(run, state, start, last, stop, progress, note, profile, writer) -> Res
         if skipped >= MAX_SKIPPED:
             raise _not_finite(skipped, number)
 
-    batches, stage, announced, tracing = None, None, None, False
+    batches, stage, announced = None, None, None
     try:
         while step < last and not _stopping(stop, step):
             now = stages_lib.stage_at(run.stages, step)
@@ -286,7 +287,8 @@ def _loop(run, state, start, last, stop, progress, note, profile, writer) -> Res
             pending = (step, values, {})
             if step == trace[1]:
                 jax.block_until_ready(values)
-                tracing = jax.profiler.stop_trace()
+                jax.profiler.stop_trace()
+                tracing = False
                 note(f"trace of steps {start + 3} to {step}: {pathlib.Path(run.workdir) / 'profile'}")
             if run.checkpoints.failures and not run.checkpoints.steps():  # known within the first compile
                 raise _not_saved(0, run.checkpoints.failures)
