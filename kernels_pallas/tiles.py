@@ -87,6 +87,25 @@ def loop(count: Array, step, carry):
     return checkpoint_name(jax.lax.fori_loop(0, count, step, carry), PRODUCT)
 
 
+def rows_where(need: Array, function, arrays: tuple[Array, ...], outs: tuple[Array, ...]) -> tuple[Array, ...]:
+    """`function(*rows of arrays) -> rows of outs`, in blocks of consecutive rows of which one is needed.
+
+    `need [T]` bool; `arrays, outs [T, ...]`. The other blocks keep what `outs` has, at no cost.
+    """
+    T = len(need)
+    M = min(32, T)
+    starts = jnp.minimum(jnp.arange(-(-T // M)) * M, T - M)  # the last block may repeat rows: they are set, not added
+    needed = jnp.any(need[starts[:, None] + jnp.arange(M)], axis=1)
+    order = starts[jnp.argsort(~needed, stable=True)]
+
+    def step(i, outs):
+        rows = [jax.lax.dynamic_slice_in_dim(a, at(order, i), M) for a in arrays]
+        put = lambda out, new: jax.lax.dynamic_update_slice_in_dim(out, new, at(order, i), axis=0)  # noqa: E731
+        return tuple(map(put, outs, function(*rows)))
+
+    return jax.lax.fori_loop(0, jnp.sum(needed), step, outs)
+
+
 def at(x: Array, i: Array) -> Array:
     """`x[i]` for a traced scalar that is in range."""
     return jax.lax.dynamic_index_in_dim(x, i, axis=0, keepdims=False)

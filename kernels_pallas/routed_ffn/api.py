@@ -79,7 +79,8 @@ def routed_ffn(
       B_g, B_u: `[E, R, F]`; A_d: `[E, R, F]` or `[1, R, F]`; the scale is folded into the B.
       idx: `[T, K]` int32, E at a slot that is not used; a token names an expert at most once.
       gates: `[T, K]` float32.
-      base: `[T]` coefficient of the frozen FFN's own hidden state h_0.
+      base: `[T]` coefficient of the frozen FFN's own hidden state h_0; bool where it is 0 or 1 and constant: it has no
+        gradient then, and `tiled` forms h_0 in blocks of rows of which one is True.
       activation: `silu` or `gelu`.
       mask: `[T, F]` dropout mask (already divided by its keep rate) on the input of A_d, or None.
       implementation: `reference`, `dense`, `tiled`, `tpu`, or None to choose.

@@ -101,8 +101,10 @@ def _backward(activation, saved, cotangents):
     A_all = jnp.broadcast_to(A_d, (E, *A_d.shape[1:]))
     dmix32, u32 = dmix.astype(F32), u.astype(F32)
     a, da = _activate(activation, g)
-    dbase = jnp.sum(dmix32 * a * u32, axis=-1)
-    dbase = jnp.where((base != 0) | jnp.isfinite(dbase), dbase, 0.0)
+    dbase = None
+    if base.dtype != bool:
+        dbase = jnp.sum(dmix32 * a * u32, axis=-1)
+        dbase = jnp.where((base != 0) | jnp.isfinite(dbase), dbase, 0.0).astype(base.dtype)
     dg, du = gated(base[:, None], dmix32 * da * u32), gated(base[:, None], dmix32 * a)
     dz_g, dz_u, dgates = jnp.zeros(z_g.shape, F32), jnp.zeros(z_u.shape, F32), jnp.zeros(gates.shape, F32)
     dB_g, dB_u, dA = jnp.zeros(B_g.shape, F32), jnp.zeros(B_u.shape, F32), jnp.zeros(A_all.shape, F32)
@@ -138,7 +140,7 @@ def _backward(activation, saved, cotangents):
         dA.astype(A_d.dtype),
         None,
         dgates.astype(gates.dtype),
-        dbase.astype(base.dtype),
+        dbase,
         None,
     )
 

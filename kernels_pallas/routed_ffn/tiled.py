@@ -45,6 +45,14 @@ def _hidden(activation, g, u, z_g, z_u, B_g, B_u, token):
     return jax.lax.optimization_barrier((g_k, core(activation, g_k), u_k))
 
 
+def _base_rows(function, g, u, base, *more):
+    """`function(g, u, base, *more)`, what h_0 adds to `[T, F]` arrays; with a bool base of those rows alone."""
+    if base.dtype != bool:
+        return function(g, u, base, *more)
+    outs = tuple(tiles.zeros(*[g.shape] * (1 + len(more))))
+    return tiles.rows_where(base, function, (g, u, base, *more), outs)
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _op(activation, g, u, z_g, z_u, B_g, B_u, A_d, gates, base, mask, schedule):
     return _forward(activation, g, u, z_g, z_u, B_g, B_u, A_d, gates, base, mask, schedule)[0]
@@ -67,8 +75,11 @@ def _forward(activation, g, u, z_g, z_u, B_g, B_u, A_d, gates, base, mask, sched
         mix = tiles.add_rows(mix, to_token, gated(w, h))
         return mix, tiles.add_rows(z_d, to_slot, down)
 
-    g32 = g.astype(F32)
-    start = gated(base[:, None], pair(activation, g32, core(activation, g32))[0] * u.astype(F32))
+    def h_0(g, u, base):
+        g = g.astype(F32)
+        return (gated(base[:, None], pair(activation, g, core(activation, g))[0] * u.astype(F32)),)
+
+    (start,) = _base_rows(h_0, g, u, base)
     mix, z_d = tiles.loop(schedule.count, step, (start, *tiles.zeros((T * K, R))))
     saved = (g, u, z_g, z_u, B_g, B_u, A_d, gates, base, mask, schedule)
     return (mix.astype(dtype), z_d.reshape(T, K, R).astype(dtype)), saved
@@ -109,11 +120,16 @@ def _backward(activation, saved, cotangents):
             tiles.add_at(dA_d, e if A_d.shape[0] > 1 else 0, _dot(dz, seen, TN)),
         )
 
-    g32, u32, dmix32 = g.astype(F32), u.astype(F32), dmix.astype(F32)
-    a, da = pair(activation, g32, jax.lax.optimization_barrier(core(activation, g32)))
-    dbase = jax.lax.dot_general(dmix32, a * u32, (((1,), (1,)), ((0,), (0,))))
-    dbase = jnp.where((base != 0) | jnp.isfinite(dbase), dbase, 0.0)
-    dg0, du0 = gated(base[:, None], dmix32 * da * u32), gated(base[:, None], dmix32 * a)
+    def h_0(g, u, base, dmix):
+        g, u, dmix = g.astype(F32), u.astype(F32), dmix.astype(F32)
+        a, da = pair(activation, g, jax.lax.optimization_barrier(core(activation, g)))
+        d = gated(base[:, None], dmix * da * u), gated(base[:, None], dmix * a)
+        if base.dtype == bool:
+            return d
+        dbase = jax.lax.dot_general(dmix, a * u, (((1,), (1,)), ((0,), (0,))))
+        return *d, jnp.where((base != 0) | jnp.isfinite(dbase), dbase, 0.0).astype(base.dtype)
+
+    dg0, du0, *dbase = _base_rows(h_0, g, u, base, dmix)
     sums = tiles.zeros((T * K, R), (T * K, R), (T * K,), B_g.shape, B_u.shape, A_d.shape)
     dg, du, dz_g, dz_u, dgates, dB_g, dB_u, dA_d = tiles.loop(schedule.count, step, (dg0, du0, *sums))
     return (
@@ -125,7 +141,7 @@ def _backward(activation, saved, cotangents):
         dB_u.astype(B_u.dtype),
         dA_d.astype(A_d.dtype),
         dgates.reshape(gates.shape).astype(gates.dtype),
-        dbase.astype(base.dtype),
+        *(dbase or (None,)),
         None,
         None,
     )

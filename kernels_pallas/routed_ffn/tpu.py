@@ -214,7 +214,7 @@ def _backward(activation, interpret, device_kind, arrays, cotangents):
     factor = lambda d, like: d[:, :F].reshape(like.shape).astype(like.dtype)  # noqa: E731
     return (
         dg[:, :F], du[:, :F], total(dz_g, z_g), total(dz_u, z_u), factor(dB_g, B_g), factor(dB_u, B_u),
-        factor(dA, A_d), None, total(dgates, gates), total(dbase, base), None,
+        factor(dA, A_d), None, total(dgates, gates), None if base.dtype == bool else total(dbase, base), None,
     )  # fmt: skip
 
 

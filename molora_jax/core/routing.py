@@ -80,11 +80,17 @@ def finish(
     clipped: Array | None = None,
     base: Array | None = None,
     chosen: Array | None = None,
+    sums_to_one: bool = False,
 ) -> Routing:
-    """Takes padding and shut-out experts out of a decision: at padding no expert, no gate, the base alone."""
+    """Takes padding and shut-out experts out of a decision: at padding no expert, no gate, the base alone.
+
+    `sums_to_one`: the router vouches that a token's gates sum to 1 (up to rounding) where it has any expert at all.
+    """
     selected = selected & ctx.valid[..., None] & permitted(ctx.allowed)
     gates = jnp.where(selected, gates, 0.0)
-    if base is not None:
+    if sums_to_one:
+        base = ~jnp.any(selected, axis=-1)
+    elif base is not None:
         base = jnp.where(ctx.valid, base, 1.0)
     if chosen is not None:
         chosen = chosen & selected
@@ -95,7 +101,7 @@ def by_task(ctx: Context, experts: int) -> Routing:
     """Hard routing by the batch's task ids: expert `task_id mod E` alone, with weight 1."""
     hot = (ctx.task_ids % experts)[..., None] == jnp.arange(experts)
     p = hot.astype(jnp.float32)
-    return finish(p, hot, jnp.where(hot, 0.0, NEG_INF), p, ctx, k_max=1)
+    return finish(p, hot, jnp.where(hot, 0.0, NEG_INF), p, ctx, k_max=1, sums_to_one=True)
 
 
 def slots(routing: Routing) -> tuple[Array, Array]:

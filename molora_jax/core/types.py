@@ -53,7 +53,8 @@ class Routing:
 
     `gates [B, S, E]` float32, 0 where not selected; `selected [B, S, E]` bool; `logits`, `probs [B, S, E]` float32,
     before the selection; `valid [B, S]` bool, False at padding (never routed, never counted); `clipped [B, S]` int32,
-    experts that the rule wanted beyond `k_max`; `base [B, S]` the frozen FFN's coefficient, None for `1 - sum gates`;
+    experts that the rule wanted beyond `k_max`; `base [B, S]` the frozen FFN's coefficient, None for `1 - sum gates`,
+    bool where it is a constant 0 or 1 (gates that sum to 1: the FFN's own hidden state is then not even formed);
     `chosen [B, S, E]` bool, what a balance loss counts, None for `selected` (a dense router with one favourite: that).
     Gates may be negative, exceed 1, or sum to anything: nothing downstream may assume otherwise.
     """

@@ -122,7 +122,7 @@ def feed_forward(x, g, u, weights, parts, on, rows, activation, share=(0, 1), z=
             row = received(travel, common.send_tokens(x, plan), expert)
         lost = jnp.sum(jnp.where((part.idx < part.experts) & ~plan.kept, part.gates, 0.0), axis=-1)
         mix = mix + ((part.base + lost - 1.0)[:, None] * h0).astype(mix.dtype)
-        there = part.replace(idx=expert[:, None], gates=gate[:, None], base=jnp.zeros(len(row)))
+        there = part.replace(idx=expert[:, None], gates=gate[:, None], base=jnp.zeros(len(row), bool))
         shared = [lowrank.frozen_linear(weights[s], row) for s in ("gate", "up")]
         mixed, more = ffn.apply(row, *shared, [there], activation, down, row_ids, share)
         with jax.named_scope("combine"):

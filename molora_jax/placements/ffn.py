@@ -54,14 +54,12 @@ def part(rule, p: dict, shared: dict, routing, contexts: dict, x: Array) -> Part
         dropout[site] = lowrank.dropout(ctx.keyed(), adapter.dropout)
         latents.append(latent_of(adapter, own, ctx))
     if routing is None:
-        idx, gates, base = jnp.zeros((T, 1), jnp.int32), jnp.ones((T, 1), jnp.float32), None
+        idx, gates, base = jnp.zeros((T, 1), jnp.int32), jnp.ones((T, 1), jnp.float32), jnp.zeros(T, bool)
     else:
         idx, gates = routing_math.slots(routing)
-        base = None if routing.base is None else routing.base.reshape(-1)
-    if base is None:
-        base = jnp.zeros(T) if rule.shrink else 1.0 - jnp.sum(gates, axis=-1)
-    if rule.shrink and routing is not None:  # padding has no expert: keep its hidden state finite and the base's
-        base = jnp.where(routing.valid.reshape(-1), base, 1.0)
+        base = 1.0 - jnp.sum(gates, axis=-1) if routing.base is None else routing.base.reshape(-1)
+        if routing.base is None and rule.shrink:  # padding has no expert: its hidden state stays the base's
+            base = ~routing.valid.reshape(-1)
     # one expert's W_d is applied once either way, but a row factor has to act after it
     per_expert = rule.down == "per_expert" or (routing is None and factors["down"].out is not None)
     E = factors["gate"].B.shape[0]

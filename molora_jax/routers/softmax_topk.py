@@ -43,4 +43,6 @@ class SoftmaxTopK(Router):
         gates = jnp.where(selected, probs, 0.0)
         if self.renormalise:
             gates = gates / jnp.sum(gates, axis=-1, keepdims=True)
-        return routing.finish(gates, selected, z, probs, ctx, k_max=self.k_max(z.shape[-1])), ctx.carry, {}
+        k = self.k_max(z.shape[-1])
+        whole = self.renormalise or k == z.shape[-1]
+        return routing.finish(gates, selected, z, probs, ctx, k_max=k, sums_to_one=whole), ctx.carry, {}

@@ -42,4 +42,7 @@ class Top1(Router):
         selected = routing.top_k(probs, k)
         gates = jnp.where(selected, probs if self.dense or self.gated else 1.0, 0.0)
         chosen = routing.top_k(probs, 1) if self.dense else None
-        return routing.finish(gates, selected, z, probs, ctx, k_max=k, chosen=chosen), ctx.carry, {}
+        decision = routing.finish(
+            gates, selected, z, probs, ctx, k_max=k, chosen=chosen, sums_to_one=self.dense or not self.gated
+        )
+        return decision, ctx.carry, {}

@@ -34,5 +34,7 @@ class TopP(Router):
         gates = jnp.where(selected, probs, 0.0)
         if self.renormalise:
             gates = gates / jnp.sum(gates, axis=-1, keepdims=True)
-        decision = routing.finish(gates, selected, z, probs, ctx, k_max=k_max, clipped=clipped)
+        decision = routing.finish(
+            gates, selected, z, probs, ctx, k_max=k_max, clipped=clipped, sums_to_one=self.renormalise
+        )
         return decision, ctx.carry, {}

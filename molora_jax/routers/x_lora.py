@@ -82,5 +82,6 @@ class XLora(Router):
             gates = jax.nn.softmax(jnp.where(selected & allowed, cool, routing.NEG_INF), axis=-1)
         else:
             gates = probs if self.mix == "softmax" else z
-        decision = routing.finish(self.gain * gates, selected, z, probs, ctx, k_max=k)
+        whole = self.gain == 1 and (self.mix == "softmax_topk" or self.mix == "softmax" and k == z.shape[-1])
+        decision = routing.finish(self.gain * gates, selected, z, probs, ctx, k_max=k, sums_to_one=whole)
         return decision, ctx.carry, {}

@@ -178,8 +178,9 @@ def forward(xp, model, params, adapters, batch):
                     if rule.router
                     else None
                 )
-                if d is not None and (rule.shrink or d.base is not None):  # the base's coefficient is not 1 - sum g
-                    c_0 = xp.where(d.valid, 0.0 if d.base is None else d.base, 1.0)
+                own = d is not None and d.base is not None and d.base.dtype != bool  # bool: must equal 1 - sum g
+                if d is not None and (rule.shrink or own):  # the base's coefficient is not 1 - sum g
+                    c_0 = xp.where(d.valid, d.base if own else 0.0, 1.0)
                     y = y + (c_0 - (1 - xp.sum(g, axis=-1)))[..., None] * base
         else:
             g, u = project("gate", h, h), project("up", h, h)

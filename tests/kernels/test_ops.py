@@ -130,6 +130,33 @@ def test_routed_ffn_where_every_expert_has_a_slot(name):
     compare(ffn_api.IMPLEMENTATIONS[name], ffn_api.IMPLEMENTATIONS["reference"], args, cotangents)
 
 
+@pytest.mark.parametrize("kind", ["random", "padded", "unused"])
+@pytest.mark.parametrize("name", ["reference", "dense", "tiled", "tpu-nan"])
+def test_routed_ffn_with_a_base_of_true_and_false(name, kind):
+    """As with 1 and 0; rows without experts take h_0, a whole block of 32 of them and rows across blocks."""
+    args, cotangents = ffn_inputs(np.random.default_rng(14), 75, 4, 2, 3, 0, 24, kind)
+    args[7][30:35] = 4
+    base = (args[7] == 4).all(axis=1)
+    args[9] = base.astype(np.float32)
+    wanted = both(form("routed_ffn", "reference"), list(map(jnp.asarray, args)), jax.tree.map(jnp.asarray, cotangents))
+    del wanted[-1]  # dbase
+    compare(form("routed_ffn", name), form("routed_ffn", "reference"), [*args[:9], base], cotangents)
+    got = both(form("routed_ffn", name), [*map(jnp.asarray, args[:9]), base], jax.tree.map(jnp.asarray, cotangents))
+    for a, b in zip(got, wanted, strict=True):
+        np.testing.assert_allclose(a, b, rtol=0, atol=4e-6 * max(1, np.abs(b).max()))
+
+
+@pytest.mark.parametrize(
+    "T, need, done", [(75, [40], range(32, 64)), (75, [70], range(43, 75)), (9, [], []), (9, [8], range(9))]
+)
+def test_rows_where_forms_the_blocks_that_are_needed(T, need, done):
+    mask = np.isin(np.arange(T), need)
+    (got,) = jax.jit(tiles.rows_where, static_argnums=1)(
+        mask, lambda x: (x + 1,), (np.arange(T),), (jnp.zeros(T, int),)
+    )
+    np.testing.assert_array_equal(got, np.where(np.isin(np.arange(T), done), np.arange(T) + 1, 0))
+
+
 @settings(max_examples=4, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
 @given(data=st.data())
 @pytest.mark.parametrize("op", OPS)
