@@ -16,7 +16,7 @@ def agree(op: str, **arguments) -> dict[str, int]:
     for name, (array, axes) in arguments.items():
         if array is None:
             continue
-        shape, letters = jnp.shape(array), axes.split()
+        shape, letters = getattr(array, "shape", None) or jnp.shape(array), axes.split()
         got = f"{op}: {name} has shape {list(shape)}, expected [{', '.join(letters)}]"
         if len(shape) != len(letters):
             raise ValueError(f"{got}. Reshape it to {len(letters)} axes.")

@@ -34,6 +34,57 @@ class Tiles(NamedTuple):
     count: Array
 
 
+class InStack(NamedTuple):
+    """A layer's factors `[E, R, D]` in the stack of all layers: a tile reads its expert from there.
+
+    A layer's slice of the stack would be a copy of all its experts, forward and backward, whoever is used. Here `part`
+    [E, R, D] is that slice and only receives the gradient, so nobody reads it and the compiler leaves it out. `stack
+    [L, E, R, D]` must be a constant for autodiff; `layer` int32 is the place in it.
+    """
+
+    part: Array | None
+    stack: Array
+    layer: Array
+
+    @property
+    def shape(self):
+        return self.stack.shape[1:]
+
+    @property
+    def dtype(self):
+        return self.stack.dtype
+
+    @property
+    def ndim(self):
+        return self.stack.ndim - 1
+
+
+Factor = Array | InStack
+
+
+def plain(A: Factor) -> Array:
+    """`[E, R, D]`, for a form that multiplies with all experts."""
+    return A.part if isinstance(A, InStack) else A
+
+
+def expert(A: Factor, e: Array) -> Array:
+    """`[R, D]` of expert e, a traced scalar in range."""
+    if not isinstance(A, InStack):
+        return at(A, e)
+    return jax.lax.dynamic_slice(A.stack, (A.layer, e, 0, 0), (1, 1, *A.shape[1:])).reshape(A.shape[1:])
+
+
+def kept(A: Factor) -> Factor:
+    """What a backward pass has to remember."""
+    return A._replace(part=None) if isinstance(A, InStack) else A
+
+
+def gradient(A: Factor, d: Array) -> Factor:
+    """The cotangent of A from that of `[E, R, D]`."""
+    d = d.astype(A.dtype)
+    return InStack(d, None, None) if isinstance(A, InStack) else d
+
+
 def rows_per_tile(num_slots: int, E: int) -> int:
     """A quarter of an expert's mean load, as a power of two between 1 and 32.
 

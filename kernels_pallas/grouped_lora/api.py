@@ -6,6 +6,7 @@ from kernels_pallas.check import agree
 from kernels_pallas.grouped_lora import reference, tiled, tpu
 from kernels_pallas.pick import no_kernel_because, pick
 from kernels_pallas.platform import platform_of
+from kernels_pallas.tiles import plain
 
 IMPLEMENTATIONS = {"reference": reference.grouped_lora, "tiled": tiled.grouped_lora}
 KERNELS = {"tpu": tpu.grouped_lora}
@@ -42,7 +43,7 @@ def grouped_lora(x, A, B, idx, gates, *, implementation: str | None = None, plat
     Args:
       x: `[T, D_in]` float32 or bfloat16.
       A: `[E, R, D_in]`, or `[1, R, D_in]` shared by the experts.
-      B: `[E, R, D_out]`, the scale folded in.
+      B: `[E, R, D_out]`, the scale folded in. Both may be `tiles.InStack`.
       idx: `[T, K]` int32, E at a slot that is not used; a token names an expert at most once.
       gates: `[T, K]` float32; those of unused slots are not read.
       implementation: `reference`, `tiled`, `tpu`, or None to choose.
@@ -60,6 +61,8 @@ def grouped_lora(x, A, B, idx, gates, *, implementation: str | None = None, plat
     form = pick("grouped_lora", IMPLEMENTATIONS, KERNELS, name, refused=REFUSED, platform=platform, no_kernel=why_not)
     if sizes["T"] == 0:
         return jnp.zeros((0, sizes["D_out"]), x.dtype)
+    if name != "tiled":
+        A, B = plain(A), plain(B)
     return form(x, A, B, idx, gates)
 
 

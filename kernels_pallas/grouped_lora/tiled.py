@@ -42,11 +42,11 @@ def _shrink(K, x, A, schedule):
 def _shrink_forward(K, x, A, schedule):
     def step(i, z):
         s = tiles.step(schedule, i)
-        return tiles.add_rows(z, s.to_slot, _dot(tiles.take(x, s.token), tiles.at(A, s.expert).astype(x.dtype), NT))
+        return tiles.add_rows(z, s.to_slot, _dot(tiles.take(x, s.token), tiles.expert(A, s.expert).astype(x.dtype), NT))
 
     (z,) = tiles.zeros((len(x) * K, A.shape[1]))
     z = tiles.loop(schedule.count, step, z)
-    return z.reshape(len(x), K, -1), (x, A, schedule)
+    return z.reshape(len(x), K, -1), (x, tiles.kept(A), schedule)
 
 
 @jax.named_scope("shrink")
@@ -58,11 +58,11 @@ def _shrink_backward(K, saved, dz):
         dx, dA = carry
         s = tiles.step(schedule, i)
         d = _rows(dz, s.slot, s.valid)
-        dx = tiles.add_rows(dx, s.to_token, _dot(d, tiles.at(A, s.expert).astype(x.dtype), NN))
+        dx = tiles.add_rows(dx, s.to_token, _dot(d, tiles.expert(A, s.expert).astype(x.dtype), NN))
         return dx, tiles.add_at(dA, s.expert, _dot(d, _rows(x, s.token, s.valid), TN))
 
     dx, dA = tiles.loop(schedule.count, step, tuple(tiles.zeros(x.shape, A.shape)))
-    return dx.astype(x.dtype), dA.astype(A.dtype), None
+    return dx.astype(x.dtype), tiles.gradient(A, dA), None
 
 
 _shrink.defvjp(_shrink_forward, _shrink_backward)
@@ -78,10 +78,10 @@ def _expand_forward(dtype, z, B, gates, schedule):
     def step(i, y):
         s = tiles.step(schedule, i)
         u = gated(_rows(_flat(gates), s.slot, s.valid), _rows(_flat(z), s.slot, s.valid).astype(F32))
-        return tiles.add_rows(y, s.to_token, _dot(u.astype(dtype), tiles.at(B, s.expert).astype(dtype), NN))
+        return tiles.add_rows(y, s.to_token, _dot(u.astype(dtype), tiles.expert(B, s.expert).astype(dtype), NN))
 
     (y,) = tiles.zeros((len(z), B.shape[-1]))
-    return tiles.loop(schedule.count, step, y).astype(dtype), (z, B, gates, schedule)
+    return tiles.loop(schedule.count, step, y).astype(dtype), (z, tiles.kept(B), gates, schedule)
 
 
 @jax.named_scope("expand")
@@ -93,14 +93,14 @@ def _expand_backward(dtype, saved, dy):
         s = tiles.step(schedule, i)
         w, own = _rows(_flat(gates), s.slot, s.valid), _rows(_flat(z), s.slot, s.valid)
         d = _rows(dy, s.token, s.valid)
-        du = _dot(d, tiles.at(B, s.expert).astype(dtype), NT)
+        du = _dot(d, tiles.expert(B, s.expert).astype(dtype), NT)
         dB = tiles.add_at(dB, s.expert, _dot(gated(w, own.astype(F32)).astype(dtype), d, TN))
         dw = tiles.add_rows(dw, s.to_slot, jnp.sum(du * own.astype(F32), axis=1))
         return tiles.add_rows(dz, s.to_slot, gated(w, du)), dw, dB
 
     N, R = z.shape[0] * z.shape[1], z.shape[2]
     dz, dw, dB = tiles.loop(schedule.count, step, tuple(tiles.zeros((N, R), (N,), B.shape)))
-    return dz.reshape(z.shape).astype(z.dtype), dB.astype(B.dtype), dw.reshape(gates.shape).astype(gates.dtype), None
+    return dz.reshape(z.shape).astype(z.dtype), tiles.gradient(B, dB), dw.reshape(gates.shape).astype(gates.dtype), None
 
 
 _expand.defvjp(_expand_forward, _expand_backward)
@@ -122,7 +122,7 @@ def grouped_lora(x, A, B, idx, gates, *, rows=None):
     if A.shape[0] == 1:  # one A for all: a plain product
         used = idx < B.shape[0]
         rows = jnp.where(jnp.any(used, axis=1, keepdims=True), x, 0)  # dA contracts over all of them
-        z = jnp.where(used[..., None], _dot(rows, A[0].astype(x.dtype), NT)[:, None, :], 0.0)
+        z = jnp.where(used[..., None], _dot(rows, tiles.plain(A)[0].astype(x.dtype), NT)[:, None, :], 0.0)
     else:
         z = shrink(x, A, idx, schedule=schedule)
     return expand(z, B, idx, gates, dtype=x.dtype, schedule=schedule)

@@ -7,6 +7,7 @@ from kernels_pallas.pick import no_kernel_because, pick
 from kernels_pallas.platform import is_split, platform_of
 from kernels_pallas.routed_ffn import dense, reference, tiled, tpu
 from kernels_pallas.routed_ffn.activations import PAIRS
+from kernels_pallas.tiles import plain
 
 IMPLEMENTATIONS = {"reference": reference.routed_ffn, "dense": dense.routed_ffn, "tiled": tiled.routed_ffn}
 KERNELS = {"tpu": tpu.routed_ffn}
@@ -76,7 +77,8 @@ def routed_ffn(
     Args:
       g, u: `[T, F]` shared gate and up projections.
       z_g, z_u: `[T, K, R]` rank activations of the token's slots.
-      B_g, B_u: `[E, R, F]`; A_d: `[E, R, F]` or `[1, R, F]`; the scale is folded into the B.
+      B_g, B_u: `[E, R, F]`; A_d: `[E, R, F]` or `[1, R, F]`; the scale is folded into the B. Each may be a
+        `tiles.InStack`.
       idx: `[T, K]` int32, E at a slot that is not used; a token names an expert at most once.
       gates: `[T, K]` float32.
       base: `[T]` coefficient of the frozen FFN's own hidden state h_0; bool where it is 0 or 1 and constant: it has no
@@ -99,4 +101,6 @@ def routed_ffn(
     form = pick("routed_ffn", IMPLEMENTATIONS, KERNELS, name, refused={}, platform=platform, no_kernel=why_not)
     if sizes["T"] == 0:
         return jnp.zeros_like(g), jnp.zeros(z_g.shape, g.dtype)
+    if name != "tiled":
+        B_g, B_u, A_d = plain(B_g), plain(B_u), plain(A_d)
     return form(g, u, z_g, z_u, B_g, B_u, A_d, idx, gates, base, activation=activation, mask=mask)

@@ -35,7 +35,7 @@ def _rows(x, slot, valid):
 
 
 def _expert(A, e):
-    return tiles.at(A, e if A.shape[0] > 1 else 0)
+    return tiles.expert(A, e if A.shape[0] > 1 else 0)
 
 
 def _hidden(activation, g, u, z_g, z_u, B_g, B_u, token):
@@ -86,7 +86,7 @@ def _forward(activation, g, u, z_g, z_u, B_g, B_u, A_d, gates, base, mask, sched
 
     (start,) = _base_rows(h_0, g, u, base)
     mix, z_d = tiles.loop(schedule.count, step, (start, *tiles.zeros((T * K, R))))
-    saved = (g, u, z_g, z_u, B_g, B_u, A_d, gates, base, mask, schedule)
+    saved = (g, u, z_g, z_u, *map(tiles.kept, (B_g, B_u, A_d)), gates, base, mask, schedule)
     return (mix.astype(dtype), z_d.reshape(T, K, R).astype(dtype)), saved
 
 
@@ -141,9 +141,9 @@ def _backward(activation, saved, cotangents):
         du.astype(dtype),
         dz_g.reshape(z_g.shape).astype(z_g.dtype),
         dz_u.reshape(z_u.shape).astype(z_u.dtype),
-        dB_g.astype(B_g.dtype),
-        dB_u.astype(B_u.dtype),
-        dA_d.astype(A_d.dtype),
+        tiles.gradient(B_g, dB_g),
+        tiles.gradient(B_u, dB_u),
+        tiles.gradient(A_d, dA_d),
         dgates.reshape(gates.shape).astype(gates.dtype),
         *(dbase or (None,)),
         None,

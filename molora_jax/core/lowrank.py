@@ -10,6 +10,7 @@ import jax.extend
 import jax.numpy as jnp
 
 from kernels_pallas import grouped_expand, grouped_lora, grouped_shrink, low_rank_op, rank_gated
+from kernels_pallas.tiles import plain
 from molora_jax.core.types import Array, Factors
 
 F32 = jnp.float32
@@ -92,7 +93,7 @@ def low_rank(x: Array, factors: Factors, gates: Array, latent=None, slots=None) 
     if latent is not None or factors.mid is not None:
         return expand(shrink(x, factors, latent), B, gates, x.dtype)
     if slots is not None and _groups(*B.shape[:2], slots[0].shape[1]):
-        return grouped_lora(x, A, B, slots[0], factors.scale * slots[1])
+        return grouped_lora(x, factors.by_expert("A"), factors.by_expert("B"), slots[0], factors.scale * slots[1])
     return rank_gated(x, A, B, gates)
 
 
@@ -100,16 +101,24 @@ def shrink_slots(x: Array, factors: Factors, idx: Array, latent=None) -> Array:
     """`shrink` at the token's experts alone: `x [T, D]`, `idx [T, K]` -> `[T, K, R]` float32, 0 at an unused slot."""
     plain = latent is None and factors.mid is None and factors.A.shape[0] > 1
     if plain and _groups(*factors.A.shape[:2], idx.shape[1]):
-        return grouped_shrink(x, factors.A, idx)
+        return grouped_shrink(x, factors.by_expert("A"), idx)
     return to_slots(shrink(x, factors, latent), idx)
 
 
 def expand_slots(z: Array, B: Array, idx: Array, gates: Array, dtype) -> Array:
-    """`sum_k g_k B[e_k] z_k`: `z [T, K, R]`, `B [E, R, D_out]`, `idx, gates [T, K]` -> `[T, D_out]`."""
+    """`sum_k g_k B[e_k] z_k`: `z [T, K, R]`, `B [E, R, D_out]` or in its stack, `idx, gates [T, K]` -> `[T, D_out]`."""
     E, R, _ = B.shape
     if _groups(E, R, idx.shape[1]):
         return grouped_expand(z, B, idx, gates, dtype=dtype)
-    return expand(from_slots(z.astype(F32), idx, E), B, from_slots(gates[..., None], idx, E)[..., 0], dtype)
+    return expand(from_slots(z.astype(F32), idx, E), plain(B), from_slots(gates[..., None], idx, E)[..., 0], dtype)
+
+
+def located(factors: Factors, own: dict, whole: tuple[dict, Array] | None) -> Factors:
+    """`factors` that know their stack: `own` are their leaves, `whole` those of all layers, and the place."""
+    if whole is None:
+        return factors
+    stacks = {name: whole[0][name] for name in "AB" if name in own and getattr(factors, name) is own[name]}
+    return factors.replace(stacks=stacks, place=whole[1])
 
 
 def combine(f: Array | None, gates: Array) -> Array | float:

@@ -9,6 +9,8 @@ from typing import Any
 import flax.struct
 import jax
 
+from kernels_pallas.tiles import InStack
+
 Array = jax.Array
 
 
@@ -36,7 +38,8 @@ class Factors:
     `out [E, D_out]` multiplies `W x` (DoRA), `inp [E, D_in]` multiplies `x`; both are combined over experts as
     `1 + sum_e g_e (f_e - 1)`. `mid [E, R, R]` stands between A and B (LoRA-XS). `scale` multiplies the low-rank part,
     where it is smallest: at the gates or rank activations, never at B, which would be a copy of all experts a layer.
-    The placement sets it, an adapter leaves it at 1.
+    The placement sets it, an adapter leaves it at 1. So it does with `stacks`: of "A" and "B" that are this layer's
+    leaves as they are, the leaves of all layers, and in `place` where among them.
     """
 
     A: Array
@@ -45,6 +48,13 @@ class Factors:
     out: Array | None = None
     inp: Array | None = None
     scale: float = flax.struct.field(pytree_node=False, default=1.0)
+    stacks: dict[str, Array] = flax.struct.field(default_factory=dict)
+    place: Array | None = None
+
+    def by_expert(self, name: str) -> "Array | InStack":
+        """A or B for a product that reads the experts one by one."""
+        A = getattr(self, name)
+        return InStack(A, self.stacks[name], self.place) if name in self.stacks else A
 
 
 @flax.struct.dataclass

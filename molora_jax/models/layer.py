@@ -16,15 +16,20 @@ from molora_jax.placements import chain, ffn, projection
 
 
 class Layer:
-    """One layer of one trace. `rules` are (rule, experts) that act here; trees are this layer's slices by rule name."""
+    """One layer of one trace. `rules` are (rule, experts) that act here; trees are this layer's slices by rule name.
+
+    `whole`: the adapters of all layers of the segment and this layer's place among them, None where an engine splits
+    them.
+    """
 
     def __init__(
-        self, config: DecoderConfig, segment, active, losses, trees, carry, ctx: Context, given, collect, engine
-    ):
+        self, config: DecoderConfig, segment, active, losses, trees, carry, ctx: Context, given, collect, engine,
+        whole=None,
+    ):  # fmt: skip
         self.config, self.segment, self.active, self.losses = config, segment, active, losses
         self.adapters, self.shared, self.state = trees
         self.carry, self.ctx, self.given, self.collect = dict(carry), ctx, given, collect
-        self.engine = engine
+        self.engine, self.whole = engine, whole
         self.decisions, self.stats, self.routings = {}, {}, {}
 
     def _context(self, rule, name: str, base=None) -> Context:
@@ -71,6 +76,14 @@ class Layer:
         if self.collect:
             self.routings.setdefault(rule.name, {})[scope] = decision.gates
 
+    def _whole(self, rule, *sites: str):
+        if self.whole is None:
+            return None
+        tree = self.whole[0][rule.name]
+        for site in sites:
+            tree = tree.get(site, {})
+        return tree, self.whole[1]
+
     def _decision(self, rule, experts, site: str, x: Array):
         if rule.router is None:
             return None
@@ -104,7 +117,8 @@ class Layer:
             decision = self._decision(rule, experts, site, x)
             ctx = self._context(rule, site, base=W)
             leaves = self.adapters[rule.name].get(site, {})
-            parts.append(projection.part(rule, leaves, self.shared.get(rule.name, {}), decision, ctx, flat))
+            whole = self._whole(rule, site)
+            parts.append(projection.part(rule, leaves, self.shared.get(rule.name, {}), decision, ctx, flat, whole))
         with jax.named_scope(site):
             y, counts = engines.project(self.engine, site, W, bias, flat, parts, rest)
         self._count(acting, site, counts)
@@ -132,7 +146,8 @@ class Layer:
         for rule, experts in acting:
             contexts = {s: self._context(rule, s, base=kernels[s]) for s in ffn.SITES}
             shared, decision = self.shared.get(rule.name, {}), self._decision(rule, experts, "ffn", x)
-            parts.append(ffn.part(rule, self.adapters[rule.name], shared, decision, contexts, flat[0]))
+            own, whole = self.adapters[rule.name], self._whole(rule)
+            parts.append(ffn.part(rule, own, shared, decision, contexts, flat[0], whole))
         with jax.named_scope("experts"):
             mix, rest, counts = engines.feed_forward(self.engine, *flat, kernels, parts, act)
         self._count(acting, "ffn", counts)

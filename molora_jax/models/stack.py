@@ -54,8 +54,10 @@ def run(model, params, adapters, state, x, ctx: Context, *, mask, carry, given, 
         active = [(rule, E) for rule, E in zip(model.rules, segment.counts, strict=True) if E]
         names = [rule.name for rule, _ in active]
         shared = {name: adapters[name].get("shared", {}) for name in names}
+        own = {name: adapters[name].get(segment.name, {}) for name in names}
+        whole = jax.lax.stop_gradient(own) if model.engine.alone else None  # read by expert (`tiles.InStack`)
 
-        def body(loop, xs, segment=segment, active=active, shared=shared, cache=cache):
+        def body(loop, xs, segment=segment, active=active, shared=shared, cache=cache, whole=whole):
             x, carry, kv = loop
             index, own, own_state = xs
             base = jax.tree.map(
@@ -64,6 +66,7 @@ def run(model, params, adapters, state, x, ctx: Context, *, mask, carry, given, 
             layer = Layer(
                 model.config, segment, active, model.losses, (own, shared, own_state), carry,
                 ctx.replace(layer=index), given, collect, model.engine,
+                None if whole is None else (whole, index - segment.start),
             )  # fmt: skip
             store = None
             if kv is not None:
@@ -79,7 +82,6 @@ def run(model, params, adapters, state, x, ctx: Context, *, mask, carry, given, 
             return (constrain(x), layer.carry, kv), (layer.stats, layer.routings)
 
         body = jax.checkpoint(body, policy=REMAT[model.remat], prevent_cse=False) if ctx.train else body
-        own = {name: adapters[name].get(segment.name, {}) for name in names}
         own_state = {name: state.get(name, {}).get(segment.name, {}) for name in names}
         xs = (jnp.arange(segment.start, segment.stop), own, own_state)
         kv = None if cache is None else cache[:2]

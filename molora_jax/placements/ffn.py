@@ -43,14 +43,18 @@ class Part:
         return self.latents[SITES.index(site)]
 
 
-def part(rule, p: dict, shared: dict, routing, contexts: dict, x: Array) -> Part:
-    """`contexts` by site; `x [T, D]` only gives the shape. Without a router: one expert with weight 1."""
+def part(rule, p: dict, shared: dict, routing, contexts: dict, x: Array, whole=None) -> Part:
+    """`contexts` by site; `x [T, D]` only gives the shape. Without a router: one expert with weight 1.
+
+    `whole`: the leaves of all layers, by site, and this layer's place among them, or None (see `lowrank.located`).
+    """
     adapter, T = rule.adapter, len(x)
     factors, dropout, latents = {}, {}, []
     for site in SITES:
         ctx = contexts[site]
         own = p.get(site, {})
-        factors[site] = adapter.factors(own, shared, ctx).replace(scale=adapter.scale())
+        stack = None if whole is None else (whole[0].get(site, {}), whole[1])
+        factors[site] = lowrank.located(adapter.factors(own, shared, ctx), own, stack).replace(scale=adapter.scale())
         dropout[site] = lowrank.dropout(ctx.keyed(), adapter.dropout)
         latents.append(latent_of(adapter, own, ctx))
     if routing is None:
@@ -85,7 +89,7 @@ def hidden(z: dict, g: Array, u: Array, one: Part, activation: str, rows: Array,
 
     `z` from `ranks`, `g, u [T, F]` shared projections -> `mix [T, F] = c h_0 + sum w_k h_k`, `z_d [T, K, R]`.
     """
-    B_g, B_u, A_d = one.factors["gate"].B, one.factors["up"].B, one.factors["down"].A
+    B_g, B_u, A_d = (one.factors[site].by_expert(name) for site, name in (("gate", "B"), ("up", "B"), ("down", "A")))
     drop, ways = one.dropout["down"], share[1]
     mask = None if drop is None else drop.mask(rows, g.shape[1] * ways, g.dtype, share=share)
     return routed_ffn(
@@ -98,7 +102,7 @@ def low_rank_down(z_d: Array, one: Part, dtype) -> Array:
     factors, E = one.factors["down"], one.factors["down"].B.shape[0]
     gates = factors.scale * one.gates
     if one.latent("down") is None and factors.mid is None:
-        return lowrank.expand_slots(z_d, factors.B, one.idx, gates, dtype)
+        return lowrank.expand_slots(z_d, factors.by_expert("B"), one.idx, gates, dtype)
     z = lowrank.from_slots(z_d.astype(jnp.float32), one.idx, E)
     if one.latent("down") is not None:
         z = one.latent("down")(z)
