@@ -2,6 +2,7 @@
 
 import re
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -58,9 +59,9 @@ def inputs():
 @pytest.mark.parametrize("op", [grouped_lora, halves, tiled_ffn, dense_ffn])
 def test_values_and_gradients_are_those_of_the_slices(op):
     run = lambda in_stack: jax.jit(jax.value_and_grad(scanned(op, in_stack), (0, 1, 2, 4)))(*inputs())  # noqa: E731
-    for got, wanted in zip(jax.tree.leaves(run(True)), jax.tree.leaves(run(False)), strict=True):
-        np.testing.assert_array_equal(got, wanted)
-        assert np.any(wanted)
+    wanted = run(False)
+    chex.assert_trees_all_equal(run(True), wanted)
+    assert all(np.any(leaf) for leaf in jax.tree.leaves(wanted))
 
 
 @pytest.mark.parametrize("op", [grouped_lora, tiled_ffn])
