@@ -5,10 +5,10 @@ the layers of the rule, `ctx.state` its mutable state, `ctx.carry` what the laye
 A router that declares a SIGNAL gets that in place of x, and its leaves are made for the model's width D.
 `share="model"` has one set of leaves, `adapters/<rule>/shared/router/model/...`, and one decision for all layers.
 Build the decision with `core.routing.finish(gates, selected, z, probs, ctx, k_max=...)`; say `sums_to_one=True` where a
-token's gates do by construction: a routed FFN then need not form the hidden state without experts. `probs [B, S, E]` are the
-scores over all experts before the selection; losses read them, so they should sum to 1 over E where the router has a
-distribution (a router of independent scores gives those), with a training noise in them if they were selected with
-it. Select on logits where a low temperature could make probabilities tie at 0. Every router honours `ctx.allowed`
+token's gates do by construction: a routed FFN then need not form the hidden state without experts. `probs [B, S, E]`
+are the scores over all experts before the selection; losses read them, so they should sum to 1 over E where the router
+has a distribution (a router of independent scores gives those), with a training noise in them if they were selected
+with it. Select on logits where a low temperature could make probabilities tie at 0. Every router honours `ctx.allowed`
 (`routing.permitted`).
 `update(state, sums)` runs once an applied optimizer step, on sums over the whole global batch, never in evaluation.
 """
