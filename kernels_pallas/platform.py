@@ -3,6 +3,10 @@
 Never `jax.devices()`: a program may be compiled for devices that this machine does not have.
 """
 
+import importlib.metadata
+import importlib.util
+import os
+
 import jax
 
 PLATFORMS = {"cpu": "cpu", "gpu": "gpu", "cuda": "gpu", "rocm": "gpu", "tpu": "tpu"}
@@ -29,6 +33,13 @@ def platform_of(platform: str | None = None) -> str:
         return jax.default_backend()
     kind = f"{getattr(device, 'platform', '')} {device.device_kind}".lower()
     return "tpu" if "tpu" in kind else "cpu" if "cpu" in kind else "gpu"
+
+
+def may_accelerate() -> bool:
+    """Whether jax may find an accelerator, without starting a backend: its plugin is installed and not shut out."""
+    if os.environ.get("JAX_PLATFORMS") == "cpu":
+        return False
+    return bool(importlib.metadata.entry_points(group="jax_plugins")) or importlib.util.find_spec("libtpu") is not None
 
 
 def is_split() -> bool:

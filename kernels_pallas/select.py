@@ -3,11 +3,12 @@
 `rank_gated` multiplies all E*R rank columns and zeroes what is not selected: no sort, no gather, cost ~ E*R.
 `grouped_lora` touches only the K experts of a token, at the price of gathering rows: cost ~ K*R and some bandwidth.
 
-On an accelerator both sides of the balance are known: with P matrix FLOP/s and BW bytes/s, masked wins while
+On a TPU both sides of the balance are known: with P matrix FLOP/s and BW bytes/s, masked wins while
 
     E * R < c * P / BW,    c = (5 K + 1) / 2         (sorted rows in and out; T and D cancel)
 
-On a CPU the threshold is measured (docs/performance.md). E experts, K of them a token, R rank.
+On a CPU the threshold is measured. On a GPU the one grouped form there is, a loop over tiles, loses at every number of
+columns that was measured (docs/performance.md). E experts, K of them a token, R rank.
 """
 
 import dataclasses
@@ -31,10 +32,6 @@ DEVICES = {
     "v5p": Device(459e12, 2.77e12),
     "v5": Device(459e12, 2.77e12),
     "tpu7x": Device(2307e12, 7.4e12),
-    "h100": Device(800e12, 3.0e12),
-    "h200": Device(800e12, 4.8e12),
-    "a100": Device(312e12, 2.0e12),
-    "b200": Device(2250e12, 8.0e12),
 }
 UNKNOWN = Device(400e12, 2.0e12)
 
@@ -56,7 +53,7 @@ def low_rank_op(
     Args:
       E, R: experts and rank. K: active experts a token, None where every expert may have a gate.
       platform, device_kind: what to choose for; by default the mesh in context, else the default backend.
-      devices: P and BW by device kind. threshold: E*R above which to group, instead of the formula.
+      devices: P and BW by device kind of a TPU. threshold: E*R above which to group, instead of the formula.
     """
     if K is None or K >= E:
         return "rank_gated", "every expert may have a gate: all of them are computed anyway"
@@ -68,6 +65,9 @@ def low_rank_op(
     elif platform == "cpu":
         threshold = CPU_COLUMNS_PER_SLOT * K
         why = f"{CPU_COLUMNS_PER_SLOT} K = {threshold} (measured on a CPU)"
+    elif platform == "gpu":
+        # 35 to 1,000 times slower at 64 to 2,048 columns: a tile takes 90 us, however few its rows (an H200)
+        return "rank_gated", "gpu: grouping loops over tiles, which leaves the device idle (measured to 2,048 columns)"
     else:
         kind = (device_kind or device_kind_of() or "").lower()
         key = next((key for key in devices if key in kind), None)

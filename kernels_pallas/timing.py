@@ -1,17 +1,20 @@
 """How the ops' `bench` modules measure: one thread, process CPU seconds, the alternatives in turn, pair by pair.
 
-Wall seconds on a shared machine say more about its other users. Every alternative is compiled first; then rounds run
-each of them once, so that a drift meets all, and a ratio is taken within a round. The floor is the roofline:
-`max(FLOPs / P, bytes / BW)` with P and BW measured on this device (CPU) or from `select.DEVICES`; BW is that of memory,
-so small arrays that stay in a cache may beat it.
+Wall seconds on a shared machine say more about its other users. On an accelerator they are the clock: of several runs
+that follow one another without a wait, for a step does not wait for each of its products either. Every alternative is
+compiled first, and left out where its arrays do not fit the device; then rounds run each of them once, so that a drift
+meets all, and a ratio is taken within a round. The floor is the roofline: `max(FLOPs / P, bytes / BW)` with P and BW
+measured on this device; BW is that of memory, so small arrays that stay in a cache may beat it.
 """
 
 import argparse
+import concurrent.futures
 import ctypes
 import json
 import os
 import platform
 import statistics
+import sys
 import time
 
 import jax
@@ -19,23 +22,35 @@ import jax.numpy as jnp
 import numpy as np
 
 from kernels_pallas import select
-from kernels_pallas.platform import platform_of
+from kernels_pallas.platform import may_accelerate
+
+RUNS = 10  # one after the other on an accelerator, so that the host's share of a call hides behind the one before
 
 
-def arguments(doc: str, shapes: dict, default: list[str]):
+def begin(doc: str, shapes: dict, cpu: list[str], *more):
+    """The parsed command line, after the backend has started; `args.shapes` by name, with the tokens asked for.
+
+    `cpu` are the names to take on a CPU where none is asked for; an accelerator takes all. `more`: flags of one bench.
+    """
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", action="append", choices=list(shapes), help="a named shape; may be repeated")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument("--rounds", type=int, default=15, help="rounds in which every alternative runs once")
     parser.add_argument("--json", action="store_true", help="one JSON on stdout instead of a table")
+    parser.add_argument("--tokens", type=int, help="T of every shape, in place of its own")
+    for name, options in more:
+        parser.add_argument(name, **options)
     args = parser.parse_args()
-    args.shapes = args.shape or default
+    one_thread()
+    names = args.shape or (cpu if jax.default_backend() == "cpu" else list(shapes))
+    own = {} if args.tokens is None else {"T": args.tokens}
+    args.shapes = {name: shapes[name] | own for name in names}
     return args
 
 
 def one_thread() -> None:
     """Before the backend starts: one processor, and freed memory kept (fresh pages would be timed as work)."""
-    os.sched_setaffinity(0, [min(os.sched_getaffinity(0))])
+    pin(1)
     flags = "--xla_cpu_multi_thread_eigen=false intra_op_parallelism_threads=1"
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {flags}"
     try:
@@ -46,34 +61,72 @@ def one_thread() -> None:
         mallopt(option, value)
 
 
+def pin(num_processors: int) -> None:
+    """Before the backend starts, which makes its threads for the processors that it sees: so many for this process.
+
+    All of them where there may be an accelerator. They only feed it, but its programs are compiled on them, which takes
+    long on one.
+    """
+    if not may_accelerate():
+        os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:num_processors])
+
+
 def seconds() -> float:
     return time.process_time() if jax.default_backend() == "cpu" else time.perf_counter()
 
 
+def memory_bytes() -> int:
+    """What one program may hold: the device's memory, the machine's on a CPU."""
+    stats = jax.local_devices()[0].memory_stats() or {}
+    return stats.get("bytes_limit") or os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def compiled(name: str, function, args: tuple):
+    """The program, or None (said on stderr) where its arrays are more than the device holds."""
+    try:
+        program = jax.jit(function).lower(*args).compile()
+        parts = program.memory_analysis()
+        size = parts.argument_size_in_bytes + parts.output_size_in_bytes + parts.temp_size_in_bytes
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        program, size = None, float("inf")
+    if size <= memory_bytes():
+        return program
+    print(f"{name} is left out: {size / 2**30:.0f} GiB of {memory_bytes() / 2**30:.0f}", file=sys.stderr, flush=True)
+    return None
+
+
 def measure(functions: dict, args: tuple, rounds: int) -> dict[str, list[float]]:
-    """Seconds of every round by name; the functions are jitted."""
-    compiled = {name: jax.jit(function).lower(*args).compile() for name, function in functions.items()}
-    for run in compiled.values():
+    """Seconds of every round by name; the functions are jitted. Those that do not fit are missing."""
+    with concurrent.futures.ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+        made = pool.map(lambda form: compiled(*form, args), functions.items())
+    programs = {name: program for name, program in zip(functions, made, strict=True) if program is not None}
+    runs = {}
+    for name, run in programs.items():
         jax.block_until_ready(run(*args))
-    out = {name: [] for name in compiled}
+        start = seconds()
+        jax.block_until_ready(run(*args))
+        runs[name] = 1 if jax.default_backend() == "cpu" else max(1, min(RUNS, int(0.05 / (seconds() - start))))
+    out = {name: [] for name in programs}
     for _ in range(rounds):
-        for name, run in compiled.items():
+        for name, run in programs.items():
             jax.block_until_ready(run(*args))  # its own caches and pages, not those of the one before
             start = seconds()
-            jax.block_until_ready(run(*args))
-            out[name].append(seconds() - start)
+            for _ in range(runs[name]):
+                result = run(*args)
+            jax.block_until_ready(result)
+            out[name].append((seconds() - start) / runs[name])
     return out
 
 
-def roofline() -> select.Device:
-    """P and BW of this device: measured on a CPU, nominal figures elsewhere."""
-    if platform_of() != "cpu":
-        kind = jax.local_devices()[0].device_kind.lower()
-        return next((chip for key, chip in select.DEVICES.items() if key in kind), select.UNKNOWN)
-    x, y = jnp.ones((1024, 1024)), jnp.ones(1 << 25)
+def roofline(dtype=jnp.float32) -> select.Device:
+    """P, of products of that dtype, and BW of this device, measured."""
+    side, length = (1024, 1 << 25) if jax.default_backend() == "cpu" else (8192, 1 << 29)
+    x, y = normal(side, side, dtype=dtype), jnp.ones(length)
     product = min(measure({"p": lambda a: a @ a}, (x,), 10)["p"])
     stream = min(measure({"s": lambda a: a + 1.0}, (y,), 10)["s"])
-    return select.Device(2 * 1024**3 / product, 2 * y.size * 4 / stream)
+    return select.Device(2 * side**3 / product, 2 * y.size * 4 / stream)
 
 
 def report(name: str, shape: dict, times: dict, chosen: tuple[str, str], flops: float, moved: float, chip) -> dict:

@@ -5,8 +5,10 @@ python -m launch.bench --config=configs/mixlora.py [--against=configs/lora.py] [
 
 Real base weights, every sequence full, a loss at every position. Each side is a child process of its own, pinned to
 the asked number of processors; after a warm-up their steps alternate, so a drift of the machine meets both. CPU seconds
-are those of the child process; the ratio is of CPU seconds, pair by pair. With `--generate` a step is the greedy
-decoding of 32 tokens after a prompt of 32, batch 1, and figures are a token.
+are those of the child process; the ratio is of CPU seconds, pair by pair. Where the step runs on an accelerator, the
+child only feeds it: it keeps all processors, and the ratio and the tokens are of wall seconds (`machine` names the
+clock). With `--generate` a step is the greedy decoding of 32 tokens after a prompt of 32, batch 1, and figures are a
+token.
 """
 
 import json
@@ -23,7 +25,7 @@ FLAGS = [
     ("--batch", dict(type=int, default=4, help="rows a step")),
     ("--seq", dict(type=int, default=128, help="tokens a row")),
     ("--dtype", dict(choices=("float32", "bfloat16"), default="float32")),
-    ("--threads", dict(type=int, default=1, help="processors of each child")),
+    ("--threads", dict(type=int, default=1, help="processors of each child, on a CPU")),
     ("--steps", dict(type=int, default=5, help="measured steps of each side")),
     ("--no_update", dict(action="store_true", help="leave the optimizer out")),
     ("--generate", dict(action="store_true", help="measure decoding instead")),
@@ -73,22 +75,27 @@ def measure(sides, args) -> dict:
     finally:
         for child in children.values():
             child.close()
-    tokens = 1 if args.generate else args.batch * args.seq
+    return summary(rows, {name: child.started for name, child in children.items()}, ends, args)
+
+
+def summary(rows, started, ends, args) -> dict:
+    """The result, from the seconds of every round and what each side said at its start and its end."""
+    tokens, clock = 1 if args.generate else args.batch * args.seq, started["a"]["clock"]
     result = {}
-    for name, child in children.items():
-        cpu = [row[name]["cpu"] for row in rows]
+    for name in started:
         result[name] = {
-            "cpu_seconds": spread(cpu),
+            "cpu_seconds": spread([row[name]["cpu"] for row in rows]),
             "wall_seconds": spread([row[name]["wall"] for row in rows]),
-            "tokens_per_cpu_second": tokens / min(cpu),
+            "tokens_per_cpu_second": tokens / min(row[name][clock] for row in rows),  # of `clock`
             "peak_rss_mb": ends[name]["peak_rss_mb"],
-            "compile_seconds": child.started["compile"],
-            "first_step_seconds": child.started["first"],  # from the start of the process
-            "trainable": child.started["trainable"],
+            "peak_device_mb": ends[name]["peak_device_mb"],  # None on a CPU
+            "compile_seconds": started[name]["compile"],
+            "first_step_seconds": started[name]["first"],  # from the start of the process
+            "trainable": started[name]["trainable"],
         }
-    if "b" in children:
-        result["ratio"] = spread([row["a"]["cpu"] / row["b"]["cpu"] for row in rows])
-    result["machine"] = machine(args)
+    if "b" in started:
+        result["ratio"] = spread([row["a"][clock] / row["b"][clock] for row in rows])
+    result["machine"] = machine(args) | {"device": started["a"]["device"], "clock": clock}
     return result
 
 
@@ -112,13 +119,19 @@ def machine(args) -> dict:
 
 def table(result, args) -> str:
     unit = "a token" if args.generate else "a step"
-    rows = [(f"CPU s {unit} (median, min, max)", "wall s", "tokens/CPU s", "peak MB", "compile s", "trainable")]
+    clock, other = ("CPU", "wall") if result["machine"]["clock"] == "cpu" else ("wall", "CPU")
+    digits = 3 if clock == "CPU" else 4
+    rows = [(f"{clock} s {unit} (median, min, max)", f"{other} s", f"tokens/{clock} s", "peak MB", "device MB",
+             "compile s", "trainable")]  # fmt: skip
     for name in ("a", "b"):
         if name in result:
             r = result[name]
-            three = ", ".join(f"{r['cpu_seconds'][k]:.3f}" for k in ("median", "min", "max"))
-            rows.append((f"{name}: {three}", f"{r['wall_seconds']['median']:.3f}", f"{r['tokens_per_cpu_second']:.1f}",
-                         f"{r['peak_rss_mb']:.0f}", f"{r['compile_seconds']:.1f}", f"{r['trainable']:,}"))  # fmt: skip
+            three = ", ".join(f"{r[f'{clock.lower()}_seconds'][k]:.{digits}f}" for k in ("median", "min", "max"))
+            device = r["peak_device_mb"]
+            rows.append((f"{name}: {three}", f"{r[f'{other.lower()}_seconds']['median']:.{digits}f}",
+                         f"{r['tokens_per_cpu_second']:.1f}", f"{r['peak_rss_mb']:.0f}",
+                         "-" if device is None else f"{device:.0f}", f"{r['compile_seconds']:.1f}",
+                         f"{r['trainable']:,}"))  # fmt: skip
     widths = [max(len(row[c]) for row in rows) for c in range(len(rows[0]))]
     lines = ["  ".join(x.ljust(w) for x, w in zip(row, widths, strict=True)).rstrip() for row in rows]
     if "ratio" in result:
@@ -130,7 +143,7 @@ class Child:
     """One side: a process that answers `start`, `step` and `end` with a line of JSON each."""
 
     def __init__(self, config: dict, args: dict):
-        environment = dict(os.environ)
+        environment = {"XLA_PYTHON_CLIENT_PREALLOCATE": "false", **os.environ}  # two sides share an accelerator
         if args["threads"] == 1:
             environment["XLA_FLAGS"] = environment.get("XLA_FLAGS", "") + " --xla_cpu_multi_thread_eigen=false"
         self.process = subprocess.Popen(

@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import os
 import resource
 import sys
 import time
@@ -11,12 +10,14 @@ import time
 def main():
     message = json.loads(sys.stdin.readline())
     config, args = message["config"], message["args"]
-    os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: args["threads"]])  # before jax makes its threads
     answers, sys.stdout = sys.stdout, sys.stderr
     from molora_jax import runtime
     from molora_jax.errors import InputError
 
     runtime.configure()
+    from kernels_pallas import timing
+
+    timing.pin(args["threads"])
     work, booted = None, time.time() - message["born"]
     for line in sys.stdin:
         what = json.loads(line)
@@ -29,7 +30,8 @@ def main():
             elif what == "step":
                 answer = timed(work)
             else:
-                answer = {"peak_rss_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024}
+                answer = {"peak_rss_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
+                          "peak_device_mb": peak_device_mb()}  # fmt: skip
         except InputError as error:
             answer = {"error": dict(where=error.where, got=error.got, expected=error.expected, fix=error.fix)}
         print(json.dumps(answer), file=answers, flush=True)
@@ -39,6 +41,14 @@ def timed(work) -> dict:
     wall, cpu = time.monotonic(), time.process_time()
     parts = work()
     return {"cpu": (time.process_time() - cpu) / parts, "wall": (time.monotonic() - wall) / parts}
+
+
+def peak_device_mb() -> float | None:
+    """Of the accelerator's memory, None on a CPU."""
+    import jax
+
+    peak = (jax.local_devices()[0].memory_stats() or {}).get("peak_bytes_in_use")
+    return None if peak is None else peak / 2**20
 
 
 def start(tree, args):
@@ -61,7 +71,11 @@ def start(tree, args):
     base = dataclasses.replace(base, params=None)  # the host's copy is not part of a step's memory
     frozen = model.frozen_patterns()
     shapes = jax.eval_shape(lambda p: model.init_adapters(jax.random.key(0), p), params)
-    answer = {"trainable": summary.count(trees.split(shapes, frozen)[0])}
+    answer = {
+        "trainable": summary.count(trees.split(shapes, frozen)[0]),
+        "device": jax.local_devices()[0].device_kind,
+        "clock": "cpu" if jax.default_backend() == "cpu" else "wall",
+    }
     rng = np.random.default_rng(0)
     make = decoding if args["generate"] else training
     work = make(config, args, model, base, params, mesh, frozen, rng)

@@ -6,8 +6,9 @@ python -m launch.profile --config=configs/mixlora.py [--config.X=V] [--batch=4 -
 The step of `launch.bench` (real base weights, every sequence full), traced. A traced operation is an instruction of the
 compiled program, whose name carries the `named_scope`s it came from; it counts for the innermost of STAGES, less the
 time of the operations inside it. `backward` holds what the stack computes again, too. What the compiler fuses counts
-for the fusion's last operation. On an accelerator the device's own times are taken. On a CPU every event costs time,
-most of all in loops: the last line has the step's time without the trace beside it.
+for the fusion's last operation. On an accelerator the device's own times are taken; on a GPU without CUDA graphs, whose
+kernels have no instruction in a trace. On a CPU every event costs time, most of all in loops: the last line has the
+step's time without the trace beside it.
 """
 
 import collections
@@ -41,17 +42,21 @@ INSTRUCTION = re.compile(r"^\s*(?:ROOT )?%?([\w.-]+) = .*op_name=\"([^\"]*)\"", 
 
 def run(argv):
     config, args = flags.parse(__doc__, [f for f in FLAGS if f[0] not in ("--against", "--generate", "--json")], argv)
-    os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: args.threads])  # before jax makes its threads
-    if args.threads == 1:
-        os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_cpu_multi_thread_eigen=false"
     from molora_jax import runtime
 
     runtime.configure()
     import jax
 
+    from kernels_pallas import timing
+    from kernels_pallas.platform import may_accelerate
     from launch import bench_side
     from molora_jax import config as config_lib
 
+    timing.pin(args.threads)
+    more = " --xla_cpu_multi_thread_eigen=false" if args.threads == 1 else ""
+    if may_accelerate():  # a GPU's trace names the graph that a kernel is part of, not the kernel's instruction
+        more += " --xla_gpu_enable_command_buffer="
+    os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + more
     jax.config.update("jax_compilation_cache_include_metadata_in_key", True)  # else the names may be an older program's
     work, _ = bench_side.start(config_lib.to_dict(config), vars(args) | {"generate": False})
     names = dict(INSTRUCTION.findall(work.text()))
@@ -90,13 +95,16 @@ def op_of(event) -> str | None:
 
 
 def own_times(events):
-    """`(name, time less that of the events inside)` of `(start, duration, name)` on one line of a trace."""
+    """`(name, time less that of the events inside)` of `(start, duration, name)` on one line of a trace.
+
+    Of an event that ends after the one around it (a GPU's kernels overlap), only the common part is taken off.
+    """
     open_ = []  # [end, name, own time]
     for start, duration, name in sorted(events, key=lambda e: (e[0], -e[1])):
         while open_ and open_[-1][0] <= start:
             yield open_.pop()[1:]
         if open_:
-            open_[-1][2] -= duration
+            open_[-1][2] -= min(start + duration, open_[-1][0]) - start
         open_.append([start + duration, name, duration])
     yield from (entry[1:] for entry in open_)
 

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 
@@ -32,6 +33,32 @@ def test_refused_before_a_side_starts(argv, where, text, monkeypatch):
     assert caught.value.where == where and text in str(caught.value)
 
 
+@pytest.mark.parametrize(("clock", "ratio", "tokens"), [("cpu", 4.0, 32 / 0.4), ("wall", 1.5, 32 / 3.0)])
+def test_ratio_and_tokens_are_of_the_clock_of_the_device(clock, ratio, tokens):
+    args = SimpleNamespace(generate=False, batch=2, seq=16, threads=1, dtype="float32")
+    rows = [{"a": {"cpu": 0.4, "wall": 3.0}, "b": {"cpu": 0.1, "wall": 2.0}}] * 3
+    start = dict(clock=clock, device="a card", compile=1.0, first=2.0, trainable=5)
+    end = dict(peak_rss_mb=10.0, peak_device_mb=None if clock == "cpu" else 4321.0)
+    result = bench.summary(rows, {"a": start, "b": start}, {"a": end, "b": end}, args)
+    assert result["ratio"]["median"] == pytest.approx(ratio)
+    assert result["a"]["tokens_per_cpu_second"] == pytest.approx(tokens)
+    assert result["machine"]["clock"] == clock and result["machine"]["device"] == "a card"
+    text = bench.table(result, args)
+    assert text.startswith("CPU s" if clock == "cpu" else "wall s") and ("4321" in text) == (clock == "wall")
+
+
+def test_two_sides_do_not_both_take_the_whole_device(monkeypatch):
+    seen = []
+    monkeypatch.setattr(bench.subprocess, "Popen", lambda *_, env, **__: seen.append(env))
+    monkeypatch.setattr(bench.Child, "_send", lambda *_: None)
+    for own in (None, "true"):
+        monkeypatch.delenv("XLA_PYTHON_CLIENT_PREALLOCATE", raising=False)
+        if own:
+            monkeypatch.setenv("XLA_PYTHON_CLIENT_PREALLOCATE", own)
+        bench.Child({}, {"threads": 1})
+    assert [env["XLA_PYTHON_CLIENT_PREALLOCATE"] for env in seen] == ["false", "true"]  # the user's own stays
+
+
 @pytest.mark.slow
 def test_a_pair_is_measured():
     against = f"--against={flags.ROOT / 'configs/lora.py'}"
@@ -41,11 +68,12 @@ def test_a_pair_is_measured():
     result = json.loads(done.stdout)
     assert set(result) == {"a", "b", "ratio", "machine"}
     for side in (result["a"], result["b"]):
-        assert set(side) == {"cpu_seconds", "wall_seconds", "tokens_per_cpu_second", "peak_rss_mb", "compile_seconds",
-                             "first_step_seconds", "trainable"}  # fmt: skip
+        assert set(side) == {"cpu_seconds", "wall_seconds", "tokens_per_cpu_second", "peak_rss_mb", "peak_device_mb",
+                             "compile_seconds", "first_step_seconds", "trainable"}  # fmt: skip
         for times in (side["cpu_seconds"], side["wall_seconds"]):
             assert 0 < times["min"] <= times["median"] <= times["max"]
-        assert all(side[name] > 0 for name in set(side) - {"cpu_seconds", "wall_seconds"})
+        assert side["peak_device_mb"] is None
+        assert all(side[name] > 0 for name in set(side) - {"cpu_seconds", "wall_seconds", "peak_device_mb"})
     assert result["a"]["trainable"] > result["b"]["trainable"]  # eight experts and their routers
     assert result["ratio"]["min"] <= result["ratio"]["median"] <= result["ratio"]["max"]
-    assert {"batch": 2, "seq": 16, "threads": 1}.items() <= result["machine"].items()
+    assert {"batch": 2, "seq": 16, "threads": 1, "clock": "cpu"}.items() <= result["machine"].items()

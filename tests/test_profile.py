@@ -25,3 +25,7 @@ def test_an_operation_counts_without_those_inside_it_for_its_innermost_stage():
     }  # fmt: skip
     table = profile.table(spent, steps=1)
     assert table.splitlines()[1].startswith("other") and table.splitlines()[-1].split() == ["a", "step", "0.0", "0.0"]
+
+
+def test_of_operations_that_overlap_only_the_common_time_is_taken_off():
+    assert dict(profile.own_times([(0, 10, "a"), (8, 6, "b"), (20, 5, "c")])) == {"a": 8, "b": 6, "c": 5}

@@ -1,6 +1,6 @@
 """Measures `grouped_lora`, forward and backward, against every alternative and the roofline.
 
-    python -m kernels_pallas.grouped_lora.bench [--shape=NAME --dtype=float32 --rounds=15] [--json]
+    python -m kernels_pallas.grouped_lora.bench [--shape=NAME --dtype=float32 --rounds=15 --tokens=T --rows=M] [--json]
 
 `grouped_lora` is the form that the op chooses here; beside a kernel `tiled` runs too. `rank_gated` computes all experts
 with the same gates. Where they are small, `reference` multiplies by one-hot slots and `gathered` takes each slot's
@@ -13,7 +13,7 @@ import functools
 import jax.numpy as jnp
 
 from kernels_pallas import select, timing
-from kernels_pallas.grouped_lora import api, shapes
+from kernels_pallas.grouped_lora import api, shapes, tiled
 from kernels_pallas.rank_gated.api import rank_gated
 
 CROSSOVER = {
@@ -24,6 +24,7 @@ CROSSOVER = {
 }
 SHAPES = shapes.SHAPES | CROSSOVER
 CPU = [name for name in SHAPES if "smollm2" in name and "128" not in name] + list(CROSSOVER)
+ROWS = ("--rows", dict(type=int, action="append", default=[], help="also `tiled` with so many rows a tile; repeatable"))
 GATHERED_BYTES = 1 << 30
 
 
@@ -44,12 +45,15 @@ def form(name):
     return op
 
 
+def tiles_of(rows):
+    return lambda x, A, B, gates, idx: tiled.grouped_lora(x, A, B, idx, gates, rows=rows)
+
+
 def main():
-    args = timing.arguments(__doc__, SHAPES, CPU)
-    timing.one_thread()
-    chip, rows, dtype = timing.roofline(), [], jnp.dtype(args.dtype)
-    for name in args.shapes:
-        s = SHAPES[name]
+    args = timing.begin(__doc__, SHAPES, CPU, ROWS)
+    dtype, rows = jnp.dtype(args.dtype), []
+    chip = timing.roofline(dtype)
+    for name, s in args.shapes.items():
         T, D_in, D_out, E, K, R = (s[key] for key in ("T", "D_in", "D_out", "E", "K", "R"))
         idx, gates = timing.decision(T, E, K)
         factor = functools.partial(timing.normal, scale=0.1)
@@ -60,6 +64,7 @@ def main():
             forms["tiled"] = form("tiled")
         if T * K * R * (D_in + D_out) * 4 < GATHERED_BYTES and name in shapes.SHAPES:
             forms |= {"gathered": gathered, "reference": form("reference")}
+        forms |= {f"tiled {n}": tiles_of(n) for n in args.rows}
         functions = {f: timing.with_gradients(op, 4) for f, op in forms.items()}
         times = timing.measure(functions, inputs, args.rounds)
         flops = 6 * T * K * R * (D_in + D_out)

@@ -1,6 +1,6 @@
 """Measures `rank_gated`, forward and backward, against every alternative and the roofline.
 
-    python -m kernels_pallas.rank_gated.bench [--shape=NAME --dtype=float32 --rounds=15] [--json]
+    python -m kernels_pallas.rank_gated.bench [--shape=NAME --dtype=float32 --rounds=15 --tokens=T] [--json]
 
 `autodiff` is the same product without the custom derivative; `reference` the einsum of three arrays as it reads.
 `grouped_lora` is not among them: these gates `[T, E]` leave no expert out. With K < E its own bench compares the two.
@@ -23,11 +23,10 @@ def autodiff(x, A, B, gates):
 
 
 def main():
-    args = timing.arguments(__doc__, shapes.SHAPES, CPU)
-    timing.one_thread()
-    chip, rows, dtype = timing.roofline(), [], jnp.dtype(args.dtype)
-    for name in args.shapes:
-        s = shapes.SHAPES[name]
+    args = timing.begin(__doc__, shapes.SHAPES, CPU)
+    dtype, rows = jnp.dtype(args.dtype), []
+    chip = timing.roofline(dtype)
+    for name, s in args.shapes.items():
         T, D_in, D_out, E, R = (s[key] for key in ("T", "D_in", "D_out", "E", "R"))
         factor = functools.partial(timing.normal, scale=0.1)
         inputs = (timing.normal(T, D_in, dtype=dtype), factor(E, R, D_in), factor(E, R, D_out), timing.normal(T, E))

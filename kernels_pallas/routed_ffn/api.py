@@ -28,8 +28,8 @@ def choose(g, B_g, idx, *, platform: str | None = None) -> tuple[str, str]:
     if platform == "tpu":
         why = no_kernel(g, B_g, idx)
         return ("dense", f"tpu: {why}") if why else ("tpu", "tpu: one pass over g and u, every h_k in VMEM only")
-    if platform != "cpu":
-        return "dense", f"{platform}: no kernel of its own yet, and a loop over tiles would leave the device idle"
+    if platform != "cpu":  # 4 to 70 times as fast as tiles of 32 rows, 3.5 to 7 times as tiles of 512 (performance.md)
+        return "dense", f"{platform}: no kernel of its own yet, and a loop over tiles leaves the device idle (measured)"
     if is_split():
         return (
             "dense",

@@ -1,6 +1,6 @@
 """Measures `routed_ffn`, forward and backward, against every alternative and the roofline.
 
-    python -m kernels_pallas.routed_ffn.bench [--shape=NAME --dtype=float32 --rounds=15] [--json]
+    python -m kernels_pallas.routed_ffn.bench [--shape=NAME --dtype=float32 --rounds=15 --tokens=T --rows=M] [--json]
 
 `plain` is the FFN without experts, `act(g) * u`: what is above it is the price of routing. `naive` is K separate FFN
 hidden states in `[T, K, F]` under autodiff, with each slot's factors gathered. With many columns E*R only the form that
@@ -13,9 +13,10 @@ import jax
 import jax.numpy as jnp
 
 from kernels_pallas import timing
-from kernels_pallas.routed_ffn import api, shapes
+from kernels_pallas.routed_ffn import api, shapes, tiled
 
 CPU = ["smollm2-135m, 8 experts", "smollm2-135m, 8 experts of 8", "smollm2-135m, 128 experts"]
+ROWS = ("--rows", dict(type=int, action="append", default=[], help="also `tiled` with so many rows a tile; repeatable"))
 DENSE_COLUMNS = 512  # beyond, the masked product only costs time
 
 
@@ -37,12 +38,18 @@ def form(name):
     return op
 
 
+def tiles_of(rows):
+    def op(g, u, z_g, z_u, B_g, B_u, A_d, gates, base, idx):
+        return tiled.routed_ffn(g, u, z_g, z_u, B_g, B_u, A_d, idx, gates, base, rows=rows)
+
+    return op
+
+
 def main():
-    args = timing.arguments(__doc__, shapes.SHAPES, CPU)
-    timing.one_thread()
-    chip, rows, dtype = timing.roofline(), [], jnp.dtype(args.dtype)
-    for name in args.shapes:
-        s = shapes.SHAPES[name]
+    args = timing.begin(__doc__, shapes.SHAPES, CPU, ROWS)
+    dtype, rows = jnp.dtype(args.dtype), []
+    chip = timing.roofline(dtype)
+    for name, s in args.shapes.items():
         T, F, E, K, R = (s[key] for key in "TFEKR")
         make = functools.partial(timing.normal, dtype=dtype)
         idx, gates = timing.decision(T, E, K)
@@ -52,6 +59,7 @@ def main():
         forms = {"plain": plain, chosen[0]: form(chosen[0]), "tiled": form("tiled")}
         if E * R <= DENSE_COLUMNS:
             forms |= {other: form(other) for other in ("dense", "reference")} | {"naive": naive}
+        forms |= {f"tiled {n}": tiles_of(n) for n in args.rows}
         functions = {f: timing.with_gradients(op, 2 if f == "plain" else 9) for f, op in forms.items()}
         times = timing.measure(functions, inputs, args.rounds)
         flops, size = 22 * T * K * R * F, dtype.itemsize  # 3 products forward, 8 backward

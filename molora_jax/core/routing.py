@@ -12,8 +12,12 @@ NEG_INF = -1e30  # finite, so that a fully masked row gives a uniform softmax in
 
 
 def logits(W: Array, x: Array, b: Array | None = None) -> Array:
-    """`x [..., D]`, `W [E, D]` -> `[..., E]`, in float32 whatever the compute dtype (bf16 flips near-ties)."""
-    z = jnp.einsum("...d,ed->...e", x.astype(jnp.float32), W.astype(jnp.float32))
+    """`x [..., D]`, `W [E, D]` -> `[..., E]`, in float32 whatever the compute dtype (bf16 flips near-ties).
+
+    At the highest precision: by default a GPU multiplies float32 in TF32 and a TPU in bfloat16.
+    """
+    exact = jax.lax.Precision.HIGHEST
+    z = jnp.einsum("...d,ed->...e", x.astype(jnp.float32), W.astype(jnp.float32), precision=exact)
     return z if b is None else z + b
 
 

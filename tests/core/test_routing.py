@@ -16,6 +16,12 @@ SHAPES = st.sampled_from([(4, 1), (4, 2), (4, 5), (4, 9)])  # a few, because eve
 scores = hnp.arrays(np.float32, SHAPES, elements=st.sampled_from([-2.0, -1.0, 0.0, 0.25, 0.5, 1.0]))
 
 
+def test_logits_are_products_in_float32_on_every_device():
+    """By default a GPU would multiply in TF32 and a TPU in bfloat16, which flip near-ties."""
+    text = str(jax.make_jaxpr(routing.logits)(jnp.ones((8, 16)), jnp.ones((2, 3, 16), jnp.bfloat16)))
+    assert "dot_general" in text and "HIGHEST" in text
+
+
 def context(valid, **more):
     valid = jnp.asarray(valid)
     zeros = jnp.zeros(valid.shape, jnp.int32)

@@ -301,11 +301,14 @@ def test_the_choice_and_its_reason():
     assert name == "grouped_lora" and "128" in why
     assert low_rank_op(8, 8, 2, platform="cpu")[0] == "rank_gated"
     assert low_rank_op(8, 16, None)[0] == low_rank_op(8, 16, 8)[0] == "rank_gated"
-    for kind, threshold in {"NVIDIA H100": 1467, "TPU v5 lite": 1321, "TPU v6 lite": 3079, "TPU v5": 911}.items():
+    for kind, threshold in {"TPU v5 lite": 1321, "TPU v6 lite": 3079, "TPU v5": 911}.items():
         for columns, expected in ((threshold - 9, "rank_gated"), (threshold + 9, "grouped_lora")):
             name, why = low_rank_op(columns, 1, 2, platform="tpu", device_kind=kind)
             assert name == expected, why
-    assert low_rank_op(8, 16, 2, platform="tpu", threshold=100)[0] == "grouped_lora"
+    name, why = low_rank_op(128, 16, 2, platform="cuda")
+    assert name == "rank_gated" and "measured" in why
+    for platform in ("tpu", "gpu"):
+        assert low_rank_op(8, 16, 2, platform=platform, threshold=100)[0] == "grouped_lora"
 
 
 @pytest.mark.parametrize(
