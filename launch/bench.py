@@ -57,7 +57,7 @@ def check(args):
             raise flags.wrong(f"--{name}", value, ">= 1")
     if args.threads > processors:
         raise flags.wrong("--threads", args.threads, f"<= {processors}, the processors that this process may use")
-    if args.generate and args.no_update:
+    if getattr(args, "generate", False) and args.no_update:
         raise flags.wrong("--no_update", "with --generate", "a training step", "Decoding has no update: drop a flag.")
 
 

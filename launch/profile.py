@@ -19,7 +19,7 @@ import tempfile
 import time
 
 from launch import flags
-from launch.bench import FLAGS
+from launch.bench import FLAGS, check
 
 STAGES = {
     "route": "scores, top-k, the sums of losses and statistics",
@@ -42,6 +42,7 @@ INSTRUCTION = re.compile(r"^\s*(?:ROOT )?%?([\w.-]+) = .*op_name=\"([^\"]*)\"", 
 
 def run(argv):
     config, args = flags.parse(__doc__, [f for f in FLAGS if f[0] not in ("--against", "--generate", "--json")], argv)
+    check(args)
     from molora_jax import runtime
 
     runtime.configure()

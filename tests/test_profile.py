@@ -2,7 +2,10 @@
 
 from types import SimpleNamespace as Thing
 
-from launch import profile
+import pytest
+
+from launch import flags, profile
+from molora_jax.errors import InputError
 
 
 def event(start, duration, op):
@@ -29,3 +32,9 @@ def test_an_operation_counts_without_those_inside_it_for_its_innermost_stage():
 
 def test_of_operations_that_overlap_only_the_common_time_is_taken_off():
     assert dict(profile.own_times([(0, 10, "a"), (8, 6, "b"), (20, 5, "c")])) == {"a": 8, "b": 6, "c": 5}
+
+
+@pytest.mark.parametrize("flag", ["--steps=0", "--batch=0", "--threads=0"])
+def test_a_number_that_is_too_small_is_refused(flag):
+    with pytest.raises(InputError, match=flag.split("=")[0]):
+        profile.run([f"--config={flags.ROOT / 'configs/mixlora.py'}", flag])
