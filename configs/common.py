@@ -72,6 +72,7 @@ def get_config():
                 keep=2,
                 log_every=10,
                 remat="dots",  # none, dots, full
+                attention="xla",  # or fused: cuDNN's on one NVIDIA GPU in half precision, else the same as xla
                 init_from="",
             ),
             eval=dict(num_items=32, num_generated=16, max_new_tokens=16, batch_size=16),

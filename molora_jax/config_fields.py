@@ -97,6 +97,7 @@ FIELDS = {
         "keep": at_least(1),
         "log_every": at_least(1),
         "remat": choice("none", "dots", "full"),
+        "attention": choice("xla", "fused"),
         "init_from": TEXT,
     },
     "eval": {

@@ -43,13 +43,14 @@ def rotate(x, turn):
     return (jnp.concatenate([a, b], -1) * cos + jnp.concatenate([-b, a], -1) * sin).astype(x.dtype)
 
 
-def attention_form(q, *, train: bool, platform: str | None = None, device=None) -> str | None:
+def attention_form(q, asked: str, *, train: bool, platform: str | None = None, device=None) -> str | None:
     """`cudnn`, which keeps no scores `[B, H, S, S]` in memory, or None for what jax takes. `q [B, S, H, H_d]`.
 
-    Where it was measured, and nowhere else: training in half precision on one NVIDIA GPU (1.65 times as fast a step of
-    plain LoRA, docs/performance.md). float32 and GPUs before capability 8 it does not have.
+    For `asked="fused"`, and where its speed was measured: training in half precision on one NVIDIA GPU (1.65 times as
+    fast a step of plain LoRA, docs/performance.md). float32 and GPUs before capability 8 it does not have. It has to be
+    asked for because its values and gradients were not yet compared with float64.
     """
-    if not train or platform_of(platform) != "gpu" or jax.device_count() > 1:
+    if asked != "fused" or not train or platform_of(platform) != "gpu" or jax.device_count() > 1:
         return None
     capability = str(getattr(device or jax.local_devices()[0], "compute_capability", ""))  # "9.0"; AMD's is a word
     capable = capability[:1].isdigit() and float(capability) >= 8
@@ -72,6 +73,7 @@ class Kernel(nn.Module):
 
 class Block(nn.Module):
     config: DecoderConfig
+    attention: str = "xla"
 
     @nn.compact
     def __call__(self, x, layer: Layer, turn, mask, cache=None):
@@ -95,7 +97,7 @@ class Block(nn.Module):
             q, k = rotate(q, turn), rotate(k, turn)
             if cache is not None:
                 k, v, cache = cache(k, v)
-            form = attention_form(q, train=layer.ctx.train and cache is None)
+            form = attention_form(q, self.attention, train=layer.ctx.train and cache is None)
             a = jax.nn.dot_product_attention(q, k, v, mask=mask, implementation=form)
             x = x + layer.project("o", *weights["o"], a.reshape(*h.shape[:2], -1))
 

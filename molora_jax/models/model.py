@@ -31,6 +31,7 @@ class Model:
     rules: tuple[rules_lib.Rule, ...] = ()
     losses: tuple[tuple[str, Any], ...] = ()
     remat: str = "dots"
+    attention: str = "xla"  # or fused, see `decoder.attention_form`
     max_segments: int = 0
     engine: Engine = ALONE
     route: str = ""  # a stage's own routing: "task" is hard, by task id

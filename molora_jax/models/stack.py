@@ -47,7 +47,7 @@ def run(model, params, adapters, state, x, ctx: Context, *, mask, carry, given, 
     each leading with the segment's layers.
     """
     turn = rotary(model.config, ctx.positions)
-    block = Block(model.config)
+    block = Block(model.config, model.attention)
     stats, gates = {}, {}
 
     for segment in model.segments:

@@ -17,13 +17,14 @@ def one_device(monkeypatch):
     monkeypatch.setattr(jax, "device_count", lambda: 1)
 
 
-def test_the_fused_form_is_taken_where_it_was_measured(one_device):
-    assert attention_form(Q, train=True, platform="gpu", device=H100) == "cudnn"
+def test_the_fused_form_is_taken_where_asked_for_and_measured(one_device):
+    assert attention_form(Q, "fused", train=True, platform="gpu", device=H100) == "cudnn"
 
 
 @pytest.mark.parametrize(
     "changes",
     [
+        dict(asked="xla"),
         dict(train=False),
         dict(platform="cpu"),
         dict(platform="tpu"),
@@ -35,9 +36,9 @@ def test_the_fused_form_is_taken_where_it_was_measured(one_device):
     ],
 )
 def test_elsewhere_jax_chooses(one_device, changes):
-    options = dict(q=Q, train=True, platform="gpu", device=H100) | changes
-    assert attention_form(options.pop("q"), **options) is None
+    options = dict(q=Q, asked="fused", train=True, platform="gpu", device=H100) | changes
+    assert attention_form(**options) is None
 
 
 def test_several_devices_were_not_measured():
-    assert attention_form(Q, train=True, platform="gpu", device=H100) is None
+    assert attention_form(Q, "fused", train=True, platform="gpu", device=H100) is None
