@@ -5,7 +5,6 @@ Never `jax.devices()`: a program may be compiled for devices that this machine d
 
 import importlib.metadata
 import importlib.util
-import os
 
 import jax
 
@@ -37,7 +36,7 @@ def platform_of(platform: str | None = None) -> str:
 
 def may_accelerate() -> bool:
     """Whether jax may find an accelerator, without starting a backend: its plugin is installed and not shut out."""
-    if os.environ.get("JAX_PLATFORMS") == "cpu":
+    if jax.config.jax_platforms == "cpu":
         return False
     return bool(importlib.metadata.entry_points(group="jax_plugins")) or importlib.util.find_spec("libtpu") is not None
 

@@ -56,12 +56,19 @@ def start(tree, args):
     import jax
     import numpy as np
 
+    from kernels_pallas.platform import may_accelerate
     from molora_jax import config as config_lib
     from molora_jax import sharding
+    from molora_jax.errors import InputError
     from molora_jax.io.base import load_base
     from molora_jax.models.compile import compile_model
     from molora_jax.train import summary, trees
 
+    if jax.default_backend() == "cpu" and may_accelerate():
+        raise InputError(
+            "--threads", got="a plugin for an accelerator, but none that jax can use", expected="one of the two",
+            fix="Set JAX_PLATFORMS=cpu: the process is pinned only where nothing but a CPU can be meant.",
+        )  # fmt: skip
     config = config_lib.from_dict(tree)
     base = load_base(config.base.source, dtype=args["dtype"], seed=0)
     config_lib.check_model(config, base.config.layers, base.config.dims)

@@ -50,12 +50,11 @@ def _hidden(activation, g, u, z_g, z_u, B_g, B_u, token):
 _once = jax.lax.optimization_barrier
 
 
-def _base_rows(function, g, u, base, *more):
-    """`function(g, u, base, *more)`, what h_0 adds to `[T, F]` arrays; with a bool base of those rows alone."""
+def _base_rows(function, outs, g, u, base, *more):
+    """`function(g, u, base, *more)`, what h_0 adds to so many `[T, F]` arrays; with a bool base of those rows alone."""
     if base.dtype != bool:
         return function(g, u, base, *more)
-    outs = tuple(tiles.zeros(*[g.shape] * (1 + len(more))))
-    return tiles.rows_where(base, function, (g, u, base, *more), outs)
+    return tiles.rows_where(base, function, (g, u, base, *more), tuple(tiles.zeros(*[g.shape] * outs)))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -84,7 +83,7 @@ def _forward(activation, g, u, z_g, z_u, B_g, B_u, A_d, gates, base, mask, sched
         g = g.astype(F32)
         return (gated(base[:, None], pair(activation, g, core(activation, g))[0] * u.astype(F32)),)
 
-    (start,) = _base_rows(h_0, g, u, base)
+    (start,) = _base_rows(h_0, 1, g, u, base)
     mix, z_d = tiles.loop(schedule.count, step, (start, *tiles.zeros((T * K, R))))
     saved = (g, u, z_g, z_u, *map(tiles.kept, (B_g, B_u, A_d)), gates, base, mask, schedule)
     return (mix.astype(dtype), z_d.reshape(T, K, R).astype(dtype)), saved
@@ -133,7 +132,7 @@ def _backward(activation, saved, cotangents):
         dbase = jax.lax.dot_general(dmix, a * u, (((1,), (1,)), ((0,), (0,))))
         return *d, jnp.where((base != 0) | jnp.isfinite(dbase), dbase, 0.0).astype(base.dtype)
 
-    dg0, du0, *dbase = _base_rows(h_0, g, u, base, dmix)
+    dg0, du0, *dbase = _base_rows(h_0, 2, g, u, base, dmix)
     sums = tiles.zeros((T * K, R), (T * K, R), (T * K,), B_g.shape, B_u.shape, A_d.shape)
     dg, du, dz_g, dz_u, dgates, dB_g, dB_u, dA_d = tiles.loop(schedule.count, step, (dg0, du0, *sums))
     return (

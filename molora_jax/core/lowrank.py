@@ -99,8 +99,8 @@ def low_rank(x: Array, factors: Factors, gates: Array, latent=None, slots=None) 
 
 def shrink_slots(x: Array, factors: Factors, idx: Array, latent=None) -> Array:
     """`shrink` at the token's experts alone: `x [T, D]`, `idx [T, K]` -> `[T, K, R]` float32, 0 at an unused slot."""
-    plain = latent is None and factors.mid is None and factors.A.shape[0] > 1
-    if plain and _groups(*factors.A.shape[:2], idx.shape[1]):
+    unchanged = latent is None and factors.mid is None and factors.A.shape[0] > 1
+    if unchanged and _groups(*factors.A.shape[:2], idx.shape[1]):
         return grouped_shrink(x, factors.by_expert("A"), idx)
     return to_slots(shrink(x, factors, latent), idx)
 

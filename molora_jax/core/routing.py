@@ -88,14 +88,16 @@ def finish(
 ) -> Routing:
     """Takes padding and shut-out experts out of a decision: at padding no expert, no gate, the base alone.
 
-    `sums_to_one`: the router vouches that a token's gates sum to 1 (up to rounding) where it has any expert at all.
+    `sums_to_one`: the router vouches that a token's gates sum to 1 (up to rounding) where it has any expert at all; it
+    then gives no `base` of its own.
     """
+    assert base is None or not sums_to_one, "gates that sum to one leave the base nothing"
     selected = selected & ctx.valid[..., None] & permitted(ctx.allowed)
     gates = jnp.where(selected, gates, 0.0)
     if sums_to_one:
         base = ~jnp.any(selected, axis=-1)
     elif base is not None:
-        base = jnp.where(ctx.valid, base, 1.0)
+        base = jnp.where(ctx.valid, base, jnp.ones((), base.dtype))
     if chosen is not None:
         chosen = chosen & selected
     return Routing(gates, selected, z, probs, ctx.valid, clipped, base, k_max, chosen)

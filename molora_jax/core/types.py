@@ -38,8 +38,8 @@ class Factors:
     `out [E, D_out]` multiplies `W x` (DoRA), `inp [E, D_in]` multiplies `x`; both are combined over experts as
     `1 + sum_e g_e (f_e - 1)`. `mid [E, R, R]` stands between A and B (LoRA-XS). `scale` multiplies the low-rank part,
     where it is smallest: at the gates or rank activations, never at B, which would be a copy of all experts a layer.
-    The placement sets it, an adapter leaves it at 1. So it does with `stacks`: of "A" and "B" that are this layer's
-    leaves as they are, the leaves of all layers, and in `place` where among them.
+    The placement sets it, an adapter leaves it at 1. The placement also sets `stacks`, the leaves of all layers, for
+    those of "A" and "B" that are this layer's leaves unchanged, and `place`, the layer's index among them.
     """
 
     A: Array
@@ -64,7 +64,7 @@ class Routing:
     `gates [B, S, E]` float32, 0 where not selected; `selected [B, S, E]` bool; `logits`, `probs [B, S, E]` float32,
     before the selection; `valid [B, S]` bool, False at padding (never routed, never counted); `clipped [B, S]` int32,
     experts that the rule wanted beyond `k_max`; `base [B, S]` the frozen FFN's coefficient, None for `1 - sum gates`,
-    bool where it is a constant 0 or 1 (gates that sum to 1: the FFN's own hidden state is then not even formed);
+    bool where that is always 0 or 1 (gates that sum to 1: the FFN's own hidden state is then not even formed);
     `chosen [B, S, E]` bool, what a balance loss counts, None for `selected` (a dense router with one favourite: that).
     Gates may be negative, exceed 1, or sum to anything: nothing downstream may assume otherwise.
     """

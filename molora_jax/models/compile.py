@@ -39,8 +39,8 @@ def compile_model(config, decoder: DecoderConfig, *, max_segments: int = 0) -> M
             )
         )
     model = Model(
-        decoder, tuple(rules), compile_losses(config), remat=config.train.remat, attention=config.train.attention,
-        max_segments=max_segments,
+        decoder, tuple(rules), compile_losses(config), remat=config.train.remat, max_segments=max_segments,
+        attention=config.train.get("attention", "xla"),  # not in runs of older versions
         tasks=tuple(name.strip() for name in config.data.tasks.split(",")),
     )  # fmt: skip
     for rule in rules:

@@ -166,7 +166,7 @@ class Layer:
             return self._route(rule, experts, rule.scopes[t], z, iteration=t)
 
         shared, ctx = self.shared.get(rule.name, {}), self._context(rule, "ffn")
-        change = chain.apply(rule, self.adapters[rule.name]["ffn"], shared, ctx, x, decide)
+        change = chain.apply(rule, self.adapters[rule.name]["ffn"], shared, ctx, x, decide, self._whole(rule, "ffn"))
         if rule.router is not None and rule.place.gating == "shared":  # one router's state sees all of its passes
             stats = self.stats[rule.name]
             whole = jax.tree.map(lambda *s: sum(s), *(stats[scope]["router"] for scope in rule.scopes))

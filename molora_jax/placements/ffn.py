@@ -4,7 +4,7 @@
 
 The frozen W_d is linear, so it is applied once, to the mixed h: a routed FFN needs no base FLOPs beyond the dense one.
 `c` is `Routing.base`, by default `1 - sum w`, so that untrained experts (B = 0) give the base whatever the gates sum
-to; the rule's `shrink=True` sets c = 0 and lets `sum w` shrink the base (MixLoRA-dynamic).
+to; the rule's `shrink=True` sets c = 0 where a token has an expert and lets `sum w` shrink the base (MixLoRA-dynamic).
 
 `down="per_expert"` applies W_d to every expert's own h: for row factors that sit after W_d (DoRA).
 T tokens, D width, F FFN width, E experts, K slots, R rank.
@@ -62,8 +62,8 @@ def part(rule, p: dict, shared: dict, routing, contexts: dict, x: Array, whole=N
     else:
         idx, gates = routing_math.slots(routing)
         base = 1.0 - jnp.sum(gates, axis=-1) if routing.base is None else routing.base.reshape(-1)
-        if routing.base is None and rule.shrink:  # padding has no expert: its hidden state stays the base's
-            base = ~routing.valid.reshape(-1)
+        if routing.base is None and rule.shrink:  # a token without any expert (padding is one) keeps the base's
+            base = ~jnp.any(routing.selected, axis=-1).reshape(-1)
     # one expert's W_d is applied once either way, but a row factor has to act after it
     per_expert = rule.down == "per_expert" or (routing is None and factors["down"].out is not None)
     E = factors["gate"].B.shape[0]

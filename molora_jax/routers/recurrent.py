@@ -14,6 +14,7 @@ B batch, S sequence, D width, P GRU width, E experts.
 """
 
 import dataclasses
+import functools
 from typing import ClassVar, Literal
 
 import jax
@@ -21,11 +22,14 @@ import jax.numpy as jnp
 
 from molora_jax.routers.softmax_topk import SoftmaxTopK
 
+# As `routing.logits`: what the scores follow from is not rounded to TF32 or bfloat16 on an accelerator.
+exact = functools.partial(jnp.einsum, precision=jax.lax.Precision.HIGHEST)
+
 
 def gru(x, h, W, U, b, c):
     """The standard cell (reset after the product): `x, h [..., P]`, `W, U [3, P, P]`, `b, c [3, P]`; s, z, n."""
-    a = jnp.einsum("...p,gqp->g...q", x, W) + b.reshape(3, *(1,) * (x.ndim - 1), -1)
-    r = jnp.einsum("...p,gqp->g...q", h, U) + c.reshape(3, *(1,) * (x.ndim - 1), -1)
+    a = exact("...p,gqp->g...q", x, W) + b.reshape(3, *(1,) * (x.ndim - 1), -1)
+    r = exact("...p,gqp->g...q", h, U) + c.reshape(3, *(1,) * (x.ndim - 1), -1)
     s, z = jax.nn.sigmoid(a[0] + r[0]), jax.nn.sigmoid(a[1] + r[1])
     return (1 - z) * jnp.tanh(a[2] + s * r[2]) + z * h
 
@@ -62,7 +66,7 @@ class Recurrent(SoftmaxTopK):
             h = jnp.zeros_like(h)
         elif self.mode == "detach":
             h = jax.lax.stop_gradient(h)
-        projected = jnp.einsum("bsd,pd->bsp", x.astype(jnp.float32), p["proj"])
+        projected = exact("bsd,pd->bsp", x.astype(jnp.float32), p["proj"])
         h = gru(projected, h, shared["gru_W"], shared["gru_U"], shared["gru_b"], shared["gru_c"])
         decision, _, sums = super().route(p, shared, h, ctx)
         return decision, h, sums

@@ -142,6 +142,15 @@ def test_the_frozen_ffn_keeps_what_is_not_kept_and_shrink_gives_it_up():
     assert d.gates[VALID].sum(-1).max() < 1
 
 
+@pytest.mark.parametrize("router", [("top_p", dict(p=0.4)), ("softmax_topk", dict(renormalise=False))])
+def test_shrink_against_float64(router):
+    made = model(("ffn",), 4, router)
+    made = dataclasses.replace(made, rules=(dataclasses.replace(made.rules[0], shrink=True),))
+    leaves = noisy(made)
+    wanted = reference.forward(np, made, *map(reference.as_float64, (base(ONE), leaves)), BATCH)[0]
+    np.testing.assert_allclose(output(made, leaves), wanted[VALID], atol=2e-5)
+
+
 def test_trap_p_of_one_survives_rounding():
     """Probabilities whose float32 sum is above or below 1: all experts stay, none is lost to a rounded comparison."""
     probs = np.float32(random_probs(5))

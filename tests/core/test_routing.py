@@ -123,6 +123,40 @@ def test_an_example_without_any_expert_takes_the_base_and_stays_finite(name):
     assert np.isfinite(g).all()
 
 
+DECLARED = {
+    "softmax_topk": [dict(), dict(k=0, renormalise=False), dict(k=2, renormalise=False)],
+    "top1": [dict(), dict(gated=True), dict(dense=True)],
+    "top_p": [dict(), dict(renormalise=True), dict(renormalise=True, max_experts=1)],
+    "recurrent": [dict(), dict(renormalise=True)],
+    "x_lora": [dict(), dict(mix="raw"), dict(mix="softmax_topk", top_k=2), dict(top_k=2), dict(gain=2.0)],
+}
+
+
+@pytest.mark.parametrize("name", ROUTERS)
+def test_a_router_that_says_its_gates_sum_to_one_is_right(name):
+    """Also with padding, some or all experts shut out, and cold logits; one that does not say so has no bool base."""
+    x, W = jax.random.normal(jax.random.key(0), (2, 5, 8)), jax.random.normal(jax.random.key(1), (6, 8))
+    valid, said = np.array([[1, 1, 1, 1, 0], [1, 1, 0, 0, 0]], bool), []
+    for options in DECLARED.get(name, [dict()]):
+        for allowed in (None, np.arange(6) < 3, np.array([[1, 0, 1, 1, 1, 1], [0] * 6], bool)):
+            for scale in (0.0, 1.0, 50.0):
+                made = decide(name, scale * W, x, context(valid, allowed=allowed), **options)
+                said.append(made.base is not None)
+                if made.base is not None:
+                    assert made.base.dtype == bool
+                    np.testing.assert_allclose(made.base, 1 - made.gates.sum(-1), atol=1e-5)
+    assert any(said) == (name in DECLARED) and not all(said)
+
+
+def test_a_base_keeps_its_dtype_and_is_one_at_padding():
+    probs, valid = jnp.full((1, 2, 3), 0.2), np.array([[1, 0]], bool)
+    for base, dtype in ((jnp.zeros((1, 2), bool), bool), (jnp.full((1, 2), 0.5), jnp.float32)):
+        made = routing.finish(probs, probs > 0, probs, probs, context(valid), k_max=3, base=base)
+        assert made.base.dtype == dtype and made.base[0, 1] == 1 and made.base[0, 0] == base[0, 0]
+    with pytest.raises(AssertionError, match="sum to one"):
+        routing.finish(probs, probs > 0, probs, probs, context(valid), k_max=3, base=base, sums_to_one=True)
+
+
 @pytest.mark.parametrize("name", ROUTERS)
 def test_padding_is_never_routed_nor_counted(name):
     x = jax.random.normal(jax.random.key(0), (2, 4, 8))

@@ -50,15 +50,21 @@ def scanned(op, in_stack):
     return loss
 
 
-def inputs():
+def inputs(shared_A=False):
     rng = np.random.default_rng(0)
     idx, gates = decision(rng, T, E, K, "padded")
-    return [jnp.asarray(a) for a in (normal(rng, T, D), normal(rng, L, E, R, D), normal(rng, L, E, R, D), idx, gates)]
+    A = normal(rng, L, 1 if shared_A else E, R, D)
+    return [jnp.asarray(a) for a in (normal(rng, T, D), A, normal(rng, L, E, R, D), idx, gates)]
 
 
-@pytest.mark.parametrize("op", [grouped_lora, halves, tiled_ffn, dense_ffn])
-def test_values_and_gradients_are_those_of_the_slices(op):
-    run = lambda in_stack: jax.jit(jax.value_and_grad(scanned(op, in_stack), (0, 1, 2, 4)))(*inputs())  # noqa: E731
+@pytest.mark.parametrize(
+    "op, shared_A",
+    [(grouped_lora, False), (halves, False), (tiled_ffn, False), (dense_ffn, False),
+     (grouped_lora, True), (tiled_ffn, True), (dense_ffn, True)],
+)  # fmt: skip
+def test_values_and_gradients_are_those_of_the_slices(op, shared_A):
+    args = inputs(shared_A)
+    run = lambda in_stack: jax.jit(jax.value_and_grad(scanned(op, in_stack), (0, 1, 2, 4)))(*args)  # noqa: E731
     wanted = run(False)
     chex.assert_trees_all_equal(run(True), wanted)
     assert all(np.any(leaf) for leaf in jax.tree.leaves(wanted))
