@@ -54,10 +54,6 @@ class InStack(NamedTuple):
     def dtype(self):
         return self.stack.dtype
 
-    @property
-    def ndim(self):
-        return self.stack.ndim - 1
-
 
 Factor = Array | InStack
 

@@ -24,6 +24,7 @@ import numpy as np
 from kernels_pallas import select
 from kernels_pallas.platform import may_accelerate
 
+ROWS = ("--rows", dict(type=int, action="append", default=[], help="also `tiled` with so many rows a tile; repeatable"))
 RUNS = 10  # one after the other on an accelerator, so that the host's share of a call hides behind the one before
 
 
@@ -51,8 +52,7 @@ def begin(doc: str, shapes: dict, cpu: list[str], *more):
 def one_thread() -> None:
     """Before the backend starts: one processor, and freed memory kept (fresh pages would be timed as work)."""
     pin(1)
-    flags = "--xla_cpu_multi_thread_eigen=false intra_op_parallelism_threads=1"
-    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {flags}"
+    xla_flags("intra_op_parallelism_threads=1")
     try:
         mallopt = ctypes.CDLL("libc.so.6").mallopt
     except OSError:
@@ -69,6 +69,13 @@ def pin(num_processors: int) -> None:
     """
     if not may_accelerate():
         os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:num_processors])
+    if num_processors == 1:
+        xla_flags("--xla_cpu_multi_thread_eigen=false")
+
+
+def xla_flags(more: str) -> None:
+    """Before the backend starts, which reads them."""
+    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {more}"
 
 
 def seconds() -> float:

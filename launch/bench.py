@@ -144,8 +144,6 @@ class Child:
 
     def __init__(self, config: dict, args: dict):
         environment = {"XLA_PYTHON_CLIENT_PREALLOCATE": "false", **os.environ}  # two sides share an accelerator
-        if args["threads"] == 1:
-            environment["XLA_FLAGS"] = environment.get("XLA_FLAGS", "") + " --xla_cpu_multi_thread_eigen=false"
         self.process = subprocess.Popen(
             [sys.executable, "-m", "launch.bench_side"], env=environment, text=True,
             stdin=subprocess.PIPE, stdout=subprocess.PIPE,

@@ -12,7 +12,6 @@ step's time without the trace beside it.
 """
 
 import collections
-import os
 import pathlib
 import re
 import tempfile
@@ -54,10 +53,8 @@ def run(argv):
     from molora_jax import config as config_lib
 
     timing.pin(args.threads)
-    more = " --xla_cpu_multi_thread_eigen=false" if args.threads == 1 else ""
     if may_accelerate():  # a GPU's trace names the graph that a kernel is part of, not the kernel's instruction
-        more += " --xla_gpu_enable_command_buffer="
-    os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + more
+        timing.xla_flags("--xla_gpu_enable_command_buffer=")
     jax.config.update("jax_compilation_cache_include_metadata_in_key", True)  # else the names may be an older program's
     work, _ = bench_side.start(config_lib.to_dict(config), vars(args) | {"generate": False})
     names = dict(INSTRUCTION.findall(work.text()))

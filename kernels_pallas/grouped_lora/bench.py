@@ -24,7 +24,6 @@ CROSSOVER = {
 }
 SHAPES = shapes.SHAPES | CROSSOVER
 CPU = [name for name in SHAPES if "smollm2" in name and "128" not in name] + list(CROSSOVER)
-ROWS = ("--rows", dict(type=int, action="append", default=[], help="also `tiled` with so many rows a tile; repeatable"))
 GATHERED_BYTES = 1 << 30
 
 
@@ -50,7 +49,7 @@ def tiles_of(rows):
 
 
 def main():
-    args = timing.begin(__doc__, SHAPES, CPU, ROWS)
+    args = timing.begin(__doc__, SHAPES, CPU, timing.ROWS)
     dtype, rows = jnp.dtype(args.dtype), []
     chip = timing.roofline(dtype)
     for name, s in args.shapes.items():

@@ -16,7 +16,6 @@ from kernels_pallas import timing
 from kernels_pallas.routed_ffn import api, shapes, tiled
 
 CPU = ["smollm2-135m, 8 experts", "smollm2-135m, 8 experts of 8", "smollm2-135m, 128 experts"]
-ROWS = ("--rows", dict(type=int, action="append", default=[], help="also `tiled` with so many rows a tile; repeatable"))
 DENSE_COLUMNS = 512  # beyond, the masked product only costs time
 
 
@@ -46,7 +45,7 @@ def tiles_of(rows):
 
 
 def main():
-    args = timing.begin(__doc__, shapes.SHAPES, CPU, ROWS)
+    args = timing.begin(__doc__, shapes.SHAPES, CPU, timing.ROWS)
     dtype, rows = jnp.dtype(args.dtype), []
     chip = timing.roofline(dtype)
     for name, s in args.shapes.items():

@@ -10,7 +10,6 @@ import jax.extend
 import jax.numpy as jnp
 
 from kernels_pallas import grouped_expand, grouped_lora, grouped_shrink, low_rank_op, rank_gated
-from kernels_pallas.tiles import plain
 from molora_jax.core.types import Array, Factors
 
 F32 = jnp.float32
@@ -105,20 +104,21 @@ def shrink_slots(x: Array, factors: Factors, idx: Array, latent=None) -> Array:
     return to_slots(shrink(x, factors, latent), idx)
 
 
-def expand_slots(z: Array, B: Array, idx: Array, gates: Array, dtype) -> Array:
-    """`sum_k g_k B[e_k] z_k`: `z [T, K, R]`, `B [E, R, D_out]` or in its stack, `idx, gates [T, K]` -> `[T, D_out]`."""
-    E, R, _ = B.shape
+def expand_slots(z: Array, factors: Factors, idx: Array, gates: Array, dtype) -> Array:
+    """`sum_k g_k B[e_k] z_k`: `z [T, K, R]`, B `[E, R, D_out]`, `idx, gates [T, K]` -> `[T, D_out]`."""
+    E, R, _ = factors.B.shape
     if _groups(E, R, idx.shape[1]):
-        return grouped_expand(z, B, idx, gates, dtype=dtype)
-    return expand(from_slots(z.astype(F32), idx, E), plain(B), from_slots(gates[..., None], idx, E)[..., 0], dtype)
+        return grouped_expand(z, factors.by_expert("B"), idx, gates, dtype=dtype)
+    return expand(from_slots(z.astype(F32), idx, E), factors.B, from_slots(gates[..., None], idx, E)[..., 0], dtype)
 
 
-def located(factors: Factors, own: dict, whole: tuple[dict, Array] | None) -> Factors:
-    """`factors` that know their stack: `own` are their leaves, `whole` those of all layers, and the place."""
-    if whole is None:
+def located(factors: Factors, own: dict, stack: tuple[dict, Array] | None) -> Factors:
+    """`factors` that know where they lie: `own` are their leaves, `stack` as in `Context`."""
+    if stack is None:
         return factors
-    stacks = {name: whole[0][name] for name in "AB" if name in own and getattr(factors, name) is own[name]}
-    return factors.replace(stacks=stacks, place=whole[1])
+    leaves, place = stack
+    stacks = {name: leaves[name] for name in "AB" if name in own and getattr(factors, name) is own[name]}
+    return factors.replace(stacks=stacks, place=place)
 
 
 def combine(f: Array | None, gates: Array) -> Array | float:

@@ -3,6 +3,8 @@
 Selections are comparisons, hence constants for autodiff; gradients reach a router through the gates.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 
@@ -11,13 +13,13 @@ from molora_jax.core.types import Array, Context, Routing
 NEG_INF = -1e30  # finite, so that a fully masked row gives a uniform softmax instead of NaN
 
 
-def logits(W: Array, x: Array, b: Array | None = None) -> Array:
-    """`x [..., D]`, `W [E, D]` -> `[..., E]`, in float32 whatever the compute dtype (bf16 flips near-ties).
+# Everything that scores follow from: by default a GPU multiplies float32 in TF32 and a TPU in bfloat16.
+exact = functools.partial(jnp.einsum, precision=jax.lax.Precision.HIGHEST)
 
-    At the highest precision: by default a GPU multiplies float32 in TF32 and a TPU in bfloat16.
-    """
-    exact = jax.lax.Precision.HIGHEST
-    z = jnp.einsum("...d,ed->...e", x.astype(jnp.float32), W.astype(jnp.float32), precision=exact)
+
+def logits(W: Array, x: Array, b: Array | None = None) -> Array:
+    """`x [..., D]`, `W [E, D]` -> `[..., E]`, in float32 whatever the compute dtype (bf16 flips near-ties)."""
+    z = exact("...d,ed->...e", x.astype(jnp.float32), W.astype(jnp.float32))
     return z if b is None else z + b
 
 

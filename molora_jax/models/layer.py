@@ -38,7 +38,8 @@ class Layer:
             key = jax.random.fold_in(jax.random.fold_in(self.ctx.key, rule.tag), rules_lib.site_tag(name))
             key = jax.random.fold_in(key, self.ctx.layer)
         site = rules_lib.site(self.config, name, self.segment, rule)
-        return self.ctx.replace(key=key, site=site, base=base, dropout=rule.adapter.dropout)
+        stack = None if self.whole is None else (self.whole[0][rule.name].get(name, {}), self.whole[1])
+        return self.ctx.replace(key=key, site=site, base=base, stack=stack, dropout=rule.adapter.dropout)
 
     def enter(self, scope: str, x: Array) -> None:
         """Routes every rule that shares a decision over this sub-block. `x [B, S, D]`, after the norm."""
@@ -76,14 +77,6 @@ class Layer:
         if self.collect:
             self.routings.setdefault(rule.name, {})[scope] = decision.gates
 
-    def _whole(self, rule, *sites: str):
-        if self.whole is None:
-            return None
-        tree = self.whole[0][rule.name]
-        for site in sites:
-            tree = tree.get(site, {})
-        return tree, self.whole[1]
-
     def _decision(self, rule, experts, site: str, x: Array):
         if rule.router is None:
             return None
@@ -117,8 +110,7 @@ class Layer:
             decision = self._decision(rule, experts, site, x)
             ctx = self._context(rule, site, base=W)
             leaves = self.adapters[rule.name].get(site, {})
-            whole = self._whole(rule, site)
-            parts.append(projection.part(rule, leaves, self.shared.get(rule.name, {}), decision, ctx, flat, whole))
+            parts.append(projection.part(rule, leaves, self.shared.get(rule.name, {}), decision, ctx, flat))
         with jax.named_scope(site):
             y, counts = engines.project(self.engine, site, W, bias, flat, parts, rest)
         self._count(acting, site, counts)
@@ -146,8 +138,7 @@ class Layer:
         for rule, experts in acting:
             contexts = {s: self._context(rule, s, base=kernels[s]) for s in ffn.SITES}
             shared, decision = self.shared.get(rule.name, {}), self._decision(rule, experts, "ffn", x)
-            own, whole = self.adapters[rule.name], self._whole(rule)
-            parts.append(ffn.part(rule, own, shared, decision, contexts, flat[0], whole))
+            parts.append(ffn.part(rule, self.adapters[rule.name], shared, decision, contexts, flat[0]))
         with jax.named_scope("experts"):
             mix, rest, counts = engines.feed_forward(self.engine, *flat, kernels, parts, act)
         self._count(acting, "ffn", counts)
@@ -166,7 +157,7 @@ class Layer:
             return self._route(rule, experts, rule.scopes[t], z, iteration=t)
 
         shared, ctx = self.shared.get(rule.name, {}), self._context(rule, "ffn")
-        change = chain.apply(rule, self.adapters[rule.name]["ffn"], shared, ctx, x, decide, self._whole(rule, "ffn"))
+        change = chain.apply(rule, self.adapters[rule.name]["ffn"], shared, ctx, x, decide)
         if rule.router is not None and rule.place.gating == "shared":  # one router's state sees all of its passes
             stats = self.stats[rule.name]
             whole = jax.tree.map(lambda *s: sum(s), *(stats[scope]["router"] for scope in rule.scopes))

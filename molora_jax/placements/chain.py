@@ -57,12 +57,11 @@ def chain(x, experts, iterations: int, residual: str = "inner"):
     return d
 
 
-def apply(rule, p: dict, shared: dict, ctx, x, decide, whole=None):
+def apply(rule, p: dict, shared: dict, ctx, x, decide):
     """A rule's change of the block's output, `[B, S, D]`.
 
     Args:
       p: the leaves of site `ffn`. x: `[B, S, D]`. decide: `(t, z [B, S, D]) -> Routing | None`.
-      whole: see `projection.part`.
     """
     phi = NONLINEARITIES.get(rule.place.nonlinearity)
 
@@ -70,7 +69,7 @@ def apply(rule, p: dict, shared: dict, ctx, x, decide, whole=None):
         flat = z.reshape(-1, z.shape[-1])
         with jax.named_scope(f"pass{t}"):
             at = ctx.replace(key=ctx.keyed(t), iteration=t)
-            one = projection.part(rule, p, shared, decide(t, z), at, flat, whole)
+            one = projection.part(rule, p, shared, decide(t, z), at, flat)
             seen = lowrank.dropped(flat, one.dropout, jnp.arange(len(flat)))
             latent = one.latent if phi is None else lambda a: phi(a if one.latent is None else one.latent(a))
             return lowrank.low_rank(seen, one.factors, one.gates, latent, one.slots).reshape(z.shape)

@@ -43,27 +43,27 @@ class Part:
         return self.latents[SITES.index(site)]
 
 
-def part(rule, p: dict, shared: dict, routing, contexts: dict, x: Array, whole=None) -> Part:
-    """`contexts` by site; `x [T, D]` only gives the shape. Without a router: one expert with weight 1.
-
-    `whole`: the leaves of all layers, by site, and this layer's place among them, or None (see `lowrank.located`).
-    """
+def part(rule, p: dict, shared: dict, routing, contexts: dict, x: Array) -> Part:
+    """`contexts` by site; `x [T, D]` only gives the shape. Without a router: one expert with weight 1."""
     adapter, T = rule.adapter, len(x)
     factors, dropout, latents = {}, {}, []
     for site in SITES:
         ctx = contexts[site]
         own = p.get(site, {})
-        stack = None if whole is None else (whole[0].get(site, {}), whole[1])
-        factors[site] = lowrank.located(adapter.factors(own, shared, ctx), own, stack).replace(scale=adapter.scale())
+        known = lowrank.located(adapter.factors(own, shared, ctx), own, ctx.stack)
+        factors[site] = known.replace(scale=adapter.scale())
         dropout[site] = lowrank.dropout(ctx.keyed(), adapter.dropout)
         latents.append(latent_of(adapter, own, ctx))
     if routing is None:
         idx, gates, base = jnp.zeros((T, 1), jnp.int32), jnp.ones((T, 1), jnp.float32), jnp.zeros(T, bool)
     else:
         idx, gates = routing_math.slots(routing)
-        base = 1.0 - jnp.sum(gates, axis=-1) if routing.base is None else routing.base.reshape(-1)
-        if routing.base is None and rule.shrink:  # a token without any expert (padding is one) keeps the base's
+        if routing.base is not None:
+            base = routing.base.reshape(-1)
+        elif rule.shrink:  # a token without any expert (padding is one) keeps the base's
             base = ~jnp.any(routing.selected, axis=-1).reshape(-1)
+        else:
+            base = 1.0 - jnp.sum(gates, axis=-1)
     # one expert's W_d is applied once either way, but a row factor has to act after it
     per_expert = rule.down == "per_expert" or (routing is None and factors["down"].out is not None)
     E = factors["gate"].B.shape[0]
@@ -102,7 +102,7 @@ def low_rank_down(z_d: Array, one: Part, dtype) -> Array:
     factors, E = one.factors["down"], one.factors["down"].B.shape[0]
     gates = factors.scale * one.gates
     if one.latent("down") is None and factors.mid is None:
-        return lowrank.expand_slots(z_d, factors.by_expert("B"), one.idx, gates, dtype)
+        return lowrank.expand_slots(z_d, factors, one.idx, gates, dtype)
     z = lowrank.from_slots(z_d.astype(jnp.float32), one.idx, E)
     if one.latent("down") is not None:
         z = one.latent("down")(z)

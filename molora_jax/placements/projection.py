@@ -34,13 +34,10 @@ class Part:
         return self.slots is not None
 
 
-def part(rule, p: dict, shared: dict, routing, ctx: Context, x: Array, whole=None) -> Part:
-    """`x [T, D_in]` only gives the shape; without a router every token uses the one expert with weight 1.
-
-    `whole`: the leaves of all layers and this layer's place among them, or None (see `lowrank.located`).
-    """
+def part(rule, p: dict, shared: dict, routing, ctx: Context, x: Array) -> Part:
+    """`x [T, D_in]` only gives the shape; without a router every token uses the one expert with weight 1."""
     adapter = rule.adapter
-    factors = lowrank.located(adapter.factors(p, shared, ctx), p, whole).replace(scale=adapter.scale())
+    factors = lowrank.located(adapter.factors(p, shared, ctx), p, ctx.stack).replace(scale=adapter.scale())
     E = factors.B.shape[0]
     gates = jnp.ones((len(x), 1), jnp.float32) if routing is None else routing.gates.reshape(-1, E)
     slots = None if routing is None else routing_math.slots(routing)

@@ -14,16 +14,13 @@ B batch, S sequence, D width, P GRU width, E experts.
 """
 
 import dataclasses
-import functools
 from typing import ClassVar, Literal
 
 import jax
 import jax.numpy as jnp
 
+from molora_jax.core.routing import exact
 from molora_jax.routers.softmax_topk import SoftmaxTopK
-
-# As `routing.logits`: what the scores follow from is not rounded to TF32 or bfloat16 on an accelerator.
-exact = functools.partial(jnp.einsum, precision=jax.lax.Precision.HIGHEST)
 
 
 def gru(x, h, W, U, b, c):

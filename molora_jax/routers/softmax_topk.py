@@ -39,10 +39,10 @@ class SoftmaxTopK(Router):
             x = x * noise.astype(x.dtype)
         z = routing.logits(p["W"], x)
         probs = routing.softmax(z, ctx.allowed)
-        selected = routing.top_k(probs, self.k_max(z.shape[-1]))
+        k = self.k_max(z.shape[-1])
+        selected = routing.top_k(probs, k)
         gates = jnp.where(selected, probs, 0.0)
         if self.renormalise:
             gates = gates / jnp.sum(gates, axis=-1, keepdims=True)
-        k = self.k_max(z.shape[-1])
         whole = self.renormalise or k == z.shape[-1]
         return routing.finish(gates, selected, z, probs, ctx, k_max=k, sums_to_one=whole), ctx.carry, {}
