@@ -1,7 +1,8 @@
 """A Hugging Face folder as our parameters, and back.
 
 A folder holds `config.json`, `model.safetensors` (or `model.safetensors.index.json` and its shards), `tokenizer.json`,
-`tokenizer_config.json`. Their linear weights are `[D_out, D_in]`, one tensor a layer; ours are `[L, D_in, D_out]`.
+`tokenizer_config.json`. Their linear weights are `[D_out, D_in]`, one tensor a layer; ours are `[L, D_in, D_out]`. So
+is the head: `[V, D]` there and `[D, V]` here.
 The tree is the one of `molora_jax/models/families.py`.
 """
 
@@ -82,12 +83,12 @@ def _assemble(views, origin, config, dtype, *, where):
 
     tree, jobs = {}, []
     for path, shape in families.hf_shapes(config).items():
-        kernel = path.endswith("/kernel")
-        shape = shape[::-1] if kernel else shape
+        turn = families.transposed(path)
+        shape = shape[::-1] if turn else shape
         leaf = np.empty((config.layers, *shape) if path.startswith("blocks/") else shape, dtype)
         set_path(tree, path, leaf)
         slices = leaf if path.startswith("blocks/") else [leaf]
-        jobs += [(name, out.T if kernel else out) for name, out in zip(plan[path], slices, strict=True)]
+        jobs += [(name, out.T if turn else out) for name, out in zip(plan[path], slices, strict=True)]
 
     def copy(job):
         name, out = job

@@ -20,8 +20,9 @@ def random_params(config: families.DecoderConfig, *, seed: int = 0, dtype="float
     for path, shape in families.hf_shapes(config).items():
         site = path.removeprefix("blocks/").split("/")[0]
         stack = (config.layers,) if path.startswith("blocks/") else ()
+        shape = shape[::-1] if families.transposed(path) else shape
         if path.endswith("/kernel"):
-            d_out, d_in = shape
+            d_in, d_out = shape
             scale = d_in**-0.5 / (math.sqrt(2 * config.layers) if site in ("o", "down") else 1.0)
             leaf = rng.standard_normal((*stack, d_in, d_out), np.float32) * np.float32(scale)
         elif site in ("embed", "head"):

@@ -80,7 +80,7 @@ HF_NAMES = {
 
 
 def hf_shapes(config: DecoderConfig) -> dict:
-    """Path of ours (`embed`, `blocks/q/kernel`) -> shape of one Hugging Face tensor; a kernel is `(D_out, D_in)`."""
+    """Path of ours (`embed`, `blocks/q/kernel`) -> shape of one Hugging Face tensor; a matrix is `(D_out, D_in)`."""
     width, norm = (config.width,), (config.head_dim,)
     shapes = {"embed": (config.vocab, config.width), "final_norm": width}
     if not config.tied:
@@ -94,6 +94,11 @@ def hf_shapes(config: DecoderConfig) -> dict:
     if config.qk_norm:
         shapes |= {"blocks/q_norm": norm, "blocks/k_norm": norm}
     return shapes
+
+
+def transposed(path: str) -> bool:
+    """Whether ours is their tensor transposed: every matrix that is multiplied from the right, so not the embedding."""
+    return path == "head" or path.endswith("/kernel")
 
 
 def hf_name(path: str, layer: int = 0) -> str:

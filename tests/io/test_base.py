@@ -82,7 +82,7 @@ def test_random_params_of_every_switch():
     assert shapes["blocks/q/kernel"] == (2, 8, 12)
     assert shapes["blocks/k/bias"] == (2, 6)
     assert shapes["blocks/q_norm"] == (2, 6)
-    assert shapes["head"] == (10, 8)
+    assert shapes["head"] == (8, 10)  # [D, V]
 
 
 @pytest.mark.parametrize("source", ["", "tiny", "random:big", "gguf:", "s3:bucket", "pkg"])

@@ -31,7 +31,7 @@ def check(base, wanted):
         prefix = f"model.layers.{i}."
         np.testing.assert_array_equal(blocks["down"]["kernel"][i], wanted[prefix + "mlp.down_proj.weight"].T)
         np.testing.assert_array_equal(blocks["attn_norm"][i], wanted[prefix + "input_layernorm.weight"])
-    np.testing.assert_array_equal(base.params["head"], wanted["lm_head.weight"])
+    np.testing.assert_array_equal(base.params["head"], wanted["lm_head.weight"].T)
     np.testing.assert_array_equal(base.params["final_norm"], wanted["model.norm.weight"])
     assert set(base.params) == {"embed", "final_norm", "head", "blocks"}
     assert set(blocks) == {"attn_norm", "ffn_norm", "q", "k", "v", "o", "gate", "up", "down"}
