@@ -111,7 +111,7 @@ def test_kernels_over_several_tiles(op, T, kind, monkeypatch):
 
 
 @pytest.mark.parametrize("name", ["dense", "tiled", "tpu-nan"])
-@pytest.mark.parametrize("activation", ["silu", "gelu"])
+@pytest.mark.parametrize("activation", ["silu", "gelu", "gelu_tanh", "relu"])
 def test_routed_ffn_dropout_shared_A_and_activation(name, activation):
     rng = np.random.default_rng(4)
     args, cotangents = ffn_inputs(rng, 21, 4, 2, 3, 0, 24, "padded")
@@ -344,7 +344,7 @@ def test_a_form_that_an_op_lacks_is_refused_with_the_reason(call, words):
         (dict(implementation="tpu"), "this program is for cpu.*dense"),
         (dict(implementation="tpu", platform="tpu"), "this program is for cpu.*jax.set_mesh"),
         (dict(platform="xpu", implementation="dense"), "platform 'xpu' is not known.*cpu"),
-        (dict(activation="relu"), "activation 'relu'.*silu, gelu"),
+        (dict(activation="mish"), "activation 'mish'.*silu, gelu"),
     ],
 )
 def test_routed_ffn_refuses_with_the_reason(how, words):
