@@ -27,6 +27,7 @@ PATTERNS = (  # first match wins; a path that nothing matches is an error
     (r"blocks/(q|k|v|gate|up)/kernel", P(None, "fsdp", "tensor")),
     (r"blocks/(o|down)/kernel", P(None, "tensor", "fsdp")),
     (r"blocks/(q|k|v)/bias", P(None, "tensor")),
+    (r"blocks/o/bias", P()),
     (r"(blocks/)?\w+_norm", P()),
 )
 

@@ -99,8 +99,10 @@ def test_digest_follows_the_content_not_the_path(folder, tmp_path):
         ({"num_key_value_heads": 3}, "divide the heads"),
         ({"intermediate_size": None}, "intermediate_size: got None"),
         ({"rope_scaling": {"rope_type": "llama3"}}, "factor"),
-        ({"rope_scaling": {"rope_type": "yarn"}}, "rope_scaling: got 'yarn'"),
-        ({"attention_bias": True}, "attention_bias"),
+        ({"rope_scaling": {"rope_type": "yarn"}}, "factor"),
+        ({"rope_scaling": {"rope_type": "longrope"}}, "rope_scaling: got longrope"),
+        ({"attention_bias": True}, "q_proj.bias: got no such tensor"),
+        ({"attention_bias": 1}, "attention_bias: got 1"),
     ],
 )
 def test_configs_that_are_refused(folder, change, message):
