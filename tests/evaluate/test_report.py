@@ -18,7 +18,7 @@ from molora_jax.evaluate.nll import example_nll
 def launch(module, *arguments):
     return subprocess.run(
         [sys.executable, "-m", f"launch.{module}", *map(str, arguments)],
-        cwd=flags.ROOT, capture_output=True, text=True, timeout=300, check=False,
+        cwd=flags.ROOT, capture_output=True, text=True, timeout=1500, check=False,
     )  # fmt: skip
 
 
