@@ -100,7 +100,7 @@ def routing(run, gates: dict, present: set) -> dict:
 
 
 def pictures(run, report: dict) -> list[pathlib.Path]:
-    """`tasks.png`, `loss.png` and `routing.png` in the run's `report` folder; `overview.png` is the first on the last."""
+    """`tasks.png`, `loss.png` and `routing.png` in the run's `report` folder, `overview.png` of the first and last."""
     folder = pathlib.Path(run.workdir) / "report"
     counts = {rule.name: rule.experts for rule in run.model.rules}
     tasks = plots.plot_tasks(report, folder / "tasks.png")
