@@ -1,6 +1,7 @@
 """The checks of a config, section by section; each yields `InputError`s and none stops the others."""
 
 import math
+import os
 import pathlib
 import re
 
@@ -93,7 +94,7 @@ def _member(where, value, axis, *, name=""):
 
 
 def _path(text):
-    return pathlib.Path(text).expanduser()
+    return pathlib.Path(os.path.expanduser(text))  # pathlib's own raises where there is no such user
 
 
 def _split(text):
