@@ -1,13 +1,14 @@
 """The checks of a config, section by section; each yields `InputError`s and none stops the others."""
 
 import math
+import os
 import pathlib
 import re
 
 from molora_jax import config_fields as known
 from molora_jax.config_fields import ATTENTION, FFN, did_you_mean, one_of, wrong
 from molora_jax.config_members import attribute, inherits, members, options, unlisted
-from molora_jax.config_resolve import expert_counts, resolve_experts, resolve_layers, resolve_sites
+from molora_jax.config_resolve import at_fault, expert_counts, resolve_experts, resolve_layers, resolve_sites
 from molora_jax.errors import InputError
 
 NAME = re.compile(r"[a-z0-9_]+")
@@ -93,7 +94,7 @@ def _member(where, value, axis, *, name=""):
 
 
 def _path(text):
-    return pathlib.Path(text).expanduser()
+    return pathlib.Path(os.path.expanduser(text))  # pathlib's own raises where there is no such user
 
 
 def _split(text):
@@ -324,7 +325,8 @@ def _mesh(config):
     elif batch // parts % (max(data, 1) * fsdp * expert):
         expected = f"data * fsdp * expert to divide the {batch // parts} rows of a micro-step"
         got = f"data={data}, fsdp={fsdp}, expert={expert}"
-        yield wrong("mesh", got, expected, "Change mesh, train.batch_size or train.accumulate.")
+        fault = at_fault(dict(data=data, fsdp=fsdp, expert=expert), known.MESH_AXES[:3], batch // parts)
+        yield wrong("mesh", got, expected, f"Change {fault}, train.batch_size or train.accumulate.")
 
 
 def _schedule(config, *, valid):

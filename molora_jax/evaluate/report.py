@@ -1,4 +1,4 @@
-"""The report of a run: `report/report.json`, three pictures beside it, and a table.
+"""The report of a run: `report/report.json`, pictures beside it, and a table.
 
     {"step": N, "tasks": {NAME: {"items", "answer_tokens", "nll", "nll_base", "exact", "exact_base", ...}}, ...}
 
@@ -100,14 +100,12 @@ def routing(run, gates: dict, present: set) -> dict:
 
 
 def pictures(run, report: dict) -> list[pathlib.Path]:
-    """`tasks.png`, `loss.png` and `routing.png` in the run's `report` folder."""
+    """`tasks.png`, `loss.png` and `routing.png` in the run's `report` folder, `overview.png` of the first and last."""
     folder = pathlib.Path(run.workdir) / "report"
     counts = {rule.name: rule.experts for rule in run.model.rules}
-    return [
-        plots.plot_tasks(report, folder / "tasks.png"),
-        plots.plot_loss(run.workdir),
-        plots.plot_routing(report["routing"], counts, folder / "routing.png"),
-    ]
+    tasks = plots.plot_tasks(report, folder / "tasks.png")
+    routing = plots.plot_routing(report["routing"], counts, folder / "routing.png")
+    return [tasks, plots.plot_loss(run.workdir), routing, plots.stack([tasks, routing], folder / "overview.png")]
 
 
 def text_table(report: dict) -> str:

@@ -39,6 +39,7 @@ def setup(config, *, devices=None) -> Setup:
     mesh = sharding.make_mesh(config_lib.check_mesh(config, len(devices)), devices)
     base = load_base(config.base.source, dtype=config.base.dtype, seed=config.seed)
     config_lib.check_model(config, base.config.layers, base.config.dims)
+    places = sharding.param_shardings(base.params, mesh)  # refuses a mesh that does not divide the base
     if config.data.seq_len > base.config.context:
         raise InputError(
             "data.seq_len", got=str(config.data.seq_len), expected=f"at most {base.config.context}, the model's context"
@@ -46,7 +47,7 @@ def setup(config, *, devices=None) -> Setup:
     data = data_lib.build(config.data, tokenizer=base.tokenizer, batch_size=config.train.batch_size, seed=config.seed)
     model = compile_model(config, base.config, max_segments=data.train.max_segments)
     model, engines = place(config, model, mesh)
-    params = sharding.put(base.params, sharding.param_shardings(base.params, mesh))
+    params = sharding.put(base.params, places)
     return Setup(config, mesh, dataclasses.replace(base, params=None), data, model, params, engines)
 
 

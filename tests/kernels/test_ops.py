@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import kernels_pallas
@@ -157,7 +157,7 @@ def test_rows_where_forms_the_blocks_that_are_needed(T, need, done):
     np.testing.assert_array_equal(got, np.where(np.isin(np.arange(T), done), np.arange(T) + 1, 0))
 
 
-@settings(max_examples=4, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
+@settings(max_examples=4, derandomize=True)
 @given(data=st.data())
 @pytest.mark.parametrize("op", OPS)
 def test_random_shapes(op, data):
