@@ -16,6 +16,7 @@ from jax.experimental import multihost_utils
 
 from molora_jax import config as config_lib
 from molora_jax import runtime, sharding
+from molora_jax.config_fields import MICRO_SHARDS
 from molora_jax.errors import InputError
 from molora_jax.evaluate.nll import example_nll
 from molora_jax.evaluate.plots import plot_loss
@@ -26,6 +27,7 @@ from molora_jax.models.compile import compile_losses
 from molora_jax.optim import OPTIMIZERS
 from molora_jax.train import stages as stages_lib
 from molora_jax.train import summary, trees
+from molora_jax.train.exact import Devices, ExactNLL, ExactStep
 from molora_jax.train.setup import setup
 from molora_jax.train.signals import StopRequest
 from molora_jax.train.step import TrainState, fresh, make_step
@@ -68,11 +70,12 @@ class StageStep:
         self.optimizer = self.member.make(total, trees.pairs(model, trainable))
         # losses with their weights, and hard routing, are the stage's own; shapes of leaves never are
         self.model = dataclasses.replace(model, losses=compile_losses(stage.config), route=stage.route)
-        step = make_step(
-            self.model, self.optimizer, self.member.schedule(total), seed=run.config.seed, frozen=self.frozen,
-            accumulate=run.config.train.accumulate, clip=stage.config.train.clip,
-            targets_per_row=run.data.train.targets_per_row, constrain=run.constrain,
+        self.exact = run.exact
+        options = dict(
+            seed=run.config.seed, frozen=self.frozen, accumulate=run.config.train.accumulate,
+            clip=stage.config.train.clip, targets_per_row=run.data.train.targets_per_row,
         )  # fmt: skip
+        made = self.model, self.optimizer, self.member.schedule(total)
         key = jax.random.fold_in(jax.random.key(run.config.seed), 0x5EED)
         self.start = lambda params: fresh(self.model, self.optimizer, params, self.frozen, key)
         shapes = jax.eval_shape(self.start, run.params)
@@ -80,7 +83,11 @@ class StageStep:
         self.shapes = jax.tree.map(
             lambda s, where: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=where), shapes, self.shardings
         )
-        self.step = jax.jit(step, donate_argnums=0, out_shardings=(self.shardings, sharding.replicated(run.mesh)))
+        if self.exact:
+            self.step = ExactStep(*made, mesh=run.mesh, **options)
+        else:
+            step = make_step(*made, constrain=run.constrain, **options)
+            self.step = jax.jit(step, donate_argnums=0, out_shardings=(self.shardings, sharding.replicated(run.mesh)))
         self.ready = False
         self.stream = run.data.train.for_tasks(stage.tasks) if stage.tasks else run.data.train
 
@@ -88,7 +95,7 @@ class StageStep:
         """With several processes: the first step of a stage starts when all have compiled it."""
         *arguments, step = arguments
         if not self.ready and jax.process_count() > 1:
-            self.step = self.step.lower(*arguments).compile()
+            self.step = self.step.compile(*arguments) if self.exact else self.step.lower(*arguments).compile()
             runtime.together(f"step {step} of {self.stage.name} is compiled")
         self.ready = True
 
@@ -117,6 +124,7 @@ class Run:
         self.identity = workdir.check_identity(config_lib.to_dict(config), made.identity)
         workdir.write_config(config_lib.to_dict(config))
         self.constrain = sharding.constrain(self.mesh)
+        self.exact = config.train.get("exact", False)  # not in runs of older versions
         self.stages = stages_lib.stages(config)
         self.checkpoints = Checkpoints(pathlib.Path(workdir) / "checkpoints", keep=config.train.keep, warn=note)
         self.best = float("inf")
@@ -133,7 +141,7 @@ class Run:
         step = self.checkpoints.newest_valid()
         stage = self.compiled(stages_lib.stage_at(self.stages, step or 0))
         if step is None:
-            state = jax.jit(stage.start, out_shardings=stage.shardings)(self.params)
+            state = self.make(stage.start, stage.shardings)(self.params)
             if self.config.train.init_from:
                 old = warm_start.load(self.config.train.init_from)
                 new = {item: warm_start.recut(tree, getattr(stage.shapes, item)) for item, tree in old.items()}
@@ -176,8 +184,12 @@ class Run:
         """The next stage's fresh optimizer state, placed as the old one."""
         compiled = self.compiled(stage)
         trainable, _ = trees.split(state.adapters, compiled.frozen)
-        opt = jax.jit(compiled.optimizer.init, out_shardings=compiled.shardings.opt)(trainable)
+        opt = self.make(compiled.optimizer.init, compiled.shardings.opt)(trainable)
         return dataclasses.replace(state, opt=opt)
+
+    def make(self, function, shardings):
+        """What makes a part of the state from arrays on the mesh."""
+        return Devices(self.mesh).once(function) if self.exact else jax.jit(function, out_shardings=shardings)
 
     # ---- evaluation ------------------------------------------------------------------------------------------------
 
@@ -185,10 +197,14 @@ class Run:
         """Mean over tasks of the NLL per answer token on held-out items (split "valid")."""
         examples = self.data.heldout("valid", self.config.eval.num_items)
         rows = self.config.train.batch_size // self.config.train.accumulate
-        batches = self.data.heldout_batches(examples, rows, targets_per_row=self.data.train.targets_per_row)
+        targets, forward = self.data.train.targets_per_row, None
+        if self.exact:
+            rows = rows // MICRO_SHARDS * self.mesh.size  # a micro-shard a device
+            forward = ExactNLL(model, mesh=self.mesh, targets_per_row=targets)
+        batches = self.data.heldout_batches(examples, rows, targets_per_row=targets)
         sums = example_nll(
             model, self.params, state.adapters, state.router_state, batches, len(examples),
-            mesh=self.mesh, targets_per_row=self.data.train.targets_per_row, constrain=self.constrain,
+            mesh=self.mesh, targets_per_row=targets, constrain=self.constrain, forward=forward,
         )  # fmt: skip
         tasks = np.array([e.task_id for e in examples])
         each = [sums["nll"][tasks == t].sum() / sums["tokens"][tasks == t].sum() for t in np.unique(tasks)]

@@ -8,7 +8,7 @@ import jax
 from molora_jax import config as config_lib
 from molora_jax import data as data_lib
 from molora_jax import sharding
-from molora_jax.engines import auto
+from molora_jax.engines import Engine, auto
 from molora_jax.errors import InputError
 from molora_jax.io.base import load_base
 from molora_jax.models.compile import compile_model
@@ -47,12 +47,19 @@ def setup(config, *, devices=None) -> Setup:
     data = data_lib.build(config.data, tokenizer=base.tokenizer, batch_size=config.train.batch_size, seed=config.seed)
     model = compile_model(config, base.config, max_segments=data.train.max_segments)
     model, engines = place(config, model, mesh)
+    if config.train.get("exact", False):  # not in runs of older versions
+        places = sharding.replicated(mesh)
     params = sharding.put(base.params, places)
     return Setup(config, mesh, dataclasses.replace(base, params=None), data, model, params, engines)
 
 
 def place(config, model: Model, mesh) -> tuple[Model, str | None]:
-    """The model with the config's engine, and the table of engines to print."""
+    """The model with the config's engine, and the table of engines to print.
+
+    With `train.exact` a device computes alone: no engine moves anything, and there is no table.
+    """
+    if config.train.get("exact", False):
+        return dataclasses.replace(model, engine=Engine("replicate", mesh)), None
     rows = config.train.batch_size // config.train.accumulate // sharding.ways(mesh, sharding.ROWS)
     on, text = auto.resolve(
         model, engine=config.engine, mesh=mesh, capacity=config.expert_parallel.capacity,

@@ -38,6 +38,8 @@ def identity(config: dict, extra: dict) -> dict:
         fields = {key: value for key, value in config.get(section, {}).items() if key != source}
         result[section] = fields | {content.split("_")[1]: extra[content]}
     result["train"] = {name: config["train"][name] for name in TRAIN_FIELDS if name in config["train"]}
+    if config["train"].get("exact"):  # named only where it is on: it was not in runs of older versions
+        result["train"]["exact"] = True
     if config.get("optim", {}).get("decay") != "constant":
         result["train"]["steps"] = config["train"].get("steps")
     others = {key: value for key, value in extra.items() if key not in ("base_digest", "data_fingerprint")}
