@@ -7,11 +7,20 @@ import re
 from molora_jax import config_fields as known
 from molora_jax.config_fields import ATTENTION, FFN, did_you_mean, one_of, wrong
 from molora_jax.config_members import attribute, inherits, members, options, unlisted
-from molora_jax.config_resolve import expert_counts, resolve_experts, resolve_layers, resolve_sites
+from molora_jax.config_resolve import (
+    expert_counts,
+    resolve_experts,
+    resolve_fields,
+    resolve_layers,
+    resolve_sites,
+    resolve_template_args,
+    split_commas,
+)
 from molora_jax.errors import InputError
 
 NAME = re.compile(r"[a-z0-9_]+")
 FREEZE = re.compile(r"[\w*?/.\-\[\]!]+")
+MOST = 2**31 - 1  # steps, counts and sizes are int32 on a device
 STAGE_NAME = re.compile(r"s\d\d")
 HUB_NAME = re.compile(r"[\w.\-]+/[\w.\-]+(@[\w.\-/]+)?")
 SOURCES = dict(pkg="pkg:NAME", gguf="gguf:FILE", dir="dir:FOLDER", hf="hf:ORG/NAME", random="random:tiny")
@@ -45,12 +54,25 @@ def _value(where, value, field):
     """Problems of one value: its type, that it is finite, its range."""
     types = {float: (float, int), tuple: (tuple, list)}.get(field.kind, field.kind)
     if not isinstance(value, types) or (isinstance(value, bool) and field.kind is not bool):
-        return [wrong(where, f"{value!r} (a {type(value).__name__})", str(field))]
+        return [wrong(where, f"{_shown(value)} (a {type(value).__name__})", str(field))]
     if isinstance(value, float) and not math.isfinite(value):
         return [wrong(where, value, f"a finite number {field.expected}".rstrip())]
+    if field.kind is int and not -MOST <= value <= MOST:
+        return [wrong(where, _shown(value), f"{field}, at most {MOST:,} (32 bits)")]
+    if field.kind is float and value and not 1e-37 < abs(value) < 1e37:
+        return [wrong(where, _shown(value), f"{field} that float32 holds")]
     if isinstance(value, str) and not value.isascii() and value.encode(errors="replace").decode() != value:
         return [wrong(where, ascii(value), "text that is valid Unicode")]  # half a surrogate: bytes that are not UTF-8
-    return [] if field.accepts(value) else [wrong(where, repr(value), str(field), _near(value, field))]
+    return [] if field.accepts(value) else [wrong(where, _shown(value), str(field), _near(value, field))]
+
+
+def _shown(value):
+    """A value as text of at most 200 characters; `repr` refuses integers of thousands of digits."""
+    try:
+        text = repr(value)
+    except (ValueError, RecursionError):
+        return f"{type(value).__name__} too large to print"
+    return text if len(text) <= 200 else text[:197] + "..."
 
 
 def _near(value, field):
@@ -93,7 +115,19 @@ def _member(where, value, axis, *, name=""):
 
 
 def _path(text):
-    return pathlib.Path(text).expanduser()
+    """The path, `~` expanded; one that can be no path (a NUL, the home of nobody) as it stands."""
+    try:
+        return pathlib.Path(text).expanduser()
+    except RuntimeError:
+        return pathlib.Path(text)
+
+
+def _there(test):
+    """A test of a path; one that the system refuses (too long a name, no permission) does not exist for us."""
+    try:
+        return test()
+    except (OSError, ValueError):
+        return False
 
 
 def _split(text):
@@ -111,28 +145,64 @@ def _base(config):
         names = known.BASE_PACKAGES if form == "pkg" else known.BASE_RANDOM
         if name not in names:
             yield wrong(where, repr(source), f"{form}: and {one_of(names)}", did_you_mean(name, names))
-    elif form == "gguf" and not _path(name).is_file():
+    elif form == "gguf" and not _there(_path(name).is_file):
         yield wrong(where, f"{source!r} (no such file)", "an existing GGUF file", "Check the path.")
-    elif form == "dir" and not (_path(name) / "config.json").is_file():
-        what = "no config.json in it" if _path(name).is_dir() else "no such folder"
+    elif form == "dir" and not _there((_path(name) / "config.json").is_file):
+        what = "no config.json in it" if _there(_path(name).is_dir) else "no such folder"
         yield wrong(where, f"{source!r} ({what})", "a folder in Hugging Face form", "Check the path.")
     elif form == "hf" and not HUB_NAME.fullmatch(name):
         yield wrong(where, repr(source), "hf:ORG/NAME or hf:ORG/NAME@REVISION")
 
 
 def _data(config):
-    tasks, where = config["data"].get("tasks"), "data.tasks"
-    names = _split(tasks)
+    data = config["data"]
+    names = _tasks(config)
     for name in names:
         if name.startswith("jsonl:"):
-            if not _path(name[6:]).is_file():
-                expected = "an existing jsonl file, no comma in its path"
-                yield wrong(where, f"{name!r} (no such file, or a folder)", expected, "Check the path.")
+            yield from _file("data.tasks", name, r" (a comma in its path is written \,)")
         elif name not in known.TASKS:
             expected = f"jsonl:PATH or {one_of(known.TASKS)}"
-            yield wrong(where, repr(name), expected, did_you_mean(name, known.TASKS))
-    if len(names) != len(set(names)):
-        yield wrong(where, repr(tasks), "every task once")
+            yield wrong("data.tasks", repr(name), expected, did_you_mean(name, known.TASKS))
+    if not names or len(names) != len(set(names)):
+        yield wrong("data.tasks", repr(data.get("tasks")), "every task once, at least one (task names or jsonl:PATH)")
+    valid = data.get("valid", "")
+    if isinstance(valid, str) and valid:
+        if valid.startswith("jsonl:"):
+            yield from _file("data.valid", valid.replace("\\,", ","))
+        else:
+            yield wrong("data.valid", repr(valid), 'jsonl:PATH, or "" to hold out rows of data.tasks')
+    yield from _resolved(data, "fields", resolve_fields)
+    yield from _resolved(data, "template_args", resolve_template_args)
+    if data.get("raw") is True:
+        for name in ("system", "template_args"):
+            if data.get(name):
+                expected = '"" with data.raw, where no chat template is used'
+                yield wrong(f"data.{name}", repr(data[name]), expected, "Drop it, or set data.raw=False.")
+        if data.get("format", "auto") in ("messages", "sharegpt"):
+            yield wrong("data.format", repr(data["format"]), "'auto' with data.raw: its rows are text, not turns")
+
+
+def _tasks(config):
+    tasks = config["data"].get("tasks")
+    return split_commas(tasks) if isinstance(tasks, str) else ()
+
+
+def _open(tasks):
+    """Whether there may be tasks of other names: a file's are known once it is read (`DataSet` checks them then)."""
+    return any(task.startswith("jsonl:") for task in tasks)
+
+
+def _file(where, entry, more=""):
+    if not _there(_path(entry[6:]).is_file):
+        yield wrong(where, f"{entry[:200]!r} (no such file, or a folder)", f"an existing jsonl file{more}", "Check it.")
+
+
+def _resolved(data, name, resolve):
+    """The problem of a field that has a small language of its own."""
+    try:
+        resolve(data[name] if isinstance(data.get(name), str) else "")
+    except InputError as problem:
+        yield problem
 
 
 def _rules(config):
@@ -171,7 +241,7 @@ def _rule(where, rule, *, start):
     except InputError as problem:
         yield problem
     for path in rule["load"]:
-        if not isinstance(path, str) or not _path(path).exists():
+        if not isinstance(path, str) or not _there(_path(path).exists):
             yield wrong(f"{where}.load", repr(path), "paths that exist", "Check the path.")
     if rule["load"]:
         yield from _load(where, rule, counts)
@@ -278,14 +348,14 @@ def _losses(config):
         yield from _member(where, loss, "losses", name=name)
         if name in members("losses") and attribute("losses", name, "ROUTING") is not False and not routed:
             yield wrong(where, "a loss on routing", "a rule with a router", "Remove the loss or add a router.")
-        yield from _task_names(where, name, loss, _split(config["data"].get("tasks")))
+        yield from _task_names(where, name, loss, _tasks(config))
 
 
 def _task_names(where, name, loss, tasks):
     """Options that a loss declares as task names (`TASKS`) are entries of data.tasks."""
     for option in attribute("losses", name, "TASKS") or () if isinstance(loss, dict) else ():
         for task in _split(loss.get(option, options("losses", name)[option].default)):
-            if task not in tasks:
+            if task not in tasks and not _open(tasks):
                 expected = f"tasks among data.tasks = {','.join(tasks)}"
                 yield wrong(f"{where}.{option}", repr(task), expected, did_you_mean(task, tasks))
 
@@ -304,8 +374,12 @@ def _engine(config):
 
 
 def _train(config):
+    data, every = config["data"], config["train"].get("eval_every")
+    if data.get("test_share", 0.05) == 0 and not data.get("valid", "") and every:
+        fix = "Set train.eval_every=0, name a file in data.valid, or hold rows out with data.test_share."
+        yield wrong("train.eval_every", _shown(every), "0 where data.test_share=0.0 holds no row out", fix)
     start = config["train"].get("init_from")
-    if isinstance(start, str) and start and not _path(start).is_dir():
+    if isinstance(start, str) and start and not _there(_path(start).is_dir):
         yield wrong(
             "train.init_from", f"{start!r} (no such folder)", 'a workdir to start from, or ""', "Check the path."
         )
@@ -328,7 +402,7 @@ def _mesh(config):
 
 
 def _schedule(config, *, valid):
-    stages, total, tasks = config["schedule"], config["train"].get("steps"), _split(config["data"].get("tasks"))
+    stages, total, tasks = config["schedule"], config["train"].get("steps"), _tasks(config)
     if not stages or not all(isinstance(stage, dict) for stage in stages.values()):
         yield wrong("schedule", repr(stages), "at least one stage: s00=dict(steps, tasks, freeze, set, route)")
         return
@@ -338,7 +412,7 @@ def _schedule(config, *, valid):
             yield wrong(where, repr(name), "a stage named s00, s01, ...", "Stages run in the order of their names.")
         yield from _fields(where, stage, {**known.STAGE, "set": {}})
         for task in filter(None, _split(stage.get("tasks"))):
-            if task not in tasks:
+            if task not in tasks and not _open(tasks):
                 yield wrong(
                     f"{where}.tasks", repr(task), f"tasks among data.tasks = {','.join(tasks)}", "Add it there."
                 )
@@ -357,6 +431,8 @@ def _schedule(config, *, valid):
     steps = [stages[name].get("steps") for name in sorted(stages)]
     if not all(isinstance(n, int) and n >= 0 for n in steps) or not isinstance(total, int) or total < 1:
         return
+    if config["train"].get("epochs", 0.0):
+        return  # train.steps is known once the data are read: checked then
     text, fix = f"stages of {', '.join(map(str, steps))} steps", "Change the stages or train.steps."
     open_stages = steps.count(0)
     if sum(steps) + open_stages > total or not open_stages and sum(steps) != total:

@@ -1,13 +1,19 @@
-"""The small languages inside a config: `sites`, `layers`, `experts`, `mesh`, each read into plain values."""
+"""The small languages inside a config: `sites`, `layers`, `experts`, `mesh`, `data.*`, each read into plain values."""
 
 import fnmatch
+import json
 import math
 import re
 
 from molora_jax.config_fields import MESH_AXES, PROJECTIONS, did_you_mean, one_of, wrong
 
 SITES = (*PROJECTIONS, "ffn")
+ROW_FIELDS = (
+    "task", "system", "prompt", "target", "messages", "text", "tools", "history", "instruction", "input", "output",
+    "conversations", "completion", "weight",
+)  # fmt: skip
 LAYERS = re.compile(r"(\d+)(?:-(\d+))?", re.ASCII)
+RESERVED = ("messages", "tools", "documents", "add_generation_prompt", "bos_token", "eos_token", "pad_token")
 MOST = 100_000  # layers or experts: more is a typing mistake, and would only fill memory
 
 
@@ -100,6 +106,56 @@ def resolve_mesh(mesh, num_devices, *, rows=None):
         fix = "Change mesh or train.batch_size (rows are batch_size / accumulate)."
         raise wrong("mesh", f"{_text(sizes)} on {num_devices} devices", expected, fix)
     return sizes
+
+
+def split_commas(text):
+    r"""The parts of a comma list; `\,` is a comma inside a part (a path)."""
+    parts = re.split(r"(?<!\\),", text)
+    return tuple(part.strip().replace("\\,", ",") for part in parts if part.strip())
+
+
+def resolve_template_args(text, *, where="data.template_args"):
+    """`"enable_thinking=false,names=[1, 2]"` -> `{"enable_thinking": False, "names": [1, 2]}`: values are JSON."""
+    expected, found, at = 'NAME=VALUE, ..., each value JSON: enable_thinking=false, mode="short"', {}, 0
+    while text[at:].strip():
+        match = re.compile(r"\s*([A-Za-z_]\w*)\s*=\s*", re.ASCII).match(text, at)
+        if not match:
+            raise wrong(where, repr(text[at : at + 60]), expected)
+        try:
+            value, at = json.JSONDecoder(parse_constant=_no_constant).raw_decode(text, match.end())
+            json.dumps(value, ensure_ascii=False).encode()  # half a surrogate pair has no UTF-8
+        except (ValueError, RecursionError):
+            fix = f'Put text in double quotes, as in {match[1]}="...".'
+            raise wrong(where, repr(text[match.start() : match.start() + 60].strip()), expected, fix) from None
+        if match[1] in found:
+            raise wrong(where, f"{match[1]!r} twice", "each argument once", "Drop one.")
+        if match[1] in RESERVED:
+            raise wrong(where, repr(match[1]), f"no name that the rows or the tokenizer set: {', '.join(RESERVED)}")
+        found[match[1]] = value
+        comma = re.compile(r"\s*(,|$)").match(text, at)
+        if not comma:
+            raise wrong(where, repr(text[at : at + 60]), expected, "Separate arguments by commas.")
+        at = comma.end()
+    return found
+
+
+def resolve_fields(text, *, where="data.fields"):
+    """`"prompt=question,target=answer"` -> `{"prompt": "question", "target": "answer"}`: our names for a file's."""
+    found = {}
+    for part in split_commas(text):
+        name, equals, own = (piece.strip() for piece in part.partition("="))
+        if not equals or not own:
+            raise wrong(where, repr(part), "NAME=FIELD, ..., as in prompt=question,target=answer")
+        if name not in ROW_FIELDS:
+            raise wrong(where, repr(name), one_of(ROW_FIELDS), did_you_mean(name, ROW_FIELDS))
+        if name in found or own in found.values():
+            raise wrong(where, f"{name if name in found else own!r} twice", "each name once", "Drop one.")
+        found[name] = own
+    return found
+
+
+def _no_constant(name):
+    raise ValueError(f"{name} is not JSON")
 
 
 def _text(sizes):

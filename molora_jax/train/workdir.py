@@ -14,12 +14,13 @@ import os
 import pathlib
 import socket
 
+from molora_jax.config_fields import FIELDS
 from molora_jax.errors import InputError
 from molora_jax.io.manifest import json_hash, write_atomically
 
 SECTIONS = ("method", "losses", "optim", "schedule", "seed")
 TRAIN_FIELDS = ("batch_size", "accumulate", "clip", "init_from")
-# data.tasks may hold paths: the fingerprint of their content stands for them. base.source likewise.
+# data.tasks and data.valid may hold paths: the fingerprint of their content stands for them; base.source likewise.
 CONTENT = {"data": ("tasks", "data_fingerprint"), "base": ("source", "base_digest")}
 
 
@@ -35,7 +36,9 @@ def identity(config: dict, extra: dict) -> dict:
     """
     result = {name: config[name] for name in SECTIONS if name in config}
     for section, (source, content) in CONTENT.items():
-        fields = {key: value for key, value in config.get(section, {}).items() if key != source}
+        fields = {key: value for key, value in config.get(section, {}).items() if key not in (source, "valid")}
+        # A field at the value that its absence means is left out: a run from before it existed is the same run.
+        fields = {k: v for k, v in fields.items() if k not in FIELDS[section] or v != FIELDS[section][k].default}
         result[section] = fields | {content.split("_")[1]: extra[content]}
     result["train"] = {name: config["train"][name] for name in TRAIN_FIELDS if name in config["train"]}
     if config.get("optim", {}).get("decay") != "constant":
