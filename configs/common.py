@@ -45,6 +45,7 @@ def get_config():
                 valid="",  # jsonl:PATH: these rows are evaluated, and every row of `tasks` trains; "" splits `tasks`
                 test_share=0.05,  # rows held out by a hash for test, and as many for valid; 0.0 trains on all
                 format="auto",  # of files: messages, prompt_completion, alpaca, sharegpt; "auto" tells by the fields
+                file_tasks=True,  # a file whose rows name several tasks is several; False: one (runs of older versions)
                 fields="",  # names of a file's own: "prompt=question,target=answer"
                 raw=False,  # rows are plain text (`text`, or prompt and target as they stand), without a template
                 template_args="",  # of the chat template, as JSON: "enable_thinking=false"

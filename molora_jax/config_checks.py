@@ -50,7 +50,7 @@ def raise_all(found):
     raise InputError(first.where, got=first.got, expected=first.expected, fix=fix)
 
 
-def _value(where, value, field):
+def check_value(where, value, field):
     """Problems of one value: its type, that it is finite, its range."""
     types = {float: (float, int), tuple: (tuple, list)}.get(field.kind, field.kind)
     if not isinstance(value, types) or (isinstance(value, bool) and field.kind is not bool):
@@ -92,7 +92,7 @@ def _fields(where, values, fields, *, more=(), of=""):
                 text = "a group of fields" if isinstance(field, dict) else str(field)
                 yield wrong(f"{dot}{key}", "nothing", text, "Add it, or start from configs/common.py.")
         elif not isinstance(field, dict):
-            yield from _value(f"{dot}{key}", values[key], field)
+            yield from check_value(f"{dot}{key}", values[key], field)
         elif not isinstance(values[key], dict):
             yield wrong(f"{dot}{key}", repr(values[key]), "a group of fields", "See configs/common.py.")
         elif field:
@@ -183,8 +183,11 @@ def _data(config):
 
 
 def _tasks(config):
-    tasks = config["data"].get("tasks")
-    return split_commas(tasks) if isinstance(tasks, str) else ()
+    return _task_list(config["data"].get("tasks"))
+
+
+def _task_list(text):
+    return split_commas(text) if isinstance(text, str) else ()
 
 
 def _open(tasks):
@@ -353,8 +356,8 @@ def _losses(config):
 
 def _task_names(where, name, loss, tasks):
     """Options that a loss declares as task names (`TASKS`) are entries of data.tasks."""
-    for option in attribute("losses", name, "TASKS") or () if isinstance(loss, dict) else ():
-        for task in _split(loss.get(option, options("losses", name)[option].default)):
+    for option in (attribute("losses", name, "TASKS") or ()) if isinstance(loss, dict) else ():
+        for task in _task_list(loss.get(option, options("losses", name)[option].default)):
             if task not in tasks and not _open(tasks):
                 expected = f"tasks among data.tasks = {','.join(tasks)}"
                 yield wrong(f"{where}.{option}", repr(task), expected, did_you_mean(task, tasks))
@@ -411,7 +414,7 @@ def _schedule(config, *, valid):
         if not STAGE_NAME.fullmatch(str(name)):
             yield wrong(where, repr(name), "a stage named s00, s01, ...", "Stages run in the order of their names.")
         yield from _fields(where, stage, {**known.STAGE, "set": {}})
-        for task in filter(None, _split(stage.get("tasks"))):
+        for task in _task_list(stage.get("tasks")):
             if task not in tasks and not _open(tasks):
                 yield wrong(
                     f"{where}.tasks", repr(task), f"tasks among data.tasks = {','.join(tasks)}", "Add it there."

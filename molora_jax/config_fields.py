@@ -78,6 +78,7 @@ FIELDS = {
         "valid": since(TEXT, ""),
         "test_share": since(within(0.0, 0.45), 0.05),
         "format": since(choice("auto", "messages", "prompt_completion", "alpaca", "sharegpt"), "auto"),
+        "file_tasks": since(Field(bool), True),
         "fields": since(TEXT, ""),
         "raw": since(Field(bool), False),
         "template_args": since(TEXT, ""),

@@ -140,17 +140,21 @@ def resolve_template_args(text, *, where="data.template_args"):
 
 
 def resolve_fields(text, *, where="data.fields"):
-    """`"prompt=question,target=answer"` -> `{"prompt": "question", "target": "answer"}`: our names for a file's."""
+    """`"prompt=question,target=answer,drop=label"` -> `{"question": "prompt", "answer": "target", "label": ""}`.
+
+    A file's names for our fields; "" is a field that the user says to leave out.
+    """
     found = {}
     for part in split_commas(text):
         name, equals, own = (piece.strip() for piece in part.partition("="))
         if not equals or not own:
             raise wrong(where, repr(part), "NAME=FIELD, ..., as in prompt=question,target=answer")
-        if name not in ROW_FIELDS:
-            raise wrong(where, repr(name), one_of(ROW_FIELDS), did_you_mean(name, ROW_FIELDS))
-        if name in found or own in found.values():
-            raise wrong(where, f"{name if name in found else own!r} twice", "each name once", "Drop one.")
-        found[name] = own
+        name = "" if name == "drop" else name
+        if name and name not in ROW_FIELDS:
+            raise wrong(where, repr(name), one_of((*ROW_FIELDS, "drop")), did_you_mean(name, ROW_FIELDS))
+        if own in found or (name and name in found.values()):
+            raise wrong(where, f"{own if own in found else name!r} twice", "each name once", "Drop one.")
+        found[own] = name
     return found
 
 

@@ -8,23 +8,27 @@ the target only. Lengths are not limited here: `split.py` applies `data.seq_len`
 import dataclasses
 import functools
 import hashlib
+import json
 import pathlib
 
 import numpy as np
 
-from molora_jax.data import cache, jsonl, packages
-from molora_jax.data.example import distinct, split_of
-from molora_jax.data.sources import SOURCES
+from molora_jax.data import cache, packages, traces
+from molora_jax.data.example import split_of
+from molora_jax.data.options import Options
+from molora_jax.data.read import Read, source, stem
 from molora_jax.errors import InputError
 
 
 @dataclasses.dataclass(frozen=True)
 class Task:
-    """All examples of one entry, N of them, in a deterministic order.
+    """All examples of one task, N of them, in a deterministic order.
 
+    entry: of `data.tasks`, which may hold several tasks.
     ids: [sum of lengths] int32, context and target of each example one after another.
     offsets: [N + 1] int64 into `ids`. context: [N] int32 lengths of the contexts. split: [N] uint8.
     content: digest of the examples as text. texts: JSON of [prompt, target, group], decoded only when asked for.
+    dropped: why rows were left out -> how many. unused: what of the kept rows has no use -> in how many.
     """
 
     entry: str
@@ -36,51 +40,57 @@ class Task:
     content: str
     choices: tuple[str, ...] | None
     dropped: dict[str, int]
+    unused: dict[str, int]
     packed_texts: np.ndarray
+    unnamed: bool = False  # a file's rows without a task of their own
+    fields: tuple[str, ...] = ()  # the names of `data.fields` that its rows have
+    also_trained: int = 0  # rows of data.valid that are training rows as well
 
     @functools.cached_property
     def texts(self) -> list:
         return cache.unpack_json(self.packed_texts)
 
 
-def load_task(entry: str, *, tokenizer, digest: str | None, system: str, bad_rows: str) -> Task:
-    """One entry of `data.tasks` from the cache, else from its source (`digest=None`: no cache)."""
-    if entry.startswith("jsonl:"):
-        path = entry.removeprefix("jsonl:")
-        raw = jsonl.content(path)
-        source = f"{hashlib.sha256(raw).hexdigest()} {bad_rows}"
-        read = functools.partial(_read_jsonl, raw, path=path, bad_rows=bad_rows)
-    else:
-        module = SOURCES[entry]
-        files = module.files()
-        source = f"{packages.digest_files(files)} {identity(entry)}"
-        read = functools.partial(_read_package, entry, files)
-    key = hashlib.sha256(repr((_own_code(), source, digest, system)).encode()).hexdigest()[:32]
+def load_tasks(
+    entry: str, *, tokenizer, digest: str | None, options: Options, field: str = "data.tasks"
+) -> tuple[Task, ...]:
+    """The tasks of one entry, from the cache, else from its source (`digest=None`: no cache)."""
+    depends, read = source(entry, options, field=field)
+    how = (options.system, options.template_args, options.test_share)
+    key = hashlib.sha256(repr((_own_code(), depends, digest, how)).encode()).hexdigest()[:32]
     arrays = cache.load(key) if digest else None
     if arrays is None:
-        arrays = _encode(*read(), tokenizer=tokenizer, system=system, entry=entry)
+        encoded = [_encode(one, tokenizer=tokenizer, options=options) for one in read()]
+        encoded = [one for one in encoded if one is not None]
+        if not encoded:
+            raise InputError(entry, got="bad rows and no good one", expected="at least one row that the template takes",
+                             fix='The reasons: set `data.bad_rows="error"`.')  # fmt: skip
+        arrays = {f"{i}.{name}": array for i, one in enumerate(encoded) for name, array in one.items()}
         if digest:
             cache.save(key, arrays)
+    tasks = []
+    while f"{len(tasks)}.meta" in arrays:
+        tasks.append(_task(entry, {name: arrays[f"{len(tasks)}.{name}"] for name in ARRAYS}))
+    return tuple(tasks)
+
+
+ARRAYS = ("ids", "offsets", "context", "split", "texts", "meta")
+
+
+def _task(entry, arrays) -> Task:
     meta = cache.unpack_json(arrays["meta"])
-    name = meta["name"]
-    if not name:  # a file's stem: not cached, for the file may be renamed
-        name = path.replace("\\", "/").rsplit("/", 1)[-1].rsplit(".", 1)[0]
     return Task(
         entry=entry,
-        name=name,
+        name=meta["name"] or stem(entry.removeprefix("jsonl:")),  # a file's stem: not cached, it may be renamed
         choices=tuple(meta["choices"]) if meta["choices"] else None,
         dropped=meta["dropped"],
+        unused=meta["unused"],
+        unnamed=not meta["name"],
+        fields=tuple(meta["fields"]),
         packed_texts=arrays["texts"],
-        content=hashlib.sha256(arrays["texts"].tobytes()).hexdigest(),
+        content=hashlib.sha256(arrays["texts"].tobytes() + meta["more"].encode()).hexdigest(),
         **{field: arrays[field] for field in ("ids", "offsets", "context", "split")},
     )
-
-
-def identity(entry: str) -> str:
-    """What the examples of a task depend on beside files: code and package versions."""
-    module = SOURCES[entry]
-    more = getattr(module, "identity", str)()
-    return f"{entry} {module.FILTERS} {module.DISTRIBUTION} {packages.version(module.DISTRIBUTION)} {more}".strip()
 
 
 @functools.lru_cache
@@ -106,35 +116,8 @@ def tokenizer_digest(tokenizer) -> str | None:
     return repr((digest, tokenizer.vocab_size, tokenizer.eos_id, chats))
 
 
-def _read_package(entry: str, files):
-    module = SOURCES[entry]
-    try:
-        examples, problem = distinct(module.examples(files), several_answers=several_answers(entry)), "no example"
-    except (ValueError, LookupError, TypeError, AttributeError, OSError) as error:  # files of another format
-        examples, problem = [], f"{type(error).__name__}: {error}"
-    if not examples:
-        raise InputError(
-            f"data.tasks, task {entry!r}",
-            got=f"{problem} in the files of {module.DISTRIBUTION} {packages.version(module.DISTRIBUTION)}",
-            expected="the file format of the pinned version",
-            fix="Install the pinned versions: `pip install 'molora_jax[data]'`.",
-        )
-    return entry, entry, examples, {}
-
-
-def several_answers(entry: str) -> bool:
-    return getattr(SOURCES[entry], "SEVERAL_ANSWERS", False)
-
-
-def _read_jsonl(raw: bytes, *, path: str, bad_rows: str):
-    name, examples, bad = jsonl.parse(raw, path=path, bad_rows=bad_rows)
-    named = {example.task for example in examples} == {name}
-    kept = distinct(examples, several_answers=True)
-    dropped = {"bad rows": bad, "repeats": len(examples) - len(kept)}
-    return name if named else "", jsonl.SPLIT_KEY, kept, dropped
-
-
-def _encode(name, split_key, examples, dropped, *, tokenizer, system, entry) -> dict[str, np.ndarray]:
+def _encode(read: Read, *, tokenizer, options: Options) -> dict[str, np.ndarray] | None:
+    """The arrays of a task; None where no row is left."""
     if tokenizer.eos_id is None:
         raise InputError(
             "base.source",
@@ -142,41 +125,78 @@ def _encode(name, split_key, examples, dropped, *, tokenizer, system, entry) -> 
             expected="one whose answers can end",
             fix="Name an eos_token in its tokenizer_config.json.",
         )
-    chats = [_turns(example, system) for example in examples]
-    contexts = _encode_chats(tokenizer, chats)
-    targets = _encode_texts(tokenizer, [example.target for example in examples])
-    end = [tokenizer.eos_id]
-    flat, lengths = [], []
-    for context, target in zip(contexts, targets, strict=True):
+    if not options.raw:
+        traces.drop_untraced(read, tokenizer, options)
+    examples, flat, lengths, contexts = [], [], [], []
+    for example, result in zip(read.examples, encode_rows(tokenizer, read.examples, options), strict=True):
+        if isinstance(result, Exception):
+            read.bad(result, example, bad_rows=options.bad_rows)
+            continue
+        context, target = result
+        examples.append(example)
         flat += context
         flat += target
-        flat += end
-        lengths.append(len(context) + len(target) + 1)
+        lengths.append(len(context) + len(target))
+        contexts.append(len(context))
+    if not examples:
+        return None
     ids = np.asarray(flat, np.int32)
     if ids.min() < 0 or ids.max() >= tokenizer.vocab_size:
         raise InputError(
-            f"data.tasks, {entry}",
+            f"data.tasks, {read.path or read.name}",
             got=f"token ids from {ids.min()} to {ids.max()}",
             expected=f"ids below the vocabulary size {tokenizer.vocab_size}",
             fix="The tokenizer and the model do not belong together.",
         )
     texts = [[example.prompt, example.target, example.group] for example in examples]
-    meta = dict(name=name, choices=examples[0].choices, dropped=dropped)
+    more = [[i, example.more] for i, example in enumerate(examples) if example.more is not None]
+    more = hashlib.sha256(json.dumps(more, sort_keys=True).encode()).hexdigest() if more else ""
+    meta = dict(
+        name=read.name, choices=examples[0].choices, dropped=read.dropped, unused=read.unused,
+        fields=sorted(read.fields),
+        more=more,
+    )  # fmt: skip
+    splits = [split_of(read.split_key, example.group, options.test_share) for example in examples]
     return dict(
         ids=ids,
         offsets=np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64),
-        context=np.asarray([len(context) for context in contexts], np.int32),
-        split=np.asarray([split_of(split_key, example.group) for example in examples], np.uint8),
+        context=np.asarray(contexts, np.int32),
+        split=np.asarray(splits, np.uint8),
         texts=cache.pack_json(texts),
         meta=cache.pack_json(meta),
     )
 
 
+def encode_rows(tokenizer, examples, options: Options) -> list:
+    """(context ids, target ids with the end token) of each example, or the error of its row."""
+    try:
+        return _encode_rows(tokenizer, examples, options)
+    except InputError:
+        pass
+    results = []
+    for example in examples:
+        try:
+            results += _encode_rows(tokenizer, [example], options)
+        except InputError as error:
+            results.append(error)
+    return results
+
+
+def _encode_rows(tokenizer, examples, options: Options):
+    if options.raw:
+        contexts = [tokenizer.encode(example.prompt)[:] if example.prompt else [] for example in examples]
+    else:
+        contexts = _encode_chats(tokenizer, [_turns(example, options.system) for example in examples])
+    targets = _encode_texts(tokenizer, [example.target for example in examples])
+    end = [tokenizer.eos_id]
+    return [(context, target + end) for context, target in zip(contexts, targets, strict=True)]
+
+
 def _turns(example, system: str) -> list[dict[str, str]]:
-    turns = example.messages or (("user", example.prompt),)
-    if system and turns[0][0] != "system":
-        turns = (("system", system), *turns)
-    return [{"role": role, "content": text} for role, text in turns]
+    turns = example.conversation()[:-1]
+    if system and turns[0]["role"] not in ("system", "developer"):
+        turns = [{"role": "system", "content": system}, *turns]
+    return turns
 
 
 def _encode_chats(tokenizer, chats) -> list[list[int]]:

@@ -11,7 +11,7 @@ import dataclasses
 import numpy as np
 
 from molora_jax.data.encode import Task
-from molora_jax.data.example import SPLITS, Encoded
+from molora_jax.data.example import HELD_OUT, SPLITS, Encoded
 from molora_jax.errors import InputError
 
 
@@ -70,7 +70,7 @@ def make_split(name: str, tasks: tuple[Task, ...], *, ids: np.ndarray, seq_len: 
     """
     parts, counts, shift = [], {}, 0
     for task_id, task in enumerate(tasks):
-        rows = np.flatnonzero(task.split == SPLITS.index(name))
+        rows = np.flatnonzero((task.split == SPLITS.index(name)) | ((task.split == HELD_OUT) & (name != "train")))
         start, length = task.offsets[rows], (task.offsets[1:] - task.offsets[:-1])[rows]
         targets = length - task.context[rows]
         long = length - 1 > seq_len
