@@ -7,20 +7,21 @@ import hashlib
 
 import numpy as np
 
-from molora_jax.data.encode import identity, load_task, tokenizer_digest
+from molora_jax.data.encode import Options, identity, load_task, tokenizer_digest
 from molora_jax.data.example import SPLITS, Encoded
 from molora_jax.data.packing import choose_targets_per_row, empty_batch, pack, write_segment
 from molora_jax.data.sources import SOURCES
 from molora_jax.data.split import make_split
 from molora_jax.data.stream import Stream
 from molora_jax.errors import InputError
+from molora_jax.io.templates import parse_args
 
 
 def build(config_data, *, tokenizer, batch_size: int, seed: int) -> "DataSet":
     """Reads, splits and tokenises the tasks of `config.data` (fields: see `configs/common.py`).
 
     Args:
-      tokenizer: `.chat`, `.encode_chat`, `.encode`, `.eos_id`, `.pad_id`, `.vocab_size`.
+      tokenizer: an `io.tokenizer.Tokenizer`.
       batch_size: B, rows of the global batch. seed: of the order of the training examples.
 
     Raises:
@@ -29,8 +30,13 @@ def build(config_data, *, tokenizer, batch_size: int, seed: int) -> "DataSet":
     entries = parse_tasks(config_data.tasks)
     _check(config_data)
     digest = tokenizer_digest(tokenizer)
+    options = Options(
+        system=config_data.system,
+        train_on=getattr(config_data, "train_on", "last"),
+        template_args=parse_args(getattr(config_data, "template_args", "")),
+    )
     tasks = tuple(
-        load_task(entry, tokenizer=tokenizer, digest=digest, system=config_data.system, bad_rows=config_data.bad_rows)
+        load_task(entry, tokenizer=tokenizer, digest=digest, options=options, bad_rows=config_data.bad_rows)
         for entry in entries
     )
     return DataSet(_distinct_names(tasks), config_data, batch_size=batch_size, seed=seed, pad_id=tokenizer.pad_id)
@@ -88,11 +94,9 @@ class DataSet:
     def __init__(self, tasks, config_data, *, batch_size: int, seed: int, pad_id: int):
         self.tasks, self.seq_len, self.pad_id = tasks, config_data.seq_len, pad_id
         self.task_names = tuple(task.name for task in tasks)
-        ids = np.concatenate([task.ids for task in tasks])
-        self.splits = {
-            name: make_split(name, tasks, ids=ids, seq_len=config_data.seq_len, overlong=config_data.overlong)
-            for name in SPLITS
-        }
+        limits = dict(seq_len=config_data.seq_len, overlong=config_data.overlong)
+        ids, mask = (np.concatenate([getattr(task, field) for task in tasks]) for field in ("ids", "mask"))
+        self.splits = {name: make_split(name, tasks, ids=ids, mask=mask, **limits) for name in SPLITS}
         every = [split for split in self.splits.values() if len(split.length)]
         # Both bounds hold for the held-out items too, so that evaluation compiles to the same shapes.
         longest = max((int(split.targets.max()) for split in every), default=1)
@@ -148,8 +152,8 @@ class DataSet:
           InputError: an example longer than `seq_len`, or with more targets than `targets_per_row`.
         """
         limit = self.seq_len if targets_per_row is None else targets_per_row
-        lengths = [len(example.context_ids) + len(example.target_ids) - 1 for example in examples]
-        targets = [len(example.target_ids) for example in examples]
+        lengths = [len(example.ids) - 1 for example in examples]
+        targets = [example.num_targets for example in examples]
         for example, length, target in zip(examples, lengths, targets, strict=True):
             if length > self.seq_len or target > limit:
                 raise InputError(
@@ -171,8 +175,8 @@ class DataSet:
                         row,
                         at,
                         segment,
-                        ids=np.asarray(example.context_ids + example.target_ids, np.int32),
-                        num_targets=len(example.target_ids),
+                        ids=np.asarray(example.ids, np.int32),
+                        mask=example.loss_mask,
                         task_id=example.task_id,
                         example_id=example.example_id,
                     )

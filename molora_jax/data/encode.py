@@ -1,18 +1,19 @@
 """From examples to ids: one `Task` of flat arrays per entry of `data.tasks`.
 
-The context of an example is the model's own chat template around its turns, with the generation prompt at the end;
-each is rendered (a template may depend on its text). The target is the bare answer and the end token; the loss is on
-the target only. Lengths are not limited here: `split.py` applies `data.seq_len` and `data.overlong`.
+`render.py` says what the ids of an example are, and which of them are trained on. Lengths are not limited here:
+`split.py` applies `data.seq_len` and `data.overlong`.
 """
 
 import dataclasses
+import datetime
 import functools
 import hashlib
+import json
 import pathlib
 
 import numpy as np
 
-from molora_jax.data import cache, jsonl, packages
+from molora_jax.data import cache, jsonl, packages, render
 from molora_jax.data.example import distinct, split_of
 from molora_jax.data.sources import SOURCES
 from molora_jax.errors import InputError
@@ -22,14 +23,16 @@ from molora_jax.errors import InputError
 class Task:
     """All examples of one entry, N of them, in a deterministic order.
 
-    ids: [sum of lengths] int32, context and target of each example one after another.
-    offsets: [N + 1] int64 into `ids`. context: [N] int32 lengths of the contexts. split: [N] uint8.
-    content: digest of the examples as text. texts: JSON of [prompt, target, group], decoded only when asked for.
+    ids: [sum of lengths] int32, context and target of each example one after another. mask: [sum of lengths] uint8, 1
+    where an id is trained on. offsets: [N + 1] int64 into both. context: [N] int32, how many ids stand before the last
+    answer, 0 in plain text. split: [N] uint8. content: digest of the examples as text. texts: JSON of [prompt, target,
+    group], decoded only when asked for.
     """
 
     entry: str
     name: str
     ids: np.ndarray
+    mask: np.ndarray
     offsets: np.ndarray
     context: np.ndarray
     split: np.ndarray
@@ -43,7 +46,16 @@ class Task:
         return cache.unpack_json(self.packed_texts)
 
 
-def load_task(entry: str, *, tokenizer, digest: str | None, system: str, bad_rows: str) -> Task:
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """How conversations become ids: fields of `config.data` (`template_args` parsed)."""
+
+    system: str = ""
+    train_on: str = "last"
+    template_args: dict = dataclasses.field(default_factory=dict)
+
+
+def load_task(entry: str, *, tokenizer, digest: str | None, options: Options, bad_rows: str) -> Task:
     """One entry of `data.tasks` from the cache, else from its source (`digest=None`: no cache)."""
     if entry.startswith("jsonl:"):
         path = entry.removeprefix("jsonl:")
@@ -55,10 +67,10 @@ def load_task(entry: str, *, tokenizer, digest: str | None, system: str, bad_row
         files = module.files()
         source = f"{packages.digest_files(files)} {identity(entry)}"
         read = functools.partial(_read_package, entry, files)
-    key = hashlib.sha256(repr((_own_code(), source, digest, system)).encode()).hexdigest()[:32]
+    key = hashlib.sha256(repr((_own_code(), source, digest, options)).encode()).hexdigest()[:32]
     arrays = cache.load(key) if digest else None
     if arrays is None:
-        arrays = _encode(*read(), tokenizer=tokenizer, system=system, entry=entry)
+        arrays = _encode(*read(), tokenizer=tokenizer, options=options, entry=entry, bad_rows=bad_rows)
         if digest:
             cache.save(key, arrays)
     meta = cache.unpack_json(arrays["meta"])
@@ -71,8 +83,8 @@ def load_task(entry: str, *, tokenizer, digest: str | None, system: str, bad_row
         choices=tuple(meta["choices"]) if meta["choices"] else None,
         dropped=meta["dropped"],
         packed_texts=arrays["texts"],
-        content=hashlib.sha256(arrays["texts"].tobytes()).hexdigest(),
-        **{field: arrays[field] for field in ("ids", "offsets", "context", "split")},
+        content=hashlib.sha256(arrays["texts"].tobytes() + meta["more"].encode()).hexdigest(),
+        **{field: arrays[field] for field in ("ids", "mask", "offsets", "context", "split")},
     )
 
 
@@ -85,25 +97,23 @@ def identity(entry: str) -> str:
 
 @functools.lru_cache
 def _own_code() -> str:
-    """Digest of this package's source: a change of a filter never meets an old cache entry."""
+    """Digest of the source of data and templates: a change of a filter never meets an old cache entry."""
     root = pathlib.Path(__file__).parent
-    return packages.digest_files(sorted((path.relative_to(root).as_posix(), path) for path in root.rglob("*.py")))
+    paths = [*root.rglob("*.py"), *(root.parent / "io").glob("t*.py")]
+    return packages.digest_files(sorted((path.relative_to(root.parent).as_posix(), path) for path in paths))
 
 
 def tokenizer_digest(tokenizer) -> str | None:
-    """What makes two tokenizers the same: the tokenizer's own `digest`, else its serialised form.
+    """What makes two tokenizers write the same ids: `Tokenizer.digest()`, and the day where the template tells it.
 
-    None, where it has neither, turns the cache off.
+    None, where it has none, turns the cache off.
     """
     digest = getattr(tokenizer, "digest", None)
     digest = digest() if callable(digest) else digest
-    if not digest and hasattr(getattr(tokenizer, "inner", None), "to_str"):
-        digest = hashlib.sha256(tokenizer.inner.to_str().encode()).hexdigest()
     if not digest:
         return None
-    turns = [{"role": "system", "content": "s"}, {"role": "user", "content": "u"}]
-    chats = [tokenizer.chat(turns[i:], add_generation_prompt=True) for i in range(2)]
-    return repr((digest, tokenizer.vocab_size, tokenizer.eos_id, chats))
+    day = (tokenizer.day or datetime.date.today().isoformat()) if getattr(tokenizer, "depends_on_day", False) else ""
+    return f"{digest} {day}".strip()
 
 
 def _read_package(entry: str, files):
@@ -134,7 +144,7 @@ def _read_jsonl(raw: bytes, *, path: str, bad_rows: str):
     return name if named else "", jsonl.SPLIT_KEY, kept, dropped
 
 
-def _encode(name, split_key, examples, dropped, *, tokenizer, system, entry) -> dict[str, np.ndarray]:
+def _encode(name, split_key, examples, dropped, *, tokenizer, options, entry, bad_rows) -> dict[str, np.ndarray]:
     if tokenizer.eos_id is None:
         raise InputError(
             "base.source",
@@ -142,17 +152,9 @@ def _encode(name, split_key, examples, dropped, *, tokenizer, system, entry) -> 
             expected="one whose answers can end",
             fix="Name an eos_token in its tokenizer_config.json.",
         )
-    chats = [_turns(example, system) for example in examples]
-    contexts = _encode_chats(tokenizer, chats)
-    targets = _encode_texts(tokenizer, [example.target for example in examples])
-    end = [tokenizer.eos_id]
-    flat, lengths = [], []
-    for context, target in zip(contexts, targets, strict=True):
-        flat += context
-        flat += target
-        flat += end
-        lengths.append(len(context) + len(target) + 1)
-    ids = np.asarray(flat, np.int32)
+    encoded = render.encode_examples(tokenizer, examples, **dataclasses.asdict(options))
+    examples, encoded, dropped = _good(examples, encoded, dropped, entry=entry, bad_rows=bad_rows)
+    ids = np.concatenate([np.asarray(one.ids, np.int32) for one in encoded])
     if ids.min() < 0 or ids.max() >= tokenizer.vocab_size:
         raise InputError(
             f"data.tasks, {entry}",
@@ -161,45 +163,39 @@ def _encode(name, split_key, examples, dropped, *, tokenizer, system, entry) -> 
             fix="The tokenizer and the model do not belong together.",
         )
     texts = [[example.prompt, example.target, example.group] for example in examples]
-    meta = dict(name=name, choices=examples[0].choices, dropped=dropped)
+    more = [[i, example.more] for i, example in enumerate(examples) if example.more is not None]
+    more = hashlib.sha256(json.dumps(more, sort_keys=True).encode()).hexdigest() if more else ""
+    meta = dict(name=name, choices=examples[0].choices, dropped=dropped, more=more)
     return dict(
         ids=ids,
-        offsets=np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64),
-        context=np.asarray([len(context) for context in contexts], np.int32),
+        mask=np.concatenate([np.asarray(one.loss_mask, np.uint8) for one in encoded]),
+        offsets=np.cumsum([0, *(len(one.ids) for one in encoded)]).astype(np.int64),
+        context=np.asarray([one.context for one in encoded], np.int32),
         split=np.asarray([split_of(split_key, example.group) for example in examples], np.uint8),
         texts=cache.pack_json(texts),
         meta=cache.pack_json(meta),
     )
 
 
-def _turns(example, system: str) -> list[dict[str, str]]:
-    turns = example.messages or (("user", example.prompt),)
-    if system and turns[0][0] != "system":
-        turns = (("system", system), *turns)
-    return [{"role": role, "content": text} for role, text in turns]
-
-
-def _encode_chats(tokenizer, chats) -> list[list[int]]:
-    texts = [tokenizer.chat(chat, add_generation_prompt=True) for chat in chats]
-    one = functools.partial(tokenizer.encode_chat, add_generation_prompt=True)
-    return _in_bulk(tokenizer, texts, chats, one)
-
-
-def _encode_texts(tokenizer, texts) -> list[list[int]]:
-    return _in_bulk(tokenizer, texts, texts, tokenizer.encode)
-
-
-def _in_bulk(tokenizer, texts, items, one) -> list[list[int]]:
-    """`one(item)` of each; from one call on all `texts` (five times faster) where samples of it are the same."""
-    batch = getattr(tokenizer, "encode_batch", None)
-    inner = getattr(tokenizer, "inner", None)  # a tokenizers.Tokenizer
-    if batch is None and hasattr(inner, "encode_batch_fast"):
-
-        def batch(texts):
-            return [encoding.ids for encoding in inner.encode_batch_fast(texts, add_special_tokens=False)]
-
-    if batch is not None:
-        all_ids = [list(ids) for ids in batch(texts)]
-        if all(all_ids[i] == list(one(items[i])) for i in {0, len(items) // 2, len(items) - 1}):
-            return all_ids
-    return [list(one(item)) for item in items]
+def _good(examples, encoded, dropped, *, entry, bad_rows):
+    """Without the rows that became no ids: an error that names the first, or skipped and counted."""
+    file = entry.startswith("jsonl:")
+    bad = [i for i, one in enumerate(encoded) if isinstance(one, render.Refused)]
+    if not bad:
+        return examples, encoded, dropped
+    first = min(bad, key=lambda i: examples[i].row)
+    example, why = examples[first], encoded[first]
+    where = f"{entry.removeprefix('jsonl:')}, row {example.row}" if file else f"data.tasks, task {entry!r}"
+    skip = 'Correct the row, or set `data.bad_rows="skip"`.' if file else f"The item: {example.prompt!r:.80}"
+    error = InputError(where, got=why.got, expected=why.expected, fix=f"{why.fix} {skip}".strip())
+    if bad_rows == "error" or not file:
+        raise error
+    if len(bad) == len(examples):
+        raise InputError(
+            where.rsplit(",", 1)[0], got=f"{len(bad)} rows that become no ids, and no good one",
+            expected="at least one good row", fix=f"First: {error}",
+        )  # fmt: skip
+    out = set(bad)
+    kept = [i for i in range(len(examples)) if i not in out]
+    dropped = {**dropped, "bad rows": dropped.get("bad rows", 0) + len(bad)}
+    return [examples[i] for i in kept], [encoded[i] for i in kept], dropped

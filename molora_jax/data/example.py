@@ -10,6 +10,7 @@ not change with the version of numpy.
 
 import dataclasses
 import hashlib
+import json
 
 import numpy as np
 
@@ -18,11 +19,14 @@ SPLITS = ("train", "valid", "test")
 
 @dataclasses.dataclass(frozen=True)
 class Example:
-    """One question with its answer.
+    """One row of data: a question with its answer, a conversation, or plain text.
 
     task: the task's reported name. prompt: what is asked (of a chat: all turns before the answer, as text).
     target: the answer. group: the key of the split. choices: all labels of a classification task, else None.
-    messages: the chat turns before the answer where there is more than one user turn, else None.
+    turns: the whole conversation as the template takes it (role, content, and tool_calls, reasoning_content, name as
+    given), the answer last; None: one user turn and the answer.
+    tools: for the template. weights: one a turn, 0 or 1; None: `data.train_on` decides.
+    text: plain text without a template (`data.raw`), in place of all turns. row: its line in the file, from 1; 0: none.
     """
 
     task: str
@@ -30,14 +34,28 @@ class Example:
     target: str
     group: str
     choices: tuple[str, ...] | None = None
-    messages: tuple[tuple[str, str], ...] | None = None
+    turns: tuple[dict, ...] | None = None
+    tools: tuple[dict, ...] | None = None
+    weights: tuple[float, ...] | None = None
+    text: str | None = None
+    row: int = 0
+
+    @property
+    def more(self) -> list | None:
+        """What prompt and target do not tell, as JSON values; None where they tell it all."""
+        turns = self.turns or ()
+        plain = all(turn.keys() == {"role", "content"} and isinstance(turn["content"], str) for turn in turns)
+        if plain and self.tools is None and self.weights is None and self.text is None:
+            return None
+        return [self.turns, self.tools, self.weights, self.text]
 
 
 @dataclasses.dataclass(frozen=True)
 class Encoded:
     """An example as ids: `context_ids` end where the model starts to answer, `target_ids` end with the end token.
 
-    `example_id` is unique within the split and is what batches carry in `example_ids`.
+    `loss_mask`: 1 for each of them that is trained on. `example_id` is unique within the split and is what batches
+    carry in `example_ids`.
     """
 
     task: str
@@ -50,6 +68,16 @@ class Encoded:
     choices: tuple[str, ...] | None
     context_ids: tuple[int, ...]
     target_ids: tuple[int, ...]
+    loss_mask: tuple[int, ...]
+
+    @property
+    def ids(self) -> tuple[int, ...]:
+        return self.context_ids + self.target_ids
+
+    @property
+    def num_targets(self) -> int:
+        """How many tokens have a loss: the first one is never predicted."""
+        return sum(self.loss_mask[1:])
 
 
 def split_of(task: str, group: str) -> int:
@@ -65,7 +93,9 @@ def distinct(examples, *, several_answers: bool = False):
     """
     kept = {}
     for example in sorted(examples, key=lambda e: (e.prompt, e.target)):
-        kept.setdefault((example.prompt, example.target if several_answers else "", example.messages), example)
+        parts = [example.turns, example.tools, example.weights, example.text]
+        more = json.dumps(parts, sort_keys=True) if any(part is not None for part in parts) else None
+        kept.setdefault((example.prompt, example.target if several_answers else "", more), example)
     return list(kept.values())
 
 

@@ -6,6 +6,7 @@ context; a first turn of role `system` is allowed. Empty lines are no rows. Ever
 is a bad row: an error that names file and row (counted from 1), or skipped and counted, as `data.bad_rows` says.
 """
 
+import dataclasses
 import json
 import pathlib
 
@@ -47,7 +48,7 @@ def parse(raw: bytes, *, path: str, bad_rows: str) -> tuple[str, list[Example], 
         if not line.strip():
             continue
         try:
-            examples.append(_row(line, last=number == len(lines)))
+            examples.append(dataclasses.replace(_row(line, last=number == len(lines)), row=number))
         except _BadRow as error:
             first_error = first_error or InputError(
                 f"{path}, row {number}", got=error.got, expected=error.expected, fix=error.fix
@@ -92,7 +93,8 @@ def _row(line: bytes, *, last: bool) -> Example:
         *context, (_, target) = messages
         simple = len(context) == 1
         prompt = context[0][1] if simple else "\n".join(f"{role}: {words}" for role, words in context)
-        return Example(task, prompt, target, prompt, messages=None if simple else tuple(context))
+        turns = tuple({"role": role, "content": words} for role, words in messages)
+        return Example(task, prompt, target, prompt, turns=None if simple else turns)
     prompt, target = (_text(row, field) for field in ("prompt", "target"))
     return Example(task, prompt, target, prompt)
 
