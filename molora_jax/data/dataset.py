@@ -8,10 +8,10 @@ import hashlib
 import numpy as np
 
 from molora_jax.data.encode import Options, identity, load_task, tokenizer_digest
-from molora_jax.data.example import SPLITS, Encoded
+from molora_jax.data.example import Encoded
 from molora_jax.data.packing import choose_targets_per_row, empty_batch, pack, write_segment
 from molora_jax.data.sources import SOURCES
-from molora_jax.data.split import make_split
+from molora_jax.data.split import make_splits
 from molora_jax.data.stream import Stream
 from molora_jax.errors import InputError
 from molora_jax.io.templates import parse_args
@@ -94,9 +94,7 @@ class DataSet:
     def __init__(self, tasks, config_data, *, batch_size: int, seed: int, pad_id: int):
         self.tasks, self.seq_len, self.pad_id = tasks, config_data.seq_len, pad_id
         self.task_names = tuple(task.name for task in tasks)
-        limits = dict(seq_len=config_data.seq_len, overlong=config_data.overlong)
-        ids, mask = (np.concatenate([getattr(task, field) for task in tasks]) for field in ("ids", "mask"))
-        self.splits = {name: make_split(name, tasks, ids=ids, mask=mask, **limits) for name in SPLITS}
+        self.splits = make_splits(tasks, seq_len=config_data.seq_len, overlong=config_data.overlong)
         every = [split for split in self.splits.values() if len(split.length)]
         # Both bounds hold for the held-out items too, so that evaluation compiles to the same shapes.
         longest = max((int(split.targets.max()) for split in every), default=1)

@@ -25,8 +25,8 @@ class Task:
 
     ids: [sum of lengths] int32, context and target of each example one after another. mask: [sum of lengths] uint8, 1
     where an id is trained on. offsets: [N + 1] int64 into both. context: [N] int32, how many ids stand before the last
-    answer, 0 in plain text. split: [N] uint8. content: digest of the examples as text. texts: JSON of [prompt, target,
-    group], decoded only when asked for.
+    answer, 0 in plain text. lead: [N] int32, how many of the answer's ids the template puts before its text. split: [N]
+    uint8. content: digest of the examples as text. texts: JSON of [prompt, target, group], decoded only when asked for.
     """
 
     entry: str
@@ -35,6 +35,7 @@ class Task:
     mask: np.ndarray
     offsets: np.ndarray
     context: np.ndarray
+    lead: np.ndarray
     split: np.ndarray
     content: str
     choices: tuple[str, ...] | None
@@ -84,7 +85,7 @@ def load_task(entry: str, *, tokenizer, digest: str | None, options: Options, ba
         dropped=meta["dropped"],
         packed_texts=arrays["texts"],
         content=hashlib.sha256(arrays["texts"].tobytes() + meta["more"].encode()).hexdigest(),
-        **{field: arrays[field] for field in ("ids", "mask", "offsets", "context", "split")},
+        **{field: arrays[field] for field in ("ids", "mask", "offsets", "context", "lead", "split")},
     )
 
 
@@ -171,6 +172,7 @@ def _encode(name, split_key, examples, dropped, *, tokenizer, options, entry, ba
         mask=np.concatenate([np.asarray(one.loss_mask, np.uint8) for one in encoded]),
         offsets=np.cumsum([0, *(len(one.ids) for one in encoded)]).astype(np.int64),
         context=np.asarray([one.context for one in encoded], np.int32),
+        lead=np.asarray([one.lead for one in encoded], np.int32),
         split=np.asarray([split_of(split_key, example.group) for example in examples], np.uint8),
         texts=cache.pack_json(texts),
         meta=cache.pack_json(meta),

@@ -31,11 +31,12 @@ _REFUSED = "a conversation that the chat template renders"
 @dataclasses.dataclass(frozen=True)
 class Ids:
     """One example, n ids. loss_mask: n times 0 or 1. context: how many ids stand before the last answer; 0 in plain
-    text, which is all answer."""
+    text, which is all answer. lead: how many of the answer's ids the template puts before its text."""
 
     ids: list[int]
     loss_mask: list[int]
     context: int
+    lead: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -144,11 +145,12 @@ class _Chat:
 
 @dataclasses.dataclass(frozen=True)
 class _Cut:
-    """A rendered conversation up to the end of its answer: `text`, the character where the last answer begins, spans
-    of characters that are trained on, and whether `eos_id` is to follow (and be trained on)."""
+    """A rendered conversation up to the end of its answer: `text`, the characters where the last answer and its own
+    text begin, spans of characters that are trained on, and whether `eos_id` is to follow (and be trained on)."""
 
     text: str
     begin: int
+    text_begin: int
     spans: list[tuple[int, int]]
     add_end: bool
     train_end: bool
@@ -163,7 +165,7 @@ def _cut(marks, chat, results) -> _Cut | Refused:
         high = len(full) if is_last else max(low, len(os.path.commonprefix([full, prompts[number + 1]])))
         place = _place(marks, chat, i, full, prompt, low, high)
         if place is None and is_last and tagged:  # the tags say where it is
-            place = _Place(*tagged[-1], marks.end(full, tagged[-1][1], len(full)))
+            place = _Place(tagged[-1][0], *tagged[-1], marks.end(full, tagged[-1][1], len(full)))
         if place is None:
             return Refused(
                 f"a template that renders turn {i + 1} in another way than what it is given",
@@ -183,14 +185,16 @@ def _cut(marks, chat, results) -> _Cut | Refused:
         trained = chat.needed[-1] in chat.trained
     if trained and last.end is not None:  # else no answer of the model would ever end
         spans = [*spans, last.end]
-    return _Cut(full[:stop], last.begin, spans, add_end=last.end is None, train_end=trained)
+    return _Cut(full[:stop], last.begin, last.text_begin, spans, add_end=last.end is None, train_end=trained)
 
 
 @dataclasses.dataclass(frozen=True)
 class _Place:
-    """Of an answer in the rendered text: where it begins, where its text ends, its end token `[start, stop)`."""
+    """Of an answer in the rendered text: where it and its text begin, where its text ends, its end token `[start,
+    stop)`."""
 
     begin: int
+    text_begin: int
     text_end: int
     end: tuple[int, int] | None
 
@@ -216,7 +220,7 @@ def _place(marks, chat, i, full, prompt, low, high) -> _Place | None:
     end = marks.end(full, text_end, high)
     if end is None and (at is None or turn.get("tool_calls")):  # calls stand behind the text
         text_end = len(full[:high].rstrip())
-    return _Place(begin, text_end, end)
+    return _Place(begin, start, text_end, end)
 
 
 def _text(turn) -> str:
@@ -281,6 +285,7 @@ def _ids(tokenizer, cut: _Cut, encoded) -> Ids | Refused:
         return encoded
     ids, offsets = encoded
     context = next((i for i, (_, stop) in enumerate(offsets) if stop > cut.begin), len(ids))
+    text_at = next((i for i, (_, stop) in enumerate(offsets) if stop > cut.text_begin), len(ids))
     mask, spans, at = [0] * len(ids), sorted(cut.spans), 0
     for i, (start, stop) in enumerate(offsets):  # as transformers: every token that overlaps a span
         while at < len(spans) and start >= spans[at][1]:
@@ -293,12 +298,12 @@ def _ids(tokenizer, cut: _Cut, encoded) -> Ids | Refused:
     if tokenizer.template is None:
         whole = tokenizer.with_prefix(ids)
         added = len(whole) - len(ids)
-        ids, mask, context = whole, [0] * added + mask, context + added
+        ids, mask, context, text_at = whole, [0] * added + mask, context + added, text_at + added
     if not context:
         return Refused("a conversation whose template writes nothing before the answer", "some context")
     if not any(mask[1:]):
         return Refused("no turn to train on", "an assistant turn with weight 1")
-    return Ids(ids, mask, context)
+    return Ids(ids, mask, context, max(0, text_at - context))
 
 
 def _encode(tokenizer, texts) -> list:

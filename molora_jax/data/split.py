@@ -1,9 +1,10 @@
 """One split of all tasks as flat arrays, with every example within `seq_len`.
 
 An example of n tokens takes n - 1 positions (the end token is never an input). `data.overlong` decides what becomes of
-one that takes more than `seq_len`: "skip" drops it, "truncate" cuts it from the left (of a conversation at least one
-token before the last answer stays, and an answer that does not fit even so is dropped), "error" refuses. An example
-with nothing left to train on is dropped too. What was dropped or cut is counted.
+one that takes more than `seq_len`: "skip" drops it, unless it fits without what the template puts between the prompt
+and the answer's text (an empty think block, say), which is then cut; "truncate" cuts it from the left (of a
+conversation at least one token before the last answer stays, and an answer that does not fit even so is dropped);
+"error" refuses. An example with nothing left to train on is dropped too. What was dropped or cut is counted.
 """
 
 import dataclasses
@@ -72,14 +73,36 @@ class Split:
         )
 
 
-def make_split(
-    name: str, tasks: tuple[Task, ...], *, ids: np.ndarray, mask: np.ndarray, seq_len: int, overlong: str
-) -> Split:
-    """`ids` and `mask` are the concatenations of the tasks' own.
+def shorten(task: Task, *, seq_len: int, overlong: str) -> tuple[Task, np.ndarray]:
+    """The task, and which of its examples (`[N]` bool) lost what the template puts before the answer's text."""
+    length = np.diff(task.offsets)
+    cut = (length - 1 > seq_len) & (length - 1 - task.lead <= seq_len) & (overlong == "skip")
+    if not cut.any():
+        return task, cut
+    keep = np.ones(len(task.ids), bool)
+    for i in np.flatnonzero(cut):
+        begin = task.offsets[i] + task.context[i]
+        keep[begin : begin + task.lead[i]] = False
+    offsets = np.concatenate([[0], np.cumsum(length - np.where(cut, task.lead, 0))])
+    return dataclasses.replace(task, ids=task.ids[keep], mask=task.mask[keep], offsets=offsets), cut
+
+
+def make_splits(tasks: tuple[Task, ...], *, seq_len: int, overlong: str) -> dict[str, Split]:
+    """The splits of all tasks, by name.
 
     Raises:
       InputError: an over-long example under `overlong="error"`.
     """
+    tasks, cut = zip(*(shorten(task, seq_len=seq_len, overlong=overlong) for task in tasks), strict=True)
+    ids, mask = (np.concatenate([getattr(task, field) for task in tasks]) for field in ("ids", "mask"))
+    limits = dict(seq_len=seq_len, overlong=overlong)
+    return {name: make_split(name, tasks, cut, ids=ids, mask=mask, **limits) for name in SPLITS}
+
+
+def make_split(
+    name: str, tasks: tuple[Task, ...], shortened, *, ids: np.ndarray, mask: np.ndarray, seq_len: int, overlong: str
+) -> Split:
+    """`ids` and `mask` are the concatenations of the tasks' own; `shortened`: of each task, as from `shorten`."""
     parts, counts, shift = [], {}, 0
     for task_id, task in enumerate(tasks):
         rows = np.flatnonzero(task.split == SPLITS.index(name))
@@ -103,7 +126,9 @@ def make_split(
         targets = trained[start + length] - trained[start + cut + 1]
         drop = drop | (targets == 0)
         cut = np.where(drop, 0, cut)
-        counts[task.name] = dict(skipped=int(drop.sum()), truncated=int((cut > 0).sum()))
+        counts[task.name] = dict(
+            skipped=int(drop.sum()), truncated=int(((cut > 0) | (shortened[task_id][rows] & ~drop)).sum())
+        )
         columns = (shift + start + cut, length - cut, context, targets, np.full(len(rows), task_id), rows)
         parts.append([column[~drop] for column in columns])
         shift += len(task.ids)
