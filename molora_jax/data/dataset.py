@@ -9,13 +9,13 @@ import numpy as np
 
 from molora_jax.config_resolve import split_commas
 from molora_jax.data.encode import Task, load_tasks, tokenizer_digest
-from molora_jax.data.example import SPLITS, Encoded
+from molora_jax.data.example import Encoded
 from molora_jax.data.options import Options
 from molora_jax.data.packing import choose_targets_per_row, empty_batch, pack, write_segment
 from molora_jax.data.read import identity
 from molora_jax.data.report import Report, report
 from molora_jax.data.sources import SOURCES
-from molora_jax.data.split import make_split
+from molora_jax.data.split import make_splits
 from molora_jax.data.stream import Stream
 from molora_jax.data.valid import join_valid
 from molora_jax.errors import InputError
@@ -25,7 +25,7 @@ def build(config_data, *, tokenizer, batch_size: int, seed: int) -> "DataSet":
     """Reads, splits and tokenises the tasks of `config.data` (fields: see `configs/common.py`).
 
     Args:
-      tokenizer: `.chat`, `.encode_chat`, `.encode`, `.eos_id`, `.pad_id`, `.vocab_size`.
+      tokenizer: an `io.tokenizer.Tokenizer`.
       batch_size: B, rows of the global batch. seed: of the order of the training examples.
 
     Raises:
@@ -114,11 +114,7 @@ class DataSet:
         self.tasks, self.options, self.seq_len, self.pad_id = tasks, options, options.seq_len, pad_id
         self.task_names = tuple(task.name for task in tasks)
         self.num_trained, self.fingerprint, self.trained_fingerprint = num_trained, fingerprint, trained_fingerprint
-        ids = np.concatenate([task.ids for task in tasks])
-        self.splits = {
-            name: make_split(name, tasks, ids=ids, seq_len=options.seq_len, overlong=options.overlong)
-            for name in SPLITS
-        }
+        self.splits = make_splits(tasks, seq_len=options.seq_len, overlong=options.overlong)
         every = [split for split in self.splits.values() if len(split.length)]
         # Both bounds hold for the held-out items too, so that evaluation compiles to the same shapes.
         longest = max((int(split.targets.max()) for split in every), default=1)
@@ -166,8 +162,8 @@ class DataSet:
           InputError: an example longer than `seq_len`, or with more targets than `targets_per_row`.
         """
         limit = self.seq_len if targets_per_row is None else targets_per_row
-        lengths = [len(example.context_ids) + len(example.target_ids) - 1 for example in examples]
-        targets = [len(example.target_ids) for example in examples]
+        lengths = [len(example.ids) - 1 for example in examples]
+        targets = [example.num_targets for example in examples]
         for example, length, target in zip(examples, lengths, targets, strict=True):
             if length > self.seq_len or target > limit:
                 raise InputError(
@@ -189,8 +185,8 @@ class DataSet:
                         row,
                         at,
                         segment,
-                        ids=np.asarray(example.context_ids + example.target_ids, np.int32),
-                        num_targets=len(example.target_ids),
+                        ids=np.asarray(example.ids, np.int32),
+                        mask=example.loss_mask,
                         task_id=example.task_id,
                         example_id=example.example_id,
                     )

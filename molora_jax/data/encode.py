@@ -1,11 +1,11 @@
-"""From examples to ids: one `Task` of flat arrays per entry of `data.tasks`.
+"""From examples to ids: one `Task` of flat arrays per task.
 
-The context of an example is the model's own chat template around its turns, with the generation prompt at the end;
-each is rendered (a template may depend on its text). The target is the bare answer and the end token; the loss is on
-the target only. Lengths are not limited here: `split.py` applies `data.seq_len` and `data.overlong`.
+`render.py` says what the ids of an example are, and which of them are trained on. Lengths are not limited here:
+`split.py` applies `data.seq_len` and `data.overlong`.
 """
 
 import dataclasses
+import datetime
 import functools
 import hashlib
 import json
@@ -13,7 +13,8 @@ import pathlib
 
 import numpy as np
 
-from molora_jax.data import cache, packages, traces
+from molora_jax.config_resolve import resolve_template_args
+from molora_jax.data import cache, packages, render, traces
 from molora_jax.data.example import split_of
 from molora_jax.data.options import Options
 from molora_jax.data.read import Read, source, stem
@@ -25,17 +26,20 @@ class Task:
     """All examples of one task, N of them, in a deterministic order.
 
     entry: of `data.tasks`, which may hold several tasks.
-    ids: [sum of lengths] int32, context and target of each example one after another.
-    offsets: [N + 1] int64 into `ids`. context: [N] int32 lengths of the contexts. split: [N] uint8.
-    content: digest of the examples as text. texts: JSON of [prompt, target, group], decoded only when asked for.
+    ids: [sum of lengths] int32, context and target of each example one after another. mask: [sum of lengths] uint8, 1
+    where an id is trained on. offsets: [N + 1] int64 into both. context: [N] int32, how many ids stand before the last
+    answer, 0 in plain text. lead: [N] int32, how many of the answer's ids the template puts before its text. split: [N]
+    uint8. content: digest of the examples as text. texts: JSON of [prompt, target, group], decoded only when asked for.
     dropped: why rows were left out -> how many. unused: what of the kept rows has no use -> in how many.
     """
 
     entry: str
     name: str
     ids: np.ndarray
+    mask: np.ndarray
     offsets: np.ndarray
     context: np.ndarray
+    lead: np.ndarray
     split: np.ndarray
     content: str
     choices: tuple[str, ...] | None
@@ -56,15 +60,15 @@ def load_tasks(
 ) -> tuple[Task, ...]:
     """The tasks of one entry, from the cache, else from its source (`digest=None`: no cache)."""
     depends, read = source(entry, options, field=field)
-    how = (options.system, options.template_args, options.test_share)
+    how = (options.system, options.train_on, options.template_args, options.test_share)
     key = hashlib.sha256(repr((_own_code(), depends, digest, how)).encode()).hexdigest()[:32]
     arrays = cache.load(key) if digest else None
     if arrays is None:
-        encoded = [_encode(one, tokenizer=tokenizer, options=options) for one in read()]
+        reads = read()
+        encoded = [_encode(one, tokenizer=tokenizer, options=options) for one in reads]
+        if not any(encoded):
+            raise reads[0].none_left()
         encoded = [one for one in encoded if one is not None]
-        if not encoded:
-            raise InputError(entry, got="bad rows and no good one", expected="at least one row that the template takes",
-                             fix='The reasons: set `data.bad_rows="error"`.')  # fmt: skip
         arrays = {f"{i}.{name}": array for i, one in enumerate(encoded) for name, array in one.items()}
         if digest:
             cache.save(key, arrays)
@@ -74,7 +78,8 @@ def load_tasks(
     return tuple(tasks)
 
 
-ARRAYS = ("ids", "offsets", "context", "split", "texts", "meta")
+NUMBERS = ("ids", "mask", "offsets", "context", "lead", "split")
+ARRAYS = (*NUMBERS, "texts", "meta")
 
 
 def _task(entry, arrays) -> Task:
@@ -89,31 +94,29 @@ def _task(entry, arrays) -> Task:
         fields=tuple(meta["fields"]),
         packed_texts=arrays["texts"],
         content=hashlib.sha256(arrays["texts"].tobytes() + meta["more"].encode()).hexdigest(),
-        **{field: arrays[field] for field in ("ids", "offsets", "context", "split")},
+        **{field: arrays[field] for field in NUMBERS},
     )
 
 
 @functools.lru_cache
 def _own_code() -> str:
-    """Digest of this package's source: a change of a filter never meets an old cache entry."""
+    """Digest of the source of data and templates: a change of a filter never meets an old cache entry."""
     root = pathlib.Path(__file__).parent
-    return packages.digest_files(sorted((path.relative_to(root).as_posix(), path) for path in root.rglob("*.py")))
+    paths = [*root.rglob("*.py"), *(root.parent / "io").glob("t*.py")]
+    return packages.digest_files(sorted((path.relative_to(root.parent).as_posix(), path) for path in paths))
 
 
 def tokenizer_digest(tokenizer) -> str | None:
-    """What makes two tokenizers the same: the tokenizer's own `digest`, else its serialised form.
+    """What makes two tokenizers write the same ids: `Tokenizer.digest()`, and the day where the template tells it.
 
-    None, where it has neither, turns the cache off.
+    None, where it has none, turns the cache off.
     """
     digest = getattr(tokenizer, "digest", None)
     digest = digest() if callable(digest) else digest
-    if not digest and hasattr(getattr(tokenizer, "inner", None), "to_str"):
-        digest = hashlib.sha256(tokenizer.inner.to_str().encode()).hexdigest()
     if not digest:
         return None
-    turns = [{"role": "system", "content": "s"}, {"role": "user", "content": "u"}]
-    chats = [tokenizer.chat(turns[i:], add_generation_prompt=True) for i in range(2)]
-    return repr((digest, tokenizer.vocab_size, tokenizer.eos_id, chats))
+    day = (tokenizer.day or datetime.date.today().isoformat()) if getattr(tokenizer, "depends_on_day", False) else ""
+    return f"{digest} {day}".strip()
 
 
 def _encode(read: Read, *, tokenizer, options: Options) -> dict[str, np.ndarray] | None:
@@ -127,20 +130,16 @@ def _encode(read: Read, *, tokenizer, options: Options) -> dict[str, np.ndarray]
         )
     if not options.raw:
         traces.drop_untraced(read, tokenizer, options)
-    examples, flat, lengths, contexts = [], [], [], []
-    for example, result in zip(read.examples, encode_rows(tokenizer, read.examples, options), strict=True):
-        if isinstance(result, Exception):
-            read.bad(result, example, bad_rows=options.bad_rows)
-            continue
-        context, target = result
-        examples.append(example)
-        flat += context
-        flat += target
-        lengths.append(len(context) + len(target))
-        contexts.append(len(context))
-    if not examples:
+    encoded = render.encode_examples(
+        tokenizer, read.examples, system=options.system, train_on=options.train_on,
+        template_args=resolve_template_args(options.template_args),
+    )  # fmt: skip
+    refused = [(e, one) for e, one in zip(read.examples, encoded, strict=True) if isinstance(one, render.Refused)]
+    read.leave_out(refused, bad_rows=options.bad_rows)
+    encoded = [one for one in encoded if not isinstance(one, render.Refused)]
+    if not encoded:
         return None
-    ids = np.asarray(flat, np.int32)
+    ids = np.concatenate([np.asarray(one.ids, np.int32) for one in encoded])
     if ids.min() < 0 or ids.max() >= tokenizer.vocab_size:
         raise InputError(
             f"data.tasks, {read.path or read.name}",
@@ -148,78 +147,21 @@ def _encode(read: Read, *, tokenizer, options: Options) -> dict[str, np.ndarray]
             expected=f"ids below the vocabulary size {tokenizer.vocab_size}",
             fix="The tokenizer and the model do not belong together.",
         )
+    examples = read.examples
     texts = [[example.prompt, example.target, example.group] for example in examples]
     more = [[i, example.more] for i, example in enumerate(examples) if example.more is not None]
     more = hashlib.sha256(json.dumps(more, sort_keys=True).encode()).hexdigest() if more else ""
     meta = dict(
         name=read.name, choices=examples[0].choices, dropped=read.dropped, unused=read.unused,
-        fields=sorted(read.fields),
-        more=more,
+        fields=sorted(read.fields), more=more,
     )  # fmt: skip
-    splits = [split_of(read.split_key, example.group, options.test_share) for example in examples]
     return dict(
         ids=ids,
-        offsets=np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64),
-        context=np.asarray(contexts, np.int32),
-        split=np.asarray(splits, np.uint8),
+        mask=np.concatenate([np.asarray(one.loss_mask, np.uint8) for one in encoded]),
+        offsets=np.cumsum([0, *(len(one.ids) for one in encoded)]).astype(np.int64),
+        context=np.asarray([one.context for one in encoded], np.int32),
+        lead=np.asarray([one.lead for one in encoded], np.int32),
+        split=np.asarray([split_of(read.split_key, e.group, options.test_share) for e in examples], np.uint8),
         texts=cache.pack_json(texts),
         meta=cache.pack_json(meta),
     )
-
-
-def encode_rows(tokenizer, examples, options: Options) -> list:
-    """(context ids, target ids with the end token) of each example, or the error of its row."""
-    try:
-        return _encode_rows(tokenizer, examples, options)
-    except InputError:
-        pass
-    results = []
-    for example in examples:
-        try:
-            results += _encode_rows(tokenizer, [example], options)
-        except InputError as error:
-            results.append(error)
-    return results
-
-
-def _encode_rows(tokenizer, examples, options: Options):
-    if options.raw:
-        contexts = [tokenizer.encode(example.prompt)[:] if example.prompt else [] for example in examples]
-    else:
-        contexts = _encode_chats(tokenizer, [_turns(example, options.system) for example in examples])
-    targets = _encode_texts(tokenizer, [example.target for example in examples])
-    end = [tokenizer.eos_id]
-    return [(context, target + end) for context, target in zip(contexts, targets, strict=True)]
-
-
-def _turns(example, system: str) -> list[dict[str, str]]:
-    turns = example.conversation()[:-1]
-    if system and turns[0]["role"] not in ("system", "developer"):
-        turns = [{"role": "system", "content": system}, *turns]
-    return turns
-
-
-def _encode_chats(tokenizer, chats) -> list[list[int]]:
-    texts = [tokenizer.chat(chat, add_generation_prompt=True) for chat in chats]
-    one = functools.partial(tokenizer.encode_chat, add_generation_prompt=True)
-    return _in_bulk(tokenizer, texts, chats, one)
-
-
-def _encode_texts(tokenizer, texts) -> list[list[int]]:
-    return _in_bulk(tokenizer, texts, texts, tokenizer.encode)
-
-
-def _in_bulk(tokenizer, texts, items, one) -> list[list[int]]:
-    """`one(item)` of each; from one call on all `texts` (five times faster) where samples of it are the same."""
-    batch = getattr(tokenizer, "encode_batch", None)
-    inner = getattr(tokenizer, "inner", None)  # a tokenizers.Tokenizer
-    if batch is None and hasattr(inner, "encode_batch_fast"):
-
-        def batch(texts):
-            return [encoding.ids for encoding in inner.encode_batch_fast(texts, add_special_tokens=False)]
-
-    if batch is not None:
-        all_ids = [list(ids) for ids in batch(texts)]
-        if all(all_ids[i] == list(one(items[i])) for i in {0, len(items) // 2, len(items) - 1}):
-            return all_ids
-    return [list(one(item)) for item in items]

@@ -63,7 +63,8 @@ class Example:
 class Encoded:
     """An example as ids: `context_ids` end where the model starts to answer, `target_ids` end with the end token.
 
-    `example_id` is unique within the split and is what batches carry in `example_ids`.
+    `loss_mask`: 1 for each of them that is trained on. `example_id` is unique within the split and is what batches
+    carry in `example_ids`.
     """
 
     task: str
@@ -76,6 +77,16 @@ class Encoded:
     choices: tuple[str, ...] | None
     context_ids: tuple[int, ...]
     target_ids: tuple[int, ...]
+    loss_mask: tuple[int, ...]
+
+    @property
+    def ids(self) -> tuple[int, ...]:
+        return self.context_ids + self.target_ids
+
+    @property
+    def num_targets(self) -> int:
+        """How many tokens have a loss: the first one is never predicted."""
+        return sum(self.loss_mask[1:])
 
 
 def split_of(task: str, group: str, test_share: float = 0.05) -> int:

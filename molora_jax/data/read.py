@@ -31,20 +31,34 @@ class Read:
     dropped: collections.Counter = dataclasses.field(default_factory=collections.Counter)
     unused: collections.Counter = dataclasses.field(default_factory=collections.Counter)
     fields: set[str] = dataclasses.field(default_factory=set)
+    first_error: InputError | None = None
 
-    def bad(self, error: jsonl.BadRow | InputError, example: Example, *, bad_rows: str):
-        """Raises the error of a row that no template or tokenizer takes, or counts it."""
-        if bad_rows == "error":
-            raise self.error(error, example) from None
-        self.dropped["bad rows"] += 1
+    def leave_out(self, refused, *, bad_rows: str):
+        """Takes out examples that no template or tokenizer takes.
 
-    def error(self, error: jsonl.BadRow | InputError, example: Example) -> InputError:
-        where = f"{self.path}, row {example.row}" if example.row else f"data.tasks, task {self.name!r}"
-        got = error.got if isinstance(error, jsonl.BadRow) else f"{error.got} ({error.where})"
-        fix = error.fix if example.row == 0 or "bad_rows" in error.fix else (
-            f'{error.fix} `data.bad_rows="skip"` leaves such rows out.'.strip()
-        )  # fmt: skip
-        return InputError(where, got=got, expected=error.expected, fix=fix)
+        Args:
+          refused: (example, why) pairs; `why` has `got`, `expected` and `fix`.
+
+        Raises:
+          InputError: the first one, unless `bad_rows="skip"` (rows of a package are never skipped).
+        """
+        if not refused:
+            return
+        example, why = min(refused, key=lambda pair: pair[0].row)
+        where = f"{self.path}, row {example.row}" if self.path else f"data.tasks, task {self.name!r}"
+        skip = 'Correct the row, or set `data.bad_rows="skip"`.' if self.path else f"The item: {example.prompt!r:.80}"
+        fix = why.fix if "bad_rows" in why.fix else f"{why.fix} {skip}".strip()
+        error = InputError(where, got=why.got, expected=why.expected, fix=fix)
+        if bad_rows == "error" or not self.path:
+            raise error
+        self.first_error = self.first_error or error
+        self.dropped["bad rows"] += len(refused)
+        out = {id(example) for example, _ in refused}
+        self.examples = [example for example in self.examples if id(example) not in out]
+
+    def none_left(self) -> InputError:
+        got = f"{self.dropped['bad rows']} bad rows and no good one"
+        return InputError(self.path, got=got, expected="at least one good row", fix=f"First: {self.first_error}")
 
 
 def source(entry: str, options: Options, *, field: str = "data.tasks"):

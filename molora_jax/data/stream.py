@@ -89,7 +89,7 @@ class Stream:
                     at,
                     segment,
                     ids=self.split.tokens(example_id),
-                    num_targets=int(self.split.targets[example_id]),
+                    mask=self.split.loss_mask(example_id),
                     task_id=int(self.split.task_ids[example_id]),
                     example_id=example_id,
                 )

@@ -24,8 +24,8 @@ def drop_untraced(read: Read, tokenizer, options: Options):
     args = resolve_template_args(options.template_args)
 
     def render(turns, tools):
-        more = dict(args, tools=list(tools)) if tools else args
-        return tokenizer.chat(turns, add_generation_prompt=False, **more)
+        request = dict(args, messages=turns, add_generation_prompt=False, tools=list(tools) if tools else None)
+        return tokenizer.render([dict(request, documents=None)])[0].get("text")
 
     if options.system:
         _check_system(read, options.system, render)
@@ -33,7 +33,7 @@ def drop_untraced(read: Read, tokenizer, options: Options):
     dropped = untraced(special, render)
     if not dropped:
         return
-    kept = []
+    refused = []
     for example in read.examples:
         found = dropped.intersection(parts(example)) if example.turns or example.tools else set()
         lost = sorted(part for part in found if part[0] != CONTEXT)
@@ -44,11 +44,10 @@ def drop_untraced(read: Read, tokenizer, options: Options):
             error = BadRow(
                 f"{what}, of which the chat template writes nothing", "what the model's template writes", fix
             )
-            read.bad(error, example, bad_rows=options.bad_rows)
+            refused.append((example, error))
         else:
             read.unused.update(f"{name!r} of a turn" for _, name in found)
-            kept.append(example)
-    read.examples = kept
+    read.leave_out(refused, bad_rows=options.bad_rows)
 
 
 def _check_system(read: Read, system: str, render):
@@ -58,8 +57,7 @@ def _check_system(read: Read, system: str, render):
         if turns[0]["role"] in ("system", "developer"):
             continue
         texts = [
-            _rendered(render, [dict(role="system", content=s), *turns], example.tools)
-            for s in (system, system + " trace")
+            render([dict(role="system", content=s), *turns], example.tools) for s in (system, system + " trace")
         ]
         if texts[0] is not None:
             if texts[0] == texts[1]:
@@ -84,19 +82,19 @@ def parts(example: Example) -> list[tuple[str, str]]:
 
 
 def untraced(examples: list[Example], render) -> set[tuple[str, str]]:
-    """The parts of `examples` of which `render(turns, tools)` writes nothing; one row a part is tried."""
+    """The parts of `examples` of which `render(turns, tools)` writes nothing (it is None where it fails)."""
     seen: set = set()
     dropped: set = set()
     for example in examples:
         new = [part for part in parts(example) if part not in seen]
         if not new:
             continue
-        whole = _rendered(render, example.conversation(), example.tools)
+        whole = render(example.conversation(), example.tools)
         if whole is None:
             continue  # refused: an error of that row, so another one tells
         for part in new:
             seen.add(part)
-            if whole == _rendered(render, *_without(example, part)):
+            if whole == render(*_without(example, part)):
                 dropped.add(part)
     return dropped
 
@@ -114,10 +112,3 @@ def _without(example: Example, part):
         elif last == (place == ANSWER):
             turn.pop(name, None)
     return turns, example.tools
-
-
-def _rendered(render, turns, tools):
-    try:
-        return render(turns, tools)
-    except InputError:
-        return None

@@ -34,7 +34,8 @@ def _join(task: Task, held: Task) -> Task:
         for name, count in counts.items():
             total[name] = total.get(name, 0) + count
     together = {
-        name: np.concatenate([getattr(task, name), getattr(held, name)]) for name in ("ids", "context", "split")
+        name: np.concatenate([getattr(task, name), getattr(held, name)])
+        for name in ("ids", "mask", "context", "lead", "split")
     }
     return dataclasses.replace(
         task, **together, offsets=np.concatenate([task.offsets, task.offsets[-1] + held.offsets[1:]]),

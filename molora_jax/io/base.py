@@ -6,7 +6,7 @@
     hf:ORG/NAME[@revision]       the Hugging Face hub (extra `hub`)
     random:tiny                  four random layers and a byte tokenizer
 
-A GGUF file is dequantised once, into a Hugging Face folder `CACHE/converted/<digest>-<dtype>-v1`; later starts only
+A GGUF file is dequantised once, into a Hugging Face folder `CACHE/converted/<digest>-<dtype>-v2`; later starts only
 map that. The folder is written under another name and renamed when it is complete, so a kill leaves no half model and
 two processes at once do no harm. Its weights are hashed at every start (0.4 s for 540 MB, while they are copied): a
 flipped bit on the disk would otherwise pass as a slightly different model.
@@ -31,7 +31,7 @@ from molora_jax.io import fetch, gguf, gguf_model, huggingface, random_init, tok
 from molora_jax.models import families
 
 _DTYPES = {"float32": np.float32, "bfloat16": ml_dtypes.bfloat16, "float16": np.float16}
-_FORMAT = "v1"  # raise it when a conversion changes: old folders are then not used
+_FORMAT = "v2"  # raise it when a conversion changes: old folders are then not used
 _NOTE = "molora.json"
 _STALE_SECONDS = 86_400
 
