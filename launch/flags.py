@@ -20,6 +20,7 @@ import traceback
 from ml_collections import ConfigDict
 
 from molora_jax import config as schema
+from molora_jax.config_checks import check_names
 from molora_jax.config_fields import did_you_mean, wrong
 from molora_jax.config_members import members, options
 from molora_jax.errors import InputError
@@ -111,6 +112,7 @@ def load(path):
         raise _inside(file, error) from None
     if not isinstance(config, (dict, ConfigDict)):
         raise wrong("--config", f"get_config() -> {type(config).__name__}", "a ConfigDict", "Return the config.")
+    check_names(config)
     return config if isinstance(config, ConfigDict) else ConfigDict(config)
 
 

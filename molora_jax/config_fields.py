@@ -173,6 +173,8 @@ RANGES = {
 
 def nearest(name, known):
     """The known name most like `name`, or ""."""
+    if not isinstance(name, str) or len(name) > 200:
+        return ""
     return next(iter(difflib.get_close_matches(str(name), [str(k) for k in known], n=1, cutoff=0.5)), "")
 
 

@@ -56,9 +56,7 @@ def _check_system(read: Read, system: str, render):
         turns = example.conversation()
         if turns[0]["role"] in ("system", "developer"):
             continue
-        texts = [
-            render([dict(role="system", content=s), *turns], example.tools) for s in (system, system + " trace")
-        ]
+        texts = [render([dict(role="system", content=s), *turns], example.tools) for s in (system, system + " trace")]
         if texts[0] is not None:
             if texts[0] == texts[1]:
                 raise InputError(
