@@ -135,7 +135,7 @@ def _path(text):
         return pathlib.Path(text)
 
 
-def _there(test):
+def there(test):
     """A test of a path; one that the system refuses (too long a name, no permission) does not exist for us."""
     try:
         return test()
@@ -158,10 +158,10 @@ def _base(config):
         names = known.BASE_PACKAGES if form == "pkg" else known.BASE_RANDOM
         if name not in names:
             yield wrong(where, _shown(source), f"{form}: and {one_of(names)}", did_you_mean(name, names))
-    elif form == "gguf" and not _there(_path(name).is_file):
+    elif form == "gguf" and not there(_path(name).is_file):
         yield wrong(where, f"{source!r} (no such file)", "an existing GGUF file", "Check the path.")
-    elif form == "dir" and not _there((_path(name) / "config.json").is_file):
-        what = "no config.json in it" if _there(_path(name).is_dir) else "no such folder"
+    elif form == "dir" and not there((_path(name) / "config.json").is_file):
+        what = "no config.json in it" if there(_path(name).is_dir) else "no such folder"
         yield wrong(where, f"{source!r} ({what})", "a folder in Hugging Face form", "Check the path.")
     elif form == "hf" and not HUB_NAME.fullmatch(name):
         yield wrong(where, _shown(source), "hf:ORG/NAME or hf:ORG/NAME@REVISION")
@@ -209,7 +209,7 @@ def _open(tasks):
 
 
 def _file(where, entry, more=""):
-    if not _there(_path(entry[6:]).is_file):
+    if not there(_path(entry[6:]).is_file):
         yield wrong(where, f"{entry[:200]!r} (no such file, or a folder)", f"an existing jsonl file{more}", "Check it.")
 
 
@@ -257,7 +257,7 @@ def _rule(where, rule, *, start):
     except InputError as problem:
         yield problem
     for path in rule["load"]:
-        if not isinstance(path, str) or not _there(_path(path).exists):
+        if not isinstance(path, str) or not there(_path(path).exists):
             yield wrong(f"{where}.load", _shown(path), "paths that exist", "Check the path.")
     if rule["load"]:
         yield from _load(where, rule, counts)
@@ -395,7 +395,7 @@ def _train(config):
         fix = "Set train.eval_every=0, name a file in data.valid, or hold rows out with data.test_share."
         yield wrong("train.eval_every", _shown(every), "0 where data.test_share=0.0 holds no row out", fix)
     start = config["train"].get("init_from")
-    if isinstance(start, str) and start and not _there(_path(start).is_dir):
+    if isinstance(start, str) and start and not there(_path(start).is_dir):
         yield wrong(
             "train.init_from", f"{start!r} (no such folder)", 'a workdir to start from, or ""', "Check the path."
         )
