@@ -162,7 +162,7 @@ def _cut(marks, chat, results) -> _Cut | Refused:
     found, low = {}, 0
     for number, (i, prompt) in enumerate(zip(chat.needed, prompts, strict=True)):
         is_last = number == len(chat.needed) - 1
-        high = len(full) if is_last else max(low, len(os.path.commonprefix([full, prompts[number + 1]])))
+        high = len(full) if is_last else _next_turn(marks, chat, i, full, prompts[number + 1], low)
         place = _place(marks, chat, i, full, prompt, low, high)
         if place is None and is_last and tagged:  # the tags say where it is
             place = _Place(tagged[-1][0], *tagged[-1], marks.end(full, tagged[-1][1], len(full)))
@@ -208,19 +208,30 @@ def _place(marks, chat, i, full, prompt, low, high) -> _Place | None:
     is_last = i == len(chat.turns) - 1
     exact = full.startswith(prompt)
     begin = len(prompt) if exact else max(low, len(os.path.commonprefix([full, prompt])))
+    high = max(high, begin)
     turn = chat.turns[i]
     text = _text(turn)
     at = marks.find(full[begin:high], text, from_end=not exact and is_last)
-    if at is None and not exact:
+    end = None if at is None and not exact else marks.end(full, begin + (at[1] if at else 0), high)
+    if at is None and not (exact and (is_last or end)):
         return None
     # an answer that the template changes (a think block taken out of it): what is behind the prompt is the answer
     start, text_end = (begin, begin) if at is None else (begin + at[0], begin + at[1])
     if not exact:
         begin = start
-    end = marks.end(full, text_end, high)
     if end is None and (at is None or turn.get("tool_calls")):  # calls stand behind the text
         text_end = len(full[:high].rstrip())
     return _Place(begin, start, text_end, end)
+
+
+def _next_turn(marks, chat, i, full, prompt, low) -> int:
+    """Where the text of the turns after turn i begins in `full`, if they are found; at most the end of `prompt`, the
+    next one that needs a border."""
+    high = max(low, len(os.path.commonprefix([full, prompt])))
+    for turn in reversed(chat.turns[i + 1 : chat.needed[chat.needed.index(i) + 1]]):
+        at = marks.find(full[low:high], _text(turn), from_end=True)
+        high = low + at[0] if at else high
+    return high
 
 
 def _text(turn) -> str:

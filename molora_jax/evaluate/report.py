@@ -84,7 +84,7 @@ def tasks(run, examples, base, tuned) -> dict:
         count = tuned.tokens[items]
 
         def exact(scores, generated=generated):
-            right = sum(scores.answers[i].strip() == examples[i].target.strip() for i in generated)
+            right = sum(scores.answers[i].strip() in _right(run, examples[i]) for i in generated)
             return intervals.wilson(right, len(generated)) if generated else None
 
         out[name] = {
@@ -99,6 +99,11 @@ def tasks(run, examples, base, tuned) -> dict:
             "too_long": sum(len(examples[i].target_ids) > run.config.eval.max_new_tokens for i in generated),
         }
     return out
+
+
+def _right(run, example) -> set[str]:
+    """The target as given, and as the template writes it (a think block in front, white space taken off)."""
+    return {example.target.strip(), run.text(example.target_ids).strip()}
 
 
 def routing(run, gates: dict, present: set) -> dict:

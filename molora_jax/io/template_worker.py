@@ -3,7 +3,7 @@
 The file is also run as a script, by `templates.py`: it imports jinja2 and the standard library only. Requests and
 answers are frames on standard input and output: 8 bytes of length, then JSON. A request is `{"template", "day",
 "conversations": [...]}`; each conversation holds the template's variables; each is answered by a frame of its own,
-`{"text", "spans"}` or `{"error"}`.
+`{"text", "spans"}` or `{"error"}`. The first frame says that the process is ready.
 
 The environment is the one of transformers 5.24 (`utils/chat_template_utils.py`): the immutable sandbox, its whitespace
 rules, `{% generation %}`, loop controls, `tojson`, `strftime_now`, `raise_exception`, and `dict` and `namespace`
@@ -206,5 +206,7 @@ if __name__ == "__main__":
     out = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # nothing else writes between the frames
     with contextlib.suppress(BrokenPipeError):
+        out.write(encode("ready"))
+        out.flush()
         _serve(sys.stdin.buffer, out)
     os._exit(0)

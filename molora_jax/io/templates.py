@@ -31,6 +31,7 @@ PLAIN = (
 )
 BATCH = 256  # conversations a message
 BATCH_CHARACTERS = 4_000_000  # of a message, so that it fits the child's memory
+START = 60  # seconds that the child may take to start: imports from a slow disk
 RESERVED = ("messages", "tools", "documents", "add_generation_prompt")
 
 
@@ -136,23 +137,32 @@ class Worker:
                 stdin=subprocess.PIPE, stdout=subprocess.PIPE, env={**os.environ, "PYTHONPATH": paths},
             )  # fmt: skip
         except OSError as error:
-            raise InputError(
-                "chat template", got=f"no process to render it in ({error.strerror or error})",
-                expected=f"{sys.executable} to start", fix="Free processes or memory.",
-            ) from None  # fmt: skip
+            raise _no_process(error.strerror or str(error)) from None
         for pipe in (self._process.stdin, self._process.stdout):
             os.set_blocking(pipe.fileno(), False)
 
-    def _exchange(self, request, count) -> tuple[list[dict], str]:
+    def _exchange(self, request: dict, count) -> tuple[list[dict], str]:
         """Answers to the first conversations, and why the next one has none ("" if all have)."""
         if self._process is None:
             self._start()
+            ready, why = self._talk(b"", 1, seconds=START)
+            if not ready:
+                self.close()
+                raise _no_process(why)
+        return self._talk(template_worker.encode(request), count, seconds=self.seconds)
+
+    def _talk(self, request: bytes, count, *, seconds) -> tuple[list, str]:
         out, source = self._process.stdin.fileno(), self._process.stdout.fileno()
-        send, received, answers = memoryview(template_worker.encode(request)), bytearray(), []
-        deadline = time.monotonic() + self.seconds
+        send, received, answers = memoryview(request), bytearray(), []
+        poll = select.poll()  # not select(), which takes no file number above 1023
+        poll.register(source, select.POLLIN)
+        if send:
+            poll.register(out, select.POLLOUT)
+        deadline = time.monotonic() + seconds
         while len(answers) < count:
             left = max(0.0, deadline - time.monotonic())
-            readable, writable, _ = select.select([source], [out] if send else [], [], left)
+            events = dict(poll.poll(1000 * left))
+            readable, writable = source in events, out in events
             if writable:
                 try:
                     send = send[os.write(out, send[: 1 << 16]) :]
@@ -160,17 +170,19 @@ class Worker:
                     pass
                 except BrokenPipeError:
                     send = send[:0]  # it is gone: what it said before is read below
+                if not send:
+                    poll.unregister(out)
             if readable:
                 chunk = os.read(source, 1 << 20)
                 if not chunk:
                     return answers, self._died()
                 received += chunk
                 answers += _frames(received)
-                deadline = time.monotonic() + self.seconds
-            elif not writable and left <= 0:
-                return answers, f"it ran for more than {self.seconds:g} seconds"
+                deadline = time.monotonic() + seconds
             elif writable:
-                deadline = time.monotonic() + self.seconds
+                deadline = time.monotonic() + seconds
+            elif left <= 0:
+                return answers, f"it ran for more than {seconds:g} seconds"
         return answers, ""
 
     def _died(self) -> str:
@@ -178,6 +190,13 @@ class Worker:
         if status in (-9, -14):
             return f"its process was killed (signal {-status}): too much time or memory"
         return f"its process ended with status {status}"
+
+
+def _no_process(why) -> InputError:
+    return InputError(
+        "chat template", got=f"no process to render it in ({why})", expected=f"{sys.executable} to start",
+        fix="Free processes or memory.",
+    )  # fmt: skip
 
 
 def _batch(conversations) -> list[dict]:
