@@ -20,6 +20,7 @@ import traceback
 from ml_collections import ConfigDict
 
 from molora_jax import config as schema
+from molora_jax.config_checks import check_names, there
 from molora_jax.config_fields import did_you_mean, wrong
 from molora_jax.config_members import members, options
 from molora_jax.errors import InputError
@@ -121,8 +122,8 @@ def _once(rest, several, overrides):
 def load(path):
     """The ConfigDict that `get_config()` of a file returns."""
     file = pathlib.Path(home("--config", path))
-    if not file.is_file():
-        near = [str(f) for f in (file.parent if file.parent.is_dir() else ROOT / "configs").glob("*.py")]
+    if not there(file.is_file):
+        near = [str(f) for f in (file.parent if there(file.parent.is_dir) else ROOT / "configs").glob("*.py")]
         fix = did_you_mean(str(file), [f for f in near if not f.endswith("__init__.py")])
         raise wrong("--config", f"{str(path)!r} (no such file, or a folder)", "a Python file with get_config()", fix)
     if str(ROOT) not in sys.path:  # config files inherit from `configs.common`
@@ -143,6 +144,7 @@ def load(path):
         raise _inside(file, error) from None
     if not isinstance(config, (dict, ConfigDict)):
         raise wrong("--config", f"get_config() -> {type(config).__name__}", "a ConfigDict", "Return the config.")
+    check_names(config)
     return config if isinstance(config, ConfigDict) else ConfigDict(config)
 
 

@@ -1,11 +1,13 @@
 """Tokenised tasks on disk: `$MOLORA_CACHE/data/<key>.npz`, else `~/.cache/molora_jax/data/<key>.npz`.
 
 The key covers everything that the arrays depend on, so an entry is never updated. A file is written beside its place
-and renamed, so a reader sees a whole file or none; a digest of the arrays inside is checked on reading, and a file that
-fails in any way is made again. No pickle is read or written. A folder that cannot be written costs speed only.
+and renamed, so a reader sees a whole file or none; it ends with the digest of all before, which is checked on reading,
+and a file that fails in any way is made again. No pickle is read or written. A folder that cannot be written costs
+speed only.
 """
 
 import hashlib
+import io
 import json
 import logging
 import os
@@ -14,6 +16,7 @@ import tempfile
 
 import numpy as np
 
+DIGEST = 32  # bytes of a SHA-256
 log = logging.getLogger(__name__)
 
 
@@ -26,12 +29,11 @@ def load(key: str) -> dict[str, np.ndarray] | None:
     """The arrays saved under `key`, or None if there are none or they are damaged."""
     path = folder() / f"{key}.npz"
     try:
-        with np.load(path, allow_pickle=False) as file:
-            arrays = {name: file[name] for name in file.files}
-        digest = bytes(arrays.pop("digest"))
-        if digest != _digest(arrays):
+        raw = path.read_bytes()
+        if raw[-DIGEST:] != hashlib.sha256(raw[:-DIGEST]).digest():
             raise ValueError("its digest does not hold")
-        return arrays
+        with np.load(io.BytesIO(raw[:-DIGEST]), allow_pickle=False) as file:
+            return {name: file[name] for name in file.files}
     except FileNotFoundError:
         return None
     except Exception as error:  # a damaged zip raises half a dozen types
@@ -46,7 +48,10 @@ def save(key: str, arrays: dict[str, np.ndarray]) -> None:
         folder().mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile(dir=folder(), prefix=".", suffix=".tmp", delete=False) as file:
             temporary = file.name
-            np.savez(file, digest=np.frombuffer(_digest(arrays), np.uint8), **arrays)
+            whole = io.BytesIO()
+            np.savez(whole, **arrays)
+            file.write(whole.getbuffer())
+            file.write(hashlib.sha256(whole.getbuffer()).digest())
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, folder() / f"{key}.npz")
@@ -54,15 +59,6 @@ def save(key: str, arrays: dict[str, np.ndarray]) -> None:
         log.warning("the tokenised data cannot be cached in %s: %s", folder(), error)
         if temporary and os.path.exists(temporary):
             os.unlink(temporary)
-
-
-def _digest(arrays) -> bytes:
-    total = hashlib.sha256()
-    for name in sorted(arrays):
-        array = np.ascontiguousarray(arrays[name])
-        total.update(f"{name} {array.dtype.str} {array.shape}\0".encode())
-        total.update(memoryview(array).cast("B") if array.size else b"")
-    return total.digest()
 
 
 def pack_json(value) -> np.ndarray:

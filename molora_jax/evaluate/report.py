@@ -34,18 +34,16 @@ def evaluate(run, *, phases) -> dict:
     examples = run.data.heldout("test", options.num_items)
     phases.end()
     trained_on = saved.read_identity(run.workdir, "data", "fingerprint") or run.data.fingerprint
-    if trained_on != run.data.fingerprint:
+    if trained_on not in (run.data.fingerprint, run.data.trained_fingerprint):
         phases.note("note: the data are not those that the run was trained on (other tasks, files or package versions)")
     if not examples:
-        raise InputError(
-            "data.tasks", got="no test item (5 % of the rows, by a hash of their text, that fit into data.seq_len)",
-            expected="at least one", fix="Add rows, or raise data.seq_len if the report counts too long ones.",
-        )  # fmt: skip
+        raise no_items(run.config.data)
     base = score(run, examples, base=True, phases=phases)
     tuned = score(run, examples, base=False, phases=phases)
     report = {
         "step": run.step,
         "base": run.config.base.source,
+        "held_out": run.data.report()["held_out"],
         "max_new_tokens": options.max_new_tokens,
         "tasks": tasks(run, examples, base, tuned),
         "without_items": [n for i, n in enumerate(run.data.task_names) if all(e.task_id != i for e in examples)],
@@ -57,6 +55,21 @@ def evaluate(run, *, phases) -> dict:
     folder.mkdir(exist_ok=True)
     write_atomically(folder / "report.json", json.dumps(report, indent=1) + "\n")
     return report
+
+
+def no_items(data) -> InputError:
+    """The error of a run without a held-out item."""
+    valid, share = data.get("valid", ""), data.get("test_share", 0.05)
+    if valid or share:
+        got = f"no row of {valid}" if valid else f"no test item ({share:.1%} of the rows, by a hash of their text,"
+        return InputError(
+            "data.valid" if valid else "data.tasks", got=f"{got} that fits into data.seq_len{'' if valid else ')'}",
+            expected="at least one", fix="Add rows, or raise data.seq_len if the report counts too long ones.",
+        )  # fmt: skip
+    return InputError(
+        "data.test_share", got="0.0: every row was trained on, and none is left to report on",
+        expected="held-out items", fix="Name rows that were not trained on: --config.data.valid=jsonl:PATH.",
+    )  # fmt: skip
 
 
 def tasks(run, examples, base, tuned) -> dict:
@@ -71,7 +84,7 @@ def tasks(run, examples, base, tuned) -> dict:
         count = tuned.tokens[items]
 
         def exact(scores, generated=generated):
-            right = sum(scores.answers[i].strip() == examples[i].target.strip() for i in generated)
+            right = sum(scores.answers[i].strip() in _right(run, examples[i]) for i in generated)
             return intervals.wilson(right, len(generated)) if generated else None
 
         out[name] = {
@@ -86,6 +99,11 @@ def tasks(run, examples, base, tuned) -> dict:
             "too_long": sum(len(examples[i].target_ids) > run.config.eval.max_new_tokens for i in generated),
         }
     return out
+
+
+def _right(run, example) -> set[str]:
+    """The target as given, and as the template writes it (a think block in front, white space taken off)."""
+    return {example.target.strip(), run.text(example.target_ids).strip()}
 
 
 def routing(run, gates: dict, present: set) -> dict:

@@ -29,6 +29,8 @@ def read_config(workdir):
             "workdir", got=f"{str(workdir)!r}, without config.json", expected="the folder of a run", fix=FIX
         )
     tree = read_object(folder / "config.json")
+    if isinstance(tree.get("data"), dict):
+        tree["data"].setdefault("file_tasks", False)  # runs of older versions
     config = config_lib.from_dict(tree)
     config_lib.validate(without_inputs(config))
     return config
@@ -46,6 +48,7 @@ def without_inputs(config, *, keep_data: bool = False):
             rule.load = ()
         if not keep_data:
             config.data.tasks = ",".join(TASKS)
+            config.data.valid = ""
     return config
 
 

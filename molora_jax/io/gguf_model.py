@@ -12,7 +12,7 @@ import tokenizers
 
 from molora_jax.errors import InputError
 from molora_jax.io.gguf import Gguf
-from molora_jax.io.tokenizer import Tokenizer
+from molora_jax.io.tokenizer import Tokenizer, guarded
 from molora_jax.models import families
 
 _NAMES = {  # ours -> theirs; {i} is the layer
@@ -263,25 +263,28 @@ def tokenizer(gguf: Gguf) -> Tokenizer:
     if len(vocab) != len(tokens) or len(kinds) != len(tokens) or any(len(pair) != 2 for pair in pairs):
         raise InputError(f"{gguf.path}: tokenizer", got="repeated tokens or odd lengths", expected="a BPE vocabulary")
     pre_tokenizer, normalizer, ignore_merges = parts
-    try:
+    with guarded(f"{gguf.path}: tokenizer", "a BPE vocabulary"):
         inner = tokenizers.Tokenizer(tokenizers.models.BPE(vocab, pairs, ignore_merges=ignore_merges))
-    except Exception as error:  # noqa: BLE001 - the package raises plain Exception
-        raise InputError(f"{gguf.path}: tokenizer", got=str(error)[:200], expected="a BPE vocabulary") from None
     inner.pre_tokenizer, inner.decoder = pre_tokenizer, tokenizers.decoders.ByteLevel()
     if normalizer is not None:
         inner.normalizer = normalizer
     added = [(t, k) for t, k in zip(tokens, kinds, strict=True) if k in (_SPECIAL, _USER_DEFINED)]
     inner.add_tokens([tokenizers.AddedToken(t, special=bool(k == _SPECIAL), normalized=False) for t, k in added])
 
-    def special(role):
+    def special_id(role):
         index = gguf.metadata.get(f"tokenizer.ggml.{role}_token_id")
-        if index is None:
-            return None
-        if not isinstance(index, int) or index >= len(tokens):
+        if index is not None and (not isinstance(index, int) or not 0 <= index < len(tokens)):
             raise InputError(f"{gguf.path}: {role}_token_id", got=repr(index), expected=f"an id below {len(tokens)}")
-        return tokens[index]
+        return index
 
+    def special(role):
+        index = special_id(role)
+        return None if index is None else tokens[index]
+
+    ends = [special_id(role) for role in ("eos", "eot", "eom")]  # of the text, of a turn, of a message
+    add_bos = gguf.metadata.get("tokenizer.ggml.add_bos_token", pre == "llama-bpe")  # llama.cpp's default
     return Tokenizer(
         inner, bos=special("bos"), eos=special("eos"), pad=special("padding"),
+        end_ids=[index for index in ends if index is not None], add_bos=bool(add_bos) and special("bos") is not None,
         template=gguf.metadata.get("tokenizer.chat_template"), where=gguf.path,
     )  # fmt: skip

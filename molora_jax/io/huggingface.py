@@ -147,9 +147,12 @@ def write_folder(folder: pathlib.Path, config: dict, sources: dict, tokenizer: T
     tokenizer.inner.save(str(folder / "tokenizer.json"))
     special = {f"{role}_token": getattr(tokenizer, role) for role in ("bos", "eos", "pad")}
     settings = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False, **special}
+    settings["add_bos_token"] = bool(tokenizer.prefix_ids)
     if tokenizer.template is not None:
         settings["chat_template"] = tokenizer.template
     settings = {key: value for key, value in settings.items() if value is not None}
     (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=1), encoding="utf-8")
+    ends = {"eos_token_id": list(tokenizer.end_ids)} if tokenizer.end_ids else {}
+    (folder / "generation_config.json").write_text(json.dumps(ends), encoding="utf-8")
     shapes = {name: shape for name, (shape, _) in sources.items()}
     tensors.write(folder / "model.safetensors", shapes, dtype, (read() for _, read in sources.values()))

@@ -5,6 +5,7 @@ restore or start -> for every stage: compile its step -> batch, step, metrics, c
 
 import contextlib
 import dataclasses
+import json
 import pathlib
 import resource
 import time
@@ -22,6 +23,7 @@ from molora_jax.evaluate.nll import example_nll
 from molora_jax.evaluate.plots import plot_loss
 from molora_jax.io import expert_runs, warm_start
 from molora_jax.io.checkpoints import Checkpoints
+from molora_jax.io.manifest import write_atomically
 from molora_jax.metrics import MetricsWriter, Progress, duration
 from molora_jax.models.compile import compile_losses
 from molora_jax.optim import OPTIMIZERS
@@ -104,8 +106,9 @@ class Run:
     """The loop's state: what `setup` made, the workdir, and where it stands."""
 
     def __init__(self, config, workdir: Workdir, *, note):
-        self.config, self.workdir, self.note = config, workdir, note
+        self.workdir, self.note = workdir, note
         made = setup(config)
+        config = self.config = made.config  # with its steps
         runtime.together("set up")
         self.mesh, self.base, self.data, self.model, self.params = (
             made.mesh,
@@ -114,6 +117,8 @@ class Run:
             made.model,
             made.params,
         )
+        self.table = self.data.report()
+        note(str(self.table))
         if made.engines:
             note(made.engines)
         if config.train.eval_every and not self.data.heldout("valid", config.eval.num_items):
@@ -123,6 +128,8 @@ class Run:
             )  # fmt: skip
         self.identity = workdir.check_identity(config_lib.to_dict(config), made.identity)
         workdir.write_config(config_lib.to_dict(config))
+        if workdir.writer:
+            write_atomically(self.workdir.path / "data.json", json.dumps(self.table, indent=1) + "\n")
         self.constrain = sharding.constrain(self.mesh)
         self.exact = config.train.get("exact", False)  # not in runs of older versions
         self.stages = stages_lib.stages(config)
@@ -222,11 +229,12 @@ def train(config, workdir: str, *, profile: bool = False, note=None) -> Result:
       InputError: before anything is compiled, for anything that is the user's to change.
     """
     writer = jax.process_index() == 0
-    last = min(config.train.stop_after or config.train.steps, config.train.steps)
-    progress = Progress(last, log_every=config.train.log_every)
+    progress = Progress(config.train.steps, log_every=config.train.log_every)
     note = note or (progress.note if writer else lambda text: None)
     with Workdir(workdir, writer=writer) as place, StopRequest() as stop, _obstacles(workdir):
-        run = Run(config, place, note=note)
+        run = Run(place.followed(config, note), place, note=note)
+        steps = run.config.train.steps
+        progress.steps = last = min(config.train.stop_after or steps, steps)
         state = run.restore_or_start()
         start = int(state.step)
         note(summary.rules_table(run.model, state.adapters, run.compiled(stages_lib.stage_at(run.stages, start)).frozen,

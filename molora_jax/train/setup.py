@@ -13,11 +13,12 @@ from molora_jax.errors import InputError
 from molora_jax.io.base import load_base
 from molora_jax.models.compile import compile_model
 from molora_jax.models.model import Model
+from molora_jax.train.settle import settle
 
 
 @dataclasses.dataclass(frozen=True)
 class Setup:
-    """`params` is on the mesh; `base` keeps the tokenizer, the shape and the digest."""
+    """`config` has its steps (`train.epochs`); `params` is on the mesh; `base` keeps tokenizer, shape and digest."""
 
     config: Any
     mesh: Any
@@ -45,7 +46,8 @@ def setup(config, *, devices=None) -> Setup:
             "data.seq_len", got=str(config.data.seq_len), expected=f"at most {base.config.context}, the model's context"
         )
     data = data_lib.build(config.data, tokenizer=base.tokenizer, batch_size=config.train.batch_size, seed=config.seed)
-    model = compile_model(config, base.config, max_segments=data.train.max_segments)
+    config, tasks = settle(config, data)
+    model = compile_model(config, base.config, max_segments=data.train.max_segments, tasks=tasks)
     model, engines = place(config, model, mesh)
     if config.train.get("exact", False):  # not in runs of older versions
         places = sharding.replicated(mesh)

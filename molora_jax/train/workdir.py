@@ -14,13 +14,16 @@ import os
 import pathlib
 import socket
 
+from molora_jax.config_fields import FIELDS
 from molora_jax.errors import InputError
 from molora_jax.io.manifest import json_hash, write_atomically
 
 SECTIONS = ("method", "losses", "optim", "schedule", "seed")
 TRAIN_FIELDS = ("batch_size", "accumulate", "clip", "init_from")
-# data.tasks may hold paths: the fingerprint of their content stands for them. base.source likewise.
+# data.tasks and data.valid may hold paths: the fingerprint of their content stands for them; base.source likewise.
 CONTENT = {"data": ("tasks", "data_fingerprint"), "base": ("source", "base_digest")}
+
+TOLD = ("valid", "file_tasks")  # the fingerprint tells these as well
 
 
 def identity(config: dict, extra: dict) -> dict:
@@ -35,7 +38,9 @@ def identity(config: dict, extra: dict) -> dict:
     """
     result = {name: config[name] for name in SECTIONS if name in config}
     for section, (source, content) in CONTENT.items():
-        fields = {key: value for key, value in config.get(section, {}).items() if key != source}
+        fields = {key: value for key, value in config.get(section, {}).items() if key not in (source, *TOLD)}
+        # A field at the value that its absence means is left out: a run from before it existed is the same run.
+        fields = {k: v for k, v in fields.items() if k not in FIELDS[section] or v != FIELDS[section][k].default}
         result[section] = fields | {content.split("_")[1]: extra[content]}
     result["train"] = {name: config["train"][name] for name in TRAIN_FIELDS if name in config["train"]}
     if config["train"].get("exact"):  # named only where it is on: it was not in runs of older versions
@@ -116,6 +121,25 @@ class Workdir:
         if self._lock is not None:
             os.close(self._lock)
             self._lock = None
+
+    def followed(self, config, note):
+        """The config with what the run that is here has settled for good, and what a config file may not say.
+
+        A file's rows with several task names were one task in older versions: a run that began so goes on so.
+        """
+        path = self.path / "config.json"
+        if not path.is_file() or not any((self.path / "checkpoints").glob("[0-9]*")):
+            return config
+        try:
+            told = json.loads(path.read_text(encoding="utf-8"))["data"].get("file_tasks", False)
+        except (OSError, ValueError, LookupError, TypeError, AttributeError):
+            return config  # damaged: the identity says whether the data are the same
+        if isinstance(told, bool) and told != config.data.get("file_tasks", True):
+            config = config.copy_and_resolve_references()
+            with config.unlocked():
+                config.data.file_tasks = told
+            note(f"data.file_tasks is {told} in this run, and stays so")
+        return config
 
     def write_config(self, config: dict):
         """`config.json`, replaced as a whole."""
