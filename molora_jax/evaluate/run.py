@@ -164,6 +164,9 @@ def load_run(workdir, step="best", *, config=None, warn=LOG.warning) -> Run:
     step = saved.parse_step(step)
     own = saved.read_config(workdir, step, warn=warn)
     folder = pathlib.Path(workdir).expanduser()
+    lines = [] if config is None else _overrides(own, config)
+    if lines:
+        warn(f"not as {folder} was trained: " + "; ".join(lines))
     config = own if config is None else config
     checkpoints = Checkpoints(folder / "checkpoints", keep=1, warn=warn)
     step = _find(checkpoints, step, folder)
@@ -194,6 +197,13 @@ def load_run(workdir, step="best", *, config=None, warn=LOG.warning) -> Run:
     template = jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=whole), shapes)
     items = checkpoints.restore(step, template)
     return Run(config, model, params, items["adapters"], items["router_state"], base.tokenizer, step, folder)
+
+
+def _overrides(own, config) -> list[str]:
+    """Where a config is of another run than the folder's; starts and data are not needed to open one."""
+    old, new = (identity.of_config(config_lib.to_dict(c)) for c in (own, config))
+    lines = identity.compare(old, new)[0]
+    return [line for line in lines if not line.startswith(("train.", "data.")) and ".load: " not in line]
 
 
 def _same_base(recorded: dict, now: dict, source: str, folder):

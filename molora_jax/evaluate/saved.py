@@ -107,13 +107,11 @@ def without_inputs(config, *, keep_data: bool = False):
     return config
 
 
-def read_identity(workdir, group: str, field: str) -> str | None:
-    """A field of `identity.json`, as in `("base", "digest")`; None where a run has none."""
-    path = pathlib.Path(workdir).expanduser() / "identity.json"
-    value = read_object(path).get(group, {}) if path.is_file() else {}
-    if not isinstance(value, dict):
-        raise InputError(f"{path}: {group}", got=repr(value)[:80], expected="the group as launch.train wrote it")
-    return value.get(field)
+def fingerprint(workdir, step: int) -> str | None:
+    """That of the data on which a step was trained; None where nothing says it."""
+    folder = pathlib.Path(workdir).expanduser()
+    run = (manifest_of(folder, step) or {}).get("run") or identity.read(folder / "identity.json") or {}
+    return run["data"].get("fingerprint") if isinstance(run.get("data"), dict) else None
 
 
 def read_object(path: pathlib.Path) -> dict:

@@ -80,6 +80,7 @@ class Checkpoints:
         self._thread = None
         self._last_failed = False
         self._told_best = ""
+        self.silent = False  # no warnings of failed saves, while a caller tries again
 
     def __enter__(self):
         return self
@@ -129,6 +130,8 @@ class Checkpoints:
         """All failures so far, the new ones warned about. Does not wait for a running save."""
         for failure in self.failures[self._reported :]:
             self._reported += 1
+            if self.silent:
+                continue
             count = sum(f.stage == "save" for f in self.failures)
             self.warn(
                 f"checkpoint {failure.step}: {failure.stage} failed ({count} failed saves so far): {failure.error}"
@@ -169,7 +172,7 @@ class Checkpoints:
             manifests.write(staging, manifest)
             self.reached("manifest")
             if jax.process_count() == 1:  # Orbax reads behind a barrier: not from one process, nor from a thread
-                _load(staging, manifest, list(tree))
+                load(staging, manifest, list(tree))
             self.reached("read back")
             self._publish(step, staging)
             if job["best"]:
@@ -310,7 +313,7 @@ class Checkpoints:
             valid, reason = self.valid(step)
             if not valid:
                 raise InputError(str(folder), got=reason, expected="files as they were written", fix=manifests.DAMAGED)
-        loaded = _load(folder, manifest, list(template))
+        loaded = load(folder, manifest, list(template))
         return {item: jax.tree.map(_place, tree, from_plain(loaded[item], tree)) for item, tree in template.items()}
 
 
@@ -323,7 +326,7 @@ def _match(where, saved, wanted):
             raise InputError(f"{where}/{name}", got=f"{was[1]}{list(was[0])}", expected=f"{dtype}{list(shape)}")
 
 
-def _load(folder, manifest, items) -> dict:
+def load(folder, manifest, items) -> dict:
     """The items as plain trees of numpy arrays, every leaf's digest checked."""
     try:
         abstract = {
@@ -357,7 +360,7 @@ def _first_cause(error) -> tuple[str, int | None]:
     if code:
         file = re.search(r'local file "([^"]*)"', text)
         where = f": {file[1]}" if file else ""
-        return f"{type(error).__name__}: {os.strerror(int(code[1]))}{where}", int(code[1])
+        return f"{os.strerror(int(code[1]))}{where}", int(code[1])
     return f"{type(error).__name__}: {text[:400]}", getattr(error, "errno", None)
 
 

@@ -1,8 +1,9 @@
 """Orbax and tensorstore speak through an error twice: once as the exception that we report in one line, once as pages.
 
 A full disk printed 300 to 1,000 lines of their threads' tracebacks above our message. What is dropped here is only what
-also reaches us as an exception: records of Orbax's own files on the logger `absl`, and the complaint of tensorstore's
-callbacks that come after the event loop of their failed save is closed.
+also reaches us as an exception: records of Orbax's own files on the logger `absl`, asyncio's of the other leaves of a
+save that one leaf has failed, and the complaint of tensorstore's callbacks that come after that save's event loop is
+closed.
 """
 
 import logging
@@ -14,9 +15,10 @@ _ORBAX = f"{os.sep}orbax{os.sep}checkpoint{os.sep}"
 
 def install():
     """Once a process; later calls change nothing."""
-    log = logging.getLogger("absl")
-    if _keep not in log.filters:
-        log.addFilter(_keep)
+    for name, keep in (("absl", _keep), ("asyncio", _retrieved)):
+        log = logging.getLogger(name)
+        if keep not in log.filters:
+            log.addFilter(keep)
     if getattr(sys.unraisablehook, "molora_jax", None) is None:
         before = sys.unraisablehook
 
@@ -30,6 +32,11 @@ def install():
 
 def _keep(record) -> bool:
     return _ORBAX not in record.pathname
+
+
+def _retrieved(record) -> bool:
+    text = record.getMessage()
+    return "never retrieved" not in text or not any(name in text for name in (_ORBAX, "os_error_code", "tensorstore"))
 
 
 def _late_callback(error, trace) -> bool:

@@ -204,14 +204,21 @@ class Run:
         Raises:
           InputError: it could not be written, and waiting does not help (any more).
         """
-        for wait in (*disk.WAITS, None):
-            self.save(state, step, best=best)
-            self.checkpoints.wait()
-            if not self.checkpoints.last_save_failed:
-                return
-            if wait is None or not self.checkpoints.failures[-1].passing:
-                raise _not_saved(step, self.checkpoints.failures)
-            time.sleep(wait)
+        self.checkpoints.check()
+        self.checkpoints.silent = True  # the first failure is told, then how it ended
+        try:
+            for wait in (*disk.WAITS, None):
+                self.save(state, step, best=best)
+                self.checkpoints.wait()
+                if not self.checkpoints.last_save_failed:
+                    break
+                if wait is None or not self.checkpoints.failures[-1].passing:
+                    raise _not_saved(step, self.checkpoints.failures)
+                time.sleep(wait)
+        finally:
+            self.checkpoints.silent = False
+        if self.checkpoints.failures:
+            self.note(f"checkpoint {step}: saved, after {len(self.checkpoints.failures)} failures of the disk")
 
     def enter(self, stage, state: TrainState) -> TrainState:
         """The next stage's fresh optimizer state, placed as the old one."""

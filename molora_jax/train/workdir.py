@@ -96,6 +96,8 @@ class Workdir:
         try:
             now = os.stat(self.path)
             gone = (now.st_dev, now.st_ino) != self._place
+            # `rm -r` under a running writer leaves what was written in that moment, and the folder with it
+            gone |= not any((self.path / name).exists() for name in ("lock", "config.json"))
         except (FileNotFoundError, NotADirectoryError):
             gone = True
         except OSError:
