@@ -1,0 +1,49 @@
+"""The promises, one row each: what is promised, the function that tries to break it, and how often."""
+
+import dataclasses
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """`function` is `file:name`, called as `(seed, tries) -> failures`. `tries` are those of the ordinary tests (0: only
+    with --full), `full` those of --full. A try that takes more than `seconds` is a failure. `devices`: of the worker."""
+
+    name: str
+    promise: str
+    function: str
+    tries: int
+    full: int
+    seconds: float = 30.0
+    devices: int = 1
+    each: float = 0.1  # seconds that a try takes, about: long rows start first
+
+    def cost(self, full):
+        return self.each * (self.full if full else self.tries)
+
+
+HOSTILE = "a mutated {} is a named error or a right load: memory and time bounded, no code runs"
+
+ROWS = (
+    Row("configs", "a wrong config is refused by name, before jax is imported", "configs:from_schema",
+        300, 1300, seconds=120, each=0.01),
+    Row("hostile.safetensors", HOSTILE.format("safetensors file"), "hostile:safetensors", 40, 1500, each=0.02),
+    Row("hostile.index", HOSTILE.format("index of shards"), "hostile:index", 20, 600, each=0.02),
+    Row("hostile.config_json", HOSTILE.format("config.json of a base"), "hostile:config_json", 40, 1500, each=0.02),
+    Row("hostile.tokenizer_json", HOSTILE.format("tokenizer.json"), "hostile:tokenizer_json", 30, 1000, each=0.02),
+    Row("hostile.tokenizer_config", HOSTILE.format("tokenizer_config.json"), "hostile:tokenizer_config", 30, 600,
+        each=0.02),
+    Row("hostile.generation_config", HOSTILE.format("generation_config.json"), "hostile:generation_config", 20, 600,
+        each=0.02),
+    Row("hostile.chat_template", HOSTILE.format("chat_template.jinja"), "hostile:chat_template", 20, 600, each=0.02),
+    Row("hostile.gguf", HOSTILE.format("GGUF file"), "hostile:gguf", 40, 1500, each=0.03),
+    Row("hostile.jsonl", HOSTILE.format("row of data"), "hostile:jsonl", 40, 1500, each=0.03),
+    Row("hostile.config_file", "a mutated config file (.py) is a named error or a config", "hostile:config_file",
+        30, 600, each=0.02),
+    Row("hostile.run_config", HOSTILE.format("config.json of a run"), "hostile:run_config", 30, 600, each=0.02),
+    Row("hostile.data_cache", "a mutated file of the data cache is made anew: no pickle is read, no bomb inflates",
+        "hostile:data_cache", 30, 600, each=0.02),
+    Row("hostile.metrics", "a mutated metrics.jsonl is cut to its rows and drawn, or refused by name",
+        "hostile:metrics", 10, 200, each=0.3),
+    Row("hostile.manifest", "a manifest made by hand, checksum and all, changes no value without a word",
+        "hostile:manifest", 20, 400, each=0.2),
+)  # fmt: skip
