@@ -3,11 +3,11 @@
 import pathlib
 
 import jax
+from flax.traverse_util import unflatten_dict
 
 import molora_jax
 from molora_jax import config as config_lib
-from molora_jax.io import warm_start
-from molora_jax.io.checkpoints import Checkpoints
+from molora_jax.io.checkpoints import Checkpoints, read_manifest
 from molora_jax.train.loop import Run
 from molora_jax.train.workdir import SECTIONS, Workdir
 from tests.faults.common import arrays_digest
@@ -15,8 +15,6 @@ from tests.faults.common import arrays_digest
 
 def checkpoint(workdir, step: int) -> str:
     """One digest for all items of a step, read through `Checkpoints`."""
-    from molora_jax.io.manifest import read_manifest
-
     checkpoints = Checkpoints(pathlib.Path(workdir) / "checkpoints", keep=9)
     tree = read_manifest(checkpoints.directory / str(step))["tree"]
     return arrays_digest(checkpoints.restore(step, _templates(tree)))
@@ -24,19 +22,14 @@ def checkpoint(workdir, step: int) -> str:
 
 def newest(workdir):
     """`(step, digest, notes)` of what a start would find."""
-    from molora_jax.io.manifest import read_manifest
-
     notes = []
     checkpoints = Checkpoints(pathlib.Path(workdir) / "checkpoints", keep=9, warn=notes.append)
     step = checkpoints.newest_valid()
-    warm_start.load(str(workdir))
     tree = read_manifest(checkpoints.directory / str(step))["tree"]
     return step, arrays_digest(checkpoints.restore(step, _templates(tree))), notes
 
 
 def _templates(tree):
-    from flax.traverse_util import unflatten_dict
-
     return {
         item: unflatten_dict({k: jax.ShapeDtypeStruct(v["shape"], v["dtype"]) for k, v in leaves.items()}, sep="/")
         for item, leaves in tree.items()

@@ -1,6 +1,6 @@
 """What a worker tells the runner while it works: which try it is at, and what failed. One JSON line each.
 
-A line goes out before each try, so that the runner can name the try in which a worker hung or died, and go on behind it.
+A line goes out before each try, so that the runner can name the try in which a worker hung or died, and go on after it.
 """
 
 import dataclasses

@@ -5,8 +5,11 @@ import dataclasses
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """`function` is `file:name`, called as `(seed, tries) -> failures`. `tries` are those of the ordinary tests (0: only
-    with --full), `full` those of --full. A try that takes more than `seconds` is a failure. `devices`: of the worker."""
+    """`function` is `file:name`, called as `(seed, tries) -> failures`.
+
+    `tries` are those of the ordinary tests (0: only with --full), `full` those of --full. A try that takes more than
+    `seconds` is a failure. `devices` are those that the worker forces.
+    """
 
     name: str
     promise: str
@@ -46,4 +49,13 @@ ROWS = (
         "hostile:metrics", 10, 200, each=0.3),
     Row("hostile.manifest", "a manifest made by hand, checksum and all, changes no value without a word",
         "hostile:manifest", 20, 400, each=0.2),
+    Row("templates.bombs", "a template that would hang, fill memory or the screen ends in a named error",
+        "templates:bombs", 1, 72, seconds=20, each=3),
+    Row("templates.escapes", "a template reads no object of ours, no file, changes nothing and runs no code",
+        "templates:escapes", 48, 192, seconds=20, each=0.02),
+    Row("rows.bad", "a bad row is named (file and row), or skipped and counted, and the good ones are all there",
+        "datarows:bad_rows", 30, 600, each=0.05),
+    Row("rows.unusable", "a file without a usable row is refused by name", "datarows:unusable", 18, 72, each=0.02),
+    Row("rows.processes", "samples are one global sequence for every number of processes and every start",
+        "datarows:process_counts", 10, 200, each=0.05),
 )  # fmt: skip

@@ -1,4 +1,4 @@
-"""A process that works through rows: requests on standard input, `report.py`'s lines on the descriptor that it is given.
+"""A process that works through rows: requests on standard input, the lines of `report.py` on standard output.
 
 jax is imported once for all rows of a worker; what a row prints goes nowhere.
 """
