@@ -1,6 +1,10 @@
 """A run opened in this process, as plain values that can be compared: what a user would get out of it."""
 
+import contextlib
+import io
+import logging
 import pathlib
+import warnings
 
 import jax
 from flax.traverse_util import unflatten_dict
@@ -62,3 +66,18 @@ def resumed(config, workdir) -> tuple[dict, list[str]]:
         "step": int(state.step), "adapters": arrays_digest(state.adapters), "opt": arrays_digest(state.opt),
         "router_state": arrays_digest(state.router_state), "best": run.best, "identity": run.identity,
     }, notes  # fmt: skip
+
+
+@contextlib.contextmanager
+def heard():
+    """All that is said meanwhile: log records, warnings, text on the standard streams. `.getvalue()`."""
+    said = io.StringIO()
+    handler = logging.StreamHandler(said)
+    handler.setLevel(logging.WARNING)
+    logging.getLogger().addHandler(handler)
+    try:
+        with warnings.catch_warnings(), contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
+            warnings.simplefilter("always")
+            yield said
+    finally:
+        logging.getLogger().removeHandler(handler)

@@ -94,7 +94,7 @@ def escapes(seed, tries):
     def one(number):
         escape = ESCAPES[number % len(ESCAPES)]
         escape = escape.replace("COMMAND", COMMAND).replace("CANARY", str(canary()))
-        template = PLACES[number // len(ESCAPES) % len(PLACES)] % escape.replace("%", "%")
+        template = PLACES[number // len(ESCAPES) % len(PLACES)] % escape
         canary().unlink(missing_ok=True)
         given, text = turns(), ""
         try:
