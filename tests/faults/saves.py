@@ -4,6 +4,7 @@ One message; the newest valid step stays; once the disk is well again the same c
 """
 
 import builtins
+import collections
 import contextlib
 import errno
 import io
@@ -27,15 +28,18 @@ THREADS_SECONDS = 10
 
 
 class Injector:
-    """Fails the `nth` of the calls below `folder` that are of one kind, and `times` in all."""
+    """Fails the `nth` call below `folder` that is of one kind, and those after it until there were `times`.
 
-    def __init__(self, folder, call: str, nth: int, times: int, number: int):
+    `seen` counts the calls of every kind, so that a run without a fault (`times=0`) says how many there are.
+    """
+
+    def __init__(self, folder, call="", nth=0, times=0, number=errno.EIO):
         self.folder, self.call, self.left, self.times, self.number = str(folder), call, nth, times, number
-        self.hits = 0
+        self.hits, self.seen = 0, collections.Counter()
         self._own = threading.local()
 
     def check(self, call, path):
-        if call != self.call or getattr(self._own, "busy", False):
+        if getattr(self._own, "busy", False):
             return
         self._own.busy = True
         try:
@@ -46,7 +50,8 @@ class Injector:
             inside = False
         finally:
             self._own.busy = False
-        if inside:
+        self.seen[call] += inside
+        if inside and call == self.call:
             self.left -= 1
             if self.left < 0 and self.hits < self.times:
                 self.hits += 1
@@ -71,8 +76,6 @@ class Injector:
 
     def _writing(self, function):
         """Text files whose `write` can fail (what Python buffers for binary files fails at their end, as fsync)."""
-        if self.call != "write":
-            return function
 
         def wrapped(path, mode="r", *args, **kwargs):
             file = function(path, mode, *args, **kwargs)
@@ -107,6 +110,12 @@ class _Failing:
         return iter(self._file)
 
 
+def planned(seen, folder, rng) -> Injector:
+    """A fault at one of the calls that a whole run makes, each kind as likely."""
+    call = rng.choice([name for name in CALLS if seen[name]])
+    return Injector(folder, call, rng.randrange(seen[call]), rng.choice((1, 1, 2, 100_000)), rng.choice(ERRORS))
+
+
 def _tree(step):
     rng = np.random.default_rng(step)
     return {
@@ -123,19 +132,25 @@ def _is(checkpoints, step) -> bool:
 def checkpoint(seed, tries):
     """One save that fails anywhere: it is known, older steps stay, temporaries go, the next save works."""
 
+    def save_two(folder, fault):
+        checkpoints = Checkpoints(folder, keep=2, warn=lambda text: None)
+        checkpoints.save(1, _tree(1), meta={}, wait=True)
+        with fault as injector:
+            checkpoints.save(2, _tree(2), meta={"samples": 2}, best=True, wait=True)
+        return checkpoints, injector
+
+    with scratch() as path:
+        seen = save_two(path, Injector(path).active())[1].seen
+
     def one(number):
         rng = random.Random(number)
         with scratch() as path:
             folder = path / "checkpoints"
-            checkpoints = Checkpoints(folder, keep=2, warn=lambda text: None)
-            checkpoints.save(1, _tree(1), meta={}, wait=True)
             if number % 5 == 0:
                 fault = limited(resource.RLIMIT_FSIZE, limit=rng.choice((0, 100, 1000, 5000)))
             else:
-                nth, times = rng.randrange(8), rng.choice((1, 1, 1000))
-                fault = Injector(folder, rng.choice(CALLS), nth, times, rng.choice(ERRORS)).active()
-            with fault as injector:
-                checkpoints.save(2, _tree(2), meta={"samples": 2}, best=True, wait=True)
+                fault = planned(seen, folder, rng).active()
+            checkpoints, injector = save_two(folder, fault)
             hit = injector is None or injector.hits
             step = checkpoints.newest_valid()
             if step not in (1, 2) or not _is(checkpoints, step):
@@ -155,6 +170,9 @@ def checkpoint(seed, tries):
 def run(seed, tries):
     """A disk that fails somewhere in a whole run, from its lock to its picture."""
     whole = finished_run()
+    with scratch() as path:
+        with Injector(path / "run").active() as counter:
+            start(tiny_config(eval_every=4), path / "run")
 
     def one(number):
         rng = random.Random(number)
@@ -162,9 +180,8 @@ def run(seed, tries):
             if number % 6 == 5:
                 fault = limited(resource.RLIMIT_FSIZE, limit=rng.choice((500, 3000, 20_000)))
             else:
-                nth, times = rng.randrange(14), rng.choice((1, 1, 2, 100_000))
-                fault = Injector(path / "run", rng.choice(CALLS), nth, times, rng.choice(ERRORS[:5])).active()
-            said = ""
+                fault = planned(counter.seen, path / "run", rng).active()
+            before, said = threading.enumerate(), ""
             try:
                 with fault:
                     result, _ = start(tiny_config(eval_every=4), path / "run")
@@ -174,7 +191,7 @@ def run(seed, tries):
                 if misnamed(error) or said.count("\n") > 12:
                     return misnamed(error) or f"a message of {said.count(chr(10))} lines"
             wrong = _as_the_whole(path / "run", whole, said)
-            return wrong or _threads()
+            return wrong or _threads(before)
 
     return each(seed, tries, one)
 
@@ -186,7 +203,7 @@ def gone(seed, tries):
         from molora_jax.train import loop
 
         with scratch() as path:
-            put_batch, calls = loop.sharding.put_batch, []
+            put_batch, calls, before = loop.sharding.put_batch, [], threading.enumerate()
 
             def removing(*args):
                 calls.append(None)
@@ -198,7 +215,7 @@ def gone(seed, tries):
                 try:
                     result, notes = start(tiny_config(), path / "run")
                 except InputError as error:
-                    return misnamed(error) or _threads()
+                    return misnamed(error) or _threads(before)
             return f"the run ended with step {result.step}: {notes[-2:]}"
 
     return each(seed, tries, one)
@@ -220,11 +237,11 @@ def _as_the_whole(run, whole, said):
     return ""
 
 
-def _threads():
-    """No thread that keeps the process alive."""
+def _threads(before):
+    """No new thread that would keep the process alive."""
     deadline = time.monotonic() + THREADS_SECONDS
     while time.monotonic() < deadline:
-        alive = [t.name for t in threading.enumerate() if not t.daemon and t is not threading.main_thread()]
+        alive = [t.name for t in threading.enumerate() if not t.daemon and t not in before]
         if not alive:
             return ""
         time.sleep(0.1)
