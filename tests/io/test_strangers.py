@@ -181,6 +181,15 @@ def test_every_file_of_a_converted_base_is_under_a_digest(cache, model):
     load_base(f"gguf:{model}")
 
 
+def test_a_remembered_digest_is_not_believed_when_its_note_is_damaged(cache, model):
+    right = load_base(f"gguf:{model}").digest
+    (note,) = (cache / "digests").iterdir()
+    whole = note.read_bytes()
+    for at in range(0, len(whole), 9):
+        note.write_bytes(whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1 :])
+        assert fetch.remembered_sha256(model) == right
+
+
 def test_a_cache_is_shared_as_the_umask_says(cache, model):
     before = os.umask(0o002)
     try:
