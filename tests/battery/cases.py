@@ -30,6 +30,10 @@ from molora_jax.train.step import fresh, make_step
 
 ROOT = pathlib.Path(__file__).parents[2]
 SMALL = dataclasses.replace(TINY, layers=2, width=32, ffn_width=48, heads=2, kv_heads=1, head_dim=16, vocab=128)
+BASES = {  # other forms of the base, as the random sources have them
+    "untied": dataclasses.replace(SMALL, tied=False),
+    "qwen3": dataclasses.replace(SMALL, family="qwen3", qk_norm=True, head_dim=24, norm_eps=1e-6),
+}
 DEEP = dataclasses.replace(SMALL, layers=4)  # MoLA's four groups of depth
 TEXT = ["2+3=|5", "cat:|tac", "4+4=|8", "dog:|god", "7-2=|5", "is:|was", "9-9=|0", "go:|went", "1+1=|2", "abc:|cba",
         "6+1=|7", "no:|on", "3+3=|6", "sun:|nus", "8-4=|4", "up:|pu"]  # fmt: skip
@@ -83,7 +87,9 @@ TARGETS_PER_ROW = int(BATCH["loss_weight"].sum(axis=1).max())
 def base(decoder, dtype="float32"):
     """Random parameters with larger embeddings, so that logits are of order 1 as in a trained model."""
     params = random_params(decoder, seed=1, dtype=dtype)[0]
-    params["embed"] = (params["embed"] * 10).astype(params["embed"].dtype)
+    for name in ("embed", "head"):
+        if name in params:
+            params[name] = (params[name] * 10).astype(params[name].dtype)
     return jax.tree.map(jnp.asarray, params)
 
 
