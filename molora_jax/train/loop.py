@@ -30,7 +30,8 @@ from molora_jax.models.compile import compile_losses
 from molora_jax.optim import OPTIMIZERS
 from molora_jax.train import stages as stages_lib
 from molora_jax.train import summary, trees
-from molora_jax.train.exact import Devices, ExactNLL, ExactStep
+from molora_jax.train.devices import Devices
+from molora_jax.train.exact import ExactNLL, ExactStep
 from molora_jax.train.setup import setup
 from molora_jax.train.signals import StopRequest
 from molora_jax.train.step import TrainState, fresh, make_step
