@@ -82,6 +82,7 @@ def get_config():
                 log_every=10,
                 remat="dots",  # none, dots, full
                 attention="xla",  # or fused: cuDNN's on one NVIDIA GPU in half precision, else the same as xla
+                exact=False,  # the same bits on 1, 2, 4 and 8 devices (docs/parallelism.md says at what cost)
                 init_from="",
             ),
             eval=dict(num_items=32, num_generated=16, max_new_tokens=16, batch_size=16),

@@ -1,13 +1,15 @@
 """The checks of a config, section by section; each yields `InputError`s and none stops the others."""
 
 import math
+import os
 import pathlib
 import re
 
 from molora_jax import config_fields as known
-from molora_jax.config_fields import ATTENTION, FFN, did_you_mean, one_of, wrong
+from molora_jax.config_fields import ATTENTION, FFN, MICRO_SHARDS, did_you_mean, one_of, wrong
 from molora_jax.config_members import attribute, inherits, members, options, unlisted
 from molora_jax.config_resolve import (
+    at_fault,
     expert_counts,
     resolve_experts,
     resolve_fields,
@@ -35,7 +37,7 @@ def problems(config):
         return found  # a section is missing: the rest would only repeat that
     rules = list(_rules(config))
     found += [*_base(config), *_data(config), *rules, *_losses(config), *_engine(config), *_train(config)]
-    found += [*_member("optim", config["optim"], "optim"), *_mesh(config)]
+    found += [*_member("optim", config["optim"], "optim"), *_mesh(config), *_exact(config)]
     return found + list(_schedule(config, valid=not found))
 
 
@@ -128,11 +130,7 @@ def _member(where, value, axis, *, name=""):
 
 
 def _path(text):
-    """The path, `~` expanded; one that can be no path (a NUL, the home of nobody) as it stands."""
-    try:
-        return pathlib.Path(text).expanduser()
-    except RuntimeError:
-        return pathlib.Path(text)
+    return pathlib.Path(os.path.expanduser(text))  # pathlib's own raises where there is no such user
 
 
 def there(test):
@@ -414,7 +412,38 @@ def _mesh(config):
     elif batch // parts % (max(data, 1) * fsdp * expert):
         expected = f"data * fsdp * expert to divide the {batch // parts} rows of a micro-step"
         got = f"data={_shown(data)}, fsdp={_shown(fsdp)}, expert={_shown(expert)}"
-        yield wrong("mesh", got, expected, "Change mesh, train.batch_size or train.accumulate.")
+        fault = at_fault(dict(data=data, fsdp=fsdp, expert=expert), known.MESH_AXES[:3], batch // parts)
+        yield wrong("mesh", got, expected, f"Change {fault}, train.batch_size or train.accumulate.")
+
+
+def _exact(config):
+    """`train.exact` gives every device whole micro-shards, and no token leaves its device."""
+    train, mesh = config["train"], config["mesh"]
+    if train.get("exact") is not True:
+        return
+    why = "with train.exact, which splits rows alone (over data and fsdp)"
+    for axis in ("expert", "tensor"):
+        if isinstance(mesh.get(axis), int) and mesh[axis] > 1:
+            yield wrong(f"mesh.{axis}", mesh[axis], f"1 {why}", "Give its devices to mesh.data, or leave exact out.")
+    if config.get("engine") in ("all_to_all", "ragged_all_to_all"):
+        expected = "'auto' with train.exact: no token leaves its device"
+        yield wrong("engine", repr(config["engine"]), expected, "Change engine, or leave exact out.")
+    if train.get("attention") == "fused":
+        expected = "'xla' with train.exact: cuDNN's is there on a single GPU alone"
+        yield wrong("train.attention", "'fused'", expected, "Change attention, or leave exact out.")
+    batch, parts = train.get("batch_size"), train.get("accumulate")
+    if all(isinstance(n, int) and n > 0 for n in (batch, parts)) and batch // parts % MICRO_SHARDS:
+        expected = f"a multiple of {MICRO_SHARDS} rows a micro-step with train.exact (batch_size / accumulate)"
+        yield wrong("train.batch_size", f"{batch} in {parts} micro-steps", expected, "Change batch_size or accumulate.")
+
+
+def exact_devices(train, sizes):
+    """The same of a mesh whose sizes are known."""
+    devices = sizes["data"] * sizes["fsdp"]
+    if train.get("exact") and MICRO_SHARDS % devices:
+        got = f"{devices} devices (data={sizes['data']}, fsdp={sizes['fsdp']})"
+        fix = "Change mesh.data and mesh.fsdp, or leave exact out."
+        yield wrong("mesh.data", got, f"a divisor of {MICRO_SHARDS} with train.exact, a whole number of micro-shards", fix)
 
 
 def _schedule(config, *, valid):

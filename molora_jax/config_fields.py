@@ -15,10 +15,11 @@ PROJECTIONS = ("q", "k", "v", "o", "gate", "up", "down")
 ATTENTION, FFN = PROJECTIONS[:4], PROJECTIONS[4:]
 TASKS = ("morph", "translate", "emoji", "factbook", "sentiment", "topic", "dialog", "code", "math")
 BASE_PACKAGES = ("smollm2-135m-instruct",)
-BASE_RANDOM = ("tiny",)
+BASE_RANDOM = ("tiny", "tiny-untied", "tiny-qwen3")
 ENGINES = ("auto", "replicate", "gather", "all_to_all", "ragged_all_to_all")
 ENGINES_PLANNED = ("ring", "fssdp")
 MESH_AXES = ("data", "fsdp", "expert", "tensor")
+MICRO_SHARDS = 8  # of a micro-step with train.exact
 REQUIRED = object()
 
 
@@ -112,6 +113,7 @@ FIELDS = {
         "log_every": at_least(1),
         "remat": choice("none", "dots", "full"),
         "attention": choice("xla", "fused"),
+        "exact": Field(bool, default=False),
         "init_from": TEXT,
     },
     "eval": {

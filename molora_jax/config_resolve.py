@@ -13,6 +13,7 @@ ROW_FIELDS = (
     "conversations", "completion", "weight",
 )  # fmt: skip
 LAYERS = re.compile(r"(\d+)(?:-(\d+))?", re.ASCII)
+ROWS = ("data", "fsdp", "expert")  # the axes that split a batch
 RESERVED = ("messages", "tools", "documents", "add_generation_prompt", "bos_token", "eos_token", "pad_token")
 MOST = 100_000  # layers or experts: more is a typing mistake, and would only fill memory
 
@@ -91,21 +92,30 @@ def resolve_mesh(mesh, num_devices, *, rows=None):
     for axis, size in sizes.items():
         if size < 1 and not (axis == "data" and size == -1):
             raise wrong(f"mesh.{axis}", size, ">= 1, or -1 for data alone")
-    rest = math.prod(size for size in sizes.values() if size != -1)
+    others = [axis for axis in MESH_AXES if axis != "data"]
+    rest = math.prod(sizes[axis] for axis in others)
+    if num_devices % rest:
+        expected = f"axes whose product divides the {num_devices} devices"
+        raise wrong("mesh", _text(sizes), expected, f"Change {at_fault(sizes, others, num_devices)}.")
     if sizes["data"] == -1:
-        if num_devices % rest:
-            expected = f"axes whose product divides the {num_devices} devices"
-            raise wrong("mesh", _text(sizes), expected, "Change fsdp, expert or tensor.")
         sizes["data"] = num_devices // rest
     if math.prod(sizes.values()) != num_devices:
         expected = f"a product of {num_devices}, the number of devices"
-        raise wrong("mesh", f"{_text(sizes)} (product {rest})", expected, "Let mesh.data be -1.")
-    split = sizes["data"] * sizes["fsdp"] * sizes["expert"]
+        fix = f"Let mesh.data be -1, or {num_devices // rest}."
+        raise wrong("mesh", f"{_text(sizes)} (product {math.prod(sizes.values())})", expected, fix)
+    split = math.prod(sizes[axis] for axis in ROWS)
     if rows is not None and rows % split:
         expected = f"data * fsdp * expert = {split} to divide the {rows} rows of a micro-step"
-        fix = "Change mesh or train.batch_size (rows are batch_size / accumulate)."
+        fix = f"Change {at_fault(sizes, ROWS, rows)} or train.batch_size (rows are batch_size / accumulate)."
         raise wrong("mesh", f"{_text(sizes)} on {num_devices} devices", expected, fix)
     return sizes
+
+
+def at_fault(sizes, axes, total) -> str:
+    """The names of the axes that do not divide `total`: each that alone does not, else all that are more than 1."""
+    more = [axis for axis in axes if sizes[axis] > 1]
+    alone = [axis for axis in more if total % sizes[axis]]
+    return " or ".join(f"mesh.{axis}" for axis in alone or more)
 
 
 def split_commas(text):

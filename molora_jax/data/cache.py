@@ -1,11 +1,13 @@
 """Tokenised tasks on disk: `$MOLORA_CACHE/data/<key>.npz`, else `~/.cache/molora_jax/data/<key>.npz`.
 
 The key covers everything that the arrays depend on, so an entry is never updated. A file is written beside its place
-and renamed, so a reader sees a whole file or none; it ends with the digest of all before, which is checked on reading,
-and a file that fails in any way is made again. No pickle is read or written. A folder that cannot be written costs
-speed only.
+and renamed, so a reader sees a whole file or none; it ends with a digest of its key and of all before, checked on reading,
+and a file that fails in any way, or is another entry's, is made again. No pickle is read or written. A folder that
+cannot be written costs speed only. Users may share one: files are readable as the umask says, and what another user's
+file does not let us read is a miss.
 """
 
+import contextlib
 import hashlib
 import io
 import json
@@ -13,11 +15,13 @@ import logging
 import os
 import pathlib
 import tempfile
+import time
 
 import numpy as np
 
 DIGEST = 32  # bytes of a SHA-256
 log = logging.getLogger(__name__)
+STALE_SECONDS = 86_400
 
 
 def folder() -> pathlib.Path:
@@ -30,11 +34,14 @@ def load(key: str) -> dict[str, np.ndarray] | None:
     path = folder() / f"{key}.npz"
     try:
         raw = path.read_bytes()
-        if raw[-DIGEST:] != hashlib.sha256(raw[:-DIGEST]).digest():
+        if raw[-DIGEST:] != _digest(key, memoryview(raw)[:-DIGEST]):
             raise ValueError("its digest does not hold")
         with np.load(io.BytesIO(raw[:-DIGEST]), allow_pickle=False) as file:
             return {name: file[name] for name in file.files}
     except FileNotFoundError:
+        return None
+    except OSError as error:
+        log.warning("%s cannot be read (%s): building it again", path, error.strerror or error)
         return None
     except Exception as error:  # a damaged zip raises half a dozen types
         log.warning("%s is damaged (%s): building it again", path, error)
@@ -46,19 +53,43 @@ def save(key: str, arrays: dict[str, np.ndarray]) -> None:
     temporary = None
     try:
         folder().mkdir(parents=True, exist_ok=True)
+        _sweep()
         with tempfile.NamedTemporaryFile(dir=folder(), prefix=".", suffix=".tmp", delete=False) as file:
             temporary = file.name
             whole = io.BytesIO()
             np.savez(whole, **arrays)
             file.write(whole.getbuffer())
-            file.write(hashlib.sha256(whole.getbuffer()).digest())
+            file.write(_digest(key, whole.getbuffer()))
+            os.fchmod(file.fileno(), 0o666 & ~_umask())  # a temporary file's 0600 would lock other users out
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, folder() / f"{key}.npz")
     except OSError as error:
         log.warning("the tokenised data cannot be cached in %s: %s", folder(), error)
-        if temporary and os.path.exists(temporary):
-            os.unlink(temporary)
+        if temporary:
+            with contextlib.suppress(OSError):
+                os.unlink(temporary)
+
+
+def _sweep():
+    """Removes what killed processes left, once it is surely nobody's."""
+    for path in folder().glob(".*.tmp"):
+        with contextlib.suppress(OSError):
+            if time.time() - path.stat().st_mtime > STALE_SECONDS:
+                path.unlink()
+
+
+def _umask() -> int:
+    """The process's umask, which can only be read by setting it."""
+    mask = os.umask(0o077)
+    os.umask(mask)
+    return mask
+
+
+def _digest(key: str, content) -> bytes:
+    total = hashlib.sha256(f"{key}\0".encode())
+    total.update(content)
+    return total.digest()
 
 
 def pack_json(value) -> np.ndarray:
