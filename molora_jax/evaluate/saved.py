@@ -70,7 +70,7 @@ def manifest_of(folder, step="best") -> dict | None:
 def believed(config: dict, manifest: dict | None) -> tuple[dict, list[str]]:
     """`(config, lines)`: a run's config with the identity fields of a step's manifest, and where these differ.
 
-    Paths (`base.source`, `data.tasks`, `data.valid`) and what may change between two starts stay as they are in `config`.
+    Paths (`base.source`, `data.tasks`, `data.valid`) and what may change between two starts stay as in `config`.
     """
     saved = (manifest or {}).get("config")
     if not isinstance(saved, dict) or not all(isinstance(saved.get(n), dict) for n in ("train", "method", "base")):

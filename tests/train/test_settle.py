@@ -10,8 +10,9 @@ from molora_jax import config as config_lib
 from molora_jax.data import build
 from molora_jax.errors import InputError
 from molora_jax.evaluate.report import no_items
+from molora_jax.identity import compare, identity
 from molora_jax.train.settle import settle
-from molora_jax.train.workdir import Workdir, identity
+from molora_jax.train.workdir import Workdir
 from tests.data.fakes import ByteTokenizer, write_rows
 
 
@@ -75,18 +76,20 @@ def test_tasks_inside_files_have_names(made):
             settle(wrong, data)
 
 
-def test_the_identity_does_not_know_fields_at_the_value_of_their_absence():
+def test_a_run_from_before_these_fields_is_the_same_run():
     now = common.get_config().to_dict()
-    old = {
-        **now,
-        "data": {k: now["data"][k] for k in ("tasks", "seq_len", "temperature", "system", "overlong", "bad_rows")},
-    }
+    older = ("tasks", "seq_len", "temperature", "system", "overlong", "bad_rows")
+    old = {**now, "data": {name: now["data"][name] for name in older}}
     extra = dict(base_digest="b", data_fingerprint="d")
-    assert identity(now, extra) == identity(old, extra)
+    begun = identity(old, extra)
     other = {**now, "data": {**now["data"], "valid": "jsonl:a", "file_tasks": False}}
-    assert identity(other, extra) == identity(old, extra), "the fingerprint tells these"
+    assert not compare(begun, identity(now, extra))[0]
+    assert not compare(begun, identity(other, extra))[0], "the fingerprint tells these"
     for name, value in dict(train_on="all", raw=True, test_share=0.1, format="alpaca", fields="prompt=q").items():
-        assert identity({**now, "data": {**now["data"], name: value}}, extra) != identity(old, extra)
+        changed = {**now, "data": {**now["data"], name: value}}
+        assert (
+            compare(begun, identity(changed, extra))[0] and compare(identity(now, extra), identity(changed, extra))[0]
+        )
 
 
 def test_a_run_that_began_with_one_task_a_file_goes_on_so(tmp_path):
