@@ -71,7 +71,7 @@ class Run:
         return [self.tokenizer.decode([i]) for i in self.tokenizer.encode(text)]
 
     def prompt_ids(self, prompt, *, tools=None) -> list[int]:
-        """A prompt in the model's chat template, up to where the answer starts.
+        """A prompt in the model's chat template, up to where the answer starts (under `data.raw`, as it stands).
 
         Args:
           prompt: a user's text, or a conversation: a list of turns `{"role", "content"}`, the one to answer last.
@@ -81,6 +81,10 @@ class Run:
           InputError: an empty prompt, turns that are none, or a template that refuses them.
         """
         data = self.config.data
+        if data.get("raw", False):  # trained on plain text
+            if not isinstance(prompt, str) or not prompt:
+                raise InputError("prompt", got=repr(prompt)[:80], expected="text: this run has data.raw=True")
+            return self.tokenizer.encode_plain(prompt)
         turns = render.with_system(_turns(prompt), data.system)
         args = parse_args(data.get("template_args", ""))
         return self.tokenizer.encode_chat(turns, add_generation_prompt=True, tools=tools, **args)

@@ -122,7 +122,6 @@ class Run:
             made.params,
         )
         self.table = self.data.report()
-        note(str(self.table))
         if made.engines:
             note(made.engines)
         if config.train.eval_every and not self.data.heldout("valid", config.eval.num_items):
@@ -137,7 +136,10 @@ class Run:
         self.identity = workdir.check_identity(plain, made.identity, manifest=manifest, note=note)
         workdir.write_config(plain)
         if workdir.writer:
-            write_atomically(workdir.path / "data.json", json.dumps(self.table, indent=1) + "\n")
+            try:
+                write_atomically(workdir.path / "data.json", json.dumps(self.table, indent=1) + "\n")
+            except OSError as error:  # a report: the run needs it for nothing
+                note(f"data.json is not written ({error.strerror or error})")
         self.constrain = sharding.constrain(self.mesh)
         self.exact = config.train.get("exact", False)  # not in runs of older versions
         self.stages = stages_lib.stages(config)
@@ -288,6 +290,7 @@ def train(config, workdir: str, *, profile: bool = False, note=None) -> Result:
         start = int(state.step)
         note(summary.rules_table(run.model, state.adapters, run.compiled(stages_lib.stage_at(run.stages, start)).frozen,
                                  summary.count(run.params)))  # fmt: skip
+        note(str(run.table))
         with run.checkpoints:
             if start == 0 and not run.checkpoints.steps():
                 run.save(state, 0)  # before the first compile, so that a kill inside it loses nothing
