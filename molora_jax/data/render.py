@@ -59,14 +59,14 @@ def encode_examples(
       train_on: the "last" assistant turn or "all" of them; an example's `weights` go before.
       template_args: the template's own arguments. longest: characters that a row may have.
     """
-    out = []
+    out, more = [], dict(system=system, train_on=train_on, template_args=template_args or {})
     for first in range(0, len(examples), CHUNK):
         chunk = examples[first : first + CHUNK]
         results = [_too_long(example, longest) for example in chunk]
         for kind, work in ((True, _plain), (False, _chats)):
             indices = [i for i, e in enumerate(chunk) if results[i] is None and (e.text is not None) == kind]
             if indices:
-                options = {} if kind else dict(system=system, train_on=train_on, template_args=template_args or {})
+                options = {} if kind else dict(more, longest=longest)
                 for i, result in zip(indices, work(tokenizer, [chunk[i] for i in indices], **options), strict=True):
                     results[i] = result
         out += results
@@ -102,7 +102,7 @@ def _plain(tokenizer, examples):
     return out
 
 
-def _chats(tokenizer, examples, *, system, train_on, template_args):
+def _chats(tokenizer, examples, *, system, train_on, template_args, longest):
     marks = _Marks(tokenizer)
     chats = [_Chat(example, system, train_on, tagged=marks.generation) for example in examples]
     requests = [request for chat in chats for request in chat.requests(template_args)]
@@ -111,7 +111,7 @@ def _chats(tokenizer, examples, *, system, train_on, template_args):
     for chat in chats:
         results = [next(rendered) for _ in range(chat.num_requests)]
         error = next((result["error"] for result in results if "error" in result), None)
-        cuts.append(Refused(error, _REFUSED) if error else _cut(marks, chat, results))
+        cuts.append(Refused(error, _REFUSED) if error else _cut(marks, chat, results, longest))
     good = [cut for cut in cuts if not isinstance(cut, Refused)]
     encoded = iter(_encode(tokenizer, [cut.text for cut in good]))
     return [cut if isinstance(cut, Refused) else _ids(tokenizer, cut, next(encoded)) for cut in cuts]
@@ -156,7 +156,7 @@ class _Cut:
     train_end: bool
 
 
-def _cut(marks, chat, results) -> _Cut | Refused:
+def _cut(marks, chat, results, longest) -> _Cut | Refused:
     full, *prompts = (result["text"] for result in results)
     tagged = [tuple(span) for span in results[0]["spans"]]
     found, low = {}, 0
@@ -175,6 +175,8 @@ def _cut(marks, chat, results) -> _Cut | Refused:
         found[i], low = place, place.stop
     last = found[chat.needed[-1]]
     stop = last.stop
+    if stop > 2 * longest:
+        return Refused(f"a template that writes {stop:,} characters", f"at most {2 * longest:,}", "Cut the row.")
     if chat.tagged:
         spans = _tagged_spans(chat, tagged, last)
         if isinstance(spans, Refused):

@@ -26,7 +26,7 @@ from molora_jax.evaluate import saved
 from molora_jax.evaluate.gates import by_layer
 from molora_jax.io.base import load_base
 from molora_jax.io.checkpoints import Checkpoints
-from molora_jax.io.templates import parse_args
+from molora_jax.io.templates import characters, parse_args
 from molora_jax.models.compile import compile_model
 
 
@@ -75,6 +75,11 @@ class Run:
           InputError: an empty prompt, turns that are none, or a template that refuses them.
         """
         data = self.config.data
+        size = characters([prompt, tools])
+        if size > render.LONGEST:
+            raise InputError("prompt", got=f"{size:,} characters", expected=f"at most {render.LONGEST:,}")
+        if data.get("raw", False) and isinstance(prompt, str) and prompt.strip():
+            return self.tokenizer.encode_plain(prompt)  # trained on plain text: no template
         turns = render.with_system(_turns(prompt), data.system)
         args = parse_args(data.get("template_args", ""))
         return self.tokenizer.encode_chat(turns, add_generation_prompt=True, tools=tools, **args)
@@ -134,6 +139,8 @@ class Run:
         """
         if not isinstance(text, str):
             raise InputError("text", got=repr(text)[:80], expected="text")
+        if len(text) > render.LONGEST:
+            raise InputError("text", got=f"{len(text):,} characters", expected=f"at most {render.LONGEST:,}")
         ids = self.tokenizer.encode(text)
         if not 0 < len(ids) <= self.model.config.context:
             raise InputError("text", got=f"{len(ids)} tokens", expected=f"1 to {self.model.config.context}")

@@ -157,10 +157,12 @@ class Tokenizer:
         conversations = [{**self.specials, **conversation} for conversation in conversations]
         if self.tool_template is None:
             return templates.render(self.template, conversations, day=self.day)
-        results = []
-        for conversation in conversations:
-            template = self.tool_template if conversation.get("tools") else self.template
-            results += templates.render(template, [conversation], day=self.day)
+        results = [{}] * len(conversations)
+        for template, with_tools in ((self.template, False), (self.tool_template, True)):
+            chosen = [i for i, one in enumerate(conversations) if bool(one.get("tools")) == with_tools]
+            rendered = templates.render(template, [conversations[i] for i in chosen], day=self.day)
+            for i, result in zip(chosen, rendered, strict=True):
+                results[i] = result
         return results
 
     def chat(self, messages: list[dict], *, add_generation_prompt: bool, tools=None, documents=None, **args) -> str:
