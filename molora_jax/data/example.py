@@ -1,8 +1,9 @@
 """An example, its split, and the seeded order that replaces a shuffle.
 
-Splits are a function of the text alone: sha256(task + "\\0" + group) % 100 gives 90 / 5 / 5 train / valid / test. The
-group is whatever ties variants of one item together (a lemma, a country, an emoji), so no item straddles two splits,
-and adding rows elsewhere moves none.
+Splits are a function of the text alone: sha256(task + "\\0" + group) gives a place in 0 .. 1; the last
+`data.test_share` of it is test, as much before that valid, the rest train (0.05: 90 / 5 / 5). The group is whatever
+ties variants of one item together (a lemma, a country, an emoji), so no item straddles two splits, and adding rows
+elsewhere moves none.
 
 Orders come from a 64-bit mixing function written here, not from a library's generator, so that the order of a run does
 not change with the version of numpy.
@@ -15,18 +16,20 @@ import json
 import numpy as np
 
 SPLITS = ("train", "valid", "test")
+HELD_OUT = 3  # a split of Task.split: in valid and in test
 
 
 @dataclasses.dataclass(frozen=True)
 class Example:
-    """One row of data: a question with its answer, a conversation, or plain text.
+    """One row of data: a question with its answer.
 
     task: the task's reported name. prompt: what is asked (of a chat: all turns before the answer, as text).
     target: the answer. group: the key of the split. choices: all labels of a classification task, else None.
-    turns: the whole conversation as the template takes it (role, content, and tool_calls, reasoning_content, name as
-    given), the answer last; None: one user turn and the answer.
+    turns: the conversation as the chat template takes it (`role`, `content`, and `tool_calls`, `reasoning_content`,
+      `name`, ... as given), the answer last; None: a user's turn with the prompt, then the answer.
     tools: for the template. weights: one a turn, 0 or 1; None: `data.train_on` decides.
-    text: plain text without a template (`data.raw`), in place of all turns. row: its line in the file, from 1; 0: none.
+    text: under `data.raw` the plain text, which ends with `target`; no template.
+    row: the row of its file, from 1; 0: not from a file.
     """
 
     task: str
@@ -40,11 +43,17 @@ class Example:
     text: str | None = None
     row: int = 0
 
+    def conversation(self) -> list[dict]:
+        """The turns, the answer last."""
+        plain = {"role": "user", "content": self.prompt}, {"role": "assistant", "content": self.target}
+        return [dict(turn) for turn in self.turns or plain]
+
     @property
     def more(self) -> list | None:
         """What prompt and target do not tell, as JSON values; None where they tell it all."""
-        turns = self.turns or ()
-        plain = all(turn.keys() == {"role", "content"} and isinstance(turn["content"], str) for turn in turns)
+        plain = all(
+            turn.keys() == {"role", "content"} and isinstance(turn["content"], str) for turn in self.turns or ()
+        )
         if plain and self.tools is None and self.weights is None and self.text is None:
             return None
         return [self.turns, self.tools, self.weights, self.text]
@@ -80,10 +89,12 @@ class Encoded:
         return sum(self.loss_mask[1:])
 
 
-def split_of(task: str, group: str) -> int:
+def split_of(task: str, group: str, test_share: float = 0.05) -> int:
     """0, 1 or 2: the index in SPLITS."""
-    bucket = int.from_bytes(hashlib.sha256(f"{task}\0{group}".encode()).digest(), "big") % 100
-    return 0 if bucket < 90 else 1 if bucket < 95 else 2
+    number = int.from_bytes(hashlib.sha256(f"{task}\0{group}".encode()).digest(), "big")
+    place = number % 100 * 10_000 + number // 100 % 10_000  # in millionths; the first two digits are the older ones
+    left, share = 1_000_000 - place, round(test_share * 1_000_000)
+    return 2 if left <= share else 1 if left <= 2 * share else 0
 
 
 def distinct(examples, *, several_answers: bool = False):

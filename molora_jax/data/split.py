@@ -12,7 +12,7 @@ import dataclasses
 import numpy as np
 
 from molora_jax.data.encode import Task
-from molora_jax.data.example import SPLITS, Encoded
+from molora_jax.data.example import HELD_OUT, SPLITS, Encoded
 from molora_jax.errors import InputError
 
 
@@ -105,7 +105,7 @@ def make_split(
     """`ids` and `mask` are the concatenations of the tasks' own; `shortened`: of each task, as from `shorten`."""
     parts, counts, shift = [], {}, 0
     for task_id, task in enumerate(tasks):
-        rows = np.flatnonzero(task.split == SPLITS.index(name))
+        rows = np.flatnonzero((task.split == SPLITS.index(name)) | ((task.split == HELD_OUT) & (name != "train")))
         start, length = task.offsets[rows], (task.offsets[1:] - task.offsets[:-1])[rows]
         # plain text (context 0) may be cut anywhere: its first token is what stands before the answer
         answer = np.where(task.context[rows] > 0, length - task.context[rows], 1)

@@ -9,7 +9,10 @@ model sits on one device (the first): what a notebook and a report need.
 """
 
 import dataclasses
+import datetime
 import functools
+import json
+import logging
 import pathlib
 from typing import Any
 
@@ -18,16 +21,19 @@ import numpy as np
 
 from molora_jax import config as config_lib
 from molora_jax import data as data_lib
-from molora_jax import sharding
+from molora_jax import identity, sharding
 from molora_jax.data import render
 from molora_jax.decode import generate as decoding
 from molora_jax.errors import InputError
 from molora_jax.evaluate import saved
 from molora_jax.evaluate.gates import by_layer
 from molora_jax.io.base import load_base
-from molora_jax.io.checkpoints import Checkpoints
+from molora_jax.io.base_facts import base_facts, pinned
+from molora_jax.io.checkpoints import Checkpoints, read_manifest
 from molora_jax.io.templates import characters, parse_args
 from molora_jax.models.compile import compile_model
+
+LOG = logging.getLogger("molora_jax.run")
 
 
 @dataclasses.dataclass
@@ -198,28 +204,46 @@ def _put(tree):
     return sharding.put(tree, sharding.replicated(one_device()))
 
 
-def load_run(workdir, step="best", *, config=None) -> Run:
+def load_run(workdir, step="best", *, config=None, warn=LOG.warning) -> Run:
     """Opens the run in `workdir`.
+
+    What the run is comes from the manifest of the step, which is under a checksum: a `config.json` that says otherwise
+    is overruled, with a line to `warn`; an `identity.json` that does, and another base, tokenizer or chat template than
+    the run was trained with, are refused.
 
     Args:
       step: `"best"` (the newest valid one where none was marked), `"latest"` (the newest valid one), or its number.
       config: in place of the run's own `config.json`, say with other fields of `eval`.
+      warn: called with a line of text; a log record by default.
 
     Raises:
       InputError: no run there, no such step, damage, another base model, or a config that the checkpoint does not fit.
     """
-    step, own = saved.parse_step(step), saved.read_config(workdir)
+    step = saved.parse_step(step)
+    own = saved.read_config(workdir, step, warn=warn)
     folder = pathlib.Path(workdir).expanduser()
+    lines = [] if config is None else _overrides(own, config)
+    if lines:
+        warn(f"not as {folder} was trained: " + "; ".join(lines))
     config = own if config is None else config
-    checkpoints = Checkpoints(folder / "checkpoints", keep=1)
+    checkpoints = Checkpoints(folder / "checkpoints", keep=1, warn=warn)
     step = _find(checkpoints, step, folder)
+    manifest = read_manifest(folder / "checkpoints" / str(step))
+    recorded = identity.read(folder / "identity.json")
+    facts = (recorded or manifest.get("run") or {}).get("base")
+    facts = facts if isinstance(facts, dict) else {}
     base = load_base(config.base.source, dtype=config.base.dtype, seed=config.seed)
-    trained_on = saved.read_identity(folder, "base", "digest") or base.digest
+    trained_on = facts.get("digest") or base.digest
     if trained_on != base.digest:
         raise InputError(
             "base.source", got=f"{config.base.source}, with digest {base.digest[:16]}",
-            expected=f"the base that {folder} was trained on ({trained_on[:16]})", fix="Restore that model's files.",
+            expected=f"the base that {folder} was trained on ({str(trained_on)[:16]})",
+            fix="Restore that model's files.",
         )  # fmt: skip
+    if recorded is not None:
+        identity.check_record(recorded, manifest, where=str(folder / "identity.json"))
+    base, day = pinned(base, _day(facts.get("day"), folder))
+    _same_base(facts, base_facts(base, day=day), config.base.source, folder)
     config_lib.check_model(config, base.config.layers, base.config.dims)
     model = compile_model(config, base.config)
     params = _put(base.params)
@@ -231,6 +255,38 @@ def load_run(workdir, step="best", *, config=None) -> Run:
     template = jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=whole), shapes)
     items = checkpoints.restore(step, template)
     return Run(config, model, params, items["adapters"], items["router_state"], base.tokenizer, step, folder)
+
+
+def _overrides(own, config) -> list[str]:
+    """Where a config is of another run than the folder's; starts and data are not needed to open one."""
+    old, new = (identity.of_config(config_lib.to_dict(c)) for c in (own, config))
+    lines = identity.compare(old, new)[0]
+    return [line for line in lines if not line.startswith(("train.", "data.")) and ".load: " not in line]
+
+
+def _same_base(recorded: dict, now: dict, source: str, folder):
+    """Refuses a base whose tokenizer, template or config is not the one that the run was trained with."""
+    names = [name for name in identity.BASE_FACTS if name in recorded]
+    changed, _ = identity.compare(
+        {"base": {name: recorded[name] for name in names}},
+        json.loads(json.dumps({"base": {name: now[name] for name in names if now[name] is not None}})),
+    )
+    if changed:
+        what = "tokenizer or chat template" if any(c.startswith("base.tokenizer") for c in changed) else "config"
+        raise InputError(
+            f"base.source, {what}", got=f"{source}, with another {what} than {folder} was trained with:\n  "
+            + "\n  ".join(changed) + "\n",
+            expected="the same values", fix="Restore that model's files.",
+        )  # fmt: skip
+
+
+def _day(text, folder) -> str | None:
+    try:
+        return text and datetime.date.fromisoformat(text).isoformat()
+    except (TypeError, ValueError):
+        raise InputError(
+            f"{folder / 'identity.json'}: base.day", got=repr(text)[:80], expected='a day such as "2026-11-28"'
+        ) from None
 
 
 def _find(checkpoints, step, folder) -> int:
