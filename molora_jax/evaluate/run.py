@@ -22,6 +22,7 @@ import numpy as np
 from molora_jax import config as config_lib
 from molora_jax import data as data_lib
 from molora_jax import identity, sharding
+from molora_jax.config_resolve import resolve_template_args
 from molora_jax.data import render
 from molora_jax.decode import generate as decoding
 from molora_jax.errors import InputError
@@ -30,7 +31,7 @@ from molora_jax.evaluate.gates import by_layer
 from molora_jax.io.base import load_base
 from molora_jax.io.base_facts import base_facts, pinned
 from molora_jax.io.checkpoints import Checkpoints, read_manifest
-from molora_jax.io.templates import characters, parse_args
+from molora_jax.io.templates import characters
 from molora_jax.models.compile import compile_model
 
 LOG = logging.getLogger("molora_jax.run")
@@ -87,7 +88,7 @@ class Run:
         if data.get("raw", False) and isinstance(prompt, str) and prompt.strip():
             return self.tokenizer.encode_plain(prompt)  # trained on plain text: no template
         turns = render.with_system(_turns(prompt), data.system)
-        args = parse_args(data.get("template_args", ""))
+        args = resolve_template_args(data.get("template_args", ""))
         return self.tokenizer.encode_chat(turns, add_generation_prompt=True, tools=tools, **args)
 
     def generate(

@@ -32,40 +32,6 @@ PLAIN = (
 BATCH = 256  # conversations a message
 BATCH_CHARACTERS = 4_000_000  # of a message, so that it fits the child's memory
 START = 60  # seconds that the child may take to start: imports from a slow disk
-RESERVED = ("messages", "tools", "documents", "add_generation_prompt")
-
-
-def parse_args(text: str, *, field: str = "data.template_args") -> dict:
-    """`"enable_thinking=false,x=3"` as `{"enable_thinking": False, "x": 3}`: names for the template, JSON values.
-
-    A comma inside a JSON list, object or string belongs to it.
-
-    Raises:
-      InputError: no such list.
-    """
-    args, at, decoder = {}, 0, json.JSONDecoder(parse_constant=lambda name: _no_number(field, name))
-    example = 'name=value pairs with commas between, values as in JSON: enable_thinking=false,style="short"'
-    while text[at:].strip():
-        name, equals, rest = text[at:].partition("=")
-        name = name.strip()
-        if not equals or not name.isidentifier() or name in RESERVED or name in args:
-            why = "twice" if name in args else "which we set" if name in RESERVED else ""
-            raise InputError(field, got=f"{(name if equals else text[at:])!r:.80} {why}".strip(), expected=example)
-        start = len(text) - len(rest.lstrip())
-        try:
-            args[name], at = decoder.raw_decode(text, start)
-        except (ValueError, RecursionError):
-            got = f"{name}={text[start:].partition(',')[0]!r:.80}, which is no JSON value"
-            raise InputError(field, got=got, expected=example, fix='Text needs double quotes: name="text".') from None
-        left = text[at:].lstrip()
-        if left and not left.startswith(","):
-            raise InputError(field, got=f"{left!r:.80} behind the value of {name}", expected=example)
-        at = len(text) - len(left) + 1 if left else len(text)
-    return args
-
-
-def _no_number(field, name):
-    raise InputError(field, got=name, expected="a finite number")
 
 
 def render(template: str | None, conversations: list[dict], *, day: str | None = None) -> list[dict]:

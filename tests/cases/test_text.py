@@ -7,6 +7,7 @@ import pytest
 import tokenizers
 
 from launch import generate as launcher
+from molora_jax.config_resolve import resolve_template_args
 from molora_jax.errors import InputError
 from tests.cases.common import (
     CHATML,
@@ -224,3 +225,41 @@ def test_a_file_that_holds_no_conversation(tmp_path, content):
     for args in ([], ["--prompt=x", "--messages=y"], ["--messages=/nowhere/talk.json"], ["--prompt=x", "--stop="]):
         with pytest.raises(InputError):
             launcher.run(["--base", *args])
+
+
+@pytest.mark.parametrize(
+    ("text", "args"),
+    [
+        ("", {}),
+        ("enable_thinking=false", {"enable_thinking": False}),
+        (' a = [1, "b,c"] , d={"e": null},f="g=h"', {"a": [1, "b,c"], "d": {"e": None}, "f": "g=h"}),
+    ],
+)
+def test_template_args(text, args):
+    assert resolve_template_args(text) == args
+
+
+BAD_ARGS = ["x", "x=", "x=yes", "x=1 2", "x=1,,y=2", "x=1,x=2", "messages=[]", "=1", "a b=1", "x=NaN", "x=[1"]
+
+
+@pytest.mark.parametrize("text", [*BAD_ARGS, "x=" + "[" * 100_000], ids=[*BAD_ARGS, "deep"])
+def test_template_args_that_are_none(text):
+    with pytest.raises(InputError, match="data.template_args"):
+        resolve_template_args(text)
+
+
+def test_template_args_reach_training_and_generation(tmp_path):
+    """The prompt of a run is the context that it was trained on."""
+    think = "{% if not thinking %}<think></think>{% endif %}"
+    template = CHATML.replace("assistant\n{%", "assistant\n" + think + "{%")
+    said = "{% if m['role'] == 'assistant' %}" + think + "{% endif %}{{ m['content'] }}"
+    template = template.replace("{{ m['content'] }}", said)
+    path = folder(tmp_path, template=template)
+    run = base_run(path)
+    for text, end in (("thinking=false", "assistant\n<think></think>"), ("thinking=true", "assistant\n")):
+        data, tok = dataset(PLAIN, path, template_args=text)
+        example = examples(data)[0]
+        with run.config.unlocked():
+            run.config.data.template_args = text
+        assert run.prompt_ids(example.prompt) == list(example.context_ids)
+        assert tok.decode(list(example.context_ids)).endswith(end)
