@@ -16,7 +16,9 @@ answer begins where its text does. A template that marks what the model writes w
 word on what is trained on, as in transformers.
 """
 
+import bisect
 import dataclasses
+import operator
 import os
 import re
 
@@ -82,10 +84,10 @@ def with_system(turns, system: str) -> list[dict]:
 
 
 def _too_long(example, longest) -> Refused | None:
-    size = characters([example.prompt, example.target, example.turns, example.tools, example.text])
-    if size <= 2 * longest:  # prompt and target are in the turns as well
-        size = characters([example.turns, example.tools, example.text] if example.turns or example.text else
-                          [example.prompt, example.target])  # fmt: skip
+    if example.turns is None and example.text is None:
+        size = len(example.prompt) + len(example.target) + (characters(example.tools) if example.tools else 0)
+    else:
+        size = characters([example.turns, example.tools, example.text])
     return None if size <= longest else Refused(f"{size:,} characters", f"at most {longest:,}", "Cut the row.")
 
 
@@ -185,7 +187,7 @@ def _cut(marks, chat, results, longest) -> _Cut | Refused:
     else:
         spans = [(found[i].begin, found[i].stop) for i in chat.needed if i in chat.trained]
         trained = chat.needed[-1] in chat.trained
-    if trained and last.end is not None:  # else no answer of the model would ever end
+    if chat.tagged and trained and last.end is not None:  # else no answer of the model would ever end
         spans = [*spans, last.end]
     return _Cut(full[:stop], last.begin, last.text_begin, spans, add_end=last.end is None, train_end=trained)
 
@@ -293,19 +295,30 @@ def _tagged_spans(chat, tagged, last):
     return [span for span, i in zip(tagged, chat.answers, strict=True) if i in chat.trained]
 
 
-def _ids(tokenizer, cut: _Cut, encoded) -> Ids | Refused:
-    if isinstance(encoded, Refused):
-        return encoded
-    ids, offsets = encoded
-    context = next((i for i, (_, stop) in enumerate(offsets) if stop > cut.begin), len(ids))
-    text_at = next((i for i, (_, stop) in enumerate(offsets) if stop > cut.text_begin), len(ids))
-    mask, spans, at = [0] * len(ids), sorted(cut.spans), 0
-    for i, (start, stop) in enumerate(offsets):  # as transformers: every token that overlaps a span
+_stop = operator.itemgetter(1)
+
+
+def _overlaps(offsets, spans) -> list[int]:
+    """As transformers: 1 for every token that overlaps a span; both are in order."""
+    mask, at = [0] * len(offsets), 0
+    for i, (start, stop) in enumerate(offsets):
         while at < len(spans) and start >= spans[at][1]:
             at += 1
         if at == len(spans):
             break
         mask[i] = int(stop > spans[at][0])
+    return mask
+
+
+def _ids(tokenizer, cut: _Cut, encoded) -> Ids | Refused:
+    if isinstance(encoded, Refused):
+        return encoded
+    ids, offsets = encoded
+    context, text_at = (bisect.bisect_right(offsets, at, key=_stop) for at in (cut.begin, cut.text_begin))
+    if cut.spans == [(cut.begin, len(cut.text))]:
+        mask = [0] * context + [1] * (len(ids) - context)
+    else:
+        mask = _overlaps(offsets, sorted(cut.spans))
     if cut.add_end or ids[-1] not in tokenizer.end_ids:
         ids, mask = [*ids, tokenizer.eos_id], [*mask, int(cut.train_end)]
     if tokenizer.template is None:
