@@ -183,15 +183,15 @@ class Run:
             "run": self.workdir.identity,
             "stage": stages_lib.stage_at(self.stages, step).name,
         }
-        self.checkpoints.wait()
         self.settle()
         self.workdir.check_there()  # a save would make the folder anew
         self.checkpoints.save(step, items, meta=meta, best=best)
         self._best_pending = self.best if best else None
 
     def settle(self):
-        """After a save is over: a best step that the disk refused is not the one to beat."""
+        """Waits for the save of a best step: one that the disk refused is not the one to beat."""
         if self._best_pending is not None:
+            self.checkpoints.wait()
             if self.checkpoints.last_save_failed:
                 self.best = self.best_saved
             else:
@@ -212,6 +212,7 @@ class Run:
                 self.checkpoints.wait()
                 if not self.checkpoints.last_save_failed:
                     break
+                self.workdir.check_there()
                 if wait is None or not self.checkpoints.failures[-1].passing:
                     raise _not_saved(step, self.checkpoints.failures)
                 time.sleep(wait)
@@ -350,6 +351,7 @@ def _loop(run, state, start, last, stop, progress, note, profile, writer) -> Res
             best = False
             if config.eval_every and step % config.eval_every == 0:
                 valid = run.valid_nll(compiled.model, state)
+                run.settle()
                 best, run.best = valid < run.best, min(valid, run.best)
                 pending[2]["valid_nll"] = valid
                 note(f"step {step}: valid NLL {valid:.4f}{' (best)' if best else ''}")
@@ -360,6 +362,7 @@ def _loop(run, state, start, last, stop, progress, note, profile, writer) -> Res
                 saved, again = step, math.inf
             elif run.checkpoints.last_save_failed:
                 run.checkpoints.check()
+                run.workdir.check_there()
                 if not run.checkpoints.steps():  # known within the first compile: nothing would be left of this run
                     if jax.process_count() > 1 or not run.checkpoints.failures[-1].passing:
                         raise _not_saved(0, run.checkpoints.failures)
