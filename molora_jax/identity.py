@@ -65,6 +65,7 @@ def compare(old: dict, new: dict) -> tuple[list[str], list[str]]:
     is a fact of the base that was not recorded; a fact that `new` cannot tell is not compared.
     """
     lines, added = [], []
+    old = {name: value for name, value in old.items() if name != ADDED}
     for name, was, now in _changes(old, new):
         if was is config_defaults.MISSING:
             default = config_defaults.default_at(new, name)
