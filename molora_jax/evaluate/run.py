@@ -174,6 +174,8 @@ def load_run(workdir, step="best", *, config=None, warn=LOG.warning) -> Run:
     recorded = identity.read(folder / "identity.json")
     facts = (recorded or manifest.get("run") or {}).get("base")
     facts = facts if isinstance(facts, dict) else {}
+    if facts and not {"tokenizer", "config"} <= facts.keys():
+        warn(f"{folder} is of an older version: its tokenizer, template and base's config are not compared")
     base = load_base(config.base.source, dtype=config.base.dtype, seed=config.seed)
     trained_on = facts.get("digest") or base.digest
     if trained_on != base.digest:

@@ -189,6 +189,22 @@ def test_an_altered_alpha_does_not_reach_the_report(here, capsys):
     assert "not as run was trained: method.rules.all.adapter.alpha: was 32.0, now 999.0" in asked.err
 
 
+@pytest.mark.parametrize("where", ["write_atomically", "plots"])
+def test_a_report_on_a_full_disk_is_one_message_below_the_table(here, capsys, monkeypatch, where):
+    from molora_jax.evaluate import plots, report
+
+    def full(*_, **__):
+        raise OSError(28, "No space left on device", "report")
+
+    pathlib.Path("run/report").mkdir(exist_ok=True)
+    pathlib.Path("run/report/report.json").write_text("before")
+    monkeypatch.setattr(*((report, where) if where != "plots" else (plots, "save")), full)
+    with pytest.raises(InputError, match="report: got No space left on device; expected a file that can be written"):
+        launch_evaluate.run(["--workdir=run"])
+    assert "NLL tuned" in capsys.readouterr().out
+    assert (pathlib.Path("run/report/report.json").read_text() == "before") == (where == "write_atomically")
+
+
 def test_an_altered_identity_is_refused_and_a_lost_one_made_again(here):
     change("run/identity.json", optim__learning_rate=0.5)
     refused(r"identity\.json: got not the identity .*\n.*optim.learning_rate: was 0.0002, now 0.5")
@@ -315,6 +331,8 @@ def test_verify_names_damage_to_the_other_files(here, name):
 
 
 def test_verify_needs_a_folder_and_says_where_there_is_no_step(tmp_path, capsys):
-    with pytest.raises(InputError, match="workdir"):
-        launch_verify.run([f"--workdir={tmp_path}/none"])
+    for folder in (tmp_path / "none", tmp_path):
+        with pytest.raises(InputError, match="workdir"):
+            launch_verify.run([f"--workdir={folder}"])
+    (tmp_path / "checkpoints").mkdir()
     assert launch_verify.run([f"--workdir={tmp_path}"]) == 0 and "no step" in capsys.readouterr().out
