@@ -168,7 +168,7 @@ def load_run(workdir, step="best", *, config=None, warn=LOG.warning) -> Run:
     if lines:
         warn(f"not as {folder} was trained: " + "; ".join(lines))
     config = own if config is None else config
-    checkpoints = Checkpoints(folder / "checkpoints", keep=1, warn=warn)
+    checkpoints = Checkpoints(folder / "checkpoints", keep=1, warn=warn, writer=False)
     step = _find(checkpoints, step, folder)
     manifest = read_manifest(folder / "checkpoints" / str(step))
     recorded = identity.read(folder / "identity.json")

@@ -270,6 +270,15 @@ def test_what_is_merely_new_is_no_difference_and_is_recorded():
     assert identity_lib.hashes(whole)[-1] == json_hash(old) and identity_lib.compare(whole, new) == ([], [])
 
 
+def test_a_number_of_the_base_that_becomes_a_group_is_a_difference():
+    plain = {"base": {"config": {"rope_scaling": None, "width": 8}}}
+    scaled = {"base": {"config": {"rope_scaling": {"factor": 2.0}, "width": 8}}}
+    assert any("rope_scaling: was null" in line for line in identity_lib.compare(plain, scaled)[0])
+    assert any("rope_scaling: was absent, now null" in line for line in identity_lib.compare(scaled, plain)[0])
+    more = {"base": {"config": {"rope_scaling": {"factor": 2.0, "beta": 1.0}, "width": 8, "window": None}}}
+    assert identity_lib.compare(scaled, more)[0] == []
+
+
 # ---- other runs as a start -----------------------------------------------------------------------------------------
 
 
