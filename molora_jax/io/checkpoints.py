@@ -217,9 +217,9 @@ class Checkpoints:
         return self.directory / f"saving-{step}"
 
     def _failed(self, step, stage, error):
-        self._last_failed |= stage == "save"
         text, number = _first_cause(error)
         self.failures.append(Failure(int(step), stage, text, number in disk.PASSING))
+        self._last_failed |= stage == "save"  # after the reason is there: the loop looks from another thread
         try:
             self._sweep()
         except OSError as more:

@@ -18,6 +18,7 @@ from jax.experimental import multihost_utils
 from molora_jax import config as config_lib
 from molora_jax import runtime, sharding
 from molora_jax.errors import InputError
+from molora_jax.evaluate import saved as saved_lib
 from molora_jax.evaluate.nll import example_nll
 from molora_jax.evaluate.plots import plot_loss
 from molora_jax.io import disk, expert_runs, warm_start
@@ -100,8 +101,8 @@ class Run:
 
     def __init__(self, config, workdir: Workdir, *, note):
         self.config, self.workdir, self.note = config, workdir, note
-        day = (workdir.recorded() or {}).get("base", {})
-        made = setup(config, day=day.get("day") if isinstance(day, dict) else None)
+        known = (workdir.recorded(saved_lib.manifest_of(workdir, "latest")) or {}).get("base")
+        made = setup(config, day=known.get("day") if isinstance(known, dict) else None)
         runtime.together("set up")
         self.mesh, self.base, self.data, self.model, self.params = (
             made.mesh,
@@ -190,7 +191,7 @@ class Run:
 
     def settle(self):
         """Waits for the save of a best step: one that the disk refused is not the one to beat."""
-        if self._best_pending is not None:
+        if self._best_pending is not None and jax.process_count() == 1:  # several would not agree on what failed
             self.checkpoints.wait()
             if self.checkpoints.last_save_failed:
                 self.best = self.best_saved
@@ -198,8 +199,8 @@ class Run:
                 self.best_saved = self._best_pending
             self._best_pending = None
 
-    def save_patiently(self, state: TrainState, step: int, *, best=False):
-        """A save that waits for the disk.
+    def save_patiently(self, state: TrainState, step: int, *, best: float | None = None):
+        """A save that waits for the disk; `best` is the held-out NLL of a best step.
 
         Raises:
           InputError: it could not be written, and waiting does not help (any more).
@@ -208,7 +209,9 @@ class Run:
         self.checkpoints.silent = True  # the first failure is told, then how it ended
         try:
             for wait in (*disk.WAITS, None):
-                self.save(state, step, best=best)
+                self.settle()
+                self.best = self.best if best is None else best
+                self.save(state, step, best=best is not None)
                 self.checkpoints.wait()
                 if not self.checkpoints.last_save_failed:
                     break
@@ -320,7 +323,7 @@ def _loop(run, state, start, last, stop, progress, note, profile, writer) -> Res
         if skipped >= MAX_SKIPPED:
             raise _not_finite(skipped, number)
 
-    batches, stage, announced, best = None, None, None, False
+    batches, stage, announced, best, valid = None, None, None, False, None
     try:
         while step < last and not _stopping(stop, step):
             run.workdir.check_there()
@@ -377,7 +380,7 @@ def _loop(run, state, start, last, stop, progress, note, profile, writer) -> Res
         pending = None
         run.checkpoints.wait()
         if jax.process_count() == 1 and (step > saved or run.checkpoints.last_save_failed):
-            run.save_patiently(state, step, best=best and saved == step)
+            run.save_patiently(state, step, best=valid if best and saved == step else None)
         elif step > saved:
             run.save(state, step)
     finally:
@@ -390,7 +393,7 @@ def _loop(run, state, start, last, stop, progress, note, profile, writer) -> Res
         if metrics is not None:
             metrics.close()
     run.workdir.check_there()
-    if run.checkpoints.last_save_failed or step not in run.checkpoints.steps():
+    if run.checkpoints.last_save_failed or (writer and step not in run.checkpoints.steps()):
         raise _not_saved(step, failures)
     result = Result(step, loss, time.monotonic() - began, tokens, peak_bytes(), stop.signal)
     if writer:

@@ -124,6 +124,23 @@ def test_a_best_step_that_was_not_saved_is_not_the_one_to_beat(config, tmp_path,
     assert Checkpoints(tmp_path / "checkpoints", keep=2).best() == 2
 
 
+@pytest.mark.slow
+def test_a_best_step_that_is_saved_at_last_is_the_best(config, tmp_path, monkeypatch):
+    config = config.copy_and_resolve_references()
+    config.train.update(steps=2, eval_every=1, save_every=0)
+    config.eval.num_items = 2
+    from molora_jax.train import loop
+
+    values = iter([2.0, 1.0])
+    monkeypatch.setattr(loop.Run, "valid_nll", lambda *_: next(values))
+    failing(monkeypatch, manifest, "write", lambda n: n in (3, 4))  # step 2, the best and the last
+    train(config, str(tmp_path), note=lambda text: None)
+    checkpoints = Checkpoints(tmp_path / "checkpoints", keep=2)
+    assert checkpoints.best() == 2
+    best = checkpoints.restore(2, {"train": {"step": np.int32(0), "skipped": np.int32(0), "best": np.float64(0)}})
+    assert best["train"]["best"] == 1.0
+
+
 @pytest.mark.parametrize("how", ["full", "short"])
 def test_metrics_wait_for_the_disk(tmp_path, monkeypatch, how):
     real, calls, said = os.write, [], []
