@@ -229,12 +229,14 @@ def load_run(workdir, step="best", *, config=None, warn=LOG.warning) -> Run:
     if lines:
         warn(f"not as {folder} was trained: " + "; ".join(lines))
     config = own if config is None else config
-    checkpoints = Checkpoints(folder / "checkpoints", keep=1, warn=warn)
+    checkpoints = Checkpoints(folder / "checkpoints", keep=1, warn=warn, writer=False)
     step = _find(checkpoints, step, folder)
     manifest = read_manifest(folder / "checkpoints" / str(step))
     recorded = identity.read(folder / "identity.json")
     facts = (recorded or manifest.get("run") or {}).get("base")
     facts = facts if isinstance(facts, dict) else {}
+    if facts and not {"tokenizer", "config"} <= facts.keys():
+        warn(f"{folder} is of an older version: its tokenizer, template and base's config are not compared")
     base = load_base(config.base.source, dtype=config.base.dtype, seed=config.seed)
     trained_on = facts.get("digest") or base.digest
     if trained_on != base.digest:
