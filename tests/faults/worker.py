@@ -1,6 +1,6 @@
 """A process that works through rows: requests on standard input, the lines of `report.py` on standard output.
 
-jax is imported once for all rows of a worker; what a row prints goes nowhere.
+jax is imported once for all rows of a worker; what a row prints goes to standard error.
 """
 
 import gc
@@ -11,13 +11,13 @@ import sys
 import traceback
 
 from tests.faults.report import CHANNEL
-from tests.faults.table import ROWS
+from tests.faults.table import ROWS, SELFTEST
 
 
 def main():
     CHANNEL.handle = os.dup(1)
     os.dup2(2, 1)  # what is printed goes where errors go
-    rows = {row.name: row for row in ROWS}
+    rows = {row.name: row for row in (*ROWS, SELFTEST)}
     for line in sys.stdin:
         request = json.loads(line)
         row = rows[request["row"]]
