@@ -17,7 +17,7 @@ from molora_jax.io.checkpoints import Checkpoints
 from tests.faults.common import digests, metric_rows, once, scratch, start, tiny_config
 from tests.faults.report import each
 
-STEPS = 40
+STEPS = 24
 POINTS = (
     "snapshot",
     "written",

@@ -7,6 +7,7 @@ import gc
 import importlib
 import json
 import os
+import resource
 import sys
 import traceback
 
@@ -26,11 +27,18 @@ def main():
         try:
             function = getattr(importlib.import_module(f"tests.faults.{module}"), name)
             CHANNEL.send(ready=row.name)
+            began = _processor_seconds()
             function(request["seed"], request["tries"])
-            CHANNEL.send(done=row.name)
+            CHANNEL.send(done=row.name, processor_seconds=_processor_seconds() - began)
         except Exception:  # noqa: BLE001 - what a row sets up before its first try
             CHANNEL.send(broken=traceback.format_exc()[-1500:])
         gc.collect()
+
+
+def _processor_seconds() -> float:
+    """Of this process and of the children that it waited for."""
+    used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    return sum(u.ru_utime + u.ru_stime for u in used)
 
 
 if __name__ == "__main__":

@@ -5,7 +5,6 @@
 The archive is never made anew. `tests/golden/test_v1.py` opens it with the code of today.
 """
 
-
 import json
 import os
 import pathlib
