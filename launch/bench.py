@@ -36,8 +36,9 @@ NEW_TOKENS = 32
 
 def run(argv):
     # both sides stand on the same base unless the second says otherwise
-    base = [a for a in argv if a.startswith("--config.base.")]
-    against = [*base, *(a.replace("--against.", "--config.", 1) for a in argv if a.startswith("--against."))]
+    own = [a.replace("--against.", "--config.", 1) for a in argv if a.startswith("--against.")]
+    said = {a.partition("=")[0] for a in own}
+    against = [*(a for a in argv if a.startswith("--config.base.") and a.partition("=")[0] not in said), *own]
     config, args = flags.parse(__doc__, FLAGS, [a for a in argv if not a.startswith("--against.")])
     check(args)
     sides = {"a": config}

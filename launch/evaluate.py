@@ -3,6 +3,8 @@
 python -m launch.evaluate --workdir=runs/quickstart [--step=best|latest|N] [--config.eval.num_items=32 ...]
 """
 
+import sys
+
 from launch import flags
 from molora_jax.errors import InputError
 
@@ -13,9 +15,9 @@ FLAGS = [
 
 
 def saved_config(args):
-    from molora_jax.evaluate.saved import read_config, without_inputs
+    from molora_jax.evaluate.saved import parse_step, read_config, without_inputs
 
-    return without_inputs(read_config(args.workdir), keep_data=True)
+    return without_inputs(read_config(args.workdir, parse_step(args.step)), keep_data=True)
 
 
 def run(argv):
@@ -31,15 +33,16 @@ def run(argv):
 
     phases = Phases()
     phases.start("run and base model", 1)
-    loaded = load_run(args.workdir, args.step, config=config)
+    loaded = load_run(args.workdir, args.step, config=config, warn=phases.note)
     phases.end()
     report = reports.evaluate(loaded, phases=phases)
-    paths = reports.pictures(loaded, report)
-    print(f"step {report['step']} of {args.workdir}, test split, NLL in nats an answer token")
+    print(f"step {report['step']} of {args.workdir}, test split ({report['held_out']}), NLL in nats an answer token")
     print(reports.text_table(report))
     if report["without_items"]:
         print(f"no test item: {', '.join(report['without_items'])}")
-    for path in [*paths, paths[0].with_name("report.json")]:
+    sys.stdout.flush()  # the table is printed whatever the disk does
+    written = reports.write(loaded, report)
+    for path in [*reports.pictures(loaded, report), written]:
         print(path)
 
 

@@ -6,48 +6,29 @@ read them.
 """
 
 import collections
+import contextlib
 import json
+import logging
 import math
-import os
 import pathlib
 import sys
 import time
 
 import numpy as np
 
-from molora_jax.io.manifest import sync_folder
+from molora_jax.io import disk
+from molora_jax.metrics_file import Board, Lines, Lost, cut
+
+LOG = logging.getLogger("molora_jax.metrics")
 
 
 def truncate_metrics(path, after_step: float = math.inf) -> int:
     """Cuts the rows after a step, and lines that are no row (a kill leaves half a line). Returns how many it cut.
 
-    The file is replaced as a whole, and only if something is to be cut. A missing file counts as empty.
+    A missing file counts as empty.
     """
-    path = pathlib.Path(path)
-    if not path.exists():
-        return 0
-    temporary, cut = path.with_name(f".{path.name}.tmp"), 0
-    with open(path, "rb") as old, open(temporary, "wb") as new:
-        for line in old:
-            keep = line.endswith(b"\n") and _step(line) <= after_step
-            cut += not keep
-            if keep:
-                new.write(line)
-        new.flush()
-        os.fsync(new.fileno())
-    if cut:
-        os.replace(temporary, path)
-        sync_folder(path.parent)
-    else:
-        temporary.unlink()
-    return cut
-
-
-def _step(line) -> float:
-    try:
-        return float(json.loads(line)["step"])
-    except (ValueError, KeyError, TypeError):
-        return math.nan  # no row: nan <= anything is false, so it is cut
+    lost = cut(path, after_step)
+    return lost.cut + lost.broken
 
 
 class MetricsWriter:
@@ -57,18 +38,26 @@ class MetricsWriter:
       workdir: a path or a `Workdir`.
       after_step: the restored step: later rows are cut, and TensorBoard hides its later points. None keeps all.
       per_layer: also one TensorBoard curve a layer where a value is a list; its mean is always there.
+      warn: called with a line of text for what the file lost and for errors of the disk, which never end a run.
     """
 
-    def __init__(self, workdir, *, after_step: int | None = None, per_layer: bool = False):
-        from tensorboardX import SummaryWriter  # 0.3 s, and only the writing process needs it
-
+    def __init__(self, workdir, *, after_step: int | None = None, per_layer: bool = False, warn=LOG.warning):
         folder = pathlib.Path(workdir)
         folder.mkdir(parents=True, exist_ok=True)
-        self.path, self.per_layer = folder / "metrics.jsonl", per_layer
-        truncate_metrics(self.path, math.inf if after_step is None else after_step)
-        self._file = open(self.path, "a", encoding="utf-8")
+        self.path, self.per_layer, self._closed = folder / "metrics.jsonl", per_layer, False
+        try:
+            self.lost = cut(self.path, math.inf if after_step is None else after_step)
+        except OSError as error:
+            if error.errno not in disk.OF_A_DISK:
+                raise
+            self.lost = Lost()
+            warn(f"{self.path.name}: rows after the restored step could not be cut ({error.strerror})")
+        if str(self.lost):
+            warn(f"{self.path.name}: {self.lost}")
+        self._untold = "" if self.lost.told else self.lost.missing
+        self._lines = Lines(self.path, warn)
         purge = None if after_step is None else after_step + 1
-        self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=purge)
+        self._board = Board(folder / "tensorboard", purge_step=purge, warn=warn)
 
     def __enter__(self):
         return self
@@ -80,22 +69,25 @@ class MetricsWriter:
         """One row: `step` (an integer) and name -> number, array, list or text. Flushed to the system at once."""
         row = {name: _plain(value) for name, value in row.items()}
         step = row["step"] = int(row["step"])
-        self._file.write(json.dumps({name: _json(value) for name, value in row.items()}, allow_nan=False) + "\n")
-        self._file.flush()
+        if self._untold:
+            row["lost"], self._untold = self._untold, ""
+        line = json.dumps({name: _json(value) for name, value in row.items()}, allow_nan=False) + "\n"
+        self._lines.add(line.encode())
+        points = {}
         for name, value in row.items():
             if name != "step" and not isinstance(value, str):
                 numbers = np.asarray(value, np.float64)
                 if numbers.size:
                     with np.errstate(invalid="ignore"):  # the mean of inf and -inf
-                        mean = float(numbers.mean())
-                    self._board.add_scalar(name, mean, step)
+                        points[name] = float(numbers.mean())
                 if self.per_layer and numbers.ndim == 1:
-                    for layer, number in enumerate(numbers):
-                        self._board.add_scalar(f"{name}/layer_{layer:03d}", float(number), step)
+                    points |= {f"{name}/layer_{layer:03d}": float(number) for layer, number in enumerate(numbers)}
+        self._board.add(points, step)
 
     def close(self):
-        if not self._file.closed:
-            self._file.close()
+        if not self._closed:
+            self._closed = True
+            self._lines.close()
             self._board.close()
 
 
@@ -143,16 +135,19 @@ class Progress:
     def note(self, text: str):
         """A line of its own, which stays."""
         end = "\r\x1b[K" if self._drawn else ""
-        self.stream.write(f"{end}{text}\n")
-        self.stream.flush()
+        self._write(f"{end}{text}\n")
         self._drawn = False
 
     def close(self):
         """Ends the line that was drawn in place."""
         if self._drawn:
-            self.stream.write("\n")
-            self.stream.flush()
+            self._write("\n")
             self._drawn = False
+
+    def _write(self, text):
+        with contextlib.suppress(OSError, ValueError):  # a log on a full disk, a closed pipe: the run goes on
+            self.stream.write(text)
+            self.stream.flush()
 
     def _speed(self, step):
         (began, first, before), (now, last, after) = self._seen[0], self._seen[-1]
@@ -162,8 +157,7 @@ class Progress:
         return f"  {(after - before) / (now - began):,.0f} tokens/s  {duration(left)} left"
 
     def _draw(self, line):
-        self.stream.write(f"\r{line}\x1b[K" if self.redraws else f"{line}\n")
-        self.stream.flush()
+        self._write(f"\r{line}\x1b[K" if self.redraws else f"{line}\n")
         self._drawn = self.redraws
 
 

@@ -6,7 +6,7 @@ import pathlib
 
 def configure() -> None:
     """Before jax is imported for work. What the user set in the environment stays."""
-    cache = pathlib.Path(os.environ.get("MOLORA_CACHE") or pathlib.Path.home() / ".cache" / "molora_jax")
+    cache = pathlib.Path(os.environ.get("MOLORA_CACHE") or "~/.cache/molora_jax").expanduser()
     os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(cache / "xla"))
     os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.3")
     os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")

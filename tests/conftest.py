@@ -15,6 +15,7 @@ os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(pathlib.Path(__file__).pa
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
 
+import hypothesis  # noqa: E402
 import jax  # noqa: E402
 
 assert jax.device_count() == 8, "the tests need eight forced CPU devices: import jax only after conftest"
@@ -24,7 +25,14 @@ def pytest_addoption(parser):
     parser.addoption("--all", action="store_true", help="also the slow tests (real model, several processes)")
 
 
+# An ordinary run tries the same examples each time, whatever ran before and however slow the machine; --all explores.
+SETTINGS = dict(deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow])
+hypothesis.settings.register_profile("fixed", derandomize=True, database=None, **SETTINGS)
+hypothesis.settings.register_profile("explore", print_blob=True, **SETTINGS)
+
+
 def pytest_configure(config):
+    hypothesis.settings.load_profile("explore" if config.getoption("--all") else "fixed")
     config.addinivalue_line("markers", "slow: needs the real model, several processes or minutes; run with --all")
 
 

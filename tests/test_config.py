@@ -208,7 +208,7 @@ ANYTHING = st.recursive(
 )
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(st.dictionaries(st.sampled_from(sorted(_paths(mixlora()))), ANYTHING | st.just(REMOVE), min_size=1, max_size=3))
 def test_nothing_but_an_input_error(changes):
     try:

@@ -6,17 +6,27 @@ import os
 import pathlib
 
 from molora_jax import config as config_lib
+from molora_jax import config_defaults, identity
 from molora_jax.config_fields import TASKS
 from molora_jax.errors import InputError
+from molora_jax.io import steps as steps_lib
+from molora_jax.io.manifest import read_manifest
 
 FIX = "Give the --workdir of a run of launch.train."
 
 
-def read_config(workdir):
-    """The ConfigDict of the run's latest start.
+def read_config(workdir, step="best", *, warn=None):
+    """The ConfigDict of the run: `config.json`, with what makes the run what it is as the step's manifest says it.
+
+    The manifest is under a checksum and was written with the weights; `config.json` is a text that anything may have
+    changed since. Where they differ in a field of the run's identity, the manifest's value is used and said. Fields
+    that an older version did not write stand at their defaults.
+
+    Args:
+      step: whose manifest is believed: `best`, `latest` or a number. warn: called with a line of text.
 
     Raises:
-      InputError: no such folder, or one without a readable `config.json`.
+      InputError: no such folder, or one without a readable `config.json`; a field that this version does not know.
     """
     if not isinstance(workdir, (str, os.PathLike)):
         raise InputError("workdir", got=repr(workdir), expected="the path of a run's folder", fix=FIX)
@@ -28,10 +38,58 @@ def read_config(workdir):
         raise InputError(
             "workdir", got=f"{str(workdir)!r}, without config.json", expected="the folder of a run", fix=FIX
         )
-    tree = read_object(folder / "config.json")
-    config = config_lib.from_dict(tree)
-    config_lib.validate(without_inputs(config))
+    tree, _ = config_defaults.completed(read_object(folder / "config.json"))
+    tree, lines = believed(tree, manifest_of(folder, step))
+    if lines and warn is not None:
+        warn(f"{folder / 'config.json'} is not what the step was saved with; the step's values are used: "
+             + "; ".join(lines))  # fmt: skip
+    try:
+        config = config_lib.from_dict(tree)
+        config_lib.validate(without_inputs(config))
+    except InputError as error:
+        if error.got == "an unknown field":
+            error.add_note(f"{folder / 'config.json'} is of another version of molora_jax, or was changed.")
+        raise
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:  # ConfigDict's
+        raise InputError(
+            str(folder / "config.json"), got=f"{type(error).__name__}: {error}", expected="a config", fix=FIX
+        ) from None
     return config
+
+
+def manifest_of(folder, step="best") -> dict | None:
+    """The manifest of a step (a number, `best`, `latest`), else of the newest step that has a readable one."""
+    directory = pathlib.Path(folder) / "checkpoints"
+    marked = steps_lib.read_best(directory)[0] if step == "best" else step if isinstance(step, int) else None
+    for number in [*([] if marked is None else [marked]), *reversed(steps_lib.list_steps(directory))]:
+        with contextlib.suppress(InputError):
+            return read_manifest(directory / str(number))
+    return None
+
+
+def believed(config: dict, manifest: dict | None) -> tuple[dict, list[str]]:
+    """`(config, lines)`: a run's config with the identity fields of a step's manifest, and where these differ.
+
+    Paths (`base.source`, `data.tasks`) and what may change between two starts stay as they are in `config`.
+    """
+    saved = (manifest or {}).get("config")
+    if not isinstance(saved, dict) or not all(isinstance(saved.get(n), dict) for n in ("train", "method", "base")):
+        return config, []
+    saved, _ = config_defaults.completed(saved)
+    out = {**config}
+    for section in identity.SECTIONS:
+        if section in saved:
+            out[section] = saved[section]
+    for section, (source, _) in identity.CONTENT.items():
+        if isinstance(out.get(section), dict) and isinstance(saved.get(section), dict):
+            kept = {source: out[section][source]} if source in out[section] else {}
+            out[section] = {**out[section], **saved[section], **kept}
+    names = [*identity.TRAIN_FIELDS, *(["steps"] if saved["optim"].get("decay") != "constant" else [])]
+    if isinstance(out.get("train"), dict):
+        out["train"] = {**out["train"], **{name: saved["train"][name] for name in names if name in saved["train"]}}
+    told = json.loads(json.dumps(out))
+    changed = [line for line in identity.differences(told, json.loads(json.dumps(config)))]
+    return out, changed
 
 
 def without_inputs(config, *, keep_data: bool = False):
@@ -46,16 +104,15 @@ def without_inputs(config, *, keep_data: bool = False):
             rule.load = ()
         if not keep_data:
             config.data.tasks = ",".join(TASKS)
+            config.data.valid = ""
     return config
 
 
-def read_identity(workdir, group: str, field: str) -> str | None:
-    """A field of `identity.json`, as in `("base", "digest")`; None where a run has none."""
-    path = pathlib.Path(workdir).expanduser() / "identity.json"
-    value = read_object(path).get(group, {}) if path.is_file() else {}
-    if not isinstance(value, dict):
-        raise InputError(f"{path}: {group}", got=repr(value)[:80], expected="the group as launch.train wrote it")
-    return value.get(field)
+def fingerprint(workdir, step: int) -> str | None:
+    """That of the data on which a step was trained; None where nothing says it."""
+    folder = pathlib.Path(workdir).expanduser()
+    run = (manifest_of(folder, step) or {}).get("run") or identity.read(folder / "identity.json") or {}
+    return run["data"].get("fingerprint") if isinstance(run.get("data"), dict) else None
 
 
 def read_object(path: pathlib.Path) -> dict:

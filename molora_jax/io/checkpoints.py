@@ -24,6 +24,7 @@ import json
 import logging
 import os
 import pathlib
+import re
 import shutil
 import threading
 
@@ -34,7 +35,9 @@ from jax.experimental import multihost_utils
 from orbax.checkpoint import v1 as ocp
 
 from molora_jax.errors import InputError
+from molora_jax.io import disk, orbax_quiet
 from molora_jax.io import manifest as manifests
+from molora_jax.io import steps as steps_lib
 from molora_jax.io.digest import digest
 from molora_jax.io.manifest import read_manifest
 from molora_jax.io.plain import from_plain, names, nest, same_names, to_plain
@@ -44,9 +47,7 @@ __all__ = ["Checkpoints", "Failure", "from_plain", "read_manifest", "to_plain"]
 
 LOG = logging.getLogger("molora_jax.checkpoints")
 PLACEHOLDER = "empty"  # Orbax refuses an item without a leaf
-# One file a leaf instead of OCDBT: half the time at 300 MB, and a person can see which leaf a file is. Orbax then
-# warns at every item that there is nothing to merge.
-logging.getLogger("absl").addFilter(lambda record: "Skipping merge of OCDBT" not in record.getMessage())
+orbax_quiet.install()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,6 +57,7 @@ class Failure:
     step: int
     stage: str
     error: str
+    passing: bool = False  # whether trying again may help: a full disk, say
 
 
 class Checkpoints:
@@ -76,6 +78,9 @@ class Checkpoints:
         self._verified: set[int] = set()  # steps found valid by this object
         self._reported = 0
         self._thread = None
+        self._last_failed = False
+        self._told_best = ""
+        self.silent = False  # no warnings of failed saves, while a caller tries again
 
     def __enter__(self):
         return self
@@ -101,9 +106,12 @@ class Checkpoints:
         """
         self.wait()
         host = {name: {k: snapshot(f"{name}/{k}", x) for k, x in names(tree).items()} for name, tree in items.items()}
+        self._last_failed = False
         digests = digests_of_shards(host) if jax.process_count() > 1 else {}
         self.reached("snapshot")
         try:
+            if jax.process_index() == 0:
+                self.directory.mkdir(parents=True, exist_ok=True)
             self._sweep()
             trees = {name: nest(leaves or {PLACEHOLDER: np.zeros((), np.int8)}) for name, leaves in host.items()}
             with _context():
@@ -122,11 +130,18 @@ class Checkpoints:
         """All failures so far, the new ones warned about. Does not wait for a running save."""
         for failure in self.failures[self._reported :]:
             self._reported += 1
+            if self.silent:
+                continue
             count = sum(f.stage == "save" for f in self.failures)
             self.warn(
                 f"checkpoint {failure.step}: {failure.stage} failed ({count} failed saves so far): {failure.error}"
             )
         return list(self.failures)
+
+    @property
+    def last_save_failed(self) -> bool:
+        """Whether the last save is over and did not become a step. True does not wait for a running one."""
+        return self._last_failed
 
     def wait(self) -> list[Failure]:
         """Waits for the running save; then as `check`."""
@@ -153,11 +168,11 @@ class Checkpoints:
                 for item, leaves in job["host"].items()
             }
             files = manifests.describe_files(staging)
-            manifest = manifests.build(step, meta=job["meta"], tree=tree, files=files)
+            manifest = manifests.build(step, meta=job["meta"] | {"best": bool(job["best"])}, tree=tree, files=files)
             manifests.write(staging, manifest)
             self.reached("manifest")
             if jax.process_count() == 1:  # Orbax reads behind a barrier: not from one process, nor from a thread
-                _load(staging, manifest, list(tree))
+                load(staging, manifest, list(tree))
             self.reached("read back")
             self._publish(step, staging)
             if job["best"]:
@@ -201,7 +216,9 @@ class Checkpoints:
         return self.directory / f"saving-{step}"
 
     def _failed(self, step, stage, error):
-        self.failures.append(Failure(int(step), stage, _first_cause(error)))
+        self._last_failed |= stage == "save"
+        text, number = _first_cause(error)
+        self.failures.append(Failure(int(step), stage, text, number in disk.PASSING))
         try:
             self._sweep()
         except OSError as more:
@@ -217,7 +234,6 @@ class Checkpoints:
 
     def _recover(self):
         """A kill between the two renames of `_publish` leaves the step under its old name only."""
-        self.directory.mkdir(parents=True, exist_ok=True)
         for path in self.directory.glob("old-*"):
             final = self.directory / path.name.removeprefix("old-")
             if not final.exists():
@@ -227,20 +243,11 @@ class Checkpoints:
 
     def steps(self) -> list[int]:
         """All step numbers present, valid or not, in ascending order."""
-        if not self.directory.is_dir():
-            return []
-        return sorted(int(p.name) for p in self.directory.iterdir() if p.name.isdecimal() and p.is_dir())
+        return steps_lib.list_steps(self.directory)
 
     def valid(self, step: int) -> tuple[bool, str]:
         """Whether a step's manifest and files are as written, and if not, what is wrong. Reads all of its files."""
-        folder = self.directory / str(step)
-        try:
-            manifest = read_manifest(folder)
-        except InputError as error:
-            return False, str(error)
-        if manifest["step"] != step:
-            return False, f"its manifest is that of step {manifest['step']}"
-        wrong = manifests.damaged_file(folder, manifest["files"])
+        wrong = steps_lib.problem(self.directory, step)
         if wrong:
             return False, wrong
         self._verified.add(step)
@@ -277,16 +284,12 @@ class Checkpoints:
         return None if code == -1 else code
 
     def best(self) -> int | None:
-        """The step marked as best, if it is there."""
-        path = self.directory / "best.json"
-        try:
-            step = json.loads(path.read_text())["step"]
-        except FileNotFoundError:
-            return None
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            self.warn(f"{path} is ignored: {error}")
-            return None
-        return step if step in self.steps() else None
+        """The step marked as best, if it is there; what is wrong with `best.json` is warned about once."""
+        step, wrong = steps_lib.read_best(self.directory)
+        if wrong and wrong != self._told_best:
+            self._told_best = wrong
+            self.warn(wrong if step is not None else f"{wrong}: no step counts as the best one")
+        return step
 
     def restore(self, step: int, template: dict) -> dict:
         """The items named in `template`, each in the structure of its template, checked before any device copy.
@@ -310,7 +313,7 @@ class Checkpoints:
             valid, reason = self.valid(step)
             if not valid:
                 raise InputError(str(folder), got=reason, expected="files as they were written", fix=manifests.DAMAGED)
-        loaded = _load(folder, manifest, list(template))
+        loaded = load(folder, manifest, list(template))
         return {item: jax.tree.map(_place, tree, from_plain(loaded[item], tree)) for item, tree in template.items()}
 
 
@@ -323,19 +326,19 @@ def _match(where, saved, wanted):
             raise InputError(f"{where}/{name}", got=f"{was[1]}{list(was[0])}", expected=f"{dtype}{list(shape)}")
 
 
-def _load(folder, manifest, items) -> dict:
+def load(folder, manifest, items) -> dict:
     """The items as plain trees of numpy arrays, every leaf's digest checked."""
-    abstract = {
-        item: nest(
-            {k: _stub(leaf) for k, leaf in manifest["tree"][item].items()} or {PLACEHOLDER: np.zeros((), np.int8)}
-        )
-        for item in items
-    }
     try:
+        abstract = {
+            item: nest(
+                {k: _stub(leaf) for k, leaf in manifest["tree"][item].items()} or {PLACEHOLDER: np.zeros((), np.int8)}
+            )
+            for item in items
+        }
         with _context():
             loaded = ocp.load_checkpointables(folder, abstract)
     except Exception as error:
-        raise InputError(str(folder), got=_first_cause(error), expected=f"readable items {items}") from None
+        raise InputError(str(folder), got=_first_cause(error)[0], expected=f"readable items {items}") from None
     result = {}
     for item in items:
         leaves = {k: np.asarray(x) for k, x in names(loaded[item]).items()} if manifest["tree"][item] else {}
@@ -348,11 +351,17 @@ def _load(folder, manifest, items) -> dict:
     return result
 
 
-def _first_cause(error) -> str:
-    """Orbax wraps what went wrong in a page about its handlers."""
+def _first_cause(error) -> tuple[str, int | None]:
+    """Orbax wraps what went wrong in a page about its handlers: the line that says it, and its errno."""
     while error.__cause__ or error.__context__:
         error = error.__cause__ or error.__context__
-    return f"{type(error).__name__}: {str(error).strip()[:400]}"
+    text = " ".join(str(error).split())
+    code = re.search(r"\[os_error_code='(\d+)'\]", text)  # tensorstore's, after a page of JSON
+    if code:
+        file = re.search(r'local file "([^"]*)"', text)
+        where = f": {file[1]}" if file else ""
+        return f"{os.strerror(int(code[1]))}{where}", int(code[1])
+    return f"{type(error).__name__}: {text[:400]}", getattr(error, "errno", None)
 
 
 def _describe(x, known=None) -> dict:
@@ -376,4 +385,7 @@ def _context():
     context = ocp.Context()
     context.array.saving.use_ocdbt = False
     context.array.saving.use_compression = False  # saves 7 % on float32 weights
+    # Orbax's writers wait 300 s for folders that the disk did not let it make, and keep the process that long. Made
+    # here, in 2 ms, the error comes before there are any.
+    context.async_options.create_directories_asynchronously = False
     return context

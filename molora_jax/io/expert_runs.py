@@ -6,16 +6,13 @@ Whatever a run's adapter is, it is read as its factors (PiSSA's start and MoS's 
 rule's and any scale will do. A projection or layer that a run does not adapt gets zeros. R rank of the rule.
 """
 
-import pathlib
-
 import jax
 import numpy as np
 
-from molora_jax import config as config_lib
 from molora_jax.core.types import Context
 from molora_jax.errors import InputError
 from molora_jax.evaluate import saved
-from molora_jax.io.warm_start import load_adapters
+from molora_jax.io import warm_start
 from molora_jax.models.compile import compile_model
 from molora_jax.rules import adapter_sites
 
@@ -41,19 +38,24 @@ def _factors(path, where, decoder, base_digest) -> dict:
     def refuse(got, expected, fix="Choose another run."):
         return InputError(f"{where}.load", got=f"{path}, {got}", expected=expected, fix=fix)
 
-    tree, found = load_adapters(path, where=f"{where}.load"), {}
-    trained_on = saved.read_identity(path, "base", "digest") or base_digest
-    if trained_on != base_digest:
-        raise refuse(f"trained on base {trained_on[:16]}", f"a run on this base ({base_digest[:16]})")
-    # its config is not validated: the data that it names may be gone
-    config = config_lib.from_dict(saved.read_object(pathlib.Path(path).expanduser() / "config.json"))
-    run = compile_model(config, decoder)
+    _, step, manifest = warm_start.newest(path, where=f"{where}.load")
+    warm_start.check_base(path, manifest, base_digest, where=f"{where}.load")
+    # the step's own config: config.json may have changed since; the data that it names may be gone
+    config = saved.read_config(path, step)
+    run, found = compile_model(config, decoder), {}
+    tree = warm_start.load_adapters(path, where=f"{where}.load")
     for rule in run.rules:
         if rule.router is not None or rule.placement == "chain":
             raise refuse(f"whose rule {rule.name} is a mixture or a chain", "plain adapters: one expert, no router")
         for site in adapter_sites(run.config, rule, run.segments):
             segment = f"{site.layers[0]:03d}-{site.layers[-1]:03d}"
-            leaves, shared = tree[rule.name][segment][site.name], tree[rule.name].get("shared", {})
+            try:
+                leaves, shared = tree[rule.name][segment][site.name], tree[rule.name].get("shared", {})
+                fits = all(len(x) == len(site.layers) and x.dtype == np.float32 for x in jax.tree.leaves(leaves))
+            except (KeyError, TypeError, AttributeError):
+                fits = False
+            if not fits:
+                raise refuse(f"without float32 leaves of {rule.name}/{segment}/{site.name}", "what its config says")
             blank = Context(None, None, None, None, None, site=site)
             base = jax.ShapeDtypeStruct((site.d_in, site.d_out), np.float32)
             one = jax.tree.map(lambda leaf: leaf[0], leaves)
@@ -65,6 +67,9 @@ def _factors(path, where, decoder, base_digest) -> dict:
                 one = jax.tree.map(lambda leaf, i=i: leaf[i], leaves)
                 f = rule.adapter.factors(one, shared, blank)
                 pair = np.asarray(f.A[0]), rule.adapter.scale() * np.asarray(f.B[0])
+                if pair[0].shape != (len(pair[1]), site.d_in) or pair[1].shape[1:] != (site.d_out,):
+                    got = f"with A {list(pair[0].shape)} and B {list(pair[1].shape)} at {site.name} of layer {layer}"
+                    raise refuse(got, f"[R, {site.d_in}] and [R, {site.d_out}]")
                 found.setdefault((layer, site.name), []).append(pair)
     return found
 

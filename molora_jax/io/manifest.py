@@ -9,13 +9,18 @@
 damage is found and named without letting a parser loose on damaged files.
 """
 
+import contextlib
+import errno
 import hashlib
 import importlib.metadata
 import json
 import os
 import pathlib
+import stat
+import time
 
 from molora_jax.errors import InputError
+from molora_jax.io.manifest_form import malformed
 
 FORMAT = 1
 NAME = "manifest.json"
@@ -58,8 +63,12 @@ def read_manifest(path) -> dict:
         raise InputError(str(path), got="a checksum that does not hold", expected="the text as written", fix=DAMAGED)
     if manifest.get("format") != FORMAT:
         raise InputError(
-            str(path), got=f"format {manifest.get('format')!r}", expected=f"format {FORMAT}", fix="Update molora_jax."
-        )
+            str(path), got=f"format {manifest.get('format')!r:.80}", expected=f"format {FORMAT}",
+            fix="Update molora_jax.",
+        )  # fmt: skip
+    wrong = malformed(manifest)
+    if wrong:
+        raise InputError(str(path), got=wrong, expected="a manifest as launch.train writes it", fix=DAMAGED)
     return manifest
 
 
@@ -72,9 +81,14 @@ def describe_files(folder) -> dict[str, list]:
 
 def damaged_file(folder, files: dict[str, list]) -> str:
     """What is wrong with the first file that is not as described; "" where all are. Other files are ignored."""
+    root = pathlib.Path(folder).resolve()
     for relative, (size, digest) in files.items():
         path = pathlib.Path(folder) / relative
         try:
+            if not path.resolve().is_relative_to(root):
+                return f"{relative} leads out of the step's folder"
+            if not stat.S_ISREG(path.stat().st_mode):
+                return f"{relative} is no regular file"
             found = path.stat().st_size
             if found != size:
                 return f"{relative} has {found} bytes, not {size}"
@@ -82,28 +96,44 @@ def damaged_file(folder, files: dict[str, list]) -> str:
                 return f"the content of {relative} has changed"
         except FileNotFoundError:
             return f"{relative} is missing"
-        except OSError as error:
+        except (OSError, RuntimeError) as error:  # RuntimeError: a ring of links
             return f"{relative} cannot be read: {error}"
     return ""
 
 
 def write_atomically(path, text: str):
-    """Either the old content or the new one is there, whenever the process or the machine stops."""
+    """Either the old content or the new one is there, whenever the process or the machine stops; never a temporary."""
     path = pathlib.Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with open(temporary, "w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    try:
+        with open(temporary, "w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        raise
     sync_folder(path.parent)
 
 
+def sweep(folder, *, older: float = 0.0):
+    """Removes the temporaries of `write_atomically` that a killed process left `older` seconds ago, or before."""
+    for path in pathlib.Path(folder).glob(".*.tmp"):
+        with contextlib.suppress(OSError):
+            if time.time() - path.stat().st_mtime >= older:
+                path.unlink()
+
+
 def sync_folder(folder):
-    """Makes renames inside a folder durable."""
+    """Makes renames inside a folder durable, where the file system can."""
     handle = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(handle)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # some network file systems know no fsync of a folder
+            raise
     finally:
         os.close(handle)
 

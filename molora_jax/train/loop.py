@@ -5,6 +5,8 @@ restore or start -> for every stage: compile its step -> batch, step, metrics, c
 
 import contextlib
 import dataclasses
+import json
+import math
 import pathlib
 import resource
 import time
@@ -16,21 +18,25 @@ from jax.experimental import multihost_utils
 
 from molora_jax import config as config_lib
 from molora_jax import runtime, sharding
+from molora_jax.config_fields import MICRO_SHARDS
 from molora_jax.errors import InputError
 from molora_jax.evaluate.nll import example_nll
 from molora_jax.evaluate.plots import plot_loss
-from molora_jax.io import expert_runs, warm_start
-from molora_jax.io.checkpoints import Checkpoints
+from molora_jax.io import disk, expert_runs, warm_start
+from molora_jax.io.checkpoints import Checkpoints, read_manifest
+from molora_jax.io.manifest import write_atomically
 from molora_jax.metrics import MetricsWriter, Progress, duration
 from molora_jax.models.compile import compile_losses
 from molora_jax.optim import OPTIMIZERS
 from molora_jax.train import stages as stages_lib
 from molora_jax.train import summary, trees
+from molora_jax.train.exact import Devices, ExactNLL, ExactStep
 from molora_jax.train.setup import setup
 from molora_jax.train.signals import StopRequest
 from molora_jax.train.step import TrainState, fresh, make_step
 from molora_jax.train.workdir import Workdir
 
+RETRY_SECONDS = 10.0  # from a failed save to the next try, doubled each time; the steps of save_every try anyway
 MAX_SKIPPED = 5  # steps in a row without a finite gradient before the run gives up
 
 
@@ -68,11 +74,12 @@ class StageStep:
         self.optimizer = self.member.make(total, trees.pairs(model, trainable))
         # losses with their weights, and hard routing, are the stage's own; shapes of leaves never are
         self.model = dataclasses.replace(model, losses=compile_losses(stage.config), route=stage.route)
-        step = make_step(
-            self.model, self.optimizer, self.member.schedule(total), seed=run.config.seed, frozen=self.frozen,
-            accumulate=run.config.train.accumulate, clip=stage.config.train.clip,
-            targets_per_row=run.data.train.targets_per_row, constrain=run.constrain,
+        self.exact = run.exact
+        options = dict(
+            seed=run.config.seed, frozen=self.frozen, accumulate=run.config.train.accumulate,
+            clip=stage.config.train.clip, targets_per_row=run.data.train.targets_per_row,
         )  # fmt: skip
+        made = self.model, self.optimizer, self.member.schedule(total)
         key = jax.random.fold_in(jax.random.key(run.config.seed), 0x5EED)
         self.start = lambda params: fresh(self.model, self.optimizer, params, self.frozen, key)
         shapes = jax.eval_shape(self.start, run.params)
@@ -80,7 +87,11 @@ class StageStep:
         self.shapes = jax.tree.map(
             lambda s, where: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=where), shapes, self.shardings
         )
-        self.step = jax.jit(step, donate_argnums=0, out_shardings=(self.shardings, sharding.replicated(run.mesh)))
+        if self.exact:
+            self.step = ExactStep(*made, mesh=run.mesh, **options)
+        else:
+            step = make_step(*made, constrain=run.constrain, **options)
+            self.step = jax.jit(step, donate_argnums=0, out_shardings=(self.shardings, sharding.replicated(run.mesh)))
         self.ready = False
         self.stream = run.data.train.for_tasks(stage.tasks) if stage.tasks else run.data.train
 
@@ -88,7 +99,7 @@ class StageStep:
         """With several processes: the first step of a stage starts when all have compiled it."""
         *arguments, step = arguments
         if not self.ready and jax.process_count() > 1:
-            self.step = self.step.lower(*arguments).compile()
+            self.step = self.step.compile(*arguments) if self.exact else self.step.lower(*arguments).compile()
             runtime.together(f"step {step} of {self.stage.name} is compiled")
         self.ready = True
 
@@ -97,8 +108,10 @@ class Run:
     """The loop's state: what `setup` made, the workdir, and where it stands."""
 
     def __init__(self, config, workdir: Workdir, *, note):
-        self.config, self.workdir, self.note = config, workdir, note
-        made = setup(config)
+        self.workdir, self.note = workdir, note
+        day = (workdir.recorded() or {}).get("base", {})
+        made = setup(config, day=day.get("day") if isinstance(day, dict) else None)
+        config = self.config = made.config  # with its steps
         runtime.together("set up")
         self.mesh, self.base, self.data, self.model, self.params = (
             made.mesh,
@@ -107,6 +120,8 @@ class Run:
             made.model,
             made.params,
         )
+        self.table = self.data.report()
+        note(str(self.table))
         if made.engines:
             note(made.engines)
         if config.train.eval_every and not self.data.heldout("valid", config.eval.num_items):
@@ -114,12 +129,19 @@ class Run:
                 "train.eval_every", got="no held-out item in the split valid", expected="at least one",
                 fix="Give more rows, or set train.eval_every=0.",
             )  # fmt: skip
-        self.identity = workdir.check_identity(config_lib.to_dict(config), made.identity)
-        workdir.write_config(config_lib.to_dict(config))
-        self.constrain = sharding.constrain(self.mesh)
-        self.stages = stages_lib.stages(config)
         self.checkpoints = Checkpoints(pathlib.Path(workdir) / "checkpoints", keep=config.train.keep, warn=note)
-        self.best = float("inf")
+        self.newest = self.checkpoints.newest_valid()
+        manifest = None if self.newest is None else read_manifest(self.checkpoints.directory / str(self.newest))
+        plain = config_lib.to_dict(config)
+        self.identity = workdir.check_identity(plain, made.identity, manifest=manifest, note=note)
+        workdir.write_config(plain)
+        if workdir.writer:
+            write_atomically(workdir.path / "data.json", json.dumps(self.table, indent=1) + "\n")
+        self.constrain = sharding.constrain(self.mesh)
+        self.exact = config.train.get("exact", False)  # not in runs of older versions
+        self.stages = stages_lib.stages(config)
+        self.best = self.best_saved = float("inf")
+        self._best_pending = None
         self._compiled = {}
 
     def compiled(self, stage) -> StageStep:
@@ -130,13 +152,13 @@ class Run:
     # ---- state -----------------------------------------------------------------------------------------------------
 
     def restore_or_start(self) -> TrainState:
-        step = self.checkpoints.newest_valid()
+        step = self.newest
         stage = self.compiled(stages_lib.stage_at(self.stages, step or 0))
         if step is None:
-            state = jax.jit(stage.start, out_shardings=stage.shardings)(self.params)
+            state = self.make(stage.start, stage.shardings)(self.params)
             if self.config.train.init_from:
-                old = warm_start.load(self.config.train.init_from)
-                new = {item: warm_start.recut(tree, getattr(stage.shapes, item)) for item, tree in old.items()}
+                shapes = {item: getattr(stage.shapes, item) for item in warm_start.ITEMS}
+                new = warm_start.start(self.config.train.init_from, shapes, base_digest=self.base.digest)
                 put = {item: sharding.put(tree, getattr(stage.shardings, item)) for item, tree in new.items()}
                 state = dataclasses.replace(state, **put)
             if any(rule.load for rule in self.model.rules):
@@ -151,7 +173,12 @@ class Run:
             "train": {"step": shapes.step, "skipped": shapes.skipped, "best": np.zeros((), np.float64)},
         }
         items = self.checkpoints.restore(step, template)
-        self.best = float(items["train"]["best"])
+        if int(items["train"]["step"]) != step:
+            raise InputError(
+                str(self.checkpoints.directory / str(step)), got=f"the state of step {int(items['train']['step'])}",
+                expected=f"that of step {step}", fix="Delete the step's folder: an older step will be used.",
+            )  # fmt: skip
+        self.best = self.best_saved = float(items["train"]["best"])
         self.note(f"resumed at step {step}")
         return TrainState(
             items["train"]["step"], items["train"]["skipped"], items["adapters"], items["opt"], items["router_state"]
@@ -168,16 +195,56 @@ class Run:
             "samples": step * self.config.train.batch_size,
             "config": config_lib.to_dict(self.config),
             "identity": self.identity,
+            "run": self.workdir.identity,
             "stage": stages_lib.stage_at(self.stages, step).name,
         }
+        self.checkpoints.wait()
+        self.settle()
+        self.workdir.check_there()  # a save would make the folder anew
         self.checkpoints.save(step, items, meta=meta, best=best)
+        self._best_pending = self.best if best else None
+
+    def settle(self):
+        """After a save is over: a best step that the disk refused is not the one to beat."""
+        if self._best_pending is not None:
+            if self.checkpoints.last_save_failed:
+                self.best = self.best_saved
+            else:
+                self.best_saved = self._best_pending
+            self._best_pending = None
+
+    def save_patiently(self, state: TrainState, step: int, *, best=False):
+        """A save that waits for the disk.
+
+        Raises:
+          InputError: it could not be written, and waiting does not help (any more).
+        """
+        self.checkpoints.check()
+        self.checkpoints.silent = True  # the first failure is told, then how it ended
+        try:
+            for wait in (*disk.WAITS, None):
+                self.save(state, step, best=best)
+                self.checkpoints.wait()
+                if not self.checkpoints.last_save_failed:
+                    break
+                if wait is None or not self.checkpoints.failures[-1].passing:
+                    raise _not_saved(step, self.checkpoints.failures)
+                time.sleep(wait)
+        finally:
+            self.checkpoints.silent = False
+        if self.checkpoints.failures:
+            self.note(f"checkpoint {step}: saved, after {len(self.checkpoints.failures)} failures of the disk")
 
     def enter(self, stage, state: TrainState) -> TrainState:
         """The next stage's fresh optimizer state, placed as the old one."""
         compiled = self.compiled(stage)
         trainable, _ = trees.split(state.adapters, compiled.frozen)
-        opt = jax.jit(compiled.optimizer.init, out_shardings=compiled.shardings.opt)(trainable)
+        opt = self.make(compiled.optimizer.init, compiled.shardings.opt)(trainable)
         return dataclasses.replace(state, opt=opt)
+
+    def make(self, function, shardings):
+        """What makes a part of the state from arrays on the mesh."""
+        return Devices(self.mesh).once(function) if self.exact else jax.jit(function, out_shardings=shardings)
 
     # ---- evaluation ------------------------------------------------------------------------------------------------
 
@@ -185,10 +252,14 @@ class Run:
         """Mean over tasks of the NLL per answer token on held-out items (split "valid")."""
         examples = self.data.heldout("valid", self.config.eval.num_items)
         rows = self.config.train.batch_size // self.config.train.accumulate
-        batches = self.data.heldout_batches(examples, rows, targets_per_row=self.data.train.targets_per_row)
+        targets, forward = self.data.train.targets_per_row, None
+        if self.exact:
+            rows = rows // MICRO_SHARDS * self.mesh.size  # a micro-shard a device
+            forward = ExactNLL(model, mesh=self.mesh, targets_per_row=targets)
+        batches = self.data.heldout_batches(examples, rows, targets_per_row=targets)
         sums = example_nll(
             model, self.params, state.adapters, state.router_state, batches, len(examples),
-            mesh=self.mesh, targets_per_row=self.data.train.targets_per_row, constrain=self.constrain,
+            mesh=self.mesh, targets_per_row=targets, constrain=self.constrain, forward=forward,
         )  # fmt: skip
         tasks = np.array([e.task_id for e in examples])
         each = [sums["nll"][tasks == t].sum() / sums["tokens"][tasks == t].sum() for t in np.unique(tasks)]
@@ -206,11 +277,12 @@ def train(config, workdir: str, *, profile: bool = False, note=None) -> Result:
       InputError: before anything is compiled, for anything that is the user's to change.
     """
     writer = jax.process_index() == 0
-    last = min(config.train.stop_after or config.train.steps, config.train.steps)
-    progress = Progress(last, log_every=config.train.log_every)
+    progress = Progress(config.train.steps, log_every=config.train.log_every)
     note = note or (progress.note if writer else lambda text: None)
     with Workdir(workdir, writer=writer) as place, StopRequest() as stop, _obstacles(workdir):
-        run = Run(config, place, note=note)
+        run = Run(place.followed(config, note), place, note=note)
+        steps = run.config.train.steps
+        progress.steps = last = min(config.train.stop_after or steps, steps)
         state = run.restore_or_start()
         start = int(state.step)
         note(summary.rules_table(run.model, state.adapters, run.compiled(stages_lib.stage_at(run.stages, start)).frozen,
@@ -223,22 +295,29 @@ def train(config, workdir: str, *, profile: bool = False, note=None) -> Result:
 
 @contextlib.contextmanager
 def _obstacles(workdir):
-    """An OSError inside the workdir (a file where a folder should be, no permission) is the user's to mend."""
+    """An OSError inside the workdir (a file where a folder should be, no permission) is the user's to mend.
+
+    So is one of the disk, wherever it comes from.
+    """
     try:
         yield
     except OSError as error:
         inside = error.filename and str(error.filename).startswith(str(pathlib.Path(workdir).absolute()))
-        if not inside:
+        of_a_disk = error.errno in disk.OF_A_DISK
+        if not inside and not of_a_disk:
             raise
         raise InputError(
-            str(error.filename), got=error.strerror, expected="what launch.train wrote there, or nothing",
-            fix="Move it away, and start the same command again.",
+            str(error.filename or workdir), got=error.strerror or str(error),
+            expected="a disk that can be written" if of_a_disk else "what launch.train wrote there, or nothing",
+            fix="Make room, and start the same command again: it goes on from the last saved step." if of_a_disk else
+            "Move it away, and start the same command again.",
         ) from None  # fmt: skip
 
 
 def _loop(run, state, start, last, stop, progress, note, profile, writer) -> Result:
     config, began, tokens, loss, skipped = run.config.train, time.monotonic(), 0, None, 0
-    metrics = MetricsWriter(run.workdir, after_step=start) if writer else None
+    metrics = MetricsWriter(run.workdir, after_step=start, warn=note) if writer else None
+    again, patience = math.inf, RETRY_SECONDS  # when a failed save is tried again beside the save steps
     pending, clock = None, time.monotonic()
     step = saved = start
     trace, tracing = (None, None), False
@@ -264,9 +343,10 @@ def _loop(run, state, start, last, stop, progress, note, profile, writer) -> Res
         if skipped >= MAX_SKIPPED:
             raise _not_finite(skipped, number)
 
-    batches, stage, announced = None, None, None
+    batches, stage, announced, best = None, None, None, False
     try:
         while step < last and not _stopping(stop, step):
+            run.workdir.check_there()
             now = stages_lib.stage_at(run.stages, step)
             if now is not stage:
                 stage, compiled = now, run.compiled(now)
@@ -287,11 +367,8 @@ def _loop(run, state, start, last, stop, progress, note, profile, writer) -> Res
             pending = (step, values, {})
             if step == trace[1]:
                 jax.block_until_ready(values)
-                jax.profiler.stop_trace()
                 tracing = False
-                note(f"trace of steps {start + 3} to {step}: {pathlib.Path(run.workdir) / 'profile'}")
-            if run.checkpoints.failures and not run.checkpoints.steps():  # known within the first compile
-                raise _not_saved(0, run.checkpoints.failures)
+                note(_stop_trace(f"trace of steps {start + 3} to {step}: {pathlib.Path(run.workdir) / 'profile'}"))
             if step >= stage.stop and stage is not run.stages[-1]:
                 state = run.enter(stages_lib.stage_at(run.stages, step), state)
             best = False
@@ -304,20 +381,37 @@ def _loop(run, state, start, last, stop, progress, note, profile, writer) -> Res
                 flush(pending)
                 pending = None
                 run.save(state, step, best=best)
-                saved = step
+                saved, again = step, math.inf
+            elif run.checkpoints.last_save_failed:
+                run.checkpoints.check()
+                if not run.checkpoints.steps():  # known within the first compile: nothing would be left of this run
+                    if jax.process_count() > 1 or not run.checkpoints.failures[-1].passing:
+                        raise _not_saved(0, run.checkpoints.failures)
+                    run.save_patiently(state, step)
+                    saved, again = step, math.inf
+                elif jax.process_count() == 1 and again == math.inf:
+                    again, patience = time.monotonic() + patience, 2 * patience
+                elif time.monotonic() > again:
+                    run.save(state, step)
+                    saved, again = step, math.inf
         flush(pending)
-        if step > saved:
+        pending = None
+        run.checkpoints.wait()
+        if jax.process_count() == 1 and (step > saved or run.checkpoints.last_save_failed):
+            run.save_patiently(state, step, best=best and saved == step)
+        elif step > saved:
             run.save(state, step)
     finally:
         if batches is not None:
             batches.close()
         if tracing:
-            jax.profiler.stop_trace()
+            _stop_trace("")
         failures = run.checkpoints.close()
         progress.close()
         if metrics is not None:
             metrics.close()
-    if any(f.step == step and f.stage == "save" for f in failures):
+    run.workdir.check_there()
+    if run.checkpoints.last_save_failed or step not in run.checkpoints.steps():
         raise _not_saved(step, failures)
     result = Result(step, loss, time.monotonic() - began, tokens, peak_bytes(), stop.signal)
     if writer:
@@ -329,10 +423,20 @@ def _loop(run, state, start, last, stop, progress, note, profile, writer) -> Res
 
 def _not_saved(step: int, failures) -> InputError:
     return InputError(
-        f"checkpoint {step}", got=failures[-1].error, expected="a checkpoint that can be written",
+        f"checkpoint {step}", got=failures[-1].error if failures else "no such step on the disk any more",
+        expected="a checkpoint that can be written",
         fix="Make room (or remove what stands in the way), and start the same command again: it goes on from the last "
         "saved step.",
     )  # fmt: skip
+
+
+def _stop_trace(done: str) -> str:
+    """Ends the trace; the text to print: a trace that the disk refuses never costs the run."""
+    try:
+        jax.profiler.stop_trace()
+    except Exception as error:  # of XLA or of the disk
+        return f"no trace: {type(error).__name__}: {str(error)[:200]}"
+    return done
 
 
 def _not_finite(skipped: int, step: int) -> InputError:
@@ -362,7 +466,7 @@ def row(step: int, values: dict, seconds: float) -> dict:
 def _finish(run, result: Result, start: int, note):
     try:
         path = plot_loss(run.workdir)
-    except OSError as error:  # the run is done and saved: a picture is not worth an error
+    except (OSError, ValueError, KeyError, TypeError) as error:  # done and saved: a picture is not worth an error
         path = f"not written ({error})"
     done = result.step - start
     rate = result.tokens / result.seconds if done else 0.0

@@ -8,57 +8,21 @@
 Nothing here imports jax: a wrong start is refused within a second.
 """
 
+import contextlib
 import fcntl
 import json
 import os
 import pathlib
 import socket
 
+from molora_jax import identity as identity_lib
 from molora_jax.errors import InputError
-from molora_jax.io.manifest import json_hash, write_atomically
+from molora_jax.identity import differences, identity
+from molora_jax.io import disk
+from molora_jax.io.manifest import json_hash, sweep, write_atomically
+from molora_jax.io.steps import list_steps
 
-SECTIONS = ("method", "losses", "optim", "schedule", "seed")
-TRAIN_FIELDS = ("batch_size", "accumulate", "clip", "init_from")
-# data.tasks may hold paths: the fingerprint of their content stands for them. base.source likewise.
-CONTENT = {"data": ("tasks", "data_fingerprint"), "base": ("source", "base_digest")}
-
-
-def identity(config: dict, extra: dict) -> dict:
-    """The part of a config that says which run this is.
-
-    Args:
-      config: nested dict with the fields of `configs/common.py`.
-      extra: `base_digest` and `data_fingerprint` of the content; more entries are kept under `extra`.
-
-    Mesh, engine, remat, logging, intervals, `stop_after` and evaluation are left out. `train.steps` is left out where
-    the learning rate does not depend on it (`optim.decay="constant"`).
-    """
-    result = {name: config[name] for name in SECTIONS if name in config}
-    for section, (source, content) in CONTENT.items():
-        fields = {key: value for key, value in config.get(section, {}).items() if key != source}
-        result[section] = fields | {content.split("_")[1]: extra[content]}
-    result["train"] = {name: config["train"][name] for name in TRAIN_FIELDS if name in config["train"]}
-    if config.get("optim", {}).get("decay") != "constant":
-        result["train"]["steps"] = config["train"].get("steps")
-    others = {key: value for key, value in extra.items() if key not in ("base_digest", "data_fingerprint")}
-    return json.loads(json.dumps(result | ({"extra": others} if others else {})))
-
-
-def differences(old: dict, new: dict) -> list[str]:
-    """`["optim.learning_rate: was 0.0002, now 0.0003", ...]` in the order of the names."""
-    absent = object()
-    old, new = _flat(old), _flat(new)
-
-    def show(value):
-        return "absent" if value is absent else json.dumps(value)
-
-    lines = []
-    for name in sorted(old.keys() | new.keys()):
-        was, now = old.get(name, absent), new.get(name, absent)
-        if was is absent or now is absent or json.dumps(was) != json.dumps(now):
-            reason = " (the learning rate depends on it: optim.decay is not constant)" if name == "train.steps" else ""
-            lines.append(f"{name}: was {show(was)}, now {show(now)}{reason}")
-    return lines
+__all__ = ["Workdir", "differences", "identity"]
 
 
 class Workdir:
@@ -69,7 +33,8 @@ class Workdir:
 
     def __init__(self, path, *, writer: bool = True):
         self.path, self.writer = pathlib.Path(path).absolute(), writer
-        self._lock = None
+        self._lock, self._place = None, None
+        self.identity = None  # the dict, once it is checked
         if not writer:
             return
         if not str(path).strip():
@@ -95,8 +60,19 @@ class Workdir:
                 expected="a folder that no other run writes to",
                 fix="Stop that run, or choose another workdir.",
             ) from None
-        os.ftruncate(self._lock, 0)
-        os.pwrite(self._lock, f"process {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
+        except OSError as error:  # a file system without locks
+            self.close()
+            raise InputError(
+                "workdir", got=f"{self.path}: no lock ({error.strerror})", expected="a file system with locks (flock)",
+                fix="Choose another workdir.",
+            ) from None  # fmt: skip
+        with contextlib.suppress(OSError):  # a full disk: the lock holds without the name of its holder
+            os.ftruncate(self._lock, 0)
+            os.pwrite(self._lock, f"process {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
+        here = os.stat(self.path)
+        self._place = here.st_dev, here.st_ino
+        sweep(self.path)  # what a killed start left, now that no other one writes
+        sweep(self.path / "report", older=3600.0)  # an evaluation takes no lock
         # A forked data worker that outlives us must not keep the lock. Closing its copy does not unlock ours.
         os.register_at_fork(after_in_child=self.close)
 
@@ -115,44 +91,96 @@ class Workdir:
             os.close(self._lock)
             self._lock = None
 
+    def check_there(self):
+        """Raises InputError where the folder was removed, moved or put in another's place since this start."""
+        try:
+            now = os.stat(self.path)
+            gone = (now.st_dev, now.st_ino) != self._place
+            # `rm -r` under a running writer leaves what was written in that moment, and the folder with it
+            gone |= not any((self.path / name).exists() for name in ("lock", "config.json"))
+        except (FileNotFoundError, NotADirectoryError):
+            gone = True
+        except OSError:
+            gone = False  # a file system that does not answer just now
+        if self.writer and gone:
+            raise InputError(
+                "workdir", got=f"{self.path}, removed or moved while the run was writing to it",
+                expected="the folder that the run began in",
+                fix="Put it back and start the same command again; without it the run begins anew.",
+            )  # fmt: skip
+
+    def followed(self, config, note):
+        """The config with what the run that is here has settled for good, and what a config file may not say.
+
+        A file's rows with several task names were one task in older versions: a run that began so goes on so.
+        """
+        path = self.path / "config.json"
+        if not path.is_file() or not self.started:
+            return config
+        try:
+            told = json.loads(path.read_text(encoding="utf-8"))["data"].get("file_tasks", False)
+        except (OSError, ValueError, LookupError, TypeError, AttributeError):
+            return config  # damaged: the identity says whether the data are the same
+        if isinstance(told, bool) and told != config.data.get("file_tasks", True):
+            config = config.copy_and_resolve_references()
+            with config.unlocked():
+                config.data.file_tasks = told
+            note(f"data.file_tasks is {told} in this run, and stays so")
+        return config
+
     def write_config(self, config: dict):
         """`config.json`, replaced as a whole."""
         if self.writer:
-            write_atomically(self.path / "config.json", json.dumps(config, indent=1, sort_keys=True) + "\n")
+            text = json.dumps(config, indent=1, sort_keys=True) + "\n"
+            disk.patiently(lambda: write_atomically(self.path / "config.json", text))
 
-    def check_identity(self, config: dict, extra: dict) -> str:
+    @property
+    def started(self) -> bool:
+        """Whether an earlier start saved a step here: only then does the folder belong to a run."""
+        return bool(list_steps(self.path / "checkpoints"))
+
+    def recorded(self, manifest: dict | None = None) -> dict | None:
+        """The identity of the run that is here; None where no start saved anything, or all record of it is gone."""
+        if not self.started:
+            return None
+        old = identity_lib.read(self.path / "identity.json")
+        return old if old is not None or manifest is None else identity_lib.of_step(manifest)
+
+    def check_identity(self, config: dict, extra: dict, *, manifest: dict | None = None, note=None) -> str:
         """The hash of this run's identity, which the first start records here.
+
+        Args:
+          config, extra: as of `identity`.
+          manifest: of the step to go on from. note: called with a line of text where something new is recorded.
 
         Raises InputError that lists each field in which an earlier start was another run. A start that ended before it
         saved anything (it was refused, say) claims nothing: the next one may differ.
         """
-        new = identity(config, extra)
-        path = self.path / "identity.json"
-        if self.writer and path.exists() and any((self.path / "checkpoints").glob("[0-9]*")):
-            try:
-                old = json.loads(path.read_text(encoding="utf-8"))
-            except ValueError as error:
-                raise InputError(
-                    str(path),
-                    got=f"{error}",
-                    expected="the identity as it was written",
-                    fix="Restore the file, or choose another workdir.",
-                ) from None
-            changed = differences(old, new)
-            if changed:
-                raise InputError(
-                    f"workdir {self.path}",
-                    got="another run than the one that is there:\n  " + "\n  ".join(changed) + "\n",
-                    expected="the same values",
-                    fix="Undo these changes, or choose another workdir (base.digest is the content of base.source, "
-                    "data.fingerprint that of data.tasks).",
-                )
-        elif self.writer:
-            write_atomically(path, json.dumps(new, indent=1, sort_keys=True) + "\n")
-        return json_hash(new)
+        new, path = identity(config, extra), self.path / "identity.json"
+        self.identity, old = new, identity_lib.read(path) if self.writer and self.started else None
+        if manifest is not None and self.writer:
+            if old is not None:
+                identity_lib.check_record(old, manifest, where=str(path))
+            else:
+                old = manifest.get("run")
+                (note or (lambda text: None))(f"{path} was missing: step {manifest['step']} says what the run is")
+            identity_lib.check_step(manifest, new, where=f"workdir {self.path}")
+        if old is None:
+            if self.writer:
+                self._record(path, new)
+            return json_hash(new)
+        changed, added = identity_lib.compare(old, new)
+        if changed:
+            raise identity_lib.another_run(f"workdir {self.path}", changed)
+        whole = identity_lib.extended(old, new, added)
+        if added and note is not None:
+            names = dict.fromkeys(".".join(name.split(".")[:2]) for name in added)
+            note(f"identity.json is of an older version, without {', '.join(names)}: recorded now, checked from now on")
+        if whole != old or not path.exists():
+            self._record(path, whole)
+        self.identity = {name: value for name, value in whole.items() if name != identity_lib.ADDED}
+        return json_hash(self.identity)
 
-
-def _flat(value, prefix=""):
-    if not isinstance(value, dict):
-        return {prefix: value}
-    return {name: leaf for key in value for name, leaf in _flat(value[key], f"{prefix}.{key}".lstrip(".")).items()}
+    def _record(self, path, value):
+        text = json.dumps(value, indent=1, sort_keys=True) + "\n"
+        disk.patiently(lambda: write_atomically(path, text))

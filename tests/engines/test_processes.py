@@ -50,6 +50,19 @@ def test_two_processes_run_the_same_program(tmp_path, engine, sizes):
     assert done.returncode == 0, done.stdout + done.stderr
 
 
+def test_local_says_what_its_processes_say_and_nothing_else():
+    """Processes that end one after the other; the first that fails gives the status and ends the others."""
+    code = (
+        "import os, time; p = int(os.environ['MOLORA_PROCESS']); time.sleep({sleep}); print('hello', flush=True);"
+        " os._exit({status})"
+    )
+    for sleep, status, code_of in (("0.2 * p", "0", 0), ("0.2 * p", "5 * (p == 2)", 5), ("600 * (p != 1)", "7", 7)):
+        words = [code.format(sleep=sleep, status=status)]
+        done = launch("-c", *words, processes=3, devices=3)
+        assert done.returncode == code_of
+        assert done.stdout in ("hello\n", "") and set(done.stderr.splitlines()) <= {"[1] hello", "[2] hello"}
+
+
 def test_bad_arguments():
     for arguments in (["--processes=0", "-m", "x"], ["--processes=2"], ["--nodes=2", "-m", "x"]):
         done = subprocess.run(["bash", "launch/local.sh", *arguments], cwd=ROOT, capture_output=True, text=True)

@@ -7,7 +7,7 @@ import tokenizers
 
 from molora_jax.io import gguf_model, huggingface, quants
 from molora_jax.io.tokenizer import byte_tokenizer
-from molora_jax.models import families
+from molora_jax.models import families, hf_config
 
 QUANT = {name: type_id for type_id, (name, *_) in quants.TYPES.items()}
 TYPES = {bool: 7, int: 4, float: 6, str: 8}
@@ -51,7 +51,7 @@ def llama_config(**changes):
 def hf_tensors(config, seed=0):
     """Hugging Face name -> random float32 array."""
     rng, shaped = np.random.default_rng(seed), {}
-    decoder = families.from_hf(config, where="test")
+    decoder = hf_config.from_hf(config, where="test")
     for path, shape in families.hf_shapes(decoder).items():
         for layer in range(decoder.layers if path.startswith("blocks/") else 1):
             shaped[families.hf_name(path, layer)] = rng.standard_normal(shape, np.float32)
@@ -79,7 +79,7 @@ def llama_gguf(arch="llama", *, metadata=(), drop=(), seed=0, **changes):
     """A whole tiny GGUF model as bytes, and the Hugging Face tensors that it should turn into."""
     config = llama_config(model_type=arch, **changes)
     wanted = hf_tensors(config, seed)
-    decoder = families.from_hf(config, where="test")
+    decoder = hf_config.from_hf(config, where="test")
     tensors = {}
     for path in families.hf_shapes(decoder):
         ours = path.removeprefix("blocks/").split("/")[0]

@@ -1,0 +1,48 @@
+"""Checks a run's folder: every step against its manifest, and config.json, identity.json, best.json and the metrics.
+
+python -m launch.verify --workdir=runs/quickstart [--json] [--deep]
+
+Needs neither the base model nor the data. Exit status 1 where a step is not valid or a file says what its step does
+not.
+"""
+
+import json
+import pathlib
+
+from launch import flags
+from molora_jax.errors import InputError
+
+FLAGS = [
+    ("--workdir", dict(required=True, metavar="DIR", help="the folder of a run")),
+    ("--json", dict(action="store_true", help="one JSON object in place of the table")),
+    ("--deep", dict(action="store_true", help="also load every leaf and compare its digest (imports jax)")),
+]
+
+
+def run(argv):
+    _, args = flags.parse(__doc__, FLAGS, argv, need_config=False)
+    from molora_jax.evaluate.verify import verify
+
+    folder = pathlib.Path(args.workdir).expanduser()
+    if not folder.is_dir():
+        raise InputError("workdir", got=repr(args.workdir), expected="the folder of a run", fix="Check the path.")
+    found = verify(folder, deep=args.deep)
+    print(json.dumps(found, indent=1) if args.json else text(found))
+    return 0 if found["ok"] else 1
+
+
+def text(found: dict) -> str:
+    """A line for each step and file."""
+    lines = []
+    for step in found["steps"]:
+        best = " (best)" if step["step"] == found["best"] else ""
+        lines.append(f"step {step['step']}{best}: {'valid' if step['valid'] else 'NOT VALID: ' + step['reason']}")
+    lines += [f"PROBLEM: {problem}" for problem in found["problems"]]
+    lines += [f"note: {note}" for note in found["notes"]]
+    if not found["steps"]:
+        lines.append("no step")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    flags.main(run)
