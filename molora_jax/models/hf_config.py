@@ -31,7 +31,7 @@ def from_hf(config: dict, *, where: str, note=lambda text: None) -> DecoderConfi
     family = config.get("model_type", "")
     if not isinstance(family, str) or family not in FAMILIES:
         raise InputError(
-            f"{where}: model_type", got=hf_fields.shown(repr(family)), expected=f"one of {', '.join(FAMILIES)}",
+            f"{where}: model_type", got=hf_fields.quoted(family), expected=f"one of {', '.join(FAMILIES)}",
             fix="Choose a model of these families, or add its switches to molora_jax/models/families.py.",
         )  # fmt: skip
     config, file = _DEFAULTS[family] | config, where
@@ -43,7 +43,7 @@ def from_hf(config: dict, *, where: str, note=lambda text: None) -> DecoderConfi
         # type(), not isinstance: True is no size
         if type(value) not in (int, kind) or not 0 < value < 1 << 31:
             expected = f"a positive {kind.__name__}"
-            raise InputError(where or f"{file}: {key}", got=hf_fields.shown(repr(value)), expected=expected)
+            raise InputError(where or f"{file}: {key}", got=hf_fields.quoted(value), expected=expected)
         return kind(value)
 
     heads, width = number("num_attention_heads"), number("hidden_size")
@@ -60,7 +60,7 @@ def from_hf(config: dict, *, where: str, note=lambda text: None) -> DecoderConfi
     activation = config.get("hidden_act", "silu")
     if not isinstance(activation, str) or activation not in ACTIVATIONS:
         raise InputError(
-            f"{where}: hidden_act", got=hf_fields.shown(repr(activation)), expected=f"one of {', '.join(ACTIVATIONS)}"
+            f"{where}: hidden_act", got=hf_fields.quoted(activation), expected=f"one of {', '.join(ACTIVATIONS)}"
         )
     if number("num_hidden_layers") > 10_000:
         raise InputError(f"{where}: num_hidden_layers", got=str(number("num_hidden_layers")), expected="at most 10,000")

@@ -1,6 +1,6 @@
 """How far our logits, losses and gradients are from transformers' (`tests/fixtures/make_families.py`).
 
-    python -m tests.models.parity            prints the table of docs/models.md
+    python -m tests.models.parity            prints the table of docs/models.md (or of the checkpoints that are named)
 
 An error is a norm: |ours - theirs| / |theirs| of the projected array; for a gradient the largest over the sites.
 """
@@ -8,6 +8,7 @@ An error is a norm: |ours - theirs| / |theirs| of the projected array; for a gra
 import functools
 import os
 import pathlib
+import sys
 import tempfile
 
 os.environ.setdefault(
@@ -63,11 +64,12 @@ def errors(name: str, base) -> dict[str, float]:
     return {"logits": float(apart["logits"]), "loss": float(apart["loss"]), "gradient": float(gradient)}
 
 
-def table():
+def table(names=tuple(family_cases.CASES)):
     """Lines of Markdown: a row for each checkpoint and reader, with the errors in both dtypes."""
     yield "| checkpoint | reader | float32: logits, loss, gradients | bfloat16: logits, loss, gradients |"
     yield "|---" * 4 + "|"
-    for name, config in family_cases.CASES.items():
+    for name in names:
+        config = family_cases.CASES[name]
         for reader in family_cases.READERS if name in family_cases.MAIN else ("folder", "gguf"):
             if reader == "gguf" and name not in family_cases.IN_GGUF:
                 continue
@@ -80,5 +82,5 @@ def table():
 
 
 if __name__ == "__main__":
-    for line in table():
+    for line in table(sys.argv[1:] or tuple(family_cases.CASES)):
         print(line, flush=True)
