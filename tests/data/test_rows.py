@@ -187,6 +187,17 @@ def test_several_tasks_in_a_file(tmp_path):
     assert one.report()["tasks"]["d"]["train"] == 50
 
 
+def test_names_that_are_no_tasks(tmp_path):
+    rows = [dict(prompt=f"p{i}", target="t", task=f"id-{i}") for i in range(1200)]
+    with pytest.raises(InputError, match="1,200 tasks.*drop=task"):
+        make(tmp_path, rows)
+    for changes in (dict(fields="drop=task"), dict(file_tasks=False)):
+        assert make(tmp_path, rows, **changes).report()["tasks"]["d"]["train"] == 1200
+    for name in ("a" * 101, "a\nb", "\x1b[31m"):
+        with pytest.raises(BadRow, match="task '"):
+            read(dict(prompt="p", target="t", task=name))
+
+
 def test_a_json_file_may_hold_one_list(tmp_path):
     rows = [dict(prompt=f"p{i}", target="t") for i in range(3)]
     for name, text in (("l.json", json.dumps(rows)), ("m.json", json.dumps(rows, indent=1)),
