@@ -443,7 +443,7 @@ def exact_devices(train, sizes):
     if train.get("exact") and MICRO_SHARDS % devices:
         got = f"{devices} devices (data={sizes['data']}, fsdp={sizes['fsdp']})"
         fix = "Change mesh.data and mesh.fsdp, or leave exact out."
-        yield wrong("mesh.data", got, f"a divisor of {MICRO_SHARDS} with train.exact, a whole number of micro-shards", fix)
+        yield wrong("mesh.data", got, f"a divisor of {MICRO_SHARDS}, the micro-shards of train.exact", fix)
 
 
 def _schedule(config, *, valid):

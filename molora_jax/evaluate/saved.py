@@ -43,17 +43,30 @@ def read_config(workdir, step="best", *, warn=None):
     if lines and warn is not None:
         warn(f"{folder / 'config.json'} is not what the step was saved with; the step's values are used: "
              + "; ".join(lines))  # fmt: skip
+    return validated(tree, where=folder / "config.json")
+
+
+def validated(tree: dict, *, where, need_base: bool = True):
+    """The ConfigDict of a run's config; `need_base=False` accepts a base that is not there.
+
+    Raises:
+      InputError: an unknown field, a wrong value.
+    """
     try:
         config = config_lib.from_dict(tree)
-        config_lib.validate(without_inputs(config))
+        checked = without_inputs(config)
+        if not need_base:
+            checked.base.source = "random:tiny"
+        config_lib.validate(checked)
     except InputError as error:
-        if error.got == "an unknown field":
-            error.add_note(f"{folder / 'config.json'} is of another version of molora_jax, or was changed.")
-        raise
-    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:  # ConfigDict's
+        if error.got != "an unknown field":
+            raise
         raise InputError(
-            str(folder / "config.json"), got=f"{type(error).__name__}: {error}", expected="a config", fix=FIX
-        ) from None
+            error.where, got=error.got, expected=error.expected,
+            fix=f"{where} is of a newer version of molora_jax, or was changed: update, or undo that. {error.fix}",
+        ) from None  # fmt: skip
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:  # ConfigDict's
+        raise InputError(str(where), got=f"{type(error).__name__}: {error}", expected="a config", fix=FIX) from None
     return config
 
 
