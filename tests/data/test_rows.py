@@ -130,6 +130,7 @@ def test_what_no_template_writes_is_refused_in_an_answer_and_counted_in_a_contex
         (dict(conversations=[{"from": "function_call", "value": "f("}]), r"value 'f\('"),
         (dict(conversations=[{"from": "human", "value": 1}]), "content of type number"),
         (dict(instruction="a", output="b", input=3), "input of type number"),
+        (chat(U, ("assistant", "a", dict(train=False)), U, A), r"messages\[1\].train'"),
         (dict(text="a"), "no field 'prompt'"),
         (dict(prompt=[dict(role="user", content="a")], target="b", input="c"), "'input' beside a list of turns"),
         (dict(prompt=[], target="b"), "roles"),
