@@ -96,7 +96,8 @@ def _plain(tokenizer, examples):
     out = []
     for encoded in _encode(tokenizer, [example.text for example in examples]):
         if not isinstance(encoded, Refused):
-            ids = [*tokenizer.with_prefix(encoded[0]), tokenizer.eos_id]
+            ids = tokenizer.with_prefix(encoded[0])
+            ids = ids if ids[-1:] == [tokenizer.eos_id] else [*ids, tokenizer.eos_id]
             encoded = Ids(ids, [1] * len(ids), 0)
             if len(ids) < 2:
                 encoded = Refused("an empty text", "some text")
