@@ -92,14 +92,18 @@ def _too_long(example, longest) -> Refused | None:
 
 
 def _plain(tokenizer, examples):
-    """Plain text: BOS where the tokenizer has one, the end token behind, a loss on all of it."""
+    """Plain text: BOS where the tokenizer has one, the end token behind, a loss on all of it (behind the prompt, where
+    the text has one)."""
     out = []
-    for encoded in _encode(tokenizer, [example.text for example in examples]):
+    for example, encoded in zip(examples, _encode(tokenizer, [e.text for e in examples]), strict=True):
         if not isinstance(encoded, Refused):
-            ids = tokenizer.with_prefix(encoded[0])
-            ids = ids if ids[-1:] == [tokenizer.eos_id] else [*ids, tokenizer.eos_id]
-            encoded = Ids(ids, [1] * len(ids), 0)
-            if len(ids) < 2:
+            ids, offsets = encoded
+            asked = next((i for i, (_, stop) in enumerate(offsets) if stop > len(example.prompt)), len(ids))
+            whole = tokenizer.with_prefix(ids)
+            context = len(whole) - len(ids) + asked if asked else 0
+            whole = whole if whole[-1:] == [tokenizer.eos_id] else [*whole, tokenizer.eos_id]
+            encoded = Ids(whole, [0] * context + [1] * (len(whole) - context), context)
+            if len(whole) < 2:
                 encoded = Refused("an empty text", "some text")
         out.append(encoded)
     return out

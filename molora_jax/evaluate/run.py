@@ -72,7 +72,7 @@ class Run:
         return [self.tokenizer.decode([i]) for i in self.tokenizer.encode(text)]
 
     def prompt_ids(self, prompt, *, tools=None) -> list[int]:
-        """A prompt in the model's chat template, up to where the answer starts.
+        """A prompt in the model's chat template, up to where the answer starts (under `data.raw`, as it stands).
 
         Args:
           prompt: a user's text, or a conversation: a list of turns `{"role", "content"}`, the one to answer last.
@@ -85,8 +85,10 @@ class Run:
         size = characters([prompt, tools])
         if size > render.LONGEST:
             raise InputError("prompt", got=f"{size:,} characters", expected=f"at most {render.LONGEST:,}")
-        if data.get("raw", False) and isinstance(prompt, str) and prompt.strip():
-            return self.tokenizer.encode_plain(prompt)  # trained on plain text: no template
+        if data.get("raw", False):  # trained on plain text
+            if not isinstance(prompt, str) or not prompt.strip():
+                raise InputError("prompt", got=repr(prompt)[:80], expected="text: this run has data.raw=True")
+            return self.tokenizer.encode_plain(prompt)
         turns = render.with_system(_turns(prompt), data.system)
         args = resolve_template_args(data.get("template_args", ""))
         return self.tokenizer.encode_chat(turns, add_generation_prompt=True, tools=tools, **args)
@@ -229,12 +231,14 @@ def load_run(workdir, step="best", *, config=None, warn=LOG.warning) -> Run:
     if lines:
         warn(f"not as {folder} was trained: " + "; ".join(lines))
     config = own if config is None else config
-    checkpoints = Checkpoints(folder / "checkpoints", keep=1, warn=warn)
+    checkpoints = Checkpoints(folder / "checkpoints", keep=1, warn=warn, writer=False)
     step = _find(checkpoints, step, folder)
     manifest = read_manifest(folder / "checkpoints" / str(step))
     recorded = identity.read(folder / "identity.json")
     facts = (recorded or manifest.get("run") or {}).get("base")
     facts = facts if isinstance(facts, dict) else {}
+    if facts and not {"tokenizer", "config"} <= facts.keys():
+        warn(f"{folder} is of an older version: its tokenizer, template and base's config are not compared")
     base = load_base(config.base.source, dtype=config.base.dtype, seed=config.seed)
     trained_on = facts.get("digest") or base.digest
     if trained_on != base.digest:

@@ -76,7 +76,7 @@ def changed(mapping, **values):
 
 
 def write_base(path: pathlib.Path, seed=0, **changes) -> pathlib.Path:
-    config = tiny_files.llama_config(**changes)
+    config = tiny_files.llama_config(**{"vocab_size": 264} | changes)
     return tiny_files.write_hf_folder(path, config, tiny_files.hf_tensors(config, seed))
 
 

@@ -167,3 +167,11 @@ def _npy(dtype, shape, data) -> bytes:
     text = f"{{'descr': '{dtype}', 'fortran_order': False, 'shape': {shape!r}, }}".encode()
     text += b" " * (-(len(text) + 11) % 64) + b"\n"
     return b"\x93NUMPY\x01\x00" + struct.pack("<H", len(text)) + text + data
+
+
+def npz_with_pickle(canary) -> bytes:
+    """An npz file with one array `a`, whose reading as a pickle makes the file `canary`."""
+    out = io.BytesIO()
+    with zipfile.ZipFile(out, "w") as archive:
+        archive.writestr("a.npy", _npy("|O", (1,), pickle.dumps([Touch(canary)])))
+    return out.getvalue()

@@ -10,8 +10,17 @@ from molora_jax.io import tensors, warm_start
 from molora_jax.io.base import load_base
 from molora_jax.io.checkpoints import Checkpoints, read_manifest
 from molora_jax.train import loop
-from tests.faults.common import base_folder, changed, copy_run, digests, finished_run, metric_rows, scratch, start
-from tests.faults.common import tiny_config
+from tests.faults.common import (
+    base_folder,
+    changed,
+    copy_run,
+    digests,
+    finished_run,
+    metric_rows,
+    scratch,
+    start,
+    tiny_config,
+)
 from tests.faults.report import each, refused
 
 BAD = (np.nan, np.inf, -np.inf)
@@ -34,7 +43,7 @@ def gradients(seed, tries):
     def one(number):
         rng = random.Random(number)
         bad = set(rng.sample(range(2, 6), rng.randrange(1, 3)))
-        value = BAD[number % 3]
+        value = BAD[number % 2]  # a weight below 0 is no target
 
         def poison(batch):
             weight = np.array(batch["loss_weight"], np.float32)

@@ -27,18 +27,20 @@ SET_UP_SECONDS = 240  # imports, a first compile, a run to be damaged later
 
 @dataclasses.dataclass
 class Result:
-    """A row after its tries; `failures` in the order of their seeds."""
+    """A row after its tries; `failures` by seed. `processor_seconds` leave out workers that died."""
 
     row: Row
     tries: int
     failures: list[Failure]
     seconds: float
+    processor_seconds: float = 0.0
 
     def as_dict(self) -> dict:
         details = [dataclasses.asdict(failure) for failure in self.failures]
         return {
             "promise": self.row.promise, "tries": self.tries, "failures": len(self.failures), "row": self.row.name,
-            "seconds": round(self.seconds, 1), "details": details,
+            "seconds": round(self.seconds, 1), "processor_seconds": round(self.processor_seconds, 1),
+            "details": details,
         }  # fmt: skip
 
 
@@ -142,7 +144,7 @@ def run(rows, *, full=False, seed=0, tries=None, tell=lambda result: None, worke
 
 def _one_row(row, seed, tries, worker, folder):
     """`(Result, worker)`: the worker that is left, for the next row."""
-    began, failures, first, end = time.monotonic(), [], seed, seed + tries
+    began, failures, first, end, used = time.monotonic(), [], seed, seed + tries, 0.0
     while first < end:
         if worker is None or worker.devices != row.devices or worker.process.poll() is not None:
             if worker is not None:
@@ -169,6 +171,7 @@ def _one_row(row, seed, tries, worker, folder):
                 failures.append(Failure(at, line["broken"]))
                 break
             elif "done" in line:
+                used = line["processor_seconds"]
                 break
         if not lost:
             break
@@ -176,4 +179,4 @@ def _one_row(row, seed, tries, worker, folder):
         worker = None
         failures.append(Failure(at, f"{lost} {how}"))
         first = at + 1
-    return Result(row, tries, failures, time.monotonic() - began), worker
+    return Result(row, tries, failures, time.monotonic() - began, used), worker
