@@ -42,7 +42,7 @@ def get_config():
             base=dict(source="pkg:smollm2-135m-instruct", dtype="float32"),
             data=dict(
                 tasks=TASKS,  # task names and files jsonl:PATH, by commas; a comma inside a path is written \\,
-                valid="",  # jsonl:PATH: these rows are evaluated, and every row of `tasks` trains; "" splits `tasks`
+                valid="",  # jsonl:PATH, ...: these rows are evaluated, every row of `tasks` trains; "" splits `tasks`
                 test_share=0.05,  # rows held out by a hash for test, and as many for valid; 0.0 trains on all
                 format="auto",  # of files: messages, prompt_completion, alpaca, sharegpt; "auto" tells by the fields
                 file_tasks=True,  # a file whose rows name several tasks is several; False: one (runs of older versions)

@@ -24,10 +24,12 @@ def run(argv):
     from molora_jax.evaluate.verify import verify
 
     folder = pathlib.Path(args.workdir).expanduser()
-    if not folder.is_dir():
-        raise InputError("workdir", got=repr(args.workdir), expected="the folder of a run", fix="Check the path.")
+    if not any((folder / name).exists() for name in ("config.json", "identity.json", "checkpoints")):
+        got = f"{args.workdir!r}, {'without anything that a run writes' if folder.is_dir() else 'which is no folder'}"
+        raise InputError("workdir", got=got, expected="the folder of a run", fix="Check the path.")
     found = verify(folder, deep=args.deep)
-    print(json.dumps(found, indent=1) if args.json else text(found))
+    shown = json.dumps(found, indent=1) if args.json else text(found)
+    print(shown.encode(errors="backslashreplace").decode())  # a strange file name
     return 0 if found["ok"] else 1
 
 

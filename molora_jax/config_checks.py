@@ -99,7 +99,7 @@ def _fields(where, values, fields, *, more=(), of=""):
     for key in values:
         if key not in fields and key not in more:
             names = [*fields, *more]
-            at = key if isinstance(key, str) and len(key) <= 200 else _shown(key)
+            at = key if isinstance(key, str) and 0 < len(key) <= 200 else _shown(key)
             yield wrong(f"{dot}{at}", "an unknown field", f"{of}{one_of(names)}", did_you_mean(key, names))
     for key, field in fields.items():
         if key not in values:
@@ -177,11 +177,11 @@ def _data(config):
     if not names or len(names) != len(set(names)):
         yield wrong("data.tasks", _shown(data.get("tasks")), "every task once, at least one (task names or jsonl:PATH)")
     valid = data.get("valid", "")
-    if isinstance(valid, str) and valid:
-        if valid.startswith("jsonl:"):
-            yield from _file("data.valid", valid.replace("\\,", ","))
+    for name in _task_list(valid):
+        if name.startswith("jsonl:"):
+            yield from _file("data.valid", name)
         else:
-            yield wrong("data.valid", _shown(valid), 'jsonl:PATH, or "" to hold out rows of data.tasks')
+            yield wrong("data.valid", _shown(name), 'jsonl:PATH, or "" to hold out rows of data.tasks')
     yield from _resolved(data, "fields", resolve_fields)
     yield from _resolved(data, "template_args", resolve_template_args)
     if data.get("raw") is True:
@@ -443,7 +443,7 @@ def exact_devices(train, sizes):
     if train.get("exact") and MICRO_SHARDS % devices:
         got = f"{devices} devices (data={sizes['data']}, fsdp={sizes['fsdp']})"
         fix = "Change mesh.data and mesh.fsdp, or leave exact out."
-        yield wrong("mesh.data", got, f"a divisor of {MICRO_SHARDS} with train.exact, a whole number of micro-shards", fix)
+        yield wrong("mesh.data", got, f"a divisor of {MICRO_SHARDS}, the micro-shards of train.exact", fix)
 
 
 def _schedule(config, *, valid):

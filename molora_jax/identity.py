@@ -66,15 +66,26 @@ def compare(old: dict, new: dict) -> tuple[list[str], list[str]]:
     is a fact of the base that was not recorded; a fact that `new` cannot tell is not compared.
     """
     lines, added = [], []
+    old = {name: value for name, value in old.items() if name != ADDED}
+    before, after = flat(old), flat(new)
+
+    def not_told(name, other):
+        """A fact of the base that the other side does not tell; a group in its place tells it."""
+        return _base_fact(name) and not any(n.startswith(f"{name}.") for n in other)
+
     for name, was, now in _changes(old, new):
         if was is config_defaults.MISSING:
             default = config_defaults.default_at(new, name)
-            if _base_fact(name) or (default is not config_defaults.MISSING and json.dumps(default) == json.dumps(now)):
+            if not_told(name, before) or (
+                default is not config_defaults.MISSING and json.dumps(default) == json.dumps(now)
+            ):
                 added.append(name)
                 continue
         elif now is config_defaults.MISSING:
             default = config_defaults.default_at(old, name)
-            if _base_fact(name) or (default is not config_defaults.MISSING and json.dumps(default) == json.dumps(was)):
+            if not_told(name, after) or (
+                default is not config_defaults.MISSING and json.dumps(default) == json.dumps(was)
+            ):
                 continue
         lines.append(_line(name, was, now))
     return lines, added

@@ -15,8 +15,14 @@ os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(pathlib.Path(__file__).pa
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
 
+import gc  # noqa: E402
+
 import hypothesis  # noqa: E402
 import jax  # noqa: E402
+
+gc.set_threshold(
+    100_000, 20, 100
+)  # tracing makes many objects that live: walking them again and again is a tenth of it
 
 assert jax.device_count() == 8, "the tests need eight forced CPU devices: import jax only after conftest"
 

@@ -71,6 +71,8 @@ GOOD = [
     {"schedule.s01": dict(steps=0, tasks="math", freeze="*/router/*", route="", set={}), "schedule.s00.steps": 100},
     {"schedule.s00.set": {"method": {"rules": {"ffn": {"router": {"k": 1}}}}}},
     {"base.source": "random:tiny"},
+    {"base.source": "random:tiny-untied"},
+    {"base.source": "random:tiny-qwen3"},
     {"base.source": "hf:HuggingFaceTB/SmolLM2-135M@main"},
     {"optim.learning_rate": 1},
 ]

@@ -40,7 +40,8 @@ def build(config_data, *, tokenizer, batch_size: int, seed: int) -> "DataSet":
     trained, valid = _fingerprint(tasks), ()
     fingerprint = trained
     if options.valid:
-        valid = load(split_commas(options.valid)[0], options=training, field="data.valid")
+        files = split_commas(options.valid)
+        valid = tuple(task for entry in files for task in load(entry, options=training, field="data.valid"))
         fingerprint = hashlib.sha256(repr((trained, "valid", _fingerprint(valid))).encode()).hexdigest()
     _check_fields(options, (*tasks, *valid))
     return DataSet(

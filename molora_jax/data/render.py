@@ -16,7 +16,9 @@ answer begins where its text does. A template that marks what the model writes w
 word on what is trained on, as in transformers.
 """
 
+import bisect
 import dataclasses
+import operator
 import os
 import re
 
@@ -59,14 +61,14 @@ def encode_examples(
       train_on: the "last" assistant turn or "all" of them; an example's `weights` go before.
       template_args: the template's own arguments. longest: characters that a row may have.
     """
-    out = []
+    out, more = [], dict(system=system, train_on=train_on, template_args=template_args or {})
     for first in range(0, len(examples), CHUNK):
         chunk = examples[first : first + CHUNK]
         results = [_too_long(example, longest) for example in chunk]
         for kind, work in ((True, _plain), (False, _chats)):
             indices = [i for i, e in enumerate(chunk) if results[i] is None and (e.text is not None) == kind]
             if indices:
-                options = {} if kind else dict(system=system, train_on=train_on, template_args=template_args or {})
+                options = {} if kind else dict(more, longest=longest)
                 for i, result in zip(indices, work(tokenizer, [chunk[i] for i in indices], **options), strict=True):
                     results[i] = result
         out += results
@@ -82,27 +84,31 @@ def with_system(turns, system: str) -> list[dict]:
 
 
 def _too_long(example, longest) -> Refused | None:
-    size = characters([example.prompt, example.target, example.turns, example.tools, example.text])
-    if size <= 2 * longest:  # prompt and target are in the turns as well
-        size = characters([example.turns, example.tools, example.text] if example.turns or example.text else
-                          [example.prompt, example.target])  # fmt: skip
+    if example.turns is None and example.text is None:
+        size = len(example.prompt) + len(example.target) + (characters(example.tools) if example.tools else 0)
+    else:
+        size = characters([example.turns, example.tools, example.text])
     return None if size <= longest else Refused(f"{size:,} characters", f"at most {longest:,}", "Cut the row.")
 
 
 def _plain(tokenizer, examples):
-    """Plain text: BOS where the tokenizer has one, the end token behind, a loss on all of it."""
+    """Plain text: BOS where the tokenizer has one, the end token behind, a loss on all of it (behind the prompt, where
+    the text has one)."""
     out = []
-    for encoded in _encode(tokenizer, [example.text for example in examples]):
+    for example, encoded in zip(examples, _encode(tokenizer, [e.text for e in examples]), strict=True):
         if not isinstance(encoded, Refused):
-            ids = [*tokenizer.with_prefix(encoded[0]), tokenizer.eos_id]
-            encoded = Ids(ids, [1] * len(ids), 0)
-            if len(ids) < 2:
+            ids, offsets = encoded
+            whole = [*tokenizer.with_prefix(ids), tokenizer.eos_id]
+            asked = next((i for i, (_, stop) in enumerate(offsets) if stop > len(example.prompt)), len(ids))
+            context = len(whole) - 1 - len(ids) + asked if asked else 0
+            encoded = Ids(whole, [0] * context + [1] * (len(whole) - context), context)
+            if len(whole) < 2:
                 encoded = Refused("an empty text", "some text")
         out.append(encoded)
     return out
 
 
-def _chats(tokenizer, examples, *, system, train_on, template_args):
+def _chats(tokenizer, examples, *, system, train_on, template_args, longest):
     marks = _Marks(tokenizer)
     chats = [_Chat(example, system, train_on, tagged=marks.generation) for example in examples]
     requests = [request for chat in chats for request in chat.requests(template_args)]
@@ -111,7 +117,7 @@ def _chats(tokenizer, examples, *, system, train_on, template_args):
     for chat in chats:
         results = [next(rendered) for _ in range(chat.num_requests)]
         error = next((result["error"] for result in results if "error" in result), None)
-        cuts.append(Refused(error, _REFUSED) if error else _cut(marks, chat, results))
+        cuts.append(Refused(error, _REFUSED) if error else _cut(marks, chat, results, longest))
     good = [cut for cut in cuts if not isinstance(cut, Refused)]
     encoded = iter(_encode(tokenizer, [cut.text for cut in good]))
     return [cut if isinstance(cut, Refused) else _ids(tokenizer, cut, next(encoded)) for cut in cuts]
@@ -156,7 +162,7 @@ class _Cut:
     train_end: bool
 
 
-def _cut(marks, chat, results) -> _Cut | Refused:
+def _cut(marks, chat, results, longest) -> _Cut | Refused:
     full, *prompts = (result["text"] for result in results)
     tagged = [tuple(span) for span in results[0]["spans"]]
     found, low = {}, 0
@@ -175,6 +181,8 @@ def _cut(marks, chat, results) -> _Cut | Refused:
         found[i], low = place, place.stop
     last = found[chat.needed[-1]]
     stop = last.stop
+    if stop > 2 * longest:
+        return Refused(f"a template that writes {stop:,} characters", f"at most {2 * longest:,}", "Cut the row.")
     if chat.tagged:
         spans = _tagged_spans(chat, tagged, last)
         if isinstance(spans, Refused):
@@ -183,7 +191,7 @@ def _cut(marks, chat, results) -> _Cut | Refused:
     else:
         spans = [(found[i].begin, found[i].stop) for i in chat.needed if i in chat.trained]
         trained = chat.needed[-1] in chat.trained
-    if trained and last.end is not None:  # else no answer of the model would ever end
+    if chat.tagged and trained and last.end is not None:  # else no answer of the model would ever end
         spans = [*spans, last.end]
     return _Cut(full[:stop], last.begin, last.text_begin, spans, add_end=last.end is None, train_end=trained)
 
@@ -291,19 +299,30 @@ def _tagged_spans(chat, tagged, last):
     return [span for span, i in zip(tagged, chat.answers, strict=True) if i in chat.trained]
 
 
-def _ids(tokenizer, cut: _Cut, encoded) -> Ids | Refused:
-    if isinstance(encoded, Refused):
-        return encoded
-    ids, offsets = encoded
-    context = next((i for i, (_, stop) in enumerate(offsets) if stop > cut.begin), len(ids))
-    text_at = next((i for i, (_, stop) in enumerate(offsets) if stop > cut.text_begin), len(ids))
-    mask, spans, at = [0] * len(ids), sorted(cut.spans), 0
-    for i, (start, stop) in enumerate(offsets):  # as transformers: every token that overlaps a span
+_stop = operator.itemgetter(1)
+
+
+def _overlaps(offsets, spans) -> list[int]:
+    """As transformers: 1 for every token that overlaps a span; both are in order."""
+    mask, at = [0] * len(offsets), 0
+    for i, (start, stop) in enumerate(offsets):
         while at < len(spans) and start >= spans[at][1]:
             at += 1
         if at == len(spans):
             break
         mask[i] = int(stop > spans[at][0])
+    return mask
+
+
+def _ids(tokenizer, cut: _Cut, encoded) -> Ids | Refused:
+    if isinstance(encoded, Refused):
+        return encoded
+    ids, offsets = encoded
+    context, text_at = (bisect.bisect_right(offsets, at, key=_stop) for at in (cut.begin, cut.text_begin))
+    if cut.spans == [(cut.begin, len(cut.text))]:
+        mask = [0] * context + [1] * (len(ids) - context)
+    else:
+        mask = _overlaps(offsets, sorted(cut.spans))
     if cut.add_end or ids[-1] not in tokenizer.end_ids:
         ids, mask = [*ids, tokenizer.eos_id], [*mask, int(cut.train_end)]
     if tokenizer.template is None:

@@ -37,7 +37,8 @@ def example_nll(
     Args:
       batches: from `DataSet.heldout_batches`, all of one shape.
       num_tasks: above 0, also sums the gates of each task's tokens (prompts included).
-      done: called after each batch. forward: `(params, adapters, router_state, batch)` -> as `_batch_nll`, in its place.
+      done: called after each batch.
+      forward: `(params, adapters, router_state, batch)` -> as `_batch_nll`, in its place.
 
     Returns:
       dict of `nll` (nats, summed), `tokens`, `right` (argmax equals the target), each `[num_examples]` float64; with

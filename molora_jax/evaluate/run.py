@@ -22,6 +22,7 @@ import numpy as np
 from molora_jax import config as config_lib
 from molora_jax import data as data_lib
 from molora_jax import identity, sharding
+from molora_jax.config_resolve import resolve_template_args
 from molora_jax.data import render
 from molora_jax.decode import generate as decoding
 from molora_jax.errors import InputError
@@ -30,7 +31,7 @@ from molora_jax.evaluate.gates import by_layer
 from molora_jax.io.base import load_base
 from molora_jax.io.base_facts import base_facts, pinned
 from molora_jax.io.checkpoints import Checkpoints, read_manifest
-from molora_jax.io.templates import parse_args
+from molora_jax.io.templates import characters
 from molora_jax.models.compile import compile_model
 
 LOG = logging.getLogger("molora_jax.run")
@@ -71,7 +72,7 @@ class Run:
         return [self.tokenizer.decode([i]) for i in self.tokenizer.encode(text)]
 
     def prompt_ids(self, prompt, *, tools=None) -> list[int]:
-        """A prompt in the model's chat template, up to where the answer starts.
+        """A prompt in the model's chat template, up to where the answer starts (under `data.raw`, as it stands).
 
         Args:
           prompt: a user's text, or a conversation: a list of turns `{"role", "content"}`, the one to answer last.
@@ -81,8 +82,15 @@ class Run:
           InputError: an empty prompt, turns that are none, or a template that refuses them.
         """
         data = self.config.data
+        size = characters([prompt, tools])
+        if size > render.LONGEST:
+            raise InputError("prompt", got=f"{size:,} characters", expected=f"at most {render.LONGEST:,}")
+        if data.get("raw", False):  # trained on plain text
+            if not isinstance(prompt, str) or not prompt.strip():
+                raise InputError("prompt", got=repr(prompt)[:80], expected="text: this run has data.raw=True")
+            return self.tokenizer.encode_plain(prompt)
         turns = render.with_system(_turns(prompt), data.system)
-        args = parse_args(data.get("template_args", ""))
+        args = resolve_template_args(data.get("template_args", ""))
         return self.tokenizer.encode_chat(turns, add_generation_prompt=True, tools=tools, **args)
 
     def generate(
@@ -140,6 +148,8 @@ class Run:
         """
         if not isinstance(text, str):
             raise InputError("text", got=repr(text)[:80], expected="text")
+        if len(text) > render.LONGEST:
+            raise InputError("text", got=f"{len(text):,} characters", expected=f"at most {render.LONGEST:,}")
         ids = self.tokenizer.encode(text)
         if not 0 < len(ids) <= self.model.config.context:
             raise InputError("text", got=f"{len(ids)} tokens", expected=f"1 to {self.model.config.context}")
@@ -219,12 +229,14 @@ def load_run(workdir, step="best", *, config=None, warn=LOG.warning) -> Run:
     if lines:
         warn(f"not as {folder} was trained: " + "; ".join(lines))
     config = own if config is None else config
-    checkpoints = Checkpoints(folder / "checkpoints", keep=1, warn=warn)
+    checkpoints = Checkpoints(folder / "checkpoints", keep=1, warn=warn, writer=False)
     step = _find(checkpoints, step, folder)
     manifest = read_manifest(folder / "checkpoints" / str(step))
     recorded = identity.read(folder / "identity.json")
     facts = (recorded or manifest.get("run") or {}).get("base")
     facts = facts if isinstance(facts, dict) else {}
+    if facts and not {"tokenizer", "config"} <= facts.keys():
+        warn(f"{folder} is of an older version: its tokenizer, template and base's config are not compared")
     base = load_base(config.base.source, dtype=config.base.dtype, seed=config.seed)
     trained_on = facts.get("digest") or base.digest
     if trained_on != base.digest:

@@ -43,17 +43,30 @@ def read_config(workdir, step="best", *, warn=None):
     if lines and warn is not None:
         warn(f"{folder / 'config.json'} is not what the step was saved with; the step's values are used: "
              + "; ".join(lines))  # fmt: skip
+    return validated(tree, where=folder / "config.json")
+
+
+def validated(tree: dict, *, where, need_base: bool = True):
+    """The ConfigDict of a run's config; `need_base=False` accepts a base that is not there.
+
+    Raises:
+      InputError: an unknown field, a wrong value.
+    """
     try:
         config = config_lib.from_dict(tree)
-        config_lib.validate(without_inputs(config))
+        checked = without_inputs(config)
+        if not need_base:
+            checked.base.source = "random:tiny"
+        config_lib.validate(checked)
     except InputError as error:
-        if error.got == "an unknown field":
-            error.add_note(f"{folder / 'config.json'} is of another version of molora_jax, or was changed.")
-        raise
-    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:  # ConfigDict's
+        if error.got != "an unknown field":
+            raise
         raise InputError(
-            str(folder / "config.json"), got=f"{type(error).__name__}: {error}", expected="a config", fix=FIX
-        ) from None
+            error.where, got=error.got, expected=error.expected,
+            fix=f"{where} is of a newer version of molora_jax, or was changed: update, or undo that. {error.fix}",
+        ) from None  # fmt: skip
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:  # ConfigDict's
+        raise InputError(str(where), got=f"{type(error).__name__}: {error}", expected="a config", fix=FIX) from None
     return config
 
 
@@ -70,7 +83,7 @@ def manifest_of(folder, step="best") -> dict | None:
 def believed(config: dict, manifest: dict | None) -> tuple[dict, list[str]]:
     """`(config, lines)`: a run's config with the identity fields of a step's manifest, and where these differ.
 
-    Paths (`base.source`, `data.tasks`) and what may change between two starts stay as they are in `config`.
+    Paths (`base.source`, `data.tasks`, `data.valid`) and what may change between two starts stay as in `config`.
     """
     saved = (manifest or {}).get("config")
     if not isinstance(saved, dict) or not all(isinstance(saved.get(n), dict) for n in ("train", "method", "base")):
@@ -82,7 +95,7 @@ def believed(config: dict, manifest: dict | None) -> tuple[dict, list[str]]:
             out[section] = saved[section]
     for section, (source, _) in identity.CONTENT.items():
         if isinstance(out.get(section), dict) and isinstance(saved.get(section), dict):
-            kept = {source: out[section][source]} if source in out[section] else {}
+            kept = {name: out[section][name] for name in (source, "valid") if name in out[section]}
             out[section] = {**out[section], **saved[section], **kept}
     names = [*identity.TRAIN_FIELDS, *(["steps"] if saved["optim"].get("decay") != "constant" else [])]
     if isinstance(out.get("train"), dict):

@@ -76,7 +76,7 @@ def _of_config(folder, manifest) -> list[str]:
         return [f"{path} is missing"] if manifest is not None else []
     try:
         config, _ = config_defaults.completed(saved.read_object(path))
-        saved.read_config(folder, "latest")
+        saved.validated(config, where=path, need_base=False)
     except InputError as error:
         return [str(error)]
     _, lines = saved.believed(config, manifest)

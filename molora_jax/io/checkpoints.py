@@ -67,13 +67,14 @@ class Checkpoints:
       directory: made at the first save.
       keep: how many of the newest valid steps stay, beside the best one; at least 1.
       warn: called with a line of text for each failed save and each step that is skipped; a log record by default.
+      writer: False only reads: a step that another process is just now replacing is left alone.
     """
 
-    def __init__(self, directory, *, keep: int, warn=LOG.warning):
+    def __init__(self, directory, *, keep: int, warn=LOG.warning, writer: bool = True):
         if keep < 1:
             raise InputError("train.keep", got=f"{keep}", expected="at least 1")
         self.directory = pathlib.Path(directory).absolute()
-        self.keep, self.warn = keep, warn
+        self.keep, self.warn, self.writer = keep, warn, writer
         self.failures: list[Failure] = []
         self._verified: set[int] = set()  # steps found valid by this object
         self._reported = 0
@@ -216,9 +217,9 @@ class Checkpoints:
         return self.directory / f"saving-{step}"
 
     def _failed(self, step, stage, error):
-        self._last_failed |= stage == "save"
         text, number = _first_cause(error)
         self.failures.append(Failure(int(step), stage, text, number in disk.PASSING))
+        self._last_failed |= stage == "save"  # after the reason is there: the loop looks from another thread
         try:
             self._sweep()
         except OSError as more:
@@ -259,7 +260,7 @@ class Checkpoints:
         Raises InputError if there are steps and none of them is valid: a run never starts over silently.
         """
         self.wait()
-        if jax.process_index() == 0 and self.directory.is_dir():
+        if jax.process_index() == 0 and self.writer and self.directory.is_dir():
             self._recover()
         skipped, found = [], None
         for step in reversed(self.steps()):

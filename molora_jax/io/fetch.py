@@ -78,18 +78,23 @@ def remembered_sha256(path: pathlib.Path) -> str:
     note = cache_dir() / "digests" / hashlib.sha256(str(path).encode()).hexdigest()
     try:
         saved = json.loads(note.read_text(encoding="utf-8"))
-        if saved["stamp"] == stamp and len(saved["sha256"]) == 64:
+        if saved == _remembered(stamp, saved["sha256"]):
             return saved["sha256"]
-    except (OSError, ValueError, KeyError, TypeError):
-        pass
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        pass  # none, or damaged: hash again
     digest = file_sha256(path)
     with contextlib.suppress(OSError):  # a cache that others own: hash again next time
         note.parent.mkdir(exist_ok=True)
         sweep(note.parent)
         part = temporary(note.parent)
-        part.write_text(json.dumps({"stamp": stamp, "sha256": digest}), encoding="utf-8")
+        part.write_text(json.dumps(_remembered(stamp, digest)), encoding="utf-8")
         os.replace(part, note)
     return digest
+
+
+def _remembered(stamp, digest) -> dict:
+    """What is noted of a file, with a digest of the note itself."""
+    return {"stamp": stamp, "sha256": digest, "note": hashlib.sha256(f"{stamp} {digest}".encode()).hexdigest()}
 
 
 def temporary(folder: pathlib.Path) -> pathlib.Path:
@@ -107,7 +112,11 @@ def sweep(folder: pathlib.Path) -> None:
 
 
 def _host() -> str:
-    return hashlib.sha256(socket.gethostname().encode()).hexdigest()[:12]
+    """Names where process numbers mean the same: containers may share a host name, but not a name space."""
+    space = ""
+    with contextlib.suppress(OSError):
+        space = str(os.stat("/proc/self/ns/pid").st_ino)
+    return hashlib.sha256(f"{socket.gethostname()} {space}".encode()).hexdigest()[:12]
 
 
 def _abandoned(name) -> bool:

@@ -165,16 +165,19 @@ def _llama3_scaling(gguf, config):
     stored = gguf.tensor("rope_freqs.weight").reshape(-1)
     low, high, context = 1.0, 4.0, 8192
     half = config["head_dim"] // 2
+    unknown = InputError(
+        f"{gguf.path}: rope_freqs.weight", got="an unknown rope scaling", expected="Llama 3.1's, or none",
+        fix="Load this model as hf:ORG/NAME or dir:PATH.",
+    )  # fmt: skip
+    if stored.shape != (half,):
+        raise unknown
     inverse = config["rope_theta"] ** (-np.arange(half) / half)
     factor = float(stored.max())
     wavelength = 2 * np.pi / inverse
     smooth = np.clip((context / wavelength - low) / (high - low), 0.0, 1.0)
     divisor = 1.0 / (smooth + (1.0 - smooth) / factor)
-    if stored.shape != (half,) or not np.allclose(stored, divisor, rtol=1e-3):
-        raise InputError(
-            f"{gguf.path}: rope_freqs.weight", got="an unknown rope scaling", expected="Llama 3.1's, or none",
-            fix="Load this model as hf:ORG/NAME or dir:PATH.",
-        )  # fmt: skip
+    if not np.allclose(stored, divisor, rtol=1e-3):
+        raise unknown
     return {
         "rope_type": "llama3", "factor": factor, "low_freq_factor": low, "high_freq_factor": high,
         "original_max_position_embeddings": context,

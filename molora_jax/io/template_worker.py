@@ -160,9 +160,12 @@ def attempt(template: str, day: str | None, variables: dict) -> dict:
         return {"error": type(error).__name__}
 
 
-def encode(value) -> bytes:
-    """A frame. Half surrogate pairs pass, as ASCII."""
-    raw = json.dumps(value).encode()
+def dumps(value) -> bytes:
+    """JSON. Half surrogate pairs pass, as ASCII."""
+    return json.dumps(value).encode()
+
+
+def frame(raw: bytes) -> bytes:
     return len(raw).to_bytes(8, "little") + raw
 
 
@@ -189,10 +192,10 @@ def _serve(source, sink):
             alarm(SECONDS + 2)
             answer = attempt(request["template"], request["day"], variables)
             try:
-                frame = encode(answer)
+                raw = dumps(answer)
             except MemoryError:
-                frame = encode({"error": "MemoryError: "})
-            sink.write(frame)
+                raw = dumps({"error": "MemoryError: "})
+            sink.write(frame(raw))
             now = time.monotonic()
             if now - sent > 0.02 or request["careful"]:
                 sink.flush()
@@ -206,7 +209,7 @@ if __name__ == "__main__":
     out = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # nothing else writes between the frames
     with contextlib.suppress(BrokenPipeError):
-        out.write(encode("ready"))
+        out.write(frame(dumps("ready")))
         out.flush()
         _serve(sys.stdin.buffer, out)
     os._exit(0)

@@ -30,42 +30,8 @@ PLAIN = (
     "{% if add_generation_prompt %}assistant:{% endif %}"
 )
 BATCH = 256  # conversations a message
-BATCH_CHARACTERS = 4_000_000  # of a message, so that it fits the child's memory
+BATCH_BYTES = 4_000_000  # of a message, so that it fits the child's memory
 START = 60  # seconds that the child may take to start: imports from a slow disk
-RESERVED = ("messages", "tools", "documents", "add_generation_prompt")
-
-
-def parse_args(text: str, *, field: str = "data.template_args") -> dict:
-    """`"enable_thinking=false,x=3"` as `{"enable_thinking": False, "x": 3}`: names for the template, JSON values.
-
-    A comma inside a JSON list, object or string belongs to it.
-
-    Raises:
-      InputError: no such list.
-    """
-    args, at, decoder = {}, 0, json.JSONDecoder(parse_constant=lambda name: _no_number(field, name))
-    example = 'name=value pairs with commas between, values as in JSON: enable_thinking=false,style="short"'
-    while text[at:].strip():
-        name, equals, rest = text[at:].partition("=")
-        name = name.strip()
-        if not equals or not name.isidentifier() or name in RESERVED or name in args:
-            why = "twice" if name in args else "which we set" if name in RESERVED else ""
-            raise InputError(field, got=f"{(name if equals else text[at:])!r:.80} {why}".strip(), expected=example)
-        start = len(text) - len(rest.lstrip())
-        try:
-            args[name], at = decoder.raw_decode(text, start)
-        except (ValueError, RecursionError):
-            got = f"{name}={text[start:].partition(',')[0]!r:.80}, which is no JSON value"
-            raise InputError(field, got=got, expected=example, fix='Text needs double quotes: name="text".') from None
-        left = text[at:].lstrip()
-        if left and not left.startswith(","):
-            raise InputError(field, got=f"{left!r:.80} behind the value of {name}", expected=example)
-        at = len(text) - len(left) + 1 if left else len(text)
-    return args
-
-
-def _no_number(field, name):
-    raise InputError(field, got=name, expected="a finite number")
 
 
 def render(template: str | None, conversations: list[dict], *, day: str | None = None) -> list[dict]:
@@ -92,12 +58,14 @@ class Worker:
 
     def render(self, template, day, conversations) -> list[dict]:
         answers, careful = [], False
+        packed = [template_worker.dumps(conversation) for conversation in conversations]
         with self._lock:
             while len(answers) < len(conversations):
-                batch = _batch(conversations[len(answers) :])
-                request = {"template": template, "day": day, "conversations": batch, "careful": careful}
+                batch = _batch(packed, len(answers))
+                head = template_worker.dumps({"template": template, "day": day, "careful": careful})
+                request = head[:-1] + b', "conversations": [' + b", ".join(batch) + b"]}"
                 try:
-                    got, why = self._exchange(request, len(batch))
+                    got, why = self._exchange(template_worker.frame(request), len(batch))
                 except BaseException:  # Ctrl-C, say: what the child still answers would be taken for the next's
                     self.close()
                     raise
@@ -141,7 +109,7 @@ class Worker:
         for pipe in (self._process.stdin, self._process.stdout):
             os.set_blocking(pipe.fileno(), False)
 
-    def _exchange(self, request: dict, count) -> tuple[list[dict], str]:
+    def _exchange(self, request: bytes, count) -> tuple[list[dict], str]:
         """Answers to the first conversations, and why the next one has none ("" if all have)."""
         if self._process is None:
             self._start()
@@ -149,7 +117,7 @@ class Worker:
             if not ready:
                 self.close()
                 raise _no_process(why)
-        return self._talk(template_worker.encode(request), count, seconds=self.seconds)
+        return self._talk(request, count, seconds=self.seconds)
 
     def _talk(self, request: bytes, count, *, seconds) -> tuple[list, str]:
         out, source = self._process.stdin.fileno(), self._process.stdout.fileno()
@@ -199,29 +167,23 @@ def _no_process(why) -> InputError:
     )  # fmt: skip
 
 
-def _batch(conversations) -> list[dict]:
-    """The first ones: at least one, no more than a message holds."""
+def _batch(packed: list[bytes], first: int) -> list[bytes]:
+    """Those from `first` on: at least one, no more than a message holds."""
     size = 0
-    for count, conversation in enumerate(conversations[:BATCH]):
-        size += characters(conversation)
-        if count and size > BATCH_CHARACTERS:
-            return conversations[:count]
-    return conversations[:BATCH]
+    for last in range(first, min(len(packed), first + BATCH)):
+        size += len(packed[last])
+        if last > first and size > BATCH_BYTES:
+            return packed[first:last]
+    return packed[first : first + BATCH]
 
 
 def characters(value) -> int:
     """Of all text inside a JSON value: what a row weighs."""
-    total, queue = 0, [value]
-    while queue:
-        value = queue.pop()
-        if isinstance(value, str):
-            total += len(value)
-        elif isinstance(value, dict):
-            queue += value.keys()
-            queue += value.values()
-        elif isinstance(value, (list, tuple)):
-            queue += value
-    return total
+    if isinstance(value, str):
+        return len(value)
+    if isinstance(value, dict):
+        return sum(map(characters, value.keys())) + sum(map(characters, value.values()))
+    return sum(map(characters, value)) if isinstance(value, (list, tuple)) else 0
 
 
 def _frames(received: bytearray):

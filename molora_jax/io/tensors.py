@@ -50,7 +50,7 @@ def read(path: str | pathlib.Path) -> dict:
             buffer = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
     except (OSError, ValueError) as error:  # ValueError: a name that no file can have
         got = getattr(error, "strerror", None) or str(error)
-        raise InputError(shown(path), got=got, expected="a readable safetensors file") from None
+        raise InputError(shown(path, 1000), got=got, expected="a readable safetensors file") from None
     length = int.from_bytes(buffer[:8], "little")
     if length > min(_MAX_HEADER, size - 8):
         fail(f"a header of {length} bytes in a file of {size}", "a header that fits (is it a safetensors file?)")

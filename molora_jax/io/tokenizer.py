@@ -15,6 +15,7 @@ import functools
 import hashlib
 import json
 import pathlib
+import re
 
 import tokenizers
 
@@ -22,6 +23,7 @@ from molora_jax.errors import InputError
 from molora_jax.io import templates
 from molora_jax.io.templates import CHATML
 
+LARGEST_ID = 1 << 24
 NAMED = ("bos", "eos", "pad", "unk", "sep", "cls", "mask")  # `NAME_token` of tokenizer_config.json
 
 
@@ -155,10 +157,12 @@ class Tokenizer:
         conversations = [{**self.specials, **conversation} for conversation in conversations]
         if self.tool_template is None:
             return templates.render(self.template, conversations, day=self.day)
-        results = []
-        for conversation in conversations:
-            template = self.tool_template if conversation.get("tools") else self.template
-            results += templates.render(template, [conversation], day=self.day)
+        results = [{}] * len(conversations)
+        for template, with_tools in ((self.template, False), (self.tool_template, True)):
+            chosen = [i for i, one in enumerate(conversations) if bool(one.get("tools")) == with_tools]
+            rendered = templates.render(template, [conversations[i] for i in chosen], day=self.day)
+            for i, result in zip(chosen, rendered, strict=True):
+                results[i] = result
         return results
 
     def chat(self, messages: list[dict], *, add_generation_prompt: bool, tools=None, documents=None, **args) -> str:
@@ -225,14 +229,7 @@ def from_folder(folder: str | pathlib.Path) -> Tokenizer:
     """
     folder = pathlib.Path(folder)
     path = folder / "tokenizer.json"
-    fix = "Save the model with a fast tokenizer, so that tokenizer.json is written."
-    try:
-        with guarded(str(path), "a tokenizer of the `tokenizers` package", fix):
-            inner = tokenizers.Tokenizer.from_file(str(path))
-            inner.no_padding()
-            inner.no_truncation()
-    except TypeError as error:
-        raise InputError(str(path), got=str(error)[:200], expected="a tokenizer", fix=fix) from None
+    inner = _read_inner(path)
     config = {**_optional(folder / "special_tokens_map.json"), **_optional(folder / "tokenizer_config.json")}
     where = folder / "tokenizer_config.json"
 
@@ -258,6 +255,36 @@ def from_folder(folder: str | pathlib.Path) -> Tokenizer:
         specials={name: token for name, token in tokens.items() if token is not None},
         template=template, tool_template=tool_template, where=str(folder),
     )  # fmt: skip
+
+
+def _read_inner(path: pathlib.Path):
+    """`tokenizer.json`. Raises InputError where it is none, or one that would end this process."""
+    fix = "Save the model with a fast tokenizer, so that tokenizer.json is written."
+    expected = "a tokenizer of the `tokenizers` package"
+    try:
+        raw = path.read_bytes()
+    except OSError as error:
+        raise InputError(str(path), got=error.strerror or str(error), expected=expected, fix=fix) from None
+    # the package cuts this prefix off the second part of each merge without looking, and aborts inside a character
+    if re.search(rb'"continuing_subword_prefix"\s*:\s*"[^"]', raw):
+        model = read_json(path).get("model")
+        model = model if isinstance(model, dict) else {}
+        merges, prefix = model.get("merges") or [], str(model.get("continuing_subword_prefix"))
+        for merge in merges if isinstance(merges, list) else []:
+            parts = merge.split(" ") if isinstance(merge, str) else merge
+            if not isinstance(parts, list) or len(parts) != 2 or not str(parts[1]).startswith(prefix):
+                raise InputError(str(path), got=f"the merge {merge!r:.60}", expected=f"{prefix!r} in its second part")
+    try:
+        with guarded(str(path), expected, fix):
+            inner = tokenizers.Tokenizer.from_str(raw.decode("utf-8"))
+            inner.no_padding()
+            inner.no_truncation()
+            largest = max(inner.get_vocab(with_added_tokens=True).values(), default=0)
+    except TypeError as error:
+        raise InputError(str(path), got=str(error)[:200], expected=expected, fix=fix) from None
+    if largest > LARGEST_ID:  # the package goes through all numbers below it
+        raise InputError(f"{path}: vocabulary", got=f"the id {largest}", expected=f"ids up to {LARGEST_ID}")
+    return inner
 
 
 def _ids(where: str, values: dict, role: str) -> list[int]:

@@ -37,7 +37,7 @@ def newest(run: str, *, where: str) -> tuple[pathlib.Path, int, dict]:
       InputError: no such run, or none of its steps is valid.
     """
     folder = pathlib.Path(run).expanduser() / "checkpoints"
-    step = Checkpoints(folder, keep=1).newest_valid()
+    step = Checkpoints(folder, keep=1, writer=False).newest_valid()
     if step is None:
         raise InputError(
             where, got=f"{run}, without a checkpoint", expected="the workdir of a run", fix="Check the path."
@@ -70,7 +70,7 @@ def load(run: str, items=ITEMS, *, where: str = "train.init_from") -> dict:
     """
     folder, step, manifest = newest(run, where=where)
     template = {item: unflatten_dict(_stubs(manifest, item, where), sep="/") for item in items}
-    found = Checkpoints(folder, keep=1).restore(step, template)
+    found = Checkpoints(folder, keep=1, writer=False).restore(step, template)
     for item, tree in found.items():
         for path, leaf in flatten_dict(tree, sep="/").items():
             if not np.isfinite(np.asarray(leaf, np.float64 if leaf.dtype.itemsize > 4 else np.float32)).all():

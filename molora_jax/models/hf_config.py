@@ -106,7 +106,7 @@ def _window(config, family, number, where) -> int | None:
     known = ("full_attention", "sliding_attention")
     if kinds is not None and (not isinstance(kinds, list) or any(kind not in known for kind in kinds)):
         raise InputError(f"{where}: layer_types", got=hf_fields.shown(kinds), expected=f"a list of {', '.join(known)}")
-    gated = family in ("qwen2", "qwen3") or "use_sliding_window" in config
+    gated = family in ("qwen2", "qwen3") or (family == "llama" and "use_sliding_window" in config)
     if gated and not _flag(config, "use_sliding_window", where):
         if kinds and "sliding_attention" in kinds:
             raise InputError(f"{where}: layer_types", got="sliding_attention", expected="full_attention, for "

@@ -77,7 +77,8 @@ def check(config: dict, *, where: str, head_dim: int) -> list[str]:
     """
     unknown = []
     for name, value in config.items():
-        if name in READ or name in HARMLESS or is_off(value):
+        on = any(off is True for off in MATTER.get(name, ()))  # fields whose usual value is true
+        if name in READ or name in HARMLESS or (is_off(value) and not (on and value is False)):
             continue
         if name == "auto_map":
             _custom_code(value, where)

@@ -28,54 +28,16 @@ from concurrent.futures import ThreadPoolExecutor
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import NamedSharding, SingleDeviceSharding
 from jax.sharding import PartitionSpec as P
+from jax.sharding import SingleDeviceSharding
 
-from molora_jax import sharding
 from molora_jax.config_fields import MICRO_SHARDS
 from molora_jax.engines import ALONE
 from molora_jax.sharding import ROWS
 from molora_jax.train import trees
+from molora_jax.train.devices import Devices
 from molora_jax.train.objective import lm, token_nll
 from molora_jax.train.step import loss_sums, make_update, micro_batches, part
-
-
-class Devices:
-    """A mesh as N devices that each run programs of their own; this process has some of them."""
-
-    def __init__(self, mesh):
-        self.mesh, self.count = mesh, mesh.size
-        self.own = [(n, d) for n, d in enumerate(mesh.devices.flat) if d.process_index == jax.process_index()]
-        self.each, self.all = NamedSharding(mesh, P(ROWS)), sharding.replicated(mesh)
-
-    def parts(self, tree) -> list:
-        """What each device of this process has of the arrays: its copy, or its rows."""
-        leaves, form = jax.tree.flatten(tree)
-        leaves = [[shard.data for shard in x.addressable_shards] for x in leaves]
-        return [form.unflatten([x[i] for x in leaves]) for i in range(len(self.own))]
-
-    def same(self, trees_):
-        """The reverse of `parts`: every device made the same arrays."""
-        join = jax.make_array_from_single_device_arrays
-        return jax.tree.map(lambda *x: join(x[0].shape, self.all, list(x)), *trees_)
-
-    def side_by_side(self, trees_):
-        """`[1, ...]` of every device -> `[N, ...]`."""
-        join = jax.make_array_from_single_device_arrays
-        return jax.tree.map(lambda *x: join((self.count, *x[0].shape[1:]), self.each, list(x)), *trees_)
-
-    def once(self, function):
-        """`function` of arrays that all devices hold, computed by one device of each process and copied to its others.
-
-        Everything that makes arrays of the run's state outside the step goes through this: its program is one device's.
-        """
-        first = self.own[0][1]
-
-        def run(*arguments):
-            out = jax.jit(function)(*self.parts(arguments)[0])
-            return self.same([jax.device_put(out, device) for _, device in self.own])
-
-        return run
 
 
 class ExactStep:
@@ -145,7 +107,8 @@ class ExactStep:
             self._base = params, on.parts(params)
         batch = on.parts(run["spread"](batch))
         state = on.parts(state)
-        given = [(s.adapters, s.router_state, s.step, p, b) for s, p, b in zip(state, self._base[1], batch, strict=True)]
+        each = zip(state, self._base[1], batch, strict=True)
+        given = [(s.adapters, s.router_state, s.step, base, rows) for s, base, rows in each]
 
         def turn(name, which, *more):
             parts = zip(run[name], given, which, *more, strict=True)
@@ -190,7 +153,7 @@ class ExactStep:
         local = lambda total, own: jax.tree.map(one, total, own)  # noqa: E731
         return jax.shard_map(local, mesh=self.on.mesh, in_specs=(P(ROWS), P(ROWS)), out_specs=P(ROWS), check_vma=False)
 
-    # ---- programs of one device ---------------------------------------------------------------------------------------
+    # ---- programs of one device --------------------------------------------------------------------------------------
 
     def _forward(self, adapters, router_state, step, params, batch, which):
         """Micro-shard `which % 8` of micro-step `which // 8`: `(rows, hidden, sums)`."""
@@ -208,7 +171,7 @@ class ExactStep:
         return _leading({name: loss_sums(stats, name) for name in self.losses})
 
     def slopes(self, stacked):
-        """From the sums `[A, 8, ...]`: each loss's value (of the batch, or the mean of the micro-steps'), its slopes."""
+        """From the sums `[A, 8, ...]`: each loss's value (of the batch, or the mean over micro-steps), its slopes."""
         values, slopes = {}, {}
         for name, loss in self.model.losses:
 

@@ -20,6 +20,7 @@ from molora_jax import config as config_lib
 from molora_jax import runtime, sharding
 from molora_jax.config_fields import MICRO_SHARDS
 from molora_jax.errors import InputError
+from molora_jax.evaluate import saved as saved_lib
 from molora_jax.evaluate.nll import example_nll
 from molora_jax.evaluate.plots import plot_loss
 from molora_jax.io import disk, expert_runs, warm_start
@@ -30,7 +31,8 @@ from molora_jax.models.compile import compile_losses
 from molora_jax.optim import OPTIMIZERS
 from molora_jax.train import stages as stages_lib
 from molora_jax.train import summary, trees
-from molora_jax.train.exact import Devices, ExactNLL, ExactStep
+from molora_jax.train.devices import Devices
+from molora_jax.train.exact import ExactNLL, ExactStep
 from molora_jax.train.setup import setup
 from molora_jax.train.signals import StopRequest
 from molora_jax.train.step import TrainState, fresh, make_step
@@ -109,8 +111,8 @@ class Run:
 
     def __init__(self, config, workdir: Workdir, *, note):
         self.workdir, self.note = workdir, note
-        day = (workdir.recorded() or {}).get("base", {})
-        made = setup(config, day=day.get("day") if isinstance(day, dict) else None)
+        known = (workdir.recorded(saved_lib.manifest_of(workdir, "latest")) or {}).get("base")
+        made = setup(config, day=known.get("day") if isinstance(known, dict) else None)
         config = self.config = made.config  # with its steps
         runtime.together("set up")
         self.mesh, self.base, self.data, self.model, self.params = (
@@ -121,7 +123,6 @@ class Run:
             made.params,
         )
         self.table = self.data.report()
-        note(str(self.table))
         if made.engines:
             note(made.engines)
         if config.train.eval_every and not self.data.heldout("valid", config.eval.num_items):
@@ -136,7 +137,10 @@ class Run:
         self.identity = workdir.check_identity(plain, made.identity, manifest=manifest, note=note)
         workdir.write_config(plain)
         if workdir.writer:
-            write_atomically(workdir.path / "data.json", json.dumps(self.table, indent=1) + "\n")
+            try:
+                write_atomically(workdir.path / "data.json", json.dumps(self.table, indent=1) + "\n")
+            except OSError as error:  # a report: the run needs it for nothing
+                note(f"data.json is not written ({error.strerror or error})")
         self.constrain = sharding.constrain(self.mesh)
         self.exact = config.train.get("exact", False)  # not in runs of older versions
         self.stages = stages_lib.stages(config)
@@ -198,23 +202,23 @@ class Run:
             "run": self.workdir.identity,
             "stage": stages_lib.stage_at(self.stages, step).name,
         }
-        self.checkpoints.wait()
         self.settle()
         self.workdir.check_there()  # a save would make the folder anew
         self.checkpoints.save(step, items, meta=meta, best=best)
         self._best_pending = self.best if best else None
 
     def settle(self):
-        """After a save is over: a best step that the disk refused is not the one to beat."""
-        if self._best_pending is not None:
+        """Waits for the save of a best step: one that the disk refused is not the one to beat."""
+        if self._best_pending is not None and jax.process_count() == 1:  # several would not agree on what failed
+            self.checkpoints.wait()
             if self.checkpoints.last_save_failed:
                 self.best = self.best_saved
             else:
                 self.best_saved = self._best_pending
             self._best_pending = None
 
-    def save_patiently(self, state: TrainState, step: int, *, best=False):
-        """A save that waits for the disk.
+    def save_patiently(self, state: TrainState, step: int, *, best: float | None = None):
+        """A save that waits for the disk; `best` is the held-out NLL of a best step.
 
         Raises:
           InputError: it could not be written, and waiting does not help (any more).
@@ -223,10 +227,13 @@ class Run:
         self.checkpoints.silent = True  # the first failure is told, then how it ended
         try:
             for wait in (*disk.WAITS, None):
-                self.save(state, step, best=best)
+                self.settle()
+                self.best = self.best if best is None else best
+                self.save(state, step, best=best is not None)
                 self.checkpoints.wait()
                 if not self.checkpoints.last_save_failed:
                     break
+                self.workdir.check_there()
                 if wait is None or not self.checkpoints.failures[-1].passing:
                     raise _not_saved(step, self.checkpoints.failures)
                 time.sleep(wait)
@@ -287,6 +294,7 @@ def train(config, workdir: str, *, profile: bool = False, note=None) -> Result:
         start = int(state.step)
         note(summary.rules_table(run.model, state.adapters, run.compiled(stages_lib.stage_at(run.stages, start)).frozen,
                                  summary.count(run.params)))  # fmt: skip
+        note(str(run.table))
         with run.checkpoints:
             if start == 0 and not run.checkpoints.steps():
                 run.save(state, 0)  # before the first compile, so that a kill inside it loses nothing
@@ -343,7 +351,7 @@ def _loop(run, state, start, last, stop, progress, note, profile, writer) -> Res
         if skipped >= MAX_SKIPPED:
             raise _not_finite(skipped, number)
 
-    batches, stage, announced, best = None, None, None, False
+    batches, stage, announced, best, valid = None, None, None, False, None
     try:
         while step < last and not _stopping(stop, step):
             run.workdir.check_there()
@@ -374,6 +382,7 @@ def _loop(run, state, start, last, stop, progress, note, profile, writer) -> Res
             best = False
             if config.eval_every and step % config.eval_every == 0:
                 valid = run.valid_nll(compiled.model, state)
+                run.settle()
                 best, run.best = valid < run.best, min(valid, run.best)
                 pending[2]["valid_nll"] = valid
                 note(f"step {step}: valid NLL {valid:.4f}{' (best)' if best else ''}")
@@ -384,6 +393,7 @@ def _loop(run, state, start, last, stop, progress, note, profile, writer) -> Res
                 saved, again = step, math.inf
             elif run.checkpoints.last_save_failed:
                 run.checkpoints.check()
+                run.workdir.check_there()
                 if not run.checkpoints.steps():  # known within the first compile: nothing would be left of this run
                     if jax.process_count() > 1 or not run.checkpoints.failures[-1].passing:
                         raise _not_saved(0, run.checkpoints.failures)
@@ -398,7 +408,7 @@ def _loop(run, state, start, last, stop, progress, note, profile, writer) -> Res
         pending = None
         run.checkpoints.wait()
         if jax.process_count() == 1 and (step > saved or run.checkpoints.last_save_failed):
-            run.save_patiently(state, step, best=best and saved == step)
+            run.save_patiently(state, step, best=valid if best and saved == step else None)
         elif step > saved:
             run.save(state, step)
     finally:
@@ -411,7 +421,7 @@ def _loop(run, state, start, last, stop, progress, note, profile, writer) -> Res
         if metrics is not None:
             metrics.close()
     run.workdir.check_there()
-    if run.checkpoints.last_save_failed or step not in run.checkpoints.steps():
+    if run.checkpoints.last_save_failed or (writer and step not in run.checkpoints.steps()):
         raise _not_saved(step, failures)
     result = Result(step, loss, time.monotonic() - began, tokens, peak_bytes(), stop.signal)
     if writer:

@@ -1,6 +1,7 @@
 """The cache of tokenised tasks: used, rebuilt when damaged, never needed, never a pickle."""
 
 import os
+import stat
 
 import numpy as np
 import pytest
@@ -96,3 +97,47 @@ def test_a_failed_write_leaves_nothing(make, own_cache, monkeypatch):
     monkeypatch.setattr(os, "replace", full)
     make()
     assert not [path for path in own_cache.rglob("*") if path.is_file()]
+
+
+def test_an_entry_in_anothers_place_is_built_again(own_cache, caplog):
+    cache.save("k1", dict(a=np.arange(5)))
+    cache.save("k2", dict(a=np.arange(6)))
+    one, two = (own_cache / "data" / f"{key}.npz" for key in ("k1", "k2"))
+    one.write_bytes(two.read_bytes())
+    assert cache.load("k1") is None and "digest does not hold" in caplog.text and len(cache.load("k2")["a"]) == 6
+
+
+@pytest.mark.parametrize("umask, mode", [(0o022, 0o644), (0o002, 0o664), (0o077, 0o600)])
+def test_other_users_may_read_what_the_umask_lets_them(own_cache, umask, mode):
+    before = os.umask(umask)
+    try:
+        cache.save("k", dict(a=np.arange(5)))
+    finally:
+        os.umask(before)
+    assert stat.S_IMODE((own_cache / "data" / "k.npz").stat().st_mode) == mode
+
+
+def test_another_users_file_that_cannot_be_read_is_a_miss(make, own_cache, monkeypatch, caplog):
+    """Injected: root reads everything."""
+    first, _ = make()
+
+    def denied(*_, **__):
+        raise PermissionError(13, "Permission denied")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(np, "load", denied)
+        patch.setattr(os, "replace", denied)  # nor replaced
+        again, calls = make()
+    assert calls > 100 and same(first, again)
+    assert "cannot be read (Permission denied)" in caplog.text and "cannot be cached" in caplog.text
+    assert len([p for p in own_cache.rglob("*") if p.is_file()]) == 1
+
+
+def test_what_a_killed_process_left_goes_after_a_day(own_cache):
+    (own_cache / "data").mkdir()
+    for name, age in ((".old.tmp", 2 * cache.STALE_SECONDS), (".new.tmp", 0)):
+        path = own_cache / "data" / name
+        path.write_bytes(b"half")
+        os.utime(path, (path.stat().st_mtime - age,) * 2)
+    cache.save("k", dict(a=np.arange(5)))
+    assert {p.name for p in (own_cache / "data").iterdir()} == {".new.tmp", "k.npz"}

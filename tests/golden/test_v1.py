@@ -13,6 +13,7 @@ import pytest
 
 import molora_jax
 from molora_jax.evaluate.saved import read_config
+from molora_jax.evaluate.verify import verify
 from molora_jax.io import warm_start
 from molora_jax.train.loop import train
 from tests.golden.make_v1 import PROMPTS, config
@@ -46,6 +47,11 @@ def test_it_goes_on_on_another_mesh(golden, name):
     notes = []
     assert train(again, name, note=notes.append).step == 8
     assert "resumed at step 6" in notes
+    lacking = [note for note in notes if "older version" in note]
+    assert len(lacking) == 1 and "base.config, base.tokenizer" in lacking[0]
+    train(again, name, note=notes.append)
+    assert sum("older version" in note for note in notes) == 1, "recorded: said once"
+    assert verify(name)["ok"] and molora_jax.load_run(name).step == 8
     rows = [json.loads(line) for line in pathlib.Path(name, "metrics.jsonl").read_text().splitlines()]
     for row in rows:
         assert row["loss"] == pytest.approx(golden[name]["losses"][str(row["step"])], rel=1e-5)
@@ -53,4 +59,5 @@ def test_it_goes_on_on_another_mesh(golden, name):
 
 def test_its_config_is_read_and_its_adapters_are_a_start(golden):
     assert read_config("random").train.steps == 8
+    assert verify("random")["ok"] and verify("folder")["ok"]
     assert set(warm_start.load_adapters("random")) == {"attn", "ffn"}

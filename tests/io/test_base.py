@@ -12,11 +12,13 @@ import zipfile
 import numpy as np
 import pytest
 
+from molora_jax import sharding
 from molora_jax.errors import InputError
 from molora_jax.io import base as base_module
 from molora_jax.io import fetch, random_init
 from molora_jax.io.base import load_base
 from molora_jax.models import families
+from molora_jax.models.sizes import base_shapes
 from tests.io import tiny_files
 
 
@@ -70,6 +72,24 @@ def test_random_tiny_is_deterministic_and_follows_the_documented_tree():
     assert half.digest == first.digest
     assert half.params["embed"].dtype.name == "bfloat16"
     assert first.tokenizer.vocab_size <= first.config.vocab
+
+
+@pytest.mark.parametrize("name", families.RANDOM)
+def test_random_sources(name):
+    base = load_base(f"random:{name}")
+    assert base.config == families.RANDOM[name] and ("head" in base.params) == (not base.config.tied)
+    assert base.digest == load_base(f"random:{name}", dtype="bfloat16").digest
+    shapes = base_shapes(base.config)
+    found = {path: leaf.shape for path, leaf in leaves(base.params)}
+    assert found == {path: leaf.shape for path, leaf in leaves(shapes)}
+    devices = sharding.make_mesh(dict(data=1, fsdp=2, expert=1, tensor=4))
+    placed = sharding.param_shardings(base.params, devices)  # every path has a pattern, every size divides
+    assert {path for path, _ in leaves(placed)} == found.keys()
+
+
+def test_the_digest_of_random_tiny_is_that_of_format_1():
+    """Runs of older versions find their base again, whatever fields `DecoderConfig` has got since."""
+    assert load_base("random:tiny").digest.startswith("d1161d4df68fea6a")
 
 
 def test_random_params_of_every_switch():

@@ -81,6 +81,7 @@ def test_a_stop_at_every_named_point_leaves_whole_steps(tmp_path, point):
 def test_a_stop_while_a_step_is_replaced(tmp_path):
     save(Checkpoints(tmp_path, keep=1), 5)
     os.rename(tmp_path / "5", tmp_path / "old-5")
+    assert Checkpoints(tmp_path, keep=1, writer=False).newest_valid() is None and (tmp_path / "old-5").exists()
     with Checkpoints(tmp_path, keep=1) as checkpoints:
         assert checkpoints.newest_valid() == 5
         is_whole(checkpoints, 5)

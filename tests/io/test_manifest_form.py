@@ -152,8 +152,11 @@ def test_what_is_written_is_well_formed(step):
         assert malformed(body | {part: wrong})
 
 
-@pytest.mark.parametrize("text", ["{", "[]", "null", '{"step": "1"}', '{"step": true}', '{"step": -1}', '{"step": 9}',
-                                  '{"step": 1e99}', "[" * 100_000, "\ud800".encode("utf-8", "surrogatepass")])  # fmt: skip
+SURROGATE = "\ud800".encode("utf-8", "surrogatepass")
+BEST = ["{", "[]", "null", "[" * 100_000, SURROGATE, *(f'{{"step": {x}}}' for x in ('"1"', "true", "-1", "9", "1e99"))]
+
+
+@pytest.mark.parametrize("text", BEST, ids=range(len(BEST)))
 def test_best_json_is_checked_and_said(step, text):
     path = step.parent / "best.json"
     path.write_bytes(text if isinstance(text, bytes) else text.encode())

@@ -228,24 +228,3 @@ def test_the_child_imports_neither_jax_nor_numpy():
     done = subprocess.run([sys.executable, "-S", "-P", "-c", code], capture_output=True, text=True,
                           env={**os.environ, "PYTHONPATH": paths})  # fmt: skip
     assert done.stdout == "[]\n", done.stderr
-
-
-@pytest.mark.parametrize(
-    ("text", "args"),
-    [
-        ("", {}),
-        ("enable_thinking=false", {"enable_thinking": False}),
-        (' a = [1, "b,c"] , d={"e": null},f="g=h"', {"a": [1, "b,c"], "d": {"e": None}, "f": "g=h"}),
-    ],
-)
-def test_template_args(text, args):
-    assert templates.parse_args(text) == args
-
-
-BAD_ARGS = ["x", "x=", "x=yes", "x=1 2", "x=1,,y=2", "x=1,x=2", "messages=[]", "=1", "a b=1", "x=NaN", "x=[1"]
-
-
-@pytest.mark.parametrize("text", [*BAD_ARGS, "x=" + "[" * 100_000], ids=[*BAD_ARGS, "deep"])
-def test_template_args_that_are_none(text):
-    with pytest.raises(InputError, match="data.template_args"):
-        templates.parse_args(text)
