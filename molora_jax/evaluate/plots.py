@@ -58,7 +58,7 @@ def plot_loss(workdir) -> pathlib.Path:
     """
     workdir = pathlib.Path(workdir)
     path = workdir / "metrics.jsonl"
-    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    lines = path.read_bytes().splitlines() if path.exists() else []
     rows = [row for row in map(_row, lines) if row]
     fig, ax = figure(figsize=(7, 4), layout="constrained")
     for name, label, color in (("loss", "with router losses", BASE), ("lm_loss", "answer tokens", TUNED)):
@@ -79,16 +79,20 @@ def plot_loss(workdir) -> pathlib.Path:
     return save(fig, workdir / "report" / "loss.png")
 
 
-def _row(line: str) -> dict | None:
-    """None for half a line, which a kill leaves behind (the next start of the training cuts it)."""
+def _row(line: bytes) -> dict | None:
+    """None for what is no row: half a line, which a kill leaves behind (the next start of the training cuts it)."""
     try:
-        return json.loads(line)
-    except ValueError:
+        row = json.loads(line)
+        return row if math.isfinite(row["step"]) else None
+    except (ValueError, KeyError, TypeError, RecursionError, OverflowError):
         return None
 
 
 def _finite(value) -> float:
-    value = float(value)  # "NaN" and "Infinity" are text in metrics.jsonl
+    try:
+        value = float(value)  # "NaN" and "Infinity" are text in metrics.jsonl
+    except (ValueError, TypeError, OverflowError):  # a damaged row: a gap, as for what is not finite
+        return math.nan
     return value if math.isfinite(value) else math.nan
 
 

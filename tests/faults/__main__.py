@@ -49,7 +49,7 @@ def main(argv=None) -> int:
         done.append(result)
         if sys.stderr.isatty():
             print(f"\r\x1b[K{len(done)}/{len(rows)}  {line(result)}", file=sys.stderr)
-        elif not args.json:
+        else:
             print(f"{len(done)}/{len(rows)} {result.row.name}: {len(result.failures)} of {result.tries} failed, "
                   f"{result.seconds:.0f} s", file=sys.stderr, flush=True)  # fmt: skip
 

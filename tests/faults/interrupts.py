@@ -101,7 +101,7 @@ def twice(seed, tries):
         first, second = NUMBERS[number % 2], NUMBERS[number // 2 % 2]
         with scratch() as path:
             command = [sys.executable, "-c", TWICE, str(path / "run"), str(int(first)), str(int(second))]
-            done = subprocess.run(command, capture_output=True, text=True, timeout=100, check=False)
+            done = subprocess.run(command, capture_output=True, text=True, timeout=280, check=False)
             saved = Checkpoints(path / "run" / "checkpoints", keep=9).newest_valid()
         if done.returncode != 128 + first or "ending at once" not in done.stderr or saved != 0:
             return f"status {done.returncode}, newest step {saved}: {done.stderr[-300:]}"

@@ -30,7 +30,7 @@ POINTS = (
     "metrics",
     "sweep",
 )
-SECONDS = 90  # for a child to come to its first step
+SECONDS = 240  # for a child to come to its first step
 
 # Says each step that is saved; with a point, kills itself there at the nth time.
 CHILD = """

@@ -138,7 +138,7 @@ def processes(seed, tries):
     return each(seed, tries, one)
 
 
-def together(code, arguments, *, port, seconds=200):
+def together(code, arguments, *, port, seconds=280):
     """`(status, output)` of two processes of one device each."""
     flags = "--xla_force_host_platform_device_count=1 --xla_backend_optimization_level=0"
     children = [
