@@ -41,7 +41,15 @@ def get_config():
             seed=0,
             base=dict(source="pkg:smollm2-135m-instruct", dtype="float32"),
             data=dict(
-                tasks=TASKS,
+                tasks=TASKS,  # task names and files jsonl:PATH, by commas; a comma inside a path is written \\,
+                valid="",  # jsonl:PATH, ...: these rows are evaluated, every row of `tasks` trains; "" splits `tasks`
+                test_share=0.05,  # rows held out by a hash for test, and as many for valid; 0.0 trains on all
+                format="auto",  # of files: messages, prompt_completion, alpaca, sharegpt; "auto" tells by the fields
+                file_tasks=True,  # a file whose rows name several tasks is several; False: one (runs of older versions)
+                fields="",  # names of a file's own: "prompt=question,target=answer"
+                raw=False,  # rows are plain text (`text`, or prompt and target as they stand), without a template
+                template_args="",  # of the chat template, as JSON: "enable_thinking=false"
+                train_on="last",  # assistant turns with a loss: the "last", or "all"
                 seq_len=128,  # tokens a row; examples are packed into rows
                 temperature=3.0,  # p(task) ~ size ** (1 / temperature)
                 system="",  # system turn; "" leaves it to the model's chat template
@@ -63,6 +71,7 @@ def get_config():
             ),
             train=dict(
                 steps=200,
+                epochs=0.0,  # above 0 it sets `steps`: an epoch is as many examples as all tasks have
                 stop_after=0,  # absolute step at which to stop cleanly; the schedule is unchanged
                 batch_size=8,  # rows an optimizer step
                 accumulate=1,  # micro-steps an optimizer step
@@ -73,6 +82,7 @@ def get_config():
                 log_every=10,
                 remat="dots",  # none, dots, full
                 attention="xla",  # or fused: cuDNN's on one NVIDIA GPU in half precision, else the same as xla
+                exact=False,  # the same bits on 1, 2, 4 and 8 devices (docs/parallelism.md says at what cost)
                 init_from="",
             ),
             eval=dict(num_items=32, num_generated=16, max_new_tokens=16, batch_size=16),

@@ -1,7 +1,7 @@
 """Measures a training step (or decoding) of a config, alone or paired against another.
 
 python -m launch.bench --config=configs/mixlora.py [--against=configs/lora.py] [--config.X=V] [--against.X=V]
-    [--batch=4 --seq=128 --dtype=float32 --threads=1 --steps=5] [--no_update] [--generate] [--json]
+    [--batch=4 --seq=128 --dtype=float32 --threads=1 --devices=1 --steps=5] [--no_update] [--generate] [--json]
 
 Real base weights, every sequence full, a loss at every position. Each side is a child process of its own, pinned to
 the asked number of processors; after a warm-up their steps alternate, so a drift of the machine meets both. CPU seconds
@@ -26,6 +26,7 @@ FLAGS = [
     ("--seq", dict(type=int, default=128, help="tokens a row")),
     ("--dtype", dict(choices=("float32", "bfloat16"), default="float32")),
     ("--threads", dict(type=int, default=1, help="processors of each child, on a CPU")),
+    ("--devices", dict(type=int, default=1, help="devices of each child, over mesh.data; on a CPU they are forced")),
     ("--steps", dict(type=int, default=5, help="measured steps of each side")),
     ("--no_update", dict(action="store_true", help="leave the optimizer out")),
     ("--generate", dict(action="store_true", help="measure decoding instead")),
@@ -36,8 +37,9 @@ NEW_TOKENS = 32
 
 def run(argv):
     # both sides stand on the same base unless the second says otherwise
-    base = [a for a in argv if a.startswith("--config.base.")]
-    against = [*base, *(a.replace("--against.", "--config.", 1) for a in argv if a.startswith("--against."))]
+    own = [a.replace("--against.", "--config.", 1) for a in argv if a.startswith("--against.")]
+    said = {a.partition("=")[0] for a in own}
+    against = [*(a for a in argv if a.startswith("--config.base.") and a.partition("=")[0] not in said), *own]
     config, args = flags.parse(__doc__, FLAGS, [a for a in argv if not a.startswith("--against.")])
     check(args)
     sides = {"a": config}
@@ -51,13 +53,18 @@ def run(argv):
 
 def check(args):
     processors = len(os.sched_getaffinity(0))
-    for name in ("batch", "seq", "steps", "threads"):
-        value = getattr(args, name)
+    devices, generate = getattr(args, "devices", 1), getattr(args, "generate", False)  # not flags of launch.profile
+    numbers = {name: getattr(args, name) for name in ("batch", "seq", "steps", "threads")} | {"devices": devices}
+    for name, value in numbers.items():
         if value < 1:
             raise flags.wrong(f"--{name}", value, ">= 1")
     if args.threads > processors:
         raise flags.wrong("--threads", args.threads, f"<= {processors}, the processors that this process may use")
-    if getattr(args, "generate", False) and args.no_update:
+    if args.batch % devices:
+        raise flags.wrong("--batch", args.batch, f"a multiple of --devices={devices}")
+    if devices > 1 and generate:
+        raise flags.wrong("--devices", devices, "1 with --generate", "Drop a flag.")
+    if generate and args.no_update:
         raise flags.wrong("--no_update", "with --generate", "a training step", "Decoding has no update: drop a flag.")
 
 
@@ -144,6 +151,9 @@ class Child:
 
     def __init__(self, config: dict, args: dict):
         environment = {"XLA_PYTHON_CLIENT_PREALLOCATE": "false", **os.environ}  # two sides share an accelerator
+        if args.get("devices", 1) > 1:
+            force = f"--xla_force_host_platform_device_count={args['devices']}"
+            environment["XLA_FLAGS"] = f"{environment.get('XLA_FLAGS', '')} {force}"
         self.process = subprocess.Popen(
             [sys.executable, "-m", "launch.bench_side"], env=environment, text=True,
             stdin=subprocess.PIPE, stdout=subprocess.PIPE,

@@ -59,6 +59,7 @@ def start(tree, args):
     from kernels_pallas.platform import may_accelerate
     from molora_jax import config as config_lib
     from molora_jax import sharding
+    from molora_jax.engines import Engine
     from molora_jax.errors import InputError
     from molora_jax.io.base import load_base
     from molora_jax.models.compile import compile_model
@@ -73,7 +74,11 @@ def start(tree, args):
     base = load_base(config.base.source, dtype=args["dtype"], seed=0)
     config_lib.check_model(config, base.config.layers, base.config.dims)
     model = compile_model(config, base.config, max_segments=1)
-    mesh = sharding.make_mesh(dict(data=1, fsdp=1, expert=1, tensor=1), jax.devices()[:1])
+    devices = args.get("devices", 1)
+    if len(jax.devices()) < devices:
+        raise InputError("--devices", got=str(devices), expected=f"at most {len(jax.devices())} on this machine")
+    mesh = sharding.make_mesh(dict(data=devices, fsdp=1, expert=1, tensor=1), jax.devices()[:devices])
+    model = dataclasses.replace(model, engine=Engine("replicate", mesh))
     params = sharding.put(base.params, sharding.param_shardings(base.params, mesh))
     base = dataclasses.replace(base, params=None)  # the host's copy is not part of a step's memory
     frozen = model.frozen_patterns()
@@ -99,8 +104,10 @@ def training(config, args, model, base, params, mesh, frozen, rng):
     import optax
 
     from molora_jax import sharding
+    from molora_jax.errors import InputError
     from molora_jax.optim import OPTIMIZERS
     from molora_jax.train import trees
+    from molora_jax.train.exact import ExactStep
     from molora_jax.train.step import fresh, make_gradient, make_step
 
     B, S = args["batch"], args["seq"]
@@ -110,16 +117,21 @@ def training(config, args, model, base, params, mesh, frozen, rng):
     optimizer = member.make(config.train.steps, trees.pairs(model, trees.split(shapes, frozen)[0]))
     whole = sharding.replicated(mesh)
     state = jax.jit(lambda p: fresh(model, optimizer, p, frozen, jax.random.key(0)), out_shardings=whole)(params)
-    options = dict(
-        seed=0, frozen=frozen, accumulate=config.train.accumulate, targets_per_row=S,
-        constrain=sharding.constrain(mesh),
-    )  # fmt: skip
+    options = dict(seed=0, frozen=frozen, accumulate=config.train.accumulate, targets_per_row=S)
+    exact = config.train.get("exact", False)
+    options |= {} if exact else {"constrain": sharding.constrain(mesh)}
+    if exact and args["no_update"]:
+        raise InputError("--no_update", got="with train.exact", expected="a whole step", fix="Drop one of them.")
     if args["no_update"]:
         gradient = make_gradient(model, **options)
         norm = jax.jit(lambda *x: optax.tree.norm(gradient(*x)[0]))  # needs every gradient, keeps none
     else:
-        step = make_step(model, optimizer, member.schedule(config.train.steps), clip=config.train.clip, **options)
-        step = jax.jit(step, donate_argnums=0, out_shardings=(whole, whole))
+        made = model, optimizer, member.schedule(config.train.steps)
+        if exact:
+            step = ExactStep(*made, clip=config.train.clip, mesh=mesh, **options)
+        else:
+            step = make_step(*made, clip=config.train.clip, **options)
+            step = jax.jit(step, donate_argnums=0, out_shardings=(whole, whole))
     ids = rng.integers(0, base.config.vocab, (B, S + 1)).astype(np.int32)
     ones = np.ones((B, S), np.int32)
     batch = dict(tokens=ids[:, :-1], targets=ids[:, 1:], loss_weight=ones.astype(np.float32), segment_ids=ones,

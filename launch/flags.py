@@ -20,6 +20,7 @@ import traceback
 from ml_collections import ConfigDict
 
 from molora_jax import config as schema
+from molora_jax.config_checks import check_names, there
 from molora_jax.config_fields import did_you_mean, wrong
 from molora_jax.config_members import members, options
 from molora_jax.errors import InputError
@@ -40,6 +41,9 @@ def parse(description, flags, argv=None, need_config=True, defaults=None):
       need_config: whether `--config` must be given.
       defaults: `defaults(args) -> ConfigDict` gives the config where `--config` is not given (a run's saved one).
 
+    A flag whose `metavar` starts with DIR or FILE is a path: `~` is the home folder in it. A flag given twice is
+    refused; of an override given twice the last counts, with a note (scripts put theirs before what they were asked).
+
     Returns:
       `(config, args)`: the validated config with the overrides applied, None where there is none.
     """
@@ -50,10 +54,17 @@ def parse(description, flags, argv=None, need_config=True, defaults=None):
         parser.add_argument(name, **keywords)
     parser.epilog = "--config.a.b=value changes one field of the config, as in --config.train.steps=20"
     rest, overrides = split(argv)
+    several = [name for name, keywords in flags if keywords.get("action") in ("append", "extend", "count")]
+    _once(rest, several, overrides)
     args, unknown = parser.parse_known_args(rest)
     if unknown:
         flag, known = unknown[0].partition("=")[0], ["--config", *(name for name, _ in flags)]
         raise wrong(flag, "an unknown flag", "one of " + ", ".join(known), did_you_mean(flag, known))
+    for name, keywords in [("--config", dict(metavar="FILE.py")), *flags]:
+        field = keywords.get("dest", name.lstrip("-").replace("-", "_"))
+        value = getattr(args, field)
+        if value is not None and keywords.get("metavar", "").startswith(("DIR", "FILE")):
+            setattr(args, field, home(name, value))
     config = load(args.config) if args.config else defaults(args) if defaults else None
     if config is None and overrides:
         raise wrong(f"--config.{overrides[0][0]}", "an override", "a config to change", "Give --config=FILE.py too.")
@@ -86,11 +97,33 @@ def _interrupted(*_):
     os._exit(130)
 
 
+def home(where, path):
+    """`~` as the home folder: a shell expands it at the start of a word, but not in `--flag=~/run`."""
+    if not path:
+        raise wrong(where, "nothing", "a path", "Give it, or leave the flag out.")
+    expanded = os.path.expanduser(path)
+    if expanded.startswith("~") and not os.path.exists(expanded):
+        raise wrong(where, repr(path), "~/ or ~USER/ of a user of this machine", "Write the folder out.")
+    return expanded
+
+
+def _once(rest, several, overrides):
+    """Refuses a flag that is given twice; says which value of an override counts."""
+    given = [argument.partition("=")[0] for argument in rest if argument.startswith("--")]
+    for name in dict.fromkeys(given):
+        if given.count(name) > 1 and name not in several:
+            raise wrong(name, f"{given.count(name)} times", "it once", "Leave all but one out.")
+    paths = [path for path, _ in overrides]
+    for path, text in dict(overrides).items():
+        if paths.count(path) > 1:
+            print(f"note: --config.{path} is given {paths.count(path)} times; the last counts: {text}", file=sys.stderr)
+
+
 def load(path):
     """The ConfigDict that `get_config()` of a file returns."""
-    file = pathlib.Path(path).expanduser()
-    if not file.is_file():
-        near = [str(f) for f in (file.parent if file.parent.is_dir() else ROOT / "configs").glob("*.py")]
+    file = pathlib.Path(home("--config", path))
+    if not there(file.is_file):
+        near = [str(f) for f in (file.parent if there(file.parent.is_dir) else ROOT / "configs").glob("*.py")]
         fix = did_you_mean(str(file), [f for f in near if not f.endswith("__init__.py")])
         raise wrong("--config", f"{str(path)!r} (no such file, or a folder)", "a Python file with get_config()", fix)
     if str(ROOT) not in sys.path:  # config files inherit from `configs.common`
@@ -111,6 +144,7 @@ def load(path):
         raise _inside(file, error) from None
     if not isinstance(config, (dict, ConfigDict)):
         raise wrong("--config", f"get_config() -> {type(config).__name__}", "a ConfigDict", "Return the config.")
+    check_names(config)
     return config if isinstance(config, ConfigDict) else ConfigDict(config)
 
 

@@ -39,7 +39,7 @@ done
 status=0
 for ((i = 0; i < processes; i++)); do
   code=0
-  wait -n "${children[@]}" || code=$?
+  wait -n "${children[@]}" 2>/dev/null || code=$? # it names those that were waited for before, too
   if ((code != 0 && status == 0)); then
     status=$code
     stop

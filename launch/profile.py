@@ -40,8 +40,11 @@ INSTRUCTION = re.compile(r"^\s*(?:ROOT )?%?([\w.-]+) = .*op_name=\"([^\"]*)\"", 
 
 
 def run(argv):
-    config, args = flags.parse(__doc__, [f for f in FLAGS if f[0] not in ("--against", "--generate", "--json")], argv)
+    own = [flag for flag in FLAGS if flag[0] not in ("--against", "--devices", "--generate", "--json")]
+    config, args = flags.parse(__doc__, own, argv)
     check(args)
+    if config.train.exact:
+        raise flags.wrong("train.exact", True, "false: its step is several programs", "Profile the ordinary step.")
     from molora_jax import runtime
 
     runtime.configure()

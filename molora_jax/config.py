@@ -50,10 +50,11 @@ def check_model(config, num_layers, dims=None):
 
 
 def check_mesh(config, num_devices):
-    """`resolve_mesh` of a config, against its batch."""
-    return resolve_mesh(
-        config["mesh"], num_devices, rows=config["train"]["batch_size"] // config["train"]["accumulate"]
-    )
+    """`resolve_mesh` of a config, against its batch and `train.exact`."""
+    train = config["train"]
+    sizes = resolve_mesh(config["mesh"], num_devices, rows=train["batch_size"] // train["accumulate"])
+    raise_all(list(config_checks.exact_devices(train, sizes)))
+    return sizes
 
 
 def to_dict(config):

@@ -13,6 +13,7 @@ from molora_jax.config_members import members, options
 
 COMMON = pathlib.Path(__file__).parents[1] / "configs" / "common.py"
 MISSING = object()
+ABSENT = {"data": {"file_tasks": False}}  # what a field's absence means where today's default is another
 AXES = dict(adapter="adapters", router="routers", placement="placements")
 
 
@@ -61,7 +62,7 @@ def completed(config: dict) -> tuple[dict, list[str]]:
             config[name] = sections()[name]
         elif fields and isinstance(config[name], dict):
             config[name] = {**config[name]}
-            fill(f"{name}.", config[name], sections()[name])
+            fill(f"{name}.", config[name], sections()[name] | ABSENT.get(name, {}))
     method = config.get("method")
     rules = method.get("rules") if isinstance(method, dict) else None
     if isinstance(rules, dict):

@@ -15,10 +15,11 @@ PROJECTIONS = ("q", "k", "v", "o", "gate", "up", "down")
 ATTENTION, FFN = PROJECTIONS[:4], PROJECTIONS[4:]
 TASKS = ("morph", "translate", "emoji", "factbook", "sentiment", "topic", "dialog", "code", "math")
 BASE_PACKAGES = ("smollm2-135m-instruct",)
-BASE_RANDOM = ("tiny",)
+BASE_RANDOM = ("tiny", "tiny-untied", "tiny-qwen3")
 ENGINES = ("auto", "replicate", "gather", "all_to_all", "ragged_all_to_all")
 ENGINES_PLANNED = ("ring", "fssdp")
 MESH_AXES = ("data", "fsdp", "expert", "tensor")
+MICRO_SHARDS = 8  # of a micro-step with train.exact
 REQUIRED = object()
 
 
@@ -63,6 +64,11 @@ def choice(*names):
     return Field(str, "among " + ", ".join(map(repr, names)), lambda value: value in names)
 
 
+def since(field, default):
+    """A field that configs of older versions lack: without it they mean `default`."""
+    return dataclasses.replace(field, default=default)
+
+
 TEXT = Field(str)
 
 FIELDS = {
@@ -70,8 +76,16 @@ FIELDS = {
     "base": {"source": TEXT, "dtype": choice("float32", "bfloat16")},
     "data": {
         "tasks": TEXT,
+        "valid": since(TEXT, ""),
+        "test_share": since(within(0.0, 0.45), 0.05),
+        "format": since(choice("auto", "messages", "prompt_completion", "alpaca", "sharegpt"), "auto"),
+        "file_tasks": since(Field(bool), True),
+        "fields": since(TEXT, ""),
+        "raw": since(Field(bool), False),
+        "template_args": since(TEXT, ""),
+        "train_on": since(choice("last", "all"), "last"),
         "seq_len": at_least(8),
-        "temperature": above(0),
+        "temperature": Field(float, "> 0, and at least 0.1", lambda value: value >= 0.1),  # size ** (1 / temperature)
         "system": TEXT,
         "overlong": choice("skip", "truncate", "error"),
         "bad_rows": choice("error", "skip"),
@@ -88,6 +102,7 @@ FIELDS = {
     "expert_parallel": {"capacity": at_least(0, float), "rank_space": Field(bool)},
     "train": {
         "steps": at_least(1),
+        "epochs": since(within(0.0, 1e6), 0.0),
         "stop_after": at_least(0),
         "batch_size": between(1, 1_000_000),
         "accumulate": at_least(1),
@@ -98,6 +113,7 @@ FIELDS = {
         "log_every": at_least(1),
         "remat": choice("none", "dots", "full"),
         "attention": choice("xla", "fused"),
+        "exact": Field(bool, default=False),
         "init_from": TEXT,
     },
     "eval": {
@@ -159,6 +175,8 @@ RANGES = {
 
 def nearest(name, known):
     """The known name most like `name`, or ""."""
+    if not isinstance(name, str) or len(name) > 200:
+        return ""
     return next(iter(difflib.get_close_matches(str(name), [str(k) for k in known], n=1, cutoff=0.5)), "")
 
 

@@ -1,13 +1,20 @@
-"""The small languages inside a config: `sites`, `layers`, `experts`, `mesh`, each read into plain values."""
+"""The small languages inside a config: `sites`, `layers`, `experts`, `mesh`, `data.*`, each read into plain values."""
 
 import fnmatch
+import json
 import math
 import re
 
 from molora_jax.config_fields import MESH_AXES, PROJECTIONS, did_you_mean, one_of, wrong
 
 SITES = (*PROJECTIONS, "ffn")
+ROW_FIELDS = (
+    "task", "system", "prompt", "target", "messages", "text", "tools", "history", "instruction", "input", "output",
+    "conversations", "completion", "weight",
+)  # fmt: skip
 LAYERS = re.compile(r"(\d+)(?:-(\d+))?", re.ASCII)
+ROWS = ("data", "fsdp", "expert")  # the axes that split a batch
+RESERVED = ("messages", "tools", "documents", "add_generation_prompt", "bos_token", "eos_token", "pad_token")
 MOST = 100_000  # layers or experts: more is a typing mistake, and would only fill memory
 
 
@@ -85,21 +92,84 @@ def resolve_mesh(mesh, num_devices, *, rows=None):
     for axis, size in sizes.items():
         if size < 1 and not (axis == "data" and size == -1):
             raise wrong(f"mesh.{axis}", size, ">= 1, or -1 for data alone")
-    rest = math.prod(size for size in sizes.values() if size != -1)
+    others = [axis for axis in MESH_AXES if axis != "data"]
+    rest = math.prod(sizes[axis] for axis in others)
+    if num_devices % rest:
+        expected = f"axes whose product divides the {num_devices} devices"
+        raise wrong("mesh", _text(sizes), expected, f"Change {at_fault(sizes, others, num_devices)}.")
     if sizes["data"] == -1:
-        if num_devices % rest:
-            expected = f"axes whose product divides the {num_devices} devices"
-            raise wrong("mesh", _text(sizes), expected, "Change fsdp, expert or tensor.")
         sizes["data"] = num_devices // rest
     if math.prod(sizes.values()) != num_devices:
         expected = f"a product of {num_devices}, the number of devices"
-        raise wrong("mesh", f"{_text(sizes)} (product {rest})", expected, "Let mesh.data be -1.")
-    split = sizes["data"] * sizes["fsdp"] * sizes["expert"]
+        fix = f"Let mesh.data be -1, or {num_devices // rest}."
+        raise wrong("mesh", f"{_text(sizes)} (product {math.prod(sizes.values())})", expected, fix)
+    split = math.prod(sizes[axis] for axis in ROWS)
     if rows is not None and rows % split:
         expected = f"data * fsdp * expert = {split} to divide the {rows} rows of a micro-step"
-        fix = "Change mesh or train.batch_size (rows are batch_size / accumulate)."
+        fix = f"Change {at_fault(sizes, ROWS, rows)} or train.batch_size (rows are batch_size / accumulate)."
         raise wrong("mesh", f"{_text(sizes)} on {num_devices} devices", expected, fix)
     return sizes
+
+
+def at_fault(sizes, axes, total) -> str:
+    """The names of the axes that do not divide `total`: each that alone does not, else all that are more than 1."""
+    more = [axis for axis in axes if sizes[axis] > 1]
+    alone = [axis for axis in more if total % sizes[axis]]
+    return " or ".join(f"mesh.{axis}" for axis in alone or more)
+
+
+def split_commas(text):
+    r"""The parts of a comma list; `\,` is a comma inside a part (a path)."""
+    parts = re.split(r"(?<!\\),", text)
+    return tuple(part.strip().replace("\\,", ",") for part in parts if part.strip())
+
+
+def resolve_template_args(text, *, where="data.template_args"):
+    """`"enable_thinking=false,names=[1, 2]"` -> `{"enable_thinking": False, "names": [1, 2]}`: values are JSON."""
+    expected, found, at = 'NAME=VALUE, ..., each value JSON: enable_thinking=false, mode="short"', {}, 0
+    while text[at:].strip():
+        match = re.compile(r"\s*([A-Za-z_]\w*)\s*=\s*", re.ASCII).match(text, at)
+        if not match:
+            raise wrong(where, repr(text[at : at + 60]), expected)
+        try:
+            value, at = json.JSONDecoder(parse_constant=_no_constant).raw_decode(text, match.end())
+            json.dumps(value, ensure_ascii=False).encode()  # half a surrogate pair has no UTF-8
+        except (ValueError, RecursionError):
+            fix = f'Put text in double quotes, as in {match[1]}="...".'
+            raise wrong(where, repr(text[match.start() : match.start() + 60].strip()), expected, fix) from None
+        if match[1] in found:
+            raise wrong(where, f"{match[1]!r} twice", "each argument once", "Drop one.")
+        if match[1] in RESERVED:
+            raise wrong(where, repr(match[1]), f"no name that the rows or the tokenizer set: {', '.join(RESERVED)}")
+        found[match[1]] = value
+        comma = re.compile(r"\s*(,|$)").match(text, at)
+        if not comma:
+            raise wrong(where, repr(text[at : at + 60]), expected, "Separate arguments by commas.")
+        at = comma.end()
+    return found
+
+
+def resolve_fields(text, *, where="data.fields"):
+    """`"prompt=question,target=answer,drop=label"` -> `{"question": "prompt", "answer": "target", "label": ""}`.
+
+    A file's names for our fields; "" is a field that the user says to leave out.
+    """
+    found = {}
+    for part in split_commas(text):
+        name, equals, own = (piece.strip() for piece in part.partition("="))
+        if not equals or not own:
+            raise wrong(where, repr(part), "NAME=FIELD, ..., as in prompt=question,target=answer")
+        name = "" if name == "drop" else name
+        if name and name not in ROW_FIELDS:
+            raise wrong(where, repr(name), one_of((*ROW_FIELDS, "drop")), did_you_mean(name, ROW_FIELDS))
+        if own in found or (name and name in found.values()):
+            raise wrong(where, f"{own if own in found else name!r} twice", "each name once", "Drop one.")
+        found[own] = name
+    return found
+
+
+def _no_constant(name):
+    raise ValueError(f"{name} is not JSON")
 
 
 def _text(sizes):

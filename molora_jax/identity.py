@@ -15,9 +15,10 @@ from molora_jax.errors import InputError
 from molora_jax.io.manifest import json_hash
 
 SECTIONS = ("method", "losses", "optim", "schedule", "seed")
-TRAIN_FIELDS = ("batch_size", "accumulate", "clip", "init_from")
-# data.tasks may hold paths: the fingerprint of their content stands for them. base.source likewise.
+TRAIN_FIELDS = ("batch_size", "accumulate", "clip", "init_from", "exact")
+# data.tasks and data.valid may hold paths: the fingerprint of their content stands for them; base.source likewise.
 CONTENT = {"data": ("tasks", "data_fingerprint"), "base": ("source", "base_digest")}
+TOLD = ("valid", "file_tasks")  # fields of data that the fingerprint tells as well
 ADDED = "added"  # lists of the fields that later versions added to an identity.json, oldest first
 BASE_FACTS = ("tokenizer", "config", "day")  # of the base, beside its digest: an older identity lacks them
 
@@ -45,7 +46,7 @@ def of_config(config: dict) -> dict:
     """`identity` without what only the base and the data can say."""
     result = {name: config[name] for name in SECTIONS if name in config}
     for section, (source, _) in CONTENT.items():
-        result[section] = {key: value for key, value in config.get(section, {}).items() if key != source}
+        result[section] = {k: v for k, v in config.get(section, {}).items() if k not in (source, *TOLD)}
     train = config.get("train", {})
     result["train"] = {name: train[name] for name in TRAIN_FIELDS if name in train}
     if config.get("optim", {}).get("decay") != "constant":

@@ -21,12 +21,19 @@ if jax.__version__ == "0.11.2":
 
 AXES = ("data", "fsdp", "expert", "tensor")
 ROWS = ("data", "fsdp", "expert")
-PATTERNS = (  # first match wins; a path that nothing matches is an error
-    (r"embed", P(("fsdp", "tensor"), None)),
-    (r"head", P(None, ("fsdp", "tensor"))),
+# Axes of a table [V, D], by preference. Vocabularies divide by nothing in particular (32001 with a padding token): an
+# axis that does not divide V splits D, and is left out where it divides neither (the kernels say if D must be divided).
+TABLES = (
+    (("fsdp", "tensor"), None), ("tensor", "fsdp"), ("fsdp", "tensor"), (None, ("fsdp", "tensor")), (None, "fsdp"),
+    (None, None),
+)  # fmt: skip
+PATTERNS = (  # first match wins; a path that nothing matches is an error. Of several specs the first that divides
+    (r"embed", *(P(vocab, width) for vocab, width in TABLES)),
+    (r"head", *(P(width, vocab) for vocab, width in TABLES)),
     (r"blocks/(q|k|v|gate|up)/kernel", P(None, "fsdp", "tensor")),
     (r"blocks/(o|down)/kernel", P(None, "tensor", "fsdp")),
     (r"blocks/(q|k|v)/bias", P(None, "tensor")),
+    (r"blocks/o/bias", P()),
     (r"(blocks/)?\w+_norm", P()),
 )
 
@@ -57,20 +64,29 @@ def param_shardings(params, mesh: Mesh):
 
     def one(path, leaf):
         name = "/".join(str(k.key) for k in path)
-        spec = next((s for pattern, s in PATTERNS if re.fullmatch(pattern, name)), None)
-        if spec is None:
+        specs = next((specs for pattern, *specs in PATTERNS if re.fullmatch(pattern, name)), None)
+        if specs is None:
             raise ValueError(f"no sharding pattern matches the parameter {name!r}; add one to molora_jax/sharding.py")
-        for size, axes in zip(leaf.shape, spec, strict=False):
-            axes = (axes,) if isinstance(axes, str) else axes or ()
-            parts = ways(mesh, axes)
-            if size % parts:
-                raise InputError(
-                    f"mesh.{axes[0]}", got=f"{parts} ways for {name} of {size}", expected=f"a divisor of {size}",
-                    fix="Choose a smaller axis, or give its devices to mesh.data.",
-                )  # fmt: skip
+        spec = next((spec for spec in specs if not _undivided(leaf.shape, spec, mesh)), None)
+        if spec is None:
+            size, axis = _undivided(leaf.shape, specs[-1], mesh)[0]
+            raise InputError(
+                f"mesh.{axis}", got=f"{mesh.shape[axis]} ways for {name} of {size}", expected=f"a divisor of {size}",
+                fix="Choose a smaller axis, or give its devices to mesh.data.",
+            )  # fmt: skip
         return NamedSharding(mesh, spec)
 
     return jax.tree_util.tree_map_with_path(one, params)
+
+
+def _undivided(shape, spec, mesh) -> list:
+    """`(size, axis)` of the dimensions that their axes do not divide; of several axes the one that alone does not."""
+    found = []
+    for size, axes in zip(shape, spec, strict=False):
+        axes = (axes,) if isinstance(axes, str) else axes or ()
+        if size % ways(mesh, axes):
+            found.append((size, next((a for a in axes if size % mesh.shape[a]), axes[-1])))
+    return found
 
 
 def replicated(mesh: Mesh) -> NamedSharding:

@@ -15,7 +15,14 @@ os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(pathlib.Path(__file__).pa
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
 
+import gc  # noqa: E402
+
+import hypothesis  # noqa: E402
 import jax  # noqa: E402
+
+gc.set_threshold(
+    100_000, 20, 100
+)  # tracing makes many objects that live: walking them again and again is a tenth of it
 
 assert jax.device_count() == 8, "the tests need eight forced CPU devices: import jax only after conftest"
 
@@ -24,11 +31,30 @@ def pytest_addoption(parser):
     parser.addoption("--all", action="store_true", help="also the slow tests (real model, several processes)")
 
 
+# An ordinary run tries the same examples each time, whatever ran before and however slow the machine; --all explores.
+SETTINGS = dict(deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow])
+hypothesis.settings.register_profile("fixed", derandomize=True, database=None, **SETTINGS)
+hypothesis.settings.register_profile("explore", print_blob=True, **SETTINGS)
+
+
 def pytest_configure(config):
+    hypothesis.settings.load_profile("explore" if config.getoption("--all") else "fixed")
     config.addinivalue_line("markers", "slow: needs the real model, several processes or minutes; run with --all")
 
 
+# Longest first (`--durations=0`, summed by file): two workers take file after file, and one that takes a long file last
+# works alone in the end. What is not listed is short; it comes after, in the usual order.
+LONGEST = (
+    "core/test_step", "battery/test_product", "train/test_loop", "engines/test_hlo", "battery/test_methods",
+    "core/test_contracts", "decode/test_generate", "acceptance/test_x_lora", "core/test_kernels", "kernels/test_ops",
+    "acceptance/test_dynmole", "engines/test_equal", "data/test_sources", "battery/test_members", "battery/test_forms",
+    "acceptance/test_smora", "acceptance/test_rmoe", "acceptance/test_lora_baselines", "core/test_routing",
+)  # fmt: skip
+
+
 def pytest_collection_modifyitems(config, items):
+    place = {f"tests/{name}.py": i for i, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: place.get(item.nodeid.partition("::")[0], len(place)))
     if config.getoption("--all"):
         return
     # the marker, not `item.keywords`, which also hold the names of folders: a clone in one called "slow" ran nothing

@@ -20,6 +20,9 @@ BAD = [
     (["--threads=0"], "--threads", ">= 1"),
     (["--threads=-1"], "--threads", ">= 1"),
     ([f"--threads={PROCESSORS + 1}"], "--threads", f"<= {PROCESSORS}"),
+    (["--devices=0"], "--devices", ">= 1"),
+    (["--devices=8"], "--batch", "a multiple of --devices=8"),
+    (["--devices=2", "--generate"], "--devices", "1 with --generate"),
     (["--generate", "--no_update"], "--no_update", "with --generate"),
     (["--against.train.steps=3"], "--against", "overrides alone"),
 ]

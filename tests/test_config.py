@@ -71,6 +71,8 @@ GOOD = [
     {"schedule.s01": dict(steps=0, tasks="math", freeze="*/router/*", route="", set={}), "schedule.s00.steps": 100},
     {"schedule.s00.set": {"method": {"rules": {"ffn": {"router": {"k": 1}}}}}},
     {"base.source": "random:tiny"},
+    {"base.source": "random:tiny-untied"},
+    {"base.source": "random:tiny-qwen3"},
     {"base.source": "hf:HuggingFaceTB/SmolLM2-135M@main"},
     {"optim.learning_rate": 1},
 ]
@@ -208,7 +210,7 @@ ANYTHING = st.recursive(
 )
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(st.dictionaries(st.sampled_from(sorted(_paths(mixlora()))), ANYTHING | st.just(REMOVE), min_size=1, max_size=3))
 def test_nothing_but_an_input_error(changes):
     try:

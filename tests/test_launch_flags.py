@@ -89,6 +89,34 @@ BAD = [
 ]
 
 
+TWICE = [
+    ["--steps=1", "--steps=1"],
+    ["--steps", "1", "--steps=2"],
+    [f"--config={MIXLORA}"],
+    ["--config", MIXLORA],
+    ["--workdir=other"],
+]
+
+
+@pytest.mark.parametrize("argv", TWICE, ids=" ".join)
+def test_a_flag_given_twice_is_refused(argv):
+    with pytest.raises(InputError, match="got 2 times") as caught:
+        parse(f"--config={MIXLORA}", *argv)
+    assert caught.value.where == argv[0].partition("=")[0]
+
+
+def test_of_an_override_given_twice_the_last_counts_and_is_named(capsys):
+    config, _ = parse(f"--config={MIXLORA}", "--config.train.steps=7", "--config.seed=1", "--config.train.steps", "9")
+    assert config.train.steps == 9
+    assert capsys.readouterr().err == "note: --config.train.steps is given 2 times; the last counts: 9\n"
+
+
+def test_a_flag_that_collects_may_be_given_twice():
+    both = [*FLAGS, ("--stop", dict(action="append"))]
+    _, args = flags.parse("Test.", both, ["--workdir=w", "--stop=a", "--stop=b"], need_config=False)
+    assert args.stop == ["a", "b"]
+
+
 @pytest.mark.parametrize(("argv", "where", "text"), BAD, ids=[argv[0] for argv, *_ in BAD])
 def test_wrong(argv, where, text):
     with pytest.raises(InputError) as caught:

@@ -103,13 +103,16 @@ def _summary(group, lora):
         used, loss = row.column("active_experts"), [row.column(name) for name in ("first5", "last5")]
         note = " \u2020" if row.entry.cannot else ""
         cells = [row.title + note, str(len(row.runs)), _spread(list(row.scores.values()), "{:.3f}"),
-                 _spread(minus, "{:+.3f}"), f"{row.cost['median']:.2f}" if row.cost else "-",
+                 _spread(minus, "{:+.3f}"), "1" if row is lora else f"{row.cost['median']:.2f}" if row.cost else "-",
                  _mean(row.column("peak_mb"), "{:,.0f}"), _mean(used, "{:.2f}"), str(row.entry.rank),
                  f"{row.entry.trainable:,}", " \u2192 ".join(_mean(x, "{:.2f}") for x in loss)]  # fmt: skip
         lines.append("| " + " | ".join(cells) + " |")
     for row in group:
         if row.entry.cannot:
             lines.append(f"\n\u2020 {row.title} does not meet the rule of this table: {row.entry.cannot}.")
+    if lora and lora.cost:
+        spread = "{median:.2f} ({min:.2f} to {max:.2f})".format(**lora.cost)
+        lines.append(f"\nstep: LoRA is the unit; paired with itself it measured {spread}, the noise of this column.")
     return "\n".join(lines) + "\n\nloss: mean of the first five and the last five training steps, answer tokens."
 
 

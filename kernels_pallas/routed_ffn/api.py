@@ -83,7 +83,7 @@ def routed_ffn(
       gates: `[T, K]` float32.
       base: `[T]` coefficient of the frozen FFN's own hidden state h_0; bool where it is 0 or 1 and constant: it has no
         gradient then, and `tiled` forms h_0 in blocks of rows of which one is True.
-      activation: `silu` or `gelu`.
+      activation: `silu`, `gelu` (exact), `gelu_tanh` or `relu`.
       mask: `[T, F]` dropout mask (already divided by its keep rate) on the input of A_d, or None.
       implementation: `reference`, `dense`, `tiled`, `tpu`, or None to choose.
       platform: what to choose for; by default that of the mesh in context, else the default backend.

@@ -3,10 +3,17 @@
 What stands at an unused slot is not read.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 
-ACTIVATIONS = {"silu": jax.nn.silu, "gelu": jax.nn.gelu}
+ACTIVATIONS = {
+    "silu": jax.nn.silu,
+    "gelu": functools.partial(jax.nn.gelu, approximate=False),
+    "gelu_tanh": functools.partial(jax.nn.gelu, approximate=True),
+    "relu": jax.nn.relu,
+}
 
 
 def routed_ffn(g, u, z_g, z_u, B_g, B_u, A_d, idx, gates, base, *, activation="silu", mask=None):

@@ -21,10 +21,11 @@ def normalised(p: Array, *, kind: str, q: float, eps: float = 0.0, allowed: Arra
     """`p [B, S, E]` -> `[B, S]`; `kind` is shannon, tsallis or renyi; `eps` is added to p first (DynMoLE's 1e-5).
 
     N counts the experts that are allowed (`[E]` or `[B, E]`); the others have no term. With one expert it is 0.
-    Without eps the gradient of `p^q` at p = 0 is infinite for q < 1.
+    An expert of p = 0 has no term and no gradient: that of `p^q` is infinite there for q < 1, and a softmax's is 0.
     """
     mask = permitted(allowed)
     N = p.shape[-1] if allowed is None else jnp.sum(mask, axis=-1).astype(p.dtype)
+    mask = mask & (p + eps > 0)
     p = jnp.where(mask, p + eps, 1.0)  # 1: a harmless value where there is no term
     total = lambda terms: jnp.sum(jnp.where(mask, terms, 0.0), axis=-1)  # noqa: E731
     log_N = math.log(N) if allowed is None else jnp.log(N)

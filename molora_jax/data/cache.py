@@ -1,14 +1,15 @@
 """Tokenised tasks on disk: `$MOLORA_CACHE/data/<key>.npz`, else `~/.cache/molora_jax/data/<key>.npz`.
 
 The key covers everything that the arrays depend on, so an entry is never updated. A file is written beside its place
-and renamed, so a reader sees a whole file or none; a digest of the key and of the arrays inside is checked on reading,
-and a file that fails in any way, or is another entry's, is made again. No pickle is read or written. A folder that
+and renamed, so a reader sees a whole file or none; it ends with a digest of its key and of all before it, and a file
+where that does not hold, or is another entry's, is made again. No pickle is read or written. A folder that
 cannot be written costs speed only. Users may share one: files are readable as the umask says, and what another user's
 file does not let us read is a miss.
 """
 
 import contextlib
 import hashlib
+import io
 import json
 import logging
 import os
@@ -18,6 +19,7 @@ import time
 
 import numpy as np
 
+DIGEST = 32  # bytes of a SHA-256
 log = logging.getLogger(__name__)
 STALE_SECONDS = 86_400
 
@@ -31,12 +33,11 @@ def load(key: str) -> dict[str, np.ndarray] | None:
     """The arrays saved under `key`, or None if there are none or they are damaged."""
     path = folder() / f"{key}.npz"
     try:
-        with np.load(path, allow_pickle=False) as file:
-            arrays = {name: file[name] for name in file.files}
-        digest = bytes(arrays.pop("digest"))
-        if digest != _digest(key, arrays):
+        raw = path.read_bytes()
+        if raw[-DIGEST:] != _digest(key, memoryview(raw)[:-DIGEST]):
             raise ValueError("its digest does not hold")
-        return arrays
+        with np.load(io.BytesIO(raw[:-DIGEST]), allow_pickle=False) as file:
+            return {name: file[name] for name in file.files}
     except FileNotFoundError:
         return None
     except OSError as error:
@@ -55,7 +56,10 @@ def save(key: str, arrays: dict[str, np.ndarray]) -> None:
         _sweep()
         with tempfile.NamedTemporaryFile(dir=folder(), prefix=".", suffix=".tmp", delete=False) as file:
             temporary = file.name
-            np.savez(file, digest=np.frombuffer(_digest(key, arrays), np.uint8), **arrays)
+            whole = io.BytesIO()
+            np.savez(whole, **arrays)
+            file.write(whole.getbuffer())
+            file.write(_digest(key, whole.getbuffer()))
             os.fchmod(file.fileno(), 0o666 & ~_umask())  # a temporary file's 0600 would lock other users out
             file.flush()
             os.fsync(file.fileno())
@@ -82,12 +86,9 @@ def _umask() -> int:
     return mask
 
 
-def _digest(key, arrays) -> bytes:
+def _digest(key: str, content) -> bytes:
     total = hashlib.sha256(f"{key}\0".encode())
-    for name in sorted(arrays):
-        array = np.ascontiguousarray(arrays[name])
-        total.update(f"{name} {array.dtype.str} {array.shape}\0".encode())
-        total.update(memoryview(array).cast("B") if array.size else b"")
+    total.update(content)
     return total.digest()
 
 

@@ -7,12 +7,17 @@ import hashlib
 
 import numpy as np
 
-from molora_jax.data.encode import identity, load_task, tokenizer_digest
-from molora_jax.data.example import SPLITS, Encoded
+from molora_jax.config_resolve import split_commas
+from molora_jax.data.encode import Task, load_tasks, tokenizer_digest
+from molora_jax.data.example import Encoded
+from molora_jax.data.options import Options
 from molora_jax.data.packing import choose_targets_per_row, empty_batch, pack, write_segment
+from molora_jax.data.read import identity
+from molora_jax.data.report import Report, report
 from molora_jax.data.sources import SOURCES
-from molora_jax.data.split import make_split
+from molora_jax.data.split import make_splits
 from molora_jax.data.stream import Stream
+from molora_jax.data.valid import join_valid
 from molora_jax.errors import InputError
 
 
@@ -20,29 +25,38 @@ def build(config_data, *, tokenizer, batch_size: int, seed: int) -> "DataSet":
     """Reads, splits and tokenises the tasks of `config.data` (fields: see `configs/common.py`).
 
     Args:
-      tokenizer: `.chat`, `.encode_chat`, `.encode`, `.eos_id`, `.pad_id`, `.vocab_size`.
+      tokenizer: an `io.tokenizer.Tokenizer`.
       batch_size: B, rows of the global batch. seed: of the order of the training examples.
 
     Raises:
       InputError: an unknown task, a package that is not installed, a bad row or file, nothing left to train on.
     """
     entries = parse_tasks(config_data.tasks)
-    _check(config_data)
+    options = Options.of(config_data)
     digest = tokenizer_digest(tokenizer)
-    tasks = tuple(
-        load_task(entry, tokenizer=tokenizer, digest=digest, system=config_data.system, bad_rows=config_data.bad_rows)
-        for entry in entries
-    )
-    return DataSet(_distinct_names(tasks), config_data, batch_size=batch_size, seed=seed, pad_id=tokenizer.pad_id)
+    load = functools.partial(load_tasks, tokenizer=tokenizer, digest=digest)
+    training = dataclasses.replace(options, test_share=0.0) if options.valid else options
+    tasks = _distinct_names(tuple(task for entry in entries for task in load(entry, options=training)))
+    trained, valid = _fingerprint(tasks), ()
+    fingerprint = trained
+    if options.valid:
+        files = split_commas(options.valid)
+        valid = tuple(task for entry in files for task in load(entry, options=training, field="data.valid"))
+        fingerprint = hashlib.sha256(repr((trained, "valid", _fingerprint(valid))).encode()).hexdigest()
+    _check_fields(options, (*tasks, *valid))
+    return DataSet(
+        join_valid(tasks, valid), options, batch_size=batch_size, seed=seed, pad_id=tokenizer.pad_id,
+        num_trained=len(tasks), fingerprint=fingerprint, trained_fingerprint=trained,
+    )  # fmt: skip
 
 
 def parse_tasks(tasks: str) -> tuple[str, ...]:
-    """The entries of `data.tasks`, checked by name only.
+    r"""The entries of `data.tasks`, checked by name only; a comma inside a path is written `\,`.
 
     Raises:
       InputError: none, one twice, or one that is neither a task nor `jsonl:PATH`.
     """
-    entries = tuple(entry.strip() for entry in tasks.split(",") if entry.strip())
+    entries = split_commas(tasks)
     known = f"task names ({', '.join(SOURCES)}) or jsonl:PATH, separated by commas"
     if not entries:
         raise InputError("data.tasks", got=repr(tasks), expected=known, fix="Name at least one task.")
@@ -57,42 +71,51 @@ def parse_tasks(tasks: str) -> tuple[str, ...]:
     return entries
 
 
-def _check(config_data):
-    choices = dict(overlong=("skip", "truncate", "error"), bad_rows=("error", "skip"))
-    for field, allowed in choices.items():
-        value = getattr(config_data, field)
-        if value not in allowed:
-            raise InputError(f"data.{field}", got=repr(value), expected=" or ".join(allowed), fix="Pick one of these.")
-    if not config_data.temperature > 0:
-        raise InputError("data.temperature", got=repr(config_data.temperature), expected="a number above 0")
-    if config_data.seq_len < 8:
-        raise InputError("data.seq_len", got=repr(config_data.seq_len), expected="at least 8")
-
-
-def _distinct_names(tasks):
-    """Two files of one stem, or a file named as a task, get a number: `train`, `train-2`."""
-    taken, renamed = set(), []
-    for task in sorted(tasks, key=lambda task: task.entry.startswith("jsonl:")):
+def _distinct_names(tasks: tuple[Task, ...]) -> tuple[Task, ...]:
+    """Two files of one stem, or a file's task named as a package's, get a number: `train`, `train-2`."""
+    taken, renamed = set(), {}
+    for i, task in sorted(enumerate(tasks), key=lambda item: item[1].entry.startswith("jsonl:")):
         name, number = task.name, 2
         while name in taken:
             name, number = f"{task.name}-{number}", number + 1
         taken.add(name)
-        renamed.append(dataclasses.replace(task, name=name))
-    order = {task.entry: task for task in renamed}
-    return tuple(order[task.entry] for task in tasks)
+        renamed[i] = dataclasses.replace(task, name=name)
+    return tuple(renamed[i] for i in range(len(tasks)))
+
+
+def _fingerprint(tasks: tuple[Task, ...]) -> str:
+    """Hex digest of the examples, the filters and the package versions; paths and file names do not enter."""
+    parts = [("jsonl" if task.entry.startswith("jsonl:") else identity(task.entry), task.content) for task in tasks]
+    return hashlib.sha256(repr(parts).encode()).hexdigest()
+
+
+def _check_fields(options: Options, tasks: tuple[Task, ...]):
+    """A name of `data.fields` that no row of any file has is a mistake."""
+    files = [task for task in tasks if task.entry.startswith("jsonl:")]
+    missing = [own for own in options.names if not any(own in task.fields for task in files)]
+    if missing:
+        raise InputError(
+            "data.fields", got=f"{missing[0]!r}, which no row has", expected="names of fields of the rows",
+            fix="Correct the name, or take it out.",
+        )  # fmt: skip
 
 
 class DataSet:
-    """The data of a run: `.train` (a Stream), `.heldout`, `.heldout_batches`, `.fingerprint`, `.report()`."""
+    """The data of a run: `.train` (a Stream), `.heldout`, `.heldout_batches`, `.fingerprint`, `.report()`.
 
-    def __init__(self, tasks, config_data, *, batch_size: int, seed: int, pad_id: int):
-        self.tasks, self.seq_len, self.pad_id = tasks, config_data.seq_len, pad_id
+    tasks: those that train, `num_trained` of them, then those of `data.valid` alone. fingerprint: hex digest of the
+    examples, the filters and the package versions; paths and file names do not enter; trained_fingerprint: without
+    those of `data.valid`.
+    """
+
+    def __init__(
+        self, tasks: tuple[Task, ...], options: Options, *, batch_size: int, seed: int, pad_id: int, num_trained: int,
+        fingerprint: str, trained_fingerprint: str,
+    ):  # fmt: skip
+        self.tasks, self.options, self.seq_len, self.pad_id = tasks, options, options.seq_len, pad_id
         self.task_names = tuple(task.name for task in tasks)
-        ids = np.concatenate([task.ids for task in tasks])
-        self.splits = {
-            name: make_split(name, tasks, ids=ids, seq_len=config_data.seq_len, overlong=config_data.overlong)
-            for name in SPLITS
-        }
+        self.num_trained, self.fingerprint, self.trained_fingerprint = num_trained, fingerprint, trained_fingerprint
+        self.splits = make_splits(tasks, seq_len=options.seq_len, overlong=options.overlong)
         every = [split for split in self.splits.values() if len(split.length)]
         # Both bounds hold for the held-out items too, so that evaluation compiles to the same shapes.
         longest = max((int(split.targets.max()) for split in every), default=1)
@@ -100,11 +123,11 @@ class DataSet:
         stream = functools.partial(
             Stream,
             self.splits["train"],
-            task_ids=tuple(range(len(tasks))),
+            task_ids=tuple(range(num_trained)),
             seq_len=self.seq_len,
             batch_size=batch_size,
             seed=seed,
-            temperature=config_data.temperature,
+            temperature=options.temperature,
             max_segments=max(1, self.seq_len // shortest),
             pad_id=pad_id,
         )
@@ -114,14 +137,6 @@ class DataSet:
             train.positions[drawn], train.targets[drawn], seq_len=self.seq_len, longest=longest
         )
         self.train = stream(targets_per_row=bound)
-
-    @functools.cached_property
-    def fingerprint(self) -> str:
-        """Hex digest of the examples, the filters and the package versions; paths and file names do not enter."""
-        parts = [
-            ("jsonl" if task.entry.startswith("jsonl:") else identity(task.entry), task.content) for task in self.tasks
-        ]
-        return hashlib.sha256(repr(parts).encode()).hexdigest()
 
     def heldout(self, split: str, items_per_task: int) -> list[Encoded]:
         """At most `items_per_task` items a task of "valid" or "test", task by task.
@@ -148,8 +163,8 @@ class DataSet:
           InputError: an example longer than `seq_len`, or with more targets than `targets_per_row`.
         """
         limit = self.seq_len if targets_per_row is None else targets_per_row
-        lengths = [len(example.context_ids) + len(example.target_ids) - 1 for example in examples]
-        targets = [len(example.target_ids) for example in examples]
+        lengths = [len(example.ids) - 1 for example in examples]
+        targets = [example.num_targets for example in examples]
         for example, length, target in zip(examples, lengths, targets, strict=True):
             if length > self.seq_len or target > limit:
                 raise InputError(
@@ -171,8 +186,8 @@ class DataSet:
                         row,
                         at,
                         segment,
-                        ids=np.asarray(example.context_ids + example.target_ids, np.int32),
-                        num_targets=len(example.target_ids),
+                        ids=np.asarray(example.ids, np.int32),
+                        mask=example.loss_mask,
                         task_id=example.task_id,
                         example_id=example.example_id,
                     )
@@ -180,49 +195,11 @@ class DataSet:
             batches.append(batch)
         return batches
 
-    def report(self) -> "Report":
-        """What was read, what was left out, and how well it packs (over the first window of the stream)."""
-        tasks = {}
-        for task_id, task in enumerate(self.tasks):
-            of = {name: split.task_ids == task_id for name, split in self.splits.items()}
-            counts = [split.counts[task.name] for split in self.splits.values()]
-            train = self.splits["train"]
-            tasks[task.name] = dict(
-                {name: int(mask.sum()) for name, mask in of.items()},
-                share=self.train.shares[task_id],
-                mean_tokens=float(train.length[of["train"]].mean()),
-                mean_targets=float(train.targets[of["train"]].mean()),
-                skipped=sum(count["skipped"] for count in counts),
-                truncated=sum(count["truncated"] for count in counts),
-                **{name.replace(" ", "_"): count for name, count in task.dropped.items() if count},
-            )
-        rows = self.train.plan(0)
-        used = sum(int(self.splits["train"].positions[i]) for row in rows for i in row)
-        return Report(
-            tasks=tasks,
-            padding=1.0 - used / (len(rows) * self.seq_len),
-            examples_per_row=sum(map(len, rows)) / len(rows),
-            targets_per_row=self.train.targets_per_row,
-            max_segments=self.train.max_segments,
-            fingerprint=self.fingerprint,
-        )
+    def labels(self, mentioned: set[str]) -> tuple[str, ...]:
+        """Names of the tasks by id, for those who name tasks in a config: the entry of `data.tasks` where `mentioned`
+        has it, else the task's own name."""
+        return tuple(task.entry if task.entry in mentioned else task.name for task in self.tasks)
 
-
-class Report(dict):
-    """A plain dict that prints as a table."""
-
-    def __str__(self) -> str:
-        head = f"{'task':<12}{'train':>8}{'valid':>7}{'test':>7}{'share':>7}{'tokens':>8}{'targets':>8}  left out"
-        lines = [head]
-        for name, row in self["tasks"].items():
-            out = {k: v for k, v in list(row.items())[6:] if v}
-            shown = ", ".join(f"{count} {key}" for key, count in out.items()) or "-"
-            lines.append(
-                f"{name:<12}{row['train']:>8}{row['valid']:>7}{row['test']:>7}{row['share']:>7.3f}"
-                f"{row['mean_tokens']:>8.1f}{row['mean_targets']:>8.1f}  {shown}"
-            )
-        lines.append(
-            f"padding {self['padding']:.1%}, {self['examples_per_row']:.2f} examples a row (at most "
-            f"{self['max_segments']}), at most {self['targets_per_row']} loss positions a row"
-        )
-        return "\n".join(lines)
+    def report(self) -> Report:
+        """What was read, what was left out and why, and how well it packs; printed, a table."""
+        return report(self)

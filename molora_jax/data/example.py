@@ -1,8 +1,9 @@
 """An example, its split, and the seeded order that replaces a shuffle.
 
-Splits are a function of the text alone: sha256(task + "\\0" + group) % 100 gives 90 / 5 / 5 train / valid / test. The
-group is whatever ties variants of one item together (a lemma, a country, an emoji), so no item straddles two splits,
-and adding rows elsewhere moves none.
+Splits are a function of the text alone: sha256(task + "\\0" + group) gives a place in 0 .. 1; the last
+`data.test_share` of it is test, as much before that valid, the rest train (0.05: 90 / 5 / 5). The group is whatever
+ties variants of one item together (a lemma, a country, an emoji), so no item straddles two splits, and adding rows
+elsewhere moves none.
 
 Orders come from a 64-bit mixing function written here, not from a library's generator, so that the order of a run does
 not change with the version of numpy.
@@ -10,19 +11,25 @@ not change with the version of numpy.
 
 import dataclasses
 import hashlib
+import json
 
 import numpy as np
 
 SPLITS = ("train", "valid", "test")
+HELD_OUT = 3  # a split of Task.split: in valid and in test
 
 
 @dataclasses.dataclass(frozen=True)
 class Example:
-    """One question with its answer.
+    """One row of data: a question with its answer.
 
     task: the task's reported name. prompt: what is asked (of a chat: all turns before the answer, as text).
     target: the answer. group: the key of the split. choices: all labels of a classification task, else None.
-    messages: the chat turns before the answer where there is more than one user turn, else None.
+    turns: the conversation as the chat template takes it (`role`, `content`, and `tool_calls`, `reasoning_content`,
+      `name`, ... as given), the answer last; None: a user's turn with the prompt, then the answer.
+    tools: for the template. weights: one a turn, 0 or 1; None: `data.train_on` decides.
+    text: under `data.raw` the plain text, which ends with `target`; no template.
+    row: the row of its file, from 1; 0: not from a file.
     """
 
     task: str
@@ -30,14 +37,34 @@ class Example:
     target: str
     group: str
     choices: tuple[str, ...] | None = None
-    messages: tuple[tuple[str, str], ...] | None = None
+    turns: tuple[dict, ...] | None = None
+    tools: tuple[dict, ...] | None = None
+    weights: tuple[float, ...] | None = None
+    text: str | None = None
+    row: int = 0
+
+    def conversation(self) -> list[dict]:
+        """The turns, the answer last."""
+        plain = {"role": "user", "content": self.prompt}, {"role": "assistant", "content": self.target}
+        return [dict(turn) for turn in self.turns or plain]
+
+    @property
+    def more(self) -> list | None:
+        """What prompt and target do not tell, as JSON values; None where they tell it all."""
+        plain = all(
+            turn.keys() == {"role", "content"} and isinstance(turn["content"], str) for turn in self.turns or ()
+        )
+        if plain and self.tools is None and self.weights is None and self.text is None:
+            return None
+        return [self.turns, self.tools, self.weights, self.text]
 
 
 @dataclasses.dataclass(frozen=True)
 class Encoded:
     """An example as ids: `context_ids` end where the model starts to answer, `target_ids` end with the end token.
 
-    `example_id` is unique within the split and is what batches carry in `example_ids`.
+    `loss_mask`: 1 for each of them that is trained on. `example_id` is unique within the split and is what batches
+    carry in `example_ids`.
     """
 
     task: str
@@ -50,12 +77,24 @@ class Encoded:
     choices: tuple[str, ...] | None
     context_ids: tuple[int, ...]
     target_ids: tuple[int, ...]
+    loss_mask: tuple[int, ...]
+
+    @property
+    def ids(self) -> tuple[int, ...]:
+        return self.context_ids + self.target_ids
+
+    @property
+    def num_targets(self) -> int:
+        """How many tokens have a loss: the first one is never predicted."""
+        return sum(self.loss_mask[1:])
 
 
-def split_of(task: str, group: str) -> int:
+def split_of(task: str, group: str, test_share: float = 0.05) -> int:
     """0, 1 or 2: the index in SPLITS."""
-    bucket = int.from_bytes(hashlib.sha256(f"{task}\0{group}".encode()).digest(), "big") % 100
-    return 0 if bucket < 90 else 1 if bucket < 95 else 2
+    number = int.from_bytes(hashlib.sha256(f"{task}\0{group}".encode()).digest(), "big")
+    place = number % 100 * 10_000 + number // 100 % 10_000  # in millionths; the first two digits are the older ones
+    left, share = 1_000_000 - place, round(test_share * 1_000_000)
+    return 2 if left <= share else 1 if left <= 2 * share else 0
 
 
 def distinct(examples, *, several_answers: bool = False):
@@ -65,7 +104,9 @@ def distinct(examples, *, several_answers: bool = False):
     """
     kept = {}
     for example in sorted(examples, key=lambda e: (e.prompt, e.target)):
-        kept.setdefault((example.prompt, example.target if several_answers else "", example.messages), example)
+        parts = [example.turns, example.tools, example.weights, example.text]
+        more = json.dumps(parts, sort_keys=True) if any(part is not None for part in parts) else None
+        kept.setdefault((example.prompt, example.target if several_answers else "", more), example)
     return list(kept.values())
 
 

@@ -1,142 +1,185 @@
-"""`jsonl:PATH`: a user's own examples, one JSON object a line.
+"""`jsonl:PATH`: the rows of a user's file as JSON objects. What they mean: `rows.py`.
 
-Either `{"prompt": "...", "target": "...", "task": "..."}` (task optional) or the chat form `{"messages": [{"role":
-"user", "content": "..."}, ..., {"role": "assistant", "content": "..."}]}`: the last turn is the answer, the rest the
-context; a first turn of role `system` is allowed. Empty lines are no rows. Everything else that is not such an object
-is a bad row: an error that names file and row (counted from 1), or skipped and counted, as `data.bad_rows` says.
+One object a line, or one list of objects (a `.json` file). Empty lines are no rows. What is no such object is a
+`BadRow`: not UTF-8, not JSON (NaN and Infinity are not), a field twice, half a surrogate pair, nested deeper than 64,
+or longer than 10 MB (known before it is parsed).
 """
 
 import json
+import math
 import pathlib
 
-from molora_jax.data.example import Example
 from molora_jax.errors import InputError
 
-SPLIT_KEY = "jsonl"  # the splits depend on the rows, not on the file's name
-ROLES = ("system", "user", "assistant")
+MOST_BYTES = 10_000_000  # of a row
+MOST_DEPTH = 64
+OTHER_FORMATS = {
+    b"\x1f\x8b": "a gzip file", b"PK\x03\x04": "a zip file", b"PAR1": "a parquet file",
+    b"\x28\xb5\x2f\xfd": "a zstd file", b"\xff\xfe": "UTF-16 text", b"\xfe\xff": "UTF-16 text",
+    b"ARROW1": "an Arrow file", b"BZh": "a bzip2 file",
+    b"\xfd7zXZ": "an xz file",
+}  # fmt: skip
 
 
-def content(path: str) -> bytes:
+class BadRow(Exception):
+    """A row that cannot be used: `got`, `expected`, `fix` as in `InputError`."""
+
+    def __init__(self, got: str, expected: str, fix: str = 'Correct the row, or set `data.bad_rows="skip"`.'):
+        super().__init__(got)
+        self.got, self.expected, self.fix = got, expected, fix
+
+    def at(self, path: str, row: int) -> InputError:
+        return InputError(f"{path}, row {row}", got=self.got, expected=self.expected, fix=self.fix)
+
+
+def content(path: str, *, field: str = "data.tasks") -> bytes:
     """The file's bytes.
 
     Raises:
-      InputError: there is no such file, or it is empty.
+      InputError: there is no such file, it is empty, or of another format.
     """
-    where = f"data.tasks, jsonl:{path}"
+    where = f"{field}, jsonl:{path}"
     try:
         raw = pathlib.Path(path).expanduser().read_bytes()
-    except OSError as error:
-        reason = error.strerror or str(error)
+    except (OSError, ValueError, RuntimeError) as error:
+        reason = getattr(error, "strerror", None) or str(error)
         raise InputError(where, got=reason, expected="a readable file", fix="Correct the path.") from error
     if not raw.strip():
         raise InputError(where, got="an empty file", expected="one JSON object a line", fix="Add rows, or drop it.")
+    for start, name in OTHER_FORMATS.items():
+        if raw.startswith(start):
+            fix = "Unpack it, or write it as JSON lines in UTF-8."
+            raise InputError(where, got=name, expected="one JSON object a line, in UTF-8", fix=fix)
     return raw
 
 
-def parse(raw: bytes, *, path: str, bad_rows: str) -> tuple[str, list[Example], int]:
-    """(task name, examples in file order, number of bad rows).
-
-    The name is the `task` value if every row carries the same one, else the file's stem.
+def rows(raw: bytes, *, path: str):
+    """Yields `(number from 1, dict or BadRow)` of each row.
 
     Raises:
-      InputError: a bad row under `bad_rows="error"`, or no good row at all.
+      InputError: a list of rows that breaks off, so that the rest cannot be read.
     """
-    examples, bad, first_error = [], 0, None
-    lines = raw.removeprefix(b"\xef\xbb\xbf").split(b"\n")
+    raw = raw.removeprefix(b"\xef\xbb\xbf")
+    lines = raw.split(b"\n")
+    first = next(line.strip() for line in lines if line.strip())
+    if first == b"[" or (first.startswith(b"[") and path.lower().endswith(".json")):
+        yield from _items(raw, path)
+        return
     for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        try:
-            examples.append(_row(line, last=number == len(lines)))
-        except _BadRow as error:
-            first_error = first_error or InputError(
-                f"{path}, row {number}", got=error.got, expected=error.expected, fix=error.fix
-            )
-            bad += 1
-            if bad_rows == "error":
-                raise first_error from None
-    if not examples:
-        raise InputError(
-            path, got=f"{bad} bad rows and no good one", expected="at least one good row", fix=f"First: {first_error}"
-        )
-    names = {example.task for example in examples}
-    name = names.pop() if len(names) == 1 else ""
-    return name or pathlib.Path(path).stem, examples, bad
+        if line.strip():
+            try:
+                yield number, _line(line, last=number == len(lines))
+            except BadRow as bad:
+                yield number, bad
 
 
-class _BadRow(Exception):
-    def __init__(self, got: str, expected: str, fix: str = 'Correct the row, or set `data.bad_rows="skip"`.'):
-        self.got, self.expected, self.fix = got, expected, fix
-
-
-def _row(line: bytes, *, last: bool) -> Example:
+def _line(line: bytes, *, last: bool) -> dict:
+    if len(line) > MOST_BYTES:
+        raise BadRow(f"a row of {len(line):,} bytes", f"at most {MOST_BYTES:,}", "Split it, or leave it out.")
     try:
         text = line.decode("utf-8")
     except UnicodeDecodeError as error:
         got = f"a byte 0x{line[error.start]:02x} at position {error.start} that is not UTF-8"
-        raise _BadRow(got, "UTF-8 text") from None
+        raise BadRow(got, "UTF-8 text") from None
     try:
-        row = json.loads(text)
+        row = json.loads(text, **_STRICT)
     except (ValueError, RecursionError) as error:
-        got = f"invalid JSON ({getattr(error, 'msg', None) or error}) in {_shown(text.strip())}"
+        got = f"invalid JSON ({getattr(error, 'msg', None) or error}) in {shown(text.strip())}"
         if last and not str(error).startswith("Extra data"):  # no newline after it
-            raise _BadRow(got, "a whole JSON object", "The last line looks cut off: write the file again.") from None
-        raise _BadRow(got, "one JSON object") from None
-    if not isinstance(row, dict):
-        raise _BadRow(f"a JSON {_kind(row)}", "a JSON object")
-    task = row.get("task", "")
-    if not isinstance(task, str):
-        raise _BadRow(f"task of type {_kind(task)}", "a string")
-    if "messages" in row:
-        messages = _messages(row["messages"])
-        *context, (_, target) = messages
-        simple = len(context) == 1
-        prompt = context[0][1] if simple else "\n".join(f"{role}: {words}" for role, words in context)
-        return Example(task, prompt, target, prompt, messages=None if simple else tuple(context))
-    prompt, target = (_text(row, field) for field in ("prompt", "target"))
-    return Example(task, prompt, target, prompt)
+            raise BadRow(got, "a whole JSON object", "The last line looks cut off: write the file again.") from None
+        raise BadRow(got, "one JSON object") from None
+    return _checked(row, text)
 
 
-def _messages(turns) -> list[tuple[str, str]]:
-    if not isinstance(turns, list):
-        raise _BadRow(f"messages of type {_kind(turns)}", 'a list of {"role": ..., "content": ...}')
-    messages = []
-    for i, turn in enumerate(turns):
-        if not isinstance(turn, dict):
-            raise _BadRow(f"messages[{i}] of type {_kind(turn)}", '{"role": ..., "content": ...}')
-        role = turn.get("role")
-        if role not in ROLES or (role == "system" and i > 0):
-            raise _BadRow(f"messages[{i}].role {_shown(role)}", "user or assistant, or system in the first turn")
-        messages.append((role, _text(turn, "content", f"messages[{i}].")))
-    roles = [role for role, _ in messages]
-    if not roles or roles[-1] != "assistant" or "user" not in roles:
-        raise _BadRow(f"messages with roles {roles}", "at least one user turn, and the answer (assistant) last")
-    return messages
-
-
-def _text(row: dict, field: str, prefix: str = "") -> str:
-    if field not in row:
-        raise _BadRow(
-            f"no field {prefix + field!r} (fields: {', '.join(map(repr, row)) or 'none'})",
-            "fields prompt and target, or messages" if not prefix else "role and content",
-        )
-    text = row[field]
-    if not isinstance(text, str):
-        raise _BadRow(f"{prefix}{field} of type {_kind(text)}", "a string")
-    if not text.strip():
-        raise _BadRow(f"an empty {prefix}{field}", "some text")
+def _items(raw: bytes, path: str):
+    """The objects of one JSON list; row n is its n-th item."""
     try:
-        text.encode("utf-8")
-    except UnicodeEncodeError:
-        raise _BadRow(f"{prefix}{field} with half of a surrogate pair", "valid Unicode text") from None
-    return text
+        text = raw.decode("utf-8")
+    except UnicodeDecodeError as error:
+        got = f"a byte 0x{raw[error.start]:02x} at position {error.start} that is not UTF-8"
+        raise InputError(path, got=got, expected="UTF-8 text") from None
+    decoder, number, at = json.JSONDecoder(**_STRICT), 0, text.index("[") + 1
+
+    def skip(at):
+        while at < len(text) and text[at] in " \t\r\n":
+            at += 1
+        return at
+
+    at = skip(at)
+    while text[at : at + 1] != "]":
+        number, begin = number + 1, at
+        try:
+            item, at = decoder.raw_decode(text, at)
+        except (ValueError, RecursionError) as error:
+            got = f"invalid JSON ({getattr(error, 'msg', None) or error}) in {shown(text[begin : begin + 80])}"
+            raise InputError(f"{path}, row {number} of the list", got=got, expected="one JSON object") from None
+        try:
+            if at - begin > MOST_BYTES:
+                raise BadRow(f"a row of {at - begin:,} characters", f"at most {MOST_BYTES:,}", "Split it.")
+            yield number, _checked(item, text[begin:at])
+        except BadRow as bad:
+            yield number, bad
+        at = skip(at)
+        if text[at : at + 1] == ",":
+            at = skip(at + 1)
+        elif text[at : at + 1] != "]":
+            got = f"{shown(text[at : at + 60])} after row {number}" if text[at:] else f"no end after row {number}"
+            raise InputError(path, got=got, expected="one list of JSON objects", fix="Write the file again.")
+    if text[at + 1 :].strip():
+        got = f"{shown(text[at + 1 :].strip()[:60])} after the list"
+        raise InputError(path, got=got, expected="one list of JSON objects", fix="Write one JSON object a line.")
 
 
-def _kind(value) -> str:
+def _pairs(pairs):
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"the field {next(n for n in names if names.count(n) > 1)!r:.60} twice")
+    return found
+
+
+def _constant(name):
+    raise ValueError(f"{name} is not JSON")
+
+
+def _float(digits):
+    value = float(digits)
+    if not math.isfinite(value):
+        raise ValueError(f"{digits:.40} is no finite number")
+    return value
+
+
+_STRICT = dict(object_pairs_hook=_pairs, parse_constant=_constant, parse_float=_float)
+
+
+def _checked(row, text: str) -> dict:
+    """An object whose text is all valid Unicode, and not too deep."""
+    if not isinstance(row, dict):
+        fix = "Write one JSON object a line" + (", or name the file .json." if isinstance(row, list) else ".")
+        raise BadRow(f"a JSON {kind(row)}", "a JSON object", f'{fix} `data.bad_rows="skip"` leaves such rows out.')
+    if "\\u" not in text and text.count("[") + text.count("{") <= MOST_DEPTH:
+        return row
+    left = [(row, "", 1)]
+    while left:
+        value, where, depth = left.pop()
+        if depth > MOST_DEPTH:
+            raise BadRow(f"values nested deeper than {MOST_DEPTH}", "a flatter object")
+        if isinstance(value, dict):
+            dot = f"{where}." if where else ""
+            left += [(name, f"a name in {where or 'the row'}", depth) for name in value]
+            left += [(item, f"{dot}{name}", depth + 1) for name, item in value.items()]
+        elif isinstance(value, list):
+            left += [(item, f"{where}[{i}]", depth + 1) for i, item in enumerate(value)]
+        elif isinstance(value, str) and not value.isascii() and value.encode(errors="replace").decode() != value:
+            raise BadRow(f"{ascii(where)[1:-1]} with half of a surrogate pair", "valid Unicode text")
+    return row
+
+
+def kind(value) -> str:
     names = {dict: "object", list: "list", str: "string", bool: "boolean", int: "number", float: "number"}
     return names.get(type(value), "null")
 
 
-def _shown(value) -> str:
+def shown(value) -> str:
     text = value if isinstance(value, str) else repr(value)
     return repr(text if len(text) <= 60 else text[:57] + "...")

@@ -143,16 +143,15 @@ def empty_batch(num_rows: int, seq_len: int, *, pad_id: int) -> dict[str, np.nda
     )
 
 
-def write_segment(batch, row: int, at: int, segment: int, *, ids, num_targets: int, task_id: int, example_id: int):
+def write_segment(batch, row: int, at: int, segment: int, *, ids, mask, task_id: int, example_id: int):
     """Writes one example at `batch[...][row, at:]` as segment `segment`; returns where the next one starts.
 
-    `targets[t]` is the example's token after `tokens[t]`; it counts in the loss where it is one of the last
-    `num_targets` of `ids`.
+    `targets[t]` is the example's token after `tokens[t]`; it counts in the loss where its entry of `mask` is 1.
     """
     end = at + len(ids) - 1
     batch["tokens"][row, at:end] = ids[:-1]
     batch["targets"][row, at:end] = ids[1:]
-    batch["loss_weight"][row, end - num_targets : end] = 1.0
+    batch["loss_weight"][row, at:end] = mask[1:]
     batch["segment_ids"][row, at:end] = segment
     batch["positions"][row, at:end] = np.arange(end - at)
     batch["task_ids"][row, at:end] = task_id

@@ -1,9 +1,10 @@
 """One split of all tasks as flat arrays, with every example within `seq_len`.
 
 An example of n tokens takes n - 1 positions (the end token is never an input). `data.overlong` decides what becomes of
-one that takes more than `seq_len`: "skip" drops it,
-"truncate" cuts its context from the left (at least one context token stays; a target that does not fit even so is
-dropped), "error" refuses. What was dropped or cut is counted.
+one that takes more than `seq_len`: "skip" drops it, unless it fits without what the template puts between the prompt
+and the answer's text (an empty think block, say), which is then cut; "truncate" cuts it from the left (of a
+conversation at least one token before the last answer stays, and an answer that does not fit even so is dropped);
+"error" refuses. An example with nothing left to train on is dropped too. What was dropped or cut is counted.
 """
 
 import dataclasses
@@ -11,7 +12,7 @@ import dataclasses
 import numpy as np
 
 from molora_jax.data.encode import Task
-from molora_jax.data.example import SPLITS, Encoded
+from molora_jax.data.example import HELD_OUT, SPLITS, Encoded
 from molora_jax.errors import InputError
 
 
@@ -19,16 +20,19 @@ from molora_jax.errors import InputError
 class Split:
     """N examples; an example's id is its index.
 
-    ids: the tokens of all examples. start, length: [N] int64, where an example's tokens lie in `ids`.
-    targets: [N] int64, how many of them, at the end, are the answer and the end token. positions: length - 1.
-    task_ids: [N] int32. rows: [N] int64, the index within its task, for its texts.
+    ids, mask: the tokens of all examples, and which of them are trained on. start, length: [N] int64, where the tokens
+    of an example lie in both. context: [N] int64, how many of them stand before the last answer. targets: [N] int64,
+    how many have a loss (the first token has none). positions: length - 1. task_ids: [N] int32. rows: [N] int64, the
+    index within its task, for its texts.
     """
 
     name: str
     tasks: tuple[Task, ...]
     ids: np.ndarray
+    mask: np.ndarray
     start: np.ndarray
     length: np.ndarray
+    context: np.ndarray
     targets: np.ndarray
     task_ids: np.ndarray
     rows: np.ndarray
@@ -39,15 +43,21 @@ class Split:
         return self.length - 1
 
     def tokens(self, example_id: int) -> np.ndarray:
+        return self.ids[self._where(example_id)]
+
+    def loss_mask(self, example_id: int) -> np.ndarray:
+        return self.mask[self._where(example_id)]
+
+    def _where(self, example_id: int) -> slice:
         begin = self.start[example_id]
-        return self.ids[begin : begin + self.length[example_id]]
+        return slice(begin, begin + self.length[example_id])
 
     def example(self, example_id: int) -> Encoded:
         task_id = int(self.task_ids[example_id])
         task = self.tasks[task_id]
         prompt, target, group = task.texts[int(self.rows[example_id])]
         ids = self.tokens(example_id).tolist()
-        cut = len(ids) - int(self.targets[example_id])
+        cut = int(self.context[example_id])
         return Encoded(
             task=task.name,
             task_id=task_id,
@@ -59,20 +69,47 @@ class Split:
             choices=task.choices,
             context_ids=tuple(ids[:cut]),
             target_ids=tuple(ids[cut:]),
+            loss_mask=tuple(self.loss_mask(example_id).tolist()),
         )
 
 
-def make_split(name: str, tasks: tuple[Task, ...], *, ids: np.ndarray, seq_len: int, overlong: str) -> Split:
-    """`ids` is the concatenation of the tasks' `ids`.
+def shorten(task: Task, *, seq_len: int, overlong: str) -> tuple[Task, np.ndarray]:
+    """The task, and which of its examples (`[N]` bool) lost what the template puts before the answer's text."""
+    length = np.diff(task.offsets)
+    cut = (length - 1 > seq_len) & (length - 1 - task.lead <= seq_len) & (overlong == "skip")
+    if not cut.any():
+        return task, cut
+    keep = np.ones(len(task.ids), bool)
+    for i in np.flatnonzero(cut):
+        begin = task.offsets[i] + task.context[i]
+        keep[begin : begin + task.lead[i]] = False
+    offsets = np.concatenate([[0], np.cumsum(length - np.where(cut, task.lead, 0))])
+    return dataclasses.replace(task, ids=task.ids[keep], mask=task.mask[keep], offsets=offsets), cut
+
+
+def make_splits(tasks: tuple[Task, ...], *, seq_len: int, overlong: str) -> dict[str, Split]:
+    """The splits of all tasks, by name.
 
     Raises:
       InputError: an over-long example under `overlong="error"`.
     """
+    tasks, cut = zip(*(shorten(task, seq_len=seq_len, overlong=overlong) for task in tasks), strict=True)
+    ids, mask = (np.concatenate([getattr(task, field) for task in tasks]) for field in ("ids", "mask"))
+    limits = dict(seq_len=seq_len, overlong=overlong)
+    return {name: make_split(name, tasks, cut, ids=ids, mask=mask, **limits) for name in SPLITS}
+
+
+def make_split(
+    name: str, tasks: tuple[Task, ...], shortened, *, ids: np.ndarray, mask: np.ndarray, seq_len: int, overlong: str
+) -> Split:
+    """`ids` and `mask` are the concatenations of the tasks' own; `shortened`: of each task, as from `shorten`."""
     parts, counts, shift = [], {}, 0
     for task_id, task in enumerate(tasks):
-        rows = np.flatnonzero(task.split == SPLITS.index(name))
+        rows = np.flatnonzero((task.split == SPLITS.index(name)) | ((task.split == HELD_OUT) & (name != "train")))
         start, length = task.offsets[rows], (task.offsets[1:] - task.offsets[:-1])[rows]
-        targets = length - task.context[rows]
+        # plain text (context 0) may be cut anywhere: its first token is what stands before the answer
+        answer = np.where(task.context[rows] > 0, length - task.context[rows], 1)
+        context = np.maximum(task.context[rows], 1)
         long = length - 1 > seq_len
         if overlong == "error" and long.any():
             row = int(rows[np.argmax(long)])
@@ -82,11 +119,18 @@ def make_split(name: str, tasks: tuple[Task, ...], *, ids: np.ndarray, seq_len: 
                 expected=f"at most data.seq_len={seq_len}",
                 fix='Raise `data.seq_len`, or set `data.overlong` to "skip" or "truncate".',
             )
-        drop = long if overlong == "skip" else targets > seq_len
+        drop = long if overlong == "skip" else answer > seq_len
         cut = np.where(drop, 0, np.maximum(length - 1 - seq_len, 0))
-        counts[task.name] = dict(skipped=int(drop.sum()), truncated=int((cut > 0).sum()))
-        columns = (shift + start + cut, length - cut, targets, np.full(len(rows), task_id), rows)
+        context = np.maximum(context - cut, 1)
+        trained = np.concatenate([[0], np.cumsum(task.mask, dtype=np.int64)])
+        targets = trained[start + length] - trained[start + cut + 1]
+        drop = drop | (targets == 0)
+        cut = np.where(drop, 0, cut)
+        counts[task.name] = dict(
+            skipped=int(drop.sum()), truncated=int(((cut > 0) | (shortened[task_id][rows] & ~drop)).sum())
+        )
+        columns = (shift + start + cut, length - cut, context, targets, np.full(len(rows), task_id), rows)
         parts.append([column[~drop] for column in columns])
         shift += len(task.ids)
-    start, length, targets, task_ids, rows = (np.concatenate(column) for column in zip(*parts, strict=True))
-    return Split(name, tasks, ids, start, length, targets, task_ids.astype(np.int32), rows, counts)
+    start, length, context, targets, task_ids, rows = (np.concatenate(column) for column in zip(*parts, strict=True))
+    return Split(name, tasks, ids, mask, start, length, context, targets, task_ids.astype(np.int32), rows, counts)

@@ -21,6 +21,7 @@ import threading
 
 import numpy as np
 
+from molora_jax.config_resolve import split_commas
 from molora_jax.data.example import seed_of, shuffled
 from molora_jax.data.packing import empty_batch, pack, write_segment
 from molora_jax.data.split import Split
@@ -56,7 +57,8 @@ class Stream:
                     f"data.tasks, task {split.tasks[i].name!r}",
                     got="no training example that fits",
                     expected=f"at least one of at most data.seq_len={seq_len} positions",
-                    fix="Add rows, raise `data.seq_len`, or take the task out.",
+                    fix="Add rows, raise `data.seq_len`, or take the task out (`data.file_tasks=False` makes a file "
+                    "one task, `data.test_share=0.0` holds no row out).",
                 )
         sizes = np.array([len(members) for members in self._members.values()], np.float64)
         weights = sizes ** (1.0 / temperature)
@@ -88,7 +90,7 @@ class Stream:
                     at,
                     segment,
                     ids=self.split.tokens(example_id),
-                    num_targets=int(self.split.targets[example_id]),
+                    mask=self.split.loss_mask(example_id),
                     task_id=int(self.split.task_ids[example_id]),
                     example_id=example_id,
                 )
@@ -104,15 +106,17 @@ class Stream:
         return iterate(self, start_step, rows=rows, prefetch=prefetch)
 
     def for_tasks(self, tasks: str) -> "Stream":
-        """The same kind of stream over some of the tasks, `"a,b"` (names, or entries of `data.tasks`); "" is all.
+        """The same kind of stream over some of the tasks, `"a,b"` (names, or entries of `data.tasks`, which may be
+        several tasks); "" is all.
 
         Raises:
           InputError: an unknown task.
         """
-        known = {}
+        known: dict[str, set] = {}
         for i in self.task_ids:
-            known[self.split.tasks[i].entry] = known[self.split.tasks[i].name] = i
-        wanted = [name.strip() for name in tasks.split(",") if name.strip()] or list(known)
+            for name in {self.split.tasks[i].entry, self.split.tasks[i].name}:
+                known.setdefault(name, set()).add(i)
+        wanted = split_commas(tasks) or list(known)
         for name in wanted:
             if name not in known:
                 raise InputError(
@@ -120,7 +124,7 @@ class Stream:
                 )
         return Stream(
             self.split,
-            task_ids=tuple(sorted({known[name] for name in wanted})),
+            task_ids=tuple(sorted(set().union(*(known[name] for name in wanted)))),
             seq_len=self.seq_len,
             batch_size=self.batch_size,
             seed=self.seed,
@@ -129,6 +133,15 @@ class Stream:
             max_segments=self.max_segments,
             pad_id=self.pad_id,
         )
+
+    def epoch_rows(self) -> int:
+        """Rows that hold as many draws as all tasks together have examples."""
+        return sum(len(self.plan(window)) for window in range(self._per_total))
+
+    def epoch_steps(self) -> int:
+        """Steps of an epoch, rounded up; of many windows, by the rows of the first."""
+        rows = self.epoch_rows() if self._per_total <= 4 else len(self.plan(0)) * self._per_total
+        return -(-rows // self.batch_size)
 
     def row(self, number: int) -> list[int]:
         """The example ids of one row of the endless sequence of rows."""

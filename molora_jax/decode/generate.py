@@ -13,28 +13,36 @@ its neighbours.
 B rows, S_p padded prompt length, N most new tokens, S_k = S_p + N slots, D width, V vocabulary, L layers.
 """
 
+import dataclasses
 import functools
 import zlib
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from molora_jax.decode import sampling
 from molora_jax.errors import InputError
 
 MULTIPLE = 32
+STOP_EVERY = 8  # tokens between two looks for a stop string: a look waits for the device
 
 
 def generate(
-    model, params, adapters, router_state, prompts, *, max_new_tokens: int, eos_id: int | None,
-    temperature: float = 0.0, seed: int = 0, cache: bool = True, batch_size: int = 16, done=lambda rows: None,
+    model, params, adapters, router_state, prompts, *, max_new_tokens: int, eos_id, temperature: float = 0.0,
+    top_p: float = 1.0, top_k: int = 0, min_p: float = 0.0, repetition_penalty: float = 1.0, stop=None, seed: int = 0,
+    cache: bool = True, batch_size: int = 16, done=lambda rows: None,
 ) -> list[list[int]]:  # fmt: skip
     """Answers to many prompts, those of similar length together.
 
     Args:
       prompts: lists of token ids, none empty.
       max_new_tokens: of one answer, the end token included; an answer also ends at the model's context.
+      eos_id: the id that ends an answer, several of them, or None.
       temperature: 0 takes the likeliest token; else tokens are drawn, by `seed` and the prompt.
+      top_p, top_k, min_p, repetition_penalty: see `sampling.py`.
+      stop: `stop(ids) -> how many of them to keep, or None` also ends an answer; asked every few tokens.
       cache: False recomputes everything for each token (slow; the same answers).
       done: called with the number of rows after each batch.
 
@@ -42,9 +50,12 @@ def generate(
       The new ids of each prompt, the end token included where it came.
 
     Raises:
-      InputError: an empty prompt or one that fills the context, a negative temperature, no room for a token.
+      InputError: an empty prompt or one that fills the context, a bad number, no room for a token.
     """
     _check(prompts, max_new_tokens, temperature, seed, model.config.context)
+    filters = sampling.settings(
+        temperature=temperature, top_p=top_p, top_k=top_k, min_p=min_p, repetition_penalty=repetition_penalty
+    )
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     answers: list[list[int]] = [[] for _ in prompts]
     for first in range(0, len(order), batch_size):
@@ -52,15 +63,42 @@ def generate(
         room = min(batch_size, 1 << (len(rows) - 1).bit_length())
         limit = min(max_new_tokens, model.config.context - len(prompts[rows[0]]))  # the cache is no larger than needed
         batch = pad([prompts[i] for i in rows], limit, model.config.context, seed, rows=room)
-        ids, counts, _ = decode(
-            params, adapters, router_state, *batch, np.float32(temperature), np.int32(-1 if eos_id is None else eos_id),
-            model=model, size=new_slots(batch[0].shape[1], limit), sample=temperature > 0, cache=cache,
-        )  # fmt: skip
-        ids, counts = np.asarray(ids), np.asarray(counts)
+        inputs = (params, adapters, router_state, *batch, np.float32(temperature), end_ids(eos_id), filters)
+        static = dict(model=model, size=new_slots(batch[0].shape[1], limit), sample=temperature > 0, cache=cache)
+        if stop is None:
+            ids, counts, _ = jax.device_get(decode(*inputs, **static))
+        else:
+            ids, counts = _until_stopped(inputs, static, stop)
         for row, i in enumerate(rows):
             answers[i] = ids[row, : counts[row]].tolist()
         done(len(rows))
     return answers
+
+
+def _until_stopped(inputs, static, stop):
+    """`ids [B, N]`, `counts [B]`: a few tokens at a time, between which `stop` sees each row's ids."""
+    state, shown = begin(*inputs, **static), 0
+    while True:
+        t, done, (ids, counts, _) = jax.device_get((state.t, state.done, state.out))
+        done, counts = done.copy(), counts.copy()
+        stopped = {}
+        for row in np.flatnonzero(counts > shown):
+            keep = stop(ids[row, : counts[row]].tolist())
+            if keep is not None:
+                done[row], stopped[int(row)] = True, keep
+        for row, keep in stopped.items():
+            counts[row] = keep
+        if t >= static["size"] or done.all():
+            return ids, counts
+        shown = int(t)
+        state = dataclasses.replace(state, done=done, out=(state.out[0], counts, state.out[2]))
+        state = go_on(*inputs, state, np.int32(t + STOP_EVERY), **static)
+
+
+def end_ids(eos_id) -> np.ndarray:
+    """int32 `[ends]` of one id, several or None."""
+    ids = [] if eos_id is None else [eos_id] if isinstance(eos_id, (int, np.integer)) else list(eos_id)
+    return np.asarray(ids or [-1], np.int32)
 
 
 def _check(prompts, max_new_tokens, temperature, seed, context):
@@ -109,50 +147,95 @@ def pad(prompts, max_new_tokens: int, context: int, seed: int, *, rows: int):
     return tokens, lengths, limits, keys
 
 
-@functools.partial(jax.jit, static_argnames=("model", "size", "sample", "cache", "keep_logits"))
-def decode(
-    params, adapters, router_state, tokens, lengths, limits, keys, temperature, eos_id,
-    *, model, size, sample, cache=True, keep_logits=False,
-):  # fmt: skip
-    """One batch. `tokens [B, S_p]` padded on the right, `lengths`, `limits [B]`, `keys [B, 2]`, `size` is N.
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass
+class State:
+    """Between two tokens: `t` tokens were taken; `done [B]`; `out` as `decode` returns it; the cache (or the text so
+    far); `seen [B, V]`, the ids that stand in a row so far, None without a penalty for repeats."""
+
+    t: jax.Array
+    done: jax.Array
+    out: tuple
+    memory: Any
+    seen: jax.Array | None
+
+
+_STATIC = ("model", "size", "sample", "cache", "keep_logits")
+
+
+@functools.partial(jax.jit, static_argnames=_STATIC)
+def decode(*inputs, size, **static):
+    """One batch. Inputs: params, adapters, router_state, `tokens [B, S_p]` padded on the right, `lengths`, `limits
+    [B]`, `keys [B, 2]`, temperature, end ids `[ends]` (or one), and perhaps the filters of `sampling.py`; `size` is N.
 
     Returns `ids [B, N]`, `counts [B]` (the end token counts), and the logits `[B, N, V]` that each id was taken from
     with `keep_logits` (else None).
     """
+    start, loop = _machine(*inputs, size=size, **static)
+    return loop(start(), size).out
+
+
+@functools.partial(jax.jit, static_argnames=_STATIC)
+def begin(*inputs, **static) -> State:
+    """The prefill and the first token of `decode`."""
+    return _machine(*inputs, **static)[0]()
+
+
+@functools.partial(jax.jit, static_argnames=_STATIC, donate_argnums=10)
+def go_on(*inputs_state_until, size, **static) -> State:
+    """`decode` from a state on, until `until` tokens were taken (or all rows are done)."""
+    *inputs, state, until = inputs_state_until
+    return _machine(*inputs, size=size, **static)[1](state, jnp.minimum(until, size))
+
+
+def _machine(
+    params, adapters, router_state, tokens, lengths, limits, keys, temperature, eos_id, filters=None,
+    *, model, size, sample, cache=True, keep_logits=False,
+):  # fmt: skip
+    """`start() -> State` after the first token, and `loop(state, until) -> State`."""
     B = tokens.shape[0]
     rows = jnp.arange(B)
+    filters = filters or {}
     hidden = functools.partial(model.hidden, params, adapters, router_state)
-    start, advance = (_cached if cache else _uncached)(hidden, model, tokens, lengths, size)
+    prefill, advance = (_cached if cache else _uncached)(hidden, model, tokens, lengths, size)
 
-    def choose(out, t, h, done):
+    def choose(out, t, h, done, seen):
         """Writes token t of every row that goes on."""
         ids, counts, logits = out
         with jax.named_scope("choose"):
-            z = model.logits(params, h)
-            new = jnp.argmax(z, axis=-1)
+            z = plain = model.logits(params, h)
+            if seen is not None:
+                z = sampling.penalised(z, seen, filters["repetition_penalty"])
             if sample:
-                new = jax.vmap(lambda k, z: jax.random.categorical(jax.random.fold_in(k, t), z))(keys, z / temperature)
+                z = sampling.filtered(z / temperature, filters)
+                new = jax.vmap(lambda k, z: jax.random.categorical(jax.random.fold_in(k, t), z))(keys, z)
+            else:
+                new = jnp.argmax(z, axis=-1)
             new = jnp.where(done, 0, new).astype(jnp.int32)
-        logits = None if logits is None else logits.at[:, t].set(z)
+        logits = None if logits is None else logits.at[:, t].set(plain)
+        seen = None if seen is None else seen.at[rows, new].set(True)
         out = (ids.at[:, t].set(new), counts + ~done, logits)
-        return out, done | (new == eos_id) | (t + 1 >= limits)
+        ended = jnp.any(new[:, None] == jnp.atleast_1d(eos_id), axis=-1)
+        return out, done | ended | (t + 1 >= limits), seen
 
-    def go_on(loop):
-        t, done, _, _ = loop
-        return (t < size) & ~jnp.all(done)
+    def start():
+        h, memory = prefill()
+        logits = jnp.zeros((B, size, model.config.vocab), jnp.float32) if keep_logits else None
+        seen = sampling.seen_in(tokens, lengths, model.config.vocab) if "repetition_penalty" in filters else None
+        out = (jnp.zeros((B, size), jnp.int32), jnp.zeros(B, jnp.int32), logits)
+        out, done, seen = choose(out, 0, h, limits <= 0, seen)
+        return State(jnp.int32(1), done, out, memory, seen)
 
-    def step(loop):
-        t, done, out, memory = loop
-        h, memory = advance(memory, out[0][rows, t - 1], t - 1, ~done)
-        out, done = choose(out, t, h, done)
-        return t + 1, done, out, memory
+    def step(state):
+        t = state.t
+        h, memory = advance(state.memory, state.out[0][rows, t - 1], t - 1, ~state.done)
+        out, done, seen = choose(state.out, t, h, state.done, state.seen)
+        return State(t + 1, done, out, memory, seen)
 
-    h, memory = start()
-    logits = jnp.zeros((B, size, model.config.vocab), jnp.float32) if keep_logits else None
-    out = (jnp.zeros((B, size), jnp.int32), jnp.zeros(B, jnp.int32), logits)
-    out, done = choose(out, 0, h, limits <= 0)
-    _, _, out, _ = jax.lax.while_loop(go_on, step, (1, done, out, memory))
-    return out
+    def loop(state, until):
+        return jax.lax.while_loop(lambda state: (state.t < until) & ~jnp.all(state.done), step, state)
+
+    return start, loop
 
 
 def _batch(tokens, positions, live):

@@ -30,7 +30,7 @@ def _batch_nll(params, adapters, router_state, batch, *, model, targets_per_row,
 
 def example_nll(
     model, params, adapters, router_state, batches, num_examples, *, mesh, targets_per_row, constrain, num_tasks=0,
-    done=lambda: None,
+    done=lambda: None, forward=None,
 ):  # fmt: skip
     """Sums over each example's answer tokens (end token included).
 
@@ -38,11 +38,15 @@ def example_nll(
       batches: from `DataSet.heldout_batches`, all of one shape.
       num_tasks: above 0, also sums the gates of each task's tokens (prompts included).
       done: called after each batch.
+      forward: `(params, adapters, router_state, batch)` -> as `_batch_nll`, in its place.
 
     Returns:
       dict of `nll` (nats, summed), `tokens`, `right` (argmax equals the target), each `[num_examples]` float64; with
       `num_tasks` also `gates`: `{rule: {scope: [tasks, L, E_max]}}`, sums of the gates' sizes.
     """
+    forward = forward or functools.partial(
+        _batch_nll, model=model, targets_per_row=targets_per_row, constrain=constrain, num_tasks=num_tasks
+    )
     sums = {name: np.zeros(num_examples) for name in ("nll", "tokens", "right")}
     total: dict = {}
     replicate = jax.jit(lambda x: x, out_shardings=sharding.replicated(mesh))
@@ -50,11 +54,8 @@ def example_nll(
         rows = sharding.rows_of_process(len(batch["tokens"]))
         local = {name: value[rows] for name, value in batch.items()}
         out, gates = replicate(
-            _batch_nll(
-                params, adapters, router_state, sharding.put_batch(local, mesh, len(batch["tokens"])),
-                model=model, targets_per_row=targets_per_row, constrain=constrain, num_tasks=num_tasks,
-            )
-        )  # fmt: skip
+            forward(params, adapters, router_state, sharding.put_batch(local, mesh, len(batch["tokens"])))
+        )
         nll, weight, right, index = (np.asarray(x).reshape(-1) for x in out)
         used = weight > 0
         for name, value in (("nll", nll), ("tokens", weight), ("right", right)):

@@ -7,6 +7,8 @@ import pathlib
 import numpy as np
 
 BASE, TUNED = "#9aa5b1", "#1f6fb2"
+# Differences: the ends of matplotlib's RdBu are nearly black, both of them; without them each end keeps its colour.
+SIGNED_ENDS = (0.12, 0.88)
 
 
 def figure(*args, **kwargs):
@@ -23,8 +25,30 @@ def figure(*args, **kwargs):
 def save(fig, path) -> pathlib.Path:
     path = pathlib.Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    fig.savefig(path, dpi=120)
+    fig.savefig(path, dpi=120, bbox_inches="tight")  # a label wider than its axes is outside what the layout knows
     return path
+
+
+def signed():
+    """Blue for less, white for equal, red for more."""
+    import matplotlib
+    from matplotlib.colors import ListedColormap
+
+    return ListedColormap(matplotlib.colormaps["RdBu_r"](np.linspace(*SIGNED_ENDS, 256)), name="signed")
+
+
+def stack(pictures, path) -> pathlib.Path:
+    """Pictures one above the other, as wide as the widest; a narrower one is in the middle."""
+    from matplotlib.image import imread, imsave
+
+    images = [imread(picture)[..., :3] for picture in pictures]
+    width = max(image.shape[1] for image in images)
+    rows = [
+        np.pad(image, ((0, 0), ((width - w) // 2, (width - w + 1) // 2), (0, 0)), constant_values=1.0)
+        for image, w in ((image, image.shape[1]) for image in images)
+    ]
+    imsave(path, np.concatenate(rows))
+    return pathlib.Path(path)
 
 
 def plot_loss(workdir) -> pathlib.Path:
@@ -34,7 +58,7 @@ def plot_loss(workdir) -> pathlib.Path:
     """
     workdir = pathlib.Path(workdir)
     path = workdir / "metrics.jsonl"
-    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    lines = path.read_bytes().splitlines() if path.exists() else []
     rows = [row for row in map(_row, lines) if row]
     fig, ax = figure(figsize=(7, 4), layout="constrained")
     for name, label, color in (("loss", "with router losses", BASE), ("lm_loss", "answer tokens", TUNED)):
@@ -55,16 +79,20 @@ def plot_loss(workdir) -> pathlib.Path:
     return save(fig, workdir / "report" / "loss.png")
 
 
-def _row(line: str) -> dict | None:
-    """None for half a line, which a kill leaves behind (the next start of the training cuts it)."""
+def _row(line: bytes) -> dict | None:
+    """None for what is no row: half a line, which a kill leaves behind (the next start of the training cuts it)."""
     try:
-        return json.loads(line)
-    except ValueError:
+        row = json.loads(line)
+        return row if math.isfinite(row["step"]) else None
+    except (ValueError, KeyError, TypeError, RecursionError, OverflowError):
         return None
 
 
 def _finite(value) -> float:
-    value = float(value)  # "NaN" and "Infinity" are text in metrics.jsonl
+    try:
+        value = float(value)  # "NaN" and "Infinity" are text in metrics.jsonl
+    except (ValueError, TypeError, OverflowError):  # a damaged row: a gap, as for what is not finite
+        return math.nan
     return value if math.isfinite(value) else math.nan
 
 
@@ -80,11 +108,11 @@ def plot_tasks(report: dict, path) -> pathlib.Path:
     height = 1.3 + 0.48 * len(tasks)
     fig, axes = figure(1, 1 + shown, figsize=(6 + 4 * shown, height), layout="constrained", sharey=True, squeeze=False)
     _bars(axes[0, 0], tasks, "nll", 1.0)
-    axes[0, 0].set(xlabel="NLL per answer token (nats), lower is better")
+    axes[0, 0].set(xlabel="NLL per answer token (nats)\nlower is better")
     if shown:
         _bars(axes[0, 1], tasks, "exact", 100.0)
         n = max(t["generated"] for t in tasks.values())
-        axes[0, 1].set(xlabel=f"exact match (%) of at most {n} generated answers, higher is better", xlim=(0, 100))
+        axes[0, 1].set(xlabel=f"exact match (%) of at most {n} answers\nhigher is better", xlim=(0, 100))
     names = [f"{name} ({t['items']})" for name, t in tasks.items()]
     axes[0, 0].set_yticks(range(len(tasks)), names)
     axes[0, 0].invert_yaxis()
@@ -128,7 +156,7 @@ def plot_routing(routing: dict, experts: dict, path) -> pathlib.Path:
         for name, x in zip(names, shares, strict=True):
             change = x - np.mean(x, axis=0)
             most = max(1e-3, float(np.nanpercentile(np.abs(change), 99.5)))
-            rows.append((f"{name}, minus mean\nlayer", change, dict(cmap="RdBu_r", vmin=-most, vmax=most)))
+            rows.append((f"{name}, minus mean\nlayer", change, dict(cmap=signed(), vmin=-most, vmax=most)))
     size = (1.8 + 1.05 * len(tasks), 0.9 + sum(max(1.2, 0.08 * x.shape[1]) + 0.2 for _, x, _ in rows))
     fig, axes = figure(
         len(rows), len(tasks), figsize=size, layout="constrained", squeeze=False, sharey="row", sharex="row"

@@ -1,4 +1,4 @@
-"""The report of a run: `report/report.json`, three pictures beside it, and a table.
+"""The report of a run: `report/report.json`, pictures beside it, and a table.
 
     {"step": N, "tasks": {NAME: {"items", "answer_tokens", "nll", "nll_base", "exact", "exact_base", ...}}, ...}
 
@@ -35,24 +35,37 @@ def evaluate(run, *, phases) -> dict:
     examples = run.data.heldout("test", options.num_items)
     phases.end()
     trained_on = saved.fingerprint(run.workdir, run.step)
-    if trained_on not in (None, run.data.fingerprint):
+    if trained_on not in (None, run.data.fingerprint, run.data.trained_fingerprint):
         phases.note("note: the data are not those that the run was trained on (other tasks, files or package versions)")
     if not examples:
-        raise InputError(
-            "data.tasks", got="no test item (5 % of the rows, by a hash of their text, that fit into data.seq_len)",
-            expected="at least one", fix="Add rows, or raise data.seq_len if the report counts too long ones.",
-        )  # fmt: skip
+        raise no_items(run.config.data)
     base = score(run, examples, base=True, phases=phases)
     tuned = score(run, examples, base=False, phases=phases)
     report = {
         "step": run.step,
         "base": run.config.base.source,
+        "held_out": run.data.report()["held_out"],
         "max_new_tokens": options.max_new_tokens,
         "tasks": tasks(run, examples, base, tuned),
         "without_items": [n for i, n in enumerate(run.data.task_names) if all(e.task_id != i for e in examples)],
         "routing": routing(run, tuned.gates, {e.task_id for e in examples}),
     }
     return report
+
+
+def no_items(data) -> InputError:
+    """The error of a run without a held-out item."""
+    valid, share = data.get("valid", ""), data.get("test_share", 0.05)
+    if valid or share:
+        got = f"no row of {valid}" if valid else f"no test item ({share:.1%} of the rows, by a hash of their text,"
+        return InputError(
+            "data.valid" if valid else "data.tasks", got=f"{got} that fits into data.seq_len{'' if valid else ')'}",
+            expected="at least one", fix="Add rows, or raise data.seq_len if the report counts too long ones.",
+        )  # fmt: skip
+    return InputError(
+        "data.test_share", got="0.0: every row was trained on, and none is left to report on",
+        expected="held-out items", fix="Name rows that were not trained on: --config.data.valid=jsonl:PATH.",
+    )  # fmt: skip
 
 
 def write(run, report: dict) -> pathlib.Path:
@@ -93,7 +106,7 @@ def tasks(run, examples, base, tuned) -> dict:
         count = tuned.tokens[items]
 
         def exact(scores, generated=generated):
-            right = sum(scores.answers[i].strip() == examples[i].target.strip() for i in generated)
+            right = sum(scores.answers[i].strip() in _right(run, examples[i]) for i in generated)
             return intervals.wilson(right, len(generated)) if generated else None
 
         out[name] = {
@@ -110,6 +123,11 @@ def tasks(run, examples, base, tuned) -> dict:
     return out
 
 
+def _right(run, example) -> set[str]:
+    """The target as given, and as the template writes it (a think block in front, white space taken off)."""
+    return {example.target.strip(), run.text(example.target_ids).strip()}
+
+
 def routing(run, gates: dict, present: set) -> dict:
     """Shares that sum to 1 over a layer's experts; all zeros in a layer where the rule does not act."""
     out: dict = {}
@@ -122,15 +140,13 @@ def routing(run, gates: dict, present: set) -> dict:
 
 
 def pictures(run, report: dict) -> list[pathlib.Path]:
-    """`tasks.png`, `loss.png` and `routing.png` in the run's `report` folder."""
+    """`tasks.png`, `loss.png` and `routing.png` in the run's `report` folder, `overview.png` of the first and last."""
     folder = pathlib.Path(run.workdir) / "report"
     counts = {rule.name: rule.experts for rule in run.model.rules}
     with _written(folder):
-        return [
-            plots.plot_tasks(report, folder / "tasks.png"),
-            plots.plot_loss(run.workdir),
-            plots.plot_routing(report["routing"], counts, folder / "routing.png"),
-        ]
+        tasks = plots.plot_tasks(report, folder / "tasks.png")
+        routing = plots.plot_routing(report["routing"], counts, folder / "routing.png")
+        return [tasks, plots.plot_loss(run.workdir), routing, plots.stack([tasks, routing], folder / "overview.png")]
 
 
 def text_table(report: dict) -> str:

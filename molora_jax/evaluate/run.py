@@ -22,6 +22,8 @@ import numpy as np
 from molora_jax import config as config_lib
 from molora_jax import data as data_lib
 from molora_jax import identity, sharding
+from molora_jax.config_resolve import resolve_template_args
+from molora_jax.data import render
 from molora_jax.decode import generate as decoding
 from molora_jax.errors import InputError
 from molora_jax.evaluate import saved
@@ -29,6 +31,7 @@ from molora_jax.evaluate.gates import by_layer
 from molora_jax.io.base import load_base
 from molora_jax.io.base_facts import base_facts, pinned
 from molora_jax.io.checkpoints import Checkpoints, read_manifest
+from molora_jax.io.templates import characters
 from molora_jax.models.compile import compile_model
 
 LOG = logging.getLogger("molora_jax.run")
@@ -68,40 +71,74 @@ class Run:
         """The pieces that `routing` reports on, as text."""
         return [self.tokenizer.decode([i]) for i in self.tokenizer.encode(text)]
 
-    def prompt_ids(self, prompt: str) -> list[int]:
-        """A user's turn in the model's chat template, up to where the answer starts."""
-        if not prompt.strip():
-            raise InputError("prompt", got=repr(prompt), expected="some text", fix="Write a question.")
-        system = self.config.data.system
-        turns = [{"role": "system", "content": system}] * bool(system) + [{"role": "user", "content": prompt}]
-        return self.tokenizer.encode_chat(turns, add_generation_prompt=True)
+    def prompt_ids(self, prompt, *, tools=None) -> list[int]:
+        """A prompt in the model's chat template, up to where the answer starts (under `data.raw`, as it stands).
+
+        Args:
+          prompt: a user's text, or a conversation: a list of turns `{"role", "content"}`, the one to answer last.
+          tools: descriptions of tools, for the template.
+
+        Raises:
+          InputError: an empty prompt, turns that are none, or a template that refuses them.
+        """
+        data = self.config.data
+        size = characters([prompt, tools])
+        if size > render.LONGEST:
+            raise InputError("prompt", got=f"{size:,} characters", expected=f"at most {render.LONGEST:,}")
+        if data.get("raw", False):  # trained on plain text
+            if not isinstance(prompt, str) or not prompt.strip():
+                raise InputError("prompt", got=repr(prompt)[:80], expected="text: this run has data.raw=True")
+            return self.tokenizer.encode_plain(prompt)
+        turns = render.with_system(_turns(prompt), data.system)
+        args = resolve_template_args(data.get("template_args", ""))
+        return self.tokenizer.encode_chat(turns, add_generation_prompt=True, tools=tools, **args)
 
     def generate(
-        self, prompt, *, max_new_tokens: int = 64, temperature: float = 0.0, seed: int = 0, cache: bool = True
-    ):
+        self, prompt, *, max_new_tokens: int = 64, temperature: float = 0.0, top_p: float = 1.0, top_k: int = 0,
+        min_p: float = 0.0, repetition_penalty: float = 1.0, stop=(), seed: int = 0, cache: bool = True, tools=None,
+    ):  # fmt: skip
         """Answers one prompt (-> str) or a list of them (-> list of str).
 
         Args:
+          prompt: a text; a conversation, `[{"role": "user", "content": ...}, ...]`; or a list of texts and
+            conversations.
           temperature: 0 takes the likeliest token; else tokens are drawn, by `seed` and the prompt alone.
+          top_p, top_k, min_p: draw among the likeliest tokens only (`decode/sampling.py`).
+          repetition_penalty: above 1, tokens that stand in prompt or answer become less likely.
+          stop: a text or several; an answer ends before the first of them.
           cache: False recomputes everything for each token: the same answer, slowly.
+          tools: descriptions of tools, for the template.
 
         Raises:
           InputError: an empty or too long prompt, a bad number.
         """
-        prompts = [prompt] if isinstance(prompt, str) else prompt
-        if not isinstance(prompts, (list, tuple)) or not all(isinstance(text, str) for text in prompts):
-            raise InputError("prompt", got=repr(prompt)[:80], expected="text, or a list of texts")
+        one = isinstance(prompt, str) or _is_conversation(prompt)
+        prompts = [prompt] if one else prompt
+        if not isinstance(prompts, (list, tuple)):
+            raise InputError("prompt", got=repr(prompt)[:80], expected="text, turns, or a list of them")
+        stop = (stop,) if isinstance(stop, str) else tuple(stop)
+        if not all(isinstance(text, str) and text for text in stop):
+            raise InputError("stop", got=repr(stop)[:80], expected="texts that are not empty")
         answers = decoding.generate(
-            self.model, self.params, self.adapters, self.router_state, [self.prompt_ids(text) for text in prompts],
-            max_new_tokens=max_new_tokens, eos_id=self.tokenizer.eos_id, temperature=temperature, seed=seed,
-            cache=cache,
+            self.model, self.params, self.adapters, self.router_state,
+            [self.prompt_ids(text, tools=tools) for text in prompts], max_new_tokens=max_new_tokens,
+            eos_id=self.tokenizer.end_ids, temperature=temperature, top_p=top_p, top_k=top_k, min_p=min_p,
+            repetition_penalty=repetition_penalty, stop=functools.partial(self._stop_at, stop) if stop else None,
+            seed=seed, cache=cache,
         )  # fmt: skip
-        texts = [self.text(ids) for ids in answers]
-        return texts[0] if isinstance(prompt, str) else texts
+        texts = [_before(self.text(ids), stop) for ids in answers]
+        return texts[0] if one else texts
+
+    def _stop_at(self, stop, ids) -> int | None:
+        """How many of `ids` it takes to write one of the texts `stop`; special tokens count as text."""
+        written = lambda n: any(text in self.tokenizer.decode(ids[:n]) for text in stop)  # noqa: E731
+        return next(n for n in range(1, len(ids) + 1) if written(n)) if written(len(ids)) else None
 
     def text(self, ids) -> str:
-        """An answer's ids as text, without the end token."""
-        return self.tokenizer.decode(ids, skip_special_tokens=True)
+        """An answer's ids as text, without the end token and other special ones."""
+        ids = list(ids)
+        ended = ids[-1:] and ids[-1] in self.tokenizer.end_ids  # it need not be marked as special
+        return self.tokenizer.decode(ids[:-1] if ended else ids, skip_special_tokens=True)
 
     def routing(self, text: str) -> dict[str, dict[str, np.ndarray]]:
         """The gates of every routed rule for a text, read as it stands (no chat template).
@@ -113,6 +150,8 @@ class Run:
         """
         if not isinstance(text, str):
             raise InputError("text", got=repr(text)[:80], expected="text")
+        if len(text) > render.LONGEST:
+            raise InputError("text", got=f"{len(text):,} characters", expected=f"at most {render.LONGEST:,}")
         ids = self.tokenizer.encode(text)
         if not 0 < len(ids) <= self.model.config.context:
             raise InputError("text", got=f"{len(ids)} tokens", expected=f"1 to {self.model.config.context}")
@@ -129,6 +168,30 @@ class Run:
             rule: {scope: np.asarray(g)[:, 0, : len(ids)] for scope, g in scopes.items()}
             for rule, scopes in gates.items()
         }
+
+
+def _is_conversation(prompt) -> bool:
+    return isinstance(prompt, (list, tuple)) and bool(prompt) and all(isinstance(turn, dict) for turn in prompt)
+
+
+def _turns(prompt) -> list[dict]:
+    if isinstance(prompt, str):
+        if not prompt.strip():
+            raise InputError("prompt", got=repr(prompt), expected="some text", fix="Write a question.")
+        return [{"role": "user", "content": prompt}]
+    if not _is_conversation(prompt):
+        raise InputError("prompt", got=repr(prompt)[:80], expected='text, or a list of {"role": ..., "content": ...}')
+    for i, turn in enumerate(prompt):
+        if not isinstance(turn.get("role"), str):
+            raise InputError(f"prompt, turn {i + 1}", got=repr(turn)[:80], expected='{"role": ..., "content": ...}')
+    if prompt[-1]["role"] == "assistant":
+        got = f"{len(prompt)} turns, the assistant's last"
+        raise InputError("prompt", got=got, expected="a turn to answer last", fix="Leave the last turn out.")
+    return list(prompt)
+
+
+def _before(text: str, stop) -> str:
+    return text[: min((text.find(one) for one in stop if one in text), default=len(text))]
 
 
 @functools.partial(jax.jit, static_argnames="model")

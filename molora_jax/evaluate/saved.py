@@ -84,7 +84,7 @@ def manifest_of(folder, step="best") -> dict | None:
 def believed(config: dict, manifest: dict | None) -> tuple[dict, list[str]]:
     """`(config, lines)`: a run's config with the identity fields of a step's manifest, and where these differ.
 
-    Paths (`base.source`, `data.tasks`) and what may change between two starts stay as they are in `config`.
+    Paths (`base.source`, `data.tasks`, `data.valid`) and what may change between two starts stay as in `config`.
     """
     saved = (manifest or {}).get("config")
     if not isinstance(saved, dict) or not all(isinstance(saved.get(n), dict) for n in ("train", "method", "base")):
@@ -96,7 +96,7 @@ def believed(config: dict, manifest: dict | None) -> tuple[dict, list[str]]:
             out[section] = saved[section]
     for section, (source, _) in identity.CONTENT.items():
         if isinstance(out.get(section), dict) and isinstance(saved.get(section), dict):
-            kept = {source: out[section][source]} if source in out[section] else {}
+            kept = {name: out[section][name] for name in (source, "valid") if name in out[section]}
             out[section] = {**out[section], **saved[section], **kept}
     names = [*identity.TRAIN_FIELDS, *(["steps"] if saved.get("optim", {}).get("decay") != "constant" else [])]
     if isinstance(out.get("train"), dict):
@@ -116,6 +116,7 @@ def without_inputs(config, *, keep_data: bool = False):
             rule.load = ()
         if not keep_data:
             config.data.tasks = ",".join(TASKS)
+            config.data.valid = ""
     return config
 
 

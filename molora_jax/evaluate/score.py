@@ -55,7 +55,7 @@ def score(run, examples, *, base: bool, phases) -> Scores:
         phases.start(f"{name}: {len(picked)} generated answers", len(picked))
         ids = generate(
             model, run.params, adapters, state, [list(examples[i].context_ids) for i in picked],
-            max_new_tokens=options.max_new_tokens, eos_id=run.tokenizer.eos_id, batch_size=options.batch_size,
+            max_new_tokens=options.max_new_tokens, eos_id=run.tokenizer.end_ids, batch_size=options.batch_size,
             done=phases.advance,
         )  # fmt: skip
         for i, one in zip(picked, ids, strict=True):

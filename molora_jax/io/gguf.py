@@ -1,17 +1,22 @@
-"""A GGUF reader: metadata and tensors of one file, by mmap.
+"""A GGUF reader: metadata and tensors of one file or of its parts, by mmap.
 
 Layout (little-endian): `GGUF`, version u32 (2 or 3), number of tensors u64, number of metadata pairs u64; the pairs
 (key, type, value); the tensor entries (name, rank u32, dimensions u64 fastest first, type u32, offset u64); padding to
 `general.alignment`; the data. A string is its length u64 and its bytes.
+
+A model in parts is files `NAME-00001-of-00003.gguf`, each a whole GGUF with its own tensors; `split.no`, `split.count`
+and `split.tensors.count` say how they belong together, and the first has all other metadata.
 
 No declared size is believed: every count and offset is checked against the bytes the file really has before anything
 of that size is made. Source of the format: ggml's `docs/gguf.md`.
 """
 
 import dataclasses
+import itertools
 import math
 import mmap
 import pathlib
+import re
 import struct
 
 import numpy as np
@@ -22,6 +27,7 @@ from molora_jax.io import quants
 _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 _STRING, _ARRAY = 8, 9
 _FIX = "Fetch the file again, or convert the model with a current llama.cpp."
+_PART = re.compile(r"(.*)-(\d{5})-of-(\d{5})\.gguf")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,14 +101,63 @@ def check_magic(path: str | pathlib.Path) -> None:
         raise InputError(str(path), got=f"a file that starts with {magic!r}", expected="a GGUF file (b'GGUF')")
 
 
-def read(path: str | pathlib.Path) -> Gguf:
-    """Opens a GGUF file.
+def files(path: str | pathlib.Path) -> list[pathlib.Path]:
+    """The file, or all parts of a model whose first or other part it is, by their names.
 
     Raises:
-      InputError: not a GGUF file, truncated, an unknown tensor type, or sizes that do not fit the file.
+      InputError: a part that is missing or no GGUF file.
     """
-    check_magic(path)
-    path = str(path)
+    path = pathlib.Path(path)
+    part = _PART.fullmatch(path.name)
+    count = int(part[3]) if part else 1
+    if count < 2:
+        check_magic(path)
+        return [path]
+    parts = [path.with_name(f"{part[1]}-{i + 1:05d}-of-{count:05d}.gguf") for i in range(count)]
+    for i, one in enumerate(parts):
+        try:
+            check_magic(one)
+        except InputError as error:
+            raise InputError(
+                f"{one}: part {i + 1} of {count}", got=error.got, expected="all parts in one folder",
+                fix="Fetch the missing parts of this split GGUF.",
+            ) from None  # fmt: skip
+    return parts
+
+
+def read(path: str | pathlib.Path) -> Gguf:
+    """Opens a GGUF file, with the other parts where it is one of several.
+
+    Raises:
+      InputError: not a GGUF file, truncated, an unknown tensor type, sizes that do not fit the file, parts that do not
+        belong together.
+    """
+    parts = [_read_one(str(one)) for one in files(path)]
+    whole, entries = parts[0], {}
+    for i, part in enumerate(parts):
+        said = tuple(part.metadata.get(f"split.{key}", default) for key, default in (("no", 0), ("count", 1)))
+        if any(type(n) is not int for n in said) or (max(said[1], 1), said[0]) != (len(parts), i):
+            raise InputError(
+                f"{part.path}: split.count", got=f"part {said[0]!r:.20} (from 0) of {said[1]!r:.20} in its metadata",
+                expected=f"part {i} of {len(parts)}, as the file's name says",
+                fix="Keep the names NAME-00001-of-0000N.gguf of a model in parts, and all parts of one model together.",
+            )  # fmt: skip
+        twice = sorted(entries.keys() & part.entries.keys())
+        if twice:
+            raise InputError(
+                f"{part.path}: tensor {twice[0]}", got="a second copy", expected="one part for each", fix=_FIX
+            )
+        entries |= part.entries
+    total = whole.metadata.get("split.tensors.count", len(entries))
+    if len(parts) > 1 and total != len(entries):
+        raise InputError(
+            f"{whole.path}: split.tensors.count", got=f"{len(entries)} tensors in {len(parts)} parts",
+            expected=f"{total!r:.20}", fix="Fetch all parts of one model again.",
+        )  # fmt: skip
+    return Gguf(whole.path, whole.metadata, entries)
+
+
+def _read_one(path: str) -> Gguf:
     with open(path, "rb") as file:
         buffer = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
     cursor = _Cursor(path, buffer)
@@ -114,11 +169,13 @@ def read(path: str | pathlib.Path) -> Gguf:
     metadata = {}
     for _ in range(num_pairs):
         key = cursor.string()
+        if key in metadata:
+            cursor.fail(f"the metadata key {key[:80]!r} a second time", "every key once")
         metadata[key] = cursor.value(cursor.number("I"))
     headers = [_tensor_header(cursor) for _ in range(num_tensors)]
     alignment = metadata.get("general.alignment", 32)
     if not isinstance(alignment, int) or not 1 <= alignment <= 1 << 20:
-        cursor.fail(f"general.alignment {alignment!r}", "a small positive integer")
+        cursor.fail(f"general.alignment {alignment!r:.80}", "a small positive integer")
     start = -(-cursor.at // alignment) * alignment
     data = np.frombuffer(buffer, np.uint8)
     entries, total = {}, 0
@@ -134,6 +191,10 @@ def read(path: str | pathlib.Path) -> Gguf:
         if total > len(data):  # tensors that share bytes: a small file that grows when it is converted
             cursor.fail(f"tensors of {total} bytes together", f"at most the file's {len(data)}")
         entries[name] = (shape, type_id, data[start + offset : start + offset + size])
+    ranges = sorted((offset, offset + size, name) for name, _, _, offset, size in headers)
+    for (_, end, name), (begin, _, other) in itertools.pairwise(ranges):
+        if begin < end:
+            raise InputError(f"{path}: tensor {other}", got=f"bytes of tensor {name}", expected="its own", fix=_FIX)
     return Gguf(path, metadata, entries)
 
 

@@ -5,12 +5,14 @@ only (pairs 2i, 2i+1 rotate together); Hugging Face and our decoder rotate halve
 that step SmolLM2's page perplexity is 187 instead of 28: it loads and looks plausible, but is wrong.
 """
 
+import math
+
 import numpy as np
 import tokenizers
 
 from molora_jax.errors import InputError
 from molora_jax.io.gguf import Gguf
-from molora_jax.io.tokenizer import Tokenizer
+from molora_jax.io.tokenizer import Tokenizer, guarded
 from molora_jax.models import families
 
 _NAMES = {  # ours -> theirs; {i} is the layer
@@ -30,34 +32,54 @@ _NAMES = {  # ours -> theirs; {i} is the layer
     "down": "blk.{i}.ffn_down",
 }
 _ARCHITECTURES = ("llama", "qwen2", "qwen3")
+_PRE_OF = {"qwen2": "qwen2", "qwen3": "qwen2"}  # architecture -> tokenizer.ggml.pre of all its models
 _SPECIAL, _USER_DEFINED = 3, 4  # tokenizer.ggml.token_type
+
+
+_READ = frozenset(  # after the architecture's name
+    "attention.head_count attention.head_count_kv attention.key_length attention.value_length "
+    "attention.layer_norm_rms_epsilon attention.sliding_window block_count context_length embedding_length "
+    "feed_forward_length vocab_size rope.freq_base rope.dimension_count rope.scale_linear rope.scaling.type "
+    "rope.scaling.factor rope.scaling.original_context_length rope.scaling.attn_factor rope.scaling.yarn_beta_fast "
+    "rope.scaling.yarn_beta_slow rope.scaling.yarn_ext_factor rope.scaling.yarn_attn_factor".split()
+)
+_HARMLESS = frozenset("rope.scaling.finetuned tensor_data_layout expert_used_count".split())
 
 
 def _get(gguf, key, kinds, default=None):
     value = gguf.metadata.get(key, default)
     if isinstance(value, bool) != (kinds is bool) or not isinstance(value, kinds):
-        raise InputError(f"{gguf.path}: {key}", got=repr(value)[:100], expected=f"metadata of type {kinds}")
+        raise InputError(f"{gguf.path}: {key}", got=f"{value!r:.100}", expected=f"metadata of type {kinds}")
     return value
 
 
 def hf_config(gguf: Gguf) -> dict:
-    """The file's shape as a Hugging Face `config.json`."""
+    """The file's shape as a Hugging Face `config.json`.
+
+    Raises:
+      InputError: an architecture or a setting of it that the decoder does not have.
+    """
     arch = gguf.metadata.get("general.architecture")
-    if arch not in _ARCHITECTURES:
+    if not isinstance(arch, str) or arch not in _ARCHITECTURES:
         raise InputError(
-            f"{gguf.path}: general.architecture", got=repr(arch), expected=f"one of {', '.join(_ARCHITECTURES)}",
+            f"{gguf.path}: general.architecture", got=f"{arch!r:.80}", expected=f"one of {', '.join(_ARCHITECTURES)}",
             fix="Take a model of these, or extend molora_jax/io/gguf_model.py.",
         )  # fmt: skip
-    if gguf.metadata.get(f"{arch}.expert_count"):
+    if _get(gguf, f"{arch}.expert_count", int, 0):
         raise InputError(f"{gguf.path}: {arch}.expert_count", got="an MoE model", expected="a dense one")
+    _check_keys(gguf, arch)
 
     def whole(key, default=None):
         return _get(gguf, f"{arch}.{key}", int, default)
 
     heads, width = whole("attention.head_count"), whole("embedding_length")
-    scaling = gguf.metadata.get(f"{arch}.rope.scaling.type", "none")
-    if scaling != "none":
-        raise InputError(f"{gguf.path}: {arch}.rope.scaling.type", got=repr(scaling), expected="none")
+    head_dim = whole("attention.key_length", width // max(heads, 1))
+    for key in ("attention.value_length", "rope.dimension_count"):
+        if whole(key, head_dim) != head_dim:
+            raise InputError(
+                f"{gguf.path}: {arch}.{key}", got=str(whole(key)), expected=f"{head_dim}, the size of a head",
+                fix="Values of another size, or positions on a part of the head, are not implemented here.",
+            )  # fmt: skip
     config = {
         "architectures": [{"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM"}.get(arch, "Qwen3ForCausalLM")],
         "model_type": arch,
@@ -66,21 +88,78 @@ def hf_config(gguf: Gguf) -> dict:
         "intermediate_size": whole("feed_forward_length"),
         "num_attention_heads": heads,
         "num_key_value_heads": whole("attention.head_count_kv", heads),
-        "head_dim": whole("attention.key_length", width // max(heads, 1)),
+        "head_dim": head_dim,
         "vocab_size": gguf.entries["token_embd.weight"][0][0] if "token_embd.weight" in gguf.entries else 0,
         "max_position_embeddings": whole("context_length"),
         "rope_theta": _get(gguf, f"{arch}.rope.freq_base", (int, float), 10000.0),
-        "rms_norm_eps": _get(gguf, f"{arch}.attention.layer_norm_rms_epsilon", float),
+        "rms_norm_eps": _meant(_get(gguf, f"{arch}.attention.layer_norm_rms_epsilon", float)),
         "tie_word_embeddings": "output.weight" not in gguf.entries,
         "hidden_act": "silu",
+        "attention_bias": arch != "qwen2" and "blk.0.attn_q.bias" in gguf.entries,
         "bos_token_id": gguf.metadata.get("tokenizer.ggml.bos_token_id"),
         "eos_token_id": gguf.metadata.get("tokenizer.ggml.eos_token_id"),
     }
-    # 1e-5 is stored in float32: give back the number that was meant
-    config["rms_norm_eps"] = float(np.format_float_positional(np.float32(config["rms_norm_eps"]), unique=True))
+    window = whole("attention.sliding_window", 0)
+    if window and arch == "llama":  # a Mistral; llama.cpp itself does not read it, transformers does
+        config |= {"model_type": "mistral", "architectures": ["MistralForCausalLM"], "sliding_window": window}
+    elif window:
+        config |= {"use_sliding_window": True, "sliding_window": window, "max_window_layers": 0}
+    scaling = _scaling(gguf, arch, config["max_position_embeddings"])
     if "rope_freqs.weight" in gguf.entries:
-        config["rope_scaling"] = _llama3_scaling(gguf, config)
-    return config
+        if scaling is not None:
+            raise InputError(
+                f"{gguf.path}: {arch}.rope.scaling", got="a factor and rope_freqs.weight", expected="one of the two"
+            )
+        scaling = _llama3_scaling(gguf, config)
+    return config | ({} if scaling is None else {"rope_scaling": scaling})
+
+
+def _meant(number):
+    """1e-5 is stored in float32: the number that was meant."""
+    return float(np.format_float_positional(np.float32(number), unique=True))
+
+
+def _check_keys(gguf, arch):
+    """Refuses settings of the architecture that are not read and are set: they change the numbers."""
+    for key, value in gguf.metadata.items():
+        name = key.removeprefix(f"{arch}.")
+        off = isinstance(value, (bool, int, float)) and not value
+        if name != key and name not in _READ and name not in _HARMLESS and not off:
+            raise InputError(
+                f"{gguf.path}: {key[:80]}", got=f"{value!r:.80}", expected="a model without it: it changes the numbers",
+                fix="Load this model as hf:ORG/NAME or dir:PATH, or choose a plain one.",
+            )  # fmt: skip
+
+
+def _scaling(gguf, arch, context) -> dict | None:
+    """`rope_scaling` as llama.cpp reads the metadata: a factor without a type is linear, an old key gives it too."""
+
+    def real(key, default):
+        return _meant(_get(gguf, f"{arch}.rope.{key}", (int, float), default))
+
+    kind = _get(gguf, f"{arch}.rope.scaling.type", str, "linear")
+    if kind not in ("none", "linear", "yarn"):
+        raise InputError(f"{gguf.path}: {arch}.rope.scaling.type", got=repr(kind)[:80], expected="none, linear or yarn")
+    factor = real("scaling.factor", real("scale_linear", 0.0)) or 1.0
+    if factor < 0:
+        raise InputError(f"{gguf.path}: {arch}.rope.scaling.factor", got=str(factor), expected="a positive number")
+    attention = real("scaling.attn_factor", 1.0) * real("scaling.yarn_attn_factor", 1.0)
+    if (kind != "yarn" and attention != 1) or real("scaling.yarn_ext_factor", 1.0) != 1:
+        raise InputError(
+            f"{gguf.path}: {arch}.rope.scaling", got="attn_factor or yarn_ext_factor", expected="1 of both"
+        )
+    if kind == "none" or (kind == "linear" and factor == 1):
+        return None
+    if kind == "linear":
+        return {"rope_type": "linear", "factor": factor}
+    return {
+        "rope_type": "yarn", "factor": factor, "beta_fast": real("scaling.yarn_beta_fast", 32.0),
+        "beta_slow": real("scaling.yarn_beta_slow", 1.0),
+        "attention_factor": attention * (0.1 * math.log(factor) + 1 if factor > 1 else 1.0),
+        "original_max_position_embeddings": _get(
+            gguf, f"{arch}.rope.scaling.original_context_length", int, context
+        ),
+    }  # fmt: skip
 
 
 def _llama3_scaling(gguf, config):
@@ -88,16 +167,19 @@ def _llama3_scaling(gguf, config):
     stored = gguf.tensor("rope_freqs.weight").reshape(-1)
     low, high, context = 1.0, 4.0, 8192
     half = config["head_dim"] // 2
+    unknown = InputError(
+        f"{gguf.path}: rope_freqs.weight", got="an unknown rope scaling", expected="Llama 3.1's, or none",
+        fix="Load this model as hf:ORG/NAME or dir:PATH.",
+    )  # fmt: skip
+    if stored.shape != (half,):
+        raise unknown
     inverse = config["rope_theta"] ** (-np.arange(half) / half)
     factor = float(stored.max())
     wavelength = 2 * np.pi / inverse
     smooth = np.clip((context / wavelength - low) / (high - low), 0.0, 1.0)
     divisor = 1.0 / (smooth + (1.0 - smooth) / factor)
-    if stored.shape != (half,) or not np.allclose(stored, divisor, rtol=1e-3):
-        raise InputError(
-            f"{gguf.path}: rope_freqs.weight", got="an unknown rope scaling", expected="Llama 3.1's, or none",
-            fix="Load this model as hf:ORG/NAME or dir:PATH.",
-        )  # fmt: skip
+    if not np.allclose(stored, divisor, rtol=1e-3):
+        raise unknown
     return {
         "rope_type": "llama3", "factor": factor, "low_freq_factor": low, "high_freq_factor": high,
         "original_max_position_embeddings": context,
@@ -117,6 +199,7 @@ def tensor_sources(gguf: Gguf, config: families.DecoderConfig) -> dict:
       InputError: a tensor that is missing, left over or of another shape than the config says.
     """
     sources, left = {}, set(gguf.entries) - {"rope_freqs.weight"}
+    permuted = gguf.metadata.get("general.architecture") == "llama"
     for path, shape in families.hf_shapes(config).items():
         ours, part = path.removeprefix("blocks/").split("/")[0], path.split("/")[-1]
         suffix = {"kernel": ".weight", "bias": ".bias"}.get(part, "")
@@ -126,7 +209,7 @@ def tensor_sources(gguf: Gguf, config: families.DecoderConfig) -> dict:
                 got = f"shape {gguf.entries[name][0]}" if name in gguf.entries else "no such tensor"
                 raise InputError(f"{gguf.path}: tensor {name}", got=got, expected=f"shape {shape} as its metadata says")
             left.discard(name)
-            heads = {"q": config.heads, "k": config.kv_heads}.get(ours) if config.family == "llama" else None
+            heads = {"q": config.heads, "k": config.kv_heads}.get(ours) if permuted else None
 
             def read(name=name, heads=heads):
                 tensor = gguf.tensor(name)
@@ -149,7 +232,7 @@ def _pre_tokenizer(pre):
     bytes_ = pt.ByteLevel(add_prefix_space=False, use_regex=False)
     if pre == "smollm":
         return pt.Sequence([pt.Digits(individual_digits=True), pt.ByteLevel(add_prefix_space=False)]), None, False
-    if pre in ("default", "gpt-2"):
+    if pre == "gpt-2":
         return pt.ByteLevel(add_prefix_space=False), None, False
     if pre == "llama-bpe":
         split = pt.Split(tokenizers.Regex(_WORDS % "{1,3}"), "isolated")
@@ -167,41 +250,47 @@ def tokenizer(gguf: Gguf) -> Tokenizer:
       InputError: another kind of tokenizer, an unknown `tokenizer.ggml.pre`, or a broken vocabulary.
     """
     elsewhere = "Load this model as hf:ORG/NAME or dir:PATH, where tokenizer.json says it all."
-    kind, pre = gguf.metadata.get("tokenizer.ggml.model"), gguf.metadata.get("tokenizer.ggml.pre", "default")
-    if kind != "gpt2":
-        raise InputError(f"{gguf.path}: tokenizer.ggml.model", got=repr(kind), expected="'gpt2'", fix=elsewhere)
-    parts = _pre_tokenizer(pre)
+    kind = gguf.metadata.get("tokenizer.ggml.model")
+    if not isinstance(kind, str) or kind != "gpt2":
+        raise InputError(f"{gguf.path}: tokenizer.ggml.model", got=f"{kind!r:.80}", expected="'gpt2'", fix=elsewhere)
+    pre = gguf.metadata.get("tokenizer.ggml.pre", "default")
+    if isinstance(pre, str) and pre == "default":  # not said: known where all models of an architecture have the same
+        pre = _PRE_OF.get(gguf.metadata.get("general.architecture"), "none, or 'default'")
+    parts = _pre_tokenizer(pre) if isinstance(pre, str) else None
     if parts is None:
         raise InputError(
-            f"{gguf.path}: tokenizer.ggml.pre", got=repr(pre), expected="smollm, llama-bpe, qwen2, gpt-2 or default",
+            f"{gguf.path}: tokenizer.ggml.pre", got=f"{pre!r:.80}", expected="smollm, llama-bpe, qwen2 or gpt-2",
             fix=elsewhere,
         )  # fmt: skip
     tokens, merges = _get(gguf, "tokenizer.ggml.tokens", list), _get(gguf, "tokenizer.ggml.merges", list)
-    kinds = gguf.metadata.get("tokenizer.ggml.token_type", np.ones(len(tokens), np.int32))
+    kinds = _get(gguf, "tokenizer.ggml.token_type", (np.ndarray, list), np.ones(len(tokens), np.int32))
     pairs = [tuple(merge.split(" ")) for merge in merges]
     vocab = {token: i for i, token in enumerate(tokens)}
     if len(vocab) != len(tokens) or len(kinds) != len(tokens) or any(len(pair) != 2 for pair in pairs):
         raise InputError(f"{gguf.path}: tokenizer", got="repeated tokens or odd lengths", expected="a BPE vocabulary")
     pre_tokenizer, normalizer, ignore_merges = parts
-    try:
+    with guarded(f"{gguf.path}: tokenizer", "a BPE vocabulary"):
         inner = tokenizers.Tokenizer(tokenizers.models.BPE(vocab, pairs, ignore_merges=ignore_merges))
-    except Exception as error:  # noqa: BLE001 - the package raises plain Exception
-        raise InputError(f"{gguf.path}: tokenizer", got=str(error)[:200], expected="a BPE vocabulary") from None
     inner.pre_tokenizer, inner.decoder = pre_tokenizer, tokenizers.decoders.ByteLevel()
     if normalizer is not None:
         inner.normalizer = normalizer
     added = [(t, k) for t, k in zip(tokens, kinds, strict=True) if k in (_SPECIAL, _USER_DEFINED)]
     inner.add_tokens([tokenizers.AddedToken(t, special=bool(k == _SPECIAL), normalized=False) for t, k in added])
 
-    def special(role):
+    def special_id(role):
         index = gguf.metadata.get(f"tokenizer.ggml.{role}_token_id")
-        if index is None:
-            return None
-        if not isinstance(index, int) or index >= len(tokens):
+        if index is not None and (not isinstance(index, int) or not 0 <= index < len(tokens)):
             raise InputError(f"{gguf.path}: {role}_token_id", got=repr(index), expected=f"an id below {len(tokens)}")
-        return tokens[index]
+        return index
 
+    def special(role):
+        index = special_id(role)
+        return None if index is None else tokens[index]
+
+    ends = [special_id(role) for role in ("eos", "eot", "eom")]  # of the text, of a turn, of a message
+    add_bos = gguf.metadata.get("tokenizer.ggml.add_bos_token", pre == "llama-bpe")  # llama.cpp's default
     return Tokenizer(
         inner, bos=special("bos"), eos=special("eos"), pad=special("padding"),
+        end_ids=[index for index in ends if index is not None], add_bos=bool(add_bos) and special("bos") is not None,
         template=gguf.metadata.get("tokenizer.chat_template"), where=gguf.path,
     )  # fmt: skip

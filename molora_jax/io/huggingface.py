@@ -1,60 +1,82 @@
 """A Hugging Face folder as our parameters, and back.
 
 A folder holds `config.json`, `model.safetensors` (or `model.safetensors.index.json` and its shards), `tokenizer.json`,
-`tokenizer_config.json`. Their linear weights are `[D_out, D_in]`, one tensor a layer; ours are `[L, D_in, D_out]`.
+`tokenizer_config.json`. Their linear weights are `[D_out, D_in]`, one tensor a layer; ours are `[L, D_in, D_out]`. So
+is the head: `[V, D]` there and `[D, V]` here.
 The tree is the one of `molora_jax/models/families.py`.
 """
 
 import concurrent.futures
+import dataclasses
 import json
 import os
 import pathlib
+import sys
 
 import numpy as np
 
 from molora_jax.errors import InputError
 from molora_jax.io import tensors
 from molora_jax.io.tokenizer import Tokenizer, read_json
-from molora_jax.models import families
+from molora_jax.models import families, hf_config
+from molora_jax.models.hf_fields import shown
 
+INDEX = "model.safetensors.index.json"
 _IGNORED = "rotary_emb.inv_freq"  # a buffer that old checkpoints carry
 
 
 def weight_files(folder: pathlib.Path) -> list[pathlib.Path]:
     """The folder's safetensors files, as its index names them."""
-    single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
+    single, index = folder / "model.safetensors", folder / INDEX
     if single.exists():
         return [single]
     if not index.exists():
         raise InputError(
-            str(folder), got="no model.safetensors and no model.safetensors.index.json",
+            str(folder), got=f"no model.safetensors and no {INDEX}",
             expected="a Hugging Face folder with safetensors weights",
             fix="Save the model with safe_serialization=True (pickled .bin files are not read).",
         )  # fmt: skip
-    weight_map = read_json(index).get("weight_map")
-    if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
-        raise InputError(f"{index}: weight_map", got=repr(weight_map)[:80], expected="tensor name -> file name")
-    names = sorted(set(weight_map.values()))
-    for name in names:
-        if pathlib.Path(name).name != name:  # a path that leaves the folder
-            raise InputError(f"{index}: weight_map", got=repr(name)[:80], expected="file names inside the folder")
-    return [folder / name for name in names]
+    return [folder / name for name in sorted(set(tensors.read_index(index).values()))]
 
 
 def read_folder(folder: pathlib.Path, dtype) -> tuple[families.DecoderConfig, dict]:
-    """Config and parameters (numpy, `dtype`).
+    """Config and parameters (numpy, `dtype`). Fields of the config that nobody knows are told on stderr.
 
     Raises:
       InputError: a file, tensor name, shape, dtype or value that does not fit the config.
     """
-    config = families.from_hf(read_json(folder / "config.json"), where=str(folder / "config.json"))
+    note = lambda text: print(f"note: {text}", file=sys.stderr, flush=True)  # noqa: E731
+    path = folder / "config.json"
+    config = hf_config.from_hf(read_json(path), where=str(path), note=note)
     views, origin = {}, {}
     for path in weight_files(folder):
         for name, view in tensors.read(path).items():
             if name in views:
-                raise InputError(f"{path}: tensor {name}", got="a second copy", expected="one file for each tensor")
+                raise InputError(
+                    f"{path}: tensor {shown(name)}", got="a second copy", expected="one file for each tensor"
+                )
             views[name], origin[name] = view, path
+    if not (folder / "model.safetensors").exists():
+        _check_index(folder / INDEX, origin)
+    if config.tied and not _is_tied(views):
+        note(f"{folder}: lm_head.weight differs from the embedding, so it is used, though config.json says tied")
+        config = dataclasses.replace(config, tied=False)
     return config, _assemble(views, origin, config, dtype, where=str(folder))
+
+
+def _check_index(index, origin):
+    for name, file in tensors.read_index(index).items():
+        if name not in origin or origin[name].name != file:
+            got = "no such tensor there" if name not in origin else f"it lies in {origin[name].name}"
+            raise InputError(
+                f"{index}: {shown(name)}", got=got, expected=f"a tensor of {file}", fix="Fetch the files again."
+            )
+
+
+def _is_tied(views) -> bool:
+    """Whether a file's head, where it has one, is a copy of its embedding."""
+    head, embed = views.get(families.HF_NAMES["head"]), views.get(families.HF_NAMES["embed"])
+    return head is None or embed is None or (head.shape == embed.shape and np.array_equal(head, embed))
 
 
 def _assemble(views, origin, config, dtype, *, where):
@@ -76,18 +98,18 @@ def _assemble(views, origin, config, dtype, *, where):
     extra = sorted(name for name in left if not name.endswith(_IGNORED))
     if extra:
         raise InputError(
-            f"{where}: tensors", got=f"{len(extra)} more than the {config.family} family has, first {extra[0][:100]}",
+            f"{where}: tensors", got=f"{len(extra)} more than the {config.family} family has, first {shown(extra[0])}",
             expected="only those of its family", fix="Choose a plain decoder of a supported family.",
         )  # fmt: skip
 
     tree, jobs = {}, []
     for path, shape in families.hf_shapes(config).items():
-        kernel = path.endswith("/kernel")
-        shape = shape[::-1] if kernel else shape
+        turn = families.transposed(path)
+        shape = shape[::-1] if turn else shape
         leaf = np.empty((config.layers, *shape) if path.startswith("blocks/") else shape, dtype)
         set_path(tree, path, leaf)
         slices = leaf if path.startswith("blocks/") else [leaf]
-        jobs += [(name, out.T if kernel else out) for name, out in zip(plan[path], slices, strict=True)]
+        jobs += [(name, out.T if turn else out) for name, out in zip(plan[path], slices, strict=True)]
 
     def copy(job):
         name, out = job
@@ -125,9 +147,12 @@ def write_folder(folder: pathlib.Path, config: dict, sources: dict, tokenizer: T
     tokenizer.inner.save(str(folder / "tokenizer.json"))
     special = {f"{role}_token": getattr(tokenizer, role) for role in ("bos", "eos", "pad")}
     settings = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False, **special}
+    settings["add_bos_token"] = bool(tokenizer.prefix_ids)
     if tokenizer.template is not None:
         settings["chat_template"] = tokenizer.template
     settings = {key: value for key, value in settings.items() if value is not None}
     (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=1), encoding="utf-8")
+    ends = {"eos_token_id": list(tokenizer.end_ids)} if tokenizer.end_ids else {}
+    (folder / "generation_config.json").write_text(json.dumps(ends), encoding="utf-8")
     shapes = {name: shape for name, (shape, _) in sources.items()}
     tensors.write(folder / "model.safetensors", shapes, dtype, (read() for _, read in sources.values()))

@@ -7,6 +7,7 @@ package would copy each tensor once more. bfloat16 comes from ml_dtypes.
 Source of the format: the `safetensors` README (header at most 100 MB, offsets within the file).
 """
 
+import itertools
 import json
 import math
 import mmap
@@ -17,6 +18,7 @@ import ml_dtypes
 import numpy as np
 
 from molora_jax.errors import InputError
+from molora_jax.models.hf_fields import quoted, shown
 
 DTYPES = {
     "F64": np.dtype(np.float64), "F32": np.dtype(np.float32), "F16": np.dtype(np.float16),
@@ -46,30 +48,33 @@ def read(path: str | pathlib.Path) -> dict:
             if size < 8:
                 fail(f"a file of {size} bytes", "a safetensors file")
             buffer = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-    except OSError as error:
-        raise InputError(path, got=error.strerror or str(error), expected="a readable safetensors file") from None
+    except (OSError, ValueError) as error:  # ValueError: a name that no file can have
+        got = getattr(error, "strerror", None) or str(error)
+        raise InputError(shown(path, 1000), got=got, expected="a readable safetensors file") from None
     length = int.from_bytes(buffer[:8], "little")
     if length > min(_MAX_HEADER, size - 8):
         fail(f"a header of {length} bytes in a file of {size}", "a header that fits (is it a safetensors file?)")
     try:
-        header = json.loads(buffer[8 : 8 + length])
+        header = json.loads(buffer[8 : 8 + length], object_pairs_hook=_once)
         if not isinstance(header, dict):
             raise ValueError  # noqa: TRY004
+    except Repeated as error:
+        fail(f"two entries named {shown(error.args[0])}", "one entry for each tensor")
     except (ValueError, RecursionError):
         fail("a header that is no JSON object", "a safetensors file")
     data = np.frombuffer(buffer, np.uint8, offset=8 + length)
-    views = {}
+    views, ranges = {}, []
     for name, entry in header.items():
         if name == "__metadata__":
             continue
-        where = f"{path}: tensor {name[:200]}"
+        where = f"{path}: tensor {shown(name, 200)}"
         try:
             dtype, shape, (begin, end) = entry["dtype"], entry["shape"], entry["data_offsets"]
             numbers = [*shape, begin, end]
         except (TypeError, KeyError, ValueError):
             fail("an entry without dtype, shape and data_offsets", "a safetensors entry", where)
         if not isinstance(dtype, str) or dtype not in DTYPES:
-            fail(f"dtype {dtype!r}", f"one of {', '.join(DTYPES)}", where)
+            fail(f"dtype {shown(dtype)!r}", f"one of {', '.join(DTYPES)}", where)
         if len(shape) > 8 or not all(type(n) is int and 0 <= n < 1 << 62 for n in numbers):
             fail("sizes that are no natural numbers", "shape and data_offsets of natural numbers", where)
         expected = math.prod(shape) * DTYPES[dtype].itemsize
@@ -82,10 +87,50 @@ def read(path: str | pathlib.Path) -> dict:
         if (8 + length + begin) % DTYPES[dtype].itemsize:
             raw = raw.copy()  # old writers did not align the header
         views[name] = raw.view(DTYPES[dtype]).reshape(shape)
+        ranges.append((begin, end, name))
     total = sum(view.nbytes for view in views.values())
     if total > len(data):  # many names for the same bytes: a small file that grows when it is copied
         fail(f"{total} declared bytes", f"at most the {len(data)} that the file has")
+    for (_, end, name), (begin, _, other) in itertools.pairwise(sorted(r for r in ranges if r[0] < r[1])):
+        if begin < end:
+            fail(f"bytes of tensor {shown(name)}", "bytes of its own", f"{path}: tensor {shown(other, 200)}")
     return views
+
+
+class Repeated(ValueError):
+    """A key that a JSON object has twice."""
+
+
+def _once(pairs):
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        seen = set()
+        raise Repeated(next(key for key, _ in pairs if key in seen or seen.add(key)))
+    return found
+
+
+def read_index(path: pathlib.Path) -> dict[str, str]:
+    """Tensor name -> file name of a `model.safetensors.index.json`; every file lies beside the index.
+
+    Raises:
+      InputError: no JSON, a tensor named twice, a name that is no file name.
+    """
+    try:
+        index = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_once)
+    except OSError as error:
+        raise InputError(str(path), got=error.strerror or str(error), expected="a readable file") from None
+    except Repeated as error:
+        raise InputError(str(path), got=f"{shown(error.args[0])} twice", expected="every name once", fix=_FIX) from None
+    except (ValueError, RecursionError):
+        raise InputError(str(path), got="no JSON", expected="a JSON object with a weight_map", fix=_FIX) from None
+    where, names = f"{path}: weight_map", index.get("weight_map") if isinstance(index, dict) else None
+    if not isinstance(names, dict) or not all(isinstance(name, str) for name in names.values()) or not names:
+        raise InputError(where, got=shown(names), expected="tensor name -> file name", fix=_FIX)
+    for name in set(names.values()):
+        plain = name.isprintable() and not set(name) & set("/\\:") and name not in ("", ".", "..")
+        if not plain or not name.endswith(".safetensors"):
+            raise InputError(where, got=quoted(name), expected="names of .safetensors files inside the folder")
+    return names
 
 
 def write(path: str | pathlib.Path, shapes: dict, dtype, tensors) -> None:

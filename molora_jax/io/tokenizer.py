@@ -4,45 +4,63 @@ One class over the `tokenizers` package; what differs between models is where it
 Hugging Face folder), `from_gguf_metadata` in `gguf_model.py`, or `byte_tokenizer` (256 bytes and four specials, for
 random models).
 
-`encode` adds nothing (no automatic BOS): chat templates write their own specials, and these encode to their ids.
-Templates are code from strangers: they render in jinja2's immutable sandbox.
+`encode` adds nothing (no automatic BOS): chat templates write their own specials, and these encode to their ids. Where
+there is no template, `encode_plain` puts the tokenizer's own BOS in front. Templates are code from strangers: they
+render in a process of their own (`templates.py`).
 """
 
+import copy
 import datetime
 import functools
+import hashlib
 import json
 import pathlib
+import re
 
-import jinja2
-import jinja2.sandbox
 import tokenizers
 
 from molora_jax.errors import InputError
+from molora_jax.io import templates
+from molora_jax.io.templates import CHATML
 
-CHATML = (
-    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-)
-PLAIN = (
-    "{% for message in messages %}{{ message['role'] }}: {{ message['content'] }}\n{% endfor %}"
-    "{% if add_generation_prompt %}assistant:{% endif %}"
-)
+LARGEST_ID = 1 << 24
+NAMED = ("bos", "eos", "pad", "unk", "sep", "cls", "mask")  # `NAME_token` of tokenizer_config.json
 
 
 class Tokenizer:
     """Args:
     inner: a `tokenizers.Tokenizer`.
-    bos, eos, pad: special tokens as text, or None. `pad` falls back to `eos`, then to id 0.
-    template: the model's jinja chat template; None means lines of `role: content`.
+    bos, eos, pad: special tokens as text, or None.
+    end_ids: more ids that end an answer, beside `eos`. bos_id, pad_id: for where there is no such text.
+    add_bos: whether text without a template starts with BOS; None asks the tokenizer's own post-processor.
+    specials: other special tokens that a template may name, `{"unk_token": "<unk>"}`.
+    template: the model's jinja chat template; None means lines of `role: content`. tool_template: in its place for
+      conversations with tools.
     where: names the source in error messages.
+
+    `eos_id` is the first of `end_ids`, or None; `pad_id` falls back to it, then to 0.
     """
 
-    def __init__(self, inner, *, bos=None, eos=None, pad=None, template=None, where="tokenizer"):
-        self.inner, self.template, self.where = inner, template, where
+    def __init__(
+        self, inner, *, bos=None, eos=None, pad=None, end_ids=(), bos_id=None, pad_id=None, add_bos=None, specials=(),
+        template=None, tool_template=None, where="tokenizer",
+    ):  # fmt: skip
+        self.inner, self.where = inner, where
+        self.template, self.tool_template = template, tool_template
         self.bos, self.eos, self.pad = bos, eos, pad
-        self.bos_id, self.eos_id = self._special("bos", bos), self._special("eos", eos)
-        pad_id = self._special("pad", pad)
+        self.specials = dict(specials)
+        given = (("bos_token", bos), ("eos_token", eos), ("pad_token", pad))
+        self.specials |= {name: token for name, token in given if token is not None}
+        first = self._special("eos", eos)
+        self.end_ids = tuple(dict.fromkeys([*([first] if first is not None else []), *end_ids]))
+        self.eos_id = self.end_ids[0] if self.end_ids else None
+        self.bos_id = self._special("bos", bos) if bos is not None else bos_id
+        pad_id = self._special("pad", pad) if pad is not None else pad_id
         self.pad_id = next((i for i in (pad_id, self.eos_id) if i is not None), 0)
+        self.prefix_ids = self._prefix() if add_bos is None else (self.bos_id,) * bool(add_bos)
+        if self.prefix_ids == (None,):
+            raise InputError(f"{where}: add_bos_token", got="true, but no bos_token", expected="a bos_token to add")
+        self.day = None  # what `strftime_now` tells; None is today
 
     def _special(self, role, token):
         if token is None:
@@ -52,99 +70,273 @@ class Tokenizer:
             raise InputError(f"{self.where}: {role}_token", got=repr(token), expected="a token of the vocabulary")
         return token_id
 
+    def _prefix(self) -> tuple[int, ...]:
+        """What the tokenizer's post-processor puts before a text."""
+        with guarded(self.where, "a tokenizer that encodes"):
+            alone = self.inner.encode("a", add_special_tokens=False).ids
+            whole = self.inner.encode("a", add_special_tokens=True).ids
+        starts = [i for i in range(len(whole)) if whole[i : i + len(alone)] == alone]
+        return tuple(whole[: starts[-1]]) if alone and starts else ()
+
     @property
     def vocab_size(self) -> int:
         return self.inner.get_vocab_size(with_added_tokens=True)
 
-    def encode(self, text: str) -> list[int]:
-        try:
-            return self.inner.encode(text, add_special_tokens=False).ids
-        except TypeError:  # half a surrogate pair, say: a command line that is not UTF-8
-            raise InputError("text", got=f"{text!r:.80}", expected="text that is valid Unicode") from None
+    @functools.cached_property
+    def _inner_digest(self) -> str:
+        return hashlib.sha256(self.inner.to_str().encode()).hexdigest()
 
-    def decode(self, ids, *, skip_special_tokens: bool = False) -> str:
-        return self.inner.decode([int(i) for i in ids], skip_special_tokens=skip_special_tokens)
+    def digest(self) -> str:
+        """Hex digest of all that turns conversations into ids and ends answers; where it came from does not enter."""
+        parts = [
+            self._inner_digest, sorted(self.specials.items()), self.bos_id, self.end_ids, self.pad_id, self.prefix_ids,
+            self.template, self.tool_template,
+        ]  # fmt: skip
+        return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
-    def chat(self, messages: list[dict], *, add_generation_prompt: bool) -> str:
-        """Renders `[{"role", "content"}, ...]` with the model's template.
+    @property
+    def depends_on_day(self) -> bool:
+        """Whether the template may write today's date."""
+        return any("strftime_now" in (template or "") for template in (self.template, self.tool_template))
+
+    def at_day(self, day: datetime.date | str) -> "Tokenizer":
+        """The same tokenizer on another day, a date or its ISO text: what `strftime_now` tells.
 
         Raises:
-          InputError: the template is broken, or refuses these messages.
+          InputError: no date.
         """
         try:
-            return _compile(self.template or PLAIN).render(
-                messages=messages, add_generation_prompt=add_generation_prompt,
-                bos_token=self.bos or "", eos_token=self.eos or "", pad_token=self.pad or "",
-            )  # fmt: skip
-        except Exception as error:  # noqa: BLE001 - the template is foreign code and can raise anything
-            raise InputError(
-                f"{self.where}: chat template", got=f"{type(error).__name__}: {error}",
-                expected="a template that renders these messages",
-                fix="Check the roles and their order, or the model's chat_template.",
-            ) from None  # fmt: skip
+            text = datetime.date.fromisoformat(str(day)).isoformat()
+        except ValueError:
+            raise InputError("day", got=repr(day)[:80], expected="a date such as 2026-01-31") from None
+        other = copy.copy(self)
+        other.day = text
+        return other
 
-    def encode_chat(self, messages: list[dict], *, add_generation_prompt: bool) -> list[int]:
-        return self.encode(self.chat(messages, add_generation_prompt=add_generation_prompt))
+    def encode(self, text: str) -> list[int]:
+        return self.encode_spans([text])[0][0]
+
+    def encode_plain(self, text: str) -> list[int]:
+        """Ids of a text without a template: after the tokenizer's own BOS, once."""
+        return self.with_prefix(self.encode(text))
+
+    def with_prefix(self, ids: list[int]) -> list[int]:
+        prefix = list(self.prefix_ids)
+        return ids if ids[: len(prefix)] == prefix else prefix + ids
+
+    def encode_spans(self, texts: list[str]) -> list[tuple[list[int], list[tuple[int, int]]]]:
+        """Ids of each text, and the characters `[start, end)` that each id stands for."""
+        try:
+            with guarded("text", "text that this tokenizer can encode"):
+                if len(texts) == 1:  # without threads, after which a fork is warned of
+                    encodings = [self.inner.encode(texts[0], add_special_tokens=False)]
+                else:
+                    encodings = self.inner.encode_batch(texts, add_special_tokens=False)
+        except TypeError:  # half a surrogate pair, say: a command line that is not UTF-8
+            shown = next((text for text in texts if not _valid(text)), texts)
+            raise InputError("text", got=f"{shown!r:.80}", expected="text that is valid Unicode") from None
+        return [(encoding.ids, encoding.offsets) for encoding in encodings]
+
+    def decode(self, ids, *, skip_special_tokens: bool = False) -> str:
+        with guarded("ids", "ids that this tokenizer can decode"):
+            return self.inner.decode([int(i) for i in ids], skip_special_tokens=skip_special_tokens)
+
+    def token_text(self, token_id: int) -> str | None:
+        """The token as its vocabulary writes it."""
+        return self.inner.id_to_token(token_id)
+
+    @functools.cached_property
+    def added_tokens(self) -> tuple[str, ...]:
+        """Texts of the tokens that are found in a text before anything else."""
+        return tuple(token.content for token in self.inner.get_added_tokens_decoder().values())
+
+    def render(self, conversations: list[dict]) -> list[dict]:
+        """Conversations with the model's template: see `templates.render`.
+
+        Args:
+          conversations: dicts of `messages`, `add_generation_prompt`, and perhaps `tools`, `documents` and arguments
+            of the template's own.
+        """
+        conversations = [{**self.specials, **conversation} for conversation in conversations]
+        if self.tool_template is None:
+            return templates.render(self.template, conversations, day=self.day)
+        results = [{}] * len(conversations)
+        for template, with_tools in ((self.template, False), (self.tool_template, True)):
+            chosen = [i for i, one in enumerate(conversations) if bool(one.get("tools")) == with_tools]
+            rendered = templates.render(template, [conversations[i] for i in chosen], day=self.day)
+            for i, result in zip(chosen, rendered, strict=True):
+                results[i] = result
+        return results
+
+    def chat(self, messages: list[dict], *, add_generation_prompt: bool, tools=None, documents=None, **args) -> str:
+        """Renders `[{"role", "content"}, ...]` with the model's template. `args`: arguments of the template's own.
+
+        Raises:
+          InputError: the template is broken, refuses these messages, or needs more time or memory than it may have.
+        """
+        (result,) = self.render(
+            [
+                dict(args, messages=messages, add_generation_prompt=add_generation_prompt, tools=tools or None,
+                     documents=documents or None)
+            ]
+        )  # fmt: skip
+        if "error" in result:
+            raise self.refusal(result["error"])
+        return result["text"]
+
+    def refusal(self, why: str) -> InputError:
+        return InputError(
+            f"{self.where}: chat template", got=why,
+            expected="a template that renders these messages, in 10 seconds, 512 MB and 10 MB of text",
+            fix="Check the roles and their order, or the model's chat_template.",
+        )  # fmt: skip
+
+    def encode_chat(self, messages: list[dict], *, add_generation_prompt: bool, tools=None, **args) -> list[int]:
+        text = self.chat(messages, add_generation_prompt=add_generation_prompt, tools=tools, **args)
+        return self.encode_plain(text) if self.template is None else self.encode(text)
 
 
-@functools.lru_cache(maxsize=16)
-def _compile(template):
-    def refuse(message):
-        raise jinja2.TemplateError(message)
+class guarded:  # noqa: N801 - a context manager, used like a function
+    """Around calls of the `tokenizers` package: what it raises, panics of its Rust code too, is an `InputError`.
 
-    # the names and whitespace rules that Hugging Face templates rely on
-    env = jinja2.sandbox.ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
-    )
-    env.globals.update(raise_exception=refuse, strftime_now=lambda form: datetime.datetime.now().strftime(form))
-    env.filters["tojson"] = lambda value, **options: json.dumps(value, ensure_ascii=False, **options)
-    return env.from_string(template)
+    TypeError passes: it is about the arguments.
+    """
+
+    def __init__(self, where: str, expected: str, fix: str = ""):
+        self.where, self.expected, self.fix = where, expected, fix
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, kind, error, _):
+        if kind is None or issubclass(kind, (TypeError, InputError)):
+            return
+        if issubclass(kind, Exception) or kind.__name__ == "PanicException":  # a panic is a BaseException
+            raise InputError(self.where, got=str(error)[:200], expected=self.expected, fix=self.fix) from None
+
+
+def _valid(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def from_folder(folder: str | pathlib.Path) -> Tokenizer:
-    """Reads `tokenizer.json`, `tokenizer_config.json` and `chat_template.jinja` of a Hugging Face folder.
+    """Reads a Hugging Face folder: `tokenizer.json`, `tokenizer_config.json`, `special_tokens_map.json`,
+    `chat_template.jinja`, and the special ids of `generation_config.json` and `config.json`.
 
     Raises:
-      InputError: no `tokenizer.json`, or one that does not parse.
+      InputError: no `tokenizer.json`, or one that does not parse; a special token or template that is none.
     """
     folder = pathlib.Path(folder)
     path = folder / "tokenizer.json"
-    try:
-        inner = tokenizers.Tokenizer.from_file(str(path))
-    except Exception as error:  # noqa: BLE001 - the package raises plain Exception
-        raise InputError(
-            str(path), got=str(error)[:200], expected="a tokenizer of the `tokenizers` package",
-            fix="Save the model with a fast tokenizer, so that tokenizer.json is written.",
-        ) from None  # fmt: skip
-    inner.no_padding()
-    inner.no_truncation()
-    config = {}
-    if (folder / "tokenizer_config.json").exists():
-        config = read_json(folder / "tokenizer_config.json")
-    template = config.get("chat_template")
-    if isinstance(template, list):  # several named templates
-        template = next((item.get("template") for item in template if item.get("name") == "default"), None)
-    if (folder / "chat_template.jinja").exists():
-        template = (folder / "chat_template.jinja").read_text(encoding="utf-8")
-
-    def token(role):
-        value = config.get(f"{role}_token")
-        return text(f"{role}_token", value.get("content") if isinstance(value, dict) else value)
+    inner = _read_inner(path)
+    config = {**_optional(folder / "special_tokens_map.json"), **_optional(folder / "tokenizer_config.json")}
+    where = folder / "tokenizer_config.json"
 
     def text(name, value):
+        value = value.get("content") if isinstance(value, dict) else value
         if value is None or isinstance(value, str):
             return value
-        raise InputError(f"{folder / 'tokenizer_config.json'}: {name}", got=repr(value)[:80], expected="text")
+        raise InputError(f"{where}: {name}", got=repr(value)[:80], expected="text")
 
-    where = str(folder)
+    tokens = {f"{role}_token": text(f"{role}_token", config.get(f"{role}_token")) for role in NAMED}
+    add_bos = config.get("add_bos_token")
+    if add_bos is not None and not isinstance(add_bos, bool):
+        raise InputError(f"{where}: add_bos_token", got=repr(add_bos)[:80], expected="true or false")
+    settings = [(name, _optional(folder / name)) for name in ("generation_config.json", "config.json")]
+    ids = {
+        role: [i for name, values in settings for i in _ids(f"{folder / name}: {role}_token_id", values, role)]
+        for role in ("bos", "eos", "pad")
+    }
+    template, tool_template = _templates(folder, config, where)
     return Tokenizer(
-        inner,
-        bos=token("bos"),
-        eos=token("eos"),
-        pad=token("pad"),
-        template=text("chat_template", template),
-        where=where,
-    )
+        inner, bos=tokens["bos_token"], eos=tokens["eos_token"], pad=tokens["pad_token"], end_ids=ids["eos"],
+        bos_id=next(iter(ids["bos"]), None), pad_id=next(iter(ids["pad"]), None), add_bos=add_bos,
+        specials={name: token for name, token in tokens.items() if token is not None},
+        template=template, tool_template=tool_template, where=str(folder),
+    )  # fmt: skip
+
+
+def _read_inner(path: pathlib.Path):
+    """`tokenizer.json`. Raises InputError where it is none, or one that would end this process."""
+    fix = "Save the model with a fast tokenizer, so that tokenizer.json is written."
+    expected = "a tokenizer of the `tokenizers` package"
+    try:
+        raw = path.read_bytes()
+    except OSError as error:
+        raise InputError(str(path), got=error.strerror or str(error), expected=expected, fix=fix) from None
+    # the package cuts this prefix off the second part of each merge without looking, and aborts inside a character
+    if re.search(rb'"continuing_subword_prefix"\s*:\s*"[^"]', raw):
+        model = read_json(path).get("model")
+        model = model if isinstance(model, dict) else {}
+        merges, prefix = model.get("merges") or [], str(model.get("continuing_subword_prefix"))
+        for merge in merges if isinstance(merges, list) else []:
+            parts = merge.split(" ") if isinstance(merge, str) else merge
+            if not isinstance(parts, list) or len(parts) != 2 or not str(parts[1]).startswith(prefix):
+                raise InputError(str(path), got=f"the merge {merge!r:.60}", expected=f"{prefix!r} in its second part")
+    try:
+        with guarded(str(path), expected, fix):
+            inner = tokenizers.Tokenizer.from_str(raw.decode("utf-8"))
+            inner.no_padding()
+            inner.no_truncation()
+            largest = max(inner.get_vocab(with_added_tokens=True).values(), default=0)
+    except TypeError as error:
+        raise InputError(str(path), got=str(error)[:200], expected=expected, fix=fix) from None
+    if largest > LARGEST_ID:  # the package goes through all numbers below it
+        raise InputError(f"{path}: vocabulary", got=f"the id {largest}", expected=f"ids up to {LARGEST_ID}")
+    return inner
+
+
+def _ids(where: str, values: dict, role: str) -> list[int]:
+    """One id, or a list of them, as config files write it."""
+    value = values.get(f"{role}_token_id")
+    listed = value if isinstance(value, list) else [] if value is None else [value]
+    for item in listed:
+        if isinstance(item, bool) or not isinstance(item, int) or (item < 0 and role == "eos"):
+            raise InputError(where, got=repr(value)[:80], expected="a token id, or a list of them")
+    return [item for item in listed if item >= 0]  # -1 is how old files say that there is no padding
+
+
+def _templates(folder, config, where) -> tuple[str | None, str | None]:
+    """(the template, the one for conversations with tools where it is another)."""
+    value = config.get("chat_template")
+    if isinstance(value, list):  # several named templates
+        pairs = [(item.get("name"), item.get("template")) for item in value if isinstance(item, dict)]
+        named = {name: template for name, template in pairs if isinstance(name, str)}
+        if value and "default" not in named and not (folder / "chat_template.jinja").exists():
+            raise InputError(
+                f"{where}: chat_template", got=f"templates {', '.join(named) or 'without names'}"[:200],
+                expected="one named default", fix="Name one of them default.",
+            )  # fmt: skip
+    else:
+        named = {"default": value}
+    for name, path in (
+        ("default", folder / "chat_template.jinja"),
+        ("tool_use", folder / "additional_chat_templates" / "tool_use.jinja"),
+    ):
+        if path.exists():
+            named[name] = _read_text(path)
+    found = named.get("default"), named.get("tool_use")
+    for template in found:
+        if template is not None and not isinstance(template, str):
+            raise InputError(f"{where}: chat_template", got=repr(template)[:80], expected="text")
+    return found
+
+
+def _read_text(path: pathlib.Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise InputError(str(path), got=error.strerror or str(error), expected="a readable file") from None
+    except ValueError:
+        raise InputError(str(path), got="bytes that are not UTF-8", expected="UTF-8 text") from None
+
+
+def _optional(path: pathlib.Path) -> dict:
+    return read_json(path) if path.exists() else {}
 
 
 def read_json(path: pathlib.Path) -> dict:

@@ -18,6 +18,7 @@ from typing import ClassVar, Literal
 import jax
 import jax.numpy as jnp
 
+from molora_jax.config_resolve import split_commas
 from molora_jax.core.routing import permitted
 from molora_jax.losses.base import Loss, leaves
 
@@ -41,7 +42,7 @@ class LocalizedBalance(Loss):
 
     def stats(self, routing, ctx):
         """`Q [B, N, E]`, `factor [B, N, E]` (I, 0 where there is no entry), `tokens [B, N]`."""
-        names = [name.strip() for name in self.world.split(",")]
+        names = split_commas(self.world)
         world = jnp.array([i for i, task in enumerate(ctx.tasks) if task in names], jnp.int32)
         hot = jax.nn.one_hot(ctx.segment_ids - 1, ctx.max_segments)  # padding (-1) is all zero
         valid = routing.valid.astype(jnp.float32)

@@ -17,8 +17,10 @@ class ZLoss(Loss):
     weight: float = 1e-3
 
     def stats(self, routing, ctx):
-        z = jnp.where(permitted(ctx.allowed), routing.logits, NEG_INF)  # shut-out and padded experts do not count
-        square = jax.nn.logsumexp(z, axis=-1) ** 2
+        open_ = jnp.ones(routing.logits.shape, bool) & permitted(ctx.allowed)
+        there = jnp.any(open_, axis=-1, keepdims=True)  # the square of NEG_INF is infinite
+        z = jnp.where(open_, routing.logits, jnp.where(there, NEG_INF, 0.0))  # shut-out experts do not count
+        square = jnp.where(there[..., 0], jax.nn.logsumexp(z, axis=-1) ** 2, 0.0)
         return {
             "z": jnp.sum(jnp.where(routing.valid, square, 0.0)),
             "tokens": jnp.sum(routing.valid, dtype=jnp.float32),

@@ -2,6 +2,7 @@
 
 from molora_jax import config as config_lib
 from molora_jax.adapters import ADAPTERS
+from molora_jax.config_resolve import split_commas
 from molora_jax.losses import LOSSES
 from molora_jax.models.families import DecoderConfig
 from molora_jax.models.model import Model
@@ -15,8 +16,13 @@ def _member(table, options):
     return table[options.pop("name")](**options)
 
 
-def compile_model(config, decoder: DecoderConfig, *, max_segments: int = 0) -> Model:
+def compile_model(
+    config, decoder: DecoderConfig, *, max_segments: int = 0, tasks: tuple[str, ...] | None = None
+) -> Model:
     """The validated config's rules on this decoder. Rules keep the config's (sorted) order.
+
+    Args:
+      tasks: the names behind `task_ids`, as the config's losses use them; None: the entries of `data.tasks`.
 
     Raises:
       InputError: an adapter that this decoder's widths or layers do not fit.
@@ -41,7 +47,7 @@ def compile_model(config, decoder: DecoderConfig, *, max_segments: int = 0) -> M
     model = Model(
         decoder, tuple(rules), compile_losses(config), remat=config.train.remat, max_segments=max_segments,
         attention=config.train.get("attention", "xla"),  # not in runs of older versions
-        tasks=tuple(name.strip() for name in config.data.tasks.split(",")),
+        tasks=split_commas(config.data.tasks) if tasks is None else tasks,
     )  # fmt: skip
     for rule in rules:
         rule.adapter.check(f"method.rules.{rule.name}.adapter", adapter_sites(decoder, rule, model.segments))

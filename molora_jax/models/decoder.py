@@ -4,12 +4,12 @@ A Linen module that owns the frozen parameters and calls plain functions; every 
 the rules' experts. B batch, S sequence, D width, H heads, H_d head size.
 """
 
-import math
 from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from kernels_pallas.platform import platform_of
 from molora_jax.models.families import DecoderConfig
@@ -24,16 +24,15 @@ def rms_norm(x, weight, eps):
 
 
 def rotary(config: DecoderConfig, positions):
-    """`positions [B, S]` -> cosines and sines `[B, S, 1, H_d]`; with llama3's frequency scaling where set."""
+    """`positions [B, S]` -> cosines and sines `[B, S, 1, H_d]`, scaled as `rope.py` says."""
     half = config.head_dim // 2
     frequency = config.rope_base ** (-jnp.arange(half, dtype=jnp.float32) / half)
-    if config.rope_scaling is not None:
-        factor, low, high, context = config.rope_scaling
-        turns = context * frequency / (2 * math.pi)
-        smooth = jnp.clip((turns - low) / (high - low), 0.0, 1.0)
-        frequency = frequency * (smooth + (1 - smooth) / factor)
+    scaling, attention = config.rope_scaling, 1.0
+    if scaling is not None:
+        frequency = frequency * scaling.multipliers(config.rope_base, config.head_dim).astype(np.float32)
+        attention = scaling.attention
     angle = positions[..., None].astype(jnp.float32) * jnp.concatenate([frequency, frequency])
-    return jnp.cos(angle)[:, :, None], jnp.sin(angle)[:, :, None]
+    return (jnp.cos(angle) * attention)[:, :, None], (jnp.sin(angle) * attention)[:, :, None]
 
 
 def rotate(x, turn):
@@ -85,7 +84,7 @@ class Block(nn.Module):
         norm = {n: self.param(n, nn.initializers.ones, (c.width,)) for n in ("attn_norm", "ffn_norm")}
         weights: dict[str, Any] = {}
         for name in ("q", "k", "v", "o", "gate", "up", "down"):
-            weights[name] = Kernel(c.dims(name), c.qkv_bias and name in "qkv", name=name)()
+            weights[name] = Kernel(c.dims(name), c.biased(name), name=name)()
 
         with jax.named_scope("attention"):
             h = rms_norm(x, norm["attn_norm"], c.norm_eps)

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 
 from molora_jax.io.huggingface import set_path
-from molora_jax.models.families import DecoderConfig, hf_shapes
+from molora_jax.models.families import DecoderConfig, hf_shapes, transposed
 from molora_jax.train import summary, trees
 
 
@@ -12,7 +12,7 @@ def base_shapes(decoder: DecoderConfig) -> dict:
     """The tree of a base's parameters (`families.py`), as shapes."""
     shapes: dict = {}
     for path, shape in hf_shapes(decoder).items():
-        shape = shape[::-1] if path.endswith("/kernel") else shape
+        shape = shape[::-1] if transposed(path) else shape
         stack = (decoder.layers,) if path.startswith("blocks/") else ()
         set_path(shapes, path, jax.ShapeDtypeStruct((*stack, *shape), jnp.float32))
     return shapes

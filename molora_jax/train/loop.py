@@ -4,6 +4,7 @@ restore or start -> for every stage: compile its step -> batch, step, metrics, c
 """
 
 import dataclasses
+import json
 import math
 import pathlib
 import resource
@@ -16,17 +17,21 @@ from jax.experimental import multihost_utils
 
 from molora_jax import config as config_lib
 from molora_jax import runtime, sharding
+from molora_jax.config_fields import MICRO_SHARDS
 from molora_jax.errors import InputError
 from molora_jax.evaluate import saved as saved_lib
 from molora_jax.evaluate.nll import example_nll
 from molora_jax.evaluate.plots import plot_loss
 from molora_jax.io import disk, expert_runs, warm_start
 from molora_jax.io.checkpoints import Checkpoints, read_manifest
+from molora_jax.io.manifest import write_atomically
 from molora_jax.metrics import MetricsWriter, Progress, duration
 from molora_jax.models.compile import compile_losses
 from molora_jax.optim import OPTIMIZERS
 from molora_jax.train import stages as stages_lib
 from molora_jax.train import summary, trees
+from molora_jax.train.devices import Devices
+from molora_jax.train.exact import ExactNLL, ExactStep
 from molora_jax.train.obstacles import not_saved, obstacles, stop_trace
 from molora_jax.train.setup import setup
 from molora_jax.train.signals import StopRequest
@@ -71,11 +76,12 @@ class StageStep:
         self.optimizer = self.member.make(total, trees.pairs(model, trainable))
         # losses with their weights, and hard routing, are the stage's own; shapes of leaves never are
         self.model = dataclasses.replace(model, losses=compile_losses(stage.config), route=stage.route)
-        step = make_step(
-            self.model, self.optimizer, self.member.schedule(total), seed=run.config.seed, frozen=self.frozen,
-            accumulate=run.config.train.accumulate, clip=stage.config.train.clip,
-            targets_per_row=run.data.train.targets_per_row, constrain=run.constrain,
+        self.exact = run.exact
+        options = dict(
+            seed=run.config.seed, frozen=self.frozen, accumulate=run.config.train.accumulate,
+            clip=stage.config.train.clip, targets_per_row=run.data.train.targets_per_row,
         )  # fmt: skip
+        made = self.model, self.optimizer, self.member.schedule(total)
         key = jax.random.fold_in(jax.random.key(run.config.seed), 0x5EED)
         self.start = lambda params: fresh(self.model, self.optimizer, params, self.frozen, key)
         shapes = jax.eval_shape(self.start, run.params)
@@ -83,7 +89,11 @@ class StageStep:
         self.shapes = jax.tree.map(
             lambda s, where: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=where), shapes, self.shardings
         )
-        self.step = jax.jit(step, donate_argnums=0, out_shardings=(self.shardings, sharding.replicated(run.mesh)))
+        if self.exact:
+            self.step = ExactStep(*made, mesh=run.mesh, **options)
+        else:
+            step = make_step(*made, constrain=run.constrain, **options)
+            self.step = jax.jit(step, donate_argnums=0, out_shardings=(self.shardings, sharding.replicated(run.mesh)))
         self.ready = False
         self.stream = run.data.train.for_tasks(stage.tasks) if stage.tasks else run.data.train
 
@@ -91,7 +101,7 @@ class StageStep:
         """With several processes: the first step of a stage starts when all have compiled it."""
         *arguments, step = arguments
         if not self.ready and jax.process_count() > 1:
-            self.step = self.step.lower(*arguments).compile()
+            self.step = self.step.compile(*arguments) if self.exact else self.step.lower(*arguments).compile()
             runtime.together(f"step {step} of {self.stage.name} is compiled")
         self.ready = True
 
@@ -100,9 +110,10 @@ class Run:
     """The loop's state: what `setup` made, the workdir, and where it stands."""
 
     def __init__(self, config, workdir: Workdir, *, note):
-        self.config, self.workdir, self.note = config, workdir, note
+        self.workdir, self.note = workdir, note
         known = (workdir.recorded(saved_lib.manifest_of(workdir, "latest")) or {}).get("base")
         made = setup(config, day=known.get("day") if isinstance(known, dict) else None)
+        config = self.config = made.config  # with its steps
         runtime.together("set up")
         self.mesh, self.base, self.data, self.model, self.params = (
             made.mesh,
@@ -111,6 +122,7 @@ class Run:
             made.model,
             made.params,
         )
+        self.table = self.data.report()
         if made.engines:
             note(made.engines)
         if config.train.eval_every and not self.data.heldout("valid", config.eval.num_items):
@@ -124,7 +136,13 @@ class Run:
         plain = config_lib.to_dict(config)
         self.identity = workdir.check_identity(plain, made.identity, manifest=manifest, note=note)
         workdir.write_config(plain)
+        if workdir.writer:
+            try:
+                write_atomically(workdir.path / "data.json", json.dumps(self.table, indent=1) + "\n")
+            except OSError as error:  # a report: the run needs it for nothing
+                note(f"data.json is not written ({error.strerror or error})")
         self.constrain = sharding.constrain(self.mesh)
+        self.exact = config.train.get("exact", False)  # not in runs of older versions
         self.stages = stages_lib.stages(config)
         self.best = self.best_saved = float("inf")
         self._best_pending = None
@@ -141,7 +159,7 @@ class Run:
         step = self.newest
         stage = self.compiled(stages_lib.stage_at(self.stages, step or 0))
         if step is None:
-            state = jax.jit(stage.start, out_shardings=stage.shardings)(self.params)
+            state = self.make(stage.start, stage.shardings)(self.params)
             if self.config.train.init_from:
                 shapes = {item: getattr(stage.shapes, item) for item in warm_start.ITEMS}
                 new = warm_start.start(self.config.train.init_from, shapes, base_digest=self.base.digest)
@@ -228,8 +246,12 @@ class Run:
         """The next stage's fresh optimizer state, placed as the old one."""
         compiled = self.compiled(stage)
         trainable, _ = trees.split(state.adapters, compiled.frozen)
-        opt = jax.jit(compiled.optimizer.init, out_shardings=compiled.shardings.opt)(trainable)
+        opt = self.make(compiled.optimizer.init, compiled.shardings.opt)(trainable)
         return dataclasses.replace(state, opt=opt)
+
+    def make(self, function, shardings):
+        """What makes a part of the state from arrays on the mesh."""
+        return Devices(self.mesh).once(function) if self.exact else jax.jit(function, out_shardings=shardings)
 
     # ---- evaluation ------------------------------------------------------------------------------------------------
 
@@ -237,10 +259,14 @@ class Run:
         """Mean over tasks of the NLL per answer token on held-out items (split "valid")."""
         examples = self.data.heldout("valid", self.config.eval.num_items)
         rows = self.config.train.batch_size // self.config.train.accumulate
-        batches = self.data.heldout_batches(examples, rows, targets_per_row=self.data.train.targets_per_row)
+        targets, forward = self.data.train.targets_per_row, None
+        if self.exact:
+            rows = rows // MICRO_SHARDS * self.mesh.size  # a micro-shard a device
+            forward = ExactNLL(model, mesh=self.mesh, targets_per_row=targets)
+        batches = self.data.heldout_batches(examples, rows, targets_per_row=targets)
         sums = example_nll(
             model, self.params, state.adapters, state.router_state, batches, len(examples),
-            mesh=self.mesh, targets_per_row=self.data.train.targets_per_row, constrain=self.constrain,
+            mesh=self.mesh, targets_per_row=targets, constrain=self.constrain, forward=forward,
         )  # fmt: skip
         tasks = np.array([e.task_id for e in examples])
         each = [sums["nll"][tasks == t].sum() / sums["tokens"][tasks == t].sum() for t in np.unique(tasks)]
@@ -258,15 +284,17 @@ def train(config, workdir: str, *, profile: bool = False, note=None) -> Result:
       InputError: before anything is compiled, for anything that is the user's to change.
     """
     writer = jax.process_index() == 0
-    last = min(config.train.stop_after or config.train.steps, config.train.steps)
-    progress = Progress(last, log_every=config.train.log_every)
+    progress = Progress(config.train.steps, log_every=config.train.log_every)
     note = note or (progress.note if writer else lambda text: None)
     with Workdir(workdir, writer=writer) as place, StopRequest() as stop, obstacles(workdir):
-        run = Run(config, place, note=note)
+        run = Run(place.followed(config, note), place, note=note)
+        steps = run.config.train.steps
+        progress.steps = last = min(config.train.stop_after or steps, steps)
         state = run.restore_or_start()
         start = int(state.step)
         note(summary.rules_table(run.model, state.adapters, run.compiled(stages_lib.stage_at(run.stages, start)).frozen,
                                  summary.count(run.params)))  # fmt: skip
+        note(str(run.table))
         with run.checkpoints:
             if start == 0 and not run.checkpoints.steps():
                 run.save(state, 0)  # before the first compile, so that a kill inside it loses nothing

@@ -47,8 +47,9 @@ def loss_sums(stats: dict, name: str) -> dict:
     return {r: {s: {k: v["losses"][name] for k, v in sc.items()} for s, sc in seg.items()} for r, seg in stats.items()}
 
 
-def _part(stats: dict, part: str) -> dict:
-    return {r: {s: {k: v[part] for k, v in sc.items()} for s, sc in seg.items()} for r, seg in stats.items()}
+def part(stats: dict, name: str) -> dict:
+    """`load` or `router`: the statistics, or the sums that a router's own update asks for, of every decision."""
+    return {r: {s: {k: v[name] for k, v in sc.items()} for s, sc in seg.items()} for r, seg in stats.items()}
 
 
 def make_gradient(model, *, seed: int, frozen, accumulate: int, targets_per_row: int, constrain):
@@ -112,7 +113,7 @@ def make_gradient(model, *, seed: int, frozen, accumulate: int, targets_per_row:
                 else:
                     aux[name] = loss.value(sums) / accumulate
                     total = total + loss.weight * aux[name]
-            return total, {"lm_loss": nll, "aux": aux, "load": _part(stats, "load"), "router": _part(stats, "router")}
+            return total, {"lm_loss": nll, "aux": aux, "load": part(stats, "load"), "router": part(stats, "router")}
 
         grad = jax.grad(objective, has_aux=True)
         if accumulate == 1:
@@ -130,10 +131,23 @@ def make_step(model, optimizer, schedule, *, clip: float, frozen, **options):
       clip: global norm, 0 for none. options: of `make_gradient`.
     """
     gradient = make_gradient(model, frozen=frozen, **options)
-    losses = dict(model.losses)
+    update = make_update(model, optimizer, schedule, clip=clip, frozen=frozen)
 
     def train_step(state: TrainState, params: dict, batch: dict):
         grads, out = gradient(state, params, batch)
+        return update(state, grads, out, batch["segment_ids"])
+
+    return train_step
+
+
+def make_update(model, optimizer, schedule, *, clip: float, frozen):
+    """`update(state, grads, out, segment_ids) -> (state, metrics)`: all that follows the gradient of a step.
+
+    `grads, out` as from `make_gradient`; `segment_ids` of the batch, of which the metrics count what is not padding.
+    """
+    losses = dict(model.losses)
+
+    def update(state: TrainState, grads: dict, out: dict, segment_ids: Array):
         trainable, fixed = trees.split(state.adapters, frozen)
         with jax.named_scope("optimizer"):
             norm = optax.tree.norm(grads)
@@ -164,13 +178,13 @@ def make_step(model, optimizer, schedule, *, clip: float, frozen, **options):
             **{f"aux/{n}": v for n, v in out["aux"].items()},
             "grad_norm": norm,
             "lr": jnp.asarray(schedule(state.step - 1), jnp.float32),
-            "tokens": jnp.sum(batch["segment_ids"] > 0),
+            "tokens": jnp.sum(segment_ids > 0),
             "skipped": state.skipped,
             "site": site_metrics(model, out["load"]),
         }
         return state, metrics
 
-    return train_step
+    return update
 
 
 def update_routers(model, state: dict, sums: dict) -> dict:

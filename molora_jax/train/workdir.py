@@ -110,6 +110,25 @@ class Workdir:
                 fix="Put it back and start the same command again; without it the run begins anew.",
             )  # fmt: skip
 
+    def followed(self, config, note):
+        """The config with what the run that is here has settled for good, and what a config file may not say.
+
+        A file's rows with several task names were one task in older versions: a run that began so goes on so.
+        """
+        path = self.path / "config.json"
+        if not path.is_file() or not self.started:
+            return config
+        try:
+            told = json.loads(path.read_text(encoding="utf-8"))["data"].get("file_tasks", False)
+        except (OSError, ValueError, LookupError, TypeError, AttributeError):
+            return config  # damaged: the identity says whether the data are the same
+        if isinstance(told, bool) and told != config.data.get("file_tasks", True):
+            config = config.copy_and_resolve_references()
+            with config.unlocked():
+                config.data.file_tasks = told
+            note(f"data.file_tasks is {told} in this run, and stays so")
+        return config
+
     def write_config(self, config: dict):
         """`config.json`, replaced as a whole."""
         if self.writer:

@@ -1,6 +1,7 @@
 """One layer of one model at work, for tests of equations: the frozen part, one rule, its output and its gradients."""
 
 import dataclasses
+import functools
 
 import jax
 import numpy as np
@@ -9,7 +10,7 @@ from molora_jax.adapters import ADAPTERS
 from molora_jax.models.model import Model
 from molora_jax.routers import ROUTERS
 from molora_jax.rules import Rule
-from tests.battery.cases import BATCH, SMALL, base, random_adapters
+from tests.battery.cases import BATCH, SMALL, base, hidden_states, random_adapters
 
 ONE = dataclasses.replace(SMALL, layers=1)
 VALID = BATCH["segment_ids"] > 0
@@ -28,16 +29,25 @@ def model(sites, experts, router=None, adapter="lora", decoder=ONE, rank=3, **op
 def output(made, adapters, batch=None, params=None):
     """Final hidden states of the valid positions `[N, D]`."""
     params = base(made.config) if params is None else params
-    run = jax.jit(lambda p, a, b: made.hidden(p, a, {}, b)[0])
-    return np.asarray(run(params, adapters, BATCH if batch is None else batch))[VALID]
+    return np.asarray(hidden_states(made, params, adapters, {}, BATCH if batch is None else batch))[VALID]
 
 
 def gradient(made, adapters):
     """Of a fixed random functional of the output, with respect to every leaf."""
     probe = np.random.default_rng(9).standard_normal((*VALID.shape, made.config.width)).astype(np.float32)
     probe = probe * VALID[..., None]
-    loss = lambda a: (made.hidden(base(made.config), a, {}, BATCH)[0] * probe).sum()  # noqa: E731
-    return jax.device_get(jax.jit(jax.grad(loss))(adapters))
+    return jax.device_get(_gradient(made, base(made.config), adapters, probe))
+
+
+@functools.partial(jax.jit, static_argnames="made")
+def _gradient(made, params, adapters, probe):
+    return jax.grad(lambda a: (made.hidden(params, a, {}, BATCH)[0] * probe).sum())(adapters)
+
+
+def trace_anew():
+    """After a part of the product was replaced: a model's compiled programs are of the parts as they were."""
+    hidden_states.clear_cache()
+    _gradient.clear_cache()
 
 
 def noisy(made, seed=3):

@@ -22,6 +22,7 @@ from molora_jax.models.families import TINY
 from molora_jax.placements import projection
 from molora_jax.rules import Rule
 from molora_jax.train.objective import lm
+from tests.battery.cases import fresh_adapters
 
 DECODER = dataclasses.replace(TINY, layers=2, width=32, ffn_width=48, heads=2, kv_heads=1, head_dim=16, vocab=64)
 B, S = 4, 10
@@ -77,12 +78,17 @@ def config(name, **changes):
     return made
 
 
+@functools.cache
+def base(decoder):
+    return jax.tree.map(jnp.asarray, random_params(decoder, seed=1, dtype="float32")[0])
+
+
 def build(name, *, layers=2, **changes):
     """`(model, params, adapters, router_state)`: every leaf random, so that no expert is silent."""
     decoder = dataclasses.replace(DECODER, layers=layers)
     model = compile_model(config(name, **changes), decoder, max_segments=2)
-    params = jax.tree.map(jnp.asarray, random_params(decoder, seed=1, dtype="float32")[0])
-    fresh = jax.jit(model.init_adapters)(jax.random.key(0), params)
+    params = base(decoder)
+    fresh = fresh_adapters(model, jax.random.key(0), params)
     rng = np.random.default_rng(0)
     noise = lambda x: x + 0.2 * rng.standard_normal(x.shape).astype(np.float32)  # noqa: E731
     return model, params, jax.tree.map(noise, jax.device_get(fresh)), model.init_router_state()
@@ -107,14 +113,16 @@ def lm_loss(model, params, adapters, state, data):
     return lm(model, params, hidden, data, S) / jnp.sum(data["loss_weight"]), stats
 
 
+@functools.partial(jax.jit, static_argnames="model")
 def lm_gradient(model, params, adapters, state, data):
     """Of the language-model loss alone."""
-    return jax.jit(jax.grad(lambda a: lm_loss(model, params, a, state, data)[0]))(adapters)
+    return jax.grad(lambda a: lm_loss(model, params, a, state, data)[0])(adapters)
 
 
-def gates(model, params, adapters, state, data, **options):
+@functools.partial(jax.jit, static_argnames=("model", "train"))
+def gates(model, params, adapters, state, data, train=False, **options):
     """`{rule: {segment: {scope: [L, B, S, E]}}}`."""
-    return jax.jit(lambda a: model.hidden(params, a, state, data, collect=True, **options)[3])(adapters)
+    return model.hidden(params, adapters, state, data, collect=True, train=train, **options)[3]
 
 
 def rows_visited(monkeypatch, run, *args):

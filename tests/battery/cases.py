@@ -30,6 +30,10 @@ from molora_jax.train.step import fresh, make_step
 
 ROOT = pathlib.Path(__file__).parents[2]
 SMALL = dataclasses.replace(TINY, layers=2, width=32, ffn_width=48, heads=2, kv_heads=1, head_dim=16, vocab=128)
+BASES = {  # other forms of the base, as the random sources have them
+    "untied": dataclasses.replace(SMALL, tied=False),
+    "qwen3": dataclasses.replace(SMALL, family="qwen3", qk_norm=True, head_dim=24, norm_eps=1e-6),
+}
 DEEP = dataclasses.replace(SMALL, layers=4)  # MoLA's four groups of depth
 TEXT = ["2+3=|5", "cat:|tac", "4+4=|8", "dog:|god", "7-2=|5", "is:|was", "9-9=|0", "go:|went", "1+1=|2", "abc:|cba",
         "6+1=|7", "no:|on", "3+3=|6", "sun:|nus", "8-4=|4", "up:|pu"]  # fmt: skip
@@ -83,8 +87,27 @@ TARGETS_PER_ROW = int(BATCH["loss_weight"].sum(axis=1).max())
 def base(decoder, dtype="float32"):
     """Random parameters with larger embeddings, so that logits are of order 1 as in a trained model."""
     params = random_params(decoder, seed=1, dtype=dtype)[0]
-    params["embed"] = (params["embed"] * 10).astype(params["embed"].dtype)
+    for name in ("embed", "head"):
+        if name in params:
+            params[name] = (params[name] * 10).astype(params[name].dtype)
     return jax.tree.map(jnp.asarray, params)
+
+
+@functools.partial(jax.jit, static_argnames="model")
+def hidden_states(model, params, adapters, state, batch):
+    """Final hidden states in evaluation: one program a model, whichever test asks for it."""
+    return model.hidden(params, adapters, state, batch)[0]
+
+
+@functools.partial(jax.jit, static_argnames="model")
+def fresh_adapters(model, key, params):
+    return model.init_adapters(key, params)
+
+
+@functools.cache
+def base_hidden(model, dtype):
+    """Of a model without rules, on the batch."""
+    return np.asarray(hidden_states(model, base(model.config, dtype), {}, {}, BATCH), np.float32)
 
 
 def combination(adapter, router, placement, init, **changes):
@@ -135,10 +158,13 @@ def random_adapters(model, params, *, seed=3):
     """Every leaf away from its start and from zero; router logits of order 1, changes a part of the base's outputs."""
     scales = {rule.name: rule.adapter.scale() * rule.adapter.rank**0.5 for rule in model.rules}
     shapes = jax.eval_shape(model.init_adapters, jax.random.key(0), params)
-    start = flatten_dict(jax.device_get(jax.jit(model.init_adapters)(jax.random.key(0), params)), sep="/")
+    shapes, drawn = flatten_dict(shapes, sep="/"), ("A", "B", "W")
+    start = {}
+    if any(path.rpartition("/")[2] not in drawn for path in shapes):  # else nothing is left of the start
+        start = flatten_dict(jax.device_get(fresh_adapters(model, jax.random.key(0), params)), sep="/")
     rng = np.random.default_rng(seed)
     out = {}
-    for path, shape in sorted(flatten_dict(shapes, sep="/").items()):
+    for path, shape in sorted(shapes.items()):
         leaf, noise = path.rpartition("/")[2], rng.standard_normal(shape.shape).astype(np.float32)
         width = dict(A=shape.shape[-1] ** -0.5, B=0.3 / scales[path.split("/")[0]], W=2 * shape.shape[-1] ** -0.5)
         if leaf in ("A0", "B0") or shape.dtype == np.int32:
@@ -170,7 +196,7 @@ class Case:
         engine = ALONE if engine is None else Engine(engine, mesh)
         self.model = dataclasses.replace(model, remat=remat, engine=engine)
         self.frozen = self.model.frozen_patterns() + tuple(freeze)
-        self.params = base(decoder, dtype)
+        self.params, self.dtype = base(decoder, dtype), dtype
         shapes = jax.eval_shape(self.model.init_adapters, jax.random.key(0), self.params)
         self.shapes = shapes
         made = dict(config.optim) | dict(learning_rate=1e-2, decay="constant")
@@ -190,11 +216,11 @@ class Case:
             self.places = sharding.state_shardings(shapes, self.model, mesh)
             out = (self.places, sharding.replicated(mesh))
         self.step = jax.jit(step, out_shardings=out)
+        self.fresh = jax.jit(lambda p: fresh(self.model, self.optimizer, p, self.frozen, jax.random.key(0)))
 
     def start(self, adapters=None):
         """State of step 0, with these adapters in place of fresh ones."""
-        make = jax.jit(lambda p: fresh(self.model, self.optimizer, p, self.frozen, jax.random.key(0)))
-        state = make(self.params)
+        state = self.fresh(self.params)
         return state if adapters is None else state.replace(adapters=jax.tree.map(jnp.asarray, adapters))
 
     def run(self, state, data=None):
@@ -210,9 +236,10 @@ class Case:
 
     def hidden(self, adapters):
         """Hidden states in evaluation."""
-        model = self.model if adapters else self.model.without_rules()
-        go = jax.jit(lambda p, a, s, b: model.hidden(p, a, s, b)[0])
-        return np.asarray(go(self.params, adapters, model.init_router_state(), BATCH), np.float32)
+        if not adapters:
+            return base_hidden(self.model.without_rules(), self.dtype)
+        state = self.model.init_router_state()
+        return np.asarray(hidden_states(self.model, self.params, adapters, state, BATCH), np.float32)
 
 
 def mesh8():

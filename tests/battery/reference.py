@@ -158,6 +158,8 @@ def forward(xp, model, params, adapters, batch):
         heads = lambda y: y.reshape(*y.shape[:2], -1, c.head_dim)  # noqa: E731
         h = rms(xp, x, block["attn_norm"], c.norm_eps)
         q, k, v = (heads(project(site, h, h)) for site in ("q", "k", "v"))
+        if c.qk_norm:
+            q, k = (rms(xp, y, block[f"{n}_norm"], c.norm_eps) for n, y in (("q", q), ("k", k)))
         q, k = (rotate(xp, y, batch["positions"], c.rope_base) for y in (q, k))
         a = attend(xp, q, k, v, batch["segment_ids"])
         x = x + project("o", a.reshape(*h.shape[:2], -1), h)
@@ -199,7 +201,7 @@ def forward(xp, model, params, adapters, batch):
 
 def nll(xp, params, hidden, batch):
     """Mean over answer tokens."""
-    logits = hidden @ params["embed"].T
+    logits = hidden @ (params["head"] if "head" in params else params["embed"].T)
     logp = xp.log(softmax(xp, logits))
     at = xp.take_along_axis(logp, np.asarray(batch["targets"])[..., None], axis=-1)[..., 0]
     return -xp.sum(at * batch["loss_weight"]) / np.sum(batch["loss_weight"])

@@ -49,7 +49,7 @@ def test_every_segment_is_one_whole_example(tmp_path):
                 assert example.target_ids[-1] == ByteTokenizer.eos_id
 
 
-@hypothesis.settings(max_examples=60, deadline=None)
+@hypothesis.settings(max_examples=60)
 @hypothesis.given(
     st.lists(st.tuples(st.integers(1, 40), st.integers(1, 16)), min_size=1, max_size=60),
     st.integers(16, 40),

@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 
+import matplotlib.image
 import numpy as np
 import pytest
 
@@ -17,7 +18,7 @@ from molora_jax.evaluate.nll import example_nll
 def launch(module, *arguments):
     return subprocess.run(
         [sys.executable, "-m", f"launch.{module}", *map(str, arguments)],
-        cwd=flags.ROOT, capture_output=True, text=True, timeout=300, check=False,
+        cwd=flags.ROOT, capture_output=True, text=True, timeout=1500, check=False,
     )  # fmt: skip
 
 
@@ -30,7 +31,7 @@ def evaluated(tiny_run):
 
 def test_report_has_every_field_of_every_task(evaluated, tiny_run):
     _, report = evaluated
-    assert report["step"] == 3 and set(report["tasks"]) == {"task"} and report["without_items"] == []
+    assert report["step"] == 3 and set(report["tasks"]) == {"double", "even"} and report["without_items"] == []
     for task in report["tasks"].values():
         assert task["items"] == 6 and task["generated"] == 4
         for key in ("nll", "nll_base", "nll_change", "exact", "exact_base"):
@@ -38,7 +39,7 @@ def test_report_has_every_field_of_every_task(evaluated, tiny_run):
             assert low <= value <= high, key
         assert 0 < task["nll"][0] < 20 and 0 <= task["exact"][1] and task["exact"][2] <= 1
     share = np.array(list(report["routing"]["ffn"]["ffn"].values()))
-    assert share.shape == (1, 4, 8)
+    assert share.shape == (2, 4, 8)
     np.testing.assert_allclose(share.sum(-1), 1.0, atol=1e-3)
 
 
@@ -46,11 +47,11 @@ def test_output_is_a_table_and_paths_of_pictures(evaluated):
     done, report = evaluated
     lines = done.stdout.splitlines()
     assert lines[1].split()[:2] == ["task", "items"]
-    assert f"{report['tasks']['task']['nll'][0]:.3f}" in done.stdout
-    for name in ("tasks.png", "loss.png", "routing.png", "report.json"):
+    assert all(f"{task['nll'][0]:.3f}" in done.stdout for task in report["tasks"].values())
+    for name in ("tasks.png", "loss.png", "routing.png", "overview.png", "report.json"):
         (path,) = [line for line in lines if line.endswith(name)]
         assert (flags.ROOT / path).stat().st_size > 1000
-    assert "tuned: NLL of 6 answers" in done.stderr and "\r" not in done.stderr
+    assert "tuned: NLL of 12 answers" in done.stderr and "\r" not in done.stderr
 
 
 def test_nll_agrees_with_generation(tiny_run):
@@ -125,3 +126,42 @@ def test_routing_pictures_of_every_shape(tmp_path):
     for routing in ({}, {"all": {"model": shares(1, 4)}}, {"all": sites}, {"a": {"attn": shares(4, 2)}, "ffn": sites}):
         counts = {"all": (2, 2, 4, 8), "a": (0, 2, 2, 2), "ffn": (8,) * 4}
         assert plots.plot_routing(routing, counts, tmp_path / "routing.png").stat().st_size > 1000
+
+
+def tasks_named(*names):
+    scores = dict(nll=[1.0, 0.5, 1.5], nll_base=[2.0, 1.5, 2.5], exact=[0.5, 0.3, 0.7], exact_base=[0.0, 0.0, 0.2])
+    return {"tasks": {name: dict(items=32, generated=16, **scores) for name in names}}
+
+
+def drawn(monkeypatch, draw, *args):
+    """`(figure, image)` of a picture, as it is saved."""
+    kept, save = [], plots.save
+    monkeypatch.setattr(plots, "save", lambda fig, path: kept.append(fig) or save(fig, path))
+    image = matplotlib.image.imread(draw(*args))
+    return kept[0], image
+
+
+@pytest.mark.parametrize("names", [["morph", "translate"], ["a task with a name that leaves no room for axes " * 2]])
+def test_no_label_is_cut(monkeypatch, tmp_path, names):
+    fig, image = drawn(monkeypatch, plots.plot_tasks, tasks_named(*names), tmp_path / "tasks.png")
+    texts = [t for ax in fig.axes for t in [ax.xaxis.label, *ax.get_yticklabels(), *ax.get_xticklabels()]]
+    texts = [t.get_window_extent(fig.canvas.get_renderer()) for t in texts if t.get_text() and t.get_visible()]
+    needed = max(box.x1 for box in texts) - min(box.x0 for box in texts)
+    assert image.shape[1] >= needed * 120 / fig.dpi
+    for edge in (image[0], image[-1], image[:, 0], image[:, -1]):
+        assert (edge[..., :3] == 1).all(), "a margin all around: nothing reaches the edge"
+
+
+def test_the_two_signs_of_a_difference_look_unlike():
+    low, middle, high = plots.signed()([0.0, 0.5, 1.0])[:, :3]
+    assert low[2] - low[0] > 0.4 and high[0] - high[2] > 0.4 and middle.min() > 0.9, "blue, white, red"
+
+
+def test_stacked_pictures_keep_their_pixels(tmp_path):
+    small, wide = np.zeros((3, 4, 3)), np.full((2, 7, 3), 0.5)
+    paths = [tmp_path / "small.png", tmp_path / "wide.png"]
+    for path, image in zip(paths, (small, wide), strict=True):
+        matplotlib.image.imsave(path, image)
+    made = matplotlib.image.imread(plots.stack(paths, tmp_path / "both.png"))
+    assert made.shape[:2] == (5, 7) and (made[:3, 1:5, :3] == 0).all() and (made[:3, [0, 5, 6], :3] == 1).all()
+    np.testing.assert_allclose(made[3:, :, :3], 0.5, atol=0.01)

@@ -72,6 +72,11 @@ def test_goes_on_from_the_results_file_alone(tmp_path, monkeypatch):
     # seeds 0 and 1: means over tasks 1.5 and 1.55; t(0.975, 1) s / sqrt(2) = 12.706 * 0.025
     assert text.count("| 1.525 \u00b1 0.318 |") == 4 and text.count("| +0.000 \u00b1 0.000 |") == 2
     assert (out / "results.png").stat().st_size > 1000
+    # a step of LoRA is the unit, whatever a pair of it with itself measured; that is said as the column's noise
+    cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines() if line.startswith("| ")]
+    steps = {(row[0], row[4]) for row in cells if len(row) > 5 and row[0] in ("LoRA", "MoS")}
+    assert steps == {("LoRA", "1"), ("MoS", "1.50")}
+    assert text.count("paired with itself it measured 1.50 (1.40 to 1.60)") == 2
 
 
 def test_results_of_another_setting_are_refused(tmp_path, monkeypatch):

@@ -21,7 +21,7 @@ sys.path.insert(0, {root!r})
 folder, port, rank = sys.argv[1], sys.argv[2], int(sys.argv[3])
 import jax
 jax.config.update("jax_cpu_collectives_implementation", "gloo")
-jax.distributed.initialize(f"localhost:{{port}}", 2, rank, initialization_timeout=60)
+jax.distributed.initialize(f"localhost:{{port}}", 2, rank, initialization_timeout=600)
 import numpy as np
 from tests.io.test_checkpoints_processes import Checkpoints, items
 assert jax.process_count() == 2 and jax.device_count() == 8
@@ -63,7 +63,7 @@ def test_two_processes_and_one(tmp_path):
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, "env": env}
     children = [subprocess.Popen([*command, str(rank)], **pipes) for rank in (0, 1)]
     try:
-        outputs = [child.communicate(timeout=120)[0] for child in children]
+        outputs = [child.communicate(timeout=600)[0] for child in children]
     finally:
         for child in children:
             child.kill()

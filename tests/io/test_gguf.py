@@ -116,7 +116,11 @@ def test_huge_declared_sizes_allocate_nothing(tmp_path):
         ({"tokenizer.ggml.pre": "bloom"}, (), "tokenizer.ggml.pre.*'bloom'"),
         ({"tokenizer.ggml.model": "llama"}, (), "tokenizer.ggml.model.*hf:ORG"),
         ({"llama.expert_count": 8}, (), "MoE"),
-        ({"llama.rope.scaling.type": "yarn"}, (), "yarn"),
+        ({"llama.rope.scaling.type": "longrope"}, (), "longrope"),
+        ({"llama.rope.dimension_count": 2}, (), "rope.dimension_count: got 2"),
+        ({"llama.attention.value_length": 2}, (), "attention.value_length: got 2"),
+        ({"llama.logit_scale": 0.5}, (), "llama.logit_scale: got 0.5"),
+        ({}, ("tokenizer.ggml.pre",), "tokenizer.ggml.pre.*none, or 'default'"),
         ({"llama.block_count": 3}, (), "blk.2.attn_norm.*no such tensor"),
         ({"llama.block_count": 1}, (), "blk.1"),
         ({"llama.embedding_length": 32}, (), "expected shape"),
@@ -153,3 +157,23 @@ def test_llama3_scaling_is_refitted(tmp_path):
     assert scaling["factor"] == 8.0
     with pytest.raises(InputError, match="rope scaling"):
         gguf_model._llama3_scaling(gguf.read(path), {"head_dim": 64, "rope_theta": 100.0})
+
+
+@pytest.mark.parametrize(
+    ("metadata", "ends", "prefix"),
+    [
+        ({}, (259,), ()),
+        ({"tokenizer.ggml.eot_token_id": 258, "tokenizer.ggml.eom_token_id": 256}, (259, 258, 256), ()),
+        ({"tokenizer.ggml.add_bos_token": True}, (259,), (257,)),
+        ({"tokenizer.ggml.pre": "llama-bpe"}, (259,), (257,)),
+        ({"tokenizer.ggml.pre": "llama-bpe", "tokenizer.ggml.add_bos_token": False}, (259,), ()),
+    ],
+)
+def test_end_tokens_and_bos(tmp_path, metadata, ends, prefix):
+    """As the file says, and through the converted folder, where no template is: the context starts with BOS once."""
+    path = tmp_path / "m.gguf"
+    path.write_bytes(tiny_files.llama_gguf(metadata=metadata)[0])
+    for tok in (gguf_model.tokenizer(gguf.read(path)), load_base(f"gguf:{path}").tokenizer):
+        assert (tok.end_ids, tok.eos_id, tok.prefix_ids) == (ends, 259, prefix)
+        ids = tok.encode_chat([dict(role="user", content="hi")], add_generation_prompt=True)
+        assert ids[:1] == list(prefix or tok.encode("u")) and ids.count(257) == len(prefix)

@@ -31,7 +31,7 @@ def check(base, wanted):
         prefix = f"model.layers.{i}."
         np.testing.assert_array_equal(blocks["down"]["kernel"][i], wanted[prefix + "mlp.down_proj.weight"].T)
         np.testing.assert_array_equal(blocks["attn_norm"][i], wanted[prefix + "input_layernorm.weight"])
-    np.testing.assert_array_equal(base.params["head"], wanted["lm_head.weight"])
+    np.testing.assert_array_equal(base.params["head"], wanted["lm_head.weight"].T)
     np.testing.assert_array_equal(base.params["final_norm"], wanted["model.norm.weight"])
     assert set(base.params) == {"embed", "final_norm", "head", "blocks"}
     assert set(blocks) == {"attn_norm", "ffn_norm", "q", "k", "v", "o", "gate", "up", "down"}
@@ -99,8 +99,10 @@ def test_digest_follows_the_content_not_the_path(folder, tmp_path):
         ({"num_key_value_heads": 3}, "divide the heads"),
         ({"intermediate_size": None}, "intermediate_size: got None"),
         ({"rope_scaling": {"rope_type": "llama3"}}, "factor"),
-        ({"rope_scaling": {"rope_type": "yarn"}}, "rope_scaling: got 'yarn'"),
-        ({"attention_bias": True}, "attention_bias"),
+        ({"rope_scaling": {"rope_type": "yarn"}}, "factor"),
+        ({"rope_scaling": {"rope_type": "longrope"}}, "rope_scaling: got longrope"),
+        ({"attention_bias": True}, "q_proj.bias: got no such tensor"),
+        ({"attention_bias": 1}, "attention_bias: got 1"),
     ],
 )
 def test_configs_that_are_refused(folder, change, message):

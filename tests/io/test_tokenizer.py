@@ -100,3 +100,138 @@ def test_smollm2_ids_equal_those_of_transformers():
         assert tok.chat(case["messages"], add_generation_prompt=True) == case["text"]
         assert tok.encode_chat(case["messages"], add_generation_prompt=True) == case["ids"]
     assert (tok.vocab_size, tok.bos_id, tok.eos_id, tok.pad_id) == (49152, 1, 2, 2)
+
+
+def broken(change):
+    content = json.loads(tokenizer.byte_tokenizer().inner.to_str())
+    change(content)
+    return json.dumps(content)
+
+
+def model(**changes):
+    return lambda content: content["model"].update(changes)
+
+
+def part(name, **fields):
+    return lambda content: content.update({name: fields})
+
+
+LETTERS = {"a": 0, "b": 1, "ab": 2, "é": 3, "aé": 4}
+LOAD = {  # what the package panics at, aborts at or hangs at while it reads
+    "no tokenizer": lambda content: content.clear(),
+    "a merge shorter than its prefix": model(vocab=LETTERS, merges=[["a", "b"]], continuing_subword_prefix="####"),
+    "a prefix that cuts a character": model(vocab=LETTERS, merges=[["a", "é"]], continuing_subword_prefix="#"),
+    "a huge id": model(vocab={"a": 2**31}, merges=[]),
+    "a broken normalizer": part("normalizer", type="Precompiled", precompiled_charsmap="AAAA"),
+    "nested too deep": lambda content: content.update(normalizer=json.loads("[" * 500 + "]" * 500)),
+}
+USE = {  # what it panics at while it encodes
+    "pieces of no length": part("pre_tokenizer", type="FixedLength", length=0),
+    "an empty pattern": part("normalizer", type="Replace", pattern={"String": ""}, content="xx"),
+    "a normalizer that reads outside": part("normalizer", type="Precompiled", precompiled_charsmap="BAAAAP////8="),
+    "an unknown token": model(vocab={"a": 0}, merges=[], unk_token="zzz"),
+}
+
+
+@pytest.mark.parametrize("name", LOAD)
+def test_a_file_that_the_package_cannot_read_is_an_error(tmp_path, name):
+    (tmp_path / "tokenizer.json").write_text(broken(LOAD[name]))
+    with pytest.raises(InputError, match=r"tokenizer\.json"):
+        tokenizer.from_folder(tmp_path)
+
+
+@pytest.mark.parametrize("name", USE)
+def test_a_panic_while_encoding_is_an_error(tmp_path, name):
+    (tmp_path / "tokenizer.json").write_text(broken(USE[name]))
+    with pytest.raises(InputError):
+        tokenizer.from_folder(tmp_path).encode("a b")
+
+
+def test_bytes_that_are_no_text(tmp_path):
+    (tmp_path / "tokenizer.json").write_bytes(b"\xff\xfe{}")
+    with pytest.raises(InputError, match=r"tokenizer\.json"):
+        tokenizer.from_folder(tmp_path)
+    with pytest.raises(InputError, match="valid Unicode"):
+        tokenizer.byte_tokenizer().encode("\ud800")
+
+
+def folder(path, settings=None, **files):
+    path.mkdir(exist_ok=True)
+    tokenizer.byte_tokenizer().inner.save(str(path / "tokenizer.json"))
+    for name, value in {"tokenizer_config": settings, **files}.items():
+        if value is not None:
+            (path / f"{name}.json").write_text(json.dumps(value))
+    return path
+
+
+def test_every_end_token_of_all_three_files(tmp_path):
+    three = dict(generation_config={"eos_token_id": [259, 258]}, config={"eos_token_id": 256})
+    ends = folder(tmp_path, dict(eos_token="<|bos|>"), **three)
+    tok = tokenizer.from_folder(ends)
+    assert (tok.eos_id, tok.end_ids) == (257, (257, 259, 258, 256))
+    only_ids = folder(
+        tmp_path / "ids", generation_config={"eos_token_id": 259, "bos_token_id": 257, "pad_token_id": -1}
+    )
+    tok = tokenizer.from_folder(only_ids)
+    assert (tok.eos_id, tok.end_ids, tok.bos_id, tok.pad_id, tok.bos, tok.eos) == (259, (259,), 257, 259, None, None)
+    map_only = folder(tmp_path / "map", special_tokens_map={"eos_token": {"content": "<|im_end|>"}})
+    assert tokenizer.from_folder(map_only).end_ids == (259,)
+    for bad in ("259", [259, "x"], True, -1, 2.5):
+        with pytest.raises(InputError, match=r"generation_config.json: eos_token_id"):
+            tokenizer.from_folder(folder(tmp_path / "bad", generation_config={"eos_token_id": bad}))
+
+
+def test_bos_where_the_tokenizer_says_so(tmp_path):
+    specials = [("<|bos|>", 257), ("<|pad|>", 256)]
+    adds = tokenizers.processors.TemplateProcessing(single="<|bos|> $A <|pad|>", special_tokens=specials)
+    settings = dict(bos_token="<|bos|>", eos_token="<|im_end|>")
+    for saved, config, prefix in (
+        (adds, {}, (257,)), (adds, {"add_bos_token": False}, ()),
+        (None, {}, ()), (None, {"add_bos_token": True}, (257,)),
+    ):  # fmt: skip
+        path = folder(tmp_path, settings | config)
+        inner = tokenizer.byte_tokenizer().inner
+        if saved is not None:
+            inner.post_processor = saved
+        inner.save(str(path / "tokenizer.json"))
+        tok = tokenizer.from_folder(path)
+        assert tok.prefix_ids == prefix
+        assert tok.encode_plain("a") == [*prefix, *tok.encode("a")] and tok.encode_plain("<|bos|>a").count(257) == 1
+        assert tok.encode_chat(TALK, add_generation_prompt=True)[:1] == list(prefix or tok.encode("u"))
+    with pytest.raises(InputError, match="add_bos_token"):
+        tokenizer.from_folder(folder(tmp_path, dict(add_bos_token=True)))
+
+
+def test_the_digest_knows_all_that_makes_ids(tmp_path):
+    def digest(settings=(), change=lambda inner: None, **files):
+        known = dict(bos_token="<|bos|>", eos_token="<|im_end|>", chat_template="a")
+        path = folder(tmp_path, known | dict(settings), **files)
+        inner = tokenizer.byte_tokenizer().inner
+        change(inner)
+        inner.save(str(path / "tokenizer.json"))
+        return tokenizer.from_folder(path).digest()
+
+    one = digest()
+    assert one == digest()
+    others = [
+        digest(dict(chat_template="b")), digest(dict(eos_token="<|im_start|>")), digest(dict(bos_token="<|pad|>")),
+        digest(dict(add_bos_token=True)), digest(dict(unk_token="<|pad|>")), digest(dict(pad_token="<|bos|>")),
+        digest(generation_config={"eos_token_id": [258]}), digest(change=lambda inner: inner.add_tokens(["xy"])),
+        digest(dict(chat_template=[dict(name="default", template="a"), dict(name="tool_use", template="t")])),
+    ]  # fmt: skip
+    assert len({one, *others}) == 1 + len(others)
+
+
+def test_a_template_for_tools(tmp_path):
+    named = [dict(name="default", template="plain"), dict(name="tool_use", template="{{ tools | length }} tools")]
+    tok = tokenizer.from_folder(folder(tmp_path, dict(chat_template=named)))
+    assert tok.chat(TALK, add_generation_prompt=True) == "plain"
+    assert tok.chat(TALK, add_generation_prompt=True, tools=[{"name": "f"}]) == "1 tools"
+    with pytest.raises(InputError, match="one named default"):
+        tokenizer.from_folder(folder(tmp_path, dict(chat_template=named[1:])))
+    assert tok.chat(TALK, add_generation_prompt=True, x=1) == "plain"
+
+
+def test_arguments_of_the_template():
+    tok = tokenizer.Tokenizer(tokenizer.byte_tokenizer().inner, template="{{ thinking }} {{ eos_token is defined }}")
+    assert tok.chat(TALK, add_generation_prompt=True, thinking=False) == "False False"

@@ -7,7 +7,7 @@ import tokenizers
 
 from molora_jax.io import gguf_model, huggingface, quants
 from molora_jax.io.tokenizer import byte_tokenizer
-from molora_jax.models import families
+from molora_jax.models import families, hf_config
 
 QUANT = {name: type_id for type_id, (name, *_) in quants.TYPES.items()}
 TYPES = {bool: 7, int: 4, float: 6, str: 8}
@@ -51,7 +51,7 @@ def llama_config(**changes):
 def hf_tensors(config, seed=0):
     """Hugging Face name -> random float32 array."""
     rng, shaped = np.random.default_rng(seed), {}
-    decoder = families.from_hf(config, where="test")
+    decoder = hf_config.from_hf(config, where="test")
     for path, shape in families.hf_shapes(decoder).items():
         for layer in range(decoder.layers if path.startswith("blocks/") else 1):
             shaped[families.hf_name(path, layer)] = rng.standard_normal(shape, np.float32)
@@ -79,23 +79,35 @@ def llama_gguf(arch="llama", *, metadata=(), drop=(), seed=0, **changes):
     """A whole tiny GGUF model as bytes, and the Hugging Face tensors that it should turn into."""
     config = llama_config(model_type=arch, **changes)
     wanted = hf_tensors(config, seed)
-    decoder = families.from_hf(config, where="test")
+    return gguf_of(config, wanted, metadata=metadata, drop=drop), wanted
+
+
+def gguf_of(config, values, *, metadata=(), drop=(), keep=lambda name: True) -> bytes:
+    """A Hugging Face checkpoint as llama.cpp's converter writes it (a Mistral is a `llama` there)."""
+    decoder = hf_config.from_hf(config, where="test")
+    arch = {"mistral": "llama"}.get(decoder.family, decoder.family)
     tensors = {}
     for path in families.hf_shapes(decoder):
         ours = path.removeprefix("blocks/").split("/")[0]
         suffix = {"kernel": ".weight", "bias": ".bias"}.get(path.split("/")[-1], "")
         for layer in range(decoder.layers if path.startswith("blocks/") else 1):
-            value = wanted[families.hf_name(path, layer)]
+            value = values[families.hf_name(path, layer)]
             if arch == "llama" and ours in "qk":
                 value = permute(value, decoder.heads if ours == "q" else decoder.kv_heads)
             name = (gguf_model._NAMES[ours] + suffix).format(i=layer)
             tensors[name] = (value.shape, "F32", value.tobytes())
+    scaling = decoder.rope_scaling
+    if scaling is not None and scaling.kind == "llama3":
+        divisor = 1 / scaling.multipliers(decoder.rope_base, decoder.head_dim)
+        tensors["rope_freqs.weight"] = (divisor.shape, "F32", divisor.astype(np.float32).tobytes())
     vocabulary = byte_vocabulary()
     entries = {
         "general.architecture": arch, f"{arch}.block_count": decoder.layers, f"{arch}.embedding_length": decoder.width,
         f"{arch}.feed_forward_length": decoder.ffn_width, f"{arch}.attention.head_count": decoder.heads,
         f"{arch}.attention.head_count_kv": decoder.kv_heads, f"{arch}.context_length": decoder.context,
         f"{arch}.attention.layer_norm_rms_epsilon": decoder.norm_eps, f"{arch}.rope.freq_base": decoder.rope_base,
+        f"{arch}.attention.key_length": decoder.head_dim, f"{arch}.attention.value_length": decoder.head_dim,
+        f"{arch}.rope.dimension_count": decoder.head_dim,
         "tokenizer.ggml.model": "gpt2", "tokenizer.ggml.pre": "smollm", "tokenizer.ggml.tokens": vocabulary,
         "tokenizer.ggml.token_type": [1] * 256 + [3] * 4, "tokenizer.ggml.merges": ["a b"],
         "tokenizer.ggml.bos_token_id": 257, "tokenizer.ggml.eos_token_id": 259,
@@ -106,4 +118,4 @@ def llama_gguf(arch="llama", *, metadata=(), drop=(), seed=0, **changes):
     for key in drop:
         entries.pop(key, None)
         tensors.pop(key, None)
-    return gguf_bytes(entries, tensors), wanted
+    return gguf_bytes(entries, {name: tensor for name, tensor in tensors.items() if keep(name)})

@@ -291,7 +291,7 @@ def test_a_signal_loses_nothing_that_was_saved(tmp_path, number):
             child.send_signal(number)
             break
     child.stderr.read()
-    status = child.wait(timeout=60)
+    status = child.wait(timeout=600)
     assert status == (143 if number == signal.SIGTERM else -9)
     saved = Checkpoints(broken / "checkpoints", keep=2).newest_valid()
     assert saved >= (12 if number == signal.SIGTERM else 5)

@@ -43,8 +43,8 @@ from molora_jax.train.workdir import Workdir
 workdir = Workdir(sys.argv[1])
 if os.fork() == 0:
     print("worker", os.getpid(), flush=True)
-    time.sleep(60)
-time.sleep(60)
+    time.sleep(600)
+time.sleep(600)
 """
 
 

@@ -1,0 +1,50 @@
+"""`config.data` as the data code reads it: every field, checked, with defaults for those that older configs lack."""
+
+import dataclasses
+import functools
+
+from molora_jax.config_checks import check_value, raise_all
+from molora_jax.config_fields import FIELDS
+from molora_jax.config_resolve import resolve_fields, resolve_template_args
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """The fields of `config.data` (see `configs/common.py`)."""
+
+    tasks: str
+    valid: str
+    test_share: float
+    format: str
+    file_tasks: bool
+    fields: str
+    raw: bool
+    template_args: str
+    train_on: str
+    seq_len: int
+    temperature: float
+    system: str
+    overlong: str
+    bad_rows: str
+
+    @classmethod
+    def of(cls, config_data) -> "Options":
+        """Raises InputError for a wrong value."""
+        known = FIELDS["data"]
+        values = {name: getattr(config_data, name, field.default) for name, field in known.items()}
+        raise_all(
+            [problem for name, field in known.items() for problem in check_value(f"data.{name}", values[name], field)]
+        )
+        resolve_template_args(values["template_args"])
+        resolve_fields(values["fields"])
+        return cls(**values)
+
+    @functools.cached_property
+    def names(self) -> dict[str, str]:
+        """A file's names of fields -> ours, "" for one that is left out."""
+        return resolve_fields(self.fields)
+
+    @property
+    def reading(self) -> tuple:
+        """What the examples of a file depend on beside its bytes."""
+        return self.format, self.file_tasks, self.fields, self.raw, self.train_on, self.bad_rows

@@ -1,0 +1,167 @@
+"""From an entry of `data.tasks` to examples: one `Read` a task. A file holds as many tasks as its rows name."""
+
+import collections
+import dataclasses
+import functools
+import hashlib
+
+from molora_jax.data import jsonl, packages
+from molora_jax.data.example import Example, distinct
+from molora_jax.data.options import Options
+from molora_jax.data.rows import to_example
+from molora_jax.data.sources import SOURCES
+from molora_jax.errors import InputError
+
+MOST_TASKS = 1_000  # of a file: more are ids of rows, not tasks
+SPLIT_KEY = "jsonl"  # the splits of a file depend on its rows, not on its name
+
+
+@dataclasses.dataclass
+class Read:
+    """The examples of one task, sorted and without repeats.
+
+    name: "" for the file's stem. split_key: of `split_of`. path: of the file, "" for a package.
+    dropped: why rows were left out -> how many. unused: what of the rows that are kept has no use -> in how many.
+    fields: the file's names of `data.fields` that were found.
+    """
+
+    name: str
+    split_key: str
+    examples: list[Example]
+    path: str = ""
+    dropped: collections.Counter = dataclasses.field(default_factory=collections.Counter)
+    unused: collections.Counter = dataclasses.field(default_factory=collections.Counter)
+    fields: set[str] = dataclasses.field(default_factory=set)
+    first_error: InputError | None = None
+
+    def leave_out(self, refused, *, bad_rows: str):
+        """Takes out examples that no template or tokenizer takes.
+
+        Args:
+          refused: (example, why) pairs; `why` has `got`, `expected` and `fix`.
+
+        Raises:
+          InputError: the first one, unless `bad_rows="skip"` (rows of a package are never skipped).
+        """
+        if not refused:
+            return
+        example, why = min(refused, key=lambda pair: pair[0].row)
+        where = f"{self.path}, row {example.row}" if self.path else f"data.tasks, task {self.name!r}"
+        skip = 'Correct the row, or set `data.bad_rows="skip"`.' if self.path else f"The item: {example.prompt!r:.80}"
+        fix = why.fix if "bad_rows" in why.fix else f"{why.fix} {skip}".strip()
+        error = InputError(where, got=why.got, expected=why.expected, fix=fix)
+        if bad_rows == "error" or not self.path:
+            raise error
+        self.first_error = self.first_error or error
+        self.dropped["bad rows"] += len(refused)
+        out = {id(example) for example, _ in refused}
+        self.examples = [example for example in self.examples if id(example) not in out]
+
+    def none_left(self) -> InputError:
+        got = f"{self.dropped['bad rows']} bad rows and no good one"
+        return InputError(self.path, got=got, expected="at least one good row", fix=f"First: {self.first_error}")
+
+
+def source(entry: str, options: Options, *, field: str = "data.tasks"):
+    """(what the examples depend on, as text; a function that reads them)."""
+    if entry.startswith("jsonl:"):
+        path = entry.removeprefix("jsonl:")
+        raw = jsonl.content(path, field=field)
+        depends = f"{hashlib.sha256(raw).hexdigest()} {options.reading!r} {path.lower().endswith('.json')}"
+        return depends, functools.partial(_read_file, raw, path=path, options=options)
+    files = SOURCES[entry].files()
+    return f"{packages.digest_files(files)} {identity(entry)}", functools.partial(_read_package, entry, files)
+
+
+def identity(entry: str) -> str:
+    """What the examples of a task depend on beside files: code and package versions."""
+    module = SOURCES[entry]
+    more = getattr(module, "identity", str)()
+    return f"{entry} {module.FILTERS} {module.DISTRIBUTION} {packages.version(module.DISTRIBUTION)} {more}".strip()
+
+
+def several_answers(entry: str) -> bool:
+    return getattr(SOURCES[entry], "SEVERAL_ANSWERS", False)
+
+
+def stem(path: str) -> str:
+    return path.replace("\\", "/").rsplit("/", 1)[-1].rsplit(".", 1)[0]
+
+
+def _read_package(entry: str, files) -> list[Read]:
+    module = SOURCES[entry]
+    try:
+        examples, problem = distinct(module.examples(files), several_answers=several_answers(entry)), "no example"
+    except (ValueError, LookupError, TypeError, AttributeError, OSError) as error:  # files of another format
+        examples, problem = [], f"{type(error).__name__}: {error}"
+    if not examples:
+        raise InputError(
+            f"data.tasks, task {entry!r}",
+            got=f"{problem} in the files of {module.DISTRIBUTION} {packages.version(module.DISTRIBUTION)}",
+            expected="the file format of the pinned version",
+            fix="Install the pinned versions: `pip install 'molora_jax[data]'`.",
+        )
+    return [Read(entry, entry, examples)]
+
+
+def _read_file(raw: bytes, *, path: str, options: Options) -> list[Read]:
+    """One `Read` for each name in the rows' `task`; rows without one have the file's stem ("" here).
+
+    Raises:
+      InputError: a bad row under `bad_rows="error"`, or no row to train on at all.
+    """
+    found, bad, first_error, names = {}, collections.Counter(), None, set()
+    for number, row in jsonl.rows(raw, path=path):
+        try:
+            if isinstance(row, jsonl.BadRow):
+                raise row
+            names.update(options.names.keys() & row.keys())
+            example, unused = to_example(row, number, options)
+        except jsonl.BadRow as error:
+            first_error = first_error or error.at(path, number)
+            if options.bad_rows == "error":
+                raise first_error from None
+            task = row.get("task") if isinstance(row, dict) else ""
+            bad[task if isinstance(task, str) else ""] += 1
+            continue
+        name = row.get("task") or "" if example is None else example.task
+        read = found.setdefault(name, Read(name, SPLIT_KEY, [], path))
+        read.unused.update(f"field {field!r}" for field in unused)
+        if example is None:
+            read.dropped["weight 0"] += 1
+        else:
+            read.examples.append(example)
+    kept = {name: read for name, read in found.items() if read.examples}
+    if not kept:
+        reasons = f"{bad.total()} bad rows" if not found else f"{bad.total()} bad rows, the others of weight 0,"
+        fix = f"First: {first_error}" if first_error else "Give a weight of 1 to an answer, or leave the file out."
+        raise InputError(path, got=f"{reasons} and no good one", expected="at least one good row", fix=fix)
+    if not options.file_tasks and len(kept) > 1:
+        kept = {"": _together(kept.values(), path)}
+    if len(kept) > MOST_TASKS:
+        raise InputError(
+            path, got=f"rows that name {len(kept):,} tasks", expected=f"at most {MOST_TASKS:,} tasks in a file",
+            fix="Leave the names out with data.fields=drop=task, or take all rows as one with data.file_tasks=False.",
+        )  # fmt: skip
+    main = next(iter(kept.values()))
+    for read in found.values():  # a task without a row to train on: its counts go to the file's first
+        if not read.examples:
+            main.dropped.update(read.dropped)
+            main.unused.update(read.unused)
+    for name, count in bad.items():
+        kept.get(name, main).dropped["bad rows"] += count
+    for read in kept.values():
+        examples = distinct(read.examples, several_answers=True)
+        read.dropped["repeats"] += len(read.examples) - len(examples)
+        read.examples, read.fields = examples, names
+    return list(kept.values())
+
+
+def _together(reads, path: str) -> Read:
+    whole = Read("", SPLIT_KEY, [], path)
+    for read in reads:
+        whole.examples += read.examples
+        whole.dropped.update(read.dropped)
+        whole.unused.update(read.unused)
+    whole.examples.sort(key=lambda example: example.row)
+    return whole

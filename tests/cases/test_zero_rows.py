@@ -1,0 +1,166 @@
+"""Rows of zeros (a pruned head, a router that is not trained yet): every member stays finite, in value and gradient."""
+
+import dataclasses
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from molora_jax.adapters import ADAPTERS
+from molora_jax.adapters.dora import row_norm
+from molora_jax.core import routing
+from molora_jax.core.types import Context, Routing, Site
+from molora_jax.inits import INITS
+from molora_jax.losses import LOSSES
+from molora_jax.routers import ROUTERS
+from molora_jax.train.objective import lm
+from tests.battery.cases import BATCH
+from tests.tiny import tiny_model
+
+D_IN, D_OUT, E, S = 12, 10, 3, 4
+SITE = Site("up", D_IN, D_OUT, (0,), E, (E,))
+IDS = jnp.ones((1, S), jnp.int32)
+CTX = Context(IDS > 0, *[IDS] * 4, site=SITE, max_segments=1)
+
+
+def normal(seed, *shape):
+    return np.random.default_rng(seed).standard_normal(shape).astype(np.float32)
+
+
+def finite(tree):
+    assert all(np.isfinite(np.asarray(v, np.float32)).all() for v in jax.tree.leaves(tree)), tree
+
+
+def floats(tree):
+    """`(leaves with a gradient, a function that puts them back)`."""
+    leaves, shape = jax.tree.flatten(tree)
+    real = [jnp.issubdtype(v.dtype, jnp.floating) for v in leaves]
+
+    def back(some):
+        some = iter(some)
+        return jax.tree.unflatten(shape, [next(some) if r else v for v, r in zip(leaves, real, strict=True)])
+
+    return [v for v, r in zip(leaves, real, strict=True) if r], back
+
+
+def accepts(cls, **options):
+    """Options that the class has, and whether its annotation allows `init`."""
+    field = {f.name: f for f in dataclasses.fields(cls)}
+    allowed = getattr(field["init"].type, "__args__", INITS)
+    return options["init"] in allowed
+
+
+KERNELS = {"one row": [0], "half": range(D_OUT // 2), "all": range(D_OUT)}
+PAIRS = [(a, i) for a, i in itertools.product(ADAPTERS, INITS) if accepts(ADAPTERS[a], init=i)]
+
+
+@pytest.mark.parametrize("rows", KERNELS)
+@pytest.mark.parametrize(("name", "init"), PAIRS)
+def test_an_adapter_on_a_kernel_with_rows_of_zeros(name, init, rows):
+    W = normal(0, D_IN, D_OUT)
+    W[:, list(KERNELS[rows])] = 0
+    adapter = ADAPTERS[name](rank=4, alpha=8.0, dropout=0.0, init=init)
+    own = adapter.init_leaves(jax.random.key(0), SITE, 0, base=jnp.asarray(W))
+    shared = adapter.init_shared(jax.random.key(1), (SITE,))
+    start, back = floats((own, shared))
+    x, dy = normal(1, S, D_IN), normal(2, E, S, D_OUT)
+
+    def out(some):
+        p, common = back(some)
+        f = adapter.factors(p, common, CTX.replace(base=jnp.asarray(W)))
+        y = (x if f.inp is None else x * f.inp[:, None]) @ W * (1.0 if f.out is None else f.out[:, None])
+        low = jnp.einsum("sd,erd->esr", x, jnp.broadcast_to(f.A, (E, *f.A.shape[1:])))
+        return jnp.sum(dy * (y + adapter.scale() * jnp.einsum("esr,ero->eso", low, f.B)))
+
+    for moved in (0.0, 0.1):  # at the start, and after a step
+        value, g = jax.value_and_grad(out)([v + moved * normal(3, *v.shape) for v in start])
+        finite((value, g))
+
+
+def test_dora_where_the_change_cancels_the_row():
+    """`W + s B A` is zero up to rounding: the norm neither falls below 0 nor to nothing beside its parts."""
+    A, scale = normal(0, 1, 4, D_IN), 2.0
+    B = normal(1, 1, 4, D_OUT)
+    W = -scale * np.einsum("rd,ro->do", A[0], B[0])
+    for noise in (0.0, 1e-7, -1e-7):
+        norm = np.asarray(row_norm(jnp.asarray(W * (1 + noise)), jnp.asarray(A), jnp.asarray(B), scale))[0]
+        assert np.isfinite(norm).all() and (norm >= 1e-4 * np.linalg.norm(W, axis=0)).all()
+    assert not np.any(row_norm(jnp.zeros((D_IN, D_OUT)), jnp.asarray(A), jnp.zeros_like(B), scale))
+
+
+def test_dora_leaves_other_rows_as_they_are():
+    W = normal(0, D_IN, D_OUT)
+    adapter, pruned = ADAPTERS["dora"](rank=4, dropout=0.0), np.where(np.arange(D_OUT) < 3, 0, W)
+    own = adapter.init_leaves(jax.random.key(0), SITE, 0, base=jnp.asarray(W))
+    own = own | {"B": own["B"] + normal(4, *own["B"].shape)}
+    whole, cut = (adapter.factors(own, {}, CTX.replace(base=jnp.asarray(w))) for w in (W, pruned))
+    np.testing.assert_array_equal(whole.out[:, 3:], cut.out[:, 3:])
+
+
+@pytest.mark.parametrize("name", ROUTERS)
+def test_a_router_of_zeros(name):
+    options = {"renormalise": True} if hasattr(ROUTERS[name], "renormalise") else {}
+    router = ROUTERS[name](**options)
+    site = Site("q", 8, 8, (0,), 6)
+    trees = router.init_leaves(jax.random.key(0), site, 0), router.init_shared(jax.random.key(1), (site,))
+    start, back = floats(jax.tree.map(jnp.zeros_like, trees))
+    ctx = CTX.replace(state=router.init_state(site), carry=router.init_carry(1, S))
+
+    def total(some, x):
+        own, shared = back(some)
+        made = router.route(own, shared, router.signal(shared, x, ctx) if router.SIGNAL else x, ctx)[0]
+        return jnp.sum(made.gates * jnp.arange(6.0)) + jnp.sum(made.probs**2)
+
+    for x in (jnp.zeros((1, S, 8)), jnp.ones((1, S, 8))):
+        finite(jax.value_and_grad(total, argnums=(0, 1))(start, x))
+
+
+MORE = {"entropy": [dict(kind=k, q=q, eps=0.0) for k in ("shannon", "tsallis", "renyi") for q in (0.5, 1.5)],
+        "localized_balance": [dict(variant="paper", per_token=True, world="t")],
+        "balance": [dict(over="all", counts="soft"), dict(normalise="tokens")]}  # fmt: skip
+SEEN = {
+    "certain": (np.eye(4, dtype=np.float32)[[0] * S], True),
+    "nothing selected": (np.full((S, 4), 0.25, np.float32), False),
+    "all zero": (np.zeros((S, 4), np.float32), False),
+}
+
+
+@pytest.mark.parametrize("seen", SEEN)
+@pytest.mark.parametrize("allowed", ["all", "none"])
+@pytest.mark.parametrize("name", LOSSES)
+def test_a_loss_on_decisions_that_hold_zeros(name, seen, allowed):
+    probs, selected = SEEN[seen]
+    ctx = CTX.replace(tasks=("t",), allowed=None if allowed == "all" else jnp.zeros(4, bool))
+    for options in [{}, *MORE.get(name, ())]:
+        loss = LOSSES[name](**options)
+
+        def value(z, probs, loss=loss):
+            z = jnp.where(routing.permitted(ctx.allowed), z, routing.NEG_INF)
+            gates = jnp.where(selected, probs, 0.0)
+            made = Routing(gates, jnp.full(z.shape, selected), z, probs, ctx.valid, k_max=4)
+            stats = jax.tree.map(lambda v: v[None], loss.stats(made, ctx))
+            return loss.value({"r": {"000-000": {"ffn": stats}}})
+
+        finite(jax.value_and_grad(value, argnums=(0, 1))(jnp.zeros((1, S, 4)), jnp.asarray(probs)[None]))
+
+
+@pytest.mark.parametrize("method", ["dora", "lora"])
+def test_the_loss_of_a_model_with_a_pruned_head(method):
+    model, params, adapters, state = tiny_model(method)
+    blocks = dict(params["blocks"])
+    for site, columns in (("q", 16), ("up", 3), ("down", 5)):
+        kernel = np.array(blocks[site]["kernel"])
+        kernel[..., :columns] = 0
+        blocks[site] = blocks[site] | {"kernel": jnp.asarray(kernel)}
+    params = params | {"blocks": blocks}
+
+    def loss(adapters):
+        hidden = model.hidden(params, adapters, state, BATCH)[0]
+        return lm(model, params, hidden, BATCH, int(BATCH["loss_weight"].sum(axis=1).max()))
+
+    fresh = jax.jit(lambda p: model.init_adapters(jax.random.key(1), p))(params)
+    both = jax.jit(jax.value_and_grad(loss))
+    finite(both(fresh))
+    finite(both(adapters))
