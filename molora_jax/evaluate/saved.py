@@ -15,7 +15,7 @@ from molora_jax.io.manifest import read_manifest
 FIX = "Give the --workdir of a run of launch.train."
 
 
-def read_config(workdir, step="best", *, warn=None):
+def read_config(workdir, step="best", *, warn=None, need_base: bool = True):
     """The ConfigDict of the run: `config.json`, with what makes the run what it is as the step's manifest says it.
 
     The manifest is under a checksum and was written with the weights; `config.json` is a text that anything may have
@@ -24,6 +24,7 @@ def read_config(workdir, step="best", *, warn=None):
 
     Args:
       step: whose manifest is believed: `best`, `latest` or a number. warn: called with a line of text.
+      need_base: False accepts a `base.source` that is not there.
 
     Raises:
       InputError: no such folder, or one without a readable `config.json`; a field that this version does not know.
@@ -43,7 +44,7 @@ def read_config(workdir, step="best", *, warn=None):
     if lines and warn is not None:
         warn(f"{folder / 'config.json'} is not what the step was saved with; the step's values are used: "
              + "; ".join(lines))  # fmt: skip
-    return validated(tree, where=folder / "config.json")
+    return validated(tree, where=folder / "config.json", need_base=need_base)
 
 
 def validated(tree: dict, *, where, need_base: bool = True):

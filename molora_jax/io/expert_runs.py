@@ -40,8 +40,8 @@ def _factors(path, where, decoder, base_digest) -> dict:
 
     _, step, manifest = warm_start.newest(path, where=f"{where}.load")
     warm_start.check_base(path, manifest, base_digest, where=f"{where}.load")
-    # the step's own config: config.json may have changed since; the data that it names may be gone
-    config = saved.read_config(path, step)
+    # the step's own config: config.json may have changed since; the data and base that it names may be gone
+    config = saved.read_config(path, step, need_base=False)
     run, found = compile_model(config, decoder), {}
     tree = warm_start.load_adapters(path, where=f"{where}.load")
     for rule in run.rules:
