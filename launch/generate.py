@@ -2,7 +2,7 @@
 
 python -m launch.generate --workdir=runs/quickstart --prompt="A sad film. Positive or negative?"
 python -m launch.generate --base --prompt="What is the capital of France?" [--config.base.source=...]
-python -m launch.generate --workdir=runs/quickstart --messages=talk.json --temperature=0.7 --top_p=0.9 --stop="\\n\\n"
+python -m launch.generate --workdir=runs/quickstart --messages=talk.json --temperature=0.7 --top_p=0.9 --stop="User:"
 
 The file of --messages is JSON: a list of turns {"role": "user", "content": "..."}, the one to answer last, or an object
 with such a list as "messages" and perhaps "tools".

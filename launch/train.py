@@ -18,7 +18,8 @@ def run(argv):
     runtime.configure()
     from molora_jax.train.loop import train
 
-    result = train(config, args.workdir, profile=args.profile)
+    with runtime.peers():
+        result = train(config, args.workdir, profile=args.profile)
     return 128 + result.signal if result.signal is not None else 0
 
 

@@ -19,7 +19,6 @@ TRAIN_FIELDS = ("batch_size", "accumulate", "clip", "init_from", "exact")
 # data.tasks and data.valid may hold paths: the fingerprint of their content stands for them; base.source likewise.
 CONTENT = {"data": ("tasks", "data_fingerprint"), "base": ("source", "base_digest")}
 TOLD = ("valid", "file_tasks")  # fields of data that the fingerprint tells as well
-GROUPS = (*SECTIONS, *CONTENT, "train")
 ADDED = "added"  # lists of the fields that later versions added to an identity.json, oldest first
 BASE_FACTS = ("tokenizer", "config", "day")  # of the base, beside its digest: an older identity lacks them
 
@@ -48,9 +47,10 @@ def of_config(config: dict) -> dict:
     result = {name: config[name] for name in SECTIONS if name in config}
     for section, (source, _) in CONTENT.items():
         result[section] = {k: v for k, v in config.get(section, {}).items() if k not in (source, *TOLD)}
-    result["train"] = {name: config["train"][name] for name in TRAIN_FIELDS if name in config["train"]}
+    train = config.get("train", {})
+    result["train"] = {name: train[name] for name in TRAIN_FIELDS if name in train}
     if config.get("optim", {}).get("decay") != "constant":
-        result["train"]["steps"] = config["train"].get("steps")
+        result["train"]["steps"] = train.get("steps")
     return json.loads(json.dumps(result))
 
 
@@ -96,9 +96,7 @@ def of_step(manifest: dict) -> dict | None:
     config, run = manifest.get("config"), manifest.get("run")
     if isinstance(run, dict):
         return run
-    if isinstance(config, dict) and all(isinstance(config.get(name, {}), dict) for name in GROUPS if name != "seed"):
-        return of_config(config)
-    return None
+    return of_config(config) if isinstance(config, dict) else None
 
 
 def check_step(manifest: dict, new: dict, *, where: str):

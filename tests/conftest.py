@@ -42,7 +42,19 @@ def pytest_configure(config):
     config.addinivalue_line("markers", "slow: needs the real model, several processes or minutes; run with --all")
 
 
+# Longest first (`--durations=0`, summed by file): two workers take file after file, and one that takes a long file last
+# works alone in the end. What is not listed is short; it comes after, in the usual order.
+LONGEST = (
+    "core/test_step", "battery/test_product", "train/test_loop", "engines/test_hlo", "battery/test_methods",
+    "core/test_contracts", "decode/test_generate", "acceptance/test_x_lora", "core/test_kernels", "kernels/test_ops",
+    "acceptance/test_dynmole", "engines/test_equal", "data/test_sources", "battery/test_members", "battery/test_forms",
+    "acceptance/test_smora", "acceptance/test_rmoe", "acceptance/test_lora_baselines", "core/test_routing",
+)  # fmt: skip
+
+
 def pytest_collection_modifyitems(config, items):
+    place = {f"tests/{name}.py": i for i, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: place.get(item.nodeid.partition("::")[0], len(place)))
     if config.getoption("--all"):
         return
     # the marker, not `item.keywords`, which also hold the names of folders: a clone in one called "slow" ran nothing

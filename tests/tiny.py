@@ -1,5 +1,6 @@
 """Small things that several tests share: a tiny model with random factors, a jsonl task, a run of three steps."""
 
+import functools
 import json
 
 import jax
@@ -34,6 +35,7 @@ def tiny_config(method: str):
     return config
 
 
+@functools.cache
 def tiny_model(method: str):
     """`(model, params, adapters, router_state)` with every leaf random, so that no expert is silent."""
     config = tiny_config("lora" if method == "base" else method)

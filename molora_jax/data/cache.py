@@ -1,8 +1,8 @@
 """Tokenised tasks on disk: `$MOLORA_CACHE/data/<key>.npz`, else `~/.cache/molora_jax/data/<key>.npz`.
 
 The key covers everything that the arrays depend on, so an entry is never updated. A file is written beside its place
-and renamed, so a reader sees a whole file or none; it ends with a digest of its key and of all before, checked on reading,
-and a file that fails in any way, or is another entry's, is made again. No pickle is read or written. A folder that
+and renamed, so a reader sees a whole file or none; it ends with a digest of its key and of all before it, and a file
+where that does not hold, or is another entry's, is made again. No pickle is read or written. A folder that
 cannot be written costs speed only. Users may share one: files are readable as the umask says, and what another user's
 file does not let us read is a miss.
 """

@@ -12,6 +12,7 @@ from molora_jax.data.rows import to_example
 from molora_jax.data.sources import SOURCES
 from molora_jax.errors import InputError
 
+MOST_TASKS = 1_000  # of a file: more are ids of rows, not tasks
 SPLIT_KEY = "jsonl"  # the splits of a file depend on its rows, not on its name
 
 
@@ -137,6 +138,11 @@ def _read_file(raw: bytes, *, path: str, options: Options) -> list[Read]:
         raise InputError(path, got=f"{reasons} and no good one", expected="at least one good row", fix=fix)
     if not options.file_tasks and len(kept) > 1:
         kept = {"": _together(kept.values(), path)}
+    if len(kept) > MOST_TASKS:
+        raise InputError(
+            path, got=f"rows that name {len(kept):,} tasks", expected=f"at most {MOST_TASKS:,} tasks in a file",
+            fix="Leave the names out with data.fields=drop=task, or take all rows as one with data.file_tasks=False.",
+        )  # fmt: skip
     main = next(iter(kept.values()))
     for read in found.values():  # a task without a row to train on: its counts go to the file's first
         if not read.examples:

@@ -98,9 +98,10 @@ def _plain(tokenizer, examples):
     for example, encoded in zip(examples, _encode(tokenizer, [e.text for e in examples]), strict=True):
         if not isinstance(encoded, Refused):
             ids, offsets = encoded
-            whole = [*tokenizer.with_prefix(ids), tokenizer.eos_id]
             asked = next((i for i, (_, stop) in enumerate(offsets) if stop > len(example.prompt)), len(ids))
-            context = len(whole) - 1 - len(ids) + asked if asked else 0
+            whole = tokenizer.with_prefix(ids)
+            context = len(whole) - len(ids) + asked if asked else 0
+            whole = whole if whole[-1:] == [tokenizer.eos_id] else [*whole, tokenizer.eos_id]
             encoded = Ids(whole, [0] * context + [1] * (len(whole) - context), context)
             if len(whole) < 2:
                 encoded = Refused("an empty text", "some text")
@@ -176,11 +177,13 @@ def _cut(marks, chat, results, longest) -> _Cut | Refused:
             return Refused(
                 f"a template that renders turn {i + 1} in another way than what it is given",
                 "the assistant's text as it was given, behind its prompt",
-                "Train on the last turn only, or use a template that keeps the turns.",
+                "Use a template that keeps the turns as they are, or train on the last turn only.",
             )
         found[i], low = place, place.stop
     last = found[chat.needed[-1]]
     stop = last.stop
+    if last.end is None and tagged and tagged[-1][1] > last.begin:
+        stop = max(stop, tagged[-1][1])  # all that the template calls the model's
     if stop > 2 * longest:
         return Refused(f"a template that writes {stop:,} characters", f"at most {2 * longest:,}", "Cut the row.")
     if chat.tagged:
@@ -221,14 +224,14 @@ def _place(marks, chat, i, full, prompt, low, high) -> _Place | None:
     text = _text(turn)
     at = marks.find(full[begin:high], text, from_end=not exact and is_last)
     end = None if at is None and not exact else marks.end(full, begin + (at[1] if at else 0), high)
-    if at is None and not (exact and (is_last or end)):
+    if at is None and not (exact and (is_last or end) and full[begin:high].strip()):
         return None
     # an answer that the template changes (a think block taken out of it): what is behind the prompt is the answer
     start, text_end = (begin, begin) if at is None else (begin + at[0], begin + at[1])
     if not exact:
         begin = start
     if end is None and (at is None or turn.get("tool_calls")):  # calls stand behind the text
-        text_end = len(full[:high].rstrip())
+        text_end = max(text_end, len(full[:high].rstrip()))
     return _Place(begin, start, text_end, end)
 
 

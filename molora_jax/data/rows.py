@@ -31,6 +31,7 @@ RAW = {
     "prompt_completion": ([("prompt", "target"), ("prompt", "completion")], ("weight",)),
     "alpaca": ([("instruction", "output")], ("input", "weight")),
 }
+MOST_NAME = 100  # characters of a task's name
 MEANINGFUL = frozenset(
     "answer answers argument arguments assistant audio audios background bot chat_template_kwargs choices chosen "
     "completion context conversation conversations developer dialog dialogue document documents examples few_shot "
@@ -51,6 +52,8 @@ def to_example(row: dict, number: int, options: Options) -> tuple[Example | None
     task = row.get("task")
     if not isinstance(task, (str, type(None))):
         raise BadRow(f"task of type {kind(task)}", "a string")
+    if task and (len(task) > MOST_NAME or not task.isprintable()):
+        raise BadRow(f"task {task!r:.60} of {len(task):,} characters", f"a name of at most {MOST_NAME}, on one line")
     form, keys = _form(row, options)
     may = (RAW if options.raw else FORMS)[form][1]
     for name, value in row.items():

@@ -57,7 +57,8 @@ class Stream:
                     f"data.tasks, task {split.tasks[i].name!r}",
                     got="no training example that fits",
                     expected=f"at least one of at most data.seq_len={seq_len} positions",
-                    fix="Add rows, raise `data.seq_len`, or take the task out.",
+                    fix="Add rows, raise `data.seq_len`, or take the task out (`data.file_tasks=False` makes a file "
+                    "one task, `data.test_share=0.0` holds no row out).",
                 )
         sizes = np.array([len(members) for members in self._members.values()], np.float64)
         weights = sizes ** (1.0 / temperature)

@@ -12,6 +12,7 @@ from molora_jax.data.options import Options
 from molora_jax.data.read import Read
 from molora_jax.errors import InputError
 
+MOST_TRIED = 100  # rows that the template refuses, before no other one is tried
 ANSWER, CONTEXT, CONTENT, TOOLS = "answer", "context", "content", "tools"
 
 
@@ -83,13 +84,17 @@ def untraced(examples: list[Example], render) -> set[tuple[str, str]]:
     """The parts of `examples` of which `render(turns, tools)` writes nothing (it is None where it fails)."""
     seen: set = set()
     dropped: set = set()
+    failed = 0
     for example in examples:
         new = [part for part in parts(example) if part not in seen]
         if not new:
             continue
         whole = render(example.conversation(), example.tools)
-        if whole is None:
-            continue  # refused: an error of that row, so another one tells
+        if whole is None:  # refused: an error of that row, so another one tells
+            failed += 1
+            if failed == MOST_TRIED:
+                break
+            continue
         for part in new:
             seen.add(part)
             if whole == render(*_without(example, part)):

@@ -9,6 +9,7 @@ import json
 
 from molora_jax.data.jsonl import BadRow, kind, shown
 
+LOSS_FIELDS = ("train", "training", "trainable", "loss", "loss_mask", "mask", "weights")  # how others say `weight`
 ROLES = ("system", "developer", "user", "assistant", "tool")
 SHAREGPT = {
     "human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "chatgpt": "assistant",
@@ -34,6 +35,9 @@ def read_messages(value, where: str, *, sharegpt: bool = False) -> tuple[list[di
         turn = {name: field for name, field in item.items() if field is not None or name in ("content", "value")}
         if sharegpt and "from" in turn:
             turn = _from_sharegpt(turn, at)
+        other = next((name for name in LOSS_FIELDS if name in turn), None)
+        if other:
+            raise BadRow(f"a field '{at}.{other}'", "weight, 0 or 1, to say what is trained on", "Rename it to weight.")
         weights.append(_weight(turn.pop("weight", None), at))
         turns.append(_turn(turn, at, first=i == 0 or all(t["role"] == "system" for t in turns)))
         if weights[-1] and turns[-1]["role"] != "assistant":

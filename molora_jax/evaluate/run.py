@@ -137,7 +137,9 @@ class Run:
 
     def text(self, ids) -> str:
         """An answer's ids as text, without the end token and other special ones."""
-        return self.tokenizer.decode(ids, skip_special_tokens=True)
+        ids = list(ids)
+        ended = ids[-1:] and ids[-1] in self.tokenizer.end_ids  # it need not be marked as special
+        return self.tokenizer.decode(ids[:-1] if ended else ids, skip_special_tokens=True)
 
     def routing(self, text: str) -> dict[str, dict[str, np.ndarray]]:
         """The gates of every routed rule for a text, read as it stands (no chat template).

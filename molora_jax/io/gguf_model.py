@@ -100,7 +100,9 @@ def hf_config(gguf: Gguf) -> dict:
         "eos_token_id": gguf.metadata.get("tokenizer.ggml.eos_token_id"),
     }
     window = whole("attention.sliding_window", 0)
-    if window:
+    if window and arch == "llama":  # a Mistral; llama.cpp itself does not read it, transformers does
+        config |= {"model_type": "mistral", "architectures": ["MistralForCausalLM"], "sliding_window": window}
+    elif window:
         config |= {"use_sliding_window": True, "sliding_window": window, "max_window_layers": 0}
     scaling = _scaling(gguf, arch, config["max_position_embeddings"])
     if "rope_freqs.weight" in gguf.entries:
@@ -197,6 +199,7 @@ def tensor_sources(gguf: Gguf, config: families.DecoderConfig) -> dict:
       InputError: a tensor that is missing, left over or of another shape than the config says.
     """
     sources, left = {}, set(gguf.entries) - {"rope_freqs.weight"}
+    permuted = gguf.metadata.get("general.architecture") == "llama"
     for path, shape in families.hf_shapes(config).items():
         ours, part = path.removeprefix("blocks/").split("/")[0], path.split("/")[-1]
         suffix = {"kernel": ".weight", "bias": ".bias"}.get(part, "")
@@ -206,7 +209,7 @@ def tensor_sources(gguf: Gguf, config: families.DecoderConfig) -> dict:
                 got = f"shape {gguf.entries[name][0]}" if name in gguf.entries else "no such tensor"
                 raise InputError(f"{gguf.path}: tensor {name}", got=got, expected=f"shape {shape} as its metadata says")
             left.discard(name)
-            heads = {"q": config.heads, "k": config.kv_heads}.get(ours) if config.family == "llama" else None
+            heads = {"q": config.heads, "k": config.kv_heads}.get(ours) if permuted else None
 
             def read(name=name, heads=heads):
                 tensor = gguf.tensor(name)

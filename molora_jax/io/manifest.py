@@ -1,6 +1,7 @@
 """`manifest.json` of a checkpoint step: written last, so that its presence says that everything before it is there.
 
-    {"format": 1, "step": 50, "samples": 400, "config": {...}, "identity": "<hash>", "packages": {"jax": "0.10.2", ...},
+    {"format": 1, "step": 50, "samples": 400, "config": {...}, "packages": {"jax": "0.10.2", ...}, "best": false,
+     "run": {...}, "identity": "<hash of run>",      (`molora_jax/identity.py`; older steps have no run)
      "tree": {"adapters": {"ffn/000-003/gate/A": {"shape": [4, 8, 16, 576], "dtype": "float32", "digest": "<hex>"}}},
      "files": {"adapters/ffn.000-003.gate.A/c/0/0/0/0": [1179776, "<blake2b>"]},
      "checksum": "<blake2b of everything above>"}

@@ -7,6 +7,7 @@ used before it has passed here: its names cannot leave the step's folder, its sh
 import math
 import re
 
+SECTIONS = {"base", "data", "eval", "losses", "mesh", "method", "optim", "schedule", "train"}  # groups of a config
 DTYPE = re.compile(r"bool|bfloat16|float(8_\w{1,20}|16|32|64)|u?int(4|8|16|32|64)|complex64")
 
 
@@ -20,6 +21,10 @@ def malformed(manifest: dict) -> str:
     for name, kind in (("config", dict), ("identity", str), ("run", dict)):
         if manifest.get(name) is not None and not isinstance(manifest[name], kind):
             return f"{name} {manifest[name]!r:.80}"
+    for group in ("config", "run"):
+        for name in SECTIONS & (manifest.get(group) or {}).keys():
+            if not isinstance(manifest[group][name], dict):
+                return f"{group}.{name} {manifest[group][name]!r:.80}"
     tree, files = manifest.get("tree"), manifest.get("files")
     if not isinstance(tree, dict) or not all(isinstance(leaves, dict) for leaves in tree.values()):
         return "no tree of items and leaves"

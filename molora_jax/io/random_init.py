@@ -13,7 +13,7 @@ import numpy as np
 from molora_jax.io.huggingface import set_path
 from molora_jax.models import families
 
-_ADDED = ("o_bias", "window")
+_ADDED = ("o_bias", "window", "sliding")
 
 
 def random_params(config: families.DecoderConfig, *, seed: int = 0, dtype="float32") -> tuple[dict, str]:

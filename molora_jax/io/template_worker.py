@@ -2,7 +2,7 @@
 
 The file is also run as a script, by `templates.py`: it imports jinja2 and the standard library only. Requests and
 answers are frames on standard input and output: 8 bytes of length, then JSON. A request is `{"template", "day",
-"conversations": [...]}`; each conversation holds the template's variables; each is answered by a frame of its own,
+"count", "careful"}` and so many conversations, a frame each: the template's variables. Each is answered by a frame,
 `{"text", "spans"}` or `{"error"}`. The first frame says that the process is ready.
 
 The environment is the one of transformers 5.24 (`utils/chat_template_utils.py`): the immutable sandbox, its whitespace
@@ -182,15 +182,22 @@ def _limit():
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
 
 
+def _read(source) -> bytes:
+    """The next frame, empty at the end."""
+    return source.read(int.from_bytes(source.read(8), "little"))
+
+
 def _serve(source, sink):
     """Answers are sent in groups of 20 ms (a send each costs as much as the rendering), the first one alone."""
     alarm = getattr(signal, "alarm", lambda seconds: None)
-    while head := source.read(8):
-        request = json.loads(source.read(int.from_bytes(head, "little")))
-        sent = 0.0
-        for variables in request["conversations"]:
+    while head := _read(source):
+        request, sent = json.loads(head), 0.0
+        for conversation in [_read(source) for _ in range(request["count"])]:
             alarm(SECONDS + 2)
-            answer = attempt(request["template"], request["day"], variables)
+            try:
+                answer = attempt(request["template"], request["day"], json.loads(conversation))
+            except (ValueError, RecursionError) as error:
+                answer = {"error": f"{type(error).__name__}: {error}"}
             try:
                 raw = dumps(answer)
             except MemoryError:

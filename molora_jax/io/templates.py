@@ -57,15 +57,16 @@ class Worker:
         self._process, self._lock = None, threading.Lock()
 
     def render(self, template, day, conversations) -> list[dict]:
+        packed = [_packed(conversation) for conversation in conversations]
+        good = [one for one in packed if isinstance(one, bytes)]
         answers, careful = [], False
-        packed = [template_worker.dumps(conversation) for conversation in conversations]
         with self._lock:
-            while len(answers) < len(conversations):
-                batch = _batch(packed, len(answers))
-                head = template_worker.dumps({"template": template, "day": day, "careful": careful})
-                request = head[:-1] + b', "conversations": [' + b", ".join(batch) + b"]}"
+            while len(answers) < len(good):
+                batch = _batch(good, len(answers))
+                head = {"template": template, "day": day, "count": len(batch), "careful": careful}
+                request = b"".join(map(template_worker.frame, [template_worker.dumps(head), *batch]))
                 try:
-                    got, why = self._exchange(template_worker.frame(request), len(batch))
+                    got, why = self._exchange(request, len(batch))
                 except BaseException:  # Ctrl-C, say: what the child still answers would be taken for the next's
                     self.close()
                     raise
@@ -76,9 +77,10 @@ class Worker:
                         careful = True
                         continue
                     answers.append({"error": why})
-                    rest = len(conversations) - len(answers)
+                    rest = len(good) - len(answers)
                     answers += [{"error": f"not tried: {why} on an earlier row"}] * rest
-        return answers
+        rendered = iter(answers)
+        return [next(rendered) if isinstance(one, bytes) else one for one in packed]
 
     def close(self):
         """Ends the child, whatever it does."""
@@ -167,6 +169,14 @@ def _no_process(why) -> InputError:
     )  # fmt: skip
 
 
+def _packed(conversation: dict) -> bytes | dict:
+    """As JSON, or the error that it cannot be: objects of Python, lists in lists without an end."""
+    try:
+        return template_worker.dumps(conversation)
+    except (TypeError, ValueError, RecursionError) as error:
+        return {"error": f"{type(error).__name__}: {error}"[:500]}
+
+
 def _batch(packed: list[bytes], first: int) -> list[bytes]:
     """Those from `first` on: at least one, no more than a message holds."""
     size = 0
@@ -179,11 +189,17 @@ def _batch(packed: list[bytes], first: int) -> list[bytes]:
 
 def characters(value) -> int:
     """Of all text inside a JSON value: what a row weighs."""
-    if isinstance(value, str):
-        return len(value)
-    if isinstance(value, dict):
-        return sum(map(characters, value.keys())) + sum(map(characters, value.values()))
-    return sum(map(characters, value)) if isinstance(value, (list, tuple)) else 0
+    total, queue = 0, [value]
+    while queue:
+        value = queue.pop()
+        if isinstance(value, str):
+            total += len(value)
+        elif isinstance(value, dict):
+            queue += value.keys()
+            queue += value.values()
+        elif isinstance(value, (list, tuple)):
+            queue += value
+    return total
 
 
 def _frames(received: bytearray):

@@ -18,7 +18,7 @@ import ml_dtypes
 import numpy as np
 
 from molora_jax.errors import InputError
-from molora_jax.models.hf_fields import shown
+from molora_jax.models.hf_fields import quoted, shown
 
 DTYPES = {
     "F64": np.dtype(np.float64), "F32": np.dtype(np.float32), "F16": np.dtype(np.float16),
@@ -129,7 +129,7 @@ def read_index(path: pathlib.Path) -> dict[str, str]:
     for name in set(names.values()):
         plain = name.isprintable() and not set(name) & set("/\\:") and name not in ("", ".", "..")
         if not plain or not name.endswith(".safetensors"):
-            raise InputError(where, got=shown(repr(name)), expected="names of .safetensors files inside the folder")
+            raise InputError(where, got=quoted(name), expected="names of .safetensors files inside the folder")
     return names
 
 

@@ -128,7 +128,10 @@ class Tokenizer:
         """Ids of each text, and the characters `[start, end)` that each id stands for."""
         try:
             with guarded("text", "text that this tokenizer can encode"):
-                encodings = self.inner.encode_batch(texts, add_special_tokens=False)
+                if len(texts) == 1:  # without threads, after which a fork is warned of
+                    encodings = [self.inner.encode(texts[0], add_special_tokens=False)]
+                else:
+                    encodings = self.inner.encode_batch(texts, add_special_tokens=False)
         except TypeError:  # half a surrogate pair, say: a command line that is not UTF-8
             shown = next((text for text in texts if not _valid(text)), texts)
             raise InputError("text", got=f"{shown!r:.80}", expected="text that is valid Unicode") from None

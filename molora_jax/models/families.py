@@ -22,11 +22,7 @@ FFN = ("gate", "up", "down")
 
 @dataclasses.dataclass(frozen=True)
 class DecoderConfig:
-    """Shape and switches of a decoder-only model. `D = width`, `F = ffn_width`, `H_d = head_dim`.
-
-    `context` is the longest row for which these numbers are the model's: its own, or its sliding window where that is
-    shorter (attention here is full, which is the same up to there).
-    """
+    """Shape and switches of a decoder-only model. `D = width`, `F = ffn_width`, `H_d = head_dim`."""
 
     family: str
     layers: int
@@ -45,7 +41,8 @@ class DecoderConfig:
     qk_norm: bool = False
     rope_scaling: rope.RopeScaling | None = None
     o_bias: bool = False
-    window: int | None = None  # the sliding window, where it is what bounds `context`
+    window: int | None = None  # a query of a sliding layer sees so many keys, its own the last; None: no layer slides
+    sliding: tuple[int, ...] = ()  # the layers that slide
 
     def dims(self, site: str) -> tuple[int, int]:
         """`(D_in, D_out)` of a projection."""

@@ -7,9 +7,12 @@ from molora_jax.models.families import FAMILIES, DecoderConfig
 _DEFAULTS = {  # what transformers takes for a field that the file does not have
     "llama": dict(max_position_embeddings=2048),
     "mistral": dict(max_position_embeddings=131072, num_key_value_heads=8, sliding_window=4096),
-    "qwen2": dict(max_position_embeddings=32768, num_key_value_heads=32),
-    "qwen3": dict(max_position_embeddings=32768, num_key_value_heads=32, head_dim=128),
+    "qwen2": dict(max_position_embeddings=32768, num_key_value_heads=32, sliding_window=4096, max_window_layers=28),
+    "qwen3": dict(
+        max_position_embeddings=32768, num_key_value_heads=32, head_dim=128, sliding_window=4096, max_window_layers=28
+    ),
 }
+_WINDOWED = ("mistral", "qwen2", "qwen3")  # whose sliding window transformers reads
 _BIASED = ("llama", "qwen3")  # where `attention_bias` is read: q, k, v and o
 ACTIVATIONS = {  # hidden_act -> ours (kernels_pallas/routed_ffn/activations.py)
     "silu": "silu", "swish": "silu", "gelu": "gelu", "gelu_python": "gelu", "gelu_new": "gelu_tanh",
@@ -28,7 +31,7 @@ def from_hf(config: dict, *, where: str, note=lambda text: None) -> DecoderConfi
     family = config.get("model_type", "")
     if not isinstance(family, str) or family not in FAMILIES:
         raise InputError(
-            f"{where}: model_type", got=hf_fields.shown(repr(family)), expected=f"one of {', '.join(FAMILIES)}",
+            f"{where}: model_type", got=hf_fields.quoted(family), expected=f"one of {', '.join(FAMILIES)}",
             fix="Choose a model of these families, or add its switches to molora_jax/models/families.py.",
         )  # fmt: skip
     config, file = _DEFAULTS[family] | config, where
@@ -40,7 +43,7 @@ def from_hf(config: dict, *, where: str, note=lambda text: None) -> DecoderConfi
         # type(), not isinstance: True is no size
         if type(value) not in (int, kind) or not 0 < value < 1 << 31:
             expected = f"a positive {kind.__name__}"
-            raise InputError(where or f"{file}: {key}", got=hf_fields.shown(repr(value)), expected=expected)
+            raise InputError(where or f"{file}: {key}", got=hf_fields.quoted(value), expected=expected)
         return kind(value)
 
     heads, width = number("num_attention_heads"), number("hidden_size")
@@ -57,9 +60,13 @@ def from_hf(config: dict, *, where: str, note=lambda text: None) -> DecoderConfi
     activation = config.get("hidden_act", "silu")
     if not isinstance(activation, str) or activation not in ACTIVATIONS:
         raise InputError(
-            f"{where}: hidden_act", got=hf_fields.shown(repr(activation)), expected=f"one of {', '.join(ACTIVATIONS)}"
+            f"{where}: hidden_act", got=hf_fields.quoted(activation), expected=f"one of {', '.join(ACTIVATIONS)}"
         )
-    context, window = number("max_position_embeddings"), _window(config, family, number, where)
+    if number("num_hidden_layers") > 10_000:
+        raise InputError(f"{where}: num_hidden_layers", got=str(number("num_hidden_layers")), expected="at most 10,000")
+    context = number("max_position_embeddings")
+    window, sliding = _window(config, family, number, where)
+    reached = bool(sliding) and window < context  # else full attention is the same
     rope_base, scaling = rope.read(config, where=where, number=number)
     return DecoderConfig(
         family=family,
@@ -70,13 +77,14 @@ def from_hf(config: dict, *, where: str, note=lambda text: None) -> DecoderConfi
         kv_heads=kv_heads,
         head_dim=head_dim,
         vocab=number("vocab_size"),
-        context=min(context, window or context),
+        context=context,
         rope_base=rope_base,
         norm_eps=number("rms_norm_eps", 1e-6, kind=float),
         tied=_flag(config, "tie_word_embeddings", where),
         activation=ACTIVATIONS[activation],
         rope_scaling=scaling,
-        window=window if window and window < context else None,
+        window=window if reached else None,
+        sliding=sliding if reached else (),
         **_biases(config, family, where),
     )
 
@@ -100,26 +108,31 @@ def _biases(config, family, where) -> dict:
     return switches
 
 
-def _window(config, family, number, where) -> int | None:
-    """The sliding window of the layers that slide, None where none does."""
-    kinds = config.get("layer_types")
+def _window(config, family, number, where) -> tuple[int, tuple[int, ...]]:
+    """The sliding window and the layers that slide, none where no layer does."""
+    layers, kinds = number("num_hidden_layers"), config.get("layer_types")
     known = ("full_attention", "sliding_attention")
     if kinds is not None and (not isinstance(kinds, list) or any(kind not in known for kind in kinds)):
         raise InputError(f"{where}: layer_types", got=hf_fields.shown(kinds), expected=f"a list of {', '.join(known)}")
-    gated = family in ("qwen2", "qwen3") or (family == "llama" and "use_sliding_window" in config)
-    if gated and not _flag(config, "use_sliding_window", where):
-        if kinds and "sliding_attention" in kinds:
-            raise InputError(f"{where}: layer_types", got="sliding_attention", expected="full_attention, for "
-                             "use_sliding_window is off", fix="Set the one that is right.")  # fmt: skip
-        return None
-    if config.get("sliding_window", 4096 if gated else None) is None:
-        return None
-    window = number("sliding_window", 4096)
-    if family in ("qwen2", "qwen3"):
-        if kinds is None:
-            first = config.get("max_window_layers", 28)  # layers below it see everything; it may be 0
-            if type(first) is not int or first < 0:
-                raise InputError(f"{where}: max_window_layers", got=hf_fields.shown(first), expected="0 or more")
-            return window if first < number("num_hidden_layers") else None
-        return window if "sliding_attention" in kinds else None
-    return window
+    if family not in _WINDOWED:  # transformers does not read it
+        return 0, ()
+    gated = family != "mistral"
+    if (gated and not _flag(config, "use_sliding_window", where)) or config.get("sliding_window") is None:
+        if gated and kinds and "sliding_attention" in kinds:
+            raise InputError(
+                f"{where}: layer_types", got="sliding_attention",
+                expected="full_attention, for use_sliding_window is off or there is no sliding_window",
+                fix="Set the one that is right.",
+            )  # fmt: skip
+        return 0, ()
+    window = number("sliding_window")
+    if not gated:
+        return window, tuple(range(layers))
+    if kinds is not None:
+        if len(kinds) != layers:
+            raise InputError(f"{where}: layer_types", got=f"{len(kinds)} layers", expected=f"{layers}")
+        return window, tuple(i for i, kind in enumerate(kinds) if kind == "sliding_attention")
+    first = config.get("max_window_layers")  # layers below it see everything; it may be 0
+    if type(first) is not int or first < 0:
+        raise InputError(f"{where}: max_window_layers", got=hf_fields.shown(first), expected="0 or more")
+    return window, tuple(range(first, layers))

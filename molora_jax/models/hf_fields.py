@@ -109,10 +109,16 @@ def _custom_code(value, where):
         )  # fmt: skip
 
 
-def shown(value, length: int = 80) -> str:
-    """A value of a stranger's file in an error: short, printable, whatever its depth."""
+def quoted(value) -> str:
+    """`repr` of a value of a stranger's file: short, printable, whatever its depth."""
     try:
-        text = value if isinstance(value, str) else repr(value)
+        return shown(repr(value))
     except RecursionError:
-        text = "a deeply nested value"
-    return text[:length].encode("ascii", "backslashreplace").decode()
+        return "a deeply nested value"
+
+
+def shown(value, length: int = 80) -> str:
+    """A name or value of a stranger's file in an error, texts without quotes."""
+    if not isinstance(value, str):
+        return quoted(value)
+    return value[:length].encode("ascii", "backslashreplace").decode()

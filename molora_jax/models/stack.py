@@ -39,6 +39,12 @@ def attention_mask(segment_ids):
     return same & jnp.tril(jnp.ones((S, S), bool))
 
 
+def window_mask(mask, at, window: int):
+    """What a sliding layer sees of `mask [B, 1, S, S_k]`: keys less than `window` behind the slots `at [B | 1, S]`."""
+    behind = at[:, None, :, None] - jnp.arange(mask.shape[-1])
+    return mask & (behind < window)
+
+
 def run(model, params, adapters, state, x, ctx: Context, *, mask, carry, given, cache=None, collect=False, constrain):
     """Runs all layers. `x [B, S, D]`, `params` the stacked blocks, `adapters[rule][segment]`, `state` likewise.
 
@@ -48,6 +54,12 @@ def run(model, params, adapters, state, x, ctx: Context, *, mask, carry, given, 
     """
     turn = rotary(model.config, ctx.positions)
     block = Block(model.config, model.attention)
+    narrow, slides = mask, None
+    if model.config.window is not None:
+        # a cache has position p in slot p; packed rows start anew with each example, so there the place in the row
+        at = ctx.positions if cache is not None else jnp.arange(mask.shape[2])[None]
+        narrow = window_mask(mask, at, model.config.window)
+        slides = jnp.isin(jnp.arange(model.config.layers), jnp.array(model.config.sliding))
     stats, gates = {}, {}
 
     for segment in model.segments:
@@ -78,7 +90,8 @@ def run(model, params, adapters, state, x, ctx: Context, *, mask, carry, given, 
                     put = jax.lax.dynamic_update_index_in_dim
                     return k_new, v_new, (put(k_all, k_new, index, 0), put(v_all, v_new, index, 0))
 
-            x, kv = block.apply({"params": base}, x, layer, turn, mask, store)
+            seen = mask if slides is None else jnp.where(slides[index], narrow, mask)
+            x, kv = block.apply({"params": base}, x, layer, turn, seen, store)
             return (constrain(x), layer.carry, kv), (layer.stats, layer.routings)
 
         body = jax.checkpoint(body, policy=REMAT[model.remat], prevent_cse=False) if ctx.train else body

@@ -204,7 +204,7 @@ class ExactStep:
 
     def update(self, state, total, values, segment_ids):
         grads, out = total
-        return self._update(state, grads, out | {"aux": values}, jnp.sum(segment_ids > 0))
+        return self._update(state, grads, out | {"aux": values}, segment_ids)
 
 
 def alone(model):

@@ -3,7 +3,6 @@
 restore or start -> for every stage: compile its step -> batch, step, metrics, checkpoint -> table and picture
 """
 
-import contextlib
 import dataclasses
 import json
 import math
@@ -33,6 +32,7 @@ from molora_jax.train import stages as stages_lib
 from molora_jax.train import summary, trees
 from molora_jax.train.devices import Devices
 from molora_jax.train.exact import ExactNLL, ExactStep
+from molora_jax.train.obstacles import not_saved, obstacles, stop_trace
 from molora_jax.train.setup import setup
 from molora_jax.train.signals import StopRequest
 from molora_jax.train.step import TrainState, fresh, make_step
@@ -235,7 +235,7 @@ class Run:
                     break
                 self.workdir.check_there()
                 if wait is None or not self.checkpoints.failures[-1].passing:
-                    raise _not_saved(step, self.checkpoints.failures)
+                    raise not_saved(step, self.checkpoints.failures)
                 time.sleep(wait)
         finally:
             self.checkpoints.silent = False
@@ -286,7 +286,7 @@ def train(config, workdir: str, *, profile: bool = False, note=None) -> Result:
     writer = jax.process_index() == 0
     progress = Progress(config.train.steps, log_every=config.train.log_every)
     note = note or (progress.note if writer else lambda text: None)
-    with Workdir(workdir, writer=writer) as place, StopRequest() as stop, _obstacles(workdir):
+    with Workdir(workdir, writer=writer) as place, StopRequest() as stop, obstacles(workdir):
         run = Run(place.followed(config, note), place, note=note)
         steps = run.config.train.steps
         progress.steps = last = min(config.train.stop_after or steps, steps)
@@ -299,27 +299,6 @@ def train(config, workdir: str, *, profile: bool = False, note=None) -> Result:
             if start == 0 and not run.checkpoints.steps():
                 run.save(state, 0)  # before the first compile, so that a kill inside it loses nothing
             return _loop(run, state, start, last, stop, progress, note, profile, writer)
-
-
-@contextlib.contextmanager
-def _obstacles(workdir):
-    """An OSError inside the workdir (a file where a folder should be, no permission) is the user's to mend.
-
-    So is one of the disk, wherever it comes from.
-    """
-    try:
-        yield
-    except OSError as error:
-        inside = error.filename and str(error.filename).startswith(str(pathlib.Path(workdir).absolute()))
-        of_a_disk = error.errno in disk.OF_A_DISK
-        if not inside and not of_a_disk:
-            raise
-        raise InputError(
-            str(error.filename or workdir), got=error.strerror or str(error),
-            expected="a disk that can be written" if of_a_disk else "what launch.train wrote there, or nothing",
-            fix="Make room, and start the same command again: it goes on from the last saved step." if of_a_disk else
-            "Move it away, and start the same command again.",
-        ) from None  # fmt: skip
 
 
 def _loop(run, state, start, last, stop, progress, note, profile, writer) -> Result:
@@ -376,7 +355,7 @@ def _loop(run, state, start, last, stop, progress, note, profile, writer) -> Res
             if step == trace[1]:
                 jax.block_until_ready(values)
                 tracing = False
-                note(_stop_trace(f"trace of steps {start + 3} to {step}: {pathlib.Path(run.workdir) / 'profile'}"))
+                note(stop_trace(f"trace of steps {start + 3} to {step}: {pathlib.Path(run.workdir) / 'profile'}"))
             if step >= stage.stop and stage is not run.stages[-1]:
                 state = run.enter(stages_lib.stage_at(run.stages, step), state)
             best = False
@@ -396,7 +375,7 @@ def _loop(run, state, start, last, stop, progress, note, profile, writer) -> Res
                 run.workdir.check_there()
                 if not run.checkpoints.steps():  # known within the first compile: nothing would be left of this run
                     if jax.process_count() > 1 or not run.checkpoints.failures[-1].passing:
-                        raise _not_saved(0, run.checkpoints.failures)
+                        raise not_saved(0, run.checkpoints.failures)
                     run.save_patiently(state, step)
                     saved, again = step, math.inf
                 elif jax.process_count() == 1 and again == math.inf:
@@ -415,38 +394,20 @@ def _loop(run, state, start, last, stop, progress, note, profile, writer) -> Res
         if batches is not None:
             batches.close()
         if tracing:
-            _stop_trace("")
+            stop_trace("")
         failures = run.checkpoints.close()
         progress.close()
         if metrics is not None:
             metrics.close()
     run.workdir.check_there()
     if run.checkpoints.last_save_failed or (writer and step not in run.checkpoints.steps()):
-        raise _not_saved(step, failures)
+        raise not_saved(step, failures)
     result = Result(step, loss, time.monotonic() - began, tokens, peak_bytes(), stop.signal)
     if writer:
         _finish(run, result, start, note)
     if step > start and skipped >= step - start:  # too short to give up on the way
         raise _not_finite(skipped, step)
     return result
-
-
-def _not_saved(step: int, failures) -> InputError:
-    return InputError(
-        f"checkpoint {step}", got=failures[-1].error if failures else "no such step on the disk any more",
-        expected="a checkpoint that can be written",
-        fix="Make room (or remove what stands in the way), and start the same command again: it goes on from the last "
-        "saved step.",
-    )  # fmt: skip
-
-
-def _stop_trace(done: str) -> str:
-    """Ends the trace; the text to print: a trace that the disk refuses never costs the run."""
-    try:
-        jax.profiler.stop_trace()
-    except Exception as error:  # of XLA or of the disk
-        return f"no trace: {type(error).__name__}: {str(error)[:200]}"
-    return done
 
 
 def _not_finite(skipped: int, step: int) -> InputError:

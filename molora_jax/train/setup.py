@@ -51,9 +51,9 @@ def setup(config, *, devices=None, day: str | None = None) -> Setup:
     config_lib.check_model(config, base.config.layers, base.config.dims)
     places = sharding.param_shardings(base.params, mesh)  # refuses a mesh that does not divide the base
     if config.data.seq_len > base.config.context:
-        what = "context" if base.config.window is None else "sliding window (attention here is full)"
-        expected = f"at most {base.config.context}, the model's {what}"
-        raise InputError("data.seq_len", got=str(config.data.seq_len), expected=expected)
+        raise InputError(
+            "data.seq_len", got=str(config.data.seq_len), expected=f"at most {base.config.context}, the model's context"
+        )
     data = data_lib.build(config.data, tokenizer=base.tokenizer, batch_size=config.train.batch_size, seed=config.seed)
     config, tasks = settle(config, data)
     model = compile_model(config, base.config, max_segments=data.train.max_segments, tasks=tasks)

@@ -135,19 +135,19 @@ def make_step(model, optimizer, schedule, *, clip: float, frozen, **options):
 
     def train_step(state: TrainState, params: dict, batch: dict):
         grads, out = gradient(state, params, batch)
-        return update(state, grads, out, jnp.sum(batch["segment_ids"] > 0))
+        return update(state, grads, out, batch["segment_ids"])
 
     return train_step
 
 
 def make_update(model, optimizer, schedule, *, clip: float, frozen):
-    """`update(state, grads, out, tokens) -> (state, metrics)`: all that follows the gradient of a step.
+    """`update(state, grads, out, segment_ids) -> (state, metrics)`: all that follows the gradient of a step.
 
-    `grads, out` as from `make_gradient`; `tokens`: those of the batch that are not padding, for the metrics.
+    `grads, out` as from `make_gradient`; `segment_ids` of the batch, of which the metrics count what is not padding.
     """
     losses = dict(model.losses)
 
-    def update(state: TrainState, grads: dict, out: dict, tokens: Array):
+    def update(state: TrainState, grads: dict, out: dict, segment_ids: Array):
         trainable, fixed = trees.split(state.adapters, frozen)
         with jax.named_scope("optimizer"):
             norm = optax.tree.norm(grads)
@@ -178,7 +178,7 @@ def make_update(model, optimizer, schedule, *, clip: float, frozen):
             **{f"aux/{n}": v for n, v in out["aux"].items()},
             "grad_norm": norm,
             "lr": jnp.asarray(schedule(state.step - 1), jnp.float32),
-            "tokens": tokens,
+            "tokens": jnp.sum(segment_ids > 0),
             "skipped": state.skipped,
             "site": site_metrics(model, out["load"]),
         }

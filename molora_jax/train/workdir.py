@@ -1,7 +1,8 @@
 """The folder of a run: one writer at a time, one identity for life.
 
     DIR/lock            held (flock) while a process writes here; the kernel frees it when that process dies
-    DIR/identity.json   what the run is; a start as another run is refused
+    DIR/identity.json   what the run is (`molora_jax/identity.py`); a start as another run is refused, by the manifest
+                        of the newest valid step too
     DIR/config.json     the whole config of the latest start
     DIR/checkpoints/, DIR/metrics.jsonl, DIR/tensorboard/
 

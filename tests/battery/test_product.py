@@ -61,9 +61,14 @@ def test_shapes_of_every_combination(point):
 
 
 @covered
-def test_combination(point):
-    """The start is the base; value, loss, statistics and gradients are the naive form's; the loss falls."""
-    case = Case(combination(*point))
+def test_combination(point, request):
+    """The start is the base; value, loss, statistics and gradients are the naive form's; the loss falls.
+
+    An ordinary run has three of the seven projections here (what enters attention, what leaves it, and `down`): all
+    seven are run against the naive form in `test_methods`, and traced above.
+    """
+    few = point[2] == "projection" and not request.config.getoption("--all")
+    case = Case(combination(*point, **({"method.rules.mix.sites": "q,o,down"} if few else {})))
     state = case.start()
     np.testing.assert_allclose(case.hidden(state.adapters), case.hidden({}), atol=1e-5)
 

@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 
 from molora_jax.errors import InputError
+from molora_jax.evaluate.run import load_base_run
 from molora_jax.io.base import load_base
 from molora_jax.models.hf_config import from_hf
-from molora_jax.train.setup import setup
 from tests.io import tiny_files
-from tests.tiny import tiny_config, write_task
+from tests.tiny import tiny_config
 
 
 @pytest.fixture(autouse=True)
@@ -38,6 +38,7 @@ CHANGES_THE_NUMBERS = {
     "logit_scale": 0.0625, "scale_emb": 12, "clip_qkv": 8.0, "use_qk_norm": True, "qk_layernorm": True,
     "no_rope_layers": [1, 1, 0], "attention_chunk_size": 128, "num_local_experts": 8, "num_experts": 64,
     "quantization_config": {"bits": 4}, "mlp_bias": True, "is_causal": False, "use_bidirectional_attention": True,
+    "num_hidden_layers": 2_000_000_000,
     "some_new_rope_thing": {"a": 1}, "my_logit_multiplier": 3.0, "weird_bias": True, "window_of_layers": [64, 0],
     "layer_types": ["linear_attention", "full_attention"], "auto_map": {"AutoModelForCausalLM": "modeling.My"},
     "hidden_act": "mish", "head_dim": 5, "tie_word_embeddings": "yes", "rope_theta": 0.5,
@@ -91,36 +92,43 @@ def test_rope_theta_inside_wins_and_two_that_differ_are_refused():
         read(rope_scaling=dict(type="linear", factor=2.0), rope_parameters=dict(rope_type="linear", factor=4.0))
 
 
-def test_a_sliding_window_bounds_the_context():
-    assert read(model_type="mistral", sliding_window=4096) == read(model_type="mistral", sliding_window=None)
+def test_which_layers_slide():
+    full = read(model_type="mistral", sliding_window=None)
+    assert read(model_type="mistral", sliding_window=4096) == read(model_type="mistral", sliding_window=512) == full
     short = read(model_type="mistral", sliding_window=64)
-    assert (short.context, short.window) == (64, 64)
+    assert (short.context, short.window, short.sliding) == (512, 64, (0, 1))
     slides = dict(model_type="qwen2", use_sliding_window=True, sliding_window=64)
-    assert read(**slides, max_window_layers=2).window is None  # no layer slides
-    assert read(**slides, max_window_layers=1).window == read(**slides, max_window_layers=0).window == 64
+    assert read(**slides, max_window_layers=2).window is None
+    assert read(**slides).window is None  # max_window_layers is 28 where nothing is said
+    assert read(**slides, max_window_layers=1).sliding == (1,) and read(**slides, max_window_layers=0).sliding == (0, 1)
     assert read(**slides, layer_types=["full_attention"] * 2).window is None
+    assert read(**slides, layer_types=["sliding_attention", "full_attention"]).sliding == (0,)
     assert read(model_type="qwen2", use_sliding_window=False, sliding_window=64).window is None
-    with pytest.raises(InputError, match="layer_types: got sliding_attention"):
-        read(model_type="qwen3", layer_types=["sliding_attention"] * 2)
+    assert read(sliding_window=64) == read()  # a llama does not read it
+    for wrong in (dict(layer_types=["sliding_attention"] * 2), dict(use_sliding_window=1), dict(layer_types=[3])):
+        with pytest.raises(InputError, match=next(iter(wrong))):
+            read(model_type="qwen3", **wrong)
 
 
-def test_a_window_longer_than_the_rows_trains_and_a_shorter_one_is_refused(tmp_path):
+def test_generation_beyond_a_window_is_the_same_with_and_without_a_cache(tmp_path):
+    """Prompt and answer are many times the window; keys that fell out of it are not seen."""
     run = tiny_config("lora")
-    with run.unlocked():
-        run.base.source = f"dir:{folder(tmp_path / 'm', model_type='mistral', sliding_window=64)}"
-        run.data.update(tasks=f"jsonl:{write_task(tmp_path / 'task.jsonl', 20)}", seq_len=64)
-    made = setup(run)
-    assert made.model.config.context == 64
-    run.data.seq_len = 65
-    with pytest.raises(InputError, match="data.seq_len: got 65; expected at most 64, the model's sliding window"):
-        setup(run)
+    answers = {}
+    for window in (8, None):
+        with run.unlocked():
+            run.base.source = f"dir:{folder(tmp_path / str(window), model_type='mistral', sliding_window=window)}"
+        base = load_base_run(run)
+        answers[window] = base.generate("A long enough prompt.", max_new_tokens=12)
+        if window:
+            assert answers[window] == base.generate("A long enough prompt.", max_new_tokens=12, cache=False)
+    assert answers[8] != answers[None]
 
 
 def test_what_transformers_takes_where_a_field_is_missing():
     bare = {"model_type": "mistral", "num_hidden_layers": 1, "hidden_size": 32, "intermediate_size": 8,
             "num_attention_heads": 16, "vocab_size": 10}  # fmt: skip
     found = from_hf(bare, where="c")
-    assert (found.kv_heads, found.context, found.window, found.norm_eps) == (8, 4096, 4096, 1e-6)
+    assert (found.kv_heads, found.context, found.window, found.norm_eps) == (8, 131072, 4096, 1e-6)
     assert from_hf({**bare, "model_type": "qwen3", "num_key_value_heads": 2}, where="c").head_dim == 128
 
 

@@ -13,6 +13,7 @@ from tests.cases.common import (
     CHATML,
     GOOD,
     PLAIN,
+    SPECIALS,
     TOKENS,
     base_run,
     byte_inner,
@@ -169,6 +170,10 @@ def test_every_end_token_ends_an_answer(tmp_path):
         "tokenizer_config": dict(settings={"eos_token": "<|im_end|>"}),
     }.items():
         assert generated(stepper(tmp_path / name, **files)) == [259], name
+    plain = byte_inner(SPECIALS[:3])
+    plain.add_tokens(["<|im_end|>", "</s>"])  # not marked as special
+    run = stepper(tmp_path / "plain", inner=plain, settings={"eos_token": "<|im_end|>"})
+    assert generated(run) == [259] and run.text([87, 259]) == "x"
     neither = stepper(tmp_path / "neither")
     assert generated(neither) == [259] + [87] * 7
     assert generated(neither, stop="xxx") == [259] + [87] * 3

@@ -91,12 +91,14 @@ def step_of(model, accumulate=1, mesh=None):
     return jax.jit(step, out_shardings=out), state.replace(adapters=noisy)
 
 
-@pytest.mark.parametrize("own", [True, False], ids=["leaves", "shared_only"])
-@pytest.mark.parametrize("sites", [("ffn",), ("q", "down")], ids=",".join)
+@pytest.mark.parametrize(
+    ("sites", "own"),
+    [(("ffn",), True), (("ffn",), False), (("q", "down"), True),
+     pytest.param(("q", "k"), False, marks=pytest.mark.slow)],  # the shared weight has one width
+    ids=str,
+)  # fmt: skip
 def test_state_is_updated_once_a_step_on_global_sums(sites, own):
     """One update a step, from the sums of the whole batch, whatever the micro-steps and the devices."""
-    if not own and sites != ("ffn",):
-        sites = ("q", "k")  # the shared weight has one width
     model = model_of(Biased(own=own), (4, 4), sites)
     runs = {}
     for name, accumulate, mesh in (("one", 1, None), ("two", 2, None), ("eight", 1, mesh8())):

@@ -1,5 +1,7 @@
 """Every implementation of an op against its reference: values, gradients, unused slots full of NaN; dropout masks."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -35,6 +37,12 @@ def near(got, wanted, tolerance, name=""):
     np.testing.assert_allclose(np.asarray(got, np.float64), wanted, rtol=0, atol=limit, err_msg=name)
 
 
+@functools.partial(jax.jit, static_argnames="implementation")
+def rank_gated_both_ways(args, dy, *, implementation):
+    out, pull = jax.vjp(lambda *a: rank_gated(*a, implementation=implementation), *args)
+    return out, pull(dy)
+
+
 @pytest.mark.parametrize("name", OTHERS(rank_api))
 @pytest.mark.parametrize("shared_A", [False, True])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
@@ -47,10 +55,10 @@ def test_rank_gated(shape, shared_A, name):
     x, A, B, g = (a.astype(np.float64) for a in args)
     wanted = sum(g[:, e : e + 1] * (x @ A[e if len(A) > 1 else 0].T @ B[e]) for e in range(E))
     dy = normal(rng, T, F)
-    got, pull = jax.vjp(lambda *a: rank_gated(*a, implementation=name), *map(jnp.asarray, args))
+    got, gradients = rank_gated_both_ways(args, dy, implementation=name)
     near(got, wanted, 1e-5)
-    _, pull_reference = jax.vjp(lambda *a: rank_gated(*a, implementation="reference"), *map(jnp.asarray, args))
-    for part, a, b in zip(("dx", "dA", "dB", "dgates"), pull(dy), pull_reference(dy), strict=True):
+    _, by_reference = rank_gated_both_ways(args, dy, implementation="reference")
+    for part, a, b in zip(("dx", "dA", "dB", "dgates"), gradients, by_reference, strict=True):
         if part == "dgates":  # a gate that is exactly 0 is not selected; both forms give its derivative
             assert a.shape == b.shape
         near(a, b, 1e-5, part)
@@ -67,6 +75,20 @@ def test_rank_gated_never_spreads_a_row_that_nobody_wrote(name):
     assert np.isfinite(y).all() and not np.any(y[3])
 
 
+@functools.partial(jax.jit, static_argnames=("activation", "implementation"))
+def both_ways(args, idx, cotangents, *, mask, activation, implementation):
+    """`(mix, z_d)` and the gradients of every argument, as one program."""
+
+    def op(g, u, z_g, z_u, B_g, B_u, A_d, w, base):
+        return routed_ffn(
+            g, u, z_g, z_u, B_g, B_u, A_d, idx, w, base, activation=activation, mask=mask,
+            implementation=implementation,
+        )  # fmt: skip
+
+    out, pull = jax.vjp(op, *args)
+    return out, pull(cotangents)
+
+
 @pytest.mark.parametrize("name", OTHERS(ffn_api))
 @pytest.mark.parametrize("activation", ["silu", "gelu"])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
@@ -81,29 +103,20 @@ def test_routed_ffn(shape, activation, name):
             normal(rng, E, R, F), normal(rng, 1 if T == 33 else E, R, F), w, normal(rng, T)]  # fmt: skip
     unused = idx == E
 
-    def run(implementation, args):
-        def op(g, u, z_g, z_u, B_g, B_u, A_d, w, base):
-            return routed_ffn(
-                g, u, z_g, z_u, B_g, B_u, A_d, jnp.asarray(idx), w, base, activation=activation, mask=mask,
-                implementation=implementation,
-            )  # fmt: skip
-
-        out, pull = jax.vjp(op, *map(jnp.asarray, args))
-        return out, pull
-
-    (mix, z_d), pull = run("reference", args)
+    cotangents = normal(rng, T, F), normal(rng, T, K, R)
+    clean = cotangents[0], np.where(unused[..., None], 0, cotangents[1])
+    options = dict(activation=activation, mask=mask)
+    (mix, z_d), wanted = both_ways(args, idx, clean, implementation="reference", **options)
     dirty = list(args)
     for i in (2, 3):
         dirty[i] = np.where(unused[..., None], np.nan, args[i])
     dirty[7] = np.where(unused, np.nan, w)
-    (got_mix, got_z), got_pull = run(name, dirty)
+    (got_mix, got_z), got = both_ways(dirty, idx, cotangents, implementation=name, **options)
     near(got_mix, mix, 1e-5)
     near(got_z, z_d, 1e-5)
     assert not np.any(np.asarray(got_z)[unused])
-    cotangents = tuple(jnp.asarray(normal(rng, *x.shape)) for x in (mix, z_d))
-    clean = cotangents[0], jnp.where(unused[..., None], 0, cotangents[1])
     parts = ("g", "u", "z_g", "z_u", "B_g", "B_u", "A_d", "gates", "base")
-    for part, a, b in zip(parts, got_pull(cotangents), pull(clean), strict=True):
+    for part, a, b in zip(parts, got, wanted, strict=True):
         a, b = np.asarray(a), np.asarray(b)
         if part in ("z_g", "z_u", "gates"):
             assert not np.any(a[unused]), f"{part}: an unused slot got a gradient"

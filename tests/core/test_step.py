@@ -1,5 +1,7 @@
 """The training step: accumulation, clipping, steps that are not finite, stages that freeze, schedules, trees."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,17 +12,28 @@ from molora_jax import config as schema
 from molora_jax.optim import OPTIMIZERS
 from molora_jax.train import stages as stages_lib
 from molora_jax.train import trees
-from tests.battery.cases import BATCH, Case, changed, combination, method, random_adapters
+from tests.battery.cases import BATCH, Case, combination, method, random_adapters
 from tests.battery.checks import matches
 
 # the same number of targets in every row, so that every micro-step has the same weight
 EVEN = dict(BATCH, loss_weight=((np.cumsum(BATCH["segment_ids"] > 0, axis=1) <= 2) & (BATCH["segment_ids"] > 0)) * 1.0)
 EVEN["loss_weight"] = EVEN["loss_weight"].astype(np.float32)
 POINT = ("lora", "softmax_topk", "projection", "kaiming")
+SITES = {"method.rules.mix.sites": "q,down"}  # with two projections a step compiles in a third of the time
+
+
+def point(**changes):
+    return combination(*POINT, **SITES, **changes)
+
+
+@functools.cache
+def uneasy():
+    """Dropout and a warm-up: a case for every test that looks at one step after another."""
+    return Case(point(**{"method.rules.mix.adapter.dropout": 0.5, "optim.warmup": 4}))
 
 
 def balanced(accumulate, **options):
-    config = combination(*POINT)
+    config = point()
     del config.losses["entropy"]
     config.losses.balance.update(weight=1.0, accumulate=accumulate, **options)
     return config
@@ -84,7 +97,7 @@ def test_clip_bounds_the_gradient_that_the_optimizer_sees():
 
 
 def test_a_step_that_is_not_finite_changes_nothing_and_is_counted():
-    case = Case(combination(*POINT))
+    case = uneasy()
     state, _, _ = case.run(case.start())
     bad = dict(BATCH, loss_weight=BATCH["loss_weight"] * np.where(np.arange(8) == 5, np.inf, 1.0)[:, None])
     bad["loss_weight"] = np.nan_to_num(bad["loss_weight"], nan=0.0, posinf=np.inf).astype(np.float32)
@@ -102,7 +115,7 @@ def test_a_step_that_is_not_finite_changes_nothing_and_is_counted():
 
 def test_dropout_depends_on_the_step_and_on_nothing_else():
     """Two runs of a step are bit-equal; another step, or another micro-step, draws other masks."""
-    case = Case(changed(combination(*POINT), {"method.rules.mix.adapter.dropout": 0.5}))
+    case = uneasy()
     state = case.start(random_adapters(case.model, case.params))
     _, a, _ = case.run(state)
     _, b, _ = case.run(state)
@@ -111,7 +124,7 @@ def test_dropout_depends_on_the_step_and_on_nothing_else():
 
 
 def test_two_stages_freeze_a_and_then_let_it_move():
-    config = combination(*POINT)
+    config = point()
     config.unlock()
     config.train.steps = 4
     stage = dict(tasks="", route="", set={})
@@ -159,7 +172,7 @@ def test_schedule_values(decay, warmup):
 
 
 def test_the_lr_metric_is_the_rate_of_that_step():
-    case = Case(changed(combination(*POINT), {"optim.warmup": 4}))
+    case = uneasy()
     state = case.start()
     for i in range(5):
         state, metrics, _ = case.run(state)

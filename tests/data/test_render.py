@@ -119,6 +119,21 @@ def test_a_block_that_leaves_the_end_token_out():
     assert trained == "yesan answeryes<|im_end|>"
 
 
+def test_a_block_without_an_end_token_of_ours():
+    """All of the block is trained on, as in transformers, and an end token behind it."""
+    tok = tokenizer("bytes", "chatml", eos="</s>")
+    got = encode(tok, chats.turns("three"), train_on="all")
+    trained = tok.decode([i for i, m in zip(got.ids, got.loss_mask, strict=True) if m])
+    assert trained == "yes<|im_end|>an answer<|im_end|>yes<|im_end|></s>"
+
+
+def test_a_template_that_does_not_write_the_answer_is_refused():
+    silent = "{% for m in messages %}{% if m['role'] == 'user' %}{{ m['content'] }}\n{% endif %}{% endfor %}"
+    for train_on in ("last", "all"):
+        got = encode(Tokenizer(inner("bytes"), eos="</s>", template=silent), chats.turns("three"), train_on=train_on)
+        assert isinstance(got, Refused)
+
+
 def test_a_block_that_never_comes_is_refused():
     never = "{% if false %}{% generation %}{% endgeneration %}{% endif %}"
     tok = Tokenizer(inner("bytes"), eos="<|im_end|>", template=CHATML + never)

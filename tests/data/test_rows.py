@@ -130,6 +130,7 @@ def test_what_no_template_writes_is_refused_in_an_answer_and_counted_in_a_contex
         (dict(conversations=[{"from": "function_call", "value": "f("}]), r"value 'f\('"),
         (dict(conversations=[{"from": "human", "value": 1}]), "content of type number"),
         (dict(instruction="a", output="b", input=3), "input of type number"),
+        (chat(U, ("assistant", "a", dict(train=False)), U, A), r"messages\[1\].train'"),
         (dict(text="a"), "no field 'prompt'"),
         (dict(prompt=[dict(role="user", content="a")], target="b", input="c"), "'input' beside a list of turns"),
         (dict(prompt=[], target="b"), "roles"),
@@ -185,6 +186,17 @@ def test_several_tasks_in_a_file(tmp_path):
     one = make(tmp_path, rows, bad_rows="skip", file_tasks=False)
     assert one.task_names == ("d",) and one.fingerprint != data.fingerprint
     assert one.report()["tasks"]["d"]["train"] == 50
+
+
+def test_names_that_are_no_tasks(tmp_path):
+    rows = [dict(prompt=f"p{i}", target="t", task=f"id-{i}") for i in range(1200)]
+    with pytest.raises(InputError, match="1,200 tasks.*drop=task"):
+        make(tmp_path, rows)
+    for changes in (dict(fields="drop=task"), dict(file_tasks=False)):
+        assert make(tmp_path, rows, **changes).report()["tasks"]["d"]["train"] == 1200
+    for name in ("a" * 101, "a\nb", "\x1b[31m"):
+        with pytest.raises(BadRow, match="task '"):
+            read(dict(prompt="p", target="t", task=name))
 
 
 def test_a_json_file_may_hold_one_list(tmp_path):

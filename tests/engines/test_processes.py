@@ -3,8 +3,10 @@
 import json
 import os
 import pathlib
+import socket
 import subprocess
 import sys
+import time
 
 import numpy as np
 import pytest
@@ -61,6 +63,38 @@ def test_local_says_what_its_processes_say_and_nothing_else():
         done = launch("-c", *words, processes=3, devices=3)
         assert done.returncode == code_of
         assert done.stdout in ("hello\n", "") and set(done.stderr.splitlines()) <= {"[1] hello", "[2] hello"}
+
+
+@pytest.mark.slow
+def test_a_dead_peer_is_an_error_within_a_minute(tmp_path):
+    """Each process started by hand: nobody ends the one that is left."""
+    with socket.socket() as found:
+        found.bind(("localhost", 0))
+        port = found.getsockname()[1]
+    env = dict(os.environ, JAX_PLATFORMS="cpu", XLA_FLAGS="")
+    env |= dict(MOLORA_COORDINATOR=f"localhost:{port}", MOLORA_PROCESSES="2")
+    command = [
+        sys.executable, "-m", "launch.train", f"--workdir={tmp_path / 'run'}", "--config=configs/lora.py",
+        "--config.base.source=random:tiny", f"--config.data.tasks=jsonl:{tiny.write_task(tmp_path / 'task.jsonl')}",
+        "--config.data.seq_len=32", "--config.train.steps=1000000",
+    ]  # fmt: skip
+    processes = [
+        subprocess.Popen(command, cwd=ROOT, env=env | {"MOLORA_PROCESS": str(i)}, stderr=subprocess.PIPE, text=True)
+        for i in range(2)
+    ]
+    try:
+        metrics = tmp_path / "run" / "metrics.jsonl"
+        for _ in range(1200):
+            if metrics.exists() and len(metrics.read_text().splitlines()) > 2:
+                break
+            assert all(process.poll() is None for process in processes)
+            time.sleep(0.5)
+        processes[1].kill()
+        _, said = processes[0].communicate(timeout=300)
+    finally:
+        for process in processes:
+            process.kill()
+    assert processes[0].returncode == 1 and "error: processes" in said and "Traceback" not in said, said
 
 
 def test_bad_arguments():

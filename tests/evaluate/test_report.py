@@ -31,7 +31,7 @@ def evaluated(tiny_run):
 
 def test_report_has_every_field_of_every_task(evaluated, tiny_run):
     _, report = evaluated
-    assert report["step"] == 3 and set(report["tasks"]) == {"task"} and report["without_items"] == []
+    assert report["step"] == 3 and set(report["tasks"]) == {"double", "even"} and report["without_items"] == []
     for task in report["tasks"].values():
         assert task["items"] == 6 and task["generated"] == 4
         for key in ("nll", "nll_base", "nll_change", "exact", "exact_base"):
@@ -39,7 +39,7 @@ def test_report_has_every_field_of_every_task(evaluated, tiny_run):
             assert low <= value <= high, key
         assert 0 < task["nll"][0] < 20 and 0 <= task["exact"][1] and task["exact"][2] <= 1
     share = np.array(list(report["routing"]["ffn"]["ffn"].values()))
-    assert share.shape == (1, 4, 8)
+    assert share.shape == (2, 4, 8)
     np.testing.assert_allclose(share.sum(-1), 1.0, atol=1e-3)
 
 
@@ -47,11 +47,11 @@ def test_output_is_a_table_and_paths_of_pictures(evaluated):
     done, report = evaluated
     lines = done.stdout.splitlines()
     assert lines[1].split()[:2] == ["task", "items"]
-    assert f"{report['tasks']['task']['nll'][0]:.3f}" in done.stdout
+    assert all(f"{task['nll'][0]:.3f}" in done.stdout for task in report["tasks"].values())
     for name in ("tasks.png", "loss.png", "routing.png", "overview.png", "report.json"):
         (path,) = [line for line in lines if line.endswith(name)]
         assert (flags.ROOT / path).stat().st_size > 1000
-    assert "tuned: NLL of 6 answers" in done.stderr and "\r" not in done.stderr
+    assert "tuned: NLL of 12 answers" in done.stderr and "\r" not in done.stderr
 
 
 def test_nll_agrees_with_generation(tiny_run):

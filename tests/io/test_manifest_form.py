@@ -1,18 +1,24 @@
 """A manifest with a right checksum from a stranger: whatever it says, a named error and nothing outside its folder."""
 
+import contextlib
 import copy
 import json
 import os
+import pathlib
 import random
+import shutil
+import tarfile
 
 import numpy as np
 import pytest
 
+from molora_jax import identity
 from molora_jax.errors import InputError
+from molora_jax.evaluate import saved
 from molora_jax.evaluate.verify import verify
 from molora_jax.io import warm_start
 from molora_jax.io.checkpoints import Checkpoints
-from molora_jax.io.manifest import json_hash
+from molora_jax.io.manifest import json_hash, read_manifest
 from molora_jax.io.manifest_form import malformed
 from molora_jax.io.steps import read_best
 
@@ -33,9 +39,7 @@ def whole(tmp_path_factory):
 
 @pytest.fixture
 def step(whole, tmp_path):
-    """A copy (hard links would share the damage): small."""
-    import shutil
-
+    """A copy, to be damaged."""
     shutil.copytree(whole, tmp_path / "checkpoints", symlinks=True)
     return tmp_path / "checkpoints" / "1"
 
@@ -186,3 +190,28 @@ def test_a_start_with_numbers_that_are_not_finite_is_refused(tmp_path, value):
     Checkpoints(tmp_path / "checkpoints", keep=1).save(1, tree, meta={}, wait=True)
     with pytest.raises(InputError, match="NaN or Inf in adapters/all/000-001/q/A"):
         warm_start.start(str(tmp_path), {"adapters": tree["adapters"]}, base_digest="b")
+
+
+def test_forged_configs_and_identities_are_named_errors(tmp_path, monkeypatch):
+    """The golden run with a step whose config and identity are anything at all."""
+    with tarfile.open(pathlib.Path(__file__).parents[1] / "golden" / "v1.tar.gz") as tar:
+        tar.extractall(tmp_path, filter="data")
+    monkeypatch.chdir(tmp_path)
+    step = tmp_path / "random" / "checkpoints" / "6"
+    whole = read(step)
+    new = identity.identity(whole["config"], {"base_digest": "b", "data_fingerprint": "d", "base": {"tokenizer": "t"}})
+    for seed in range(40):
+        rng = random.Random(seed)
+        forged = whole | {"config": mutated(whole["config"], rng)}
+        forged |= {"run": mutated(new, rng)} if seed % 2 else {}
+        forged |= {"identity": rng.choice(["x", None, json_hash(new)])} if seed % 3 == 0 else {}
+        forge(step, forged)
+        for reader in (
+            lambda: saved.read_config("random", "latest"),
+            lambda: saved.fingerprint("random", 6),
+            lambda: identity.check_step(read_manifest(step), new, where="w"),
+            lambda: identity.check_record(identity.read("random/identity.json"), read_manifest(step), where="w"),
+        ):
+            with contextlib.suppress(InputError):
+                reader()
+        assert isinstance(verify("random")["ok"], bool)

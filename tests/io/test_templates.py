@@ -135,6 +135,18 @@ def test_many_conversations_a_message_and_a_bad_one_among_them(quick):
     assert [int(result["text"]) for i, result in enumerate(out) if i != 300] == [i for i in range(700) if i != 300]
 
 
+def test_conversations_that_are_no_json(quick):
+    deep = "x"
+    for _ in range(100_000):
+        deep = [deep]
+    nearly = json.loads("[" * 900 + "1" + "]" * 900)
+    talks = [dict(messages=[dict(role="user", content=content)]) for content in ("a", deep, object(), nearly, "b")]
+    out = quick.render("{{ messages[0].content | string | length }}", None, talks)
+    assert out[0]["text"] == out[4]["text"] == "1"
+    assert "RecursionError" in out[1]["error"] and "TypeError" in out[2]["error"] and set(out[3]) & {"text", "error"}
+    assert templates.characters(deep) == 1
+
+
 def test_the_row_that_hangs_is_named(quick):
     template = "{% if messages[0].content == 5 %}" + HANG["loops"] + "{% endif %}{{ messages[0].content }}"
     out = quick.render(template, None, [dict(messages=[dict(role="user", content=i)]) for i in range(8)])

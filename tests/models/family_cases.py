@@ -48,7 +48,14 @@ KINDS = {  # what a config may say beyond its family
     "rope yarn": config("qwen2", rope_scaling=_YARN),
     "rope yarn, mscale": config(rope_scaling=_YARN | dict(mscale=1.0, mscale_all_dim=0.5, truncate=False, beta_fast=8)),
     "rope yarn, attention_factor": config(rope_parameters=_YARN | dict(attention_factor=1.3, rope_theta=500.0)),
-    "window of the rows' length": config("mistral", sliding_window=S),
+    "sliding window of the rows' length": config("mistral", sliding_window=S),
+    "sliding window (mistral)": config("mistral", sliding_window=7),
+    "sliding window from layer 1 (qwen2)": config(
+        "qwen2", use_sliding_window=True, sliding_window=5, max_window_layers=1
+    ),
+    "sliding window by layer_types (qwen3)": config(
+        "qwen3", use_sliding_window=True, sliding_window=5, layer_types=["sliding_attention", "full_attention"]
+    ),
     "attention_bias (llama)": config(attention_bias=True),
     "attention_bias (qwen3)": config("qwen3", attention_bias=True),
     "gelu": config(hidden_act="gelu"),

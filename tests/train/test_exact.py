@@ -195,10 +195,10 @@ def test_runs_on_other_devices_and_processes(tmp_path, config, accumulate):
         common_.append("--config.losses.localized_balance.world=double")
     one = launch(tmp_path / "1", *common_, devices=1, task=task)
     assert len(one[0]) == 4 and "valid_nll" in one[0][-1]
-    for data, fsdp in ((2, 1), (2, 2), (8, 1)):
+    for data, fsdp in ((2, 2), (8, 1)):
         sizes = f"--config.mesh.data={data}", f"--config.mesh.fsdp={fsdp}"
         assert launch(tmp_path / f"{data}x{fsdp}", *common_, *sizes, devices=data * fsdp, task=task) == one, sizes
     assert launch(tmp_path / "two", *common_, devices=8, processes=2, task=task) == one
-    folder = tmp_path / "resumed"  # half on four devices, half on two
-    launch(folder, *common_, "--config.train.stop_after=2", devices=4, task=task)
+    folder = tmp_path / "resumed"  # half on one device, half on two
+    launch(folder, *common_, "--config.train.stop_after=2", devices=1, task=task)
     assert launch(folder, *common_, devices=2, task=task) == one
