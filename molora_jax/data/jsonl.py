@@ -11,6 +11,7 @@ import pathlib
 
 from molora_jax.errors import InputError
 
+BOM = b"\xef\xbb\xbf"  # what Windows puts before UTF-8 text
 MOST_BYTES = 10_000_000  # of a row
 MOST_DEPTH = 64
 OTHER_FORMATS = {
@@ -44,7 +45,7 @@ def content(path: str, *, field: str = "data.tasks") -> bytes:
     except (OSError, ValueError, RuntimeError) as error:
         reason = getattr(error, "strerror", None) or str(error)
         raise InputError(where, got=reason, expected="a readable file", fix="Correct the path.") from error
-    if not raw.strip():
+    if not raw.removeprefix(BOM).strip():
         raise InputError(where, got="an empty file", expected="one JSON object a line", fix="Add rows, or drop it.")
     for start, name in OTHER_FORMATS.items():
         if raw.startswith(start):
@@ -59,9 +60,9 @@ def rows(raw: bytes, *, path: str):
     Raises:
       InputError: a list of rows that breaks off, so that the rest cannot be read.
     """
-    raw = raw.removeprefix(b"\xef\xbb\xbf")
+    raw = raw.removeprefix(BOM)
     lines = raw.split(b"\n")
-    first = next(line.strip() for line in lines if line.strip())
+    first = next((line.strip() for line in lines if line.strip()), b"")
     if first == b"[" or (first.startswith(b"[") and path.lower().endswith(".json")):
         yield from _items(raw, path)
         return

@@ -32,6 +32,7 @@ from molora_jax.io.base import load_base
 from molora_jax.io.base_facts import base_facts, pinned
 from molora_jax.io.checkpoints import Checkpoints, read_manifest
 from molora_jax.io.templates import characters
+from molora_jax.io.warm_start import check_finite
 from molora_jax.models.compile import compile_model
 
 LOG = logging.getLogger("molora_jax.run")
@@ -254,13 +255,14 @@ def load_run(workdir, step="best", *, config=None, warn=LOG.warning) -> Run:
     config_lib.check_model(config, base.config.layers, base.config.dims)
     model = compile_model(config, base.config)
     params = _put(base.params)
-    whole = sharding.replicated(one_device())
     shapes = {
         "adapters": jax.eval_shape(lambda p: model.init_adapters(jax.random.key(0), p), params),
         "router_state": jax.eval_shape(model.init_router_state),
     }
-    template = jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=whole), shapes)
-    items = checkpoints.restore(step, template)
+    stubs = jax.tree.map(lambda s: np.broadcast_to(np.zeros((), s.dtype), s.shape), shapes)  # no memory behind them
+    items = checkpoints.restore(step, stubs)
+    check_finite(items, where="workdir", of=f"{folder}, step {step}")
+    items = _put(items)
     return Run(config, model, params, items["adapters"], items["router_state"], base.tokenizer, step, folder)
 
 

@@ -71,14 +71,18 @@ def load(run: str, items=ITEMS, *, where: str = "train.init_from") -> dict:
     folder, step, manifest = newest(run, where=where)
     template = {item: unflatten_dict(_stubs(manifest, item, where), sep="/") for item in items}
     found = Checkpoints(folder, keep=1, writer=False).restore(step, template)
-    for item, tree in found.items():
-        for path, leaf in flatten_dict(tree, sep="/").items():
-            if not np.isfinite(np.asarray(leaf, np.float64 if leaf.dtype.itemsize > 4 else np.float32)).all():
-                raise InputError(
-                    where, got=f"NaN or Inf in {item}/{path} of {run}, step {step}", expected="finite numbers",
-                    fix="Choose another run: this one has diverged.",
-                )  # fmt: skip
+    check_finite(found, where=where, of=f"{run}, step {step}")
     return found
+
+
+def check_finite(items: dict, *, where: str, of: str):
+    """Raises InputError that names the first leaf with NaN or Inf; `items` are nested dicts of numpy arrays."""
+    for path, leaf in flatten_dict(items, sep="/").items():
+        if not np.isfinite(np.asarray(leaf, np.float64 if leaf.dtype.itemsize > 4 else np.float32)).all():
+            raise InputError(
+                where, got=f"NaN or Inf in {path} of {of}", expected="finite numbers",
+                fix="Choose another run, or an older step: this one has diverged.",
+            )  # fmt: skip
 
 
 def load_adapters(run: str, *, where: str = "train.init_from") -> dict:
