@@ -27,17 +27,17 @@ def named(error) -> set:
 
 
 MESHES = [  # sizes, devices, rows, the axes to name
-    (dict(data=-1, tensor=3), 8, None, {"tensor"}),
-    (dict(data=-1, fsdp=3), 8, None, {"fsdp"}),
-    (dict(data=-1, expert=16), 8, None, {"expert"}),
-    (dict(data=1, tensor=3), 2, None, {"tensor"}),
-    (dict(data=-1, fsdp=4, tensor=4), 8, None, {"fsdp", "tensor"}),  # each alone would do
-    (dict(data=3, tensor=2), 8, None, {"data"}),
-    (dict(data=1), 8, None, {"data"}),
-    (dict(data=-1, fsdp=4, tensor=2), 8, 6, {"fsdp"}),
-    (dict(data=-1, expert=4, tensor=2), 8, 6, {"expert"}),
-    (dict(data=-1), 8, 6, {"data"}),
-    (dict(data=2, fsdp=2, expert=2), 8, 4, {"data", "fsdp", "expert"}),
+    (dict(data=-1, tensor=3), 8, None, "tensor"),
+    (dict(data=-1, fsdp=3), 8, None, "fsdp"),
+    (dict(data=-1, expert=16), 8, None, "expert"),
+    (dict(data=1, tensor=3), 2, None, "tensor"),
+    (dict(data=-1, fsdp=4, tensor=4), 8, None, "fsdp tensor"),  # each alone would do
+    (dict(data=3, tensor=2), 8, None, "data"),
+    (dict(data=1), 8, None, "data"),
+    (dict(data=-1, fsdp=4, tensor=2), 8, 6, "fsdp"),
+    (dict(data=-1, expert=4, tensor=2), 8, 6, "expert"),
+    (dict(data=-1), 8, 6, "data"),
+    (dict(data=2, fsdp=2, expert=2), 8, 4, "data fsdp expert"),
 ]
 
 

@@ -39,7 +39,7 @@ def test_a_kind(tmp_path, name):
     check(name, family_cases.write(tmp_path, "folder", family_cases.KINDS[name]))
 
 
-@pytest.mark.parametrize("name", set(family_cases.IN_GGUF) - set(family_cases.MAIN))
+@pytest.mark.parametrize("name", sorted(set(family_cases.IN_GGUF) - set(family_cases.MAIN)))
 def test_a_kind_in_gguf(tmp_path, name):
     check(name, family_cases.write(tmp_path, "gguf", family_cases.KINDS[name]))
 
