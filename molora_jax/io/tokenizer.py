@@ -65,7 +65,10 @@ class Tokenizer:
     def _special(self, role, token):
         if token is None:
             return None
-        token_id = self.inner.token_to_id(token)
+        try:
+            token_id = self.inner.token_to_id(token)
+        except UnicodeEncodeError:  # half a surrogate pair
+            token_id = None
         if token_id is None:
             raise InputError(f"{self.where}: {role}_token", got=repr(token), expected="a token of the vocabulary")
         return token_id

@@ -121,4 +121,4 @@ def shown(value, length: int = 80) -> str:
     """A name or value of a stranger's file in an error, texts without quotes."""
     if not isinstance(value, str):
         return quoted(value)
-    return value[:length].encode("ascii", "backslashreplace").decode()
+    return value[:length].encode("ascii", "backslashreplace").decode() or "an empty text"
