@@ -41,7 +41,7 @@ def verify(folder, *, deep: bool = False) -> dict:
     if wrong:
         problems.append(wrong)
     elif best is not None and best not in valid:
-        problems.append(f"best.json names step {best}, which is not valid")
+        problems.append(f"the best step, {best}, is not valid")
     newest = manifests.get(valid[-1]) if valid else None
     problems += _of_config(folder, newest)
     more, few = _of_identity(folder, manifests)

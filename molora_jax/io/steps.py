@@ -32,8 +32,28 @@ def problem(directory, step: int) -> str:
 
 
 def read_best(directory) -> tuple[int | None, str]:
-    """The step that `best.json` marks, and what is wrong with that file ("" for nothing; without it: None, "")."""
+    """The best step (None: none was marked), and what is wrong with `best.json` ("" for nothing).
+
+    A step's manifest, under a checksum, says whether it was the best one so far: the newest such step is the best.
+    `best.json` counts alone only where the manifests are of an older version and do not say.
+    """
     path = pathlib.Path(directory) / "best.json"
+    told, wrong = _told(path)
+    saved = {}
+    for step in list_steps(directory):
+        with contextlib.suppress(InputError):
+            saved[step] = read_manifest(path.with_name(str(step))).get("best")
+    marked = max((step for step, best in saved.items() if best is True), default=None)
+    if marked is not None and told != marked:
+        wrong = wrong or (f"{path} is not there" if told is None else f"{path} names step {told}")
+        return marked, f"{wrong}; step {marked} was saved as the best one, and counts as it"
+    if told is not None and saved.get(told) is False:
+        wrong = f"{path} names step {told}, which was not the best one when it was saved"
+    return told, wrong
+
+
+def _told(path) -> tuple[int | None, str]:
+    """What `best.json` says, and what is wrong with it."""
     try:
         step = json.loads(path.read_text(encoding="utf-8"))["step"]
     except FileNotFoundError:
@@ -42,10 +62,6 @@ def read_best(directory) -> tuple[int | None, str]:
         return None, f"{path} cannot be read ({type(error).__name__}: {error})"
     if not count(step):
         return None, f"{path} names no step: {step!r:.80}"
-    if step not in list_steps(directory):
+    if step not in list_steps(path.parent):
         return None, f"{path} names step {step}, which is not there"
-    with contextlib.suppress(InputError):
-        manifest = read_manifest(path.with_name(str(step)))
-        if manifest.get("best") is False:
-            return step, f"{path} names step {step}, which was not the best one when it was saved"
     return step, ""
