@@ -1,5 +1,6 @@
 """What a run believes of its folder and of its base: the step's manifest, and nothing that contradicts it silently."""
 
+import datetime
 import json
 import os
 import pathlib
@@ -17,7 +18,6 @@ from molora_jax.errors import InputError
 from molora_jax.evaluate import saved
 from molora_jax.evaluate.verify import verify
 from molora_jax.io.manifest import json_hash, read_manifest
-from molora_jax.io.tokenizer import Tokenizer
 from molora_jax.train.loop import train
 from tests.golden.make_v1 import base, rows
 from tests.tiny import tiny_config
@@ -103,29 +103,24 @@ def test_every_number_of_the_base_is_the_runs(here, field, value, name):
     refused(rf"base\.config\.{name}: was .*, now {value:g}")
 
 
+def run_text(run, ids) -> str:
+    return molora_jax.load_run(run).tokenizer.decode(ids)
+
+
+def asked(run) -> str:
+    """The prompt as the run's model gets it."""
+    return run_text(run, molora_jax.load_run(run).prompt_ids("hi"))
+
+
 def test_a_template_of_the_day_keeps_the_day_of_the_first_start(here, monkeypatch):
-    class Dated(Tokenizer):
-        depends_on_day, day = True, None
-
-        def at_day(self, day):
-            out = Dated(self.inner, bos=self.bos, eos=self.eos, pad=self.pad, template=self.template)
-            out.day = day.isoformat()
-            return out
-
-        def digest(self):
-            return "t"
-
-        def chat(self, messages, **options):
-            days.append(self.day)
-            return super().chat(messages, **options)
-
-    days = []
-    monkeypatch.setattr("molora_jax.io.tokenizer.Tokenizer", Dated)
+    before = datetime.date.today().isoformat()
+    template = json.loads(pathlib.Path("base/tokenizer_config.json").read_text())["chat_template"]
+    change("base/tokenizer_config.json", chat_template="{{ strftime_now('%Y-%m-%d') }} " + template)
     monkeypatch.setenv("MOLORA_CACHE", str(here / "cache"))
     train(config(stop_after=2), "dated", note=lambda text: None)
     path = here / "dated" / "identity.json"
     first = json.loads(path.read_text())["base"]["day"]
-    assert set(days) <= {None, first} and first in days
+    assert before <= first <= datetime.date.today().isoformat() and first in asked("dated")
     # as if it had begun long ago
     value = json.loads(path.read_text())
     value["base"]["day"] = "2020-02-29"
@@ -135,10 +130,11 @@ def test_a_template_of_the_day_keeps_the_day_of_the_first_start(here, monkeypatc
         manifest = json.loads((folder / "manifest.json").read_text()) | {"run": value, "identity": json_hash(value)}
         manifest.pop("checksum")
         (folder / "manifest.json").write_text(json.dumps(manifest | {"checksum": json_hash(manifest)}))
-    days.clear()
     train(config(), "dated", note=lambda text: None)
-    run = molora_jax.load_run("dated")
-    assert run.tokenizer.day == "2020-02-29" and first not in days
+    assert "2020-02-29" in asked("dated")
+    data = molora_jax.load_run("dated").data
+    context = data.splits["train"].example(0).context_ids
+    assert "2020-02-29" in run_text("dated", context)
 
 
 # ---- config.json, identity.json, best.json -------------------------------------------------------------------------
