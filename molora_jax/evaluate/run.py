@@ -24,6 +24,8 @@ from molora_jax import data as data_lib
 from molora_jax import identity, sharding
 from molora_jax.config_resolve import resolve_template_args
 from molora_jax.data import render
+from molora_jax.data.jsonl import BadRow
+from molora_jax.data.turns import read_messages
 from molora_jax.decode import generate as decoding
 from molora_jax.errors import InputError
 from molora_jax.evaluate import saved
@@ -182,13 +184,14 @@ def _turns(prompt) -> list[dict]:
         return [{"role": "user", "content": prompt}]
     if not _is_conversation(prompt):
         raise InputError("prompt", got=repr(prompt)[:80], expected='text, or a list of {"role": ..., "content": ...}')
-    for i, turn in enumerate(prompt):
-        if not isinstance(turn.get("role"), str):
-            raise InputError(f"prompt, turn {i + 1}", got=repr(turn)[:80], expected='{"role": ..., "content": ...}')
-    if prompt[-1]["role"] == "assistant":
-        got = f"{len(prompt)} turns, the assistant's last"
+    try:
+        turns, _ = read_messages(list(prompt), "prompt")  # as rows are read
+    except BadRow as error:
+        raise InputError("prompt", got=error.got, expected=error.expected) from None
+    if turns[-1]["role"] == "assistant":
+        got = f"{len(turns)} turns, the assistant's last"
         raise InputError("prompt", got=got, expected="a turn to answer last", fix="Leave the last turn out.")
-    return list(prompt)
+    return turns
 
 
 def _before(text: str, stop) -> str:

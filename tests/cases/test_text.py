@@ -194,7 +194,11 @@ def test_a_conversation_is_answered(tmp_path, capsys):
     one = run.generate(turns, max_new_tokens=3)
     assert isinstance(one, str)
     assert run.generate([turns, "hi"], max_new_tokens=3) == [one, run.generate("hi", max_new_tokens=3)]
-    for bad in (turns[:3], [{"content": "x"}], [turns, 3], [[]], 3, " "):
+    parts = [dict(role="user", content=[dict(type="text", text="h"), dict(type="text", text="i")])]
+    assert run.prompt_ids(parts) == run.prompt_ids([dict(role="user", content="hi")])  # as a row's are joined
+    image = [dict(role="user", content=[dict(type="image", url="x")])]
+    unknown = [dict(role="owner", content="x")]
+    for bad in (turns[:3], [{"content": "x"}], [turns, 3], [[]], 3, " ", image, unknown, [dict(role="user", content=3)]):
         with pytest.raises(InputError, match="prompt"):
             run.generate(bad, max_new_tokens=3)
     with pytest.raises(InputError, match="stop"):
