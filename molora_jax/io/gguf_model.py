@@ -37,7 +37,7 @@ _SPECIAL, _USER_DEFINED = 3, 4  # tokenizer.ggml.token_type
 
 
 _READ = frozenset(  # after the architecture's name
-    "attention.head_count attention.head_count_kv attention.key_length attention.value_length "
+    "attention.causal attention.head_count attention.head_count_kv attention.key_length attention.value_length "
     "attention.layer_norm_rms_epsilon attention.sliding_window block_count context_length embedding_length "
     "feed_forward_length vocab_size rope.freq_base rope.dimension_count rope.scale_linear rope.scaling.type "
     "rope.scaling.factor rope.scaling.original_context_length rope.scaling.attn_factor rope.scaling.yarn_beta_fast "
@@ -68,11 +68,28 @@ def hf_config(gguf: Gguf) -> dict:
     if _get(gguf, f"{arch}.expert_count", int, 0):
         raise InputError(f"{gguf.path}: {arch}.expert_count", got="an MoE model", expected="a dense one")
     _check_keys(gguf, arch)
+    if not _get(gguf, f"{arch}.attention.causal", bool, True):
+        raise InputError(
+            f"{gguf.path}: {arch}.attention.causal", got="false", expected="a model that sees no later token"
+        )
 
     def whole(key, default=None):
         return _get(gguf, f"{arch}.{key}", int, default)
 
-    heads, width = whole("attention.head_count"), whole("embedding_length")
+    def same(key, default=None):
+        """A number, or an array of the same one for each layer, as llama.cpp reads it."""
+        value = gguf.metadata.get(f"{arch}.{key}")
+        if not isinstance(value, np.ndarray):
+            return whole(key, default)
+        layers = whole("block_count")
+        if value.dtype.kind not in "iu" or len(value) != layers or len(set(value.tolist())) != 1:
+            raise InputError(
+                f"{gguf.path}: {arch}.{key}", got=f"{value.tolist()!r:.80}",
+                expected=f"one number for all {layers} layers", fix="Layers of several sizes are not implemented here.",
+            )  # fmt: skip
+        return int(value[0])
+
+    heads, width = same("attention.head_count"), whole("embedding_length")
     head_dim = whole("attention.key_length", width // max(heads, 1))
     for key in ("attention.value_length", "rope.dimension_count"):
         if whole(key, head_dim) != head_dim:
@@ -85,9 +102,9 @@ def hf_config(gguf: Gguf) -> dict:
         "model_type": arch,
         "num_hidden_layers": whole("block_count"),
         "hidden_size": width,
-        "intermediate_size": whole("feed_forward_length"),
+        "intermediate_size": same("feed_forward_length"),
         "num_attention_heads": heads,
-        "num_key_value_heads": whole("attention.head_count_kv", heads),
+        "num_key_value_heads": same("attention.head_count_kv", heads),
         "head_dim": head_dim,
         "vocab_size": gguf.entries["token_embd.weight"][0][0] if "token_embd.weight" in gguf.entries else 0,
         "max_position_embeddings": whole("context_length"),
@@ -100,10 +117,12 @@ def hf_config(gguf: Gguf) -> dict:
         "eos_token_id": gguf.metadata.get("tokenizer.ggml.eos_token_id"),
     }
     window = whole("attention.sliding_window", 0)
-    if window and arch == "llama":  # a Mistral; llama.cpp itself does not read it, transformers does
-        config |= {"model_type": "mistral", "architectures": ["MistralForCausalLM"], "sliding_window": window}
-    elif window:
-        config |= {"use_sliding_window": True, "sliding_window": window, "max_window_layers": 0}
+    if 0 < window < config["max_position_embeddings"]:  # llama.cpp gives these architectures full attention
+        raise InputError(
+            f"{gguf.path}: {arch}.attention.sliding_window", got=str(window),
+            expected="none, or one of the whole context: readers of GGUF do not agree which layers slide",
+            fix="Load this model as hf:ORG/NAME or dir:PATH, where config.json says it.",
+        )  # fmt: skip
     scaling = _scaling(gguf, arch, config["max_position_embeddings"])
     if "rope_freqs.weight" in gguf.entries:
         if scaling is not None:

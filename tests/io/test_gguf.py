@@ -121,6 +121,12 @@ def test_huge_declared_sizes_allocate_nothing(tmp_path):
         ({"llama.attention.value_length": 2}, (), "attention.value_length: got 2"),
         ({"llama.logit_scale": 0.5}, (), "llama.logit_scale: got 0.5"),
         ({}, ("tokenizer.ggml.pre",), "tokenizer.ggml.pre.*none, or 'default'"),
+        ({"llama.attention.causal": False}, (), "llama.attention.causal: got false"),
+        ({"llama.attention.causal": 0}, (), "llama.attention.causal: got 0"),
+        ({"llama.attention.head_count_kv": [2, 4]}, (), r"head_count_kv: got \[2, 4\]"),
+        ({"llama.attention.head_count_kv": [2]}, (), r"head_count_kv: got \[2\]"),
+        ({"llama.feed_forward_length": [24.0, 24.0]}, (), "feed_forward_length: got"),
+        ({"llama.attention.sliding_window": 8}, (), "llama.attention.sliding_window: got 8"),
         ({"llama.block_count": 3}, (), "blk.2.attn_norm.*no such tensor"),
         ({"llama.block_count": 1}, (), "blk.1"),
         ({"llama.embedding_length": 32}, (), "expected shape"),
@@ -135,6 +141,24 @@ def test_models_that_are_refused(tmp_path, metadata, drop, message):
     path.write_bytes(tiny_files.llama_gguf(metadata=metadata, drop=drop)[0])
     with pytest.raises(InputError, match=message):
         load_base(f"gguf:{path}")
+
+
+def test_metadata_that_changes_nothing(tmp_path):
+    wanted = _config_of(tmp_path, {})
+    for metadata in (
+        {"llama.attention.causal": True},
+        {"llama.attention.head_count_kv": [2, 2], "llama.attention.head_count": [4, 4]},
+        {"llama.feed_forward_length": [24, 24]},
+        {"llama.attention.sliding_window": 64},
+        {"llama.attention.sliding_window": 0},
+    ):
+        assert _config_of(tmp_path, metadata) == wanted
+
+
+def _config_of(tmp_path, metadata):
+    path = tmp_path / "model.gguf"
+    path.write_bytes(tiny_files.llama_gguf(metadata=metadata)[0])
+    return load_base(f"gguf:{path}").config
 
 
 def test_unknown_tensor_type(tmp_path):
