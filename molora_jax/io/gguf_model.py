@@ -89,7 +89,7 @@ def hf_config(gguf: Gguf) -> dict:
             )  # fmt: skip
         return int(value[0])
 
-    heads, width = same("attention.head_count"), whole("embedding_length")
+    heads, width = whole("attention.head_count"), whole("embedding_length")
     head_dim = whole("attention.key_length", width // max(heads, 1))
     for key in ("attention.value_length", "rope.dimension_count"):
         if whole(key, head_dim) != head_dim:

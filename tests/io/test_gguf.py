@@ -147,7 +147,7 @@ def test_metadata_that_changes_nothing(tmp_path):
     wanted = _config_of(tmp_path, {})
     for metadata in (
         {"llama.attention.causal": True},
-        {"llama.attention.head_count_kv": [2, 2], "llama.attention.head_count": [4, 4]},
+        {"llama.attention.head_count_kv": [2, 2]},
         {"llama.feed_forward_length": [24, 24]},
         {"llama.attention.sliding_window": 64},
         {"llama.attention.sliding_window": 0},

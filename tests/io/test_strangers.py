@@ -266,7 +266,7 @@ def special(path, kind):
     path.unlink(missing_ok=True)
     if kind == "FIFO":
         os.mkfifo(path)
-    elif kind == "folder":
+    elif kind == "directory":
         path.mkdir()
     elif kind == "device":
         path.symlink_to("/dev/zero")
@@ -275,7 +275,7 @@ def special(path, kind):
     return path
 
 
-@pytest.mark.parametrize("kind", ["FIFO", "folder", "device", "socket"])
+@pytest.mark.parametrize("kind", ["FIFO", "directory", "device", "socket"])
 def test_what_is_no_plain_file_is_refused_and_not_waited_for(folder, tmp_path, monkeypatch, kind):
     monkeypatch.chdir(tmp_path)  # a socket's path is short
     path = special(tmp_path / "x.gguf", kind)
@@ -293,7 +293,7 @@ def test_what_is_no_plain_file_is_refused_and_not_waited_for(folder, tmp_path, m
         special(folder / name, kind if kind != "socket" else "FIFO")
         with pytest.raises(InputError, match=f"{name}: got a .*, not a plain file"):
             load_base(f"dir:{folder}")
-        (folder / name).rmdir() if kind == "folder" else (folder / name).unlink()
+        (folder / name).rmdir() if kind == "directory" else (folder / name).unlink()
         if kept is not None:
             (folder / name).write_bytes(kept)
     load_base(f"dir:{folder}")
