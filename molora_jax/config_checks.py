@@ -184,6 +184,11 @@ def _data(config):
             yield wrong("data.valid", _shown(name), 'jsonl:PATH, or "" to hold out rows of data.tasks')
     yield from _resolved(data, "fields", resolve_fields)
     yield from _resolved(data, "template_args", resolve_template_args)
+    yield from raw_problems(data)
+
+
+def raw_problems(data):
+    """Fields of `config.data` that have no effect, or no meaning, with `data.raw`."""
     if data.get("raw") is True:
         for name in ("system", "template_args"):
             if data.get(name):

@@ -124,6 +124,9 @@ def _items(raw: bytes, path: str):
         at = skip(at)
         if text[at : at + 1] == ",":
             at = skip(at + 1)
+            if text[at : at + 1] == "]":
+                got = f"a comma after row {number}, the last one, which is not JSON"
+                raise InputError(path, got=got, expected="one list of JSON objects", fix="Take the comma out.")
         elif text[at : at + 1] != "]":
             got = f"{shown(text[at : at + 60])} after row {number}" if text[at:] else f"no end after row {number}"
             raise InputError(path, got=got, expected="one list of JSON objects", fix="Write the file again.")

@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 
-from molora_jax.config_checks import check_value, raise_all
+from molora_jax.config_checks import check_value, raise_all, raw_problems
 from molora_jax.config_fields import FIELDS
 from molora_jax.config_resolve import resolve_fields, resolve_template_args
 
@@ -34,6 +34,7 @@ class Options:
         values = {name: getattr(config_data, name, field.default) for name, field in known.items()}
         raise_all(
             [problem for name, field in known.items() for problem in check_value(f"data.{name}", values[name], field)]
+            or list(raw_problems(values))
         )
         resolve_template_args(values["template_args"])
         resolve_fields(values["fields"])

@@ -47,8 +47,10 @@ class Read:
             return
         example, why = min(refused, key=lambda pair: pair[0].row)
         where = f"{self.path}, row {example.row}" if self.path else f"data.tasks, task {self.name!r}"
-        skip = 'Correct the row, or set `data.bad_rows="skip"`.' if self.path else f"The item: {example.prompt!r:.80}"
-        fix = why.fix if "bad_rows" in why.fix else f"{why.fix} {skip}".strip()
+        skip = 'Correct the row, or set `data.bad_rows="skip"`.'
+        if why.fix:
+            skip = why.fix if "bad_rows" in why.fix else f'{why.fix} `data.bad_rows="skip"` leaves such rows out.'
+        fix = skip if self.path else f"{why.fix} The item: {example.prompt!r:.80}".strip()
         error = InputError(where, got=why.got, expected=why.expected, fix=fix)
         if bad_rows == "error" or not self.path:
             raise error
@@ -133,7 +135,11 @@ def _read_file(raw: bytes, *, path: str, options: Options) -> list[Read]:
             read.examples.append(example)
     kept = {name: read for name, read in found.items() if read.examples}
     if not kept:
-        reasons = f"{bad.total()} bad rows" if not found else f"{bad.total()} bad rows, the others of weight 0,"
+        weightless = sum(read.dropped["weight 0"] for read in found.values())
+        reasons = [f"{bad.total()} bad rows"] * bool(bad or not found) + [f"{weightless} rows of weight 0"] * bool(
+            found
+        )
+        reasons = ", ".join(reasons)
         fix = f"First: {first_error}" if first_error else "Give a weight of 1 to an answer, or leave the file out."
         raise InputError(path, got=f"{reasons} and no good one", expected="at least one good row", fix=fix)
     if not options.file_tasks and len(kept) > 1:

@@ -195,10 +195,12 @@ def _cut(marks, chat, results, longest) -> _Cut | Refused:
         if place is None and is_last and tagged:  # the tags say where it is
             place = _Place(tagged[-1][0], *tagged[-1], marks.end(full, tagged[-1][1], len(full)))
         if place is None:
+            ways = ["set the template's arguments (data.template_args)", "leave the reasoning out of the row"]
+            ways += [] if is_last else ["train on the last turn only"]
             return Refused(
                 f"a template that renders turn {i + 1} in another way than what it is given",
                 "the assistant's text as it was given, behind its prompt",
-                "Use a template that keeps the turns as they are, or train on the last turn only.",
+                f"Use a template that keeps the turns as they are, {', or '.join(ways)}.",
             )
         found[i], low = place, place.stop
     last = found[chat.needed[-1]]

@@ -11,6 +11,8 @@ Beside them: task, system, history, input, tools, weight. `data.format="auto"` t
 A field that could change what is asked or answered (`MEANINGFUL`) is used or the row refused; others are counted.
 """
 
+import re
+
 from molora_jax.data.example import Example
 from molora_jax.data.jsonl import BadRow, kind
 from molora_jax.data.options import Options
@@ -32,6 +34,7 @@ RAW = {
     "alpaca": ([("instruction", "output")], ("input", "weight")),
 }
 MOST_NAME = 100  # characters of a task's name
+TASK = re.compile(r"\w([\w .+@#&()='-]*[\w.+@#&()='-])?")  # what `schedule.*.tasks` can name: no comma, no path
 MEANINGFUL = frozenset(
     "answer answers argument arguments assistant audio audios background bot chat_template_kwargs choices chosen "
     "completion context conversation conversations developer dialog dialogue document documents examples few_shot "
@@ -52,12 +55,16 @@ def to_example(row: dict, number: int, options: Options) -> tuple[Example | None
     task = row.get("task")
     if not isinstance(task, (str, type(None))):
         raise BadRow(f"task of type {kind(task)}", "a string")
-    if task and (len(task) > MOST_NAME or not task.isprintable()):
-        raise BadRow(f"task {task!r:.60} of {len(task):,} characters", f"a name of at most {MOST_NAME}, on one line")
+    if task and not (len(task) <= MOST_NAME and TASK.fullmatch(task)):
+        raise BadRow(
+            f"task {task!r:.60} of {len(task):,} characters",
+            f"a name of at most {MOST_NAME}: letters, digits, and spaces or any of _ - . + @ # & ( ) = ' inside it",
+        )
     form, keys = _form(row, options)
     may = (RAW if options.raw else FORMS)[form][1]
     for name, value in row.items():
-        if name in (*keys, *may, "task") or value in (None, "", [], {}):
+        turns = name in ("messages", "conversations") and value == []  # a form's own field, if without a turn
+        if name in (*keys, *may, "task") or (value in (None, "", [], {}) and not turns):
             continue
         if name in MEANINGFUL and not (options.format != "auto" and _is_key(name)):
             raise BadRow(

@@ -289,3 +289,57 @@ def test_a_row_of_many_turns_is_rendered_once_as_it_is(tmp_path):
     assert [len(one["messages"]) for one in seen] == [601, 600]
     with pytest.raises(InputError, match="row 1: got 4,000 turns with 2,000 answers to train on.*Cut the conversation"):
         make(tmp_path, [chat(*[U, A] * 2000)], train_on="all")
+
+
+@pytest.mark.parametrize(
+    "name", ["../../x", "x,y", "a\tb", " a", "a ", ".x", "a/b", "a\\b", "x" * 101, "jsonl:x", "  "]
+)
+def test_a_task_is_named_as_a_stage_can_name_it(tmp_path, name):
+    rows = [dict(prompt="p", target="t", task=name)]
+    with pytest.raises(InputError, match="row 1: got task .*letters, digits"):
+        make(tmp_path, rows)
+    good = ["", "a b", "v1.2-x_y", "Übung", "C++", "1"]
+    rows = [dict(prompt=f"p{i}", target="t", task=task) for i, task in enumerate(good)] + rows
+    report = make(tmp_path, rows, bad_rows="skip").report()["tasks"]
+    assert list(report) == ["d", *good[1:]] and sum(row.get("bad_rows", 0) for row in report.values()) == 1
+
+
+def test_raw_without_what_it_cannot_use(tmp_path):
+    with pytest.raises(InputError, match="data.system"):
+        make(tmp_path, [dict(text="abc")], raw=True, system="S")
+    for turns in ([], [dict(role="user", content="a")]):
+        for name in ("messages", "conversations"):
+            with pytest.raises(InputError, match=f"row 1: got a field '{name}'"):
+                make(tmp_path, [dict(text="abc", **{name: turns})], raw=True)
+
+
+def test_a_list_with_a_comma_behind_its_last_row_is_not_json(tmp_path):
+    row = json.dumps(dict(prompt="a", target="b"))
+    for text, got in (
+        (f"[{row},\n]", "a comma after row 1"),
+        ("[,]", "row 1 of the list"),
+        (f"[{row},,{row}]", "row 2"),
+    ):
+        (tmp_path / "d.json").write_text(text)
+        with pytest.raises(InputError, match=got):
+            build(config(f"jsonl:{tmp_path}/d.json"), tokenizer=CHATML, batch_size=1, seed=0)
+
+
+def test_what_messages_advise(tmp_path):
+    def refusal(rows, **changes):
+        with pytest.raises(InputError) as error:
+            make(tmp_path, rows, **changes)
+        return str(error.value)
+
+    long = refusal([chat(U, ("assistant", "x" * 1_000_001))])
+    assert "Cut the row. `data.bad_rows" in long and "Correct the row" not in long
+    nothing = refusal([chat(U, A, weight=0), chat(U, ("assistant", "b"), weight=0)])
+    assert "got 2 rows of weight 0 and no good one" in nothing and "weight of 1" in nothing
+    both = refusal([chat(U, A, weight=0), dict(prompt=1, target="x")], bad_rows="skip")
+    assert "got 1 bad rows, 1 rows of weight 0 and no good one" in both
+    upper = "{% for m in messages %}[{{ m.content | upper }}]<|im_end|>{% endfor %}"
+    shouts = Tokenizer(CHATML.inner, eos="<|im_end|>", template="x{{ messages | length }}" + upper)
+    talk = chat(U, ("assistant", "abc"), U, ("assistant", "abd"))
+    last, every = (refusal([talk], tokenizer=shouts, train_on=which) for which in ("last", "all"))
+    assert "turn 4 in another way" in last and "data.template_args" in last and "last turn only" not in last
+    assert "turn 2 in another way" in every and "last turn only" in every
