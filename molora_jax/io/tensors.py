@@ -7,7 +7,6 @@ package would copy each tensor once more. bfloat16 comes from ml_dtypes.
 Source of the format: the `safetensors` README (header at most 100 MB, offsets within the file).
 """
 
-import itertools
 import json
 import math
 import mmap
@@ -56,7 +55,7 @@ def read(path: str | pathlib.Path) -> dict:
     if length > min(_MAX_HEADER, size - 8):
         fail(f"a header of {length} bytes in a file of {size}", "a header that fits (is it a safetensors file?)")
     try:
-        header = json.loads(buffer[8 : 8 + length], object_pairs_hook=_once)
+        header = json.loads(buffer[8 : 8 + length], object_pairs_hook=_once, parse_constant=_constant)
         if not isinstance(header, dict):
             raise ValueError  # noqa: TRY004
     except Repeated as error:
@@ -67,6 +66,9 @@ def read(path: str | pathlib.Path) -> dict:
     views, ranges = {}, []
     for name, entry in header.items():
         if name == "__metadata__":
+            texts = entry is None or (isinstance(entry, dict) and all(isinstance(v, str) for v in entry.values()))
+            if not texts:
+                fail(shown(entry), "an object of texts", f"{path}: __metadata__")
             continue
         where = f"{path}: tensor {shown(name, 200)}"
         try:
@@ -92,14 +94,28 @@ def read(path: str | pathlib.Path) -> dict:
     total = sum(view.nbytes for view in views.values())
     if total > len(data):  # many names for the same bytes: a small file that grows when it is copied
         fail(f"{total} declared bytes", f"at most the {len(data)} that the file has")
-    for (_, end, name), (begin, _, other) in itertools.pairwise(sorted(r for r in ranges if r[0] < r[1])):
-        if begin < end:
-            fail(f"bytes of tensor {shown(name)}", "bytes of its own", f"{path}: tensor {shown(other, 200)}")
+    at, last = 0, ""  # the tensors fill the data without a gap (empty ones may lie anywhere)
+    for begin, end, name in sorted(r for r in ranges if r[0] < r[1]):
+        if begin < at:
+            fail(f"bytes of tensor {shown(last)}", "bytes of its own", f"{path}: tensor {shown(name, 200)}")
+        if begin > at:
+            fail(
+                f"{begin - at} bytes of no tensor before it",
+                "tensors without a gap",
+                f"{path}: tensor {shown(name, 200)}",
+            )
+        at, last = end, name
+    if at != len(data):
+        fail(f"{len(data) - at} bytes behind the last tensor", "a file that its tensors fill")
     return views
 
 
 class Repeated(ValueError):
     """A key that a JSON object has twice."""
+
+
+def _constant(name):
+    raise ValueError(f"{name} is not JSON")
 
 
 def _once(pairs):
@@ -117,7 +133,7 @@ def read_index(path: pathlib.Path) -> dict[str, str]:
       InputError: no JSON, a tensor named twice, a name that is no file name.
     """
     try:
-        index = json.loads(plain(path).read_text(encoding="utf-8"), object_pairs_hook=_once)
+        index = json.loads(plain(path).read_text(encoding="utf-8-sig"), object_pairs_hook=_once)
     except OSError as error:
         raise InputError(str(path), got=error.strerror or str(error), expected="a readable file") from None
     except Repeated as error:

@@ -332,7 +332,7 @@ def _templates(folder, config, where) -> tuple[str | None, str | None]:
 
 def _read_text(path: pathlib.Path) -> str:
     try:
-        return plain(path).read_text(encoding="utf-8")
+        return plain(path).read_text(encoding="utf-8-sig")
     except OSError as error:
         raise InputError(str(path), got=error.strerror or str(error), expected="a readable file") from None
     except ValueError:
@@ -346,7 +346,7 @@ def _optional(path: pathlib.Path) -> dict:
 def read_json(path: pathlib.Path) -> dict:
     """Raises InputError where the file is missing or holds no JSON object."""
     try:
-        value = json.loads(plain(path).read_text(encoding="utf-8"))
+        value = json.loads(plain(path).read_text(encoding="utf-8-sig"))  # some editors put a BOM in front
         if not isinstance(value, dict):
             raise ValueError("not an object")  # noqa: TRY004
     except OSError as error:

@@ -6,6 +6,7 @@ no list is refused where its name sounds like arithmetic (`SOUNDS`) and is set; 
 configs carry marks of many tools, and a model must not be lost to each new one.
 """
 
+import math
 import re
 
 from molora_jax.errors import InputError
@@ -34,14 +35,15 @@ HARMLESS = frozenset(
 )
 
 _HEAD = object()  # the head size
+_SCALE = object()  # one over its root
 MATTER = {  # field -> values that say "off"; null, false and empty always do
     "partial_rotary_factor": (1,), "rotary_pct": (1,), "rotary_percentage": (1,), "rotary_dim": (_HEAD,),
     "rope_dim": (_HEAD,), "qk_rope_head_dim": (_HEAD,), "rope_ratio": (1,), "rope_interleaved": (),
     "rope_interleave": (), "use_rope": (True,), "no_rope_layers": (), "no_rope_layer_interval": (0,),
     "nope_layer_interval": (0,), "alibi": (), "position_embedding_type": ("rope", "rotary", "absolute", "default"),
     "attn_logit_softcapping": (0,), "final_logit_softcapping": (0,), "logit_softcapping": (0,), "clip_qkv": (0,),
-    "query_pre_attn_scalar": (_HEAD,), "attention_multiplier": (), "softmax_scale": (), "embedding_multiplier": (1,),
-    "residual_multiplier": (1,), "logits_scaling": (1,), "logit_scale": (1,), "output_multiplier": (1,),
+    "query_pre_attn_scalar": (_HEAD,), "attention_multiplier": (_SCALE,), "softmax_scale": (_SCALE,),
+    "embedding_multiplier": (1,), "residual_multiplier": (1,), "logits_scaling": (1,), "logit_scale": (1,), "output_multiplier": (1,),
     "scale_emb": (1,), "scale_depth": (), "dim_model_base": (_HEAD,), "scale_attn_weights": (True,),
     "attn_temperature_tuning": (0,), "attention_chunk_size": (0,), "attention_type": ("full", "full_attention"),
     "attention_window_size": (0,), "sliding_window_pattern": (0, 1), "window_size": (0,),
@@ -83,7 +85,10 @@ def check(config: dict, *, where: str, head_dim: int) -> list[str]:
         if name == "auto_map":
             _custom_code(value, where)
             continue
-        neutral = [head_dim if off is _HEAD else off for off in MATTER.get(name, ())]
+        if name == "no_rope_layers" and isinstance(value, list) and all(type(v) is int and v == 1 for v in value):
+            continue  # SmolLM3's and Llama 4's way to say that every layer has positions
+        scale = value if _is_scale(value, head_dim) else None
+        neutral = [{_HEAD: head_dim, _SCALE: scale}.get(off, off) for off in MATTER.get(name, ())]
         if any(type(value) is type(off) and value == off for off in neutral) or (
             type(value) in (int, float) and any(type(off) is int and value == off for off in neutral)
         ):
@@ -97,6 +102,10 @@ def check(config: dict, *, where: str, head_dim: int) -> list[str]:
             )  # fmt: skip
         unknown.append(name)
     return unknown
+
+
+def _is_scale(value, head_dim) -> bool:
+    return type(value) is float and math.isclose(value, head_dim**-0.5, rel_tol=1e-6)
 
 
 def _custom_code(value, where):

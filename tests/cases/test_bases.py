@@ -55,12 +55,16 @@ def test_off_harmless_and_unknown_fields():
     notes = []
     off = {"partial_rotary_factor": 1.0, "rotary_dim": 4, "alibi": False, "attn_logit_softcapping": None,
            "logits_scaling": 1.0, "quantization_config": None, "num_experts": 0, "attention_bias": False,
-           "layer_types": ["full_attention"] * 2, "query_pre_attn_scalar": 4, "residual_multiplier": 1}  # fmt: skip
+           "layer_types": ["full_attention"] * 2, "query_pre_attn_scalar": 4, "residual_multiplier": 1,
+           "attention_multiplier": 0.5, "no_rope_layers": [1, 1]}  # fmt: skip
     harmless = {"use_cache": True, "torch_dtype": "bfloat16", "pretraining_tp": 2, "auto_map": {"AutoConfig": "c.C"}}
     strange = {"x_note": "hi", "deep": [[[]]]}
     found = from_hf(config(**off, **harmless, **strange), where="config.json", note=notes.append)
     assert found == read()
     assert notes == ["config.json: not read: x_note, deep"]
+    for name, value in dict(attention_multiplier=1.0, softmax_scale=0.5001, no_rope_layers=[1, True]).items():
+        with pytest.raises(InputError, match=name):  # 1.0 is not the usual 1 / sqrt(4)
+            read(**{name: value})
 
 
 @pytest.mark.parametrize(

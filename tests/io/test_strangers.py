@@ -57,6 +57,13 @@ def entry(begin, end):
         (f'{{"a": {entry(0, 16)}, "b": {entry(8, 24)}}}', "tensor b: got bytes of tensor a"),
         (f'{{"b": {entry(0, 64)}, "a": {entry(4, 4)}, "c": {entry(0, 0)}}}', None),
         (f'{{"a": {entry(0, 16)}, "a": {entry(16, 32)}}}', "two entries named a"),
+        (f'{{"a": {entry(0, 16)}, "b": {entry(24, 64)}}}', "tensor b: got 8 bytes of no tensor before it"),
+        (f'{{"a": {entry(8, 64)}}}', "tensor a: got 8 bytes of no tensor before it"),
+        (f'{{"a": {entry(0, 48)}}}', "got 16 bytes behind the last tensor"),
+        ("{}", "got 64 bytes behind the last tensor"),
+        (f'{{"__metadata__": [1], "a": {entry(0, 64)}}}', r"__metadata__: got \[1\]"),
+        (f'{{"__metadata__": {{"a": 1}}, "a": {entry(0, 64)}}}', "__metadata__: got"),
+        (f'{{"a": {entry(0, 64)[:-1]}, "x": NaN}}}}', "no JSON object"),
         ('{"a": ' * 2000 + "1" + "}" * 2000, "no JSON object"),
         ('{"\\ud800": 1}', r"tensor \\ud800: got an entry without dtype"),
         ('{"a\\u0000b": {"dtype": "\\ud800", "shape": [1], "data_offsets": [0, 4]}}', r"dtype '\\+ud800'"),
@@ -67,6 +74,8 @@ def test_safetensors_headers(tmp_path, header, message):
     if message is None:
         assert set(tensors.read(path)) == {"a", "b", "c"}
         return
+    with pytest.raises(safetensors.SafetensorError):  # the official reader
+        safetensors.numpy.load_file(path)
     with pytest.raises(InputError, match=message) as error:
         tensors.read(path)
     str(error.value).encode()  # it can be printed
@@ -297,3 +306,15 @@ def test_what_is_no_plain_file_is_refused_and_not_waited_for(folder, tmp_path, m
         if kept is not None:
             (folder / name).write_bytes(kept)
     load_base(f"dir:{folder}")
+
+
+def test_json_files_with_a_byte_order_mark(folder, tmp_path):
+    (folder / "chat_template.jinja").write_text("[{{ messages[0].content }}]")
+    before = load_base(f"dir:{folder}")
+    for name in ("config.json", "tokenizer_config.json", "generation_config.json", "chat_template.jinja"):
+        (folder / name).write_bytes(b"\xef\xbb\xbf" + (folder / name).read_bytes())
+    after = load_base(f"dir:{folder}")
+    assert after.config == before.config and after.tokenizer.digest() == before.tokenizer.digest()
+    talk = [dict(role="user", content="hi")]
+    (tmp_path / "talk.json").write_bytes(b"\xef\xbb\xbf" + json.dumps(talk).encode())
+    assert read_messages(tmp_path / "talk.json") == (talk, None)
