@@ -248,7 +248,9 @@ def _place(marks, chat, i, full, prompt, low, high) -> _Place | None:
     high = max(high, begin)
     turn = chat.turns[i]
     text = _text(turn)
-    at = marks.find(full[begin:high], text, from_end=not exact and is_last)
+    # a header or thoughts between prompt and text may hold the same letters: "a" stands in "assistant"
+    later = is_last and bool(text.strip()) and not full[begin:high].lstrip().startswith(text.strip())
+    at = marks.find(full[begin:high], text, from_end=is_last and (later or not exact))
     end = None if at is None and not exact else marks.end(full, begin + (at[1] if at else 0), high)
     if at is None and not (exact and (is_last or end) and full[begin:high].strip()):
         return None

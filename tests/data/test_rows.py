@@ -343,3 +343,20 @@ def test_what_messages_advise(tmp_path):
     last, every = (refusal([talk], tokenizer=shouts, train_on=which) for which in ("last", "all"))
     assert "turn 4 in another way" in last and "data.template_args" in last and "last turn only" not in last
     assert "turn 2 in another way" in every and "last turn only" in every
+
+
+def test_the_end_of_a_text_stays(tmp_path):
+    data = make(tmp_path, [dict(text="x" * 100 + "the end")], raw=True, seq_len=16, overlong="truncate")
+    ids = data.splits["train"].tokens(0)
+    assert CHATML.decode(ids).endswith("xthe end<|im_end|>") and len(ids) == 17
+
+
+def test_a_template_without_a_generation_prompt_makes_the_header_part_of_the_answer(tmp_path):
+    template = "{% for m in messages %}[{{ m.role }}] {{ m.content }}\n{% endfor %}"
+    tokenizer = Tokenizer(CHATML.inner, eos="<|im_end|>", template=template)
+    assert texts(make(tmp_path, [chat(U, A)], tokenizer=tokenizer)) == [("[user] q\n", "[assistant] a<|im_end|>")]
+    none = Tokenizer(CHATML.inner, bos="<|bos|>", eos="<|im_end|>", add_bos=True)
+    assert texts(make(tmp_path, [chat(U, A)], tokenizer=none)) == [("<|bos|>user: q\nassistant:", " a<|im_end|>")]
+    own = chat(("system", "mine"), U, A)
+    assert "mine" in texts(make(tmp_path, [own], system="yours"))[0][0]
+    assert "yours" not in texts(make(tmp_path, [own], system="yours"))[0][0]
