@@ -13,6 +13,7 @@ import pathlib
 
 from launch import flags
 from molora_jax.errors import InputError
+from molora_jax.io.files import plain
 
 FLAGS = [
     ("--workdir", dict(metavar="DIR", help="the folder of a run")),
@@ -57,7 +58,7 @@ def read_messages(path) -> tuple[list, list | None]:
     """
     where, expected = f"--messages={path}", 'JSON: a list of {"role": ..., "content": ...}, or {"messages": [...]}'
     try:
-        value = json.loads(pathlib.Path(path).expanduser().read_text(encoding="utf-8"))
+        value = json.loads(plain(pathlib.Path(path).expanduser()).read_text(encoding="utf-8"))
     except OSError as error:
         raise InputError(where, got=error.strerror or str(error), expected="a readable file") from None
     except (ValueError, RecursionError) as error:

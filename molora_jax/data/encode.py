@@ -128,8 +128,6 @@ def _encode(read: Read, *, tokenizer, options: Options) -> dict[str, np.ndarray]
             expected="one whose answers can end",
             fix="Name an eos_token in its tokenizer_config.json.",
         )
-    if not options.raw:
-        traces.drop_untraced(read, tokenizer, options)
     encoded = render.encode_examples(
         tokenizer, read.examples, system=options.system, train_on=options.train_on,
         template_args=resolve_template_args(options.template_args),
@@ -137,6 +135,7 @@ def _encode(read: Read, *, tokenizer, options: Options) -> dict[str, np.ndarray]
     refused = [(e, one) for e, one in zip(read.examples, encoded, strict=True) if isinstance(one, render.Refused)]
     read.leave_out(refused, bad_rows=options.bad_rows)
     encoded = [one for one in encoded if not isinstance(one, render.Refused)]
+    encoded = traces.drop_untraced(read, encoded, system=options.system, bad_rows=options.bad_rows)
     if not encoded:
         return None
     ids = np.concatenate([np.asarray(one.ids, np.int32) for one in encoded])

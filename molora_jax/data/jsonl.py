@@ -10,6 +10,7 @@ import math
 import pathlib
 
 from molora_jax.errors import InputError
+from molora_jax.io.files import plain
 
 BOM = b"\xef\xbb\xbf"  # what Windows puts before UTF-8 text
 MOST_BYTES = 10_000_000  # of a row
@@ -41,7 +42,7 @@ def content(path: str, *, field: str = "data.tasks") -> bytes:
     """
     where = f"{field}, jsonl:{path}"
     try:
-        raw = pathlib.Path(path).expanduser().read_bytes()
+        raw = plain(pathlib.Path(path).expanduser()).read_bytes()
     except (OSError, ValueError, RuntimeError) as error:
         reason = getattr(error, "strerror", None) or str(error)
         raise InputError(where, got=reason, expected="a readable file", fix="Correct the path.") from error

@@ -23,9 +23,12 @@ import os
 import re
 
 from molora_jax.data.example import Example
+from molora_jax.data.traces import untraced
 from molora_jax.io.templates import characters
 
 LONGEST = 1_000_000  # characters of a row: encoding more takes seconds and memory, and no run's `seq_len` holds it
+MOST_RENDERED = 100_000_000  # characters for a row with many answers to train on: each renders all before it
+TURN = 100  # characters that a turn costs beside its own
 CHUNK = 512  # examples rendered and encoded together
 _REFUSED = "a conversation that the chat template renders"
 
@@ -33,12 +36,14 @@ _REFUSED = "a conversation that the chat template renders"
 @dataclasses.dataclass(frozen=True)
 class Ids:
     """One example, n ids. loss_mask: n times 0 or 1. context: how many ids stand before the last answer; 0 in plain
-    text, which is all answer. lead: how many of the answer's ids the template puts before its text."""
+    text, which is all answer. lead: how many of the answer's ids the template puts before its text. untraced: parts of
+    the row that the template does not write (`traces.py`)."""
 
     ids: list[int]
     loss_mask: list[int]
     context: int
     lead: int = 0
+    untraced: tuple[tuple[str, str], ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,7 +69,7 @@ def encode_examples(
     out, more = [], dict(system=system, train_on=train_on, template_args=template_args or {})
     for first in range(0, len(examples), CHUNK):
         chunk = examples[first : first + CHUNK]
-        results = [_too_long(example, longest) for example in chunk]
+        results = [_too_long(example, longest) or _too_many(tokenizer, example, train_on) for example in chunk]
         for kind, work in ((True, _plain), (False, _chats)):
             indices = [i for i, e in enumerate(chunk) if results[i] is None and (e.text is not None) == kind]
             if indices:
@@ -89,6 +94,19 @@ def _too_long(example, longest) -> Refused | None:
     else:
         size = characters([example.turns, example.tools, example.text])
     return None if size <= longest else Refused(f"{size:,} characters", f"at most {longest:,}", "Cut the row.")
+
+
+def _too_many(tokenizer, example, train_on) -> Refused | None:
+    """Every answer that is trained on renders the turns before it: a long conversation with many of them is refused."""
+    weights = example.weights or [train_on == "all" and turn["role"] == "assistant" for turn in example.turns or ()]
+    answers = sum(map(bool, weights))
+    if answers < 100 or _tags(tokenizer):
+        return None
+    cost = answers * (characters(example.turns) + TURN * len(example.turns)) // 2
+    if cost <= MOST_RENDERED:
+        return None
+    got = f"{len(example.turns):,} turns with {answers:,} answers to train on"
+    return Refused(got, "fewer, for each of them is rendered with all before it", "Cut the conversation into rows.")
 
 
 def _plain(tokenizer, examples):
@@ -139,6 +157,7 @@ class _Chat:
         else:
             self.trained = set(answers) if train_on == "all" else {last}
         self.answers = answers
+        self.special = len(self.turns) > 2 or example.turns is not None or example.tools is not None
         self.tagged = tagged
         self.needed = [last] if tagged else sorted(self.trained | {last})
         self.num_requests = 1 + len(self.needed)
@@ -153,7 +172,8 @@ class _Chat:
 @dataclasses.dataclass(frozen=True)
 class _Cut:
     """A rendered conversation up to the end of its answer: `text`, the characters where the last answer and its own
-    text begin, spans of characters that are trained on, and whether `eos_id` is to follow (and be trained on)."""
+    text begin, spans of characters that are trained on, whether `eos_id` is to follow (and be trained on), and
+    the parts of the row that are not written."""
 
     text: str
     begin: int
@@ -161,6 +181,7 @@ class _Cut:
     spans: list[tuple[int, int]]
     add_end: bool
     train_end: bool
+    untraced: tuple[tuple[str, str], ...]
 
 
 def _cut(marks, chat, results, longest) -> _Cut | Refused:
@@ -196,7 +217,10 @@ def _cut(marks, chat, results, longest) -> _Cut | Refused:
         trained = chat.needed[-1] in chat.trained
     if chat.tagged and trained and last.end is not None:  # else no answer of the model would ever end
         spans = [*spans, last.end]
-    return _Cut(full[:stop], last.begin, last.text_begin, spans, add_end=last.end is None, train_end=trained)
+    prompt = prompts[-1]
+    begin = len(prompt) if full.startswith(prompt) else len(os.path.commonprefix([full, prompt]))
+    lost = untraced(chat.turns, chat.tools, full, begin) if chat.special else ()
+    return _Cut(full[:stop], last.begin, last.text_begin, spans, last.end is None, trained, lost)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -260,7 +284,7 @@ class _Marks:
         texts = [text for text in tokenizer.added_tokens if not text.isspace()]
         ends = {tokenizer.token_text(i) for i in tokenizer.end_ids}
         self.special, self.ends = _pattern(texts), _pattern(ends & set(texts))
-        self.generation = bool(re.search(r"\{%[-+]?\s*generation\s*[-+]?%\}", tokenizer.template or ""))
+        self.generation = _tags(tokenizer)
 
     def find(self, tail: str, text: str, *, from_end: bool) -> tuple[int, int] | None:
         """Where `text` stands in `tail`: as it is, else without the white space around it.
@@ -283,6 +307,10 @@ class _Marks:
         """The first end token of `full[start:stop]`."""
         match = self.ends.search(full, start, stop)
         return match.span() if match else None
+
+
+def _tags(tokenizer) -> bool:
+    return bool(re.search(r"\{%[-+]?\s*generation\s*[-+]?%\}", tokenizer.template or ""))
 
 
 def _pattern(texts) -> re.Pattern:
@@ -336,7 +364,7 @@ def _ids(tokenizer, cut: _Cut, encoded) -> Ids | Refused:
         return Refused("a conversation whose template writes nothing before the answer", "some context")
     if not any(mask[1:]):
         return Refused("no turn to train on", "an assistant turn with weight 1")
-    return Ids(ids, mask, context, max(0, text_at - context))
+    return Ids(ids, mask, context, max(0, text_at - context), cut.untraced)
 
 
 def _encode(tokenizer, texts) -> list:

@@ -10,6 +10,7 @@ from molora_jax import config_defaults, identity
 from molora_jax.config_fields import TASKS
 from molora_jax.errors import InputError
 from molora_jax.io import steps as steps_lib
+from molora_jax.io.files import plain
 from molora_jax.io.manifest import read_manifest
 
 FIX = "Give the --workdir of a run of launch.train."
@@ -130,7 +131,7 @@ def fingerprint(workdir, step: int) -> str | None:
 def read_object(path: pathlib.Path) -> dict:
     """Raises InputError where a file holds no JSON object."""
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = json.loads(plain(path).read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
         raise InputError(str(path), got=f"no JSON ({error})", expected="the file as launch.train wrote it") from None
     if not isinstance(value, dict):

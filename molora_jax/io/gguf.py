@@ -23,6 +23,7 @@ import numpy as np
 
 from molora_jax.errors import InputError
 from molora_jax.io import quants
+from molora_jax.io.files import plain
 
 _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 _STRING, _ARRAY = 8, 9
@@ -93,7 +94,7 @@ class _Cursor:
 def check_magic(path: str | pathlib.Path) -> None:
     """Raises InputError where the file cannot be read or does not start as GGUF does."""
     try:
-        with open(path, "rb") as file:
+        with open(plain(path), "rb") as file:
             magic = file.read(4)
     except OSError as error:
         raise InputError(str(path), got=error.strerror or str(error), expected="a readable GGUF file") from None

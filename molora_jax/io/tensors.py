@@ -18,6 +18,7 @@ import ml_dtypes
 import numpy as np
 
 from molora_jax.errors import InputError
+from molora_jax.io.files import plain
 from molora_jax.models.hf_fields import quoted, shown
 
 DTYPES = {
@@ -43,7 +44,7 @@ def read(path: str | pathlib.Path) -> dict:
         raise InputError(where, got=got, expected=expected, fix=_FIX) from None
 
     try:
-        with open(path, "rb") as file:
+        with open(plain(path), "rb") as file:
             size = os.fstat(file.fileno()).st_size
             if size < 8:
                 fail(f"a file of {size} bytes", "a safetensors file")
@@ -116,7 +117,7 @@ def read_index(path: pathlib.Path) -> dict[str, str]:
       InputError: no JSON, a tensor named twice, a name that is no file name.
     """
     try:
-        index = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_once)
+        index = json.loads(plain(path).read_text(encoding="utf-8"), object_pairs_hook=_once)
     except OSError as error:
         raise InputError(str(path), got=error.strerror or str(error), expected="a readable file") from None
     except Repeated as error:

@@ -21,6 +21,7 @@ import tokenizers
 
 from molora_jax.errors import InputError
 from molora_jax.io import templates
+from molora_jax.io.files import plain
 from molora_jax.io.templates import CHATML
 
 LARGEST_ID = 1 << 24
@@ -268,7 +269,7 @@ def _read_inner(path: pathlib.Path):
     fix = "Save the model with a fast tokenizer, so that tokenizer.json is written."
     expected = "a tokenizer of the `tokenizers` package"
     try:
-        raw = path.read_bytes()
+        raw = plain(path).read_bytes()
     except OSError as error:
         raise InputError(str(path), got=error.strerror or str(error), expected=expected, fix=fix) from None
     # the package cuts this prefix off the second part of each merge without looking, and aborts inside a character
@@ -331,7 +332,7 @@ def _templates(folder, config, where) -> tuple[str | None, str | None]:
 
 def _read_text(path: pathlib.Path) -> str:
     try:
-        return path.read_text(encoding="utf-8")
+        return plain(path).read_text(encoding="utf-8")
     except OSError as error:
         raise InputError(str(path), got=error.strerror or str(error), expected="a readable file") from None
     except ValueError:
@@ -345,7 +346,7 @@ def _optional(path: pathlib.Path) -> dict:
 def read_json(path: pathlib.Path) -> dict:
     """Raises InputError where the file is missing or holds no JSON object."""
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = json.loads(plain(path).read_text(encoding="utf-8"))
         if not isinstance(value, dict):
             raise ValueError("not an object")  # noqa: TRY004
     except OSError as error:

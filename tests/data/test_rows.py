@@ -5,7 +5,7 @@ import pathlib
 
 import pytest
 
-from molora_jax.data import build
+from molora_jax.data import build, traces
 from molora_jax.data.jsonl import BadRow
 from molora_jax.data.options import Options
 from molora_jax.data.rows import to_example
@@ -251,3 +251,41 @@ def test_files_of_other_formats_are_named(tmp_path, start):
     (tmp_path / "f.jsonl").write_bytes(start + b"\0" * 20)
     with pytest.raises(InputError, match="f.jsonl: got (a|UTF-16) .*JSON object a line, in UTF-8"):
         build(config(f"jsonl:{tmp_path}/f.jsonl"), tokenizer=ByteTokenizer(), batch_size=1, seed=0)
+
+
+def test_what_a_template_writes_is_found_in_the_text_that_it_writes():
+    call = dict(type="function", function=dict(name="get_weather", arguments=dict(city="Zürich", day="Monday")))
+    tools = [dict(function=dict(name="get_weather", description="The weather in <a city>"))]
+    turns = [
+        dict(role="system", content="assistant"), dict(role="user", content="How is Zürich?", name="Bo"),
+        dict(role="assistant", content=None, tool_calls=[call]),
+        dict(role="tool", content="5 < 6\n7", name="get_weather"),
+        dict(role="assistant", content="<think>hm</think>Good", reasoning_content="why so", tool_calls=[call]),
+    ]  # fmt: skip
+    context = f"TOOLS {json.dumps(tools)} [ASSISTANT] how is zürich? 5 &lt; 6 7"
+    everything = f"{context} {json.dumps([call])} Bo, get_weather: assistant\n"
+    answer = f"why so Good {json.dumps([call])}"
+    assert traces.untraced(turns, tools, everything + answer, len(everything)) == ()
+    lost = {
+        ("tools", ""), ("context", "name"), ("context", "tool_calls"), ("answer", "tool_calls"),
+        ("answer", "reasoning_content"), ("content", "answer"), ("content", "tool"),
+    }  # fmt: skip
+    bare = "[assistant] How is Zürich? assistant"
+    assert set(traces.untraced(turns, tools, bare, len(bare))) == lost
+    found = set(traces.untraced(turns, tools, context + everything[:0], len(context)))
+    assert found == lost - {("tools", ""), ("content", "tool")}
+
+
+def test_a_row_of_many_turns_is_rendered_once_as_it_is(tmp_path):
+    seen = []
+
+    class Watched(ByteTokenizer):
+        def render(self, conversations):
+            seen.extend(conversations)
+            return super().render(conversations)
+
+    many = chat(*[U, A] * 300)
+    make(tmp_path, [many], tokenizer=Watched(), system="be brief", seq_len=100_000)
+    assert [len(one["messages"]) for one in seen] == [601, 600]
+    with pytest.raises(InputError, match="row 1: got 4,000 turns with 2,000 answers to train on.*Cut the conversation"):
+        make(tmp_path, [chat(*[U, A] * 2000)], train_on="all")

@@ -2,6 +2,7 @@
 
 import json
 import os
+import socket
 import subprocess
 import sys
 import types
@@ -10,9 +11,13 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
+from configs.common import get_config
+from launch.generate import read_messages
+from molora_jax import data
 from molora_jax.errors import InputError
 from molora_jax.io import fetch, gguf, tensors
 from molora_jax.io.base import load_base
+from molora_jax.io.tokenizer import byte_tokenizer
 from tests.io import tiny_files
 
 CONFIG = tiny_files.llama_config()
@@ -256,3 +261,41 @@ def test_the_hub_gives_one_copy_of_the_weights(tmp_path, monkeypatch, commit):
     texts = {"config.json", "tokenizer.json", "tokenizer_config.json", "generation_config.json"}
     assert got == {*shards, *texts, "model.safetensors.index.json"}
     assert calls == ["main", commit if len(commit) == 40 else "main"]
+
+
+def special(path, kind):
+    """Something at `path` that is no plain file."""
+    path.unlink(missing_ok=True)
+    if kind == "FIFO":
+        os.mkfifo(path)
+    elif kind == "folder":
+        path.mkdir()
+    elif kind == "device":
+        path.symlink_to("/dev/zero")
+    else:
+        socket.socket(socket.AF_UNIX).bind(str(path))
+    return path
+
+
+@pytest.mark.parametrize("kind", ["FIFO", "folder", "device", "socket"])
+def test_what_is_no_plain_file_is_refused_and_not_waited_for(folder, tmp_path, monkeypatch, kind):
+    monkeypatch.chdir(tmp_path)  # a socket's path is short
+    path = special(tmp_path / "x.gguf", kind)
+    config = get_config().data
+    config.tasks = f"jsonl:{path}"
+    for opens in (
+        lambda: load_base(f"gguf:{path}"),
+        lambda: data.build(config, tokenizer=byte_tokenizer(), batch_size=1, seed=0),
+        lambda: read_messages(path),
+    ):
+        with pytest.raises(InputError, match=f"x.gguf: got a {kind}, not a plain file"):
+            opens()
+    for name in ("chat_template.jinja", "generation_config.json", "tokenizer.json", "model.safetensors", "config.json"):
+        kept = (folder / name).read_bytes() if (folder / name).exists() else None
+        special(folder / name, kind if kind != "socket" else "FIFO")
+        with pytest.raises(InputError, match=f"{name}: got a .*, not a plain file"):
+            load_base(f"dir:{folder}")
+        (folder / name).rmdir() if kind == "folder" else (folder / name).unlink()
+        if kept is not None:
+            (folder / name).write_bytes(kept)
+    load_base(f"dir:{folder}")
