@@ -20,9 +20,7 @@ import gc  # noqa: E402
 import hypothesis  # noqa: E402
 import jax  # noqa: E402
 
-gc.set_threshold(
-    100_000, 20, 100
-)  # tracing makes many objects that live: walking them again and again is a tenth of it
+gc.set_threshold(100_000, 20, 100)  # tracing makes many objects that live: walking them is a tenth of the time
 
 assert jax.device_count() == 8, "the tests need eight forced CPU devices: import jax only after conftest"
 
@@ -61,3 +59,18 @@ def pytest_collection_modifyitems(config, items):
     slow = [item for item in items if item.get_closest_marker("slow")]
     config.hook.pytest_deselected(items=slow)
     items[:] = [item for item in items if not item.get_closest_marker("slow")]
+
+
+# Every compiled program holds some memory maps, of which Linux gives a process 65,530 by default; without one more, the
+# next program crashes the process.
+MOST_MAPS = 25_000
+
+
+def pytest_runtest_teardown(item, nextitem):
+    """Between two files: the programs of earlier files go where there are many of them."""
+    maps = pathlib.Path("/proc/self/maps")
+    if (nextitem is None or nextitem.path != item.path) and maps.exists():
+        with maps.open() as lines:
+            if sum(1 for _ in lines) > MOST_MAPS:
+                jax.clear_caches()
+                gc.collect()

@@ -144,8 +144,8 @@ def read_index(path: pathlib.Path) -> dict[str, str]:
     if not isinstance(names, dict) or not all(isinstance(name, str) for name in names.values()) or not names:
         raise InputError(where, got=shown(names), expected="tensor name -> file name", fix=_FIX)
     for name in set(names.values()):
-        bare = name.isprintable() and not set(name) & set("/\\:") and name not in ("", ".", "..")
-        if not bare or not name.endswith(".safetensors"):
+        inside = name.isprintable() and not set(name) & set("/\\:") and name not in ("", ".", "..")
+        if not inside or not name.endswith(".safetensors"):
             raise InputError(where, got=quoted(name), expected="names of .safetensors files inside the folder")
     return names
 

@@ -131,9 +131,13 @@ class Run:
                 fix="Give more rows, or set train.eval_every=0.",
             )  # fmt: skip
         self.checkpoints = Checkpoints(pathlib.Path(workdir) / "checkpoints", keep=config.train.keep, warn=note)
-        self.newest = self.checkpoints.newest_valid()
-        manifest = None if self.newest is None else read_manifest(self.checkpoints.directory / str(self.newest))
         plain = config_lib.to_dict(config)
+        try:
+            self.newest = self.checkpoints.newest_valid()
+        except InputError:  # that the folder is another run's says more than that its steps are damaged
+            workdir.refuse_another(plain, made.identity)
+            raise
+        manifest = None if self.newest is None else read_manifest(self.checkpoints.directory / str(self.newest))
         self.identity = workdir.check_identity(plain, made.identity, manifest=manifest, note=note)
         workdir.write_config(plain)
         if workdir.writer:

@@ -147,6 +147,13 @@ class Workdir:
         old = identity_lib.read(self.path / "identity.json")
         return old if old is not None or manifest is None else identity_lib.of_step(manifest)
 
+    def refuse_another(self, config: dict, extra: dict):
+        """Raises InputError where `identity.json` is that of another run; writes nothing."""
+        old = identity_lib.read(self.path / "identity.json") if self.writer and self.started else None
+        changed, _ = identity_lib.compare(old, identity(config, extra)) if old else ([], [])
+        if changed:
+            raise identity_lib.another_run(f"workdir {self.path}", changed)
+
     def check_identity(self, config: dict, extra: dict, *, manifest: dict | None = None, note=None) -> str:
         """The hash of this run's identity, which the first start records here.
 

@@ -10,8 +10,11 @@ from molora_jax import config as schema
 from molora_jax.train.loop import train
 from tests.tiny import write_task
 
+QUICK = ("x_lora", "smora")  # stages, and a state of the router: the others' starts are asked with --all
+NAMES = ("mos", "coe", "x_lora", "dynmole", "smora", "loramoe", "rmoe", "llava_mole")
 
-@pytest.mark.parametrize("name", ["mos", "coe", "x_lora", "dynmole", "smora", "loramoe", "rmoe", "llava_mole"])
+
+@pytest.mark.parametrize("name", [pytest.param(n, marks=[] if n in QUICK else pytest.mark.slow) for n in NAMES])
 def test_config_starts_on_the_tiny_base_and_goes_on(name, tmp_path):
     config = flags.load(flags.ROOT / "configs" / f"{name}.py")
     config.base.source = "random:tiny"

@@ -20,8 +20,15 @@ def renamed(member):
     return other(**dataclasses.asdict(member))
 
 
-@pytest.mark.parametrize("share", ["site", "model"])
-@pytest.mark.parametrize("sites", [("ffn",), ("q", "down")], ids=",".join)
+@pytest.mark.parametrize(
+    ("sites", "share"),
+    [
+        pytest.param(("ffn",), "site", id="ffn-site"),
+        pytest.param(("q", "down"), "model", id="q,down-model"),
+        pytest.param(("ffn",), "model", id="ffn-model", marks=pytest.mark.slow),
+        pytest.param(("q", "down"), "site", id="q,down-site", marks=pytest.mark.slow),
+    ],
+)
 @pytest.mark.parametrize("adapter", ADAPTERS)
 def test_later_members_equal_those_written_out(adapter, sites, share):
     router = ROUTERS["top_p"](p=0.6, share=share)

@@ -197,8 +197,8 @@ def test_a_conversation_is_answered(tmp_path, capsys):
     parts = [dict(role="user", content=[dict(type="text", text="h"), dict(type="text", text="i")])]
     assert run.prompt_ids(parts) == run.prompt_ids([dict(role="user", content="hi")])  # as a row's are joined
     image = [dict(role="user", content=[dict(type="image", url="x")])]
-    unknown = [dict(role="owner", content="x")]
-    for bad in (turns[:3], [{"content": "x"}], [turns, 3], [[]], 3, " ", image, unknown, [dict(role="user", content=3)]):
+    odd = image, [dict(role="owner", content="x")], [dict(role="user", content=3)]
+    for bad in (turns[:3], [{"content": "x"}], [turns, 3], [[]], 3, " ", *odd):
         with pytest.raises(InputError, match="prompt"):
             run.generate(bad, max_new_tokens=3)
     with pytest.raises(InputError, match="stop"):

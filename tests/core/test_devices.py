@@ -69,7 +69,7 @@ def test_lora_first_twenty_losses_are_equal():
     assert one[-1] < one[0] and len(set(one)) == STEPS, "it trains, on other rows each step"
 
 
-@pytest.mark.parametrize("name", ["mixlora", pytest.param("mola", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("name", [pytest.param("mixlora", marks=pytest.mark.slow), "mola"])
 def test_routed_first_step_is_equal_and_twenty_losses_are_near(name):
     (one, first), (eight, first8) = (run(config_of(name), n) for n in (1, 8))
     matches(first, first8, rtol=1e-6, atol=1e-6)

@@ -172,7 +172,8 @@ def test_every_file_of_a_converted_base_is_under_a_digest(cache, model):
     load_base(f"gguf:{model}")
     (converted,) = (cache / "converted").iterdir()
     names = {path.name for path in converted.iterdir()}
-    assert names == {"config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "molora.json"}
+    texts = {"config.json", "tokenizer.json", "tokenizer_config.json", "generation_config.json"}
+    assert names == {*texts, "model.safetensors", "molora.json"}
     rng = np.random.default_rng(0)
     for name in sorted(names):
         path = converted / name
@@ -187,7 +188,7 @@ def test_every_file_of_a_converted_base_is_under_a_digest(cache, model):
         with pytest.raises(InputError, match=r"damaged: delete|No such file"):
             load_base(f"gguf:{model}")
         path.write_bytes(whole)
-    for extra in ("chat_template.jinja", "generation_config.json", "model.safetensors.index.json"):
+    for extra in ("chat_template.jinja", "special_tokens_map.json", "model.safetensors.index.json"):
         (converted / extra).write_text("{}")
         with pytest.raises(InputError, match=f"{extra}.*damaged"):
             load_base(f"gguf:{model}")
@@ -266,7 +267,8 @@ def test_the_hub_gives_one_copy_of_the_weights(tmp_path, monkeypatch, commit):
     base = load_base("hf:org/name@main")
     np.testing.assert_array_equal(base.params["embed"], values["model.embed_tokens.weight"])
     got = {path.relative_to(tmp_path / commit).as_posix() for path in (tmp_path / commit).rglob("*")}
-    assert got == {*shards, "config.json", "tokenizer.json", "tokenizer_config.json", "model.safetensors.index.json"}
+    texts = {"config.json", "tokenizer.json", "tokenizer_config.json", "generation_config.json"}
+    assert got == {*shards, *texts, "model.safetensors.index.json"}
     assert calls == ["main", commit if len(commit) == 40 else "main"]
 
 

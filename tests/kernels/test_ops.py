@@ -83,8 +83,15 @@ def test_against_float64(op, name, kind):
     compare(form(op, name), form(op, "reference"), args, cotangents)
 
 
-@pytest.mark.parametrize("shape", ["one", "many", "crowd", "deep"])
-@pytest.mark.parametrize("op, name", [pair for pair in PAIRS if pair[1] != "tpu-plain"])
+SHAPED = [
+    pytest.param(op, name, shape, marks=[pytest.mark.slow] * (name == "tpu-nan" and shape in ("many", "crowd")))
+    for op, name in PAIRS
+    if name != "tpu-plain"
+    for shape in ("one", "many", "crowd", "deep")
+]  # the interpreter of the TPU kernels is slow
+
+
+@pytest.mark.parametrize("op, name, shape", SHAPED)
 def test_shapes(op, name, shape):
     inputs = OPS[op][2]
     args, cotangents = inputs(np.random.default_rng(2), *SHAPES[shape], "random")
