@@ -15,7 +15,7 @@ import pathlib
 import time
 
 from molora_jax.io import disk
-from molora_jax.io.manifest import sync_folder
+from molora_jax.io.manifest import replacing
 
 MOST_WAITING = 100_000  # rows in memory while the disk refuses them
 RETRY_SECONDS = 60.0  # between tries to open a TensorBoard file
@@ -76,21 +76,11 @@ def cut(path, after_step: float = math.inf) -> Lost:
     if offset is not None:
         os.truncate(path, offset)
         return lost
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        with open(path, "rb") as old, open(temporary, "wb") as new:
-            for line in old:
-                row = _row(line) if line.endswith(b"\n") else None
-                if row is not None and row["step"] <= after_step:
-                    new.write(line)
-            new.flush()
-            os.fsync(new.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
-        raise
-    sync_folder(path.parent)
+    with replacing(path) as new, open(path, "rb") as old:
+        for line in old:
+            row = _row(line) if line.endswith(b"\n") else None
+            if row is not None and row["step"] <= after_step:
+                new.write(line)
     return lost
 
 

@@ -102,13 +102,14 @@ def damaged_file(folder, files: dict[str, list]) -> str:
     return ""
 
 
-def write_atomically(path, text: str):
-    """Either the old content or the new one is there, whenever the process or the machine stops; never a temporary."""
+@contextlib.contextmanager
+def replacing(path):
+    """A new binary file that takes the place of `path` as a whole at the end; after an error nothing of it is left."""
     path = pathlib.Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        with open(temporary, "w", encoding="utf-8") as file:
-            file.write(text)
+        with open(temporary, "wb") as file:
+            yield file
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
@@ -119,8 +120,14 @@ def write_atomically(path, text: str):
     sync_folder(path.parent)
 
 
+def write_atomically(path, text: str):
+    """Either the old content or the new one is there, whenever the process or the machine stops; never a temporary."""
+    with replacing(path) as file:
+        file.write(text.encode("utf-8"))
+
+
 def sweep(folder, *, older: float = 0.0):
-    """Removes the temporaries of `write_atomically` that a killed process left `older` seconds ago, or before."""
+    """Removes the temporaries of `replacing` that a killed process left `older` seconds ago, or before."""
     for path in pathlib.Path(folder).glob(".*.tmp"):
         with contextlib.suppress(OSError):
             if time.time() - path.stat().st_mtime >= older:
