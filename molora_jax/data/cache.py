@@ -15,9 +15,10 @@ import logging
 import os
 import pathlib
 import tempfile
-import time
 
 import numpy as np
+
+from molora_jax.io.manifest import sweep
 
 DIGEST = 32  # bytes of a SHA-256
 log = logging.getLogger(__name__)
@@ -53,7 +54,7 @@ def save(key: str, arrays: dict[str, np.ndarray]) -> None:
     temporary = None
     try:
         folder().mkdir(parents=True, exist_ok=True)
-        _sweep()
+        sweep(folder(), older=STALE_SECONDS)
         with tempfile.NamedTemporaryFile(dir=folder(), prefix=".", suffix=".tmp", delete=False) as file:
             temporary = file.name
             whole = io.BytesIO()
@@ -69,14 +70,6 @@ def save(key: str, arrays: dict[str, np.ndarray]) -> None:
         if temporary:
             with contextlib.suppress(OSError):
                 os.unlink(temporary)
-
-
-def _sweep():
-    """Removes what killed processes left, once it is surely nobody's."""
-    for path in folder().glob(".*.tmp"):
-        with contextlib.suppress(OSError):
-            if time.time() - path.stat().st_mtime > STALE_SECONDS:
-                path.unlink()
 
 
 def _umask() -> int:
