@@ -59,11 +59,11 @@ def start(tree, args):
     from kernels_pallas.platform import may_accelerate
     from molora_jax import config as config_lib
     from molora_jax import sharding
+    from molora_jax.backbones.compile import compile_model
+    from molora_jax.core import trees
     from molora_jax.engines import Engine
     from molora_jax.errors import InputError
     from molora_jax.io.base import load_base
-    from molora_jax.models.compile import compile_model
-    from molora_jax.train import summary, trees
 
     if jax.default_backend() == "cpu" and may_accelerate():
         raise InputError(
@@ -84,7 +84,7 @@ def start(tree, args):
     frozen = model.frozen_patterns()
     shapes = jax.eval_shape(lambda p: model.init_adapters(jax.random.key(0), p), params)
     answer = {
-        "trainable": summary.count(trees.split(shapes, frozen)[0]),
+        "trainable": trees.count(trees.split(shapes, frozen)[0]),
         "device": jax.local_devices()[0].device_kind,
         "clock": "cpu" if jax.default_backend() == "cpu" else "wall",
     }
@@ -104,11 +104,11 @@ def training(config, args, model, base, params, mesh, frozen, rng):
     import optax
 
     from molora_jax import sharding
+    from molora_jax.core import trees
     from molora_jax.errors import InputError
     from molora_jax.optim import OPTIMIZERS
-    from molora_jax.train import trees
-    from molora_jax.train.exact import ExactStep
-    from molora_jax.train.step import fresh, make_gradient, make_step
+    from molora_jax.training.exact import ExactStep
+    from molora_jax.training.step import fresh, make_gradient, make_step
 
     B, S = args["batch"], args["seq"]
     options = dict(config.optim)

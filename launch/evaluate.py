@@ -15,7 +15,7 @@ FLAGS = [
 
 
 def saved_config(args):
-    from molora_jax.evaluate.saved import parse_step, read_config, without_inputs
+    from molora_jax.runs.saved import parse_step, read_config, without_inputs
 
     return without_inputs(read_config(args.workdir, parse_step(args.step)), keep_data=True)
 
@@ -27,9 +27,9 @@ def run(argv):
     from molora_jax import runtime
 
     runtime.configure()
-    from molora_jax.evaluate import report as reports
-    from molora_jax.evaluate.progress import Phases
-    from molora_jax.evaluate.run import load_run
+    from molora_jax.evaluation import report as reports
+    from molora_jax.evaluation.progress import Phases
+    from molora_jax.evaluation.run import load_run
 
     phases = Phases()
     phases.start("run and base model", 1)

@@ -75,7 +75,7 @@ def read_messages(path) -> tuple[list, list | None]:
 def default_config(args):
     check(args)
     if args.workdir:
-        from molora_jax.evaluate.saved import read_config, without_inputs
+        from molora_jax.runs.saved import read_config, without_inputs
 
         return without_inputs(read_config(args.workdir))
     from configs.common import get_config
@@ -90,7 +90,7 @@ def run(argv):
     from molora_jax import runtime
 
     runtime.configure()
-    from molora_jax.evaluate.run import load_base_run, load_run
+    from molora_jax.evaluation.run import load_base_run, load_run
 
     loaded = load_base_run(config) if args.base else load_run(args.workdir, args.step, config=config)
     text = loaded.generate(

@@ -16,7 +16,7 @@ def run(argv):
     from molora_jax import runtime
 
     runtime.configure()
-    from molora_jax.train.loop import train
+    from molora_jax.training.loop import train
 
     with runtime.peers():
         result = train(config, args.workdir, profile=args.profile)

@@ -21,7 +21,7 @@ FLAGS = [
 
 def run(argv):
     _, args = flags.parse(__doc__, FLAGS, argv, need_config=False)
-    from molora_jax.evaluate.verify import verify
+    from molora_jax.runs.verify import verify
 
     folder = pathlib.Path(args.workdir).expanduser()
     if not any((folder / name).exists() for name in ("config.json", "identity.json", "checkpoints")):

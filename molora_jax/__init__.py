@@ -1,15 +1,33 @@
 """Mixtures of LoRA experts in JAX.
 
 Importing the package imports nothing else: a mistake in a config is reported before jax is loaded.
+
+    load_base(source)          a base model's weights and tokenizer
+    load_base_run(config)      a base model without adapters, to generate and to be looked at
+    load_run(workdir)          a finished run
+    data.build(config, ...)    the data of a config;    errors.InputError    what bad input raises
 """
 
+import importlib
+
 __version__ = "0.1.0"
-__all__ = ["load_run"]
+
+_HOMES = {  # public name -> the module that is imported when it is asked for
+    "load_base": "molora_jax.io.base",
+    "load_base_run": "molora_jax.evaluation.run",
+    "load_run": "molora_jax.evaluation.run",
+}
+_MODULES = ("data", "errors")
+__all__ = [*_HOMES, *_MODULES]
 
 
 def __getattr__(name):
-    if name == "load_run":
-        from molora_jax.evaluate.run import load_run
-
-        return load_run
+    if name in _MODULES:
+        return importlib.import_module(f"{__name__}.{name}")
+    if name in _HOMES:
+        return getattr(importlib.import_module(_HOMES[name]), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__():
+    return [*globals(), *__all__]

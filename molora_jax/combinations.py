@@ -13,10 +13,10 @@ from jax.sharding import AbstractMesh
 
 from molora_jax import config as config_lib
 from molora_jax.adapters import ADAPTERS
+from molora_jax.backbones.compile import compile_model
+from molora_jax.backbones.families import TINY
 from molora_jax.engines import ENGINES, Engine, auto
 from molora_jax.errors import InputError
-from molora_jax.models.compile import compile_model
-from molora_jax.models.families import TINY
 from molora_jax.placements import PLACEMENTS
 from molora_jax.routers import ROUTERS
 from molora_jax.sharding import AXES

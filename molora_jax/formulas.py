@@ -6,8 +6,9 @@ L layers, D width; all: q, k, v, o, gate, up, down; attn: q, k, v, o; ffn: gate,
 is a rank or a count of experts of the shipped config.
 """
 
-from molora_jax.config_resolve import resolve_experts
-from molora_jax.models.families import ATTENTION, FFN, PROJECTIONS, DecoderConfig
+from molora_jax.backbones.families import DecoderConfig
+from molora_jax.config.fields import ATTENTION, FFN, PROJECTIONS
+from molora_jax.config.resolve import resolve_experts
 
 
 def low_rank(decoder: DecoderConfig, sites, rank: int) -> int:

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from typing import Any
 
 from molora_jax import formulas
-from molora_jax.models.families import SMOLLM2, DecoderConfig
+from molora_jax.backbones.families import SMOLLM2, DecoderConfig
 
 ROOT = pathlib.Path(__file__).parents[1]
 

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from configs import common
 from launch import flags
 from molora_jax import config as schema
-from molora_jax import config_members
+from molora_jax.config import members as config_members
 from molora_jax.errors import InputError
 
 ROOT = pathlib.Path(__file__).parents[1]

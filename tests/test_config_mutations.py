@@ -8,7 +8,7 @@ import pytest
 
 from launch import flags
 from molora_jax import config as schema
-from molora_jax.config_resolve import resolve_fields, resolve_template_args, split_commas
+from molora_jax.config.resolve import resolve_fields, resolve_template_args, split_commas
 from molora_jax.errors import InputError
 
 ROOT = pathlib.Path(__file__).parents[1]

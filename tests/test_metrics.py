@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from molora_jax.metrics import MetricsWriter, Progress, duration, truncate_metrics
+from molora_jax.runs.metrics import MetricsWriter, Progress, duration, truncate_metrics
 
 
 def rows(path):

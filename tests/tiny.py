@@ -9,8 +9,8 @@ import numpy as np
 from configs import common
 from launch import flags
 from molora_jax import config as config_lib
+from molora_jax.backbones.compile import compile_model
 from molora_jax.io.base import load_base
-from molora_jax.models.compile import compile_model
 
 METHODS = {
     "lora": {},
@@ -61,7 +61,7 @@ def write_task(path, rows: int = 120):
 
 def train_tiny(folder, method: str = "mixlora", steps: int = 3):
     """A run of a few steps in `folder/run`; its data are in `folder/task.jsonl`."""
-    from molora_jax.train.loop import train
+    from molora_jax.training.loop import train
 
     config = tiny_config(method)
     task = write_task(folder / "task.jsonl")

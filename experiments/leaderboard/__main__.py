@@ -16,7 +16,7 @@ from experiments.leaderboard.results import Results
 from experiments.leaderboard.tables import TABLES, check_methods, entry, settled
 from launch import flags
 from molora_jax.io.base import load_base
-from molora_jax.train.workdir import Workdir
+from molora_jax.runs.workdir import Workdir
 
 FLAGS = [
     ("--budget", dict(required=True, metavar="STEPSxTOKENS", help="optimizer steps x tokens a step, as 40x512")),

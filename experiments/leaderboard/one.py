@@ -18,8 +18,8 @@ def run(config, workdir: str) -> dict:
       `first5`, `last5` (mean loss on answer tokens of the first and last five steps), `active_experts` (mean over
       sites, layers and the last five steps; None without a router).
     """
-    from molora_jax.evaluate.run import load_run
-    from molora_jax.train.loop import train
+    from molora_jax.evaluation.run import load_run
+    from molora_jax.training.loop import train
 
     made = train(config, workdir)
     if made.step < config.train.steps:
@@ -47,8 +47,8 @@ def scored(run, *, base: bool) -> dict:
     """`nll` by task on the test split, `items` and `answer_tokens` likewise."""
     import numpy as np
 
-    from molora_jax.evaluate.progress import Phases
-    from molora_jax.evaluate.score import score
+    from molora_jax.evaluation.progress import Phases
+    from molora_jax.evaluation.score import score
 
     examples = run.data.heldout("test", run.config.eval.num_items)
     scores = score(run, examples, base=base, phases=Phases())
@@ -68,7 +68,7 @@ def main():
     from molora_jax import config as config_lib
     from molora_jax import runtime
     from molora_jax.errors import InputError
-    from molora_jax.evaluate.run import load_base_run
+    from molora_jax.evaluation.run import load_base_run
 
     runtime.configure()
     config = config_lib.from_dict(job["config"])

@@ -11,8 +11,8 @@ import statistics
 from scipy import stats
 
 from experiments.leaderboard.results import key
-from molora_jax.evaluate import plots
-from molora_jax.io.manifest import write_atomically
+from molora_jax import pictures
+from molora_jax.io.files import write_atomically
 from molora_jax.methods import METHODS
 
 TITLES = {
@@ -157,7 +157,7 @@ def draw(rows: dict, tree: dict, path):
     The dots set the scale: an interval of two seeds may be wider than all differences. An arrow says where one is cut.
     """
     most = max(len(group) for group in rows.values())
-    fig, axes = plots.figure(
+    fig, axes = pictures.figure(
         1, len(rows), figsize=(6 * len(rows), 1.6 + 0.32 * most), layout="constrained", squeeze=False
     )
     for ax, (table, group) in zip(axes[0], rows.items(), strict=True):
@@ -165,8 +165,8 @@ def draw(rows: dict, tree: dict, path):
         for at, row in enumerate(seen):
             values = list(row.scores.values())
             mean, half = t_interval(values)
-            ax.plot([mean - half, mean + half], [at, at], color=plots.BASE, lw=2)
-            ax.plot(values, [at] * len(values), "o", color=plots.TUNED, ms=5)
+            ax.plot([mean - half, mean + half], [at, at], color=pictures.BASE, lw=2)
+            ax.plot(values, [at] * len(values), "o", color=pictures.TUNED, ms=5)
         if seen:
             values = [v for row in seen for v in row.scores.values()]
             room = 0.1 * (max(values) - min(values)) + 0.01
@@ -175,7 +175,7 @@ def draw(rows: dict, tree: dict, path):
                 mean, half = t_interval(list(row.scores.values()))
                 for end, marker, cut in ((left, "<", mean - half < left), (right, ">", mean + half > right)):
                     if cut:
-                        ax.plot(end, at, marker, color=plots.BASE, ms=7, clip_on=False, zorder=3)
+                        ax.plot(end, at, marker, color=pictures.BASE, ms=7, clip_on=False, zorder=3)
         ax.set_yticks(range(len(seen)), [row.title for row in seen])
         ax.invert_yaxis()
         ax.set_title(TITLES[table].replace(": ", ":\n", 1), fontsize=9)
@@ -186,4 +186,4 @@ def draw(rows: dict, tree: dict, path):
         ax.spines[["top", "right"]].set_visible(False)
     if tree["base"]:
         fig.suptitle(f"base model: {statistics.fmean(tree['base']['nll'].values()):.3f}", fontsize=9)
-    plots.save(fig, path)
+    pictures.save(fig, path)

@@ -15,9 +15,10 @@ import pathlib
 
 from molora_jax import config as config_lib
 from molora_jax.errors import InputError
-from molora_jax.evaluate.saved import read_object
-from molora_jax.io.manifest import json_hash, write_atomically
-from molora_jax.train.workdir import differences, identity
+from molora_jax.io.files import write_atomically
+from molora_jax.runs.manifest import json_hash
+from molora_jax.runs.saved import read_object
+from molora_jax.runs.workdir import differences, identity
 
 NAME = "results.json"
 

@@ -18,7 +18,7 @@ import tempfile
 
 import numpy as np
 
-from molora_jax.io.manifest import sweep
+from molora_jax.io.files import sweep
 
 DIGEST = 32  # bytes of a SHA-256
 log = logging.getLogger(__name__)

@@ -7,7 +7,7 @@ import hashlib
 
 import numpy as np
 
-from molora_jax.config_resolve import split_commas
+from molora_jax.config.resolve import split_commas
 from molora_jax.data.encode import Task, load_tasks, tokenizer_digest
 from molora_jax.data.example import Encoded
 from molora_jax.data.options import Options

@@ -13,7 +13,7 @@ import pathlib
 
 import numpy as np
 
-from molora_jax.config_resolve import resolve_template_args
+from molora_jax.config.resolve import resolve_template_args
 from molora_jax.data import cache, packages, render, traces
 from molora_jax.data.example import split_of
 from molora_jax.data.options import Options

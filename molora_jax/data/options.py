@@ -3,9 +3,9 @@
 import dataclasses
 import functools
 
-from molora_jax.config_checks import check_value, raise_all, raw_problems
-from molora_jax.config_fields import FIELDS
-from molora_jax.config_resolve import resolve_fields, resolve_template_args
+from molora_jax.config.checks import check_value, raise_all, raw_problems
+from molora_jax.config.fields import FIELDS
+from molora_jax.config.resolve import resolve_fields, resolve_template_args
 
 
 @dataclasses.dataclass(frozen=True)

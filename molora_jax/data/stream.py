@@ -21,7 +21,7 @@ import threading
 
 import numpy as np
 
-from molora_jax.config_resolve import split_commas
+from molora_jax.config.resolve import split_commas
 from molora_jax.data.example import seed_of, shuffled
 from molora_jax.data.packing import empty_batch, pack, write_segment
 from molora_jax.data.split import Split

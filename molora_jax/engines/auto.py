@@ -12,12 +12,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from molora_jax import rules as rules_lib
 from molora_jax.adapters.base import Adapter
+from molora_jax.core import rules as rules_lib
 from molora_jax.core.types import Context
 from molora_jax.engines.base import ROW_SITES, Engine, Load
 from molora_jax.engines.shard import ENGINES
 from molora_jax.errors import InputError
+from molora_jax.text import table as columns
 
 STATE_BYTES = 16  # of one adapter parameter in float32: itself, its gradient, two moments
 
@@ -152,8 +153,6 @@ def choose(rows: list[Row], *, state_bytes: int, memory: int | None) -> tuple[st
 
 def report(rows: list[Row], name: str, why: str) -> str:
     """The table and the choice, as text for the start of a run."""
-    from molora_jax.train.summary import table as columns
-
     lines = [("engine", "MB shipped", "MB useful", "")]
     for row in rows:
         mark = f"cannot: {row.refused}" if row.refused else "<-" if row.name == name else ""

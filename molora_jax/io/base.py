@@ -26,10 +26,10 @@ import shutil
 import ml_dtypes
 import numpy as np
 
+from molora_jax.backbones import families, hf_config
+from molora_jax.backbones.hf_fields import shown
 from molora_jax.errors import InputError
 from molora_jax.io import fetch, gguf, gguf_model, huggingface, random_init, tokenizer
-from molora_jax.models import families, hf_config
-from molora_jax.models.hf_fields import shown
 
 _DTYPES = {"float32": np.float32, "bfloat16": ml_dtypes.bfloat16, "float16": np.float16}
 _FORMAT = "v2"  # raise it when a conversion changes: old folders are then not used

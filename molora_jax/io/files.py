@@ -1,9 +1,11 @@
-"""Paths of strangers: a FIFO hangs who opens it, a device has no end."""
+"""Files: strangers' paths (a FIFO hangs who opens it, a device has no end), and ours, replaced as a whole."""
 
+import contextlib
 import errno
 import os
 import pathlib
 import stat
+import time
 
 _KINDS = {
     stat.S_IFDIR: "a directory", stat.S_IFIFO: "a FIFO", stat.S_IFSOCK: "a socket", stat.S_IFCHR: "a device",
@@ -21,3 +23,47 @@ def plain(path: str | pathlib.Path) -> pathlib.Path:
     if not stat.S_ISREG(mode):
         raise OSError(errno.EINVAL, f"{_KINDS.get(stat.S_IFMT(mode), 'something else')}, not a plain file", str(path))
     return pathlib.Path(path)
+
+
+@contextlib.contextmanager
+def replacing(path):
+    """A new binary file that takes the place of `path` as a whole at the end; after an error nothing of it is left."""
+    path = pathlib.Path(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        raise
+    sync_folder(path.parent)
+
+
+def write_atomically(path, text: str):
+    """Either the old content or the new one is there, whenever the process or the machine stops; never a temporary."""
+    with replacing(path) as file:
+        file.write(text.encode("utf-8"))
+
+
+def sweep(folder, *, older: float = 0.0):
+    """Removes the temporaries of `replacing` that a killed process left `older` seconds ago, or before."""
+    for path in pathlib.Path(folder).glob(".*.tmp"):
+        with contextlib.suppress(OSError):
+            if time.time() - path.stat().st_mtime >= older:
+                path.unlink()
+
+
+def sync_folder(folder):
+    """Makes renames inside a folder durable, where the file system can."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # some network file systems know no fsync of a folder
+            raise
+    finally:
+        os.close(handle)

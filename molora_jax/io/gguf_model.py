@@ -10,10 +10,10 @@ import math
 import numpy as np
 import tokenizers
 
+from molora_jax.backbones import families
 from molora_jax.errors import InputError
 from molora_jax.io.gguf import Gguf
 from molora_jax.io.tokenizer import Tokenizer, guarded
-from molora_jax.models import families
 
 _NAMES = {  # ours -> theirs; {i} is the layer
     "embed": "token_embd.weight",

@@ -3,7 +3,7 @@
 A folder holds `config.json`, `model.safetensors` (or `model.safetensors.index.json` and its shards), `tokenizer.json`,
 `tokenizer_config.json`. Their linear weights are `[D_out, D_in]`, one tensor a layer; ours are `[L, D_in, D_out]`. So
 is the head: `[V, D]` there and `[D, V]` here.
-The tree is the one of `molora_jax/models/families.py`.
+The tree is the one of `molora_jax/backbones/families.py`.
 """
 
 import concurrent.futures
@@ -15,11 +15,12 @@ import sys
 
 import numpy as np
 
+from molora_jax.backbones import families, hf_config
+from molora_jax.backbones.hf_fields import shown
+from molora_jax.core.trees import set_path
 from molora_jax.errors import InputError
 from molora_jax.io import tensors
 from molora_jax.io.tokenizer import Tokenizer, read_json
-from molora_jax.models import families, hf_config
-from molora_jax.models.hf_fields import shown
 
 INDEX = "model.safetensors.index.json"
 _IGNORED = "rotary_emb.inv_freq"  # a buffer that old checkpoints carry
@@ -125,14 +126,6 @@ def _assemble(views, origin, config, dtype, *, where):
     with concurrent.futures.ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
         list(pool.map(copy, jobs))
     return tree
-
-
-def set_path(tree: dict, path: str, leaf) -> None:
-    """Puts `leaf` at `a/b/c` of a nested dict."""
-    *parents, last = path.split("/")
-    for parent in parents:
-        tree = tree.setdefault(parent, {})
-    tree[last] = leaf
 
 
 def write_folder(folder: pathlib.Path, config: dict, sources: dict, tokenizer: Tokenizer, dtype) -> None:

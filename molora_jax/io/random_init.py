@@ -10,8 +10,8 @@ import math
 
 import numpy as np
 
-from molora_jax.io.huggingface import set_path
-from molora_jax.models import families
+from molora_jax.backbones import families
+from molora_jax.core.trees import set_path
 
 _ADDED = ("o_bias", "window", "sliding")
 

@@ -16,9 +16,9 @@ import pathlib
 import ml_dtypes
 import numpy as np
 
+from molora_jax.backbones.hf_fields import quoted, shown
 from molora_jax.errors import InputError
 from molora_jax.io.files import plain
-from molora_jax.models.hf_fields import quoted, shown
 
 DTYPES = {
     "F64": np.dtype(np.float64), "F32": np.dtype(np.float32), "F16": np.dtype(np.float16),

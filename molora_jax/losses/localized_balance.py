@@ -18,7 +18,7 @@ from typing import ClassVar, Literal
 import jax
 import jax.numpy as jnp
 
-from molora_jax.config_resolve import split_commas
+from molora_jax.config.resolve import split_commas
 from molora_jax.core.routing import permitted
 from molora_jax.losses.base import Loss, leaves
 

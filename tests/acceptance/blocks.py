@@ -7,9 +7,9 @@ import jax
 import numpy as np
 
 from molora_jax.adapters import ADAPTERS
-from molora_jax.models.model import Model
+from molora_jax.backbones.model import Model
+from molora_jax.core.rules import Rule
 from molora_jax.routers import ROUTERS
-from molora_jax.rules import Rule
 from tests.battery.cases import BATCH, SMALL, base, hidden_states, random_adapters
 
 ONE = dataclasses.replace(SMALL, layers=1)

@@ -9,12 +9,12 @@ import numpy as np
 
 from configs import common
 from molora_jax import config as schema
+from molora_jax.backbones.compile import compile_model
+from molora_jax.backbones.families import TINY
+from molora_jax.core import trees
 from molora_jax.io.random_init import random_params
-from molora_jax.models.compile import compile_model
-from molora_jax.models.families import TINY
-from molora_jax.train import trees
-from molora_jax.train.objective import lm
-from molora_jax.train.step import loss_sums
+from molora_jax.objectives.lm import lm
+from molora_jax.training.step import loss_sums
 
 SMALL = dataclasses.replace(TINY, layers=3, width=32, ffn_width=48, heads=2, kv_heads=1, head_dim=16, vocab=64)
 B, S = 2, 12

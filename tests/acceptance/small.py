@@ -15,13 +15,13 @@ from launch import flags
 from molora_jax import config as schema
 from molora_jax import engines
 from molora_jax.adapters import ADAPTERS
+from molora_jax.backbones.compile import compile_model
+from molora_jax.backbones.families import TINY
+from molora_jax.core.rules import Rule
 from molora_jax.core.types import Context, Routing
 from molora_jax.io.random_init import random_params
-from molora_jax.models.compile import compile_model
-from molora_jax.models.families import TINY
+from molora_jax.objectives.lm import lm
 from molora_jax.placements import projection
-from molora_jax.rules import Rule
-from molora_jax.train.objective import lm
 from tests.battery.cases import fresh_adapters
 
 DECODER = dataclasses.replace(TINY, layers=2, width=32, ffn_width=48, heads=2, kv_heads=1, head_dim=16, vocab=64)

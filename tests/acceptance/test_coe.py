@@ -10,11 +10,11 @@ import pytest
 
 from configs import common
 from molora_jax.core import routing as routing_math
+from molora_jax.core.trees import count
 from molora_jax.errors import InputError
 from molora_jax.placements import chain as placement
 from molora_jax.placements.chain import chain
-from molora_jax.train.step import loss_sums, update_routers
-from molora_jax.train.summary import count
+from molora_jax.training.step import loss_sums, update_routers
 from tests.acceptance import helpers, small
 from tests.acceptance.helpers import SMALL, batch, build, gradient, hidden, randomised, run
 
@@ -52,7 +52,7 @@ def passes_by_hand(leaves, x, C, k, *, W=None, phi=lambda a: a, residual="inner"
 
 def block_output(model, params, adapters, monkeypatch):
     """The normed input x, the frozen FFN's output and the block's, of a decoder of one layer."""
-    from molora_jax.models.layer import Layer
+    from molora_jax.backbones.layer import Layer
 
     seen, plain = [], Layer.feed_forward
     with monkeypatch.context() as patch:

@@ -13,7 +13,7 @@ from molora_jax.core import routing
 from molora_jax.core.types import Context
 from molora_jax.losses import LOSSES
 from molora_jax.routers import ROUTERS
-from molora_jax.train.step import site_metrics
+from molora_jax.training.step import site_metrics
 from tests.acceptance.blocks import ONE, VALID, edit, gradient, model, noisy, output
 from tests.battery import reference
 from tests.battery.cases import BATCH, base

@@ -15,11 +15,11 @@ from flax.traverse_util import flatten_dict
 from molora_jax import engines
 from molora_jax.adapters import ADAPTERS
 from molora_jax.adapters.dora import row_norm
+from molora_jax.core import trees
+from molora_jax.core.rules import Rule
 from molora_jax.core.types import Context, Site
 from molora_jax.optim.lora_plus import LoraPlus, scale_second
 from molora_jax.placements import projection
-from molora_jax.rules import Rule
-from molora_jax.train import trees
 from tests.acceptance.blocks import ALL, edit, model, noisy, output
 from tests.battery.cases import Case, base, method
 

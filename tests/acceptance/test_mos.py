@@ -10,12 +10,12 @@ import pytest
 
 from configs import common
 from molora_jax.adapters.mos import Mos, to_lora
+from molora_jax.backbones.compile import compile_model
+from molora_jax.config.fields import PROJECTIONS
+from molora_jax.core import trees
+from molora_jax.core.trees import count
 from molora_jax.core.types import Site
 from molora_jax.errors import InputError
-from molora_jax.models.compile import compile_model
-from molora_jax.models.families import PROJECTIONS
-from molora_jax.train import trees
-from molora_jax.train.summary import count
 from tests.acceptance import helpers
 from tests.acceptance.helpers import SMALL, batch, build, gradient, hidden, randomised
 
@@ -118,7 +118,7 @@ def test_acceptance_5_assembly_on_a_hand_made_example():
 
 
 def test_acceptance_6_tables_differ_in_public_agree_in_private_repeat_nothing_and_are_saved(tmp_path):
-    from molora_jax.io.checkpoints import Checkpoints
+    from molora_jax.runs.checkpoints import Checkpoints
 
     model, params, adapters = build(rule())
     n, public = 2, 2 * L * 2

@@ -9,11 +9,11 @@ import numpy as np
 import optax
 import pytest
 
+from molora_jax.core.trees import count
 from molora_jax.core.types import Site
 from molora_jax.losses import LOSSES
 from molora_jax.routers import ROUTERS
 from molora_jax.routers.recurrent import gru
-from molora_jax.train.summary import count
 from tests.acceptance import small
 
 RECURRENT = ROUTERS["recurrent"]

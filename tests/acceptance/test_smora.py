@@ -9,9 +9,9 @@ from kernels_pallas import grouped_lora, rank_gated
 from molora_jax.core import lowrank
 from molora_jax.core.routing import slots
 from molora_jax.core.types import Site
-from molora_jax.io.checkpoints import Checkpoints
 from molora_jax.routers import ROUTERS
-from molora_jax.train.step import update_routers
+from molora_jax.runs.checkpoints import Checkpoints
+from molora_jax.training.step import update_routers
 from tests.acceptance import small
 
 SIGMOID = ROUTERS["sigmoid_topk"]

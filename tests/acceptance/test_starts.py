@@ -7,7 +7,7 @@ import pytest
 
 from launch import flags
 from molora_jax import config as schema
-from molora_jax.train.loop import train
+from molora_jax.training.loop import train
 from tests.tiny import write_task
 
 QUICK = ("x_lora", "smora")  # stages, and a state of the router: the others' starts are asked with --all

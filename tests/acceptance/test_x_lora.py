@@ -10,14 +10,14 @@ import numpy as np
 import pytest
 
 from configs import common
+from molora_jax.backbones.model import Model
+from molora_jax.backbones.stack import attention_mask
+from molora_jax.core import trees
+from molora_jax.core.trees import count
 from molora_jax.core.types import Context
 from molora_jax.decode import generate as decoding
 from molora_jax.errors import InputError
-from molora_jax.models.model import Model
-from molora_jax.models.stack import attention_mask
-from molora_jax.train import trees
-from molora_jax.train.stages import stages
-from molora_jax.train.summary import count
+from molora_jax.training.stages import stages
 from tests.acceptance import helpers
 from tests.acceptance.helpers import SMALL, batch, build, gradient, hidden, randomised, run
 
@@ -281,7 +281,7 @@ def config_of(folder, rules, steps, **schedule):
 
 
 def adapters_of(run, step):
-    from molora_jax.io.warm_start import load_adapters
+    from molora_jax.runs.warm_start import load_adapters
 
     tree = load_adapters(str(run))
     assert json.loads((run / "checkpoints" / str(step) / "manifest.json").read_text())
@@ -289,7 +289,7 @@ def adapters_of(run, step):
 
 
 def test_experts_from_other_runs_are_exactly_those_runs(tmp_path):
-    from molora_jax.train.loop import train
+    from molora_jax.training.loop import train
 
     quiet = dict(note=lambda text: None)
     plain = {
@@ -329,7 +329,7 @@ def test_experts_from_other_runs_are_exactly_those_runs(tmp_path):
 
 
 def test_two_stages_train_experts_apart_and_then_the_head(tmp_path):
-    from molora_jax.train.loop import train
+    from molora_jax.training.loop import train
 
     s00 = dict(steps=0, tasks="", freeze="*/router/*,*/shared/*", set={}, route="task")
     s01 = dict(steps=0, tasks="", freeze="*/A,*/B", set={}, route="")
@@ -337,7 +337,7 @@ def test_two_stages_train_experts_apart_and_then_the_head(tmp_path):
     assert [(s.start, s.stop, s.route) for s in stages(config)] == [(0, 2, "task"), (2, 5, "")]
     config.train.save_every, config.train.keep = 1, 9
     train(config, str(tmp_path / "run"), note=lambda text: None)
-    from molora_jax.io.checkpoints import Checkpoints
+    from molora_jax.runs.checkpoints import Checkpoints
 
     store, shape = Checkpoints(tmp_path / "run" / "checkpoints", keep=9), adapters_of(tmp_path / "run", 5)
     start, middle, end = (store.restore(s, {"adapters": shape})["adapters"]["mix"]["000-003"] for s in (0, 2, 5))
@@ -370,7 +370,7 @@ def test_what_does_not_fit_is_refused(make, field, tmp_path):
 
 
 def test_a_folder_that_is_no_run_of_plain_adapters_is_refused(tmp_path):
-    from molora_jax.train.loop import train
+    from molora_jax.training.loop import train
 
     (tmp_path / "empty").mkdir()
     with pytest.raises(InputError, match="without a checkpoint"):

@@ -18,15 +18,15 @@ from configs import common
 from launch import flags
 from molora_jax import config as schema
 from molora_jax import sharding
+from molora_jax.backbones.compile import compile_model
+from molora_jax.backbones.families import TINY
+from molora_jax.core import trees
 from molora_jax.engines import ALONE, Engine
 from molora_jax.io.random_init import random_params
 from molora_jax.methods import METHODS
-from molora_jax.models.compile import compile_model
-from molora_jax.models.families import TINY
 from molora_jax.optim import OPTIMIZERS
 from molora_jax.routers import ROUTERS as ROUTERS_OF
-from molora_jax.train import trees
-from molora_jax.train.step import fresh, make_step
+from molora_jax.training.step import fresh, make_step
 
 ROOT = pathlib.Path(__file__).parents[2]
 SMALL = dataclasses.replace(TINY, layers=2, width=32, ffn_width=48, heads=2, kv_heads=1, head_dim=16, vocab=128)

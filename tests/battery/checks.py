@@ -8,9 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict
 
-from molora_jax import rules as rules_lib
-from molora_jax.models.families import PROJECTIONS
-from molora_jax.train import trees
+from molora_jax.config.fields import PROJECTIONS
+from molora_jax.core import rules as rules_lib
+from molora_jax.core import trees
 from tests.battery import reference
 from tests.battery.cases import BATCH
 

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from molora_jax import rules as rules_lib
+from molora_jax.core import rules as rules_lib
 from molora_jax.core.types import Context, Routing
 
 

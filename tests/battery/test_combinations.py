@@ -5,7 +5,7 @@ import pytest
 
 from configs import common
 from molora_jax.combinations import config_of, points, verdict
-from molora_jax.train.step import fresh
+from molora_jax.training.step import fresh
 from tests.battery.cases import BATCH, SMALL, Case
 from tests.engines.problems import mesh
 

@@ -4,7 +4,7 @@ import jax
 import numpy as np
 import pytest
 
-from molora_jax.models.compile import compile_model
+from molora_jax.backbones.compile import compile_model
 from tests.battery.cases import BATCH, SMALL, Case, base, combination, method, random_adapters
 from tests.battery.checks import matches
 

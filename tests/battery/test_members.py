@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 
 from molora_jax.adapters import ADAPTERS
+from molora_jax.backbones.model import Model
+from molora_jax.core.rules import Rule
 from molora_jax.losses import LOSSES
-from molora_jax.models.model import Model
 from molora_jax.routers import ROUTERS
-from molora_jax.rules import Rule
 from tests.battery import members, reference
 from tests.battery.cases import BATCH, SMALL, base, random_adapters
 

@@ -8,9 +8,9 @@ import pytest
 from flax.traverse_util import flatten_dict
 
 from molora_jax import config as schema
+from molora_jax.core import trees
 from molora_jax.errors import InputError
-from molora_jax.train import trees
-from molora_jax.train.step import fresh
+from molora_jax.training.step import fresh
 from tests.battery import reference
 from tests.battery.cases import BATCH, PRODUCT, SMALL, WIDE, Case, combination, mesh8, random_adapters
 from tests.battery.checks import check_gradients, check_step, check_tree, same_step

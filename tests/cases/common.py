@@ -9,7 +9,7 @@ import tokenizers
 
 from configs.common import get_config
 from molora_jax import data
-from molora_jax.evaluate.run import load_base_run
+from molora_jax.evaluation.run import load_base_run
 from molora_jax.io import tokenizer as tokenizer_lib
 
 CHATML = (

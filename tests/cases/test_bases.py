@@ -5,10 +5,10 @@ import json
 import numpy as np
 import pytest
 
+from molora_jax.backbones.hf_config import from_hf
 from molora_jax.errors import InputError
-from molora_jax.evaluate.run import load_base_run
+from molora_jax.evaluation.run import load_base_run
 from molora_jax.io.base import load_base
-from molora_jax.models.hf_config import from_hf
 from tests.io import tiny_files
 from tests.tiny import tiny_config
 

@@ -13,12 +13,12 @@ import pytest
 import molora_jax
 from launch import evaluate as launch_evaluate
 from launch import verify as launch_verify
-from molora_jax import identity as identity_lib
 from molora_jax.errors import InputError
-from molora_jax.evaluate import saved
-from molora_jax.evaluate.verify import verify
-from molora_jax.io.manifest import json_hash, read_manifest
-from molora_jax.train.loop import train
+from molora_jax.runs import identity as identity_lib
+from molora_jax.runs import saved
+from molora_jax.runs.manifest import json_hash, read_manifest
+from molora_jax.runs.verify import verify
+from molora_jax.training.loop import train
 from tests.golden.make_v1 import base, rows
 from tests.tiny import tiny_config
 
@@ -187,7 +187,7 @@ def test_an_altered_alpha_does_not_reach_the_report(here, capsys):
 
 @pytest.mark.parametrize("where", ["write_atomically", "plots"])
 def test_a_report_on_a_full_disk_is_one_message_below_the_table(here, capsys, monkeypatch, where):
-    from molora_jax.evaluate import plots, report
+    from molora_jax.evaluation import plots, report
 
     def full(*_, **__):
         raise OSError(28, "No space left on device", "report")
@@ -288,9 +288,9 @@ def test_a_start_from_a_run_on_another_base_is_refused(here):
 
 
 def test_loaded_experts_have_the_alpha_that_they_were_trained_with(here):
-    from molora_jax.io import expert_runs
+    from molora_jax.backbones.compile import compile_model
     from molora_jax.io.base import load_base
-    from molora_jax.models.compile import compile_model
+    from molora_jax.runs import expert_runs
 
     decoder = load_base("dir:base")
     before = expert_runs._factors("run", "method.rules.all", decoder.config, decoder.digest)

@@ -10,12 +10,12 @@ import pytest
 
 from molora_jax import config as config_lib
 from molora_jax import sharding
-from molora_jax.config_checks import problems
-from molora_jax.config_resolve import resolve_mesh
+from molora_jax.backbones.model import Model
+from molora_jax.config.checks import problems
+from molora_jax.config.resolve import resolve_mesh
 from molora_jax.errors import InputError
 from molora_jax.io.random_init import random_params
-from molora_jax.models.model import Model
-from molora_jax.train.objective import lm
+from molora_jax.objectives.lm import lm
 from tests.battery.cases import BATCH, SMALL, TARGETS_PER_ROW
 from tests.tiny import tiny_config
 

@@ -7,7 +7,7 @@ import pytest
 import tokenizers
 
 from launch import generate as launcher
-from molora_jax.config_resolve import resolve_template_args
+from molora_jax.config.resolve import resolve_template_args
 from molora_jax.errors import InputError
 from tests.cases.common import (
     CHATML,

@@ -14,8 +14,8 @@ from molora_jax.core import routing
 from molora_jax.core.types import Context, Routing, Site
 from molora_jax.inits import INITS
 from molora_jax.losses import LOSSES
+from molora_jax.objectives.lm import lm
 from molora_jax.routers import ROUTERS
-from molora_jax.train.objective import lm
 from tests.battery.cases import BATCH
 from tests.tiny import tiny_model
 

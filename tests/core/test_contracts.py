@@ -11,12 +11,12 @@ from flax.traverse_util import flatten_dict
 
 from molora_jax import sharding
 from molora_jax.adapters import ADAPTERS
+from molora_jax.backbones.model import Model
 from molora_jax.core import routing
-from molora_jax.models.model import Model
+from molora_jax.core.rules import Rule
 from molora_jax.routers import ROUTERS
 from molora_jax.routers.base import Router
-from molora_jax.rules import Rule
-from molora_jax.train.step import fresh, make_step, update_routers
+from molora_jax.training.step import fresh, make_step, update_routers
 from tests.battery.cases import BATCH, DEEP, SMALL, TARGETS_PER_ROW, base, mesh8, record
 
 
@@ -144,7 +144,7 @@ def test_shared_leaves_get_the_gradient_of_all_layers():
 
     def loss(temperatures):
         """Each layer with a temperature of its own, folded into its router's weight."""
-        from molora_jax.train.objective import lm
+        from molora_jax.objectives.lm import lm
 
         mix = state.adapters["mix"]
         start = mix["shared"]["temperature"]

@@ -11,10 +11,10 @@ import pytest
 from launch import flags
 from molora_jax import config as schema
 from molora_jax import sharding
+from molora_jax.core import trees
 from molora_jax.optim import OPTIMIZERS
-from molora_jax.train import trees
-from molora_jax.train.setup import setup
-from molora_jax.train.step import fresh, make_step
+from molora_jax.training.setup import setup
+from molora_jax.training.step import fresh, make_step
 from tests.battery.cases import ROOT, changed
 from tests.battery.checks import matches
 

@@ -9,9 +9,9 @@ import pytest
 from flax.traverse_util import flatten_dict
 
 from molora_jax import config as schema
+from molora_jax.core import trees
 from molora_jax.optim import OPTIMIZERS
-from molora_jax.train import stages as stages_lib
-from molora_jax.train import trees
+from molora_jax.training import stages as stages_lib
 from tests.battery.cases import BATCH, Case, combination, method, random_adapters
 from tests.battery.checks import matches
 

@@ -11,12 +11,12 @@ import numpy as np
 
 from molora_jax import sharding
 from molora_jax.adapters import ADAPTERS
+from molora_jax.backbones.families import DecoderConfig
+from molora_jax.backbones.layer import Layer
+from molora_jax.core.rules import Rule, Segment, site
 from molora_jax.core.types import Context
-from molora_jax.models.families import DecoderConfig
-from molora_jax.models.layer import Layer
 from molora_jax.placements import ffn
 from molora_jax.routers import ROUTERS
-from molora_jax.rules import Rule, Segment, site
 
 B, S, D, F = 8, 4, 16, 32
 CONFIG = DecoderConfig(

@@ -8,12 +8,12 @@ import pytest
 from configs import common
 from molora_jax import config as config_lib
 from molora_jax import sharding
+from molora_jax.backbones.compile import compile_model
+from molora_jax.backbones.families import TINY
 from molora_jax.engines import Engine, auto
 from molora_jax.errors import InputError
-from molora_jax.models.compile import compile_model
-from molora_jax.models.families import TINY
-from molora_jax.train.setup import place
-from molora_jax.train.step import fresh
+from molora_jax.training.setup import place
+from molora_jax.training.step import fresh
 from tests import tiny
 from tests.engines.problems import mesh
 

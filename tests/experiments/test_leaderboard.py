@@ -9,8 +9,8 @@ from experiments.leaderboard import __main__ as board
 from experiments.leaderboard import report, tables, work
 from experiments.leaderboard.results import key
 from launch import flags
+from molora_jax.backbones.families import TINY
 from molora_jax.errors import InputError
-from molora_jax.models.families import TINY
 from tests.tiny import write_task
 
 BASE = "--config.base.source=random:tiny"

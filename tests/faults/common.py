@@ -15,7 +15,7 @@ import numpy as np
 
 from configs import common
 from molora_jax import config as config_lib
-from molora_jax.io.manifest import read_manifest
+from molora_jax.runs.manifest import read_manifest
 from tests.io import tiny_files
 
 STEPS = 6
@@ -124,7 +124,7 @@ def tiny_config(base=None, *, tasks=None, steps=STEPS, **train):
 
 def start(config, workdir) -> tuple[object, list[str]]:
     """Trains in this process: `(result, notes)`."""
-    from molora_jax.train.loop import train
+    from molora_jax.training.loop import train
 
     notes = []
     return train(config, str(workdir), note=notes.append), notes

@@ -12,8 +12,8 @@ import sys
 
 from launch import flags
 from molora_jax import config as config_lib
-from molora_jax import config_fields as known
-from molora_jax.config_members import options
+from molora_jax.config import fields as known
+from molora_jax.config.members import options
 from tests.faults.common import tiny_config
 from tests.faults.report import CHANNEL, Failure, each, refused
 

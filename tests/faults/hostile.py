@@ -16,15 +16,15 @@ import numpy as np
 
 from launch import flags
 from molora_jax import data
+from molora_jax.backbones import families
 from molora_jax.data import cache
 from molora_jax.errors import InputError
-from molora_jax.evaluate import saved
-from molora_jax.io import tensors, warm_start
+from molora_jax.io import tensors
 from molora_jax.io.base import load_base
-from molora_jax.io.manifest import json_hash
 from molora_jax.io.tokenizer import byte_tokenizer
-from molora_jax.metrics import truncate_metrics
-from molora_jax.models import families
+from molora_jax.runs import saved, warm_start
+from molora_jax.runs.manifest import json_hash
+from molora_jax.runs.metrics import truncate_metrics
 from tests.faults import mutate
 from tests.faults.common import base_folder, finished_run, folder, limited, scratch, tiny_config, write_rows
 from tests.faults.report import each, misnamed
@@ -225,7 +225,7 @@ def data_cache(seed, tries):
 
 def metrics(seed, tries):
     """Rows that are no rows are cut; the picture of the rest is drawn or refused by name."""
-    from molora_jax.evaluate.plots import plot_loss
+    from molora_jax.training.loss_picture import plot_loss
 
     source = finished_run()
 

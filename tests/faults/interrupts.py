@@ -8,8 +8,8 @@ import subprocess
 import sys
 import threading
 
-from molora_jax.io.checkpoints import Checkpoints
-from molora_jax.train import loop
+from molora_jax.runs.checkpoints import Checkpoints
+from molora_jax.training import loop
 from tests.faults.common import changed, digests, finished_run, metric_rows, scratch, start, tiny_config
 from tests.faults.report import each
 

@@ -13,7 +13,7 @@ import subprocess
 import sys
 import time
 
-from molora_jax.io.checkpoints import Checkpoints
+from molora_jax.runs.checkpoints import Checkpoints
 from tests.faults.common import digests, metric_rows, once, scratch, start, tiny_config
 from tests.faults.report import each
 
@@ -35,9 +35,9 @@ SECONDS = 240  # for a child to come to its first step
 # Says each step that is saved; with a point, kills itself there at the nth time.
 CHILD = """
 import os, signal, sys
-from molora_jax.io.checkpoints import Checkpoints
-from molora_jax.metrics import MetricsWriter
-from molora_jax.train import loop
+from molora_jax.runs.checkpoints import Checkpoints
+from molora_jax.runs.metrics import MetricsWriter
+from molora_jax.training import loop
 from tests.faults import kills
 from tests.faults.common import start
 

@@ -9,7 +9,7 @@ import sys
 
 import jax
 
-from molora_jax.train import loop
+from molora_jax.training import loop
 from tests.faults import opened
 from tests.faults.common import changed, copy_run, digests, finished_run, metric_rows, scratch, start, tiny_config
 from tests.faults.report import each

@@ -6,10 +6,11 @@ import shutil
 import numpy as np
 
 import molora_jax
-from molora_jax.io import tensors, warm_start
+from molora_jax.io import tensors
 from molora_jax.io.base import load_base
-from molora_jax.io.checkpoints import Checkpoints, read_manifest
-from molora_jax.train import loop
+from molora_jax.runs import warm_start
+from molora_jax.runs.checkpoints import Checkpoints, read_manifest
+from molora_jax.training import loop
 from tests.faults.common import (
     base_folder,
     changed,

@@ -11,9 +11,9 @@ from flax.traverse_util import unflatten_dict
 
 import molora_jax
 from molora_jax import config as config_lib
-from molora_jax.io.checkpoints import Checkpoints, read_manifest
-from molora_jax.train.loop import Run
-from molora_jax.train.workdir import Workdir
+from molora_jax.runs.checkpoints import Checkpoints, read_manifest
+from molora_jax.runs.workdir import Workdir
+from molora_jax.training.loop import Run
 from tests.faults.common import arrays_digest
 
 MATTER = ("method", "losses", "optim", "schedule", "seed", "base", "data")  # sections that numbers depend on

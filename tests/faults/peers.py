@@ -7,7 +7,7 @@ import subprocess
 import sys
 import time
 
-from molora_jax.io.checkpoints import Checkpoints
+from molora_jax.runs.checkpoints import Checkpoints
 from tests.faults.common import scratch, tiny_config
 from tests.faults.report import each
 
@@ -20,7 +20,7 @@ from molora_jax import runtime
 runtime.configure()
 from tests.faults import peers
 from tests.faults.common import start, tiny_config
-from molora_jax.train import loop
+from molora_jax.training import loop
 
 def put_batch(*args, function=loop.sharding.put_batch):
     print("step", flush=True)

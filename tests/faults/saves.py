@@ -18,7 +18,7 @@ import time
 import numpy as np
 
 from molora_jax.errors import InputError
-from molora_jax.io.checkpoints import Checkpoints
+from molora_jax.runs.checkpoints import Checkpoints
 from tests.faults.common import changed, digests, finished_run, limited, scratch, start, tiny_config
 from tests.faults.report import each, misnamed
 
@@ -200,7 +200,7 @@ def gone(seed, tries):
     """The workdir is removed in the middle of a run: the run ends with an error."""
 
     def one(number):
-        from molora_jax.train import loop
+        from molora_jax.training import loop
 
         with scratch() as path:
             put_batch, calls, before = loop.sharding.put_batch, [], threading.enumerate()

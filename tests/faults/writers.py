@@ -11,14 +11,14 @@ import threading
 
 from molora_jax.errors import InputError
 from molora_jax.io.base import load_base
-from molora_jax.train.workdir import Workdir
+from molora_jax.runs.workdir import Workdir
 from tests.faults.common import arrays_digest, changed, scratch
 from tests.faults.report import each, misnamed
 from tests.io import tiny_files
 
 HOLDER = """
 import sys, time
-from molora_jax.train.workdir import Workdir
+from molora_jax.runs.workdir import Workdir
 place = Workdir(sys.argv[1])
 print("held", flush=True)
 time.sleep(100)

@@ -22,9 +22,9 @@ import safetensors.numpy  # noqa: E402
 
 from configs import common  # noqa: E402
 from molora_jax import config as config_lib  # noqa: E402
-from molora_jax.evaluate.run import load_run  # noqa: E402
+from molora_jax.evaluation.run import load_run  # noqa: E402
 from molora_jax.io import tokenizer  # noqa: E402
-from molora_jax.train.loop import train  # noqa: E402
+from molora_jax.training.loop import train  # noqa: E402
 
 PROMPTS = ("Double 3", "Is 4 even?")
 

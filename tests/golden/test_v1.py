@@ -12,10 +12,10 @@ import numpy as np
 import pytest
 
 import molora_jax
-from molora_jax.evaluate.saved import read_config
-from molora_jax.evaluate.verify import verify
-from molora_jax.io import warm_start
-from molora_jax.train.loop import train
+from molora_jax.runs import warm_start
+from molora_jax.runs.saved import read_config
+from molora_jax.runs.verify import verify
+from molora_jax.training.loop import train
 from tests.golden.make_v1 import PROMPTS, config
 
 RUNS = ("random", "folder")

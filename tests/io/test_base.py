@@ -13,12 +13,12 @@ import numpy as np
 import pytest
 
 from molora_jax import sharding
+from molora_jax.backbones import families
+from molora_jax.backbones.sizes import base_shapes
 from molora_jax.errors import InputError
 from molora_jax.io import base as base_module
 from molora_jax.io import fetch, random_init
 from molora_jax.io.base import load_base
-from molora_jax.models import families
-from molora_jax.models.sizes import base_shapes
 from tests.io import tiny_files
 
 

@@ -11,7 +11,7 @@ import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from molora_jax.errors import InputError
-from molora_jax.io.checkpoints import Checkpoints, from_plain, read_manifest, to_plain
+from molora_jax.runs.checkpoints import Checkpoints, from_plain, read_manifest, to_plain
 
 
 def sharding(shape, spec):

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from molora_jax.errors import InputError
-from molora_jax.io.checkpoints import Checkpoints, read_manifest
+from molora_jax.runs.checkpoints import Checkpoints, read_manifest
 
 POINTS = ("snapshot", "written", "manifest", "read back", "renamed", "best", "deleting")
 

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from molora_jax.io.checkpoints import Checkpoints, read_manifest
+from molora_jax.runs.checkpoints import Checkpoints, read_manifest
 
 pytestmark = pytest.mark.slow
 

@@ -12,15 +12,13 @@ import tarfile
 import numpy as np
 import pytest
 
-from molora_jax import identity
 from molora_jax.errors import InputError
-from molora_jax.evaluate import saved
-from molora_jax.evaluate.verify import verify
-from molora_jax.io import warm_start
-from molora_jax.io.checkpoints import Checkpoints
-from molora_jax.io.manifest import json_hash, read_manifest
-from molora_jax.io.manifest_form import malformed
-from molora_jax.io.steps import read_best
+from molora_jax.runs import identity, saved, warm_start
+from molora_jax.runs.checkpoints import Checkpoints
+from molora_jax.runs.manifest import json_hash, read_manifest
+from molora_jax.runs.manifest_form import malformed
+from molora_jax.runs.steps import read_best
+from molora_jax.runs.verify import verify
 
 LEAF = "all/000-001/q/A"
 

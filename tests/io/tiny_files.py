@@ -5,9 +5,9 @@ import struct
 import numpy as np
 import tokenizers
 
+from molora_jax.backbones import families, hf_config
 from molora_jax.io import gguf_model, huggingface, quants
 from molora_jax.io.tokenizer import byte_tokenizer
-from molora_jax.models import families, hf_config
 
 QUANT = {name: type_id for type_id, (name, *_) in quants.TYPES.items()}
 TYPES = {bool: 7, int: 4, float: 6, str: 8}

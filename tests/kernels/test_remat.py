@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import pytest
 
 from kernels_pallas import grouped_lora, routed_ffn
-from molora_jax.models.stack import REMAT
+from molora_jax.backbones.stack import REMAT
 
 T, D, E, K, R = 12, 16, 4, 2, 3
 

@@ -1,0 +1,59 @@
+"""From a config to a `Model`: the only place where names become members."""
+
+from molora_jax import config as config_lib
+from molora_jax.adapters import ADAPTERS
+from molora_jax.backbones.families import DecoderConfig
+from molora_jax.backbones.model import Model
+from molora_jax.config.resolve import split_commas
+from molora_jax.core.rules import Rule, adapter_sites
+from molora_jax.losses import LOSSES
+from molora_jax.placements import NAMED
+from molora_jax.routers import ROUTERS
+
+
+def _member(table, options):
+    options = dict(options)
+    return table[options.pop("name")](**options)
+
+
+def compile_model(
+    config, decoder: DecoderConfig, *, max_segments: int = 0, tasks: tuple[str, ...] | None = None
+) -> Model:
+    """The validated config's rules on this decoder. Rules keep the config's (sorted) order.
+
+    Args:
+      tasks: the names behind `task_ids`, as the config's losses use them; None: the entries of `data.tasks`.
+
+    Raises:
+      InputError: an adapter that this decoder's widths or layers do not fit.
+    """
+    rules = []
+    for name, rule in sorted(config.method.rules.items()):
+        layers = config_lib.resolve_layers(rule.layers, decoder.layers)
+        counts = dict(zip(layers, config_lib.resolve_experts(rule.experts, len(layers)), strict=True))
+        rules.append(
+            Rule(
+                name=name,
+                sites=config_lib.resolve_sites(rule.sites),
+                experts=tuple(counts.get(layer, 0) for layer in range(decoder.layers)),
+                adapter=_member(ADAPTERS, rule.adapter),
+                router=_member(ROUTERS, rule.router) if "router" in rule else None,
+                down=rule.down,
+                shrink=rule.shrink,
+                load=tuple(rule.load),
+                place=_member(NAMED, rule.placement) if "placement" in rule else None,
+            )
+        )
+    model = Model(
+        decoder, tuple(rules), compile_losses(config), remat=config.train.remat, max_segments=max_segments,
+        attention=config.train.get("attention", "xla"),  # not in runs of older versions
+        tasks=split_commas(config.data.tasks) if tasks is None else tasks,
+    )  # fmt: skip
+    for rule in rules:
+        rule.adapter.check(f"method.rules.{rule.name}.adapter", adapter_sites(decoder, rule, model.segments))
+    return model
+
+
+def compile_losses(config) -> tuple[tuple[str, object], ...]:
+    """`(name, member)` of the config's routing losses (a stage may change their weights)."""
+    return tuple((name, LOSSES[name](**dict(options))) for name, options in sorted(config.losses.items()))

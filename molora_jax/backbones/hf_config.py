@@ -1,0 +1,138 @@
+"""A Hugging Face `config.json` as a `DecoderConfig`. Every field is accounted for (`hf_fields.py`)."""
+
+from molora_jax.backbones import hf_fields, rope
+from molora_jax.backbones.families import FAMILIES, DecoderConfig
+from molora_jax.errors import InputError
+
+_DEFAULTS = {  # what transformers takes for a field that the file does not have
+    "llama": dict(max_position_embeddings=2048),
+    "mistral": dict(max_position_embeddings=131072, num_key_value_heads=8, sliding_window=4096),
+    "qwen2": dict(max_position_embeddings=32768, num_key_value_heads=32, sliding_window=4096, max_window_layers=28),
+    "qwen3": dict(
+        max_position_embeddings=32768, num_key_value_heads=32, head_dim=128, sliding_window=4096, max_window_layers=28
+    ),
+}
+_WINDOWED = ("mistral", "qwen2", "qwen3")  # whose sliding window transformers reads
+_BIASED = ("llama", "qwen3")  # where `attention_bias` is read: q, k, v and o
+ACTIVATIONS = {  # hidden_act -> ours (kernels_pallas/routed_ffn/activations.py)
+    "silu": "silu", "swish": "silu", "gelu": "gelu", "gelu_python": "gelu", "gelu_new": "gelu_tanh",
+    "gelu_pytorch_tanh": "gelu_tanh", "gelu_fast": "gelu_tanh", "gelu_accurate": "gelu_tanh", "relu": "relu",
+}  # fmt: skip
+
+
+def from_hf(config: dict, *, where: str, note=lambda text: None) -> DecoderConfig:
+    """Reads a Hugging Face `config.json`; what it means is what transformers means by it.
+
+    `note` is told of fields that nobody knows.
+
+    Raises:
+      InputError: a field that is missing or of the wrong kind, or one that says what the decoder does not have.
+    """
+    family = config.get("model_type", "")
+    if not isinstance(family, str) or family not in FAMILIES:
+        raise InputError(
+            f"{where}: model_type", got=hf_fields.quoted(family), expected=f"one of {', '.join(FAMILIES)}",
+            fix="Choose a model of these families, or add its switches to molora_jax/backbones/families.py.",
+        )  # fmt: skip
+    config, file = _DEFAULTS[family] | config, where
+
+    def number(key, default=None, *, kind=int, source=config, where=""):
+        value = source.get(key)
+        if value is None and default is not None:
+            return kind(default)
+        # type(), not isinstance: True is no size
+        if type(value) not in (int, kind) or not 0 < value < 1 << 31:
+            expected = f"a positive {kind.__name__}"
+            raise InputError(where or f"{file}: {key}", got=hf_fields.quoted(value), expected=expected)
+        return kind(value)
+
+    heads, width = number("num_attention_heads"), number("hidden_size")
+    kv_heads, head_dim = number("num_key_value_heads", heads), number("head_dim", width // heads or 1)
+    if heads % kv_heads or head_dim % 2 or (width % heads and config.get("head_dim") is None):
+        raise InputError(
+            f"{where}: heads", got=f"{heads} heads, {kv_heads} key-value heads of size {head_dim}",
+            expected="key-value heads that divide the heads, and an even size",
+        )  # fmt: skip
+    unknown = hf_fields.check(config, where=where, head_dim=head_dim)
+    if unknown:
+        names = ", ".join(map(hf_fields.shown, unknown[:8])) + (", ..." if len(unknown) > 8 else "")
+        note(f"{where}: not read: {names}")
+    activation = config.get("hidden_act", "silu")
+    if not isinstance(activation, str) or activation not in ACTIVATIONS:
+        raise InputError(
+            f"{where}: hidden_act", got=hf_fields.quoted(activation), expected=f"one of {', '.join(ACTIVATIONS)}"
+        )
+    if number("num_hidden_layers") > 10_000:
+        raise InputError(f"{where}: num_hidden_layers", got=str(number("num_hidden_layers")), expected="at most 10,000")
+    context = number("max_position_embeddings")
+    window, sliding = _window(config, family, number, where)
+    reached = bool(sliding) and window < context  # else full attention is the same
+    rope_base, scaling = rope.read(config, where=where, number=number)
+    return DecoderConfig(
+        family=family,
+        layers=number("num_hidden_layers"),
+        width=width,
+        ffn_width=number("intermediate_size"),
+        heads=heads,
+        kv_heads=kv_heads,
+        head_dim=head_dim,
+        vocab=number("vocab_size"),
+        context=context,
+        rope_base=rope_base,
+        norm_eps=number("rms_norm_eps", 1e-6, kind=float),
+        tied=_flag(config, "tie_word_embeddings", where),
+        activation=ACTIVATIONS[activation],
+        rope_scaling=scaling,
+        window=window if reached else None,
+        sliding=sliding if reached else (),
+        **_biases(config, family, where),
+    )
+
+
+def _flag(config, key, where) -> bool:
+    value = config.get(key)
+    if value not in (None, True, False) or isinstance(value, (int, float)) and not isinstance(value, bool):
+        raise InputError(f"{where}: {key}", got=hf_fields.shown(value), expected="true or false")
+    return bool(value)
+
+
+def _biases(config, family, where) -> dict:
+    """The family's switches, with q, k, v and o biased where `attention_bias` says so and the family reads it."""
+    if _flag(config, "mlp_bias", where):
+        raise InputError(f"{where}: mlp_bias", got="true", expected="false: gate, up and down have no bias here")
+    switches = dict(FAMILIES[family])
+    if _flag(config, "attention_bias", where) and not switches.get("qkv_bias"):
+        if family not in _BIASED:
+            raise InputError(f"{where}: attention_bias", got="true", expected="false for this family")
+        switches |= dict(qkv_bias=True, o_bias=True)
+    return switches
+
+
+def _window(config, family, number, where) -> tuple[int, tuple[int, ...]]:
+    """The sliding window and the layers that slide, none where no layer does."""
+    layers, kinds = number("num_hidden_layers"), config.get("layer_types")
+    known = ("full_attention", "sliding_attention")
+    if kinds is not None and (not isinstance(kinds, list) or any(kind not in known for kind in kinds)):
+        raise InputError(f"{where}: layer_types", got=hf_fields.shown(kinds), expected=f"a list of {', '.join(known)}")
+    if family not in _WINDOWED:  # transformers does not read it
+        return 0, ()
+    gated = family != "mistral"
+    if (gated and not _flag(config, "use_sliding_window", where)) or config.get("sliding_window") is None:
+        if gated and kinds and "sliding_attention" in kinds:
+            raise InputError(
+                f"{where}: layer_types", got="sliding_attention",
+                expected="full_attention, for use_sliding_window is off or there is no sliding_window",
+                fix="Set the one that is right.",
+            )  # fmt: skip
+        return 0, ()
+    window = number("sliding_window")
+    if not gated:
+        return window, tuple(range(layers))
+    if kinds is not None:
+        if len(kinds) != layers:
+            raise InputError(f"{where}: layer_types", got=f"{len(kinds)} layers", expected=f"{layers}")
+        return window, tuple(i for i, kind in enumerate(kinds) if kind == "sliding_attention")
+    first = config.get("max_window_layers")  # layers below it see everything; it may be 0
+    if type(first) is not int or first < 0:
+        raise InputError(f"{where}: max_window_layers", got=hf_fields.shown(first), expected="0 or more")
+    return window, tuple(range(first, layers))

@@ -1,0 +1,165 @@
+"""Bookkeeping of one layer's pass: who routes where, what is shared, and the sums that leave the layer.
+
+A router is asked once a scope: a site's own input (`share="site"`), the normed input of the attention or feed-forward
+sub-block (`attn`, `ffn`; reused at o and down), or the whole model (`model`; decided before the stack).
+"""
+
+import jax
+import jax.numpy as jnp
+
+from molora_jax import engines
+from molora_jax.backbones.families import DecoderConfig
+from molora_jax.core import routing as routing_math
+from molora_jax.core import rules as rules_lib
+from molora_jax.core.types import Array, Context
+from molora_jax.placements import chain, ffn, projection
+
+
+class Layer:
+    """One layer of one trace. `rules` are (rule, experts) that act here; trees are this layer's slices by rule name.
+
+    `whole`: the adapters of all layers of the segment and this layer's place among them, None where an engine splits
+    them.
+    """
+
+    def __init__(
+        self, config: DecoderConfig, segment, active, losses, trees, carry, ctx: Context, given, collect, engine,
+        whole=None,
+    ):  # fmt: skip
+        self.config, self.segment, self.active, self.losses = config, segment, active, losses
+        self.adapters, self.shared, self.state = trees
+        self.carry, self.ctx, self.given, self.collect = dict(carry), ctx, given, collect
+        self.engine, self.whole = engine, whole
+        self.decisions, self.stats, self.routings = {}, {}, {}
+
+    def _context(self, rule, name: str, base=None) -> Context:
+        key = None
+        if self.ctx.key is not None:
+            key = jax.random.fold_in(jax.random.fold_in(self.ctx.key, rule.tag), rules_lib.site_tag(name))
+            key = jax.random.fold_in(key, self.ctx.layer)
+        site = rules_lib.site(self.config, name, self.segment, rule)
+        stack = None if self.whole is None else (self.whole[0][rule.name].get(name, {}), self.whole[1])
+        return self.ctx.replace(key=key, site=site, base=base, stack=stack, dropout=rule.adapter.dropout)
+
+    def enter(self, scope: str, x: Array) -> None:
+        """Routes every rule that shares a decision over this sub-block. `x [B, S, D]`, after the norm."""
+        for rule, experts in self.active:
+            if rule.router is not None and rule.share == scope:
+                self._route(rule, experts, scope, x)
+
+    def _route(self, rule, experts, scope, x, iteration=0):
+        own = rule.leaves_of(scope)
+        ctx = self._context(rule, scope).replace(
+            state=self.state[rule.name].get("router", {}).get(own, {}), carry=self.carry.get(rule.name, ()),
+            iteration=iteration,
+        )  # fmt: skip
+        with jax.named_scope("route"):
+            if ctx.route == "task":
+                decision, carry, sums = routing_math.by_task(ctx, ctx.site.experts), ctx.carry, {}
+            else:
+                x = ctx.signal[rule.name] if rule.router.SIGNAL else x
+                leaves = self.adapters[rule.name].get("router", {}).get(own, {})  # a router may have none of its own
+                decision, carry, sums = rule.router.route(leaves, self.shared.get(rule.name, {}), x, ctx)
+        if rule.name in self.carry:
+            self.carry[rule.name] = carry
+        self.record(rule, scope, decision, sums, ctx)
+        return decision
+
+    def record(self, rule, scope, decision, sums, ctx):
+        self.decisions[rule.name, scope] = decision
+        self.stats.setdefault(rule.name, {})[scope] = {
+            "load": routing_math.sums(decision),
+            "losses": {name: loss.stats(decision, ctx) for name, loss in self.losses},
+            "router": sums,
+        }
+        if self._counted(rule, decision.gates.shape[-1]):
+            self.stats[rule.name][scope]["load"] |= {"sent": jnp.float32(0), "dropped": jnp.float32(0)}
+        if self.collect:
+            self.routings.setdefault(rule.name, {})[scope] = decision.gates
+
+    def _decision(self, rule, experts, site: str, x: Array):
+        if rule.router is None:
+            return None
+        if rule.share == "model":
+            return self.given[rule.name]
+        scope = rule.share if rule.share in rules_lib.SCOPES else site
+        found = self.decisions.get((rule.name, scope))
+        return self._route(rule, experts, scope, x) if found is None else found
+
+    def _counted(self, rule, experts) -> bool:
+        """Whether an engine may drop slots of this rule."""
+        on = self.engine
+        return bool(on.capacity) and on.moves_tokens and on.split(experts, rule.router is not None)
+
+    def _count(self, acting, site: str, counts) -> None:
+        for (rule, experts), one in zip(acting, counts, strict=True):
+            if one is not None and self._counted(rule, experts):
+                scope = rule.share if rule.share in rules_lib.SCOPES else site
+                load, total = self.stats[rule.name][scope]["load"], jax.lax.stop_gradient(one).sum(axis=0)
+                load["sent"], load["dropped"] = load["sent"] + total[0], load["dropped"] + total[1]
+
+    def project(self, site: str, W: Array, bias: Array | None, x: Array, rest: Array | None = None) -> Array:
+        """A projection with every rule's change of it, plus `rest` (see `engines.project`).
+
+        `x [B, S, D_in]` -> `[B, S, D_out]`.
+        """
+        flat = x.reshape(-1, x.shape[-1])
+        acting = [(r, E) for r, E in self.active if r.placement == "projection" and site in r.sites]
+        parts = []
+        for rule, experts in acting:
+            decision = self._decision(rule, experts, site, x)
+            ctx = self._context(rule, site, base=W)
+            leaves = self.adapters[rule.name].get(site, {})
+            parts.append(projection.part(rule, leaves, self.shared.get(rule.name, {}), decision, ctx, flat))
+        with jax.named_scope(site):
+            y, counts = engines.project(self.engine, site, W, bias, flat, parts, rest)
+        self._count(acting, site, counts)
+        return y.reshape(*x.shape[:-1], -1)
+
+    def feed_forward(self, x: Array, g: Array, u: Array, weights: dict, act: str) -> Array:
+        """From the shared gate and up projections `[B, S, F]` to the block's output `[B, S, D]`.
+
+        `weights` holds the frozen kernels of gate, up and down.
+        """
+        out = self._feed_forward(x, g, u, weights, act)
+        for rule, experts in self.active:
+            if rule.placement == "chain":
+                out = out + self._chain(rule, experts, x)
+        return out
+
+    def _feed_forward(self, x, g, u, weights, act):
+        W_down, b_down = weights["down"]
+        acting = [(r, E) for r, E in self.active if r.placement == "ffn"]
+        if not acting:
+            return self.project("down", W_down, b_down, ffn.ACTIVATIONS[act](g) * u)
+        kernels = {s: weights[s][0] for s in ffn.SITES}
+        flat = [a.reshape(-1, a.shape[-1]) for a in (x, g, u)]
+        parts = []
+        for rule, experts in acting:
+            contexts = {s: self._context(rule, s, base=kernels[s]) for s in ffn.SITES}
+            shared, decision = self.shared.get(rule.name, {}), self._decision(rule, experts, "ffn", x)
+            parts.append(ffn.part(rule, self.adapters[rule.name], shared, decision, contexts, flat[0]))
+        with jax.named_scope("experts"):
+            mix, rest, counts = engines.feed_forward(self.engine, *flat, kernels, parts, act)
+        self._count(acting, "ffn", counts)
+        return self.project("down", W_down, b_down, mix.reshape(g.shape), rest)
+
+    def _chain(self, rule, experts, x):
+        """What the passes of a chain add to the block's output; each pass's decision is recorded as its own."""
+
+        def decide(t, z):
+            if rule.router is None:
+                return None
+            if t and rule.place.gating == "once":
+                first, ctx = self.decisions[rule.name, "pass0"], self._context(rule, rule.scopes[t])
+                self.record(rule, rule.scopes[t], first, {}, ctx)
+                return first
+            return self._route(rule, experts, rule.scopes[t], z, iteration=t)
+
+        shared, ctx = self.shared.get(rule.name, {}), self._context(rule, "ffn")
+        change = chain.apply(rule, self.adapters[rule.name]["ffn"], shared, ctx, x, decide)
+        if rule.router is not None and rule.place.gating == "shared":  # one router's state sees all of its passes
+            stats = self.stats[rule.name]
+            whole = jax.tree.map(lambda *s: sum(s), *(stats[scope]["router"] for scope in rule.scopes))
+            stats["pass0"] = stats["pass0"] | {"router": whole}
+        return change

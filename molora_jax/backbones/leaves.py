@@ -1,0 +1,96 @@
+"""The trees that a model's rules own: fresh adapters, router state, and which leaves never train.
+
+adapters/<rule>/<segment>/<site>/<leaf> [L_segment, E, ...]      adapters/<rule>/<segment>/router/<scope>/<leaf>
+adapters/<rule>/shared/...   leaves without a layer: pools, a head's trunk
+adapters/<rule>/shared/router/model/<leaf> [1, ...]   the one router of `share="model"`
+router_state                 mirrors the routers
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
+from molora_jax.core import rules as rules_lib
+
+
+def init_adapters(config, rules, segments, key, params: dict, base_grad: dict | None = None) -> dict:
+    """Traceable; a leaf's key folds rule, site and absolute layer."""
+    tree: dict = {}
+    for rule in rules:
+        out: dict = {}
+        rule_key = jax.random.fold_in(key, rule.tag)
+        routers = []
+        for segment in segments:
+            if not rule.experts[segment.start]:
+                continue
+            own = out.setdefault(segment.name, {})
+            for name in rule.projections:
+                site = rules_lib.site(config, name, segment, rule)
+                own[name] = _init_layers(rule.adapter, rule_key, site, params, base_grad)
+            for scope in rule.router_scopes:
+                site = rules_lib.router_site(config, scope, segment, rule)
+                routers.append(site)
+                if rule.share != "model":
+                    own.setdefault("router", {})[scope] = _init_layers(rule.router, rule_key, site)
+        sites = rules_lib.adapter_sites(config, rule, segments)
+        shared = dict(rule.adapter.init_shared(jax.random.fold_in(rule_key, 1000), sites))
+        if routers:
+            shared |= rule.router.init_shared(jax.random.fold_in(rule_key, 1001), tuple(routers))
+        if rule.share == "model":  # one router, whatever the layers
+            one = dataclasses.replace(routers[0], layers=routers[0].layers[:1])
+            shared["router"] = {"model": _init_layers(rule.router, rule_key, one)}
+        if shared:
+            out["shared"] = shared
+        tree[rule.name] = _without_empty(out)
+    return tree
+
+
+def _without_empty(tree: dict) -> dict:
+    """Members may have no leaves of their own; splitting a tree into its trainable part would lose empty dicts."""
+    below = {k: _without_empty(v) if isinstance(v, dict) else v for k, v in tree.items()}
+    return {k: v for k, v in below.items() if not isinstance(v, dict) or v}
+
+
+def _init_layers(member, key, site, params=None, base_grad=None):
+    """One layer at a time, with a key of the absolute layer: regrouping layers changes nothing. No params: a router."""
+    key = jax.random.fold_in(key, rules_lib.site_tag(site.name) + (100 if params is None else 0))
+    # a chain changes a state and no projection: there is no base weight
+    kernel = None if params is None else params["blocks"].get(site.name)
+
+    def one(layer):
+        layer_key = jax.random.fold_in(key, layer)
+        if params is None:
+            return member.init_leaves(layer_key, site, layer)
+        pick = lambda w: jax.lax.dynamic_index_in_dim(w, layer, 0, False)  # noqa: E731
+        base = None if kernel is None else pick(kernel["kernel"])
+        grad = None if kernel is None or base_grad is None else pick(base_grad[site.name])
+        return member.init_leaves(layer_key, site, layer, base=base, base_grad=grad)
+
+    return jax.lax.map(one, jnp.array(site.layers))
+
+
+def init_router_state(config, rules, segments) -> dict:
+    tree: dict = {}
+    for rule in rules:
+        whole = rule.share == "model"
+        for segment in segments:
+            place, layers = ("shared", 1) if whole else (segment.name, len(segment.layers))
+            if not rule.experts[segment.start] or place in tree.get(rule.name, {}):
+                continue
+            for scope in rule.router_scopes:
+                state = rule.router.init_state(rules_lib.router_site(config, scope, segment, rule))
+                if state:
+                    state = jax.tree.map(lambda x, n=layers: jnp.broadcast_to(x, (n, *x.shape)) + 0, state)
+                    scopes = tree.setdefault(rule.name, {}).setdefault(place, {}).setdefault("router", {})
+                    scopes[scope] = state
+    return tree
+
+
+def frozen_patterns(rules) -> tuple[str, ...]:
+    out = []
+    for rule in rules:
+        names = rule.adapter.FROZEN + (rule.router.FROZEN if rule.router is not None else ())
+        out += [f"{rule.name}/*/{name}" for name in names]
+        out += [f"{rule.name}/???-???/{site}/*" for site in rule.projections if rule.load]
+    return tuple(out)

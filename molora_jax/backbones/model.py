@@ -1,0 +1,188 @@
+"""The model as one static value: a decoder's shape, the compiled rules, the routing losses. Arrays come from outside.
+
+    params (frozen base)  adapters (factors and routers)  router_state (mutable, no gradient)  ->  hidden, sums
+
+Trees are plain nested dicts: `adapters/<rule>/<segment>/<site>/<leaf> [L_segment, E, ...]`,
+`adapters/<rule>/<segment>/router/<scope>/<leaf>`, `adapters/<rule>/shared/...` (there `router/model/<leaf> [1, ...]`,
+where one router serves all layers); `router_state` mirrors it.
+"""
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from molora_jax.backbones import leaves, stack
+from molora_jax.backbones.decoder import rms_norm
+from molora_jax.backbones.families import DecoderConfig
+from molora_jax.backbones.layer import Layer
+from molora_jax.core import rules as rules_lib
+from molora_jax.core.types import Array, Context
+from molora_jax.engines import ALONE, Engine
+
+identity = lambda x: x  # noqa: E731  (no mesh: nothing to constrain)
+
+
+@dataclasses.dataclass(frozen=True)
+class Model:
+    config: DecoderConfig
+    rules: tuple[rules_lib.Rule, ...] = ()
+    losses: tuple[tuple[str, Any], ...] = ()
+    remat: str = "dots"
+    attention: str = "xla"  # or fused, see `decoder.attention_form`
+    max_segments: int = 0
+    engine: Engine = ALONE
+    route: str = ""  # a stage's own routing: "task" is hard, by task id
+    tasks: tuple[str, ...] = ()  # the names behind `task_ids`
+
+    @functools.cached_property
+    def segments(self) -> tuple[rules_lib.Segment, ...]:
+        return rules_lib.segments(self.rules, self.config.layers)
+
+    def without_rules(self) -> "Model":
+        """The frozen base alone."""
+        return dataclasses.replace(self, rules=(), losses=())
+
+    def init_adapters(self, key: Array, params: dict, base_grad: dict | None = None) -> dict:
+        """Fresh leaves, float32 (tables int32). `params["blocks"]` is read by inits that start from the base."""
+        return leaves.init_adapters(self.config, self.rules, self.segments, key, params, base_grad)
+
+    def init_router_state(self) -> dict:
+        return leaves.init_router_state(self.config, self.rules, self.segments)
+
+    def frozen_patterns(self) -> tuple[str, ...]:
+        """Paths `rule/.../leaf` that never train, from the members' FROZEN and the rules' loaded experts."""
+        return leaves.frozen_patterns(self.rules)
+
+    def init_cache(self, rows: int, slots: int, dtype) -> dict:
+        """Empty keys and values `[L, rows, slots, H_kv, H_d]`: of this model, and of the base pass of a signal."""
+        c = self.config
+        empty = lambda: jnp.zeros((c.layers, rows, slots, c.kv_heads, c.head_dim), dtype)  # noqa: E731
+        return {name: (empty(), empty()) for name in ("own", "base") if name == "own" or self._signalled}
+
+    @property
+    def _signalled(self) -> tuple[rules_lib.Rule, ...]:
+        """Rules whose routers read the frozen base's hidden state."""
+        return tuple(rule for rule in self.rules if rule.router is not None and rule.router.SIGNAL and not self.route)
+
+    def hidden(
+        self,
+        params: dict,
+        adapters: dict,
+        state: dict,
+        batch: dict,
+        *,
+        train: bool = False,
+        key: Array | None = None,
+        step_key: Array | None = None,
+        step: Array | int = 0,
+        mask: Array | None = None,
+        cache=None,
+        collect: bool = False,
+        constrain=identity,
+    ):
+        """Final hidden states, after the last norm.
+
+        Args:
+          batch: `tokens`, `segment_ids` (0 = padding), `positions`, and for routing analysis `task_ids`, `example_ids`,
+            all `[B, S]` int32; optional `allowed [E] | [B, E]`.
+          train: dropout and noise on (needs `key`), layers inside `jax.checkpoint`.
+          mask: `[B, 1, S, S_k]` attention mask; by default causal and block-diagonal over `segment_ids`.
+          cache: `(buffers, write)`: those of `init_cache`, and what puts new keys or values in, see `stack.run`.
+          collect: also return the gates.
+
+        Returns:
+          `(hidden [B, S, D], sums {rule: {segment: {scope: ...}}}, buffers, gates likewise [L_segment, B, S, E])`.
+        """
+        tokens, segment_ids = batch["tokens"], batch["segment_ids"]
+        zeros = jnp.zeros_like(tokens)
+        with jax.named_scope("embed"):
+            x = constrain(params["embed"][tokens])
+        ctx = Context(
+            valid=segment_ids > 0,
+            segment_ids=segment_ids,
+            positions=batch["positions"],
+            task_ids=batch.get("task_ids", zeros),
+            example_ids=batch.get("example_ids", zeros),
+            step=step,
+            key=key if train else None,
+            step_key=step_key if train else None,
+            allowed=batch.get("allowed"),
+            train=train,
+            route=self.route,
+            max_segments=self.max_segments or tokens.shape[1],
+            tasks=self.tasks,
+        )
+        carry = {
+            rule.name: rule.router.init_carry(*tokens.shape)
+            for rule in self.rules
+            if rule.router is not None and jax.tree.leaves(rule.router.init_carry(*tokens.shape))
+        }
+        mask = stack.attention_mask(segment_ids) if mask is None else mask
+        buffers, write = ({}, None) if cache is None else cache
+        signal, base_kv = self._signal(params, adapters, batch, ctx, mask, buffers.get("base"), write, constrain)
+        ctx = ctx.replace(signal=signal)
+        given, stats, gates = self._route_model(adapters, state, x, ctx, collect)
+        x, kv, inner, inner_gates = stack.run(
+            self, params["blocks"], adapters, state, x, ctx,
+            mask=mask, carry=carry, given=given, cache=(*buffers["own"], write) if buffers else None,
+            collect=collect, constrain=constrain,
+        )  # fmt: skip
+        if buffers:
+            buffers = {"own": kv[:2]} | ({} if base_kv is None else {"base": base_kv})
+        for name in inner:
+            stats.setdefault(name, {}).update({k: v for k, v in inner[name].items() if v})
+            gates.setdefault(name, {}).update({k: v for k, v in inner_gates[name].items() if v})
+        return rms_norm(x, params["final_norm"], self.config.norm_eps), stats, buffers or None, gates
+
+    def _signal(self, params, adapters, batch, ctx, mask, kv, write, constrain):
+        """What routers with a SIGNAL read, by rule, and the base pass's own keys and values.
+
+        One pass of the frozen base, without rules: no expert is computed and nothing is differentiated.
+        """
+        if not self._signalled:
+            return {}, kv
+        cache = None if kv is None else ({"own": kv}, write)
+        with jax.named_scope("base_hidden"):
+            h, _, buffers, _ = self.without_rules().hidden(
+                params, {}, {}, batch, mask=mask, cache=cache, constrain=constrain
+            )
+            h = jax.lax.stop_gradient(h)
+        signal = {}
+        for rule in self._signalled:
+            own = ctx.replace(key=None if ctx.key is None else jax.random.fold_in(ctx.key, rule.tag))
+            signal[rule.name] = rule.router.signal(adapters[rule.name].get("shared", {}), h, own)
+        return signal, None if buffers is None else buffers["own"]
+
+    def _route_model(self, adapters, state, x, ctx, collect):
+        """Rules with `share="model"`: one decision for all layers, on the embeddings. Sums lead with one "layer"."""
+        given, stats, gates = {}, {}, {}
+        for r, rule in enumerate(self.rules):
+            if rule.share != "model":
+                continue
+            E, pick = max(rule.experts), lambda w: w[0]
+            where = next(s for s in self.segments if s.counts[r])
+            shared = adapters[rule.name].get("shared", {})
+            own = {"router": jax.tree.map(pick, shared.get("router", {}))}
+            own_state = jax.tree.map(pick, state.get(rule.name, {}).get("shared", {}))
+            trees = ({rule.name: own}, {rule.name: shared}, {rule.name: own_state})
+            carry = {rule.name: rule.router.init_carry(*x.shape[:2])}
+            layer = Layer(
+                self.config, where, [(rule, E)], self.losses, trees, carry, ctx.replace(layer=0), {}, collect,
+                self.engine,
+            )  # fmt: skip
+            layer.enter("model", x)
+            given[rule.name] = layer.decisions[rule.name, "model"]
+            lead = lambda tree: jax.tree.map(lambda v: v[None], tree)  # noqa: E731
+            stats[rule.name] = {"model": lead(layer.stats[rule.name])}
+            if collect:
+                gates[rule.name] = {"model": lead(layer.routings[rule.name])}
+        return given, stats, gates
+
+    def logits(self, params: dict, hidden: Array) -> Array:
+        """`hidden [..., D]` -> `[..., V]` float32."""
+        head, axis = (params["head"], 0) if "head" in params else (params["embed"], 1)
+        contract = (((hidden.ndim - 1,), (axis,)), ((), ()))  # `embed.T` would be a copy a token on a CPU
+        return jax.lax.dot_general(hidden, head.astype(hidden.dtype), contract, preferred_element_type=jnp.float32)

@@ -1,0 +1,159 @@
+"""Rotary frequencies: the kinds of scaling, and how a Hugging Face config says them.
+
+    angle(p, i) = p * base^(-i / half) * m_i        i = 0 .. half - 1, half = H_d / 2
+    cos, sin are multiplied by a (only yarn has a != 1), so scores by a^2
+
+    linear   m_i = 1 / factor
+    llama3   m_i = s + (1 - s) / factor     s: 1 for pairs that turn more than `high` times in the original context,
+                                            0 for fewer than `low` times, between linear in the turns
+    yarn     m_i = s + (1 - s) / factor     s: the same, between linear in i;  a = 0.1 ln(factor) + 1
+
+`dynamic` scaling begins beyond the model's context, where no row here reaches: it is no scaling.
+Source: transformers' `modeling_rope_utils.py`; YaRN is Peng et al. 2023, arXiv 2309.00071.
+"""
+
+import dataclasses
+import math
+
+import numpy as np
+
+from molora_jax.backbones.hf_fields import shown
+from molora_jax.errors import InputError
+
+KINDS = ("default", "linear", "dynamic", "llama3", "yarn")
+_KEYS = {  # what each kind reads; another key that is set is refused
+    "default": (),
+    "linear": ("factor",),
+    "dynamic": ("factor", "original_max_position_embeddings"),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
+    "yarn": (
+        "factor", "original_max_position_embeddings", "attention_factor", "beta_fast", "beta_slow", "mscale",
+        "mscale_all_dim", "truncate",
+    ),
+}  # fmt: skip
+_NOTES = ("rope_type", "type", "rope_theta", "finetuned")  # say nothing about the frequencies beyond kind and base
+_NEUTRAL = {"partial_rotary_factor": (1,), "attn_factor": (1,), "extrapolation_factor": (1,)}
+
+
+@dataclasses.dataclass(frozen=True)
+class RopeScaling:
+    """`low`, `high`: llama3's frequency factors, or yarn's beta_slow and beta_fast. `context`: the original one."""
+
+    kind: str
+    factor: float
+    low: float = 0.0
+    high: float = 0.0
+    context: float = 0.0
+    attention: float = 1.0
+    truncate: bool = True
+
+    def multipliers(self, base: float, head_dim: int):
+        """`m [H_d / 2]`, float64."""
+        half = head_dim // 2
+        if self.kind == "linear":
+            return np.full(half, 1 / self.factor)
+        if self.kind == "llama3":
+            turns = self.context * base ** (-np.arange(half) / half) / (2 * math.pi)
+            keep = np.clip((turns - self.low) / (self.high - self.low), 0.0, 1.0)
+        else:
+            first, last = (self._pair(turns, base, head_dim) for turns in (self.high, self.low))
+            if self.truncate:
+                first, last = math.floor(first), math.ceil(last)
+            first, last = max(first, 0), min(last, head_dim - 1)
+            last = last + 0.001 if first == last else last
+            keep = 1 - np.clip((np.arange(half) - first) / (last - first), 0.0, 1.0)
+        return keep + (1 - keep) / self.factor
+
+    def _pair(self, turns, base, head_dim):
+        """The pair (a real number) that turns so many times in the original context."""
+        return head_dim * math.log(self.context / (turns * 2 * math.pi)) / (2 * math.log(base))
+
+
+def read(config: dict, *, where: str, number) -> tuple[float, RopeScaling | None]:
+    """Base and scaling that a Hugging Face config says.
+
+    `rope_parameters` (transformers 5) and `rope_scaling` (before) may both be there; a `rope_theta` inside wins over
+    the one outside. `number(key, default, kind=, source=, where=)` reads a positive number.
+
+    Raises:
+      InputError: a kind or a key that is not known, two values for one key, a number out of range.
+    """
+    options, at = _options(config, where)
+    kind = options.get("rope_type") or options.get("type") or "default"
+    if not isinstance(kind, str) or kind not in KINDS:
+        raise InputError(
+            f"{where}: rope_scaling", got=shown(kind), expected=f"none, {', '.join(KINDS[1:-1])} or {KINDS[-1]}",
+            fix="Choose a model with one of these kinds of rotary scaling.",
+        )  # fmt: skip
+    for key, value in options.items():
+        neutral = value is None or (type(value) is not bool and value in _NEUTRAL.get(key, ()))
+        if key not in (*_KEYS[kind], *_NOTES) and not neutral:
+            raise InputError(
+                f"{where}: {at}.{key}", got=shown(value), expected=f"no such field for rope_type {kind}",
+                fix="It changes the positions in a way that is not implemented here: choose another model.",
+            )  # fmt: skip
+
+    def option(key, default=None):
+        return number(key, default, kind=float, source=options, where=f"{where}: {at}.{key}")
+
+    base = option("rope_theta", number("rope_theta", 10000.0, kind=float))
+    if base <= 1:
+        raise InputError(f"{where}: rope_theta", got=str(base), expected="a number above 1")
+    if kind in ("default", "dynamic"):
+        return base, None
+    context = number("max_position_embeddings")
+    original = option("original_max_position_embeddings", float(context))
+    if kind in ("llama3", "yarn"):  # outside wins here, as in transformers
+        original = number("original_max_position_embeddings", original, kind=float)
+    factor = option("factor", context / original if kind == "yarn" and original != context else None)
+    if kind == "linear":
+        return base, None if factor == 1 else RopeScaling("linear", factor)
+    if kind == "llama3":
+        low, high = option("low_freq_factor"), option("high_freq_factor")
+        if low >= high:
+            raise InputError(f"{where}: {at}.high_freq_factor", got=str(high), expected=f"more than {low}")
+        return base, RopeScaling("llama3", factor, low, high, original)
+    low, high = option("beta_slow", 1.0), option("beta_fast", 32.0)
+    if low > high:
+        raise InputError(f"{where}: {at}.beta_fast", got=str(high), expected=f"at least beta_slow, {low}")
+    truncate = options.get("truncate")
+    if truncate not in (None, True, False):
+        raise InputError(f"{where}: {at}.truncate", got=shown(truncate), expected="true or false")
+    attention = option("attention_factor", _attention(factor, option("mscale", 0.0), option("mscale_all_dim", 0.0)))
+    return base, RopeScaling("yarn", factor, low, high, original, attention, truncate is not False)
+
+
+def _attention(factor, mscale, all_dim):
+    grown = lambda by: 0.1 * by * math.log(factor) + 1.0 if factor > 1 else 1.0  # noqa: E731
+    return grown(mscale) / grown(all_dim) if mscale and all_dim else grown(1.0)
+
+
+def _options(config, where):
+    """The union of `rope_scaling` and `rope_parameters`, and the name of the one that errors should name."""
+    found: dict = {}
+    for name in ("rope_scaling", "rope_parameters"):
+        options = config.get(name)
+        if options is None:
+            continue
+        if not isinstance(options, dict):
+            raise InputError(f"{where}: {name}", got=shown(options), expected="an object or null")
+        for key, value in _flat(options, f"{where}: {name}").items():
+            key = "rope_type" if key == "type" else key
+            if found.get(key) is not None and value is not None and found[key] != value:
+                raise InputError(
+                    f"{where}: {name}.{key}", got=shown(value), expected=f"{shown(found[key])}, as rope_scaling says",
+                    fix="Keep the right one of the two.",
+                )  # fmt: skip
+            found[key] = value if value is not None else found.get(key)
+    return found, "rope_parameters" if config.get("rope_parameters") else "rope_scaling"
+
+
+def _flat(options, where):
+    """Parameters by kind of layer (`full_attention`, `sliding_attention`) as one, where they are the same."""
+    nested = {key: value for key, value in options.items() if key.endswith("_attention")}
+    if not nested:
+        return dict(options)
+    first, *others = nested.values()
+    if len(nested) < len(options) or not isinstance(first, dict) or any(other != first for other in others):
+        raise InputError(where, got="several kinds of layers", expected="the same rotary frequencies for every layer")
+    return dict(first)

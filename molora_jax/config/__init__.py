@@ -1,0 +1,78 @@
+"""The config contract: validate a config, check it against a model and a mesh, turn it to and from JSON.
+
+`validate(config)` runs before jax is imported; `check_model` once the base model's shape is known; `check_mesh` once
+the number of devices is. All raise `InputError`: field, what was got, what was expected, what to change; several
+mistakes are reported together. Fields and ranges: `config/fields.py`; options of members: their own files.
+"""
+
+from molora_jax.config import checks as config_checks
+from molora_jax.config.checks import plain, raise_all, wrong
+from molora_jax.config.fields import FFN
+from molora_jax.config.resolve import resolve_experts, resolve_layers, resolve_mesh, resolve_sites
+from molora_jax.errors import InputError
+
+__all__ = [
+    "check_mesh", "check_model", "from_dict", "resolve_experts", "resolve_layers", "resolve_mesh", "resolve_sites",
+    "to_dict", "validate",
+]  # fmt: skip
+
+
+def validate(config, *, need_rules=True):
+    """Checks every field of a ConfigDict or nested dict. `need_rules=False` accepts a config that trains nothing."""
+    config = plain(config)
+    problems = config_checks.problems(config)
+    if need_rules and not problems and not config["method"]["rules"]:
+        problems = [wrong("method.rules", "no rule", "at least one", "Start from a config such as configs/lora.py.")]
+    raise_all(problems)
+
+
+def check_model(config, num_layers, dims=None):
+    """The second pass, against the base model: `dims` maps a projection to `(D_in, D_out)` (or is such a function)."""
+    problems = []
+    for name, rule in plain(config)["method"]["rules"].items():
+        where = f"method.rules.{name}"
+        try:
+            problems += config_checks.check_counts(where, rule, config_checks.covered(where, rule, num_layers))
+        except InputError as problem:
+            problems.append(problem)
+        sites = resolve_sites(rule["sites"], where=f"{where}.sites")
+        for site in () if "placement" in rule else FFN if sites == ("ffn",) else sites:
+            if isinstance(dims, dict) and site not in dims:
+                problems.append(wrong(f"{where}.sites", repr(site), f"a projection of this model: {', '.join(dims)}"))
+                continue
+            rank, widths = rule["adapter"].get("rank"), dims and (dims[site] if isinstance(dims, dict) else dims(site))
+            pissa = rule["adapter"].get("init") == "pissa"  # takes singular vectors: there are min(widths)
+            most = widths and (min(widths) if pissa else max(widths))
+            if widths and rank and rank > most:
+                expected = f"<= {most}, the {'smaller' if pissa else 'larger'} width of {site}"
+                problems.append(wrong(f"{where}.adapter.rank", rank, expected, "Lower the rank."))
+    raise_all(problems)
+
+
+def check_mesh(config, num_devices):
+    """`resolve_mesh` of a config, against its batch and `train.exact`."""
+    train = config["train"]
+    sizes = resolve_mesh(config["mesh"], num_devices, rows=train["batch_size"] // train["accumulate"])
+    raise_all(list(config_checks.exact_devices(train, sizes)))
+    return sizes
+
+
+def to_dict(config):
+    """A nested dict that JSON can hold: tuples become lists."""
+    if isinstance(config, (tuple, list)):
+        return [to_dict(value) for value in config]
+    if hasattr(config, "to_dict"):
+        config = config.to_dict()
+    return {key: to_dict(value) for key, value in config.items()} if isinstance(config, dict) else config
+
+
+def from_dict(tree):
+    """The ConfigDict that `to_dict` was made from: lists become tuples."""
+    from ml_collections import ConfigDict
+
+    def tuples(value):
+        if isinstance(value, dict):
+            return {key: tuples(v) for key, v in value.items()}
+        return tuple(tuples(v) for v in value) if isinstance(value, list) else value
+
+    return ConfigDict(tuples(tree))

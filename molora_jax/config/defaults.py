@@ -1,0 +1,106 @@
+"""What a config of an older version lacks: the defaults of `configs/common.py`, of a rule, of a stage, of a member.
+
+Read from the file itself, so that there is one place of defaults. An installation without `configs/` fills nothing in.
+"""
+
+import functools
+import importlib.util
+import inspect
+import pathlib
+
+from molora_jax.config.fields import FIELDS, REQUIRED, WHOLE
+from molora_jax.config.members import members, options
+
+COMMON = pathlib.Path(__file__).parents[2] / "configs" / "common.py"
+MISSING = object()
+ABSENT = {"data": {"file_tasks": False}}  # what a field's absence means where today's default is another
+AXES = dict(adapter="adapters", router="routers", placement="placements")
+
+
+@functools.cache
+def _common():
+    if not COMMON.is_file():
+        return None
+    spec = importlib.util.spec_from_file_location("_molora_common", COMMON)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@functools.cache
+def sections() -> dict:
+    """The whole default config as a nested dict."""
+    return _common().get_config().to_dict() if _common() else {}
+
+
+@functools.cache
+def rule_fields() -> dict:
+    """Fields of a rule that may be left out."""
+    parameters = inspect.signature(_common().rule).parameters.values() if _common() else ()
+    return {p.name: p.default for p in parameters if p.default not in (inspect.Parameter.empty, None)}
+
+
+def completed(config: dict) -> tuple[dict, list[str]]:
+    """`(config, names)`: a copy with the fields that it lacks at their defaults, and the names of these fields.
+
+    Fields that this version does not know stay: the validator names them.
+    """
+    config, added = {**config}, []
+
+    def fill(where, group, defaults):
+        for name, value in defaults.items():
+            if name not in group:
+                added.append(f"{where}{name}")
+                group[name] = value
+
+    fill("", config, {name: value for name, value in sections().items() if not isinstance(FIELDS.get(name), dict)})
+    for name, fields in FIELDS.items():
+        if not isinstance(fields, dict) or name not in sections():
+            continue
+        if name not in config:
+            added.append(name)
+            config[name] = sections()[name]
+        elif fields and isinstance(config[name], dict):
+            config[name] = {**config[name]}
+            fill(f"{name}.", config[name], sections()[name] | ABSENT.get(name, {}))
+    method = config.get("method")
+    rules = method.get("rules") if isinstance(method, dict) else None
+    if isinstance(rules, dict):
+        copies = {name: {**rule} if isinstance(rule, dict) else rule for name, rule in rules.items()}
+        for name, rule in copies.items():
+            if isinstance(rule, dict):
+                fill(f"method.rules.{name}.", rule, rule_fields())
+        config["method"] = {**method, "rules": copies}
+    schedule = config.get("schedule")
+    if isinstance(schedule, dict):
+        config["schedule"] = {
+            k: {**WHOLE, **stage} if isinstance(stage, dict) else stage for k, stage in schedule.items()
+        }
+    return config, added
+
+
+def default_at(tree: dict, path: str):
+    """The default of the field at a dotted path of a config (or identity) `tree`; MISSING where there is none."""
+    head, *rest = path.split(".")
+    try:
+        if head == "method" and len(rest) == 3:
+            return rule_fields().get(rest[2], MISSING)
+        if head == "method" and len(rest) == 4:
+            return _option(AXES[rest[2]], tree["method"]["rules"][rest[1]][rest[2]]["name"], rest[3])
+        if head == "losses":
+            return _option("losses", *rest)
+        if head == "optim":
+            return _option("optim", tree["optim"]["name"], *rest)
+        if head == "schedule":
+            return WHOLE.get(rest[1], MISSING) if len(rest) == 2 else MISSING
+        found = sections()[head]
+        for name in rest:
+            found = found[name]
+    except (KeyError, TypeError, IndexError):
+        return MISSING
+    return found
+
+
+def _option(axis, name, option):
+    field = options(axis, name).get(option) if name in members(axis) else None
+    return MISSING if field is None or field.default in (REQUIRED, None) else field.default

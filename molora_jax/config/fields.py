@@ -1,0 +1,193 @@
+"""The tables of a config: every fixed field, its type and range, and the ranges of well-known options.
+
+Options of a method (`router.k`, `adapter.rank`, `losses.balance.over`, ...) come from the member's own file
+(`config/members.py`); here are only limits that their types do not state.
+"""
+
+import dataclasses
+import difflib
+import math
+from collections.abc import Callable
+
+from molora_jax.errors import InputError
+
+PROJECTIONS = ("q", "k", "v", "o", "gate", "up", "down")
+ATTENTION, FFN = PROJECTIONS[:4], PROJECTIONS[4:]
+TASKS = ("morph", "translate", "emoji", "factbook", "sentiment", "topic", "dialog", "code", "math")
+BASE_PACKAGES = ("smollm2-135m-instruct",)
+BASE_RANDOM = ("tiny", "tiny-untied", "tiny-qwen3")
+ENGINES = ("auto", "replicate", "gather", "all_to_all", "ragged_all_to_all")
+ENGINES_PLANNED = ("ring", "fssdp")
+MESH_AXES = ("data", "fsdp", "expert", "tensor")
+MICRO_SHARDS = 8  # of a micro-step with train.exact
+REQUIRED = object()
+
+
+@dataclasses.dataclass(frozen=True)
+class Field:
+    """A value's type, the text of what is expected, its test, and its default (`REQUIRED`: there is none)."""
+
+    kind: type
+    expected: str = ""
+    accepts: Callable = lambda value: True
+    default: object = REQUIRED
+
+    def __str__(self):
+        name = {int: "an integer", float: "a number", bool: "true or false", str: "a string", tuple: "a tuple"}
+        return f"{name[self.kind]} {self.expected}".rstrip()
+
+
+def at_least(low, kind=int):
+    return Field(kind, f">= {low}", lambda value: value >= low)
+
+
+def between(low, high):
+    return Field(int, f"from {low} to {high:,}", lambda value: low <= value <= high)
+
+
+def above(low, high=math.inf):
+    text = f"> {low}" if high == math.inf else f"in ({low}, {high}]"
+    return Field(float, text, lambda value: low < value <= high)
+
+
+def below(high):
+    return Field(float, f"in [0, {high})", lambda value: 0 <= value < high)
+
+
+def within(low, high=None):
+    """A closed interval, as a member states it."""
+    text = f">= {low}" if high is None else f"in [{low}, {high}]"
+    return Field(type(low), text, lambda value: low <= value and (high is None or value <= high))
+
+
+def choice(*names):
+    return Field(str, "among " + ", ".join(map(repr, names)), lambda value: value in names)
+
+
+def since(field, default):
+    """A field that configs of older versions lack: without it they mean `default`."""
+    return dataclasses.replace(field, default=default)
+
+
+TEXT = Field(str)
+
+FIELDS = {
+    "seed": between(0, 2**31 - 1),
+    "base": {"source": TEXT, "dtype": choice("float32", "bfloat16")},
+    "data": {
+        "tasks": TEXT,
+        "valid": since(TEXT, ""),
+        "test_share": since(within(0.0, 0.45), 0.05),
+        "format": since(choice("auto", "messages", "prompt_completion", "alpaca", "sharegpt"), "auto"),
+        "file_tasks": since(Field(bool), True),
+        "fields": since(TEXT, ""),
+        "raw": since(Field(bool), False),
+        "template_args": since(TEXT, ""),
+        "train_on": since(choice("last", "all"), "last"),
+        "seq_len": at_least(8),
+        "temperature": Field(float, "> 0, and at least 0.1", lambda value: value >= 0.1),  # size ** (1 / temperature)
+        "system": TEXT,
+        "overlong": choice("skip", "truncate", "error"),
+        "bad_rows": choice("error", "skip"),
+    },
+    "method": {},  # checked rule by rule
+    "losses": {},  # checked member by member
+    "optim": {},  # the options of the member
+    "schedule": {},  # checked stage by stage
+    "mesh": {
+        "data": Field(int, ">= 1, or -1 for all devices that are left", lambda size: size >= 1 or size == -1),
+        **{axis: at_least(1) for axis in MESH_AXES[1:]},
+    },
+    "engine": TEXT,
+    "expert_parallel": {"capacity": at_least(0, float), "rank_space": Field(bool)},
+    "train": {
+        "steps": at_least(1),
+        "epochs": since(within(0.0, 1e6), 0.0),
+        "stop_after": at_least(0),
+        "batch_size": between(1, 1_000_000),
+        "accumulate": at_least(1),
+        "clip": at_least(0, float),
+        "eval_every": at_least(0),
+        "save_every": at_least(0),
+        "keep": at_least(1),
+        "log_every": at_least(1),
+        "remat": choice("none", "dots", "full"),
+        "attention": choice("xla", "fused"),
+        "exact": Field(bool, default=False),
+        "init_from": TEXT,
+    },
+    "eval": {
+        "num_items": at_least(1),
+        "num_generated": at_least(0),
+        "max_new_tokens": at_least(1),
+        "batch_size": at_least(1),
+    },
+}
+
+RULE = {
+    "sites": TEXT,
+    "layers": TEXT,
+    "experts": TEXT,
+    "load": Field(tuple, "of paths"),
+    "down": choice("once", "per_expert"),
+    "shrink": Field(bool),
+}
+
+STAGE = {"steps": at_least(0), "tasks": TEXT, "freeze": TEXT, "route": choice("", "task")}
+WHOLE = dict(steps=0, tasks="", freeze="", set={}, route="")  # the one stage of a plain run
+
+# Options of well-known names, by axis; a member's own Literal wins. Types still come from the member's file.
+RANGES = {
+    "adapters": {"rank": at_least(1), "alpha": above(0), "dropout": below(1)},
+    "routers": {
+        "k": at_least(1),
+        "p": above(0),
+        "share": choice("site", "attn", "ffn", "model"),
+        "init": choice("normal", "kaiming"),
+        "jitter": at_least(0, float),
+        "max_experts": at_least(0),
+        "temperature": above(0),
+        "top_k": at_least(0),
+        "depth": at_least(1),
+        "width": at_least(1),
+        "dropout": below(1),
+    },
+    "placements": {"iterations": at_least(1)},
+    "losses": {"weight": at_least(0, float), "accumulate": choice("micro", "exact")},
+    "losses.balance": {
+        "over": choice("site", "layer", "all"),
+        "reduce": choice("sum", "mean"),
+        "normalise": choice("slots", "tokens"),
+        "counts": choice("hard", "soft"),
+    },
+    "optim": {
+        "learning_rate": above(0, 1e3),
+        "weight_decay": within(0.0, 1e3),
+        "decay": choice("linear", "cosine", "constant"),
+        "warmup": at_least(0),
+        "b1": below(1),
+        "b2": below(1),
+        "eps": above(0),
+        "ratio": above(0),
+    },
+}
+
+
+def nearest(name, known):
+    """The known name most like `name`, or ""."""
+    if not isinstance(name, str) or len(name) > 200:
+        return ""
+    return next(iter(difflib.get_close_matches(str(name), [str(k) for k in known], n=1, cutoff=0.5)), "")
+
+
+def did_you_mean(name, known):
+    guess = nearest(name, known)
+    return f"Did you mean {guess!r}?" if guess else ""
+
+
+def one_of(names):
+    return "one of " + ", ".join(names)
+
+
+def wrong(where, got, expected, fix=""):
+    return InputError(where, got=str(got), expected=expected, fix=fix)

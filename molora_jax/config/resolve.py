@@ -1,0 +1,188 @@
+"""The small languages inside a config: `sites`, `layers`, `experts`, `mesh`, `data.*`, each read into plain values."""
+
+import fnmatch
+import json
+import math
+import re
+
+from molora_jax.config.fields import MESH_AXES, PROJECTIONS, did_you_mean, one_of, wrong
+
+SITES = (*PROJECTIONS, "ffn")
+ROW_FIELDS = (
+    "task", "system", "prompt", "target", "messages", "text", "tools", "history", "instruction", "input", "output",
+    "conversations", "completion", "weight",
+)  # fmt: skip
+LAYERS = re.compile(r"(\d+)(?:-(\d+))?", re.ASCII)
+ROWS = ("data", "fsdp", "expert")  # the axes that split a batch
+RESERVED = ("messages", "tools", "documents", "add_generation_prompt", "bos_token", "eos_token", "pad_token")
+MOST = 100_000  # layers or experts: more is a typing mistake, and would only fill memory
+
+
+def resolve_sites(spec, *, where="sites"):
+    """`"q,k,v,o"`, `"ffn"` or patterns (`"*"`: all seven projections) -> names in the decoder's order."""
+    found = set()
+    for part in _parts(spec, ",", where, f"a comma list of {', '.join(SITES)}"):
+        if part == "attn":
+            fix = "The site attn (whole attentions) is not available yet: name q,k,v,o."
+            raise wrong(where, "'attn'", one_of(SITES), fix)
+        matched = {"ffn"} if part == "ffn" else set(fnmatch.filter(PROJECTIONS, part))
+        if not matched and re.search(r"[*?\[]", part):
+            raise wrong(where, f"{part!r}, which matches nothing", f"a pattern that matches {one_of(PROJECTIONS)}")
+        if not matched:
+            raise wrong(where, repr(part), one_of(SITES), did_you_mean(part, SITES))
+        found |= matched
+    if "ffn" in found and len(found) > 1:
+        raise wrong(where, repr(spec), "either ffn or projections", "Write two rules.")
+    return tuple(site for site in SITES if site in found)
+
+
+def resolve_layers(spec, num_layers, *, where="layers"):
+    """`"all"` or `"0-7,12"` -> sorted layer indices. `num_layers=None` checks the syntax alone."""
+    if spec == "all":
+        return tuple(range(num_layers or 0))
+    expected = '"all", or layers and rising ranges such as "0-7,12"'
+    found = []
+    for part in _parts(spec, ",", where, expected):
+        match = LAYERS.fullmatch(part)
+        low, high = (_small(match[1]), _small(match[2] or match[1])) if match else (1, 0)
+        if low > high or high > MOST:
+            raise wrong(where, repr(part), expected)
+        if num_layers is not None and high >= num_layers:
+            raise wrong(where, repr(part), f"layers 0 to {num_layers - 1}", f"The model has {num_layers} layers.")
+        found += range(low, high + 1)
+    if len(found) != len(set(found)):
+        raise wrong(where, repr(spec), "every layer once")
+    return tuple(sorted(found))
+
+
+def expert_counts(spec, *, where="experts"):
+    """`((experts, layers), ...)` in order of depth; `layers` is None where the spec leaves it to the model."""
+    expected = 'a count "8", groups of depth "2|4|6|8" or counts times layers "2*8,4*22", each >= 1'
+    exact = isinstance(spec, str) and ("*" in spec or "," in spec)
+    found = []
+    for part in _parts(spec, "," if exact else "|", where, expected):
+        numbers = [text.strip() for text in part.split("*")] if exact else [part, "1"]
+        if len(numbers) != 2 or not all(re.fullmatch(r"[0-9]+", n) and 1 <= _small(n) <= MOST for n in numbers):
+            raise wrong(where, repr(spec), expected)
+        found.append((_small(numbers[0]), _small(numbers[1]) if exact else None))
+    return tuple(found)
+
+
+def resolve_experts(spec, num_layers, *, where="experts"):
+    """Experts of each of the `num_layers` layers that a rule covers, lowest first.
+
+    `"8"`: everywhere; `"2|4|6|8"`: equal groups of depth (30 layers: 8, 8, 7, 7); `"2*8,4*22"`: exact.
+    """
+    counts = expert_counts(spec, where=where)
+    if counts[0][1] is not None:
+        total = sum(times for _, times in counts)
+        if total != num_layers:
+            fix = "Let the numbers after * sum to that."
+            raise wrong(where, f"{spec!r} ({total} layers)", f"counts for {num_layers} layers", fix)
+        return tuple(count for count, times in counts for _ in range(times))
+    if len(counts) > num_layers:
+        raise wrong(where, repr(spec), f"at most {num_layers} groups, one for each layer")
+    small, larger = divmod(num_layers, len(counts))
+    return tuple(count for i, (count, _) in enumerate(counts) for _ in range(small + (i < larger)))
+
+
+def resolve_mesh(mesh, num_devices, *, rows=None):
+    """`{data, fsdp, expert, tensor}` with -1 filled in. `rows`, if given: the rows of a micro-step, to be divided."""
+    sizes = {axis: int(mesh[axis]) for axis in MESH_AXES}
+    for axis, size in sizes.items():
+        if size < 1 and not (axis == "data" and size == -1):
+            raise wrong(f"mesh.{axis}", size, ">= 1, or -1 for data alone")
+    others = [axis for axis in MESH_AXES if axis != "data"]
+    rest = math.prod(sizes[axis] for axis in others)
+    if num_devices % rest:
+        expected = f"axes whose product divides the {num_devices} devices"
+        raise wrong("mesh", _text(sizes), expected, f"Change {at_fault(sizes, others, num_devices)}.")
+    if sizes["data"] == -1:
+        sizes["data"] = num_devices // rest
+    if math.prod(sizes.values()) != num_devices:
+        expected = f"a product of {num_devices}, the number of devices"
+        fix = f"Let mesh.data be -1, or {num_devices // rest}."
+        raise wrong("mesh", f"{_text(sizes)} (product {math.prod(sizes.values())})", expected, fix)
+    split = math.prod(sizes[axis] for axis in ROWS)
+    if rows is not None and rows % split:
+        expected = f"data * fsdp * expert = {split} to divide the {rows} rows of a micro-step"
+        fix = f"Change {at_fault(sizes, ROWS, rows)} or train.batch_size (rows are batch_size / accumulate)."
+        raise wrong("mesh", f"{_text(sizes)} on {num_devices} devices", expected, fix)
+    return sizes
+
+
+def at_fault(sizes, axes, total) -> str:
+    """The names of the axes that do not divide `total`: each that alone does not, else all that are more than 1."""
+    more = [axis for axis in axes if sizes[axis] > 1]
+    alone = [axis for axis in more if total % sizes[axis]]
+    return " or ".join(f"mesh.{axis}" for axis in alone or more)
+
+
+def split_commas(text):
+    r"""The parts of a comma list; `\,` is a comma inside a part (a path)."""
+    parts = re.split(r"(?<!\\),", text)
+    return tuple(part.strip().replace("\\,", ",") for part in parts if part.strip())
+
+
+def resolve_template_args(text, *, where="data.template_args"):
+    """`"enable_thinking=false,names=[1, 2]"` -> `{"enable_thinking": False, "names": [1, 2]}`: values are JSON."""
+    expected, found, at = 'NAME=VALUE, ..., each value JSON: enable_thinking=false, mode="short"', {}, 0
+    while text[at:].strip():
+        match = re.compile(r"\s*([A-Za-z_]\w*)\s*=\s*", re.ASCII).match(text, at)
+        if not match:
+            raise wrong(where, repr(text[at : at + 60]), expected)
+        try:
+            value, at = json.JSONDecoder(parse_constant=_no_constant).raw_decode(text, match.end())
+            json.dumps(value, ensure_ascii=False).encode()  # half a surrogate pair has no UTF-8
+        except (ValueError, RecursionError):
+            fix = f'Put text in double quotes, as in {match[1]}="...".'
+            raise wrong(where, repr(text[match.start() : match.start() + 60].strip()), expected, fix) from None
+        if match[1] in found:
+            raise wrong(where, f"{match[1]!r} twice", "each argument once", "Drop one.")
+        if match[1] in RESERVED:
+            raise wrong(where, repr(match[1]), f"no name that the rows or the tokenizer set: {', '.join(RESERVED)}")
+        found[match[1]] = value
+        comma = re.compile(r"\s*(,|$)").match(text, at)
+        if not comma:
+            raise wrong(where, repr(text[at : at + 60]), expected, "Separate arguments by commas.")
+        at = comma.end()
+    return found
+
+
+def resolve_fields(text, *, where="data.fields"):
+    """`"prompt=question,target=answer,drop=label"` -> `{"question": "prompt", "answer": "target", "label": ""}`.
+
+    A file's names for our fields; "" is a field that the user says to leave out.
+    """
+    found = {}
+    for part in split_commas(text):
+        name, equals, own = (piece.strip() for piece in part.partition("="))
+        if not equals or not own:
+            raise wrong(where, repr(part), "NAME=FIELD, ..., as in prompt=question,target=answer")
+        name = "" if name == "drop" else name
+        if name and name not in ROW_FIELDS:
+            raise wrong(where, repr(name), one_of((*ROW_FIELDS, "drop")), did_you_mean(name, ROW_FIELDS))
+        if own in found or (name and name in found.values()):
+            raise wrong(where, f"{own if own in found else name!r} twice", "each name once", "Drop one.")
+        found[own] = name
+    return found
+
+
+def _no_constant(name):
+    raise ValueError(f"{name} is not JSON")
+
+
+def _text(sizes):
+    return ", ".join(f"{axis}={size}" for axis, size in sizes.items())
+
+
+def _small(digits):
+    """The number, or one too large to be accepted (int() itself refuses thousands of digits)."""
+    return int(digits) if len(digits) < 10 else MOST + 1
+
+
+def _parts(spec, separator, where, expected):
+    parts = [part.strip() for part in spec.split(separator)] if isinstance(spec, str) else []
+    if not parts or not all(parts):
+        raise wrong(where, repr(spec), expected)
+    return parts

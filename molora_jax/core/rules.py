@@ -1,0 +1,126 @@
+"""Config rules as values: which sites and layers a rule adapts, with how many experts, which adapter, which router.
+
+`config` is the base's shape: `dims(site) -> (D_in, D_out)` and `width`.
+A segment is a run of layers on which every rule has the same expert count; the layer scan runs once a segment.
+"""
+
+import dataclasses
+import zlib
+from typing import Any
+
+from molora_jax.config.fields import FFN, PROJECTIONS
+from molora_jax.core.types import Site
+
+SCOPES = ("attn", "ffn", "model")
+
+
+@dataclasses.dataclass(frozen=True)
+class Rule:
+    """`experts` holds a count a layer, 0 where the rule does not act; `router` is None for one expert without gates."""
+
+    name: str
+    sites: tuple[str, ...]
+    experts: tuple[int, ...]
+    adapter: Any
+    router: Any = None
+    down: str = "once"
+    shrink: bool = False
+    load: tuple[str, ...] = ()  # workdirs of the runs whose adapters are the experts, frozen
+    place: Any = None  # the placement's options, where the rule names one
+
+    @property
+    def placement(self) -> str:
+        if self.place is not None:
+            return self.place.NAME
+        return "ffn" if self.sites == ("ffn",) else "projection"
+
+    @property
+    def projections(self) -> tuple[str, ...]:
+        """The projections whose factors the rule owns: those listed, or gate, up and down of a routed FFN."""
+        return FFN if self.placement == "ffn" else self.sites
+
+    @property
+    def share(self) -> str:
+        """Who shares a router ("": there is none). `site` on a routed FFN is the FFN; a chain's passes are its own."""
+        if self.router is None:
+            return ""
+        if self.place is not None:
+            return self.place.NAME
+        return "ffn" if self.placement == "ffn" and self.router.share == "site" else self.router.share
+
+    @property
+    def scopes(self) -> tuple[str, ...]:
+        """The decisions of one layer, by the name under which they are stored and reported."""
+        if self.router is None:
+            return ()
+        if self.place is not None:
+            return self.place.scopes
+        return (self.share,) if self.share in SCOPES else self.sites
+
+    def leaves_of(self, scope: str) -> str:
+        """The scope whose leaves and state a decision uses: its own, unless passes of a chain share a router."""
+        return scope if self.place is None else self.place.leaves_of(scope)
+
+    @property
+    def router_scopes(self) -> tuple[str, ...]:
+        """The scopes that own leaves."""
+        return tuple(dict.fromkeys(map(self.leaves_of, self.scopes)))
+
+    @property
+    def tag(self) -> int:
+        """Folded into random keys: a rule keeps its randomness whatever other rules there are."""
+        return zlib.crc32(self.name.encode()) & 0x7FFFFFFF
+
+
+@dataclasses.dataclass(frozen=True)
+class Segment:
+    """Layers `start` to `stop - 1`; `counts` gives the experts of every rule (0: the rule does not act here)."""
+
+    start: int
+    stop: int
+    counts: tuple[int, ...]
+
+    @property
+    def name(self) -> str:
+        return f"{self.start:03d}-{self.stop - 1:03d}"
+
+    @property
+    def layers(self) -> tuple[int, ...]:
+        return tuple(range(self.start, self.stop))
+
+
+def segments(rules: tuple[Rule, ...], num_layers: int) -> tuple[Segment, ...]:
+    columns = [tuple(rule.experts[layer] for rule in rules) for layer in range(num_layers)]
+    out, start = [], 0
+    for layer in range(1, num_layers + 1):
+        if layer == num_layers or columns[layer] != columns[start]:
+            out.append(Segment(start, layer, columns[start]))
+            start = layer
+    return tuple(out)
+
+
+def site(config, name: str, segment: Segment, rule: Rule) -> Site:
+    """A projection; or `attn`, `ffn`, `model`, `pass<t>`, which read a state of width D (in a chain, change it too)."""
+    d_in, d_out = config.dims(name) if name in PROJECTIONS else (config.width, config.width)
+    return Site(name, d_in, d_out, segment.layers, rule.experts[segment.start], rule.experts)
+
+
+def router_site(config, scope: str, segment: Segment, rule: Rule) -> Site:
+    """A router's scope; one that reads a signal of the model reads width D wherever it stands."""
+    found = site(config, scope, segment, rule)
+    return dataclasses.replace(found, d_in=config.width) if rule.router.SIGNAL else found
+
+
+def adapter_sites(config, rule: Rule, segments: tuple[Segment, ...]) -> tuple[Site, ...]:
+    """Every site whose factors the rule owns, segment by segment."""
+    return tuple(site(config, name, s, rule) for s in segments if rule.experts[s.start] for name in rule.projections)
+
+
+def scope_input(name: str) -> str:
+    """The projection whose input a router of this scope reads (for keys and widths)."""
+    return {"attn": "q", "ffn": "gate"}.get(name, name)
+
+
+def site_tag(name: str) -> int:
+    names = (*PROJECTIONS, *SCOPES)
+    return names.index(name) if name in names else 20 + int(name.removeprefix("pass"))

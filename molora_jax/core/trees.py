@@ -1,0 +1,43 @@
+"""Nested dicts of arrays: paths, which leaves train, putting trees together."""
+
+import fnmatch
+
+import jax
+import numpy as np
+from flax.traverse_util import flatten_dict, unflatten_dict
+
+
+def split(tree: dict, frozen: tuple[str, ...]) -> tuple[dict, dict]:
+    """`(trainable, frozen)` nested dicts; a path `rule/segment/site/leaf` is frozen when a pattern matches it."""
+    flat = flatten_dict(tree, sep="/")
+    fixed = {path for path in flat for pattern in frozen if fnmatch.fnmatchcase(path, pattern)}
+    part = lambda keep: unflatten_dict({p: x for p, x in flat.items() if keep(p)}, sep="/")  # noqa: E731
+    return part(lambda p: p not in fixed), part(lambda p: p in fixed)
+
+
+def merge(a: dict, b: dict) -> dict:
+    return unflatten_dict({**flatten_dict(a, sep="/"), **flatten_dict(b, sep="/")}, sep="/")
+
+
+def pairs(model, trainable: dict) -> dict[tuple[str, str], float]:
+    """`{(path of A, path of B): scale}` of every low-rank pair that trains (either half of it)."""
+    flat = flatten_dict(trainable, sep="/")
+    out = {}
+    for rule in model.rules:
+        for path in flat:
+            head, _, leaf = path.rpartition("/")
+            if path.startswith(rule.name + "/") and leaf == "B" and "/router/" not in path:
+                out[f"{head}/A", path] = rule.adapter.scale()
+    return out
+
+
+def count(tree) -> int:
+    return sum(int(np.prod(x.shape)) for x in jax.tree.leaves(tree))
+
+
+def set_path(tree: dict, path: str, leaf) -> None:
+    """Puts `leaf` at `a/b/c` of a nested dict."""
+    *parents, last = path.split("/")
+    for parent in parents:
+        tree = tree.setdefault(parent, {})
+    tree[last] = leaf

@@ -1,0 +1,325 @@
+"""A trained run, opened: `molora_jax.load_run(DIR)` in a notebook, a script or a launcher.
+
+    >>> run = molora_jax.load_run("runs/quickstart")
+    >>> run.generate("What is the capital of France?")
+    >>> run.routing("A sad film.")["ffn"]["ffn"].shape      # [layers, tokens, experts]
+
+Only the run's folder and its base model are needed; the task data are read when `run.data` is first asked for. The
+model sits on one device (the first): what a notebook and a report need.
+"""
+
+import dataclasses
+import datetime
+import functools
+import json
+import logging
+import pathlib
+from typing import Any
+
+import jax
+import numpy as np
+
+from molora_jax import config as config_lib
+from molora_jax import data as data_lib
+from molora_jax import sharding
+from molora_jax.backbones.compile import compile_model
+from molora_jax.backbones.gates import by_layer
+from molora_jax.config.resolve import resolve_template_args
+from molora_jax.data import render
+from molora_jax.data.jsonl import BadRow
+from molora_jax.data.turns import read_messages
+from molora_jax.decode import generate as decoding
+from molora_jax.errors import InputError
+from molora_jax.io.base import load_base
+from molora_jax.io.base_facts import base_facts, pinned
+from molora_jax.io.templates import characters
+from molora_jax.runs import identity, saved
+from molora_jax.runs.checkpoints import Checkpoints, read_manifest
+from molora_jax.runs.warm_start import check_finite
+
+LOG = logging.getLogger("molora_jax.run")
+
+
+@dataclasses.dataclass
+class Run:
+    """`config` (ConfigDict), `model`, `params` (frozen base), `adapters`, `router_state` (nested dicts of arrays),
+    `tokenizer`, `step` (None: the base alone), `workdir` (None likewise)."""
+
+    config: Any
+    model: Any
+    params: dict
+    adapters: dict
+    router_state: dict
+    tokenizer: Any
+    step: int | None = None
+    workdir: pathlib.Path | None = None
+
+    def __repr__(self):
+        rules = ", ".join(rule.name for rule in self.model.rules) or "no rules"
+        return f"Run({str(self.workdir)!r}, step={self.step}, base={self.config.base.source!r}, rules: {rules})"
+
+    @functools.cached_property
+    def data(self):
+        """The run's `DataSet`, read now. Raises InputError where its files or packages are gone."""
+        config = self.config
+        return data_lib.build(
+            config.data, tokenizer=self.tokenizer, batch_size=config.train.batch_size, seed=config.seed
+        )
+
+    @property
+    def mesh(self):
+        return one_device()
+
+    def tokens(self, text: str) -> list[str]:
+        """The pieces that `routing` reports on, as text."""
+        return [self.tokenizer.decode([i]) for i in self.tokenizer.encode(text)]
+
+    def prompt_ids(self, prompt, *, tools=None) -> list[int]:
+        """A prompt in the model's chat template, up to where the answer starts (under `data.raw`, as it stands).
+
+        Args:
+          prompt: a user's text, or a conversation: a list of turns `{"role", "content"}`, the one to answer last.
+          tools: descriptions of tools, for the template.
+
+        Raises:
+          InputError: an empty prompt, turns that are none, or a template that refuses them.
+        """
+        data = self.config.data
+        size = characters([prompt, tools])
+        if size > render.LONGEST:
+            raise InputError("prompt", got=f"{size:,} characters", expected=f"at most {render.LONGEST:,}")
+        if data.get("raw", False):  # trained on plain text
+            if not isinstance(prompt, str) or not prompt.strip():
+                raise InputError("prompt", got=repr(prompt)[:80], expected="text: this run has data.raw=True")
+            return self.tokenizer.encode_plain(prompt)
+        turns = render.with_system(_turns(prompt), data.system)
+        args = resolve_template_args(data.get("template_args", ""))
+        return self.tokenizer.encode_chat(turns, add_generation_prompt=True, tools=tools, **args)
+
+    def generate(
+        self, prompt, *, max_new_tokens: int = 64, temperature: float = 0.0, top_p: float = 1.0, top_k: int = 0,
+        min_p: float = 0.0, repetition_penalty: float = 1.0, stop=(), seed: int = 0, cache: bool = True, tools=None,
+    ):  # fmt: skip
+        """Answers one prompt (-> str) or a list of them (-> list of str).
+
+        Args:
+          prompt: a text; a conversation, `[{"role": "user", "content": ...}, ...]`; or a list of texts and
+            conversations.
+          temperature: 0 takes the likeliest token; else tokens are drawn, by `seed` and the prompt alone.
+          top_p, top_k, min_p: draw among the likeliest tokens only (`decode/sampling.py`).
+          repetition_penalty: above 1, tokens that stand in prompt or answer become less likely.
+          stop: a text or several; an answer ends before the first of them.
+          cache: False recomputes everything for each token: the same answer, slowly.
+          tools: descriptions of tools, for the template.
+
+        Raises:
+          InputError: an empty or too long prompt, a bad number.
+        """
+        one = isinstance(prompt, str) or _is_conversation(prompt)
+        prompts = [prompt] if one else prompt
+        if not isinstance(prompts, (list, tuple)):
+            raise InputError("prompt", got=repr(prompt)[:80], expected="text, turns, or a list of them")
+        stop = (stop,) if isinstance(stop, str) else tuple(stop)
+        if not all(isinstance(text, str) and text for text in stop):
+            raise InputError("stop", got=repr(stop)[:80], expected="texts that are not empty")
+        answers = decoding.generate(
+            self.model, self.params, self.adapters, self.router_state,
+            [self.prompt_ids(text, tools=tools) for text in prompts], max_new_tokens=max_new_tokens,
+            eos_id=self.tokenizer.end_ids, temperature=temperature, top_p=top_p, top_k=top_k, min_p=min_p,
+            repetition_penalty=repetition_penalty, stop=functools.partial(self._stop_at, stop) if stop else None,
+            seed=seed, cache=cache,
+        )  # fmt: skip
+        texts = [_before(self.text(ids), stop) for ids in answers]
+        return texts[0] if one else texts
+
+    def _stop_at(self, stop, ids) -> int | None:
+        """How many of `ids` it takes to write one of the texts `stop`; special tokens count as text."""
+        written = lambda n: any(text in self.tokenizer.decode(ids[:n]) for text in stop)  # noqa: E731
+        return next(n for n in range(1, len(ids) + 1) if written(n)) if written(len(ids)) else None
+
+    def text(self, ids) -> str:
+        """An answer's ids as text, without the end token and other special ones."""
+        ids = list(ids)
+        ended = ids[-1:] and ids[-1] in self.tokenizer.end_ids  # it need not be marked as special
+        return self.tokenizer.decode(ids[:-1] if ended else ids, skip_special_tokens=True)
+
+    def routing(self, text: str) -> dict[str, dict[str, np.ndarray]]:
+        """The gates of every routed rule for a text, read as it stands (no chat template).
+
+        Returns:
+          `{rule: {site | attn | ffn | model: [layers, tokens, E_max]}}` float32: a row for each layer of the model, 0
+          where the rule does not act or beyond a layer's experts; `model` (one decision for all layers) is
+          `[1, tokens, E]`.
+        """
+        if not isinstance(text, str):
+            raise InputError("text", got=repr(text)[:80], expected="text")
+        if len(text) > render.LONGEST:
+            raise InputError("text", got=f"{len(text):,} characters", expected=f"at most {render.LONGEST:,}")
+        ids = self.tokenizer.encode(text)
+        if not 0 < len(ids) <= self.model.config.context:
+            raise InputError("text", got=f"{len(ids)} tokens", expected=f"1 to {self.model.config.context}")
+        size = decoding.round_up(len(ids))
+        tokens = np.zeros((1, size), np.int32)
+        tokens[0, : len(ids)] = ids
+        batch = {
+            "tokens": tokens,
+            "positions": np.arange(size, dtype=np.int32)[None],
+            "segment_ids": (np.arange(size)[None] < len(ids)).astype(np.int32),
+        }
+        gates = _gates(self.params, self.adapters, self.router_state, batch, model=self.model)
+        return {
+            rule: {scope: np.asarray(g)[:, 0, : len(ids)] for scope, g in scopes.items()}
+            for rule, scopes in gates.items()
+        }
+
+
+def _is_conversation(prompt) -> bool:
+    return isinstance(prompt, (list, tuple)) and bool(prompt) and all(isinstance(turn, dict) for turn in prompt)
+
+
+def _turns(prompt) -> list[dict]:
+    if isinstance(prompt, str):
+        if not prompt.strip():
+            raise InputError("prompt", got=repr(prompt), expected="some text", fix="Write a question.")
+        return [{"role": "user", "content": prompt}]
+    if not _is_conversation(prompt):
+        raise InputError("prompt", got=repr(prompt)[:80], expected='text, or a list of {"role": ..., "content": ...}')
+    try:
+        turns, _ = read_messages(list(prompt), "prompt")  # as rows are read
+    except BadRow as error:
+        raise InputError("prompt", got=error.got, expected=error.expected) from None
+    if turns[-1]["role"] == "assistant":
+        got = f"{len(turns)} turns, the assistant's last"
+        raise InputError("prompt", got=got, expected="a turn to answer last", fix="Leave the last turn out.")
+    return turns
+
+
+def _before(text: str, stop) -> str:
+    return text[: min((text.find(one) for one in stop if one in text), default=len(text))]
+
+
+@functools.partial(jax.jit, static_argnames="model")
+def _gates(params, adapters, router_state, batch, *, model):
+    gates = model.hidden(params, adapters, router_state, batch, collect=True)[3]
+    return by_layer(model, gates)
+
+
+@functools.lru_cache(maxsize=1)
+def one_device():
+    return sharding.make_mesh(dict.fromkeys(sharding.AXES, 1), jax.local_devices()[:1])
+
+
+def _put(tree):
+    return sharding.put(tree, sharding.replicated(one_device()))
+
+
+def load_run(workdir, step="best", *, config=None, warn=LOG.warning) -> Run:
+    """Opens the run in `workdir`.
+
+    What the run is comes from the manifest of the step, which is under a checksum: a `config.json` that says otherwise
+    is overruled, with a line to `warn`; an `identity.json` that does, and another base, tokenizer or chat template than
+    the run was trained with, are refused.
+
+    Args:
+      step: `"best"` (the newest valid one where none was marked), `"latest"` (the newest valid one), or its number.
+      config: in place of the run's own `config.json`, say with other fields of `eval`.
+      warn: called with a line of text; a log record by default.
+
+    Raises:
+      InputError: no run there, no such step, damage, another base model, or a config that the checkpoint does not fit.
+    """
+    step = saved.parse_step(step)
+    own = saved.read_config(workdir, step, warn=warn)
+    folder = pathlib.Path(workdir).expanduser()
+    lines = [] if config is None else _overrides(own, config)
+    if lines:
+        warn(f"not as {folder} was trained: " + "; ".join(lines))
+    config = own if config is None else config
+    checkpoints = Checkpoints(folder / "checkpoints", keep=1, warn=warn, writer=False)
+    step = _find(checkpoints, step, folder)
+    manifest = read_manifest(folder / "checkpoints" / str(step))
+    recorded = identity.read(folder / "identity.json")
+    facts = (recorded or manifest.get("run") or {}).get("base")
+    facts = facts if isinstance(facts, dict) else {}
+    if facts and not {"tokenizer", "config"} <= facts.keys():
+        warn(f"{folder} is of an older version: its tokenizer, template and base's config are not compared")
+    base = load_base(config.base.source, dtype=config.base.dtype, seed=config.seed)
+    trained_on = facts.get("digest") or base.digest
+    if trained_on != base.digest:
+        raise InputError(
+            "base.source", got=f"{config.base.source}, with digest {base.digest[:16]}",
+            expected=f"the base that {folder} was trained on ({str(trained_on)[:16]})",
+            fix="Restore that model's files.",
+        )  # fmt: skip
+    if recorded is not None:
+        identity.check_record(recorded, manifest, where=str(folder / "identity.json"))
+    base, day = pinned(base, _day(facts.get("day"), folder))
+    _same_base(facts, base_facts(base, day=day), config.base.source, folder)
+    config_lib.check_model(config, base.config.layers, base.config.dims)
+    model = compile_model(config, base.config)
+    params = _put(base.params)
+    shapes = {
+        "adapters": jax.eval_shape(lambda p: model.init_adapters(jax.random.key(0), p), params),
+        "router_state": jax.eval_shape(model.init_router_state),
+    }
+    stubs = jax.tree.map(lambda s: np.broadcast_to(np.zeros((), s.dtype), s.shape), shapes)  # no memory behind them
+    items = checkpoints.restore(step, stubs)
+    check_finite(items, where="workdir", of=f"{folder}, step {step}")
+    items = _put(items)
+    return Run(config, model, params, items["adapters"], items["router_state"], base.tokenizer, step, folder)
+
+
+def _overrides(own, config) -> list[str]:
+    """Where a config is of another run than the folder's; starts and data are not needed to open one."""
+    old, new = (identity.of_config(config_lib.to_dict(c)) for c in (own, config))
+    lines = identity.compare(old, new)[0]
+    return [line for line in lines if not line.startswith(("train.", "data.")) and ".load: " not in line]
+
+
+def _same_base(recorded: dict, now: dict, source: str, folder):
+    """Refuses a base whose tokenizer, template or config is not the one that the run was trained with."""
+    names = [name for name in identity.BASE_FACTS if name in recorded]
+    changed, _ = identity.compare(
+        {"base": {name: recorded[name] for name in names}},
+        json.loads(json.dumps({"base": {name: now[name] for name in names if now[name] is not None}})),
+    )
+    if changed:
+        what = "tokenizer or chat template" if any(c.startswith("base.tokenizer") for c in changed) else "config"
+        raise InputError(
+            f"base.source, {what}", got=f"{source}, with another {what} than {folder} was trained with:\n  "
+            + "\n  ".join(changed) + "\n",
+            expected="the same values", fix="Restore that model's files.",
+        )  # fmt: skip
+
+
+def _day(text, folder) -> str | None:
+    try:
+        return text and datetime.date.fromisoformat(text).isoformat()
+    except (TypeError, ValueError):
+        raise InputError(
+            f"{folder / 'identity.json'}: base.day", got=repr(text)[:80], expected='a day such as "2026-11-28"'
+        ) from None
+
+
+def _find(checkpoints, step, folder) -> int:
+    if isinstance(step, int):
+        if step not in checkpoints.steps():
+            have = ", ".join(map(str, checkpoints.steps())) or "none"
+            raise InputError("step", got=str(step), expected=f"best, latest or a saved step of {folder} ({have})")
+        return step
+    found = checkpoints.best() if step == "best" else None
+    found = checkpoints.newest_valid() if found is None else found
+    if found is None:
+        raise InputError(
+            "workdir", got=f"{str(folder)!r}, without a checkpoint", expected="a run with a saved step", fix=saved.FIX
+        )
+    return found
+
+
+def load_base_run(config) -> Run:
+    """The frozen base of a config alone, in the same form: no rules, no adapters."""
+    base = load_base(config.base.source, dtype=config.base.dtype, seed=config.seed)
+    with config.copy_and_resolve_references().unlocked() as plain:
+        plain.method.rules, plain.losses = {}, {}
+    model = compile_model(plain, base.config)
+    return Run(config, model, _put(base.params), {}, {}, base.tokenizer)

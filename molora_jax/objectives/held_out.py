@@ -1,0 +1,66 @@
+"""Held-out negative log-likelihood, an example at a time; the routing of each task beside it.
+
+The forward pass is the training one without dropout or noise; router state is read, never updated.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from molora_jax import sharding
+from molora_jax.backbones.gates import by_layer
+from molora_jax.objectives.lm import token_nll
+
+
+@functools.partial(jax.jit, static_argnames=("model", "targets_per_row", "constrain", "num_tasks"))
+def _batch_nll(params, adapters, router_state, batch, *, model, targets_per_row, constrain, num_tasks):
+    hidden, _, _, gates = model.hidden(
+        params, adapters, router_state, batch, constrain=constrain, collect=num_tasks > 0
+    )
+    nll, weight, right, where = token_nll(model, params, hidden, batch, targets_per_row)
+    index = jnp.take_along_axis(batch["example_index"], where, axis=1)
+    if not num_tasks:
+        return (nll, weight, right, index), {}
+    tasks = jax.nn.one_hot(jnp.where(batch["segment_ids"] > 0, batch["task_ids"], -1), num_tasks)  # [B, S, tasks]
+    share = lambda g: jnp.einsum("lbse,bst->tle", jnp.abs(g), tasks)  # noqa: E731  (a gate may be negative)
+    return (nll, weight, right, index), jax.tree.map(share, by_layer(model, gates))
+
+
+def example_nll(
+    model, params, adapters, router_state, batches, num_examples, *, mesh, targets_per_row, constrain, num_tasks=0,
+    done=lambda: None, forward=None,
+):  # fmt: skip
+    """Sums over each example's answer tokens (end token included).
+
+    Args:
+      batches: from `DataSet.heldout_batches`, all of one shape.
+      num_tasks: above 0, also sums the gates of each task's tokens (prompts included).
+      done: called after each batch.
+      forward: `(params, adapters, router_state, batch)` -> as `_batch_nll`, in its place.
+
+    Returns:
+      dict of `nll` (nats, summed), `tokens`, `right` (argmax equals the target), each `[num_examples]` float64; with
+      `num_tasks` also `gates`: `{rule: {scope: [tasks, L, E_max]}}`, sums of the gates' sizes.
+    """
+    forward = forward or functools.partial(
+        _batch_nll, model=model, targets_per_row=targets_per_row, constrain=constrain, num_tasks=num_tasks
+    )
+    sums = {name: np.zeros(num_examples) for name in ("nll", "tokens", "right")}
+    total: dict = {}
+    replicate = jax.jit(lambda x: x, out_shardings=sharding.replicated(mesh))
+    for batch in batches:
+        rows = sharding.rows_of_process(len(batch["tokens"]))
+        local = {name: value[rows] for name, value in batch.items()}
+        out, gates = replicate(
+            forward(params, adapters, router_state, sharding.put_batch(local, mesh, len(batch["tokens"])))
+        )
+        nll, weight, right, index = (np.asarray(x).reshape(-1) for x in out)
+        used = weight > 0
+        for name, value in (("nll", nll), ("tokens", weight), ("right", right)):
+            np.add.at(sums[name], index[used], value[used].astype(np.float64))
+        gates = jax.tree.map(lambda g: np.asarray(g, np.float64), gates)
+        total = jax.tree.map(np.add, total, gates) if total else gates
+        done()
+    return sums | {"gates": total} if num_tasks else sums

@@ -1,0 +1,109 @@
+"""Experts from other runs: `rules.X.load=(DIR, ...)`, expert a of the rule is the adapter that run DIR trained.
+
+    s B_a A_a = s_a B A of the run's newest checkpoint,   A_a [R, D_in], B_a [R, D_out], zero rows beyond the run's rank
+
+Whatever a run's adapter is, it is read as its factors (PiSSA's start and MoS's pools included), so any rank up to the
+rule's and any scale will do. A projection or layer that a run does not adapt gets zeros. R rank of the rule.
+"""
+
+import jax
+import numpy as np
+
+from molora_jax.core.types import Context
+from molora_jax.errors import InputError
+from molora_jax.runs import saved
+from molora_jax.runs import warm_start
+from molora_jax.backbones.compile import compile_model
+from molora_jax.core.rules import adapter_sites
+
+
+def load_experts(model, adapters: dict, base_digest: str) -> dict:
+    """`adapters` (nested dicts of arrays) with the experts of every rule with `load` filled in.
+
+    Raises:
+      InputError: no run there, one on another base, a mixture, an adapter that is more than B A, a rank above the
+        rule's, or a projection or layer that the rule does not cover.
+    """
+    adapters = dict(adapters)
+    for rule in model.rules:
+        if rule.load:
+            runs = [_factors(path, f"method.rules.{rule.name}", model.config, base_digest) for path in rule.load]
+            adapters[rule.name] = _fill(rule, adapters[rule.name], runs)
+    return adapters
+
+
+def _factors(path, where, decoder, base_digest) -> dict:
+    """`{(layer, site): [(A [R_a, D_in], s_a B [R_a, D_out]), ...]}`; several rules on one site add."""
+
+    def refuse(got, expected, fix="Choose another run."):
+        return InputError(f"{where}.load", got=f"{path}, {got}", expected=expected, fix=fix)
+
+    _, step, manifest = warm_start.newest(path, where=f"{where}.load")
+    warm_start.check_base(path, manifest, base_digest, where=f"{where}.load")
+    # the step's own config: config.json may have changed since; the data and base that it names may be gone
+    config = saved.read_config(path, step, need_base=False)
+    run, found = compile_model(config, decoder), {}
+    tree = warm_start.load_adapters(path, where=f"{where}.load")
+    for rule in run.rules:
+        if rule.router is not None or rule.placement == "chain":
+            raise refuse(f"whose rule {rule.name} is a mixture or a chain", "plain adapters: one expert, no router")
+        for site in adapter_sites(run.config, rule, run.segments):
+            segment = f"{site.layers[0]:03d}-{site.layers[-1]:03d}"
+            try:
+                leaves, shared = tree[rule.name][segment][site.name], tree[rule.name].get("shared", {})
+                fits = all(len(x) == len(site.layers) and x.dtype == np.float32 for x in jax.tree.leaves(leaves))
+            except (KeyError, TypeError, AttributeError):
+                fits = False
+            if not fits:
+                raise refuse(f"without float32 leaves of {rule.name}/{segment}/{site.name}", "what its config says")
+            blank = Context(None, None, None, None, None, site=site)
+            base = jax.ShapeDtypeStruct((site.d_in, site.d_out), np.float32)
+            one = jax.tree.map(lambda leaf: leaf[0], leaves)
+            shapes = jax.eval_shape(rule.adapter.factors, one, shared, blank.replace(base=base))
+            if any(part is not None for part in (shapes.mid, shapes.out, shapes.inp)):
+                name = type(rule.adapter).__name__
+                raise refuse(f"whose adapter is {name}", "adapters that are a product B A: others do not mix linearly")
+            for i, layer in enumerate(site.layers):
+                one = jax.tree.map(lambda leaf, i=i: leaf[i], leaves)
+                f = rule.adapter.factors(one, shared, blank)
+                pair = np.asarray(f.A[0]), rule.adapter.scale() * np.asarray(f.B[0])
+                if pair[0].shape != (len(pair[1]), site.d_in) or pair[1].shape[1:] != (site.d_out,):
+                    got = f"with A {list(pair[0].shape)} and B {list(pair[1].shape)} at {site.name} of layer {layer}"
+                    raise refuse(got, f"[R, {site.d_in}] and [R, {site.d_out}]")
+                found.setdefault((layer, site.name), []).append(pair)
+    return found
+
+
+def _fill(rule, own: dict, runs: list[dict]) -> dict:
+    where = f"method.rules.{rule.name}"
+    covered = {(layer, site) for layer, n in enumerate(rule.experts) if n for site in rule.projections}
+    for path, run in zip(rule.load, runs, strict=True):
+        beyond = sorted(run.keys() - covered)
+        if beyond:
+            layer, site = beyond[0]
+            raise InputError(
+                f"{where}.sites", got=f"no {site} of layer {layer}, which {path} adapts",
+                expected="every projection and layer that a loaded run adapts", fix="Add it, or choose another run.",
+            )  # fmt: skip
+        rank = max(sum(len(A) for A, _ in pairs) for pairs in run.values())
+        if rank > rule.adapter.rank:
+            raise InputError(
+                f"{where}.adapter.rank", got=str(rule.adapter.rank), expected=f"at least {rank}, the rank of {path}",
+                fix="Raise it: smaller ranks are padded.",
+            )  # fmt: skip
+    out = dict(own)
+    for segment, sites in own.items():
+        if segment == "shared":
+            continue
+        out[segment] = dict(sites)
+        for site in rule.projections:
+            leaves = {name: np.zeros(sites[site][name].shape, np.float32) for name in ("A", "B")}
+            for i in range(len(leaves["A"])):
+                for a, run in enumerate(runs):
+                    at = 0
+                    for A, B in run.get((int(segment[:3]) + i, site), ()):
+                        rows = slice(at, at + len(A))
+                        leaves["A"][i, a, rows], leaves["B"][i, a, rows] = A, B / rule.adapter.scale()
+                        at += len(A)
+            out[segment][site] = leaves
+    return out

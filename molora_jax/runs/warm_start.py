@@ -1,0 +1,150 @@
+"""Another run as a start: its adapters and router state, re-cut to this run's segments by absolute layer."""
+
+import pathlib
+import re
+
+import numpy as np
+from flax.traverse_util import flatten_dict, unflatten_dict
+
+from molora_jax.runs import identity
+from molora_jax.errors import InputError
+from molora_jax.runs.checkpoints import Checkpoints, read_manifest
+
+ITEMS = ("adapters", "router_state")
+
+
+def start(run: str, shapes: dict, *, base_digest: str, where: str = "train.init_from") -> dict:
+    """`{item: tree}` of numpy arrays for `shapes` (`{item: nested dicts of arrays or shapes}`), from another run.
+
+    The run's base, every leaf's name, shape and dtype are compared before a value is read, and every value is finite.
+
+    Raises:
+      InputError: no such run, one on another base, leaves that do not fit, NaN or Inf.
+    """
+    folder, step, manifest = newest(run, where=where)
+    check_base(run, manifest, base_digest, where=where)
+    stubs = {item: unflatten_dict(_stubs(manifest, item, where), sep="/") for item in shapes}
+    for item, new in shapes.items():
+        recut(stubs[item], new, where=where, dry=True)
+    values = load(run, tuple(shapes), where=where)
+    return {item: recut(values[item], new, where=where) for item, new in shapes.items()}
+
+
+def newest(run: str, *, where: str) -> tuple[pathlib.Path, int, dict]:
+    """`(DIR/checkpoints, step, manifest)` of a run's newest valid step.
+
+    Raises:
+      InputError: no such run, or none of its steps is valid.
+    """
+    folder = pathlib.Path(run).expanduser() / "checkpoints"
+    step = Checkpoints(folder, keep=1, writer=False).newest_valid()
+    if step is None:
+        raise InputError(
+            where, got=f"{run}, without a checkpoint", expected="the workdir of a run", fix="Check the path."
+        )
+    return folder, step, read_manifest(folder / str(step))
+
+
+def check_base(run: str, manifest: dict, base_digest: str, *, where: str):
+    """Raises InputError where a run's step was trained on another base (an older step says so in identity.json)."""
+    told = identity.of_step(manifest) if "run" in manifest else None
+    if told is None:
+        path = pathlib.Path(run).expanduser() / "identity.json"
+        told = identity.read(path)
+        if told is not None:
+            identity.check_record(told, manifest, where=str(path))
+    base = (told or {}).get("base")
+    trained_on = base.get("digest") if isinstance(base, dict) else None
+    if trained_on is not None and trained_on != base_digest:
+        raise InputError(
+            where, got=f"{run}, trained on base {str(trained_on)[:16]}",
+            expected=f"a run on this base ({base_digest[:16]})", fix="Choose another run, or its base.source.",
+        )  # fmt: skip
+
+
+def load(run: str, items=ITEMS, *, where: str = "train.init_from") -> dict:
+    """These items of a run's newest valid step, each a nested dict of numpy arrays, every value finite.
+
+    Raises:
+      InputError: no such run, none of its steps is valid, or a leaf holds NaN or Inf.
+    """
+    folder, step, manifest = newest(run, where=where)
+    template = {item: unflatten_dict(_stubs(manifest, item, where), sep="/") for item in items}
+    found = Checkpoints(folder, keep=1, writer=False).restore(step, template)
+    check_finite(found, where=where, of=f"{run}, step {step}")
+    return found
+
+
+def check_finite(items: dict, *, where: str, of: str):
+    """Raises InputError that names the first leaf with NaN or Inf; `items` are nested dicts of numpy arrays."""
+    for path, leaf in flatten_dict(items, sep="/").items():
+        if not np.isfinite(np.asarray(leaf, np.float64 if leaf.dtype.itemsize > 4 else np.float32)).all():
+            raise InputError(
+                where, got=f"NaN or Inf in {path} of {of}", expected="finite numbers",
+                fix="Choose another run, or an older step: this one has diverged.",
+            )  # fmt: skip
+
+
+def load_adapters(run: str, *, where: str = "train.init_from") -> dict:
+    """`load` of the adapters alone."""
+    return load(run, ("adapters",), where=where)["adapters"]
+
+
+def _stubs(manifest, item, where) -> dict:
+    """`{name: array of the saved shape and dtype}`, without memory behind it."""
+    leaves = manifest["tree"].get(item)
+    if leaves is None:
+        raise InputError(where, got=f"a step without {item}", expected="the checkpoint of a run of launch.train")
+    return {name: np.broadcast_to(np.zeros((), np.dtype(v["dtype"])), v["shape"]) for name, v in leaves.items()}
+
+
+def recut(old: dict, new: dict, *, where: str = "train.init_from", dry: bool = False) -> dict:
+    """`old`'s values in the shape of `new` (nested dicts of arrays): layer by layer, whatever the segments.
+
+    `dry` only compares.
+
+    Raises:
+      InputError: a leaf or a layer that `old` does not have, or has in another shape or dtype.
+    """
+    layers, shared = _by_layer(old, where)
+    out = {}
+    for path, leaf in flatten_dict(new, sep="/").items():
+        rule, segment, *rest = path.split("/")
+        name = "/".join(rest)
+        if segment == "shared":
+            out[path] = _same(shared.get(path), leaf.shape, leaf.dtype, path, where)
+            continue
+        start, stop = (int(x) for x in segment.split("-"))
+        rows = [_same(layers.get((rule, i, name)), leaf.shape[1:], leaf.dtype, f"{rule}, layer {i}, {name}", where)
+                for i in range(start, stop + 1)]  # fmt: skip
+        if not dry:
+            out[path] = np.stack(rows)
+    return unflatten_dict(out, sep="/")
+
+
+def _by_layer(tree, where):
+    layers, shared = {}, {}
+    for path, leaf in flatten_dict(tree, sep="/").items():
+        rule, segment, *rest = path.split("/") if "/" in path else (path, "")
+        if segment == "shared":
+            shared[path] = leaf
+            continue
+        bounds = re.fullmatch(r"(\d{1,6})-(\d{1,6})", segment)
+        if bounds is None or not rest or np.ndim(leaf) < 1 or len(leaf) != int(bounds[2]) - int(bounds[1]) + 1:
+            raise InputError(
+                where, got=f"a leaf {path} {list(np.shape(leaf))}", expected="RULE/FIRST-LAST/SITE/LEAF [L, ...]"
+            )
+        start = int(bounds[1])
+        for i, row in enumerate(np.asarray(leaf)):
+            layers[rule, start + i, "/".join(rest)] = row
+    return layers, shared
+
+
+def _same(value, shape, dtype, name, where):
+    if value is None or tuple(value.shape) != tuple(shape) or value.dtype != dtype:
+        got = "nothing" if value is None else f"{value.dtype}{list(value.shape)}"
+        raise InputError(
+            where, got=f"{got} for {name}", expected=f"{dtype}{list(shape)}",
+            fix="Start from a run whose rules have the same sites, experts and rank.",
+        )  # fmt: skip
+    return np.asarray(value)

@@ -1,0 +1,461 @@
+"""The training loop: everything that is not a pure function of arrays.
+
+restore or start -> for every stage: compile its step -> batch, step, metrics, checkpoint -> table and picture
+"""
+
+import dataclasses
+import json
+import math
+import pathlib
+import resource
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental import multihost_utils
+
+from molora_jax import config as config_lib
+from molora_jax import runtime, sharding
+from molora_jax.backbones.compile import compile_losses
+from molora_jax.config.fields import MICRO_SHARDS
+from molora_jax.core import trees
+from molora_jax.errors import InputError
+from molora_jax.io import disk
+from molora_jax.io.files import write_atomically
+from molora_jax.objectives.held_out import example_nll
+from molora_jax.optim import OPTIMIZERS
+from molora_jax.runs import expert_runs, warm_start
+from molora_jax.runs import saved as saved_lib
+from molora_jax.runs.checkpoints import Checkpoints, read_manifest
+from molora_jax.runs.metrics import MetricsWriter, Progress, duration
+from molora_jax.runs.obstacles import not_saved, obstacles, stop_trace
+from molora_jax.runs.workdir import Workdir
+from molora_jax.text import table
+from molora_jax.training import stages as stages_lib
+from molora_jax.training import summary
+from molora_jax.training.devices import Devices
+from molora_jax.training.exact import ExactNLL, ExactStep
+from molora_jax.training.loss_picture import plot_loss
+from molora_jax.training.setup import setup
+from molora_jax.training.signals import StopRequest
+from molora_jax.training.step import TrainState, fresh, make_step
+
+RETRY_SECONDS = 10.0  # from a failed save to the next try, doubled each time; the steps of save_every try anyway
+MAX_SKIPPED = 5  # steps in a row without a finite gradient before the run gives up
+
+
+@dataclasses.dataclass(frozen=True)
+class Result:
+    """What a run came to: the last `step`, its `loss`, `seconds` and `tokens` of this start; `signal` that ended it."""
+
+    step: int
+    loss: float | None
+    seconds: float
+    tokens: int
+    peak_bytes: int
+    signal: int | None = None
+
+
+def peak_bytes() -> int:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+class StageStep:
+    """One stage's trainable leaves, optimizer and compiled step."""
+
+    def __init__(self, run, stage, model):
+        self.stage = stage
+        self.frozen = model.frozen_patterns() + stage.freeze
+        options = dict(stage.config.optim)
+        self.member = OPTIMIZERS[options.pop("name")](**options)
+        total = stage.config.train.steps
+        shapes = jax.eval_shape(lambda p: model.init_adapters(jax.random.key(0), p), run.params)
+        trainable, _ = trees.split(shapes, self.frozen)
+        if not trainable:
+            raise InputError(
+                f"schedule.{stage.name}.freeze", got="patterns that freeze every leaf", expected="something to train"
+            )
+        self.optimizer = self.member.make(total, trees.pairs(model, trainable))
+        # losses with their weights, and hard routing, are the stage's own; shapes of leaves never are
+        self.model = dataclasses.replace(model, losses=compile_losses(stage.config), route=stage.route)
+        self.exact = run.exact
+        options = dict(
+            seed=run.config.seed, frozen=self.frozen, accumulate=run.config.train.accumulate,
+            clip=stage.config.train.clip, targets_per_row=run.data.train.targets_per_row,
+        )  # fmt: skip
+        made = self.model, self.optimizer, self.member.schedule(total)
+        key = jax.random.fold_in(jax.random.key(run.config.seed), 0x5EED)
+        self.start = lambda params: fresh(self.model, self.optimizer, params, self.frozen, key)
+        shapes = jax.eval_shape(self.start, run.params)
+        self.shardings = sharding.state_shardings(shapes, self.model, run.mesh)
+        self.shapes = jax.tree.map(
+            lambda s, where: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=where), shapes, self.shardings
+        )
+        if self.exact:
+            self.step = ExactStep(*made, mesh=run.mesh, **options)
+        else:
+            step = make_step(*made, constrain=run.constrain, **options)
+            self.step = jax.jit(step, donate_argnums=0, out_shardings=(self.shardings, sharding.replicated(run.mesh)))
+        self.ready = False
+        self.stream = run.data.train.for_tasks(stage.tasks) if stage.tasks else run.data.train
+
+    def compile_together(self, *arguments) -> None:
+        """With several processes: the first step of a stage starts when all have compiled it."""
+        *arguments, step = arguments
+        if not self.ready and jax.process_count() > 1:
+            self.step = self.step.compile(*arguments) if self.exact else self.step.lower(*arguments).compile()
+            runtime.together(f"step {step} of {self.stage.name} is compiled")
+        self.ready = True
+
+
+class Run:
+    """The loop's state: what `setup` made, the workdir, and where it stands."""
+
+    def __init__(self, config, workdir: Workdir, *, note):
+        self.workdir, self.note = workdir, note
+        known = (workdir.recorded(saved_lib.manifest_of(workdir, "latest")) or {}).get("base")
+        made = setup(config, day=known.get("day") if isinstance(known, dict) else None)
+        config = self.config = made.config  # with its steps
+        runtime.together("set up")
+        self.mesh, self.base, self.data, self.model, self.params = (
+            made.mesh,
+            made.base,
+            made.data,
+            made.model,
+            made.params,
+        )
+        self.table = self.data.report()
+        if made.engines:
+            note(made.engines)
+        if config.train.eval_every and not self.data.heldout("valid", config.eval.num_items):
+            raise InputError(
+                "train.eval_every", got="no held-out item in the split valid", expected="at least one",
+                fix="Give more rows, or set train.eval_every=0.",
+            )  # fmt: skip
+        self.checkpoints = Checkpoints(pathlib.Path(workdir) / "checkpoints", keep=config.train.keep, warn=note)
+        plain = config_lib.to_dict(config)
+        try:
+            self.newest = self.checkpoints.newest_valid()
+        except InputError:  # that the folder is another run's says more than that its steps are damaged
+            workdir.refuse_another(plain, made.identity)
+            raise
+        manifest = None if self.newest is None else read_manifest(self.checkpoints.directory / str(self.newest))
+        self.identity = workdir.check_identity(plain, made.identity, manifest=manifest, note=note)
+        workdir.write_config(plain)
+        if workdir.writer:
+            try:
+                write_atomically(workdir.path / "data.json", json.dumps(self.table, indent=1) + "\n")
+            except OSError as error:  # a report: the run needs it for nothing
+                note(f"data.json is not written ({error.strerror or error})")
+        self.constrain = sharding.constrain(self.mesh)
+        self.exact = config.train.get("exact", False)  # not in runs of older versions
+        self.stages = stages_lib.stages(config)
+        self.best = self.best_saved = float("inf")
+        self._best_pending = None
+        self._compiled = {}
+
+    def compiled(self, stage) -> StageStep:
+        if stage.name not in self._compiled:
+            self._compiled = {stage.name: StageStep(self, stage, self.model)}  # one stage's buffers at a time
+        return self._compiled[stage.name]
+
+    # ---- state -----------------------------------------------------------------------------------------------------
+
+    def restore_or_start(self) -> TrainState:
+        step = self.newest
+        stage = self.compiled(stages_lib.stage_at(self.stages, step or 0))
+        if step is None:
+            state = self.make(stage.start, stage.shardings)(self.params)
+            if self.config.train.init_from:
+                shapes = {item: getattr(stage.shapes, item) for item in warm_start.ITEMS}
+                new = warm_start.start(self.config.train.init_from, shapes, base_digest=self.base.digest)
+                put = {item: sharding.put(tree, getattr(stage.shardings, item)) for item, tree in new.items()}
+                state = dataclasses.replace(state, **put)
+            if any(rule.load for rule in self.model.rules):
+                new = expert_runs.load_experts(self.model, jax.device_get(state.adapters), self.base.digest)
+                state = dataclasses.replace(state, adapters=sharding.put(new, stage.shardings.adapters))
+            return state
+        shapes = stage.shapes
+        template = {
+            "adapters": shapes.adapters,
+            "opt": shapes.opt,
+            "router_state": shapes.router_state,
+            "train": {"step": shapes.step, "skipped": shapes.skipped, "best": np.zeros((), np.float64)},
+        }
+        items = self.checkpoints.restore(step, template)
+        if int(items["train"]["step"]) != step:
+            raise InputError(
+                str(self.checkpoints.directory / str(step)), got=f"the state of step {int(items['train']['step'])}",
+                expected=f"that of step {step}", fix="Delete the step's folder: an older step will be used.",
+            )  # fmt: skip
+        self.best = self.best_saved = float(items["train"]["best"])
+        self.note(f"resumed at step {step}")
+        return TrainState(
+            items["train"]["step"], items["train"]["skipped"], items["adapters"], items["opt"], items["router_state"]
+        )
+
+    def save(self, state: TrainState, step: int, *, best=False):
+        items = {
+            "adapters": state.adapters,
+            "opt": state.opt,
+            "router_state": state.router_state,
+            "train": {"step": state.step, "skipped": state.skipped, "best": np.float64(self.best)},
+        }
+        meta = {
+            "samples": step * self.config.train.batch_size,
+            "config": config_lib.to_dict(self.config),
+            "identity": self.identity,
+            "run": self.workdir.identity,
+            "stage": stages_lib.stage_at(self.stages, step).name,
+        }
+        self.settle()
+        self.workdir.check_there()  # a save would make the folder anew
+        self.checkpoints.save(step, items, meta=meta, best=best)
+        self._best_pending = self.best if best else None
+
+    def settle(self):
+        """Waits for the save of a best step: one that the disk refused is not the one to beat."""
+        if self._best_pending is not None and jax.process_count() == 1:  # several would not agree on what failed
+            self.checkpoints.wait()
+            if self.checkpoints.last_save_failed:
+                self.best = self.best_saved
+            else:
+                self.best_saved = self._best_pending
+            self._best_pending = None
+
+    def save_patiently(self, state: TrainState, step: int, *, best: float | None = None):
+        """A save that waits for the disk; `best` is the held-out NLL of a best step.
+
+        Raises:
+          InputError: it could not be written, and waiting does not help (any more).
+        """
+        self.checkpoints.check()
+        self.checkpoints.silent = True  # the first failure is told, then how it ended
+        try:
+            for wait in (*disk.WAITS, None):
+                self.settle()
+                self.best = self.best if best is None else best
+                self.save(state, step, best=best is not None)
+                self.checkpoints.wait()
+                if not self.checkpoints.last_save_failed:
+                    break
+                self.workdir.check_there()
+                if wait is None or not self.checkpoints.failures[-1].passing:
+                    raise not_saved(step, self.checkpoints.failures)
+                time.sleep(wait)
+        finally:
+            self.checkpoints.silent = False
+        if self.checkpoints.failures:
+            self.note(f"checkpoint {step}: saved, after {len(self.checkpoints.failures)} failures of the disk")
+
+    def enter(self, stage, state: TrainState) -> TrainState:
+        """The next stage's fresh optimizer state, placed as the old one."""
+        compiled = self.compiled(stage)
+        trainable, _ = trees.split(state.adapters, compiled.frozen)
+        opt = self.make(compiled.optimizer.init, compiled.shardings.opt)(trainable)
+        return dataclasses.replace(state, opt=opt)
+
+    def make(self, function, shardings):
+        """What makes a part of the state from arrays on the mesh."""
+        return Devices(self.mesh).once(function) if self.exact else jax.jit(function, out_shardings=shardings)
+
+    # ---- evaluation ------------------------------------------------------------------------------------------------
+
+    def valid_nll(self, model, state: TrainState) -> float:
+        """Mean over tasks of the NLL per answer token on held-out items (split "valid")."""
+        examples = self.data.heldout("valid", self.config.eval.num_items)
+        rows = self.config.train.batch_size // self.config.train.accumulate
+        targets, forward = self.data.train.targets_per_row, None
+        if self.exact:
+            rows = rows // MICRO_SHARDS * self.mesh.size  # a micro-shard a device
+            forward = ExactNLL(model, mesh=self.mesh, targets_per_row=targets)
+        batches = self.data.heldout_batches(examples, rows, targets_per_row=targets)
+        sums = example_nll(
+            model, self.params, state.adapters, state.router_state, batches, len(examples),
+            mesh=self.mesh, targets_per_row=targets, constrain=self.constrain, forward=forward,
+        )  # fmt: skip
+        tasks = np.array([e.task_id for e in examples])
+        each = [sums["nll"][tasks == t].sum() / sums["tokens"][tasks == t].sum() for t in np.unique(tasks)]
+        return float(np.mean(each))
+
+
+def train(config, workdir: str, *, profile: bool = False, note=None) -> Result:
+    """Trains, or goes on with, the run in `workdir`.
+
+    Args:
+      config: validated. profile: writes a trace of steps 3 to 5 of this start to `workdir/profile`.
+      note: where lines of text go; by default the progress line's own stream.
+
+    Raises:
+      InputError: before anything is compiled, for anything that is the user's to change.
+    """
+    writer = jax.process_index() == 0
+    progress = Progress(config.train.steps, log_every=config.train.log_every)
+    note = note or (progress.note if writer else lambda text: None)
+    with Workdir(workdir, writer=writer) as place, StopRequest() as stop, obstacles(workdir):
+        run = Run(place.followed(config, note), place, note=note)
+        steps = run.config.train.steps
+        progress.steps = last = min(config.train.stop_after or steps, steps)
+        state = run.restore_or_start()
+        start = int(state.step)
+        note(summary.rules_table(run.model, state.adapters, run.compiled(stages_lib.stage_at(run.stages, start)).frozen,
+                                 trees.count(run.params)))  # fmt: skip
+        note(str(run.table))
+        with run.checkpoints:
+            if start == 0 and not run.checkpoints.steps():
+                run.save(state, 0)  # before the first compile, so that a kill inside it loses nothing
+            return _loop(run, state, start, last, stop, progress, note, profile, writer)
+
+
+def _loop(run, state, start, last, stop, progress, note, profile, writer) -> Result:
+    config, began, tokens, loss, skipped = run.config.train, time.monotonic(), 0, None, 0
+    metrics = MetricsWriter(run.workdir, after_step=start, warn=note) if writer else None
+    again, patience = math.inf, RETRY_SECONDS  # when a failed save is tried again beside the save steps
+    pending, clock = None, time.monotonic()
+    step = saved = start
+    trace, tracing = (None, None), False
+    if profile and last < start + 3:
+        note(f"no trace: --profile needs 3 steps, {last - start} are left")
+    elif profile:
+        trace = start + 2, min(start + 5, last)  # the first two compile and warm up
+
+    def flush(entry):
+        """Writes the metrics of a step that is done (one step late, so that the device never waits for us)."""
+        nonlocal clock, tokens, loss, skipped
+        if entry is None:
+            return
+        number, values, extra = entry
+        values = jax.device_get(values)
+        now, before = time.monotonic(), clock
+        clock, loss, count = now, float(values["loss"]), int(values["tokens"])
+        tokens += count
+        if writer:
+            metrics.write(row(number, values, now - before) | extra)
+        progress.update(number, loss=loss, tokens=count) if writer else None
+        skipped = int(values["skipped"])
+        if skipped >= MAX_SKIPPED:
+            raise _not_finite(skipped, number)
+
+    batches, stage, announced, best, valid = None, None, None, False, None
+    try:
+        while step < last and not _stopping(stop, step):
+            run.workdir.check_there()
+            now = stages_lib.stage_at(run.stages, step)
+            if now is not stage:
+                stage, compiled = now, run.compiled(now)
+                rows = sharding.rows_of_process(config.batch_size)
+                batches = compiled.stream.iterate(step, rows=rows)
+            if step == trace[0]:
+                tracing = True
+                jax.profiler.start_trace(str(pathlib.Path(run.workdir) / "profile"))
+            if stage is not announced:
+                note("compiling the step (seconds to a minute, cached for the next start)")
+                announced = stage
+            _, batch = next(batches)
+            batch = sharding.put_batch(batch, run.mesh, config.batch_size)
+            compiled.compile_together(state, run.params, batch, step)
+            state, values = compiled.step(state, run.params, batch)
+            step += 1
+            flush(pending)
+            pending = (step, values, {})
+            if step == trace[1]:
+                jax.block_until_ready(values)
+                tracing = False
+                note(stop_trace(f"trace of steps {start + 3} to {step}: {pathlib.Path(run.workdir) / 'profile'}"))
+            if step >= stage.stop and stage is not run.stages[-1]:
+                state = run.enter(stages_lib.stage_at(run.stages, step), state)
+            best = False
+            if config.eval_every and step % config.eval_every == 0:
+                valid = run.valid_nll(compiled.model, state)
+                run.settle()
+                best, run.best = valid < run.best, min(valid, run.best)
+                pending[2]["valid_nll"] = valid
+                note(f"step {step}: valid NLL {valid:.4f}{' (best)' if best else ''}")
+            if best or step == last or (config.save_every and step % config.save_every == 0):
+                flush(pending)
+                pending = None
+                run.save(state, step, best=best)
+                saved, again = step, math.inf
+            elif run.checkpoints.last_save_failed:
+                run.checkpoints.check()
+                run.workdir.check_there()
+                if not run.checkpoints.steps():  # known within the first compile: nothing would be left of this run
+                    if jax.process_count() > 1 or not run.checkpoints.failures[-1].passing:
+                        raise not_saved(0, run.checkpoints.failures)
+                    run.save_patiently(state, step)
+                    saved, again = step, math.inf
+                elif jax.process_count() == 1 and again == math.inf:
+                    again, patience = time.monotonic() + patience, 2 * patience
+                elif time.monotonic() > again:
+                    run.save(state, step)
+                    saved, again = step, math.inf
+        flush(pending)
+        pending = None
+        run.checkpoints.wait()
+        if jax.process_count() == 1 and (step > saved or run.checkpoints.last_save_failed):
+            run.save_patiently(state, step, best=valid if best and saved == step else None)
+        elif step > saved:
+            run.save(state, step)
+    finally:
+        if batches is not None:
+            batches.close()
+        if tracing:
+            stop_trace("")
+        failures = run.checkpoints.close()
+        progress.close()
+        if metrics is not None:
+            metrics.close()
+    run.workdir.check_there()
+    if run.checkpoints.last_save_failed or (writer and step not in run.checkpoints.steps()):
+        raise not_saved(step, failures)
+    result = Result(step, loss, time.monotonic() - began, tokens, peak_bytes(), stop.signal)
+    if writer:
+        _finish(run, result, start, note)
+    if step > start and skipped >= step - start:  # too short to give up on the way
+        raise _not_finite(skipped, step)
+    return result
+
+
+def _not_finite(skipped: int, step: int) -> InputError:
+    return InputError(
+        "train", got=f"no finite gradient for {skipped} steps in a row (up to step {step})",
+        expected="finite gradients",
+        fix="Start in another workdir with a lower optim.learning_rate (train.init_from=DIR takes over what this one "
+        "learned), or look at the data of these steps; what was trained before is unharmed.",
+    )  # fmt: skip
+
+
+def _stopping(stop: StopRequest, step: int) -> bool:
+    """One decision for all processes, asked every tenth step where that costs a collective."""
+    if jax.process_count() == 1:
+        return stop.requested
+    return step % 10 == 0 and bool(np.any(multihost_utils.process_allgather(jnp.int32(stop.requested))))
+
+
+def row(step: int, values: dict, seconds: float) -> dict:
+    """A line of metrics.jsonl: the contract's names, `site/<rule>/<scope>/<statistic>` as lists over layers."""
+    values = dict(values)
+    sites = values.pop("site")
+    flat = {f"site/{name}/{statistic}": v for name, group in sites.items() for statistic, v in group.items()}
+    return {"step": step, **values, **flat, "seconds": round(seconds, 4)}
+
+
+def _finish(run, result: Result, start: int, note):
+    try:
+        path = plot_loss(run.workdir)
+    except (OSError, ValueError, KeyError, TypeError) as error:  # done and saved: a picture is not worth an error
+        path = f"not written ({error})"
+    done = result.step - start
+    rate = result.tokens / result.seconds if done else 0.0
+    rows = [
+        ("steps", "loss", "tokens/s with compile", "time", "peak memory", "checkpoint"),
+        (f"{start} -> {result.step}", "-" if result.loss is None else f"{result.loss:.4f}", f"{rate:,.0f}",
+         duration(result.seconds), f"{result.peak_bytes / 1e9:.2f} GB", f"{run.checkpoints.directory}/{result.step}"),
+    ]  # fmt: skip
+    note(table(rows))
+    note(f"loss curve: {path}")
+    if run.config.train.stop_after and start >= run.config.train.stop_after:
+        note(f"nothing to do: the run is at step {start}, train.stop_after is {run.config.train.stop_after}")
+    if result.signal is not None:
+        note(f"stopped by signal {result.signal} after step {result.step}: the same command goes on from there")

@@ -1,0 +1,210 @@
+"""The pure training step: `step(state, params, batch) -> (state, metrics)`.
+
+Gradients are taken with respect to the trainable leaves of `adapters` only. Accumulated micro-steps give exactly the
+loss of the whole batch for the language-model part; balance losses are not linear in their sums, so each says whether
+it averages the micro-steps' values or is taken of the global sums (`accumulate="exact"`, one more forward pass).
+A step whose loss or gradient is not finite changes nothing and is counted.
+"""
+
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import optax
+
+from molora_jax.core import routing, trees
+from molora_jax.core.types import Array
+from molora_jax.objectives.lm import lm
+
+
+@flax.struct.dataclass
+class TrainState:
+    """`step` int32: updates made; `skipped` int32: steps in a row that were not finite."""
+
+    step: Array
+    skipped: Array
+    adapters: dict
+    opt: Any
+    router_state: dict
+
+
+def fresh(model, optimizer, params, frozen, key) -> TrainState:
+    """State of step 0; traceable."""
+    adapters = model.init_adapters(key, params)
+    trainable, _ = trees.split(adapters, frozen)
+    return TrainState(jnp.int32(0), jnp.int32(0), adapters, optimizer.init(trainable), model.init_router_state())
+
+
+def micro_batches(batch: dict, n: int) -> dict:
+    """`[B, S] -> [n, B/n, S]`, rows dealt in turn so that every device keeps a share of each micro-batch."""
+    return jax.tree.map(lambda x: x.reshape(x.shape[0] // n, n, *x.shape[1:]).swapaxes(0, 1), batch)
+
+
+def loss_sums(stats: dict, name: str) -> dict:
+    """`{rule: {segment: {scope: sums}}}` of one loss."""
+    return {r: {s: {k: v["losses"][name] for k, v in sc.items()} for s, sc in seg.items()} for r, seg in stats.items()}
+
+
+def part(stats: dict, name: str) -> dict:
+    """`load` or `router`: the statistics, or the sums that a router's own update asks for, of every decision."""
+    return {r: {s: {k: v[name] for k, v in sc.items()} for s, sc in seg.items()} for r, seg in stats.items()}
+
+
+def make_gradient(model, *, seed: int, frozen, accumulate: int, targets_per_row: int, constrain):
+    """`gradient(state, params, batch) -> (grads, out)`: of the trainable leaves, and the sums that left the layers.
+
+    Args:
+      frozen: path patterns of leaves that do not train.
+      targets_per_row: the packer's bound M.
+      constrain: pins activations to the mesh.
+    """
+    exact = [name for name, loss in model.losses if accumulate > 1 and loss.accumulate == "exact"]
+    losses = dict(model.losses)
+
+    def gradient(state: TrainState, params: dict, batch: dict):
+        step_key = jax.random.fold_in(jax.random.key(seed), state.step)
+        trainable, fixed = trees.split(state.adapters, frozen)
+        weight = jnp.maximum(jnp.sum(batch["loss_weight"]), 1.0)
+
+        def forward(trainable, micro, i):
+            hidden, stats, _, _ = model.hidden(
+                params, trees.merge(trainable, fixed), state.router_state, micro, train=True,
+                key=jax.random.fold_in(step_key, i + 1), step_key=step_key, step=state.step, constrain=constrain,
+            )  # fmt: skip
+            return lm(model, params, hidden, micro, targets_per_row) / weight, {r: s for r, s in stats.items() if s}
+
+        micros = micro_batches(batch, accumulate) if accumulate > 1 else None
+
+        def over_micros(function):
+            """The sum of `function(micro, i)` over the micro-steps, one at a time."""
+            shapes = jax.eval_shape(function, jax.tree.map(lambda x: x[0], micros), 0)
+            zero = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
+
+            def add(total, i_micro):
+                i, micro = i_micro
+                return jax.tree.map(jnp.add, total, function(micro, i)), None
+
+            return jax.lax.scan(add, zero, (jnp.arange(accumulate), micros))[0]
+
+        slopes, exact_values = {}, {}
+        if exact:
+
+            def sums_of(i_micro):
+                i, micro = i_micro
+                _, stats = forward(trainable, micro, i)
+                return {n: loss_sums(stats, n) for n in exact}
+
+            stacked = jax.lax.map(sums_of, (jnp.arange(accumulate), micros))
+            for n in exact:
+                whole = lambda sums, n=n: losses[n].value(losses[n].join(sums))  # noqa: E731
+                exact_values[n], slopes[n] = jax.value_and_grad(whole)(stacked[n])
+
+        def objective(trainable, micro, i):
+            nll, stats = forward(trainable, micro, i)
+            total, aux = nll, {}
+            for name, loss in model.losses:
+                sums = loss_sums(stats, name)
+                if name in slopes:  # d value(all sums) = slope . d(own sums)
+                    products = jax.tree.map(lambda a, b: jnp.sum(a[i] * b), slopes[name], sums)
+                    total = total + loss.weight * sum(jax.tree.leaves(products))
+                    aux[name] = exact_values[name] / accumulate
+                else:
+                    aux[name] = loss.value(sums) / accumulate
+                    total = total + loss.weight * aux[name]
+            return total, {"lm_loss": nll, "aux": aux, "load": part(stats, "load"), "router": part(stats, "router")}
+
+        grad = jax.grad(objective, has_aux=True)
+        if accumulate == 1:
+            return grad(trainable, batch, 0)
+        return over_micros(lambda micro, i: grad(trainable, micro, i))
+
+    return gradient
+
+
+def make_step(model, optimizer, schedule, *, clip: float, frozen, **options):
+    """The step function of one stage, to be jitted with its state donated.
+
+    Args:
+      optimizer: an optax transformation over the trainable leaves; schedule: step -> learning rate, for the metrics.
+      clip: global norm, 0 for none. options: of `make_gradient`.
+    """
+    gradient = make_gradient(model, frozen=frozen, **options)
+    update = make_update(model, optimizer, schedule, clip=clip, frozen=frozen)
+
+    def train_step(state: TrainState, params: dict, batch: dict):
+        grads, out = gradient(state, params, batch)
+        return update(state, grads, out, batch["segment_ids"])
+
+    return train_step
+
+
+def make_update(model, optimizer, schedule, *, clip: float, frozen):
+    """`update(state, grads, out, segment_ids) -> (state, metrics)`: all that follows the gradient of a step.
+
+    `grads, out` as from `make_gradient`; `segment_ids` of the batch, of which the metrics count what is not padding.
+    """
+    losses = dict(model.losses)
+
+    def update(state: TrainState, grads: dict, out: dict, segment_ids: Array):
+        trainable, fixed = trees.split(state.adapters, frozen)
+        with jax.named_scope("optimizer"):
+            norm = optax.tree.norm(grads)
+            loss = out["lm_loss"] + sum(losses[n].weight * v for n, v in out["aux"].items())
+            scale = jnp.minimum(1.0, clip / jnp.maximum(norm, 1e-12)) if clip else 1.0
+            updates, opt = optimizer.update(jax.tree.map(lambda g: g * scale, grads), state.opt, trainable)
+            for rule in model.rules:
+                if rule.name in updates:
+                    updates[rule.name] = rule.adapter.update_mask(updates[rule.name], state.step)
+            # of a finite gradient Adam's update is finite (the config bounds what it is multiplied by), so nothing here
+            # waits for the updates: one pass over the state
+            finite = jnp.isfinite(norm) & jnp.isfinite(loss)
+            moved = trees.merge(optax.apply_updates(trainable, updates), fixed)
+            router_state = state.router_state
+            if not model.route:  # a stage that routes by itself leaves the routers alone
+                router_state = update_routers(model, router_state, out["router"])
+            keep = lambda new, old: jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, old)  # noqa: E731
+            state = TrainState(
+                step=state.step + 1,
+                skipped=jnp.where(finite, 0, state.skipped + 1),
+                adapters=keep(moved, state.adapters),
+                opt=keep(opt, state.opt),
+                router_state=keep(router_state, state.router_state),
+            )
+        metrics = {
+            "loss": loss,
+            "lm_loss": out["lm_loss"],
+            **{f"aux/{n}": v for n, v in out["aux"].items()},
+            "grad_norm": norm,
+            "lr": jnp.asarray(schedule(state.step - 1), jnp.float32),
+            "tokens": jnp.sum(segment_ids > 0),
+            "skipped": state.skipped,
+            "site": site_metrics(model, out["load"]),
+        }
+        return state, metrics
+
+    return update
+
+
+def update_routers(model, state: dict, sums: dict) -> dict:
+    """Every router's own update, once a step, on sums over the whole global batch; layers side by side."""
+    new = {}
+    for rule in model.rules:
+        for segment, scopes in state.get(rule.name, {}).items():
+            for scope, old in scopes["router"].items():
+                own = sums[rule.name]["model" if segment == "shared" else segment][scope]
+                done = jax.vmap(rule.router.update)(old, own)
+                new.setdefault(rule.name, {}).setdefault(segment, {}).setdefault("router", {})[scope] = done
+    return new
+
+
+def site_metrics(model, load: dict) -> dict:
+    """`{rule/scope: {statistic: [layers]}}` in the order of layers."""
+    out = {}
+    for rule in model.rules:
+        for scope in rule.scopes:
+            segments = [scopes for _, scopes in sorted(load.get(rule.name, {}).items()) if scope in scopes]
+            parts = [routing.load(scopes[scope]) for scopes in segments]
+            if parts:
+                out[f"{rule.name}/{scope}"] = jax.tree.map(lambda *x: jnp.concatenate(x), *parts)
+    return out

@@ -1,0 +1,49 @@
+"""What a run is, as a table: rules with their sites, layers, experts, rank and trainable parameters."""
+
+import numpy as np
+from flax.traverse_util import flatten_dict
+
+from molora_jax.core import trees
+from molora_jax.text import table
+
+
+def rules_table(model, adapters, frozen: tuple[str, ...], num_base: int) -> str:
+    """One row a rule, then the sum; `share` is of base plus adapters. `adapters` may be shapes."""
+    trainable = flatten_dict(trees.split(adapters, frozen)[0], sep="/")
+    total = num_base + trees.count(adapters)
+    rows = [("rule", "sites", "layers", "experts", "rank", "adapter", "router", "trainable", "share")]
+    for rule in model.rules:
+        own = sum(int(np.prod(x.shape)) for path, x in trainable.items() if path.startswith(rule.name + "/"))
+        router = "-" if rule.router is None else f"{type(rule.router).__name__} ({rule.share})"
+        rows.append(
+            (rule.name, ",".join(rule.sites), runs([i for i, n in enumerate(rule.experts) if n]), experts(rule.experts),
+             str(rule.adapter.rank), type(rule.adapter).__name__, router, f"{own:,}", f"{own / total:.2%}")
+        )  # fmt: skip
+    own = sum(int(np.prod(x.shape)) for x in trainable.values())
+    rows.append(("total", "", "", "", "", "", "", f"{own:,}", f"{own / total:.2%}"))
+    return table(rows, right=(7, 8))
+
+
+def runs(layers: list[int]) -> str:
+    """`[0, 1, 2, 5]` -> `0-2,5`."""
+    out: list[list[int]] = []
+    for layer in layers:
+        if out and layer == out[-1][1] + 1:
+            out[-1][1] = layer
+        else:
+            out.append([layer, layer])
+    return ",".join(str(a) if a == b else f"{a}-{b}" for a, b in out)
+
+
+def experts(counts: tuple[int, ...]) -> str:
+    """`(2, 2, 4, 4)` -> `2*2,4*2`; one count for all layers as itself."""
+    used = [n for n in counts if n]
+    if len(set(used)) == 1:
+        return str(used[0])
+    out: list[list[int]] = []
+    for n in used:
+        if out and out[-1][0] == n:
+            out[-1][1] += 1
+        else:
+            out.append([n, 1])
+    return ",".join(f"{n}*{times}" for n, times in out)

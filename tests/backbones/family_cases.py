@@ -1,0 +1,153 @@
+"""Tiny random checkpoints of every family, for an oracle and for us: configs, weights by seed, files of each reader.
+
+Used by `tests/fixtures/make_families.py` (transformers) and by `tests/backbones/parity.py` (ours); numpy alone. Outputs
+are compared in random projections, so that the fixture is small: an error of the whole array shows in them.
+"""
+
+import json
+import zlib
+
+import numpy as np
+import safetensors.numpy
+
+L, D, F, H, K, V, S = 2, 48, 80, 4, 2, 272, 24
+SITES = {
+    "q": "self_attn.q_proj", "k": "self_attn.k_proj", "v": "self_attn.v_proj", "o": "self_attn.o_proj",
+    "gate": "mlp.gate_proj", "up": "mlp.up_proj", "down": "mlp.down_proj",
+}  # fmt: skip
+READERS = ("folder", "shards", "gguf")
+FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
+
+
+def config(family="llama", **changes):
+    common = dict(
+        model_type=family, num_hidden_layers=L, hidden_size=D, intermediate_size=F, num_attention_heads=H,
+        num_key_value_heads=K, vocab_size=V, max_position_embeddings=128, rms_norm_eps=1e-5, rope_theta=10000.0,
+        tie_word_embeddings=True, hidden_act="silu", initializer_range=0.02, torch_dtype="float32",
+        architectures=[family.capitalize() + "ForCausalLM"],
+    )  # fmt: skip
+    own = {"mistral": dict(sliding_window=None), "qwen2": dict(use_sliding_window=False), "qwen3": dict(head_dim=16)}
+    return {key: value for key, value in {**common, **own.get(family, {}), **changes}.items() if value is not ...}
+
+
+_LLAMA3 = dict(rope_type="llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0)
+_YARN = dict(type="yarn", factor=4.0, original_max_position_embeddings=32)
+MAIN = {
+    f"{family}, {form}": config(family, tie_word_embeddings=form == "tied")
+    for family in FAMILIES
+    for form in ("tied", "untied")
+}
+KINDS = {  # what a config may say beyond its family
+    "rope_theta inside": config(rope_theta=10000.0, rope_parameters=dict(rope_type="default", rope_theta=500.0)),
+    "rope linear": config(rope_scaling=dict(type="linear", factor=4.0)),
+    "rope llama3": config("llama", rope_scaling=_LLAMA3 | dict(original_max_position_embeddings=16)),
+    "rope llama3, 8192": config(
+        rope_scaling=_LLAMA3 | dict(original_max_position_embeddings=8192), max_position_embeddings=16384
+    ),
+    "rope dynamic": config(rope_scaling=dict(type="dynamic", factor=4.0)),
+    "rope yarn": config("qwen2", rope_scaling=_YARN),
+    "rope yarn, mscale": config(rope_scaling=_YARN | dict(mscale=1.0, mscale_all_dim=0.5, truncate=False, beta_fast=8)),
+    "rope yarn, attention_factor": config(rope_parameters=_YARN | dict(attention_factor=1.3, rope_theta=500.0)),
+    "sliding window of the rows' length": config("mistral", sliding_window=S),
+    "sliding window (mistral)": config("mistral", sliding_window=7),
+    "sliding window from layer 1 (qwen2)": config(
+        "qwen2", use_sliding_window=True, sliding_window=5, max_window_layers=1
+    ),
+    "sliding window by layer_types (qwen3)": config(
+        "qwen3", use_sliding_window=True, sliding_window=5, layer_types=["sliding_attention", "full_attention"]
+    ),
+    "attention_bias (llama)": config(attention_bias=True),
+    "attention_bias (qwen3)": config("qwen3", attention_bias=True),
+    "gelu": config(hidden_act="gelu"),
+    "gelu_new": config(hidden_act="gelu_new"),
+    "relu": config(hidden_act="relu"),
+}
+CASES = MAIN | KINDS
+IN_GGUF = (*MAIN, "rope linear", "rope llama3, 8192", "rope yarn", "attention_bias (llama)", "attention_bias (qwen3)")
+
+
+def tensors(c: dict) -> dict:
+    """Hugging Face name -> float32 array, by the case's own seed; logits of order 1."""
+    rng = np.random.default_rng(zlib.crc32(json.dumps(c, sort_keys=True).encode()))
+    h = c.get("head_dim") or D // H
+    out = dict(q=(H * h, D), k=(K * h, D), v=(K * h, D), o=(D, H * h), gate=(F, D), up=(F, D), down=(D, F))
+    biased = {"qwen2": "qkv"}.get(c["model_type"], "qkvo" if c.get("attention_bias") else "")
+    shapes = {"model.embed_tokens.weight": (V, D), "model.norm.weight": (D,)}
+    if not c["tie_word_embeddings"]:
+        shapes["lm_head.weight"] = (V, D)
+    for i in range(L):
+        at = f"model.layers.{i}."
+        shapes |= {f"{at}{norm}.weight": (D,) for norm in ("input_layernorm", "post_attention_layernorm")}
+        for site, name in SITES.items():
+            shapes[f"{at}{name}.weight"] = out[site]
+            if site in biased:
+                shapes[f"{at}{name}.bias"] = out[site][:1]
+        if c["model_type"] == "qwen3":
+            shapes |= {f"{at}self_attn.{n}_norm.weight": (h,) for n in "qk"}
+    made = {}
+    for name, shape in shapes.items():
+        x, scale = rng.standard_normal(shape), 1.0 if "embed" in name else 0.7 * shape[-1] ** -0.5
+        value = 0.3 * x if name.endswith("bias") else 1 + 0.2 * x if len(shape) == 1 else scale * x
+        made[name] = value.astype(np.float32)
+    return made
+
+
+def rows():
+    """Token ids and targets `[2, S]`, the same for all cases."""
+    rng = np.random.default_rng(7)
+    return rng.integers(0, V, (2, S)).astype(np.int32), rng.integers(0, V, (2, S)).astype(np.int32)
+
+
+def project(array, *, seed: int):
+    """`[..., M, N]` -> `[..., 4, 4]` by fixed random matrices with columns of norm 1 or so."""
+    rng = np.random.default_rng(seed)
+    left, right = (rng.standard_normal((n, 4)) / n**0.5 for n in array.shape[-2:])
+    return np.einsum("...mn,mi,nj->...ij", array.astype(np.float64), left, right)
+
+
+def summary(logits, loss, gradients) -> dict:
+    """What is stored and compared, float32. `logits [2, S, V]`; `gradients` by site, `[L, D_in, D_out]`."""
+    out = {"logits": project(logits, seed=1), "loss": loss} | {s: project(gradients[s], seed=2) for s in SITES}
+    return {name: np.asarray(value, np.float32) for name, value in out.items()}
+
+
+SHAPES = {"logits": (2, 4, 4), "loss": ()} | {site: (L, 4, 4) for site in SITES}
+
+
+def pack(parts: dict):
+    return np.concatenate([parts[name].reshape(-1) for name in SHAPES])
+
+
+def unpack(row) -> dict:
+    cuts = np.cumsum([int(np.prod(shape)) for shape in SHAPES.values()])[:-1]
+    return {name: part.reshape(SHAPES[name]) for name, part in zip(SHAPES, np.split(row, cuts), strict=True)}
+
+
+def write(folder, reader: str, c: dict) -> str:
+    """The checkpoint as files of one reader; the source string."""
+    from tests.io import tiny_files  # the oracle's environment has no product
+
+    values = tensors(c)
+    if reader == "gguf":
+        (folder / "m.gguf").write_bytes(tiny_files.gguf_of(c, values, metadata=_gguf_rope(c)))
+        return f"gguf:{folder}/m.gguf"
+    tiny_files.write_hf_folder(folder, c, values)
+    if reader == "shards":
+        (folder / "model.safetensors").unlink()
+        places = {name: f"model-{i % 2 + 1:05d}-of-00002.safetensors" for i, name in enumerate(sorted(values))}
+        for file in set(places.values()):
+            safetensors.numpy.save_file({n: t for n, t in values.items() if places[n] == file}, folder / file)
+        (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": places}))
+    return f"dir:{folder}"
+
+
+def _gguf_rope(c):
+    """Rotary scaling as llama.cpp's converter writes it."""
+    scaling, key = c.get("rope_scaling") or {}, f"{c['model_type']}.rope.scaling."
+    kind = scaling.get("type")
+    if kind == "linear":
+        return {key + "type": "linear", key + "factor": scaling["factor"]}
+    if kind == "yarn":
+        context = scaling["original_max_position_embeddings"]
+        return {key + "type": "yarn", key + "factor": scaling["factor"], key + "original_context_length": context}
+    return {}

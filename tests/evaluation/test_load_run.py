@@ -1,0 +1,131 @@
+"""load_run: what a notebook gets, from any folder, without the data; and what it says to a wrong folder."""
+
+import json
+import shutil
+
+import jax
+import numpy as np
+import pytest
+
+import molora_jax
+from molora_jax.backbones.gates import by_layer
+from molora_jax.errors import InputError
+from molora_jax.evaluation.run import load_base_run
+from molora_jax.runs import saved
+from molora_jax.runs.checkpoints import Checkpoints
+from tests.tiny import tiny_config, tiny_model
+
+
+@pytest.fixture(scope="module")
+def run(tiny_run):
+    return molora_jax.load_run(tiny_run)
+
+
+def test_it_has_what_the_notebook_needs(run):
+    assert run.step == 3 and run.config.base.source == "random:tiny"
+    assert [rule.name for rule in run.model.rules] == ["attn", "ffn"]
+    assert run.adapters["ffn"]["000-003"]["gate"]["A"].shape == (4, 8, 16, 64)
+    assert run.router_state == {} and run.params["embed"].shape == (320, 64)
+    assert isinstance(run.generate("Hello", max_new_tokens=4), str)
+
+
+def test_a_list_of_prompts_gives_each_its_own_answer(run):
+    prompts = ["Double 3", "Is 12 even? "]
+    answers = run.generate(prompts, max_new_tokens=6)
+    assert answers == [run.generate(prompt, max_new_tokens=6) for prompt in prompts]
+    assert run.generate([]) == []
+
+
+def test_routing_has_a_row_for_every_layer_and_a_column_for_every_token(run):
+    text = "Is 12 even? Grüße"
+    gates = run.routing(text)
+    assert list(gates) == ["ffn"] and list(gates["ffn"]) == ["ffn"]
+    assert gates["ffn"]["ffn"].shape == (4, len(run.tokens(text)), 8)
+    np.testing.assert_allclose(gates["ffn"]["ffn"].sum(-1), 1.0, atol=1e-5)
+    assert ((gates["ffn"]["ffn"] > 0).sum(-1) == 2).all()
+
+
+def test_gates_by_layer_over_segments_and_scopes():
+    for method, scopes in (("mola", set("qkvo") | {"gate", "up", "down"}), ("model", {"model"})):
+        model, params, adapters, state = tiny_model(method)
+        ones = np.ones((1, 8), np.int32)
+        batch = dict(tokens=ones, segment_ids=ones, positions=np.arange(8, dtype=np.int32)[None])
+        gates = by_layer(model, model.hidden(params, adapters, state, batch, collect=True)[3])["all"]
+        assert set(gates) == scopes
+        rule = model.rules[0]
+        for scope, g in gates.items():
+            assert g.shape == (1 if scope == "model" else 4, 1, 8, max(rule.experts))
+            for layer, count in enumerate(rule.experts if scope != "model" else ()):
+                assert not np.any(g[layer, ..., count:]) and np.any(g[layer, ..., :count])
+
+
+def test_a_rule_on_some_layers_has_zeros_on_the_others():
+    config = tiny_config("mixlora")
+    config.method.rules.ffn.layers = "1-2"
+    from molora_jax.backbones.compile import compile_model
+    from molora_jax.io.base import load_base
+
+    base = load_base("random:tiny")
+    model = compile_model(config, base.config)
+    adapters, ones = model.init_adapters(jax.random.key(0), base.params), np.ones((1, 8), np.int32)
+    batch = dict(tokens=ones, segment_ids=ones, positions=np.arange(8, dtype=np.int32)[None])
+    g = by_layer(model, model.hidden(base.params, adapters, {}, batch, collect=True)[3])["ffn"]["ffn"]
+    assert g.shape == (4, 1, 8, 8) and [bool(np.any(x)) for x in g] == [False, True, True, False]
+
+
+def test_works_from_anywhere_without_the_data(tiny_run, tmp_path, monkeypatch):
+    copy = shutil.copytree(tiny_run, tmp_path / "copy")
+    config = json.loads((copy / "config.json").read_text())
+    config["data"]["tasks"] = "jsonl:gone.jsonl"
+    config["train"]["init_from"] = "gone too"
+    (copy / "config.json").write_text(json.dumps(config))
+    monkeypatch.chdir(tmp_path)
+    run = molora_jax.load_run("copy", step="latest")
+    assert run.generate("Hello", max_new_tokens=2) is not None
+    with pytest.raises(InputError, match="gone.jsonl"):
+        run.data  # noqa: B018
+
+
+def test_steps_by_name_and_number(tiny_run, tmp_path):
+    assert molora_jax.load_run(tiny_run, step=2).step == 2
+    copy = shutil.copytree(tiny_run, tmp_path / "copy")
+    (copy / "checkpoints" / "best.json").write_text('{"step": 2}')
+    assert Checkpoints(copy / "checkpoints", keep=1).best() == 2
+    assert molora_jax.load_run(copy).step == 2 and molora_jax.load_run(copy, "latest").step == 3
+    with pytest.raises(InputError, match=r"step: got 999; expected .*\(.*2, 3\)"):
+        molora_jax.load_run(tiny_run, step=999)
+    with pytest.raises(InputError, match="step: got 'newest'"):
+        molora_jax.load_run(tiny_run, step="newest")
+
+
+def test_wrong_folders(tiny_run, tmp_path):
+    cases = {"workdir: got .*does not exist": tmp_path / "none", "without config.json": tmp_path}
+    half = shutil.copytree(tiny_run, tmp_path / "half", ignore=shutil.ignore_patterns("checkpoints"))
+    cases["without a checkpoint"] = half
+    broken = shutil.copytree(half, tmp_path / "broken")
+    (broken / "config.json").write_text("{")
+    cases["config.json: got no JSON"] = broken
+    foreign = shutil.copytree(half, tmp_path / "foreign")
+    (foreign / "config.json").write_text('{"model": "x"}')
+    cases["model"] = foreign
+    other = shutil.copytree(tiny_run, tmp_path / "other")
+    identity = json.loads((other / "identity.json").read_text())
+    identity["base"]["digest"] = "0" * 64
+    (other / "identity.json").write_text(json.dumps(identity))
+    cases["base.source: got random:tiny"] = other
+    for message, folder in cases.items():
+        with pytest.raises(InputError, match=message):
+            molora_jax.load_run(folder)
+
+
+def test_a_config_that_the_checkpoint_does_not_fit(tiny_run):
+    config = saved.read_config(tiny_run)
+    config.method.rules.ffn.adapter.rank = 4
+    with pytest.raises(InputError, match="adapters"):
+        molora_jax.load_run(tiny_run, config=config)
+
+
+def test_the_base_alone():
+    run = load_base_run(tiny_config("mixlora"))
+    assert run.model.rules == () and run.step is None and run.routing("text") == {}
+    assert isinstance(run.generate("Hello", max_new_tokens=3), str)

@@ -1,0 +1,81 @@
+"""Arrows point down only: which room may import which, read from the imports of every file."""
+
+import ast
+import pathlib
+
+PACKAGE = pathlib.Path(__file__).parents[1] / "molora_jax"
+# From the ground up; rooms of one line may not import each other. (kernels_pallas lies below core.)
+FLOORS = (
+    ("errors",),
+    ("config", "runtime", "text", "pictures"),
+    ("core", "sharding"),
+    ("inits", "optim"),
+    ("adapters", "routers", "losses"),
+    ("placements",),
+    ("engines",),
+    ("backbones",),
+    ("objectives", "formulas"),
+    ("io",),
+    ("data",),
+    ("runs",),
+    ("training", "decode"),
+    ("evaluation",),
+    ("methods", "combinations"),
+    ("",),  # the public library, `molora_jax/__init__.py`
+)
+FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
+
+
+def room_of(path: pathlib.Path) -> str:
+    first = path.relative_to(PACKAGE).parts[0]
+    return "" if first == "__init__.py" else first.removesuffix(".py")
+
+
+def imported(path: pathlib.Path):
+    """`(line, room)` of every import of the package in a file, those inside functions too."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom) and node.module:
+            names = [f"{node.module}.{alias.name}" for alias in node.names]
+        elif isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        else:
+            continue
+        for name in names:
+            package, *rest = name.split(".")
+            if package == "molora_jax" and rest:
+                yield node.lineno, rest[0]
+
+
+def test_every_room_has_a_floor():
+    rooms = {room_of(path) for path in PACKAGE.rglob("*.py")}
+    assert rooms == set(FLOOR), "add the room to FLOORS, or remove it"
+
+
+def test_arrows_point_down():
+    wrong = [
+        f"{path.relative_to(PACKAGE.parent)}:{line} imports {room}"
+        for path in sorted(PACKAGE.rglob("*.py"))
+        for line, room in imported(path)
+        if room != room_of(path) and FLOOR.get(room, 99) >= FLOOR[room_of(path)]
+    ]
+    assert not wrong, "\n".join(wrong)
+
+
+def test_nothing_below_imports_the_outside():
+    """The package imports neither launchers, configs, experiments nor tests; kernels import nothing of the package."""
+    above = ("launch", "configs", "experiments", "tests")
+    for path in sorted(PACKAGE.rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.ImportFrom):
+                assert (node.module or "").split(".")[0] not in above, f"{path}:{node.lineno}"
+    kernels = PACKAGE.parent / "kernels_pallas"
+    for path in sorted(kernels.rglob("*.py")):
+        assert "molora_jax" not in {name.split(".")[0] for name in _modules(path)}, path
+
+
+def _modules(path):
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom):
+            yield node.module or ""
+        elif isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
