@@ -7,7 +7,7 @@ sub-block (`attn`, `ffn`; reused at o and down), or the whole model (`model`; de
 import jax
 import jax.numpy as jnp
 
-from molora_jax import engines
+from molora_jax import engines, placements
 from molora_jax.backbones.families import DecoderConfig
 from molora_jax.core import routing as routing_math
 from molora_jax.core import rules as rules_lib
@@ -104,7 +104,7 @@ class Layer:
         `x [B, S, D_in]` -> `[B, S, D_out]`.
         """
         flat = x.reshape(-1, x.shape[-1])
-        acting = [(r, E) for r, E in self.active if r.placement == "projection" and site in r.sites]
+        acting = [(r, E) for r, E in self.active if site in placements.of(r).acts(r)]
         parts = []
         for rule, experts in acting:
             decision = self._decision(rule, experts, site, x)
@@ -123,13 +123,13 @@ class Layer:
         """
         out = self._feed_forward(x, g, u, weights, act)
         for rule, experts in self.active:
-            if rule.placement == "chain":
+            if "beside" in placements.of(rule).acts(rule):
                 out = out + self._chain(rule, experts, x)
         return out
 
     def _feed_forward(self, x, g, u, weights, act):
         W_down, b_down = weights["down"]
-        acting = [(r, E) for r, E in self.active if r.placement == "ffn"]
+        acting = [(r, E) for r, E in self.active if "ffn" in placements.of(r).acts(r)]
         if not acting:
             return self.project("down", W_down, b_down, ffn.ACTIVATIONS[act](g) * u)
         kernels = {s: weights[s][0] for s in ffn.SITES}

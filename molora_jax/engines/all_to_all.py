@@ -21,6 +21,8 @@ from molora_jax.engines import common
 from molora_jax.engines.base import Engine
 from molora_jax.placements import ffn, projection
 
+MOVES = True  # whether tokens travel
+
 
 class Padded:
     """How rows travel; `ragged_all_to_all` has another one."""
@@ -131,15 +133,13 @@ def feed_forward(x, g, u, weights, parts, on, rows, activation, share=(0, 1), z=
     return mix, rest, [counts.get(id(p)) for p in parts]
 
 
-def refuses(factors, *, placement: str, latent: bool, on: Engine) -> str | None:
+def refuses(factors, *, place, latent: bool, on: Engine) -> str | None:
     """Why this engine cannot serve an adapter, None where it can. `factors`: shapes of one routed site."""
     if latent:
         return "its rank activations are changed by leaves that do not travel"
-    if placement == "projection" and (factors.out is not None or factors.inp is not None):
-        return "its row or column factors multiply the frozen product, which stays at home while the experts do not"
-    if placement == "ffn" and on.rank_space:
+    if on.rank_space and not place.KEPT:
         return "an FFN's experts need the whole row of width D, so rank_space has nothing to ship"
-    return None
+    return place.stays(factors)
 
 
 def bytes_moved(load, on: Engine) -> tuple[float, float]:
@@ -150,9 +150,9 @@ def bytes_moved(load, on: Engine) -> tuple[float, float]:
 
 def rows_moved(load, on: Engine, rows: int, line: int = 1) -> float:
     """Bytes of `rows` rows (each in whole lines) exchanged in every pass, and of the gradients of what stays."""
-    rank = on.rank_space and load.placement == "projection"
+    rank = on.rank_space and "A" in load.place.KEPT
     there, back = load.passes + 1, 2 if load.last else load.passes + 1
-    sizes = {"row": load.rank_bytes if rank else load.row_in, "gate": 4, "ids": 8 if load.placement == "ffn" else 4}
+    sizes = {"row": load.rank_bytes if rank else load.row_in, "gate": 4, "ids": 4 * load.place.IDS}
     row, gate, ids, out = (-(-size // line) * line for size in (*sizes.values(), load.row_out))
     row = there * (row + gate) + back * out + load.passes * ids
     moved = rows * row * (on.peers - 1) / on.peers

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from molora_jax import placements
 from molora_jax.adapters.base import Adapter
 from molora_jax.core import rules as rules_lib
 from molora_jax.core.types import Context
@@ -52,16 +53,16 @@ def routed(model):
     """`(rule, segment, E, site)` of every routed site in every segment; an FFN is one site. A chain has no engine."""
     for r, rule in enumerate(model.rules):
         for segment in model.segments:
-            if rule.router is not None and segment.counts[r] > 1 and rule.placement != "chain":
-                for name in ("ffn",) if rule.placement == "ffn" else rule.sites:
+            if rule.router is not None and segment.counts[r] > 1 and "beside" not in placements.of(rule).acts(rule):
+                for name in placements.of(rule).meetings(rule):
                     yield rule, segment, segment.counts[r], name
 
 
 def load(model, rule, segment, experts: int, name: str, *, on: Engine, tokens: int, itemsize: int) -> Load:
     """The load of one site of one layer. `tokens` on one device; `itemsize`: bytes of an activation's number."""
     ways, leaves, rank = on.ways("tensor"), [], 0
-    keeps_A = on.rank_space and rule.placement == "projection"  # whole on every device, as `adapter_shardings` has it
-    for site in rule.projections if name == "ffn" else (name,):
+    keeps_A = on.rank_space and "A" in placements.of(rule).KEPT  # whole on every device, as `adapter_shardings` has it
+    for site in placements.of(rule).owns(rule, name):
         factors = factor_shapes(model, rule, site, segment)
         rank = factors.A.shape[1]
         for leaf, at_input in ((factors.A, True), (factors.B, False), (factors.out, False), (factors.inp, True)):
@@ -75,8 +76,8 @@ def load(model, rule, segment, experts: int, name: str, *, on: Engine, tokens: i
     d_in, d_out = (d_in // ways, d_out) if name in ROW_SITES else (d_in, d_out if name == "ffn" else d_out // ways)
     return Load(
         T=tokens, K=rule.router.k_max(experts), E=experts, row_in=d_in * itemsize, row_out=d_out * itemsize,
-        rank_bytes=rank * itemsize, leaves=tuple(leaves), placement=rule.placement,
-        passes=1 if model.remat == "none" else 2, last=name in ("ffn", "down"),
+        rank_bytes=rank * itemsize, leaves=tuple(leaves), place=placements.of(rule),
+        passes=1 if model.remat == "none" else 2, last=placements.of(rule).ends(rule, name),
     )  # fmt: skip
 
 
@@ -85,17 +86,18 @@ def refusal(model, on: Engine) -> str:
     module = ENGINES[on.name]
     for rule, segment, _, name in routed(model):
         adapter = type(rule.adapter)
-        for site in rule.projections if name == "ffn" else (name,):
+        for site in placements.of(rule).owns(rule, name):
             factors, latent = factor_shapes(model, rule, site, segment), adapter.latent is not Adapter.latent
-            reason = module.refuses(factors, placement=rule.placement, latent=latent, on=on)
+            reason = module.refuses(factors, place=placements.of(rule), latent=latent, on=on)
             if reason:
                 return f"{adapter.__name__} of rule {rule.name} on {name}: {reason}"
     if not on.moves_tokens:
         return ""
     for rule in model.rules:
-        if rule.placement == "ffn" and rule.router is not None:
+        if rule.router is not None:
+            redone = set(placements.of(rule).REDONE)
             for other in model.rules:
-                both = other.placement == "projection" and {"gate", "up"} & set(other.sites)
+                both = redone & set(placements.of(other).acts(other))
                 if both and any(a > 1 and b for a, b in zip(rule.experts, other.experts, strict=True)):
                     return (
                         f"rule {other.name} changes gate or up at home, where the experts of rule {rule.name}, "
@@ -188,7 +190,7 @@ def resolve(model, *, engine: str, mesh, capacity: float, rank_space: bool, toke
 def _state_bytes(model) -> int:
     total = 0
     for rule, segment, _, name in routed(model):
-        for site in rule.projections if name == "ffn" else (name,):
+        for site in placements.of(rule).owns(rule, name):
             leaves = jax.tree.leaves(factor_shapes(model, rule, site, segment))
             total += sum(int(np.prod(leaf.shape)) for leaf in leaves) * len(segment.layers)
     return total * STATE_BYTES

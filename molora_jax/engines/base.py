@@ -5,7 +5,7 @@ An engine is a module with one signature on local arrays, called inside `shard_m
     project(x, W, parts, on, rows, share)                -> (y, counts)         x [T, D_in]  -> y [T, D_out]
     feed_forward(x, g, u, weights, parts, on, rows, activation, share, z)
                                                          -> (mix, rest, counts) x [T, D], g, u [T, F] -> [T, F], [T, D]
-    refuses(factors, placement, latent, on)              -> why an adapter cannot be served, or None
+    refuses(factors, place, latent, on)                  -> why an adapter cannot be served, or None
     bytes_moved(load, on)                                -> bytes shipped and useful, see `Load`
 
 `x` are this device's tokens; a part's factors are this device's experts where `moved(part)`, else all of them.
@@ -21,6 +21,8 @@ import math
 
 from jax.sharding import Mesh
 
+from molora_jax import placements
+from molora_jax.placements.base import Placement
 from molora_jax.sharding import AXES, ROWS
 
 ROW_SITES = ("o", "down")  # row-parallel under `tensor`: their input is split, their output is a sum
@@ -41,6 +43,10 @@ class Engine:
 
     def ways(self, *axes: str) -> int:
         return 1 if self.mesh is None else math.prod(self.mesh.shape[a] for a in axes)
+
+    def keeps(self, rule, leaf: str) -> bool:
+        """Whether every device holds this leaf of the rule's experts."""
+        return self.rank_space and leaf in placements.of(rule).KEPT or "beside" in placements.of(rule).acts(rule)
 
     @property
     def alone(self) -> bool:
@@ -93,7 +99,7 @@ class Load:
     row_out: int
     rank_bytes: int
     leaves: tuple[tuple[int, bool, bool], ...]
-    placement: str
+    place: Placement
     passes: int
     last: bool
 

@@ -14,6 +14,8 @@ import jax
 from molora_jax.core.types import Factors
 from molora_jax.engines import replicate
 
+MOVES = False  # whether tokens travel
+
 refuses = replicate.refuses
 
 

@@ -16,6 +16,8 @@ import jax.numpy as jnp
 from molora_jax.engines import all_to_all, common
 from molora_jax.engines.base import Engine
 
+MOVES = True  # whether tokens travel
+
 LINE = 512  # bytes: 128 numbers of float32, 256 of bfloat16
 
 refuses = all_to_all.refuses

@@ -8,6 +8,8 @@ T tokens a device, E experts, N devices.
 from molora_jax.core.lowrank import frozen_linear
 from molora_jax.placements import ffn, projection
 
+MOVES = False  # whether tokens travel
+
 
 def project(x, W, parts, on, rows, share=(0, 1)):
     """`x [T, D_in]`, `W [D_in, D_out]` -> `[T, D_out]`; see `base.py`."""
@@ -25,7 +27,7 @@ def feed_forward(x, g, u, weights, parts, on, rows, activation, share=(0, 1), z=
     return *ffn.apply(x, g, u, parts, activation, down, rows, share, z), None
 
 
-def refuses(factors, *, placement: str, latent: bool, on) -> str | None:
+def refuses(factors, *, place, latent: bool, on) -> str | None:
     """Why this engine cannot serve an adapter, None where it can."""
     return None
 

@@ -25,21 +25,49 @@ import jax.numpy as jnp
 
 from molora_jax.core import lowrank
 from molora_jax.placements import projection
+from molora_jax.placements.base import Placement
 
 NONLINEARITIES = {"silu": jax.nn.silu, "gelu": jax.nn.gelu, "relu": jax.nn.relu}
 
 
 @dataclasses.dataclass(frozen=True)
-class Chain:
+class Chain(Placement):
     iterations: int = 2
     gating: Literal["independent", "shared", "once"] = "independent"
     residual: Literal["inner", "outer"] = "inner"
     nonlinearity: Literal["none", "silu", "gelu", "relu"] = "none"
 
     NAME: ClassVar[str] = "chain"
+    NAMED: ClassVar[bool] = True
+    SITES: ClassVar[tuple[str, ...]] = ("ffn",)
+    OWNS: ClassVar[tuple[str, ...] | None] = ("ffn",)
+    LOADS: ClassVar[bool] = False
+    LIMITS: ClassVar = {"iterations": (1, None)}
+    REFUSES: ClassVar[tuple] = (  # it changes the state of width D that enters the FFN: no base weight has that shape
+        (
+            "adapter.name", (("adapter.name", "states", "ROW_FACTORS"),),
+            "an adapter without row factors: they scale a base weight, and a chain has none", "Use lora.",
+        ),
+        ("adapter.init", (("adapter.init", "needs", "base"),), "a start that needs no base weight", "Use kaiming."),
+        (
+            "placement.residual",
+            (
+                ("placement.residual", "is", "outer"), ("placement.iterations", "above", 1),
+                ("train.init_from", "is", ""),
+            ),
+            "'inner': from B = 0 two passes without an inner residual have no gradient",
+            "Or give trained experts in train.init_from.",
+        ),
+        (
+            "router.share", (("router.share", "not in", ("site", "ffn")),),
+            "'site': each pass routes on the state that the pass before it made", "",
+        ),
+    )  # fmt: skip
 
-    @property
-    def scopes(self) -> tuple[str, ...]:
+    def acts(self, rule):
+        return ("beside",)
+
+    def scopes(self, rule):
         return tuple(f"pass{t}" for t in range(self.iterations))
 
     def leaves_of(self, scope: str) -> str:

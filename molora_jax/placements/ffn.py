@@ -10,6 +10,9 @@ to; the rule's `shrink=True` sets c = 0 where a token has an expert and lets `su
 T tokens, D width, F FFN width, E experts, K slots, R rank.
 """
 
+import dataclasses
+from typing import ClassVar
+
 import flax.struct
 import jax
 import jax.numpy as jnp
@@ -19,6 +22,7 @@ from kernels_pallas.routed_ffn.reference import ACTIVATIONS
 from molora_jax.core import lowrank
 from molora_jax.core import routing as routing_math
 from molora_jax.core.types import Array, Factors
+from molora_jax.placements.base import Placement
 from molora_jax.placements.projection import latent_of
 
 SITES = ("gate", "up", "down")
@@ -180,3 +184,23 @@ def apply(x, g, u, parts: list[Part], activation: str, down, rows: Array, share=
     if len(parts) > 1:  # every rule brought its own c h_0
         mix = mix - (len(parts) - 1) * (ACTIVATIONS[activation](g) * u)
     return mix, rest
+
+
+@dataclasses.dataclass(frozen=True)
+class FFN(Placement):
+    NAME: ClassVar[str] = "ffn"
+    SITES: ClassVar[tuple[str, ...]] = ("ffn",)
+    OWNS: ClassVar[tuple[str, ...] | None] = ("gate", "up", "down")
+    REDONE: ClassVar[tuple[str, ...]] = ("gate", "up")
+    IDS: ClassVar[int] = 2
+    REFUSES: ClassVar[tuple] = (
+        (
+            "down", (("router.name", "given", True), ("down", "is", "once"), ("adapter.name", "states", "ROW_FACTORS")),
+            "'per_expert'",
+            "the row factor sits after W_d and differs between experts, so W_d cannot be applied once for all: "
+            "set {where}.down to 'per_expert' (W_d is applied K times).",
+        ),
+    )  # fmt: skip
+
+    def ends(self, rule, meeting):
+        return True

@@ -5,6 +5,9 @@
 Several rules on one projection add their changes. T tokens, D width, E experts.
 """
 
+import dataclasses
+from typing import ClassVar
+
 import flax.struct
 import jax.numpy as jnp
 
@@ -12,6 +15,7 @@ from molora_jax.adapters.base import Adapter
 from molora_jax.core import lowrank
 from molora_jax.core import routing as routing_math
 from molora_jax.core.types import Array, Context, Factors
+from molora_jax.placements.base import Placement
 
 
 @flax.struct.dataclass
@@ -71,3 +75,14 @@ def project(W: Array, x: Array, parts: list[Part], rows: Array, share=(0, 1)) ->
         slots = one.slots if one.slots is not None and one.slots[0].shape[1] < one.experts else None
         y = y + lowrank.low_rank(seen, one.factors, one.gates, one.latent, slots)
     return y
+
+
+@dataclasses.dataclass(frozen=True)
+class Projection(Placement):
+    NAME: ClassVar[str] = "projection"
+    KEPT: ClassVar[tuple[str, ...]] = ("A", "A0")
+
+    def stays(self, factors):
+        if factors.out is not None or factors.inp is not None:
+            return "its row or column factors multiply the frozen product, which stays at home while the experts do not"
+        return None
