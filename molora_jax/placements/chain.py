@@ -20,14 +20,35 @@ T tokens, D width, E experts, R rank, C iterations: A [E, R, D], B [E, R, D], st
 import dataclasses
 from typing import ClassVar, Literal
 
+import flax.struct
 import jax
 import jax.numpy as jnp
 
-from molora_jax.core import lowrank
-from molora_jax.placements import projection
+from molora_jax.placements import base, projection
 from molora_jax.placements.base import Placement
 
 NONLINEARITIES = {"silu": jax.nn.silu, "gelu": jax.nn.gelu, "relu": jax.nn.relu}
+
+
+def chain(x, experts, iterations: int, residual: str = "inner"):
+    """`d = z(C) - z(0)` (outer: z(C)) for `experts(t, z) -> like z`; carries d, so that C = 1 is exact."""
+    d, z = jnp.zeros_like(x), x
+    for t in range(iterations):
+        out = experts(t, z)
+        d = out if residual == "outer" else d + out
+        z = d if residual == "outer" else x + d
+    return d
+
+
+@flax.struct.dataclass
+class Part(projection.Part):
+    """The experts of one pass: a change without a frozen product."""
+
+    def here(self, arrays, out, at, early=None):
+        return self.change(arrays, at, self.slots)
+
+    def stay(self, arrays, out, back, lost):
+        return back
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,6 +64,10 @@ class Chain(Placement):
     OWNS: ClassVar[tuple[str, ...] | None] = ("ffn",)
     LOADS: ClassVar[bool] = False
     LIMITS: ClassVar = {"iterations": (1, None)}
+    AXES: ClassVar[dict] = {  # the state is whole on every device
+        "A": ("expert", "rank", "width"), "B": ("expert", "rank", "width"), "mid": ("expert", "rank", "rank"),
+    }  # fmt: skip
+    KEPT: ClassVar[tuple[str, ...]] = ("A",)
     REFUSES: ClassVar[tuple] = (  # it changes the state of width D that enters the FFN: no base weight has that shape
         (
             "adapter.name", (("adapter.name", "states", "ROW_FACTORS"),),
@@ -74,32 +99,38 @@ class Chain(Placement):
         """The pass whose router another pass asks."""
         return scope if self.gating == "independent" else "pass0"
 
+    def decided_by(self, scope):
+        return "pass0" if self.gating == "once" else scope
 
-def chain(x, experts, iterations: int, residual: str = "inner"):
-    """`d = z(C) - z(0)` (outer: z(C)) for `experts(t, z) -> like z`; carries d, so that C = 1 is exact."""
-    d, z = jnp.zeros_like(x), x
-    for t in range(iterations):
-        out = experts(t, z)
-        d = out if residual == "outer" else d + out
-        z = d if residual == "outer" else x + d
-    return d
+    def meetings(self, rule):
+        return tuple(f"pass{t}" for t in range(self.iterations))
+
+    def ends(self, rule, meeting):
+        return meeting == f"pass{self.iterations - 1}"
+
+    def beside(self, rule, p, shared, ctx, x, decide, meet):
+        return apply(rule, p["ffn"], shared, ctx, x, decide, meet)
 
 
-def apply(rule, p: dict, shared: dict, ctx, x, decide):
+def apply(rule, p: dict, shared: dict, ctx, x, decide, meet=None):
     """A rule's change of the block's output, `[B, S, D]`.
 
     Args:
       p: the leaves of site `ffn`. x: `[B, S, D]`. decide: `(t, z [B, S, D]) -> Routing | None`.
+      meet: `(t, part, z [T, D]) -> [T, D]` under an engine; None: all experts are here.
     """
-    phi = NONLINEARITIES.get(rule.place.nonlinearity)
+    place, phi = rule.place, NONLINEARITIES.get(rule.place.nonlinearity)
 
     def experts(t, z):
         flat = z.reshape(-1, z.shape[-1])
         with jax.named_scope(f"pass{t}"):
             at = ctx.replace(key=ctx.keyed(t), iteration=t)
-            one = projection.part(rule, p, shared, decide(t, z), at, flat)
-            seen = lowrank.dropped(flat, one.dropout, jnp.arange(len(flat)))
-            latent = one.latent if phi is None else lambda a: phi(a if one.latent is None else one.latent(a))
-            return lowrank.low_rank(seen, one.factors, one.gates, latent, one.slots).reshape(z.shape)
+            one = projection.part(rule, p, shared, decide(t, z), at, flat, place=place, kind=Part)
+            if phi is not None:
+                own = one.latent
+                one = one.replace(latent=phi if own is None else lambda a: phi(own(a)))
+            if meet is None:
+                return one.here({"x": flat}, None, base.At(jnp.arange(len(flat)), (0, 1))).reshape(z.shape)
+            return meet(t, one, flat).reshape(z.shape)
 
-    return chain(x, experts, rule.place.iterations, rule.place.residual)
+    return chain(x, experts, place.iterations, place.residual)
