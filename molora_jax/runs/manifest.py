@@ -21,6 +21,7 @@ import stat
 import time
 
 from molora_jax.errors import InputError
+from molora_jax.io.files import write_atomically
 from molora_jax.runs.manifest_form import malformed
 
 FORMAT = 1
