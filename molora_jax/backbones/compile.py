@@ -2,7 +2,7 @@
 
 from molora_jax import config as config_lib
 from molora_jax.adapters import ADAPTERS
-from molora_jax.backbones.families import DecoderConfig
+from molora_jax.backbones.base import Backbone
 from molora_jax.backbones.model import Model
 from molora_jax.config.resolve import split_commas
 from molora_jax.core.rules import Rule, adapter_sites
@@ -16,9 +16,7 @@ def _member(table, options):
     return table[options.pop("name")](**options)
 
 
-def compile_model(
-    config, decoder: DecoderConfig, *, max_segments: int = 0, tasks: tuple[str, ...] | None = None
-) -> Model:
+def compile_model(config, decoder: Backbone, *, max_segments: int = 0, tasks: tuple[str, ...] | None = None) -> Model:
     """The validated config's rules on this decoder. Rules keep the config's (sorted) order.
 
     Args:
@@ -34,7 +32,7 @@ def compile_model(
         rules.append(
             Rule(
                 name=name,
-                sites=config_lib.resolve_sites(rule.sites),
+                sites=config_lib.resolve_sites(rule.sites, absent=decoder.ABSENT),
                 experts=tuple(counts.get(layer, 0) for layer in range(decoder.layers)),
                 adapter=_member(ADAPTERS, rule.adapter),
                 router=_member(ROUTERS, rule.router) if "router" in rule else None,

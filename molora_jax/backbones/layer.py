@@ -1,4 +1,4 @@
-"""Bookkeeping of one layer's pass: who routes where, what is shared, and the sums that leave the layer.
+"""Bookkeeping of one layer's pass, given to a block as `adapt`: who routes where, what is shared, the sums that leave.
 
 A router is asked once a scope: a site's own input (`share="site"`), the normed input of the attention or feed-forward
 sub-block (`attn`, `ffn`; reused at o and down), or the whole model (`model`; decided before the stack).
@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from molora_jax import engines, placements
-from molora_jax.backbones.families import DecoderConfig
+from molora_jax.backbones.base import Backbone
 from molora_jax.core import routing as routing_math
 from molora_jax.core import rules as rules_lib
 from molora_jax.core.types import Array, Context
@@ -23,7 +23,7 @@ class Layer:
     """
 
     def __init__(
-        self, config: DecoderConfig, segment, active, losses, trees, carry, ctx: Context, given, collect, engine,
+        self, config: Backbone, segment, active, losses, trees, carry, ctx: Context, given, collect, engine,
         whole=None,
     ):  # fmt: skip
         self.config, self.segment, self.active, self.losses = config, segment, active, losses
@@ -127,12 +127,22 @@ class Layer:
             x.reshape(-1, x.shape[-1]),
         )  # fmt: skip
 
-    def feed_forward(self, x: Array, g: Array, u: Array, weights: dict, act: str) -> Array:
-        """From the shared gate and up projections `[B, S, F]` to the block's output `[B, S, D]`.
+    def attention(self, h: Array, weights: dict, core) -> Array:
+        """The attention sub-block `[B, S, D]` of its normed input: `weights` (kernel, bias) of q, k, v and o;
+        `core(q, k, v [B, S, *]) -> [B, S, *]` all between the projections."""
+        self.enter("attn", h)
+        q, k, v = (self.project(site, *weights[site], h) for site in ("q", "k", "v"))
+        return self.project("o", *weights["o"], core(q, k, v))
 
-        `weights` holds the frozen kernels of gate, up and down.
-        """
-        out = self._feed_forward(x, g, u, weights, act)
+    def feed_forward(self, x: Array, weights: dict, act: str) -> Array:
+        """The feed-forward sub-block `[B, S, D]` of its normed input: `weights` (kernel, bias) of gate (where there is
+        one), up and down; `down(act(gate x) * up x)`, or `down(act(up x))`."""
+        self.enter("ffn", x)
+        if "gate" in weights:
+            g, u = (self.project(site, *weights[site], x) for site in ("gate", "up"))
+            out = self._feed_forward(x, g, u, weights, act)
+        else:
+            out = self.project("down", *weights["down"], ffn.ACTIVATIONS[act](self.project("up", *weights["up"], x)))
         for rule, experts in self._acting("beside"):
             out = out + self._beside(rule, experts, x)
         return out

@@ -27,6 +27,7 @@ import ml_dtypes
 import numpy as np
 
 from molora_jax.backbones import families, hf_config
+from molora_jax.backbones.base import Backbone
 from molora_jax.backbones.hf_fields import shown
 from molora_jax.errors import InputError
 from molora_jax.io import fetch, gguf, gguf_model, huggingface, random_init, tokenizer
@@ -41,11 +42,11 @@ _WEIGHTS = "model.safetensors"
 class Base:
     """A loaded base.
 
-    `params`: nested dict of numpy arrays as in `families.py`. `digest`: hex sha256 of the weights' source content (the
-    GGUF file, the safetensors files, the random values), the same on every machine and for every dtype.
+    `params`: nested dict of numpy arrays, as the backbone's `shapes()` says. `digest`: hex sha256 of the weights' own
+    content (the GGUF file, the safetensors files, the random values), the same on every machine and for every dtype.
     """
 
-    config: families.DecoderConfig
+    config: Backbone
     params: dict
     tokenizer: tokenizer.Tokenizer
     digest: str

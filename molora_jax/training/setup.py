@@ -48,8 +48,8 @@ def setup(config, *, devices=None, day: str | None = None) -> Setup:
     mesh = sharding.make_mesh(config_lib.check_mesh(config, len(devices)), devices)
     base = load_base(config.base.source, dtype=config.base.dtype, seed=config.seed)
     base, day = pinned(base, day)
-    config_lib.check_model(config, base.config.layers, base.config.dims)
-    places = sharding.param_shardings(base.params, mesh)  # refuses a mesh that does not divide the base
+    config_lib.check_model(config, base.config.layers, base.config.dims, base.config.ABSENT)
+    places = sharding.param_shardings(base.config, base.params, mesh)  # refuses a mesh that does not divide the base
     if config.data.seq_len > base.config.context:
         raise InputError(
             "data.seq_len", got=str(config.data.seq_len), expected=f"at most {base.config.context}, the model's context"
