@@ -7,6 +7,7 @@ T tokens a device, K slots, E experts, R rank, D width, F FFN width, N devices, 
 """
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -35,15 +36,19 @@ class Row:
 
 def factor_shapes(model, rule, name: str, segment):
     """`Factors` of shapes of one projection in one layer."""
-    at = rules_lib.site(model.config, name, segment, rule)
+    return _factor_shapes(rule.adapter, rules_lib.site(model.config, name, segment, rule))
+
+
+@functools.cache  # of every site of every layout of layers, under every engine
+def _factor_shapes(adapter, at):
     W = jax.ShapeDtypeStruct((at.d_in, at.d_out), jnp.float32)
 
     def make(key, W):
-        leaves = rule.adapter.init_leaves(key, at, 0, base=W, base_grad=W)
-        shared = rule.adapter.init_shared(key, (at,))
+        leaves = adapter.init_leaves(key, at, 0, base=W, base_grad=W)
+        shared = adapter.init_shared(key, (at,))
         zeros = jnp.zeros((1, 1), jnp.int32)
         ctx = Context(zeros > 0, zeros, zeros, zeros, zeros, base=W, site=at, key=key, step_key=key)
-        return rule.adapter.factors(leaves, shared, ctx)
+        return adapter.factors(leaves, shared, ctx)
 
     return jax.eval_shape(make, jax.random.key(0), W)
 

@@ -36,12 +36,13 @@ from orbax.checkpoint import v1 as ocp
 
 from molora_jax.errors import InputError
 from molora_jax.io import disk
-from molora_jax.runs import orbax_quiet
-from molora_jax.runs import manifest as manifests
-from molora_jax.runs import steps as steps_lib
 from molora_jax.io.digest import digest
-from molora_jax.runs.manifest import read_manifest
+from molora_jax.io.files import sync_folder, write_atomically
 from molora_jax.io.plain import from_plain, names, nest, same_names, to_plain
+from molora_jax.runs import manifest as manifests
+from molora_jax.runs import orbax_quiet
+from molora_jax.runs import steps as steps_lib
+from molora_jax.runs.manifest import read_manifest
 from molora_jax.runs.snapshot import digests_of_shards, shape_dtype, snapshot
 
 __all__ = ["Checkpoints", "Failure", "from_plain", "read_manifest", "to_plain"]
@@ -178,7 +179,7 @@ class Checkpoints:
             self.reached("read back")
             self._publish(step, staging)
             if job["best"]:
-                manifests.write_atomically(self.directory / "best.json", json.dumps({"step": step}))
+                write_atomically(self.directory / "best.json", json.dumps({"step": step}))
                 self.reached("best")
         except BaseException as error:
             self._failed(step, "save", error)
@@ -194,7 +195,7 @@ class Checkpoints:
             shutil.rmtree(self.directory / f"old-{step}", ignore_errors=True)
             os.rename(final, self.directory / f"old-{step}")
         os.rename(staging, final)
-        manifests.sync_folder(self.directory)
+        sync_folder(self.directory)
         self._verified.add(step)
         self.reached("renamed")
         shutil.rmtree(self.directory / f"old-{step}", ignore_errors=True)

@@ -9,12 +9,11 @@ rule's and any scale will do. A projection or layer that a run does not adapt ge
 import jax
 import numpy as np
 
-from molora_jax.core.types import Context
-from molora_jax.errors import InputError
-from molora_jax.runs import saved
-from molora_jax.runs import warm_start
 from molora_jax.backbones.compile import compile_model
 from molora_jax.core.rules import adapter_sites
+from molora_jax.core.types import Context
+from molora_jax.errors import InputError
+from molora_jax.runs import saved, warm_start
 
 
 def load_experts(model, adapters: dict, base_digest: str) -> dict:

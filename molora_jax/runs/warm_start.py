@@ -6,8 +6,8 @@ import re
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from molora_jax.runs import identity
 from molora_jax.errors import InputError
+from molora_jax.runs import identity
 from molora_jax.runs.checkpoints import Checkpoints, read_manifest
 
 ITEMS = ("adapters", "router_state")
