@@ -61,12 +61,14 @@ class Objective:
 
     `UNIT` consecutive rows belong together: neither micro-steps nor processes nor devices tear them. `READS` are the
     rows that it learns from: "text" (answers), "label" (a text and its class), "pair" (a chosen and a rejected answer,
-    in rows 2i and 2i + 1). `EXACT`: whether `train.exact` computes it.
+    in rows 2i and 2i + 1). `EXACT`: whether `train.exact` computes it. `HEAD`: whether it trains a head, whatever its
+    options.
     """
 
     UNIT: ClassVar[int] = 1
     READS: ClassVar[str] = "text"
     EXACT: ClassVar[bool] = False
+    HEAD: ClassVar[bool] = False
 
     def check(self, where: str) -> None:
         """Raises InputError for options that exclude each other."""

@@ -22,6 +22,7 @@ class Classify(Objective):
     """`pooling`: "last" for a decoder, whose last token alone has seen all; "mean" for an encoder."""
 
     READS: ClassVar[str] = "label"
+    HEAD: ClassVar[bool] = True
 
     pooling: Literal["last", "mean"] = "last"
 
