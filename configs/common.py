@@ -44,7 +44,8 @@ def get_config():
                 tasks=TASKS,  # task names and files jsonl:PATH, by commas; a comma inside a path is written \\,
                 valid="",  # jsonl:PATH, ...: these rows are evaluated, every row of `tasks` trains; "" splits `tasks`
                 test_share=0.05,  # rows held out by a hash for test, and as many for valid; 0.0 trains on all
-                format="auto",  # of files: messages, prompt_completion, alpaca, sharegpt; "auto" tells by the fields
+                format="auto",  # of files: messages, prompt_completion, alpaca, sharegpt; "auto" tells by the fields;
+                # labelled (text, label) for classify, preference (prompt, chosen, rejected) for preference
                 file_tasks=True,  # a file whose rows name several tasks is several; False: one (runs of older versions)
                 fields="",  # names of a file's own: "prompt=question,target=answer"
                 raw=False,  # rows are plain text (`text`, or prompt and target as they stand), without a template
@@ -56,13 +57,18 @@ def get_config():
                 overlong="skip",  # "skip" (counted), "truncate" the prompt from the left, or "error"
                 bad_rows="error",  # jsonl: "error", or "skip" (counted)
             ),
-            method=dict(rules=dict()),
+            method=dict(
+                rules=dict(),
+                train_base="",  # base leaves that train as copies of their own: embed,head,norms; "all" without rules
+            ),
+            objective=dict(name="lm"),  # how a batch becomes a loss: lm, classify, preference, distill
             losses=dict(),
             optim=dict(
                 name="adamw", learning_rate=2e-4, weight_decay=0.0, decay="cosine", warmup=10,
                 b1=0.9, b2=0.999, eps=1e-8,
             ),
-            schedule=dict(s00=dict(steps=0, tasks="", freeze="", set=dict(), route="")),  # steps=0: to the end
+            # steps=0: to the end; an objective here is the stage's own
+            schedule=dict(s00=dict(steps=0, tasks="", freeze="", set=dict(), route="", objective=dict())),
             mesh=dict(data=-1, fsdp=1, expert=1, tensor=1),
             engine="auto",  # where experts live: replicate, gather, all_to_all, ragged_all_to_all (docs/parallelism.md)
             expert_parallel=dict(

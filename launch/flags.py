@@ -27,7 +27,7 @@ from molora_jax.errors import InputError
 
 ROOT = pathlib.Path(__file__).parents[1]
 OVERRIDE = re.compile(r"--?config\.([^=]*)(=.*)?", re.DOTALL)
-AXES = dict(adapter="adapters", router="routers", placement="placements", optim="optim")
+AXES = dict(adapter="adapters", router="routers", placement="placements", optim="optim", objective="objectives")
 BOOLS = {"true": True, "false": False, "1": True, "0": False, "yes": True, "no": False}
 
 
@@ -159,8 +159,11 @@ def override(config, overrides):
                 group[key] = _typed(f"config.{path}", text, group[key])
             else:
                 later.append((path, text))  # an option that the file leaves out: after a change of `name`
-        for path, text in later:
+        for path, text in sorted(later, key=lambda item: not item[0].endswith(".name")):
             group, key = _find(config, path)
+            if key == "name" and not len(group) and path.split(".")[-2] in AXES:
+                group[key] = text  # a group that the file leaves empty, such as a stage's objective
+                continue
             known = _options(group, path.split(".")[:-1])
             if key not in known:
                 names = sorted({*group.keys(), *known})

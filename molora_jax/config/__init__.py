@@ -6,6 +6,7 @@ mistakes are reported together. Fields and ranges: `config/fields.py`; options o
 """
 
 from molora_jax.config import checks as config_checks
+from molora_jax.config import objectives
 from molora_jax.config.checks import plain, raise_all, wrong
 from molora_jax.config.fields import PROJECTIONS
 from molora_jax.config.limits import placement_of, states
@@ -22,7 +23,8 @@ def validate(config, *, need_rules=True):
     """Checks every field of a ConfigDict or nested dict. `need_rules=False` accepts a config that trains nothing."""
     config = plain(config)
     problems = config_checks.problems(config)
-    if need_rules and not problems and not config["method"]["rules"]:
+    beside = problems or objectives.train_base(config) or objectives.has_head(config)
+    if need_rules and not beside and not config["method"]["rules"]:
         problems = [wrong("method.rules", "no rule", "at least one", "Start from a config such as configs/lora.py.")]
     raise_all(problems)
 
@@ -65,7 +67,8 @@ def check_model(config, num_layers, dims=None, absent=None):
 def check_mesh(config, num_devices):
     """`resolve_mesh` of a config, against its batch and `train.exact`."""
     train = config["train"]
-    sizes = resolve_mesh(config["mesh"], num_devices, rows=train["batch_size"] // train["accumulate"])
+    units = train["batch_size"] // train["accumulate"] // objectives.unit(config)  # a device has whole units of rows
+    sizes = resolve_mesh(config["mesh"], num_devices, rows=units)
     raise_all(list(config_checks.exact_devices(train, sizes)))
     return sizes
 

@@ -6,7 +6,7 @@ import pathlib
 import re
 
 from molora_jax.config import fields as known
-from molora_jax.config import limits
+from molora_jax.config import limits, objectives
 from molora_jax.config.fields import ATTENTION, FFN, MICRO_SHARDS, did_you_mean, one_of, wrong
 from molora_jax.config.members import attribute, members, options, unlisted
 from molora_jax.config.resolve import (
@@ -38,7 +38,7 @@ def problems(config):
         return found  # a section is missing: the rest would only repeat that
     rules = list(_rules(config))
     found += [*_base(config), *_data(config), *rules, *_losses(config), *_engine(config), *_train(config)]
-    found += [*_member("optim", config["optim"], "optim"), *_mesh(config), *_exact(config)]
+    found += [*_member("optim", config["optim"], "optim"), *_objective(config), *_mesh(config), *_exact(config)]
     return found + list(_schedule(config, valid=not found))
 
 
@@ -104,7 +104,8 @@ def _fields(where, values, fields, *, more=(), of=""):
             yield wrong(f"{dot}{at}", "an unknown field", f"{of}{one_of(names)}", did_you_mean(key, names))
     for key, field in fields.items():
         if key not in values:
-            if isinstance(field, dict) or field.default is known.REQUIRED:
+            needed = key not in known.LATER if isinstance(field, dict) else field.default is known.REQUIRED
+            if needed:
                 text = "a group of fields" if isinstance(field, dict) else str(field)
                 yield wrong(f"{dot}{key}", "nothing", text, "Add it, or start from configs/common.py.")
         elif not isinstance(field, dict):
@@ -227,7 +228,7 @@ def _resolved(data, name, resolve):
 
 def _rules(config):
     rules = config["method"].get("rules")
-    yield from _fields("method", config["method"], {"rules": {}})
+    yield from _fields("method", config["method"], {"rules": {}, "train_base": known.since(known.TEXT, "")})
     for name, rule in rules.items() if isinstance(rules, dict) else ():
         where = f"method.rules.{name}"
         if not NAME.fullmatch(str(name)):
@@ -357,6 +358,13 @@ def _task_names(where, name, loss, tasks):
                 yield wrong(f"{where}.{option}", _shown(task), expected, did_you_mean(task, tasks))
 
 
+def _objective(config):
+    """The run's objective, and what it excludes; a stage's own is checked with the stage."""
+    if "objective" in config:
+        yield from _member("objective", config["objective"], "objectives")
+    yield from objectives.problems(config)
+
+
 def engines():
     """The engines: files of `engines/` that say whether tokens travel (MOVES)."""
     return tuple(name for name in members("engines") if attribute("engines", name, "MOVES") is not None)
@@ -397,8 +405,10 @@ def _mesh(config):
     if batch % parts:
         fix = "Change batch_size or accumulate."
         yield wrong("train.batch_size", batch, f"a multiple of train.accumulate = {parts}", fix)
-    elif batch // parts % (max(data, 1) * fsdp * expert):
-        expected = f"data * fsdp * expert to divide the {batch // parts} rows of a micro-step"
+    elif batch // parts % (max(data, 1) * fsdp * expert * objectives.unit(config)):
+        unit = objectives.unit(config)
+        rows = f"{batch // parts} rows" if unit == 1 else f"{batch // parts} rows (units of {unit} rows)"
+        expected = f"data * fsdp * expert to divide the {rows} of a micro-step"
         got = f"data={_shown(data)}, fsdp={_shown(fsdp)}, expert={_shown(expert)}"
         fault = at_fault(dict(data=data, fsdp=fsdp, expert=expert), known.MESH_AXES[:3], batch // parts)
         yield wrong("mesh", got, expected, f"Change {fault}, train.batch_size or train.accumulate.")
@@ -443,7 +453,11 @@ def _schedule(config, *, valid):
         where = f"schedule.{name}"
         if not STAGE_NAME.fullmatch(str(name)):
             yield wrong(where, _shown(name), "a stage named s00, s01, ...", "Stages run in the order of their names.")
-        yield from _fields(where, stage, {**known.STAGE, "set": {}})
+        yield from _fields(where, stage, {**known.STAGE, "set": {}}, more=("objective",))
+        if stage.get("objective"):
+            yield from _member(f"{where}.objective", stage["objective"], "objectives")
+        elif "objective" in stage and not isinstance(stage["objective"], dict):
+            yield wrong(f"{where}.objective", _shown(stage["objective"]), "a dict of options")
         for task in _task_list(stage.get("tasks")):
             if task not in tasks and not _open(tasks):
                 yield wrong(

@@ -15,6 +15,7 @@ COMMON = pathlib.Path(__file__).parents[2] / "configs" / "common.py"
 MISSING = object()
 ABSENT = {"data": {"file_tasks": False}}  # what a field's absence means where today's default is another
 AXES = dict(adapter="adapters", router="routers", placement="placements")
+NO_COPIES = {"train_base": ""}
 
 
 @functools.cache
@@ -71,6 +72,7 @@ def completed(config: dict) -> tuple[dict, list[str]]:
             if isinstance(rule, dict):
                 fill(f"method.rules.{name}.", rule, rule_fields())
         config["method"] = {**method, "rules": copies}
+        fill("method.", config["method"], NO_COPIES)
     schedule = config.get("schedule")
     if isinstance(schedule, dict):
         config["schedule"] = {
@@ -91,6 +93,8 @@ def default_at(tree: dict, path: str):
             return _option("losses", *rest)
         if head == "optim":
             return _option("optim", tree["optim"]["name"], *rest)
+        if head == "objective" and rest != ["name"]:
+            return _option("objectives", tree["objective"]["name"], *rest)
         if head == "schedule":
             return WHOLE.get(rest[1], MISSING) if len(rest) == 2 else MISSING
         found = sections()[head]

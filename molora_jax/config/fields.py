@@ -77,7 +77,9 @@ FIELDS = {
         "tasks": TEXT,
         "valid": since(TEXT, ""),
         "test_share": since(within(0.0, 0.45), 0.05),
-        "format": since(choice("auto", "messages", "prompt_completion", "alpaca", "sharegpt"), "auto"),
+        "format": since(
+            choice("auto", "messages", "prompt_completion", "alpaca", "sharegpt", "labelled", "preference"), "auto"
+        ),
         "file_tasks": since(Field(bool), True),
         "fields": since(TEXT, ""),
         "raw": since(Field(bool), False),
@@ -90,6 +92,7 @@ FIELDS = {
         "bad_rows": choice("error", "skip"),
     },
     "method": {},  # checked rule by rule
+    "objective": {},  # the options of the member
     "losses": {},  # checked member by member
     "optim": {},  # the options of the member
     "schedule": {},  # checked stage by stage
@@ -132,8 +135,9 @@ RULE = {
     "shrink": Field(bool),
 }
 
+LATER = ("objective",)  # groups that configs of older versions lack
 STAGE = {"steps": at_least(0), "tasks": TEXT, "freeze": TEXT, "route": choice("", "task")}
-WHOLE = dict(steps=0, tasks="", freeze="", set={}, route="")  # the one stage of a plain run
+WHOLE = dict(steps=0, tasks="", freeze="", set={}, route="", objective={})  # the one stage of a plain run
 
 # Options of well-known names, by axis; a member's own Literal wins. Types still come from the member's file.
 RANGES = {

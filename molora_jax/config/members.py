@@ -14,11 +14,11 @@ import pathlib
 from molora_jax.config.fields import RANGES, REQUIRED, Field, choice, within, wrong
 
 PACKAGE = pathlib.Path(__file__).parents[1]
-NOT_MEMBERS = ("__init__", "base")
+NOT_MEMBERS = ("__init__", "base", "held_out")
 
 
 def members(axis):
-    """Names of an axis: its files, but `__init__` and `base`."""
+    """Names of an axis: its files, but those that members share."""
     files = (PACKAGE / axis).glob("*.py")
     return tuple(sorted(f.stem for f in files if f.stem not in NOT_MEMBERS and not f.stem.startswith("_")))
 

@@ -19,6 +19,23 @@ def merge(a: dict, b: dict) -> dict:
     return unflatten_dict({**flatten_dict(a, sep="/"), **flatten_dict(b, sep="/")}, sep="/")
 
 
+def joined(adapters: dict, modules: dict) -> dict:
+    """All leaves that may train as one tree: the adapters' rules, and the trained modules under `modules`."""
+    return {**adapters, "modules": modules} if modules else adapters
+
+
+def apart(tree: dict) -> tuple[dict, dict]:
+    """The reverse of `joined`: `(adapters, modules)`."""
+    return {name: own for name, own in tree.items() if name != "modules"}, tree.get("modules", {})
+
+
+def overlay(params: dict, copies: dict) -> dict:
+    """`params` with trained copies (float32) in the places of the leaves that they were copied from, in their dtype."""
+    flat = flatten_dict(params, sep="/")
+    own = {path: leaf.astype(flat[path].dtype) for path, leaf in flatten_dict(copies, sep="/").items()}
+    return unflatten_dict({**flat, **own}, sep="/") if own else params
+
+
 def pairs(model, trainable: dict) -> dict[tuple[str, str], float]:
     """`{(path of A, path of B): scale}` of every low-rank pair that trains (either half of it)."""
     flat = flatten_dict(trainable, sep="/")

@@ -1,13 +1,17 @@
-"""How a batch becomes a loss. `lm`: next-token cross-entropy on answer tokens, logits only where there is a target.
+"""`lm`: next-token cross-entropy on answer tokens, logits only where there is a target.
 
 The head is a fifth of SmolLM2's multiply-adds; the packer bounds the targets of a row, so `M` positions a row suffice.
 B batch, S sequence, M targets a row, V vocabulary.
 """
 
+import dataclasses
+from typing import ClassVar
+
 import jax
 import jax.numpy as jnp
 
 from molora_jax.core.types import Array
+from molora_jax.objectives.base import Objective, weight_of
 
 
 def at_targets(batch: dict, targets_per_row: int) -> Array:
@@ -36,4 +40,17 @@ def lm(model, params: dict, hidden: Array, batch: dict, targets_per_row: int) ->
     return jnp.sum(nll * weight)
 
 
-OBJECTIVES = {"lm": lm}
+@dataclasses.dataclass(frozen=True)
+class LM(Objective):
+    EXACT: ClassVar[bool] = True
+
+    def norm(self, batch):
+        return weight_of(batch)
+
+    def loss(self, forward, heads, fixed, batch, norm):
+        hidden = forward.hidden(batch)
+        nll = lm(forward.model, forward.params, hidden, batch, forward.targets_per_row) / norm
+        return nll, {"lm_loss": nll}
+
+    def score(self, forward, heads, fixed, batch):
+        return token_nll(forward.model, forward.params, forward.hidden(batch), batch, forward.targets_per_row)

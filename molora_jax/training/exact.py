@@ -198,7 +198,8 @@ class ExactStep:
                 own = jax.tree.map(lambda s: s.reshape(-1, *s.shape[2:])[which], slope)
                 products = jax.tree.map(lambda a, b: jnp.sum(a * b), own, loss_sums(stats, name))
                 total = total + self.losses[name].weight * sum(jax.tree.leaves(products))
-            return total, {"lm_loss": nll, "load": part(stats, "load"), "router": part(stats, "router")}
+            sums = {"load": part(stats, "load"), "router": part(stats, "router")}
+            return total, {"objective": nll, "metrics": {"lm_loss": nll}, **sums}
 
         return _leading(jax.grad(objective, has_aux=True)(trainable))
 

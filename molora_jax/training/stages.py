@@ -40,6 +40,8 @@ def stages(config) -> tuple[Stage, ...]:
         changed = ConfigDict(config.to_dict())
         with changed.unlocked():
             changed.update(stage["set"].to_dict())
+            if stage.get("objective"):  # whole: options of another member have no place beside it
+                changed.objective = ConfigDict(stage.objective.to_dict())
         freeze = tuple(p.strip() for p in stage.freeze.split(",") if p.strip())
         out.append(Stage(name, start, stop, stage.tasks, freeze, stage.route, changed))
         start = stop

@@ -1,7 +1,7 @@
-"""The pure training step: `step(state, params, batch) -> (state, metrics)`.
+"""The pure training step: `step(state, params, batch, fixed) -> (state, metrics)`.
 
-Gradients are taken with respect to the trainable leaves of `adapters` only. Accumulated micro-steps give exactly the
-loss of the whole batch for the language-model part; balance losses are not linear in their sums, so each says whether
+Gradients are taken with respect to the trainable leaves of `adapters` and `modules` only. Accumulated micro-steps give
+exactly the loss of the whole batch for the objective's part; balance losses are not linear in their sums, so each says whether
 it averages the micro-steps' values or is taken of the global sums (`accumulate="exact"`, one more forward pass).
 A step whose loss or gradient is not finite changes nothing and is counted.
 """
@@ -15,30 +15,45 @@ import optax
 
 from molora_jax.core import routing, trees
 from molora_jax.core.types import Array
-from molora_jax.objectives.lm import lm
+from molora_jax.objectives import Forward
+from molora_jax.objectives.lm import LM
 
 
 @flax.struct.dataclass
 class TrainState:
-    """`step` int32: updates made; `skipped` int32: steps in a row that were not finite."""
+    """`step` int32: updates made; `skipped` int32: steps in a row that were not finite; `modules`: what trains beside
+    the adapters (`training/modules.py`), {} for nothing."""
 
     step: Array
     skipped: Array
     adapters: dict
     opt: Any
     router_state: dict
+    modules: dict = flax.struct.field(default_factory=dict)
+
+    @property
+    def leaves(self) -> dict:
+        """All that may train, as one tree."""
+        return trees.joined(self.adapters, self.modules)
 
 
-def fresh(model, optimizer, params, frozen, key) -> TrainState:
+def fresh(model, optimizer, params, frozen, key, init_modules=lambda key, params: {}) -> TrainState:
     """State of step 0; traceable."""
-    adapters = model.init_adapters(key, params)
-    trainable, _ = trees.split(adapters, frozen)
-    return TrainState(jnp.int32(0), jnp.int32(0), adapters, optimizer.init(trainable), model.init_router_state())
+    adapters, modules = model.init_adapters(key, params), init_modules(key, params)
+    trainable, _ = trees.split(trees.joined(adapters, modules), frozen)
+    return TrainState(
+        jnp.int32(0), jnp.int32(0), adapters, optimizer.init(trainable), model.init_router_state(), modules
+    )
 
 
-def micro_batches(batch: dict, n: int) -> dict:
-    """`[B, S] -> [n, B/n, S]`, rows dealt in turn so that every device keeps a share of each micro-batch."""
-    return jax.tree.map(lambda x: x.reshape(x.shape[0] // n, n, *x.shape[1:]).swapaxes(0, 1), batch)
+def micro_batches(batch: dict, n: int, unit: int = 1) -> dict:
+    """`[B, S] -> [n, B/n, S]`, units of rows dealt in turn so that every device keeps a share of each micro-batch."""
+
+    def deal(x):
+        units = x.reshape(x.shape[0] // (n * unit), n, unit, *x.shape[1:]).swapaxes(0, 1)
+        return units.reshape(n, -1, *x.shape[1:])
+
+    return jax.tree.map(deal, batch)
 
 
 def loss_sums(stats: dict, name: str) -> dict:
@@ -51,30 +66,44 @@ def part(stats: dict, name: str) -> dict:
     return {r: {s: {k: v[name] for k, v in sc.items()} for s, sc in seg.items()} for r, seg in stats.items()}
 
 
-def make_gradient(model, *, seed: int, frozen, accumulate: int, targets_per_row: int, constrain):
-    """`gradient(state, params, batch) -> (grads, out)`: of the trainable leaves, and the sums that left the layers.
+def make_gradient(
+    model, *, seed: int, frozen, accumulate: int, targets_per_row: int, constrain, objective=LM(), head: str = "lm"
+):  # fmt: skip
+    """`gradient(state, params, batch, fixed) -> (grads, out)`: of the trainable leaves, and the sums that left the
+    layers.
 
     Args:
       frozen: path patterns of leaves that do not train.
+      objective: a member of `objectives`; its head is `modules/<head>`.
       targets_per_row: the packer's bound M.
       constrain: pins activations to the mesh.
     """
     exact = [name for name, loss in model.losses if accumulate > 1 and loss.accumulate == "exact"]
     losses = dict(model.losses)
 
-    def gradient(state: TrainState, params: dict, batch: dict):
+    def gradient(state: TrainState, params: dict, batch: dict, fixed: dict | None = None):
         step_key = jax.random.fold_in(jax.random.key(seed), state.step)
-        trainable, fixed = trees.split(state.adapters, frozen)
-        weight = jnp.maximum(jnp.sum(batch["loss_weight"]), 1.0)
+        trainable, still = trees.split(state.leaves, frozen)
+        norm = objective.norm(batch)
 
-        def forward(trainable, micro, i):
-            hidden, stats, _, _ = model.hidden(
-                params, trees.merge(trainable, fixed), state.router_state, micro, train=True,
-                key=jax.random.fold_in(step_key, i + 1), step_key=step_key, step=state.step, constrain=constrain,
-            )  # fmt: skip
-            return lm(model, params, hidden, micro, targets_per_row) / weight, {r: s for r, s in stats.items() if s}
+        def forward(trainable, i):
+            """The model of this step for micro-step i, and where its one pass leaves the layers' sums."""
+            adapters, modules = trees.apart(trees.merge(trainable, still))
+            own, left = trees.overlay(params, modules.get("base", {})), []
 
-        micros = micro_batches(batch, accumulate) if accumulate > 1 else None
+            def hidden(micro):
+                if left:
+                    raise ValueError("an objective asks for the hidden states of the model that trains once")
+                out, stats, _, _ = model.hidden(
+                    own, adapters, state.router_state, micro, train=True,
+                    key=jax.random.fold_in(step_key, i + 1), step_key=step_key, step=state.step, constrain=constrain,
+                )  # fmt: skip
+                left.append({r: s for r, s in stats.items() if s})
+                return out
+
+            return Forward(model, own, hidden, targets_per_row, constrain), modules.get(head, {}), left
+
+        micros = micro_batches(batch, accumulate, objective.UNIT) if accumulate > 1 else None
 
         def over_micros(function):
             """The sum of `function(micro, i)` over the micro-steps, one at a time."""
@@ -92,17 +121,20 @@ def make_gradient(model, *, seed: int, frozen, accumulate: int, targets_per_row:
 
             def sums_of(i_micro):
                 i, micro = i_micro
-                _, stats = forward(trainable, micro, i)
-                return {n: loss_sums(stats, n) for n in exact}
+                pass_, _, left = forward(trainable, i)
+                pass_.hidden(micro)
+                return {n: loss_sums(left[0], n) for n in exact}
 
             stacked = jax.lax.map(sums_of, (jnp.arange(accumulate), micros))
             for n in exact:
                 whole = lambda sums, n=n: losses[n].value(losses[n].join(sums))  # noqa: E731
                 exact_values[n], slopes[n] = jax.value_and_grad(whole)(stacked[n])
 
-        def objective(trainable, micro, i):
-            nll, stats = forward(trainable, micro, i)
-            total, aux = nll, {}
+        def whole_loss(trainable, micro, i):
+            pass_, heads, left = forward(trainable, i)
+            own, metrics = objective.loss(pass_, heads, fixed or {}, micro, norm)
+            (stats,) = left
+            total, aux = own, {}
             for name, loss in model.losses:
                 sums = loss_sums(stats, name)
                 if name in slopes:  # d value(all sums) = slope . d(own sums)
@@ -112,9 +144,10 @@ def make_gradient(model, *, seed: int, frozen, accumulate: int, targets_per_row:
                 else:
                     aux[name] = loss.value(sums) / accumulate
                     total = total + loss.weight * aux[name]
-            return total, {"lm_loss": nll, "aux": aux, "load": part(stats, "load"), "router": part(stats, "router")}
+            sums = {"aux": aux, "load": part(stats, "load"), "router": part(stats, "router")}
+            return total, {"objective": own, "metrics": metrics, **sums}
 
-        grad = jax.grad(objective, has_aux=True)
+        grad = jax.grad(whole_loss, has_aux=True)
         if accumulate == 1:
             return grad(trainable, batch, 0)
         return over_micros(lambda micro, i: grad(trainable, micro, i))
@@ -132,8 +165,8 @@ def make_step(model, optimizer, schedule, *, clip: float, frozen, **options):
     gradient = make_gradient(model, frozen=frozen, **options)
     update = make_update(model, optimizer, schedule, clip=clip, frozen=frozen)
 
-    def train_step(state: TrainState, params: dict, batch: dict):
-        grads, out = gradient(state, params, batch)
+    def train_step(state: TrainState, params: dict, batch: dict, fixed: dict | None = None):
+        grads, out = gradient(state, params, batch, fixed)
         return update(state, grads, out, batch["segment_ids"])
 
     return train_step
@@ -147,10 +180,10 @@ def make_update(model, optimizer, schedule, *, clip: float, frozen):
     losses = dict(model.losses)
 
     def update(state: TrainState, grads: dict, out: dict, segment_ids: Array):
-        trainable, fixed = trees.split(state.adapters, frozen)
+        trainable, still = trees.split(state.leaves, frozen)
         with jax.named_scope("optimizer"):
             norm = optax.tree.norm(grads)
-            loss = out["lm_loss"] + sum(losses[n].weight * v for n, v in out["aux"].items())
+            loss = out["objective"] + sum(losses[n].weight * v for n, v in out["aux"].items())
             scale = jnp.minimum(1.0, clip / jnp.maximum(norm, 1e-12)) if clip else 1.0
             updates, opt = optimizer.update(jax.tree.map(lambda g: g * scale, grads), state.opt, trainable)
             for rule in model.rules:
@@ -159,7 +192,7 @@ def make_update(model, optimizer, schedule, *, clip: float, frozen):
             # of a finite gradient Adam's update is finite (the config bounds what it is multiplied by), so nothing here
             # waits for the updates: one pass over the state
             finite = jnp.isfinite(norm) & jnp.isfinite(loss)
-            moved = trees.merge(optax.apply_updates(trainable, updates), fixed)
+            moved, modules = trees.apart(trees.merge(optax.apply_updates(trainable, updates), still))
             router_state = state.router_state
             if not model.route:  # a stage that routes by itself leaves the routers alone
                 router_state = update_routers(model, router_state, out["router"])
@@ -170,10 +203,11 @@ def make_update(model, optimizer, schedule, *, clip: float, frozen):
                 adapters=keep(moved, state.adapters),
                 opt=keep(opt, state.opt),
                 router_state=keep(router_state, state.router_state),
+                modules=keep(modules, state.modules),
             )
         metrics = {
             "loss": loss,
-            "lm_loss": out["lm_loss"],
+            **out["metrics"],
             **{f"aux/{n}": v for n, v in out["aux"].items()},
             "grad_norm": norm,
             "lr": jnp.asarray(schedule(state.step - 1), jnp.float32),

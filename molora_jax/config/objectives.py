@@ -1,0 +1,74 @@
+"""Objectives and trained copies in a config: which members a run uses, the rows that they read, what excludes what."""
+
+from molora_jax.config.fields import did_you_mean, one_of, wrong
+from molora_jax.config.members import attribute, members
+
+PLAIN = {"name": "lm"}  # of a config without `objective`, as older versions wrote it
+COPIES = ("embed", "head", "norms", "all")
+
+
+def used(config) -> dict[str, dict]:
+    """`{where: options}` of the run's objective and of each stage's own, of a ConfigDict or a nested dict."""
+    found = {"objective": config.get("objective") or PLAIN}
+    for name, stage in sorted(config.get("schedule", {}).items(), key=str):
+        own = stage.get("objective") if hasattr(stage, "get") else None
+        if own:
+            found[f"schedule.{name}.objective"] = own
+    return found
+
+
+def _states(config, wanted) -> dict[str, object]:
+    """A class attribute of every member used, where the config names one that exists."""
+    names = {where: value.get("name") for where, value in used(config).items() if hasattr(value, "get")}
+    return {w: attribute("objectives", n, wanted) for w, n in names.items() if n in members("objectives")}
+
+
+def unit(config) -> int:
+    """Consecutive rows that belong together."""
+    return max(_states(config, "UNIT").values(), default=1)
+
+
+def reads(config) -> str:
+    """What the rows of the run are: "text", "label" or "pair"."""
+    return next(iter(_states(config, "READS").values()), "text")
+
+
+def has_head(config) -> bool:
+    """Whether something trains without a rule."""
+    return any(_states(config, "HEAD").values())
+
+
+def train_base(config) -> tuple[str, ...]:
+    text = config["method"].get("train_base", "")
+    return tuple(part.strip() for part in text.split(",") if part.strip()) if isinstance(text, str) else ()
+
+
+def problems(config):
+    """What ties objectives, trained copies and other fields together."""
+    kinds = _states(config, "READS")
+    for where, kind in kinds.items():
+        first = next(iter(kinds))
+        if kind != kinds[first]:
+            expected = f"an objective that reads the same rows as {first} ({kinds[first]} rows)"
+            fix = "Give it a run of its own, with train.init_from=DIR of this one."
+            yield wrong(f"{where}.name", f"{used(config)[where]['name']!r}, which reads {kind} rows", expected, fix)
+    names, rules = train_base(config), config["method"].get("rules")
+    for name in names:
+        if name not in COPIES:
+            yield wrong("method.train_base", repr(name), f"a comma list of {one_of(COPIES)}", did_you_mean(name, COPIES))
+    if "all" in names and len(names) > 1:
+        yield wrong("method.train_base", repr(",".join(names)), "'all' alone, or some of embed,head,norms")
+    if "all" in names and rules:
+        reason = "no rules: beside experts the gradient of a frozen kernel is not formed"
+        yield wrong("method.train_base", "'all' with rules", reason, "Take the rules out, or name embed,head,norms.")
+    beside = bool(names) or any(value.get("name") != "lm" for value in used(config).values() if hasattr(value, "get"))
+    if beside and isinstance(rules, dict) and "modules" in rules:
+        reason = "another name: the trained modules beside the rules stand under it"
+        yield wrong("method.rules.modules", "a rule of this name", reason, "Rename the rule.")
+    if config["train"].get("exact") is True:
+        for where, exact in _states(config, "EXACT").items():
+            if not exact:
+                expected = "'lm' with train.exact"
+                yield wrong(f"{where}.name", repr(used(config)[where]["name"]), expected, "Leave exact out.")
+        if names:
+            yield wrong("method.train_base", repr(",".join(names)), '"" with train.exact', "Leave exact out.")
