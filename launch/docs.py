@@ -1,4 +1,4 @@
-"""Writes what the documents say from the code: docs/methods.md, docs/combinations.md and the README's table.
+"""Writes what the documents say from the code: docs/methods.md, docs/combinations.md, tables and quoted files.
 
 python -m launch.docs
 """
@@ -10,12 +10,22 @@ from launch.flags import ROOT
 from molora_jax import combinations, methods
 
 
+QUOTED = re.compile(r"(<!-- file: (\S+) -->\n```python\n)(.*?)(?=```\n)", re.S)
+
+
+def _quoted(match) -> str:
+    """A fence under `<!-- file: PATH -->` holds that file, whole."""
+    return match[1] + (ROOT / match[2]).read_text(encoding="utf-8")
+
+
 def documents() -> dict[str, str]:
     """`{path below the root: text}` as they should be."""
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     table = re.compile(r"(?<=## Methods\n\n)\|.*?\n(?=\n)", re.S)
+    guide = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
     return {
         "README.md": table.sub(lambda _: methods.readme_table(), readme),
+        "CONTRIBUTING.md": QUOTED.sub(_quoted, guide),
         "docs/methods.md": methods.document(),
         "docs/combinations.md": combinations.document(combinations.walk(common.get_config())),
     }
