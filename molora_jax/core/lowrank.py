@@ -4,6 +4,7 @@ Every use of a base weight goes through `frozen_linear`, so that quantised bases
 T tokens, D width, E experts, K slots, R rank.
 """
 
+import chex
 import flax.struct
 import jax
 import jax.extend
@@ -88,6 +89,9 @@ def low_rank(x: Array, factors: Factors, gates: Array, latent=None, slots=None) 
     `slots` is the same decision as `(idx, gates) [T, K]` where the router bounds K: a product of many experts may then
     be grouped by expert.
     """
+    E, R, _ = factors.B.shape
+    chex.assert_shape(gates, (len(x), E))
+    chex.assert_shape(factors.A, ({1, E}, R, x.shape[-1]))
     A, B, gates = factors.A, factors.B, factors.scale * gates
     if latent is not None or factors.mid is not None:
         return expand(shrink(x, factors, latent), B, gates, x.dtype)
@@ -107,6 +111,8 @@ def shrink_slots(x: Array, factors: Factors, idx: Array, latent=None) -> Array:
 def expand_slots(z: Array, factors: Factors, idx: Array, gates: Array, dtype) -> Array:
     """`sum_k g_k B[e_k] z_k`: `z [T, K, R]`, B `[E, R, D_out]`, `idx, gates [T, K]` -> `[T, D_out]`."""
     E, R, _ = factors.B.shape
+    chex.assert_shape(z, (*idx.shape, R))
+    chex.assert_equal_shape([idx, gates])
     if _groups(E, R, idx.shape[1]):
         return grouped_expand(z, factors.by_expert("B"), idx, gates, dtype=dtype)
     return expand(from_slots(z.astype(F32), idx, E), factors.B, from_slots(gates[..., None], idx, E)[..., 0], dtype)

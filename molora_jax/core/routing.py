@@ -5,6 +5,7 @@ Selections are comparisons, hence constants for autodiff; gradients reach a rout
 
 import functools
 
+import chex
 import jax
 import jax.numpy as jnp
 
@@ -19,6 +20,7 @@ exact = functools.partial(jnp.einsum, precision=jax.lax.Precision.HIGHEST)
 
 def logits(W: Array, x: Array, b: Array | None = None) -> Array:
     """`x [..., D]`, `W [E, D]` -> `[..., E]`, in float32 whatever the compute dtype (bf16 flips near-ties)."""
+    chex.assert_shape(W, (None, x.shape[-1]))
     z = exact("...d,ed->...e", x.astype(jnp.float32), W.astype(jnp.float32))
     return z if b is None else z + b
 
@@ -93,6 +95,9 @@ def finish(
     `sums_to_one`: the router vouches that a token's gates sum to 1 (up to rounding) where it has any expert at all; it
     then gives no `base` of its own.
     """
+    B, S = ctx.valid.shape
+    chex.assert_shape([gates, selected, z, probs], (B, S, None))
+    chex.assert_equal_shape([gates, selected, z, probs])
     assert base is None or not sums_to_one, "gates that sum to one leave the base nothing"
     selected = selected & ctx.valid[..., None] & permitted(ctx.allowed)
     gates = jnp.where(selected, gates, 0.0)

@@ -13,6 +13,7 @@ T tokens, D width, F FFN width, E experts, K slots.
 
 import functools
 
+import chex
 import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
@@ -65,6 +66,7 @@ def meet(on: Engine, region: Region, arrays: dict, parts):
       What the region gives (`region.outs()`), and the counts of every part.
     """
     num_tokens = len(arrays["x"])
+    chex.assert_rank(arrays["x"], 2)
     if on.alone:
         at = At(jnp.arange(num_tokens), (0, 1))
         arrays, out = region.start(region.enter(arrays, parts, moved=False, split=False), parts, at)

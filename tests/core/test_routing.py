@@ -12,8 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from molora_jax.core import routing
-from molora_jax.core.types import Context, Site
+from molora_jax.core import lowrank, routing
+from molora_jax.core.types import Context, Factors, Site
 from molora_jax.routers import ROUTERS
 from molora_jax.routers.base import Router
 
@@ -293,3 +293,14 @@ def test_clipped_counts_what_max_experts_cut():
     closed = context(np.ones((2, 50), bool), allowed=jnp.array([1, 1, 1, 0, 0, 0], bool))
     made = ROUTERS["top_p"](p=1.0, max_experts=2).route(p, {}, x, closed)[0]
     np.testing.assert_array_equal(made.clipped, np.ones((2, 50)), err_msg="shut-out experts are not wanted")
+
+
+def test_shapes_that_do_not_fit_are_named():
+    """Public functions say which shape they got, where numpy's rules would have broadcast it."""
+    x, factors = jnp.ones((5, 8)), Factors(A=jnp.ones((3, 2, 8)), B=jnp.ones((3, 2, 4)))
+    with pytest.raises(AssertionError, match=r"\(5, 1\)"):
+        lowrank.low_rank(x, factors, jnp.ones((5, 1)))
+    with pytest.raises(AssertionError, match=r"\(3, 2, 8\)"):
+        lowrank.low_rank(jnp.ones((5, 1)), factors, jnp.ones((5, 3)))
+    with pytest.raises(AssertionError, match=r"\(3, 1\)"):
+        routing.logits(jnp.ones((3, 1)), jnp.ones((2, 4, 8)))
