@@ -1,14 +1,16 @@
 """Measures a training step (or decoding) of a config, alone or paired against another.
 
 python -m launch.bench --config=configs/mixlora.py [--against=configs/lora.py] [--config.X=V] [--against.X=V]
-    [--batch=4 --seq=128 --dtype=float32 --threads=1 --devices=1 --steps=5] [--no_update] [--generate] [--json]
+    [--tree=DIR] [--batch=4 --seq=128 --dtype=float32 --threads=1 --devices=1 --steps=5]
+    [--no_update] [--generate] [--json]
 
 Real base weights, every sequence full, a loss at every position. Each side is a child process of its own, pinned to
 the asked number of processors; after a warm-up their steps alternate, so a drift of the machine meets both. CPU seconds
 are those of the child process; the ratio is of CPU seconds, pair by pair. Where the step runs on an accelerator, the
 child only feeds it: it keeps all processors, and the ratio and the tokens are of wall seconds (`machine` names the
 clock). With `--generate` a step is the greedy decoding of 32 tokens after a prompt of 32, batch 1, and figures are a
-token.
+token. With `--tree=DIR` the second side is the code of another checkout, by default on the same config: what a change
+costs.
 """
 
 import json
@@ -22,6 +24,7 @@ from launch import flags
 
 FLAGS = [
     ("--against", dict(metavar="FILE.py", help="a second config, stepped in turn with the first")),
+    ("--tree", dict(metavar="DIR", help="a checkout whose code the second side runs")),
     ("--batch", dict(type=int, default=4, help="rows a step")),
     ("--seq", dict(type=int, default=128, help="tokens a row")),
     ("--dtype", dict(choices=("float32", "bfloat16"), default="float32")),
@@ -45,6 +48,8 @@ def run(argv):
     sides = {"a": config}
     if args.against:
         sides["b"], _ = flags.parse(__doc__, FLAGS, [f"--config={args.against}", *against])
+    elif args.tree and not own:
+        sides["b"] = config
     elif any(a.startswith("--against.") for a in argv):
         raise flags.wrong("--against", "overrides alone", "a config to change", "Give --against=FILE.py too.")
     result = measure(sides, args)
@@ -52,6 +57,9 @@ def run(argv):
 
 
 def check(args):
+    tree = getattr(args, "tree", None)
+    if tree and not os.path.isfile(os.path.join(tree, "launch", "bench_side.py")):
+        raise flags.wrong("--tree", f"{tree} (no launch/bench_side.py in it)", "a checkout of molora_jax")
     processors = len(os.sched_getaffinity(0))
     devices, generate = getattr(args, "devices", 1), getattr(args, "generate", False)  # not flags of launch.profile
     numbers = {name: getattr(args, name) for name in ("batch", "seq", "steps", "threads")} | {"devices": devices}
@@ -74,7 +82,8 @@ def measure(sides, args) -> dict:
     children = {}
     try:
         for name, config in sides.items():
-            children[name] = Child(config_lib.to_dict(config), vars(args))
+            tree = getattr(args, "tree", None) if name == "b" else None
+            children[name] = Child(config_lib.to_dict(config), vars(args), tree)
         for child in children.values():  # one after the other: a compile beside a step would disturb both
             child.ask("start")
         rows = [{name: child.ask("step") for name, child in children.items()} for _ in range(args.steps)]
@@ -149,13 +158,15 @@ def table(result, args) -> str:
 class Child:
     """One side: a process that answers `start`, `step` and `end` with a line of JSON each."""
 
-    def __init__(self, config: dict, args: dict):
+    def __init__(self, config: dict, args: dict, tree: str | None = None):
         environment = {"XLA_PYTHON_CLIENT_PREALLOCATE": "false", **os.environ}  # two sides share an accelerator
         if args.get("devices", 1) > 1:
             force = f"--xla_force_host_platform_device_count={args['devices']}"
             environment["XLA_FLAGS"] = f"{environment.get('XLA_FLAGS', '')} {force}"
+        if tree:
+            environment["PYTHONPATH"] = tree
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "launch.bench_side"], env=environment, text=True,
+            [sys.executable, "-m", "launch.bench_side"], env=environment, text=True, cwd=tree,
             stdin=subprocess.PIPE, stdout=subprocess.PIPE,
         )  # fmt: skip
         self.started = {}

@@ -9,7 +9,6 @@ from configs import common
 from launch.flags import ROOT
 from molora_jax import combinations, methods
 
-
 QUOTED = re.compile(r"(<!-- file: (\S+) -->\n```python\n)(.*?)(?=```\n)", re.S)
 
 

@@ -24,6 +24,7 @@ BAD = [
     (["--devices=8"], "--batch", "a multiple of --devices=8"),
     (["--devices=2", "--generate"], "--devices", "1 with --generate"),
     (["--generate", "--no_update"], "--no_update", "with --generate"),
+    (["--tree=/nowhere"], "--tree", "a checkout of molora_jax"),
     (["--against.train.steps=3"], "--against", "overrides alone"),
 ]
 
@@ -60,6 +61,15 @@ def test_two_sides_do_not_both_take_the_whole_device(monkeypatch):
             monkeypatch.setenv("XLA_PYTHON_CLIENT_PREALLOCATE", own)
         bench.Child({}, {"threads": 1})
     assert [env["XLA_PYTHON_CLIENT_PREALLOCATE"] for env in seen] == ["false", "true"]  # the user's own stays
+
+
+@pytest.mark.slow
+def test_another_checkout_is_the_second_side():
+    command = [sys.executable, "-m", "launch.bench", *TINY, f"--tree={flags.ROOT}", "--batch=2", "--seq=16", "--steps=2"]
+    done = subprocess.run([*command, "--json"], cwd=flags.ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout)
+    assert result["a"]["trainable"] == result["b"]["trainable"] and "ratio" in result
 
 
 @pytest.mark.slow
