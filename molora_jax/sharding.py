@@ -120,16 +120,15 @@ def adapter_shardings(adapters, model, mesh: Mesh):
     leaf whose E the axis does not divide.
     """
     experts = {
-        (rule.name, segment.name): (E, rule.placement)
+        (rule.name, segment.name): (E, rule)
         for segment in model.segments
         for rule, E in zip(model.rules, segment.counts, strict=True)
     }
 
     def one(path, leaf):
         rule, segment, site, *_ = names = [str(k.key) for k in path]  # a shared leaf may end at its third name
-        E, placement = experts.get((rule, segment), (0, ""))
-        kept = model.engine.rank_space and placement == "projection" and names[-1] in ("A", "A0")
-        whole = site == "router" or placement == "chain" or kept
+        E, owner = experts.get((rule, segment), (0, None))
+        whole = site == "router" or owner is not None and model.engine.keeps(owner, names[-1])
         shared = not whole and len(leaf.shape) > 1 and leaf.shape[1] == E and model.engine.stored(E)
         return NamedSharding(mesh, P(None, "expert") if shared else P())
 

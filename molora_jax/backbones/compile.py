@@ -7,7 +7,7 @@ from molora_jax.backbones.model import Model
 from molora_jax.config.resolve import split_commas
 from molora_jax.core.rules import Rule, adapter_sites
 from molora_jax.losses import LOSSES
-from molora_jax.placements import NAMED
+from molora_jax.placements import PLACEMENTS
 from molora_jax.routers import ROUTERS
 
 
@@ -39,7 +39,7 @@ def compile_model(config, decoder: Backbone, *, max_segments: int = 0, tasks: tu
                 down=rule.down,
                 shrink=rule.shrink,
                 load=tuple(rule.load),
-                place=_member(NAMED, rule.placement) if "placement" in rule else None,
+                place=_member(PLACEMENTS, rule.placement) if "placement" in rule else None,
             )
         )
     model = Model(

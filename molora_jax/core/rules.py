@@ -26,39 +26,34 @@ class Rule:
     down: str = "once"
     shrink: bool = False
     load: tuple[str, ...] = ()  # workdirs of the runs whose adapters are the experts, frozen
-    place: Any = None  # the placement's options, where the rule names one
-
-    @property
-    def placement(self) -> str:
-        if self.place is not None:
-            return self.place.NAME
-        return "ffn" if self.sites == ("ffn",) else "projection"
+    place: Any = None  # the placement, where the rule names one; else its sites say it (`placements.of`)
 
     @property
     def projections(self) -> tuple[str, ...]:
-        """The projections whose factors the rule owns: those listed, or gate, up and down of a routed FFN."""
-        return FFN if self.placement == "ffn" else self.sites
+        """The names under which the rule's factors lie: the sites listed; of a whole FFN gate, up and down."""
+        if self.place is not None and self.place.OWNS is not None:
+            return self.place.OWNS
+        return FFN if self.sites == ("ffn",) else self.sites
 
     @property
     def share(self) -> str:
-        """Who shares a router ("": there is none). `site` on a routed FFN is the FFN; a chain's passes are its own."""
+        """Who shares a router ("": there is none). `site` on an FFN is the FFN; a chain's passes are its own."""
         if self.router is None:
             return ""
-        if self.place is not None:
+        if self.place is not None and self.place.scopes(self) is not None:
             return self.place.NAME
-        return "ffn" if self.placement == "ffn" and self.router.share == "site" else self.router.share
+        return "ffn" if self.sites == ("ffn",) and self.router.share == "site" else self.router.share
 
     @property
     def scopes(self) -> tuple[str, ...]:
         """The decisions of one layer, by the name under which they are stored and reported."""
         if self.router is None:
             return ()
-        if self.place is not None:
-            return self.place.scopes
-        return (self.share,) if self.share in SCOPES else self.sites
+        own = None if self.place is None else self.place.scopes(self)
+        return own or ((self.share,) if self.share in SCOPES else self.sites)
 
     def leaves_of(self, scope: str) -> str:
-        """The scope whose leaves and state a decision uses: its own, unless passes of a chain share a router."""
+        """The scope whose leaves and state a decision uses: its own, unless the placement says another."""
         return scope if self.place is None else self.place.leaves_of(scope)
 
     @property
@@ -124,4 +119,7 @@ def scope_input(name: str) -> str:
 
 def site_tag(name: str) -> int:
     names = (*PROJECTIONS, *SCOPES)
-    return names.index(name) if name in names else 20 + int(name.removeprefix("pass"))
+    if name in names:
+        return names.index(name)
+    passes = name.removeprefix("pass")
+    return 20 + int(passes) if passes.isdigit() else zlib.crc32(name.encode()) & 0x7FFFFFFF

@@ -9,12 +9,12 @@ rule's and any scale will do. A projection or layer that a run does not adapt ge
 import jax
 import numpy as np
 
-from molora_jax.core.types import Context
-from molora_jax.errors import InputError
-from molora_jax.runs import saved
-from molora_jax.runs import warm_start
+from molora_jax import placements
 from molora_jax.backbones.compile import compile_model
 from molora_jax.core.rules import adapter_sites
+from molora_jax.core.types import Context
+from molora_jax.errors import InputError
+from molora_jax.runs import saved, warm_start
 
 
 def load_experts(model, adapters: dict, base_digest: str) -> dict:
@@ -45,8 +45,9 @@ def _factors(path, where, decoder, base_digest) -> dict:
     run, found = compile_model(config, decoder), {}
     tree = warm_start.load_adapters(path, where=f"{where}.load")
     for rule in run.rules:
-        if rule.router is not None or rule.placement == "chain":
-            raise refuse(f"whose rule {rule.name} is a mixture or a chain", "plain adapters: one expert, no router")
+        if rule.router is not None or not placements.of(rule).LOADS:
+            got = f"whose rule {rule.name} is a mixture or a {placements.of(rule).NAME}"
+            raise refuse(got, "plain adapters: one expert, no router")
         for site in adapter_sites(run.config, rule, run.segments):
             segment = f"{site.layers[0]:03d}-{site.layers[-1]:03d}"
             try:
