@@ -55,7 +55,7 @@ FAMILIES = {
     "qwen3": Family(dict(qk_norm=True), _QWEN | dict(head_dim=128), windowed=True, biased=True),
     "smollm3": Family(
         defaults=dict(max_position_embeddings=32768, num_key_value_heads=4, rope_theta=2e6, tie_word_embeddings=True),
-        biased=True, reads=("no_rope_layers", "no_rope_layer_interval"), more=_unrotated,
+        windowed=True, biased=True, reads=("no_rope_layers", "no_rope_layer_interval"), more=_unrotated,
     ),
 }  # fmt: skip
 
