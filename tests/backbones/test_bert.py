@@ -93,11 +93,11 @@ def test_adapters_gradients_are_those_of_einsums():
 def test_examples_of_a_row_do_not_see_each_other_and_are_read_both_ways():
     base = load_base("random:tiny-bert")
     model, data = Model(base.config), batch(base)
-    run = jax.jit(lambda d: model.hidden(base.params, {}, {}, d)[0])
-    hidden = run(data)
+    run = jax.jit(lambda p, d: model.hidden(p, {}, {}, d)[0])
+    hidden = run(base.params, data)
     second = dict(data, tokens=data["tokens"].copy())
     second["tokens"][0, 11] = (second["tokens"][0, 11] + 1) % base.config.vocab
-    changed = np.abs(run(second) - hidden).max(-1)[0] > 1e-6
+    changed = np.abs(run(base.params, second) - hidden).max(-1)[0] > 1e-6
     assert not changed[:5].any() and changed[5:].all()
 
 
