@@ -95,6 +95,8 @@ class Backbone:
     FIELDS: ClassVar[tuple[str, ...]] = ("tokens", "segment_ids", "positions")  # arrays of the batch that it reads
     CAUSAL: ClassVar[bool] = True  # it has a head that predicts the next token, and a cache
     ABSENT: ClassVar[dict[str, str]] = {}  # site of other backbones -> why this one does not have it
+    PREFIX: ClassVar[str] = ""  # that a checkpoint of the model with some head puts before its names
+    IGNORED: ClassVar[tuple[str, ...]] = ("*rotary_emb.inv_freq",)  # tensors that a checkpoint may have beside ours
     TITLE: ClassVar[str] = ""  # in the digest of random weights, where the class has had another name
 
     @property

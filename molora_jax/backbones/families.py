@@ -8,6 +8,8 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any
 
+from molora_jax.backbones import bert
+from molora_jax.backbones.bert import Bert
 from molora_jax.backbones.hf_fields import shown
 from molora_jax.backbones.llama import Llama
 from molora_jax.errors import InputError
@@ -20,7 +22,7 @@ class Family:
     `switches`: fields of the backbone beyond what config.json says; `defaults`: of fields that the file lacks;
     `windowed`: its sliding window is read, `gated` if `use_sliding_window` has to say so; `biased`: `attention_bias` is
     read, for q, k, v and o; `reads`: fields that it alone reads; `more(config, number, where)`: fields of the backbone
-    that follow from those.
+    that follow from those; `whole`: the backbone's own reader of a config, in place of Llama's.
     """
 
     switches: dict = dataclasses.field(default_factory=dict)
@@ -31,6 +33,7 @@ class Family:
     reads: tuple[str, ...] = ()
     more: Callable[..., dict[str, Any]] = lambda config, number, where: {}
     backbone: type = Llama
+    whole: Callable[..., Any] | None = None
 
 
 def _unrotated(config, number, where) -> dict:
@@ -55,7 +58,14 @@ FAMILIES = {
     "qwen3": Family(dict(qk_norm=True), _QWEN | dict(head_dim=128), windowed=True, biased=True),
     "smollm3": Family(
         defaults=dict(max_position_embeddings=32768, num_key_value_heads=4, rope_theta=2e6, tie_word_embeddings=True),
-        biased=True, reads=("no_rope_layers", "no_rope_layer_interval"), more=_unrotated,
+        windowed=True, biased=True, reads=("no_rope_layers", "no_rope_layer_interval"), more=_unrotated,
+    ),
+    "bert": Family(
+        reads=(
+            "layer_norm_eps", "type_vocab_size", "position_embedding_type", "attention_probs_dropout_prob",
+            "gradient_checkpointing",
+        ),
+        whole=bert.read,
     ),
 }  # fmt: skip
 
@@ -65,7 +75,12 @@ TINY = Llama(
 )  # fmt: skip
 TINY_UNTIED = dataclasses.replace(TINY, tied=False)
 TINY_QWEN3 = dataclasses.replace(TINY, family="qwen3", qk_norm=True, head_dim=32, norm_eps=1e-6)  # heads wider than D
-RANDOM = {"tiny": TINY, "tiny-untied": TINY_UNTIED, "tiny-qwen3": TINY_QWEN3}  # of `base.source=random:NAME`
+TINY_BERT = Bert(
+    family="bert", layers=4, width=64, ffn_width=128, heads=4, vocab=320, context=512, token_types=2, norm_eps=1e-12
+)
+RANDOM = {  # of `base.source=random:NAME`
+    "tiny": TINY, "tiny-untied": TINY_UNTIED, "tiny-qwen3": TINY_QWEN3, "tiny-bert": TINY_BERT,
+}  # fmt: skip
 SMOLLM2 = Llama(  # the default base, for counts and costs that need no weights
     family="llama", layers=30, width=576, ffn_width=1536, heads=9, kv_heads=3, head_dim=64, vocab=49152, context=8192,
     rope_base=100000.0, norm_eps=1e-5, tied=True,

@@ -39,21 +39,17 @@ def from_hf(config: dict, *, where: str, note=lambda text: None) -> Backbone:
         return kind(value)
 
     heads, width = number("num_attention_heads"), number("hidden_size")
+    if family.whole is not None:
+        _known(config, family, note, where, width // heads or 1)
+        return family.whole(config, where=where, number=number, activation=_activation(config, where, "gelu"))
     kv_heads, head_dim = number("num_key_value_heads", heads), number("head_dim", width // heads or 1)
     if heads % kv_heads or head_dim % 2 or (width % heads and config.get("head_dim") is None):
         raise InputError(
             f"{where}: heads", got=f"{heads} heads, {kv_heads} key-value heads of size {head_dim}",
             expected="key-value heads that divide the heads, and an even size",
         )  # fmt: skip
-    unknown = hf_fields.check(config, where=where, head_dim=head_dim, reads=family.reads)
-    if unknown:
-        names = ", ".join(map(hf_fields.shown, unknown[:8])) + (", ..." if len(unknown) > 8 else "")
-        note(f"{where}: not read: {names}")
-    activation = config.get("hidden_act", "silu")
-    if not isinstance(activation, str) or activation not in ACTIVATIONS:
-        raise InputError(
-            f"{where}: hidden_act", got=hf_fields.quoted(activation), expected=f"one of {', '.join(ACTIVATIONS)}"
-        )
+    _known(config, family, note, where, head_dim)
+    activation = _activation(config, where, "silu")
     if number("num_hidden_layers") > 10_000:
         raise InputError(f"{where}: num_hidden_layers", got=str(number("num_hidden_layers")), expected="at most 10,000")
     context = number("max_position_embeddings")
@@ -73,13 +69,31 @@ def from_hf(config: dict, *, where: str, note=lambda text: None) -> Backbone:
         rope_base=rope_base,
         norm_eps=number("rms_norm_eps", 1e-6, kind=float),
         tied=_flag(config, "tie_word_embeddings", where),
-        activation=ACTIVATIONS[activation],
+        activation=activation,
         rope_scaling=scaling,
         window=window if reached else None,
         sliding=sliding if reached else (),
         **_biases(config, family, where),
         **family.more(config, number, where),
     )
+
+
+def _known(config, family, note, where, head_dim):
+    """Refuses fields that change the numbers in a way that is not implemented; those nobody knows are told."""
+    unknown = hf_fields.check(config, where=where, head_dim=head_dim, reads=family.reads)
+    if unknown:
+        names = ", ".join(map(hf_fields.shown, unknown[:8])) + (", ..." if len(unknown) > 8 else "")
+        note(f"{where}: not read: {names}")
+
+
+def _activation(config, where, default) -> str:
+    """Our name of `hidden_act`."""
+    activation = config.get("hidden_act", default)
+    if not isinstance(activation, str) or activation not in ACTIVATIONS:
+        raise InputError(
+            f"{where}: hidden_act", got=hf_fields.quoted(activation), expected=f"one of {', '.join(ACTIVATIONS)}"
+        )
+    return ACTIVATIONS[activation]
 
 
 def _flag(config, key, where) -> bool:

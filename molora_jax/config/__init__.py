@@ -45,12 +45,12 @@ def check_model(config, num_layers, dims=None, absent=None):
         except InputError as problem:
             problems.append(problem)
             continue
-        owned = states("placements", placement_of(rule, sites), "OWNS") or sites
         missing = [site for site in sites if site in absent and "placement" not in rule]
         if missing:
             have = f"sites of this base, which has no {', '.join(missing)}"
             problems.append(wrong(f"{where}.sites", repr(rule["sites"]), have, absent[missing[0]]))
             continue
+        owned = states("placements", placement_of(rule, sites), "OWNS") or sites
         smaller = states("inits", rule["adapter"].get("init"), "RANK") == "smaller"
         for site in (name for name in owned if name in PROJECTIONS):
             if isinstance(dims, dict) and site not in dims:

@@ -8,6 +8,7 @@ The tree and the names are those of the backbone's `shapes()`.
 
 import concurrent.futures
 import dataclasses
+import fnmatch
 import json
 import os
 import pathlib
@@ -24,7 +25,6 @@ from molora_jax.io import tensors
 from molora_jax.io.tokenizer import Tokenizer, read_json
 
 INDEX = "model.safetensors.index.json"
-_IGNORED = "rotary_emb.inv_freq"  # a buffer that old checkpoints carry
 _HEAD = "lm_head.weight"
 
 
@@ -61,6 +61,8 @@ def read_folder(folder: pathlib.Path, dtype) -> tuple[Backbone, dict]:
             views[name], origin[name] = view, path
     if not (folder / "model.safetensors").exists():
         _check_index(folder / INDEX, origin)
+    if config.PREFIX and config.shapes()["embed"].name not in views:  # saved with a head on top of it
+        views, origin = ({n.removeprefix(config.PREFIX): x for n, x in d.items()} for d in (views, origin))
     if getattr(config, "tied", False) and not _is_tied(views, config):
         note(f"{folder}: lm_head.weight differs from the embedding, so it is used, though config.json says tied")
         config = dataclasses.replace(config, tied=False)
@@ -96,11 +98,11 @@ def _assemble(views, origin, config, dtype, *, where):
                 )  # fmt: skip
             left.discard(name)
     left -= {_HEAD} if getattr(config, "tied", False) else set()
-    extra = sorted(name for name in left if not name.endswith(_IGNORED))
+    extra = sorted(n for n in left if not any(fnmatch.fnmatchcase(n, pattern) for pattern in config.IGNORED))
     if extra:
         raise InputError(
             f"{where}: tensors", got=f"{len(extra)} more than the {config.family} family has, first {shown(extra[0])}",
-            expected="only those of its family", fix="Choose a plain decoder of a supported family.",
+            expected="only those of its family", fix="Choose a plain model of a supported family.",
         )  # fmt: skip
 
     tree, jobs = {}, []

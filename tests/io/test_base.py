@@ -75,7 +75,9 @@ def test_random_tiny_is_deterministic_and_follows_the_documented_tree():
 @pytest.mark.parametrize("name", families.RANDOM)
 def test_random_sources(name):
     base = load_base(f"random:{name}")
-    assert base.config == families.RANDOM[name] and ("head" in base.params) == (not base.config.tied)
+    assert base.config == families.RANDOM[name] and ("head" in base.params) == (
+        base.config.CAUSAL and not base.config.tied
+    )
     assert base.digest == load_base(f"random:{name}", dtype="bfloat16").digest
     shapes = base_shapes(base.config)
     found = {path: leaf.shape for path, leaf in leaves(base.params)}
