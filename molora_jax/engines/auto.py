@@ -78,8 +78,15 @@ def load(model, rule, segment, experts: int, name: str, *, on: Engine, tokens: i
     return Load(
         T=tokens, K=rule.router.k_max(experts), E=experts, row_in=row[0] * itemsize, row_out=row[1] * itemsize,
         sent=sent * itemsize, ids=4 * place.IDS, leaves=tuple(leaves), passes=1 if model.remat == "none" else 2,
-        last=place.ends(rule, name),
+        last=place.ends(rule, name), again=_met_before(place, rule, name),
     )  # fmt: skip
+
+
+def _met_before(place, rule, name: str) -> bool:
+    """Whether an earlier meeting in the layer is with the same factors."""
+    meetings = place.meetings(rule)
+    own = set(place.owns(rule, name))
+    return any(own & set(place.owns(rule, earlier)) for earlier in meetings[: meetings.index(name)])
 
 
 def refusal(model, on: Engine) -> str:
