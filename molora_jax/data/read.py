@@ -146,9 +146,10 @@ def _read_file(raw: bytes, *, path: str, options: Options) -> list[Read]:
             read.examples.append(example)
     kept = {name: read for name, read in found.items() if read.examples}
     if not kept:
-        weightless = sum(read.dropped["weight 0"] + read.dropped["ties"] for read in found.values())
+        weightless, ties = (sum(read.dropped[why] for read in found.values()) for why in ("weight 0", "ties"))
         reasons = [f"{bad.total()} bad rows"] * bool(bad or not found)
-        reasons += [f"{weightless} rows of weight 0 or ties"] * bool(found)
+        reasons += [f"{weightless} rows of weight 0"] * bool(found and (weightless or not ties))
+        reasons += [f"{ties} rows whose answers are the same"] * bool(ties)
         reasons = ", ".join(reasons)
         fix = f"First: {first_error}" if first_error else "Give a weight of 1 to an answer, or leave the file out."
         raise InputError(path, got=f"{reasons} and no good one", expected="at least one good row", fix=fix)

@@ -30,6 +30,7 @@ from molora_jax.decode import generate as decoding
 from molora_jax.errors import InputError
 from molora_jax.io.base import load_base
 from molora_jax.io.templates import characters
+from molora_jax.objectives import Objective, compile_objective
 from molora_jax.runs.modules import Modules, in_place
 from molora_jax.runs.opened import open_run
 
@@ -71,6 +72,11 @@ class Run:
             config.data, tokenizer=self.tokenizer, batch_size=config.train.batch_size, seed=config.seed,
             reads=objectives_config.reads(config), unit=objectives_config.unit(config),
         )  # fmt: skip
+
+    @functools.cached_property
+    def objective(self) -> Objective:
+        """Of the stage that the step belongs to."""
+        return compile_objective(self.config.get("objective") or objectives_config.PLAIN)
 
     @property
     def mesh(self):
@@ -262,4 +268,5 @@ def load_base_run(config) -> Run:
     with config.copy_and_resolve_references().unlocked() as plain:
         plain.method.rules, plain.losses = {}, {}
     model = compile_model(plain, base.config)
-    return Run(config, model, _put(base.params), {}, {}, base.tokenizer)
+    params = _put(base.params)
+    return Run(config, model, params, {}, {}, base.tokenizer, base_params=params)

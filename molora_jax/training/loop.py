@@ -47,6 +47,7 @@ from molora_jax.training.setup import place, setup
 from molora_jax.training.signals import StopRequest
 from molora_jax.training.step import TrainState, fresh, make_step
 
+START_KEY = 0x5EED  # folded into the run's seed: of the first state
 RETRY_SECONDS = 10.0  # from a failed save to the next try, doubled each time; the steps of save_every try anyway
 MAX_SKIPPED = 5  # steps in a row without a finite gradient before the run gives up
 
@@ -118,7 +119,7 @@ class CompiledStep:
 
     def __init__(self, run, program: Program):
         self.program, self.model, self.frozen, self.exact = program, program.model, program.frozen, run.exact
-        key = jax.random.fold_in(jax.random.key(run.config.seed), 0x5EED)
+        key = jax.random.fold_in(jax.random.key(run.config.seed), START_KEY)
         init = lambda p: self.model.init_adapters(jax.random.key(0), p)  # noqa: E731
         trainable, _ = trees.split(jax.eval_shape(init, run.params), self.frozen)
         self.optimizer = program.optimizer.make(program.total, trees.pairs(self.model, trainable))
