@@ -36,7 +36,8 @@ def run(argv):
     loaded = load_run(args.workdir, args.step, config=config, warn=phases.note)
     phases.end()
     report = reports.evaluate(loaded, phases=phases)
-    print(f"step {report['step']} of {args.workdir}, test split ({report['held_out']}), NLL in nats an answer token")
+    what = "an item" if reports.chooses(report) else "an answer token"
+    print(f"step {report['step']} of {args.workdir}, test split ({report['held_out']}), NLL in nats {what}")
     print(reports.text_table(report))
     if report["without_items"]:
         print(f"no test item: {', '.join(report['without_items'])}")

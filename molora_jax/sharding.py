@@ -140,13 +140,14 @@ def state_shardings(state, model, mesh: Mesh):
 
     An optimizer keeps trees of the adapters' structure: a leaf belongs to the adapter whose path its own ends with.
     """
-    of = {
-        path: (leaf.shape, sharding)
-        for path, leaf, sharding in zip(
-            paths(state.adapters), jax.tree.leaves(state.adapters),
-            jax.tree.leaves(adapter_shardings(state.adapters, model, mesh)), strict=True,
-        )
-    }  # fmt: skip
+    modules = module_shardings(state.modules, mesh)
+    of = {}
+    for tree, places in (
+        (state.adapters, adapter_shardings(state.adapters, model, mesh)),
+        ({"modules": state.modules}, {"modules": modules}),
+    ):
+        each = zip(paths(tree), jax.tree.leaves(tree), jax.tree.leaves(places), strict=True)
+        of |= {path: (leaf.shape, sharding) for path, leaf, sharding in each}
 
     def one(path, leaf):
         names = [str(k.key) for k in path if isinstance(k, jax.tree_util.DictKey)]
@@ -156,4 +157,10 @@ def state_shardings(state, model, mesh: Mesh):
                 return sharding
         return replicated(mesh)
 
-    return jax.tree_util.tree_map_with_path(one, state)
+    return jax.tree_util.tree_map_with_path(one, state).replace(modules=modules)
+
+
+def module_shardings(modules, mesh: Mesh):
+    """Of the collection `modules`: trained copies lie as the base leaves that they stand for, heads everywhere."""
+    places = {name: jax.tree.map(lambda _: replicated(mesh), tree) for name, tree in modules.items()}
+    return places | ({"base": param_shardings(modules["base"], mesh)} if "base" in modules else {})

@@ -52,10 +52,12 @@ def problems(config):
             expected = f"an objective that reads the same rows as {first} ({kinds[first]} rows)"
             fix = "Give it a run of its own, with train.init_from=DIR of this one."
             yield wrong(f"{where}.name", f"{used(config)[where]['name']!r}, which reads {kind} rows", expected, fix)
+    yield from _form(config, next(iter(kinds.values()), "text"))
     names, rules = train_base(config), config["method"].get("rules")
     for name in names:
         if name not in COPIES:
-            yield wrong("method.train_base", repr(name), f"a comma list of {one_of(COPIES)}", did_you_mean(name, COPIES))
+            expected = f"a comma list of {one_of(COPIES)}"
+            yield wrong("method.train_base", repr(name), expected, did_you_mean(name, COPIES))
     if "all" in names and len(names) > 1:
         yield wrong("method.train_base", repr(",".join(names)), "'all' alone, or some of embed,head,norms")
     if "all" in names and rules:
@@ -72,3 +74,22 @@ def problems(config):
                 yield wrong(f"{where}.name", repr(used(config)[where]["name"]), expected, "Leave exact out.")
         if names:
             yield wrong("method.train_base", repr(",".join(names)), '"" with train.exact', "Leave exact out.")
+
+
+FORMATS = {"labelled": "label", "preference": "pair"}  # of data.format; the others are text
+
+
+def _form(config, kind):
+    """Fields of `data` that say what the rows are, against what the objective reads."""
+    data = config["data"]
+    form = data.get("format", "auto")
+    if form != "auto" and FORMATS.get(form, "text") != kind:
+        name = used(config)["objective"]["name"]
+        expected = f"'auto', or the form of {kind} rows, which the objective {name!r} reads"
+        yield wrong("data.format", repr(form), expected)
+    if kind != "text" and data.get("raw") is True:
+        yield wrong("data.raw", "True", f"False: {kind} rows have a form of their own")
+    if kind == "label":
+        for name in ("system", "template_args"):
+            if data.get(name):
+                yield wrong(f"data.{name}", repr(data[name])[:80], '"": a labelled text has no chat template')

@@ -10,7 +10,7 @@ from molora_jax.config.fields import MESH_AXES, PROJECTIONS, did_you_mean, one_o
 SITES = (*PROJECTIONS, "ffn")
 ROW_FIELDS = (
     "task", "system", "prompt", "target", "messages", "text", "tools", "history", "instruction", "input", "output",
-    "conversations", "completion", "weight",
+    "conversations", "completion", "weight", "label", "chosen", "rejected",
 )  # fmt: skip
 LAYERS = re.compile(r"(\d+)(?:-(\d+))?", re.ASCII)
 ROWS = ("data", "fsdp", "expert")  # the axes that split a batch

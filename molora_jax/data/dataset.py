@@ -21,18 +21,21 @@ from molora_jax.data.valid import join_valid
 from molora_jax.errors import InputError
 
 
-def build(config_data, *, tokenizer, batch_size: int, seed: int) -> "DataSet":
+def build(
+    config_data, *, tokenizer, batch_size: int, seed: int, reads: str = "text", unit: int = 1
+) -> "DataSet":  # fmt: skip
     """Reads, splits and tokenises the tasks of `config.data` (fields: see `configs/common.py`).
 
     Args:
       tokenizer: an `io.tokenizer.Tokenizer`.
       batch_size: B, rows of the global batch. seed: of the order of the training examples.
+      reads: what the objective learns from, "text", "label" or "pair"; unit: its consecutive rows.
 
     Raises:
       InputError: an unknown task, a package that is not installed, a bad row or file, nothing left to train on.
     """
     entries = parse_tasks(config_data.tasks)
-    options = Options.of(config_data)
+    options = Options.of(config_data, reads)
     digest = tokenizer_digest(tokenizer)
     load = functools.partial(load_tasks, tokenizer=tokenizer, digest=digest)
     training = dataclasses.replace(options, test_share=0.0) if options.valid else options
@@ -44,8 +47,11 @@ def build(config_data, *, tokenizer, batch_size: int, seed: int) -> "DataSet":
         valid = tuple(task for entry in files for task in load(entry, options=training, field="data.valid"))
         fingerprint = hashlib.sha256(repr((trained, "valid", _fingerprint(valid))).encode()).hexdigest()
     _check_fields(options, (*tasks, *valid))
+    classes = _classes(tasks, options)
+    tasks, valid = (tuple(_numbered(task, classes) for task in some) for some in (tasks, valid))
     return DataSet(
-        join_valid(tasks, valid), options, batch_size=batch_size, seed=seed, pad_id=tokenizer.pad_id,
+        join_valid(tasks, valid), options, unit=unit, classes=classes, batch_size=batch_size, seed=seed,
+        pad_id=tokenizer.pad_id,
         num_trained=len(tasks), fingerprint=fingerprint, trained_fingerprint=trained,
     )  # fmt: skip
 
@@ -100,18 +106,46 @@ def _check_fields(options: Options, tasks: tuple[Task, ...]):
         )  # fmt: skip
 
 
+def _classes(tasks: tuple[Task, ...], options: Options) -> tuple[str, ...]:
+    """The classes of all tasks that train, in the order of their numbers; () where rows have none."""
+    classes = tuple(sorted({label for task in tasks for label in task.labels}))
+    if options.reads == "label" and len(classes) < 2:
+        raise InputError(
+            "data.tasks", got=f"rows of one class, {classes[0]!r:.80}", expected="at least two classes",
+            fix="Add rows of another one.",
+        )  # fmt: skip
+    return classes
+
+
+def _numbered(task: Task, classes: tuple[str, ...]) -> Task:
+    """The task with its own classes numbered among all."""
+    if not task.labels or task.labels == classes:
+        return task
+    missing = [label for label in task.labels if label not in classes]
+    if missing:
+        raise InputError(
+            f"data.valid, {task.name}", got=f"a class {missing[0]!r:.80}, which no row of data.tasks has",
+            expected=f"some of {', '.join(classes)[:200]}", fix="Correct the label, or leave such rows out.",
+        )  # fmt: skip
+    ids, last = task.ids.copy(), task.offsets[1:] - 1
+    ids[last] = np.array([classes.index(label) for label in task.labels], np.int32)[ids[last]]
+    return dataclasses.replace(task, ids=ids, labels=classes)
+
+
 class DataSet:
     """The data of a run: `.train` (a Stream), `.heldout`, `.heldout_batches`, `.fingerprint`, `.report()`.
 
     tasks: those that train, `num_trained` of them, then those of `data.valid` alone. fingerprint: hex digest of the
     examples, the filters and the package versions; paths and file names do not enter; trained_fingerprint: without
-    those of `data.valid`.
+    those of `data.valid`. classes: the names of the classes of labelled rows. unit: consecutive rows of a batch that
+    belong together.
     """
 
     def __init__(
         self, tasks: tuple[Task, ...], options: Options, *, batch_size: int, seed: int, pad_id: int, num_trained: int,
-        fingerprint: str, trained_fingerprint: str,
+        fingerprint: str, trained_fingerprint: str, unit: int = 1, classes: tuple[str, ...] = (),
     ):  # fmt: skip
+        self.unit, self.classes = unit, classes
         self.tasks, self.options, self.seq_len, self.pad_id = tasks, options, options.seq_len, pad_id
         self.task_names = tuple(task.name for task in tasks)
         self.num_trained, self.fingerprint, self.trained_fingerprint = num_trained, fingerprint, trained_fingerprint
@@ -130,12 +164,14 @@ class DataSet:
             temperature=options.temperature,
             max_segments=max(1, self.seq_len // shortest),
             pad_id=pad_id,
+            unit=unit,
         )
         drawn = stream(targets_per_row=self.seq_len).draws(0)
         train = self.splits["train"]
         bound = choose_targets_per_row(
-            train.positions[drawn], train.targets[drawn], seq_len=self.seq_len, longest=longest
-        )
+            train.largest("positions", unit)[drawn], train.largest("targets", unit)[drawn], seq_len=self.seq_len,
+            longest=longest,
+        )  # fmt: skip
         self.train = stream(targets_per_row=bound)
 
     def heldout(self, split: str, items_per_task: int) -> list[Encoded]:
@@ -149,7 +185,7 @@ class DataSet:
         chosen = []
         for task_id in range(len(self.tasks)):
             texts, rows = self.tasks[task_id].texts, self.splits[split].rows
-            members = np.flatnonzero(self.splits[split].task_ids == task_id).tolist()
+            members = np.flatnonzero(self.splits[split].task_ids == task_id)[:: self.unit].tolist()
             members.sort(key=lambda i: hashlib.sha256(repr(texts[rows[i]]).encode()).digest())
             chosen += [self.splits[split].example(i) for i in members[:items_per_task]]
         return chosen
@@ -163,8 +199,8 @@ class DataSet:
           InputError: an example longer than `seq_len`, or with more targets than `targets_per_row`.
         """
         limit = self.seq_len if targets_per_row is None else targets_per_row
-        lengths = [len(example.ids) - 1 for example in examples]
-        targets = [example.num_targets for example in examples]
+        lengths = [max(len(one.ids) for one in example.unit) - 1 for example in examples]
+        targets = [max(one.num_targets for one in example.unit) for example in examples]
         for example, length, target in zip(examples, lengths, targets, strict=True):
             if length > self.seq_len or target > limit:
                 raise InputError(
@@ -173,14 +209,16 @@ class DataSet:
                     expected=f"at most {self.seq_len}, at most {limit} of them targets",
                 )
         rows = pack(lengths, targets, seq_len=self.seq_len, targets_per_row=limit, max_segments=self.train.max_segments)
-        batches = []
-        for first in range(0, len(rows), batch_rows):
+        batches, unit = [], self.unit
+        batch_rows = max(batch_rows // unit, 1) * unit
+        for first in range(0, len(rows), batch_rows // unit):
             batch = empty_batch(batch_rows, self.seq_len, pad_id=self.pad_id)
             batch["example_index"] = np.full((batch_rows, self.seq_len), -1, np.int32)
-            for row, members in enumerate(rows[first : first + batch_rows]):
+            here = rows[first : first + batch_rows // unit]
+            for row, members in ((unit * i + k, units) for i, units in enumerate(here) for k in range(unit)):
                 at = 0
                 for segment, index in enumerate(members, start=1):
-                    example, begin = examples[index], at
+                    example, begin = examples[index].unit[row % unit], at
                     at = write_segment(
                         batch,
                         row,

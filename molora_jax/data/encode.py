@@ -14,7 +14,7 @@ import pathlib
 import numpy as np
 
 from molora_jax.config.resolve import resolve_template_args
-from molora_jax.data import cache, packages, render, traces
+from molora_jax.data import cache, labelled, packages, render, traces
 from molora_jax.data.example import split_of
 from molora_jax.data.options import Options
 from molora_jax.data.read import Read, source, stem
@@ -49,6 +49,8 @@ class Task:
     unnamed: bool = False  # a file's rows without a task of their own
     fields: tuple[str, ...] = ()  # the names of `data.fields` that its rows have
     also_trained: int = 0  # rows of data.valid that are training rows as well
+    unit: int = 1  # consecutive examples that belong together: the chosen and the rejected answer of a pair
+    labels: tuple[str, ...] = ()  # of labelled texts: names of the classes, whose number is an example's last id
 
     @functools.cached_property
     def texts(self) -> list:
@@ -92,6 +94,8 @@ def _task(entry, arrays) -> Task:
         unused=meta["unused"],
         unnamed=not meta["name"],
         fields=tuple(meta["fields"]),
+        unit=meta["unit"],
+        labels=tuple(meta["labels"]),
         packed_texts=arrays["texts"],
         content=hashlib.sha256(arrays["texts"].tobytes() + meta["more"].encode()).hexdigest(),
         **{field: arrays[field] for field in NUMBERS},
@@ -128,16 +132,34 @@ def _encode(read: Read, *, tokenizer, options: Options) -> dict[str, np.ndarray]
             expected="one whose answers can end",
             fix="Name an eos_token in its tokenizer_config.json.",
         )
-    encoded = render.encode_examples(
-        tokenizer, read.examples, system=options.system, train_on=options.train_on,
+    labels = sorted({example.target for example in read.examples}) if options.reads == "label" else []
+    chat = functools.partial(
+        render.encode_examples, tokenizer, system=options.system, train_on=options.train_on,
         template_args=resolve_template_args(options.template_args),
     )  # fmt: skip
+    if options.reads == "label":
+        encoded = labelled.encode(tokenizer, read.examples, labels)
+    elif options.reads == "pair":
+        sides = chat(read.examples), chat([example.rejected for example in read.examples])
+        encoded = [labelled.both(*pair) for pair in zip(*sides, strict=True)]
+    else:
+        encoded = chat(read.examples)
     refused = [(e, one) for e, one in zip(read.examples, encoded, strict=True) if isinstance(one, render.Refused)]
     read.leave_out(refused, bad_rows=options.bad_rows)
     encoded = [one for one in encoded if not isinstance(one, render.Refused)]
     encoded = traces.drop_untraced(read, encoded, system=options.system, bad_rows=options.bad_rows)
     if not encoded:
         return None
+    examples = read.examples
+    if options.reads == "pair":
+        same = [one.chosen.ids == one.rejected.ids for one in encoded]  # a template may write two answers alike
+        read.dropped["ties"] += sum(same)
+        examples = [e for e, tie in zip(examples, same, strict=True) if not tie]
+        encoded = [one for one, tie in zip(encoded, same, strict=True) if not tie]
+        examples = [one for e in examples for one in (e, e.rejected)]
+        encoded = [side for one in encoded for side in (one.chosen, one.rejected)]
+        if not encoded:
+            return None
     ids = np.concatenate([np.asarray(one.ids, np.int32) for one in encoded])
     if ids.min() < 0 or ids.max() >= tokenizer.vocab_size:
         raise InputError(
@@ -146,13 +168,12 @@ def _encode(read: Read, *, tokenizer, options: Options) -> dict[str, np.ndarray]
             expected=f"ids below the vocabulary size {tokenizer.vocab_size}",
             fix="The tokenizer and the model do not belong together.",
         )
-    examples = read.examples
     texts = [[example.prompt, example.target, example.group] for example in examples]
     more = [[i, example.more] for i, example in enumerate(examples) if example.more is not None]
     more = hashlib.sha256(json.dumps(more, sort_keys=True).encode()).hexdigest() if more else ""
     meta = dict(
         name=read.name, choices=examples[0].choices, dropped=read.dropped, unused=read.unused,
-        fields=sorted(read.fields), more=more,
+        fields=sorted(read.fields), more=more, unit=2 if options.reads == "pair" else 1, labels=labels,
     )  # fmt: skip
     return dict(
         ids=ids,

@@ -29,7 +29,7 @@ class Example:
       `name`, ... as given), the answer last; None: a user's turn with the prompt, then the answer.
     tools: for the template. weights: one a turn, 0 or 1; None: `data.train_on` decides.
     text: under `data.raw` the plain text, which ends with `target`; no template.
-    row: the row of its file, from 1; 0: not from a file.
+    row: the row of its file, from 1; 0: not from a file. rejected: of a pair, the same question with the other answer.
     """
 
     task: str
@@ -42,6 +42,13 @@ class Example:
     weights: tuple[float, ...] | None = None
     text: str | None = None
     row: int = 0
+    rejected: "Example | None" = None
+
+    @property
+    def tie(self) -> bool:
+        """Whether the answers of a pair are the same."""
+        other = self.rejected
+        return other is not None and (self.target, self.turns, self.text) == (other.target, other.turns, other.text)
 
     def conversation(self) -> list[dict]:
         """The turns, the answer last."""
@@ -54,9 +61,10 @@ class Example:
         plain = all(
             turn.keys() == {"role", "content"} and isinstance(turn["content"], str) for turn in self.turns or ()
         )
-        if plain and self.tools is None and self.weights is None and self.text is None:
+        if plain and self.tools is None and self.weights is None and self.text is None and self.rejected is None:
             return None
-        return [self.turns, self.tools, self.weights, self.text]
+        own = [self.turns, self.tools, self.weights, self.text]
+        return own if self.rejected is None else [*own, self.rejected.target, self.rejected.more]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,7 +72,7 @@ class Encoded:
     """An example as ids: `context_ids` end where the model starts to answer, `target_ids` end with the end token.
 
     `loss_mask`: 1 for each of them that is trained on. `example_id` is unique within the split and is what batches
-    carry in `example_ids`.
+    carry in `example_ids`. Of a labelled text the one target id is the number of its class.
     """
 
     task: str
@@ -78,6 +86,12 @@ class Encoded:
     context_ids: tuple[int, ...]
     target_ids: tuple[int, ...]
     loss_mask: tuple[int, ...]
+    rejected: "Encoded | None" = None  # of a pair: the same question with the other answer
+
+    @property
+    def unit(self) -> "tuple[Encoded, ...]":
+        """The examples of the consecutive rows that belong together, this one first."""
+        return (self,) if self.rejected is None else (self, self.rejected)
 
     @property
     def ids(self) -> tuple[int, ...]:
@@ -105,6 +119,8 @@ def distinct(examples, *, several_answers: bool = False):
     kept = {}
     for example in sorted(examples, key=lambda e: (e.prompt, e.target)):
         parts = [example.turns, example.tools, example.weights, example.text]
+        if example.rejected is not None:
+            parts += [example.rejected.target, example.rejected.turns]
         more = json.dumps(parts, sort_keys=True) if any(part is not None for part in parts) else None
         kept.setdefault((example.prompt, example.target if several_answers else "", more), example)
     return list(kept.values())

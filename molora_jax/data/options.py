@@ -26,9 +26,10 @@ class Options:
     system: str
     overlong: str
     bad_rows: str
+    reads: str = "text"  # of the objective: "text" (answers), "label" (a text and its class), "pair" (two answers)
 
     @classmethod
-    def of(cls, config_data) -> "Options":
+    def of(cls, config_data, reads: str = "text") -> "Options":
         """Raises InputError for a wrong value."""
         known = FIELDS["data"]
         values = {name: getattr(config_data, name, field.default) for name, field in known.items()}
@@ -38,7 +39,7 @@ class Options:
         )
         resolve_template_args(values["template_args"])
         resolve_fields(values["fields"])
-        return cls(**values)
+        return cls(**values, reads=reads)
 
     @functools.cached_property
     def names(self) -> dict[str, str]:
@@ -48,4 +49,4 @@ class Options:
     @property
     def reading(self) -> tuple:
         """What the examples of a file depend on beside its bytes."""
-        return self.format, self.file_tasks, self.fields, self.raw, self.train_on, self.bad_rows
+        return self.format, self.file_tasks, self.fields, self.raw, self.train_on, self.bad_rows, self.reads

@@ -5,7 +5,7 @@ import dataclasses
 import functools
 import hashlib
 
-from molora_jax.data import jsonl, packages
+from molora_jax.data import jsonl, packages, pairs
 from molora_jax.data.example import Example, distinct
 from molora_jax.data.options import Options
 from molora_jax.data.rows import to_example
@@ -72,7 +72,8 @@ def source(entry: str, options: Options, *, field: str = "data.tasks"):
         depends = f"{hashlib.sha256(raw).hexdigest()} {options.reading!r} {path.lower().endswith('.json')}"
         return depends, functools.partial(_read_file, raw, path=path, options=options)
     files = SOURCES[entry].files()
-    return f"{packages.digest_files(files)} {identity(entry)}", functools.partial(_read_package, entry, files)
+    depends = f"{packages.digest_files(files)} {identity(entry)} {options.reads}"
+    return depends, functools.partial(_read_package, entry, files, options.reads)
 
 
 def identity(entry: str) -> str:
@@ -90,7 +91,7 @@ def stem(path: str) -> str:
     return path.replace("\\", "/").rsplit("/", 1)[-1].rsplit(".", 1)[0]
 
 
-def _read_package(entry: str, files) -> list[Read]:
+def _read_package(entry: str, files, reads: str) -> list[Read]:
     module = SOURCES[entry]
     try:
         examples, problem = distinct(module.examples(files), several_answers=several_answers(entry)), "no example"
@@ -103,6 +104,14 @@ def _read_package(entry: str, files) -> list[Read]:
             expected="the file format of the pinned version",
             fix="Install the pinned versions: `pip install 'molora_jax[data]'`.",
         )
+    if reads == "label" and any(example.choices is None for example in examples):
+        names = ", ".join(name for name, module in SOURCES.items() if hasattr(module, "LABELS"))
+        raise InputError(
+            f"data.tasks, task {entry!r}", got="answers that are no classes",
+            expected=f"{names}, or a file of text, label", fix="Choose another task, or another objective.",
+        )  # fmt: skip
+    if reads == "pair":
+        examples = pairs.of_task(entry, examples)
     return [Read(entry, entry, examples)]
 
 
@@ -131,14 +140,16 @@ def _read_file(raw: bytes, *, path: str, options: Options) -> list[Read]:
         read.unused.update(f"field {field!r}" for field in unused)
         if example is None:
             read.dropped["weight 0"] += 1
+        elif example.tie:
+            read.dropped["ties"] += 1
         else:
             read.examples.append(example)
     kept = {name: read for name, read in found.items() if read.examples}
     if not kept:
-        weightless = sum(read.dropped["weight 0"] for read in found.values())
-        reasons = [f"{bad.total()} bad rows"] * bool(bad or not found) + [f"{weightless} rows of weight 0"] * bool(
-            found
-        )
+        weightless, ties = (sum(read.dropped[why] for read in found.values()) for why in ("weight 0", "ties"))
+        reasons = [f"{bad.total()} bad rows"] * bool(bad or not found)
+        reasons += [f"{weightless} rows of weight 0"] * bool(found and (weightless or not ties))
+        reasons += [f"{ties} rows whose answers are the same"] * bool(ties)
         reasons = ", ".join(reasons)
         fix = f"First: {first_error}" if first_error else "Give a weight of 1 to an answer, or leave the file out."
         raise InputError(path, got=f"{reasons} and no good one", expected="at least one good row", fix=fix)

@@ -8,6 +8,7 @@ REMEDY = {
     "repeats": "the same question and answer as another row",
     "bad rows": 'not readable: data.bad_rows="error" names the first',
     "weight 0": "nothing to train on in them",
+    "ties": "the chosen and the rejected answer are the same",
 }
 
 
@@ -48,10 +49,10 @@ class Report(dict):
 def report(data) -> Report:
     """Of a `DataSet`; packing is measured over the first window of the stream."""
     train, tasks, warnings = data.splits["train"], {}, []
-    total = sum(int((train.task_ids == i).sum()) for i in range(data.num_trained))
+    total = sum(int((train.task_ids == i).sum()) for i in range(data.num_trained)) // data.unit
     for task_id, task in enumerate(data.tasks):
         of = {name: split.task_ids == task_id for name, split in data.splits.items()}
-        count = {name: int(mask.sum()) for name, mask in of.items()}
+        count = {name: int(mask.sum()) // task.unit for name, mask in of.items()}
         once = ("train", "valid") if (task.split == HELD_OUT).any() else tuple(data.splits)  # those rows are in both
         left = {k: sum(data.splits[name].counts[task.name][k] for name in once) for k in ("skipped", "truncated")}
         dropped = {name: number for name, number in task.dropped.items() if number}
@@ -73,12 +74,12 @@ def report(data) -> Report:
         )
         warnings += _warnings(task, row, left["skipped"], dropped)
     rows = data.train.plan(0)
-    used = sum(int(train.positions[i]) for row in rows for i in row)
+    used = sum(int(train.positions[i + k]) for row in rows for i in row for k in range(data.unit))
     share = data.options.test_share
     parts = f"{share:.1%} of the rows by a hash, as many for valid" if share else "none: data.test_share=0.0"
     return Report(
         tasks=tasks,
-        padding=1.0 - used / (len(rows) * data.seq_len),
+        padding=1.0 - used / (data.unit * len(rows) * data.seq_len),
         examples_per_row=sum(map(len, rows)) / len(rows),
         targets_per_row=data.train.targets_per_row,
         max_segments=data.train.max_segments,

@@ -6,11 +6,14 @@
     alpaca              instruction, input (may be empty), output
     sharegpt            conversations: from and value
     (data.raw)          text; or prompt and completion (or target), as they stand
+    labelled            text and label, for the objective `classify`
+    preference          prompt, chosen and rejected: texts, or lists of turns, for the objective `preference`
 
 Beside them: task, system, history, input, tools, weight. `data.format="auto"` tells the form by the fields, row by row.
 A field that could change what is asked or answered (`MEANINGFUL`) is used or the row refused; others are counted.
 """
 
+import dataclasses
 import re
 
 from molora_jax.data.example import Example
@@ -33,6 +36,11 @@ RAW = {
     "prompt_completion": ([("prompt", "target"), ("prompt", "completion")], ("weight",)),
     "alpaca": ([("instruction", "output")], ("input", "weight")),
 }
+LABELLED = {"labelled": ([("text", "label")], ("weight",))}
+PAIRS = {"preference": ([("prompt", "chosen", "rejected")], ("input", "system", "history", "tools", "weight"))}
+BY_READS = {"text": FORMS, "label": LABELLED, "pair": PAIRS}
+OBJECTIVES = {"text": "lm", "label": "classify", "pair": "preference"}  # one that reads such rows, to name it
+MOST_LABEL = 200  # characters of a class's name
 MOST_NAME = 100  # characters of a task's name
 TASK = re.compile(r"\w([\w .+@#&()='-]*[\w.+@#&()='-])?")  # what `schedule.*.tasks` can name: no comma, no path
 MEANINGFUL = frozenset(
@@ -61,7 +69,7 @@ def to_example(row: dict, number: int, options: Options) -> tuple[Example | None
             f"a name of at most {MOST_NAME}: letters, digits, and spaces or any of _ - . + @ # & ( ) = ' inside it",
         )
     form, keys = _form(row, options)
-    may = (RAW if options.raw else FORMS)[form][1]
+    may = _forms(options)[form][1]
     for name, value in row.items():
         turns = name in ("messages", "conversations") and value == []  # a form's own field, if without a turn
         if name in (*keys, *may, "task") or (value in (None, "", [], {}) and not turns):
@@ -78,7 +86,7 @@ def to_example(row: dict, number: int, options: Options) -> tuple[Example | None
     weight = given.get("weight", 1)
     if isinstance(weight, bool) or weight not in (0, 1):
         raise BadRow(f"weight {weight!r:.60}", "0 or 1")
-    read = _read_raw if options.raw else _read_turns
+    read = {"label": _read_labelled, "pair": _read_pair}.get(options.reads, _read_raw if options.raw else _read_turns)
     example = read(row, form, keys, given, task or "", number, options)
     return (example if weight else None), unused
 
@@ -94,13 +102,17 @@ def _renamed(row: dict, options: Options) -> tuple[dict, list[str]]:
     return kept, unused
 
 
+def _forms(options: Options) -> dict:
+    return RAW if options.raw else BY_READS[options.reads]
+
+
 def _is_key(name: str) -> bool:
     return name == "text" or any(name in keys for sets, _ in FORMS.values() for keys in sets)
 
 
 def _form(row: dict, options: Options) -> tuple[str, tuple[str, ...]]:
     """The row's form and its fields."""
-    forms = RAW if options.raw else FORMS
+    forms = _forms(options)
     if options.format != "auto":
         forms = {options.format: forms[options.format]}
     every = [(form, keys) for form, (sets, _) in forms.items() for keys in sets]
@@ -110,9 +122,17 @@ def _form(row: dict, options: Options) -> tuple[str, tuple[str, ...]]:
     if found:
         sets = " and ".join("+".join(keys) for _, keys in found)
         raise BadRow(f"fields of several forms ({sets})", "one form", "Say which in data.format, or data.fields.")
+    for reads, others in BY_READS.items() if not options.raw else ():
+        keys = next((keys for sets, _ in others.values() for keys in sets if all(k in row for k in keys)), None)
+        if keys and reads != options.reads:
+            raise BadRow(
+                f"{', '.join(keys)}: a row of the form that the objective {OBJECTIVES[reads]!r} reads",
+                "; or ".join(" and ".join(keys) for _, keys in every),
+                f"Set objective.name={OBJECTIVES[reads]}, or name the file's own fields in data.fields.",
+            )
     near = [(form, keys) for form, keys in every if any(key in row for key in keys)]
     keys = max(near or every, key=lambda item: sum(key in row for key in item[1]))[1]
-    if not near and not options.raw and options.format == "auto":
+    if not near and not options.raw and options.format == "auto" and options.reads == "text":
         keys = ("prompt", "target")
     missing = next((key for key in keys if key not in row), None)
     if missing is None:  # one of them is null
@@ -122,7 +142,7 @@ def _form(row: dict, options: Options) -> tuple[str, tuple[str, ...]]:
         )
     sets = "; or ".join(" and ".join(keys) for _, keys in every)
     fix = "Name the file's own fields in data.fields (as in prompt=question), or correct the row."
-    if "text" in row and not options.raw:
+    if "text" in row and not options.raw and options.reads == "text":
         fix = "Plain text is trained on with data.raw=True."
     fix += ' `data.bad_rows="skip"` leaves such rows out.'
     raise BadRow(f"no field {missing!r} (fields: {', '.join(map(repr, list(row)[:20])) or 'none'})", sets, fix)
@@ -177,6 +197,27 @@ def _weighed(turns, weights, train_on):
     end = max(i for i, weight in enumerate(weights) if weight) + 1
     same = end == len(turns) and weights == usual
     return turns[:end], None if same else tuple(weights[:end])
+
+
+def _read_labelled(row, form, keys, given, task, number, options) -> Example:
+    text, label = _text(row["text"], "text"), row["label"]
+    if isinstance(label, int) and not isinstance(label, bool):
+        label = str(label)
+    label = _text(label, "label").strip()
+    if len(label) > MOST_LABEL:
+        raise BadRow(f"a label of {len(label):,} characters", f"a name of at most {MOST_LABEL}")
+    return Example(task, text, label, text, row=number)
+
+
+def _read_pair(row, form, keys, given, task, number, options) -> Example | None:
+    """The chosen answer's example, which carries the rejected one's."""
+    chosen, rejected = (
+        _read_turns(row, "prompt_completion", ("prompt", side), given, task, number, options)
+        for side in ("chosen", "rejected")
+    )
+    if chosen is None or rejected is None:
+        raise BadRow("turns without one to train on", "an answer with weight 1 on both sides")
+    return dataclasses.replace(chosen, rejected=rejected)
 
 
 def _read_raw(row, form, keys, given, task, number, options) -> Example:

@@ -52,7 +52,19 @@ class Split:
         begin = self.start[example_id]
         return slice(begin, begin + self.length[example_id])
 
+    def largest(self, name: str, unit: int) -> np.ndarray:
+        """`positions` or `targets` `[N]`, of an example and of the `unit - 1` after it that belong to it."""
+        values = getattr(self, name)
+        for _ in range(unit - 1):
+            values = np.maximum(values, np.append(values[1:], 0))
+        return values
+
     def example(self, example_id: int) -> Encoded:
+        task = self.tasks[int(self.task_ids[example_id])]
+        one = self._one(example_id)
+        return one if task.unit == 1 else dataclasses.replace(one, rejected=self._one(example_id + 1))
+
+    def _one(self, example_id: int) -> Encoded:
         task_id = int(self.task_ids[example_id])
         task = self.tasks[task_id]
         prompt, target, group = task.texts[int(self.rows[example_id])]
@@ -77,6 +89,7 @@ def shorten(task: Task, *, seq_len: int, overlong: str) -> tuple[Task, np.ndarra
     """The task, and which of its examples (`[N]` bool) lost what the template puts before the answer's text."""
     length = np.diff(task.offsets)
     cut = (length - 1 > seq_len) & (length - 1 - task.lead <= seq_len) & (overlong == "skip")
+    cut = _together(cut, task.unit)
     if not cut.any():
         return task, cut
     keep = np.ones(len(task.ids), bool)
@@ -120,17 +133,24 @@ def make_split(
                 fix='Raise `data.seq_len`, or set `data.overlong` to "skip" or "truncate".',
             )
         drop = long if overlong == "skip" else answer > seq_len
-        cut = np.where(drop, 0, np.maximum(length - 1 - seq_len, 0))
+        drop = _together(drop, task.unit)
+        cut = np.where(drop, 0, _together(np.maximum(length - 1 - seq_len, 0), task.unit))
         context = np.maximum(context - cut, 1)
         trained = np.concatenate([[0], np.cumsum(task.mask, dtype=np.int64)])
         targets = trained[start + length] - trained[start + cut + 1]
-        drop = drop | (targets == 0)
+        drop = _together(drop | (targets == 0), task.unit)
         cut = np.where(drop, 0, cut)
         counts[task.name] = dict(
-            skipped=int(drop.sum()), truncated=int(((cut > 0) | (shortened[task_id][rows] & ~drop)).sum())
+            skipped=int(drop.sum()) // task.unit,
+            truncated=int(((cut > 0) | (shortened[task_id][rows] & ~drop)).sum()) // task.unit,
         )
         columns = (shift + start + cut, length - cut, context, targets, np.full(len(rows), task_id), rows)
         parts.append([column[~drop] for column in columns])
         shift += len(task.ids)
     start, length, context, targets, task_ids, rows = (np.concatenate(column) for column in zip(*parts, strict=True))
     return Split(name, tasks, ids, mask, start, length, context, targets, task_ids.astype(np.int32), rows, counts)
+
+
+def _together(values: np.ndarray, unit: int) -> np.ndarray:
+    """`[N]`: the largest of each `unit` consecutive entries, in all of their places."""
+    return values if unit == 1 else values.reshape(-1, unit).max(axis=1).repeat(unit)

@@ -32,7 +32,11 @@ _ONE = 1 << 20  # fixed-point 1 for the shares
 
 
 class Stream:
-    """See the module. `targets_per_row` and `max_segments` are static bounds that every row keeps."""
+    """See the module. `targets_per_row` and `max_segments` are static bounds that every row keeps.
+
+    With `unit` above 1 so many consecutive examples belong together: row `unit * i + k` holds the k-th of each unit
+    that row `unit * i` holds the first of, in the same segments. The plan is of units, by their largest members.
+    """
 
     def __init__(
         self,
@@ -46,11 +50,13 @@ class Stream:
         targets_per_row: int,
         max_segments: int,
         pad_id: int,
+        unit: int = 1,
     ):
         self.split, self.task_ids, self.seed, self.temperature = split, task_ids, seed, temperature
         self.seq_len, self.batch_size, self.pad_id = seq_len, batch_size, pad_id
         self.targets_per_row, self.max_segments = targets_per_row, max_segments
-        self._members = {i: np.flatnonzero(split.task_ids == i) for i in task_ids}
+        self.unit, self._size = unit, {name: split.largest(name, unit) for name in ("positions", "targets")}
+        self._members = {i: np.flatnonzero(split.task_ids == i)[::unit] for i in task_ids}  # the first of each unit
         for i, members in self._members.items():
             if not len(members):
                 raise InputError(
@@ -83,7 +89,9 @@ class Stream:
         batch = empty_batch(len(chosen), self.seq_len, pad_id=self.pad_id)
         for row, number in enumerate(chosen.tolist()):
             at = 0
-            for segment, example_id in enumerate(self.row(step * self.batch_size + number), start=1):
+            row_of_units, member = divmod(step * self.batch_size + number, self.unit)
+            for segment, first in enumerate(self.row(row_of_units), start=1):
+                example_id = first + member
                 at = write_segment(
                     batch,
                     row,
@@ -132,19 +140,20 @@ class Stream:
             targets_per_row=self.targets_per_row,
             max_segments=self.max_segments,
             pad_id=self.pad_id,
+            unit=self.unit,
         )
 
     def epoch_rows(self) -> int:
         """Rows that hold as many draws as all tasks together have examples."""
-        return sum(len(self.plan(window)) for window in range(self._per_total))
+        return self.unit * sum(len(self.plan(window)) for window in range(self._per_total))
 
     def epoch_steps(self) -> int:
         """Steps of an epoch, rounded up; of many windows, by the rows of the first."""
-        rows = self.epoch_rows() if self._per_total <= 4 else len(self.plan(0)) * self._per_total
+        rows = self.epoch_rows() if self._per_total <= 4 else self.unit * len(self.plan(0)) * self._per_total
         return -(-rows // self.batch_size)
 
     def row(self, number: int) -> list[int]:
-        """The example ids of one row of the endless sequence of rows."""
+        """The example ids of one row of the endless sequence of rows (of units: the first of each)."""
         with self._lock:
             if len(self.task_ids) == 1 and self._per_total == 1:  # each window is the whole task: as many rows
                 window, number = divmod(number, len(self.plan(0)))
@@ -161,8 +170,8 @@ class Stream:
             if window not in self._plans:
                 drawn = self.draws(window)
                 rows = pack(
-                    self.split.positions[drawn],
-                    self.split.targets[drawn],
+                    self._size["positions"][drawn],
+                    self._size["targets"][drawn],
                     seq_len=self.seq_len,
                     targets_per_row=self.targets_per_row,
                     max_segments=self.max_segments,

@@ -35,7 +35,7 @@ def ratio_change(before: np.ndarray, after: np.ndarray, counts: np.ndarray) -> l
     return ratio(after - before, counts)
 
 
-def wilson(right: int, n: int) -> list[float]:
+def wilson(right: float, n: int) -> list[float]:
     p, z2 = right / n, Z * Z
     middle = (p + z2 / (2 * n)) / (1 + z2 / n)
     half = Z * math.sqrt(p * (1 - p) / n + z2 / (4 * n * n)) / (1 + z2 / n)

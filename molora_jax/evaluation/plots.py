@@ -24,6 +24,8 @@ def stack(pictures, path) -> pathlib.Path:
 def plot_tasks(report: dict, path) -> pathlib.Path:
     """Base against tuned, task by task, with 95 % intervals: NLL per answer token, exact match where generated."""
     tasks = report["tasks"]
+    if any("accuracy" in t for t in tasks.values()):
+        return _plot_choices(tasks, path)
     shown = any(t["exact"] is not None for t in tasks.values())
     height = 1.3 + 0.48 * len(tasks)
     fig, axes = figure(1, 1 + shown, figsize=(6 + 4 * shown, height), layout="constrained", sharey=True, squeeze=False)
@@ -33,6 +35,24 @@ def plot_tasks(report: dict, path) -> pathlib.Path:
         _bars(axes[0, 1], tasks, "exact", 100.0)
         n = max(t["generated"] for t in tasks.values())
         axes[0, 1].set(xlabel=f"exact match (%) of at most {n} answers\nhigher is better", xlim=(0, 100))
+    return _named(fig, axes, tasks, path)
+
+
+def _plot_choices(tasks: dict, path) -> pathlib.Path:
+    """The untrained start against tuned: NLL an item, accuracy with what the most frequent class gets."""
+    fig, axes = figure(
+        1, 2, figsize=(10, 1.3 + 0.48 * len(tasks)), layout="constrained", sharey=True, squeeze=False
+    )
+    _bars(axes[0, 0], tasks, "nll", 1.0, before="start")
+    axes[0, 0].set(xlabel="NLL an item (nats)\nlower is better")
+    _bars(axes[0, 1], tasks, "accuracy", 100.0, before="start")
+    for i, t in enumerate(tasks.values()):
+        axes[0, 1].plot([100 * t["majority"][0]] * 2, [i - 0.4, i + 0.4], color="#333333", ls=":", lw=1.2)
+    axes[0, 1].set(xlabel="accuracy (%), dotted: most frequent class or chance\nhigher is better", xlim=(0, 100))
+    return _named(fig, axes, tasks, path)
+
+
+def _named(fig, axes, tasks, path) -> pathlib.Path:
     names = [f"{name} ({t['items']})" for name, t in tasks.items()]
     axes[0, 0].set_yticks(range(len(tasks)), names)
     axes[0, 0].invert_yaxis()
@@ -41,8 +61,9 @@ def plot_tasks(report: dict, path) -> pathlib.Path:
     return save(fig, path)
 
 
-def _bars(ax, tasks, key, factor):
-    for offset, name, color, label in ((-0.2, f"{key}_base", BASE, "base model"), (0.2, key, TUNED, "tuned")):
+def _bars(ax, tasks, key, factor, before="base"):
+    told = "base model" if before == "base" else "untrained start"
+    for offset, name, color, label in ((-0.2, f"{key}_{before}", BASE, told), (0.2, key, TUNED, "tuned")):
         found = [(i, t[name]) for i, t in enumerate(tasks.values()) if t[name] is not None]
         at, values = np.array([i for i, _ in found]), factor * np.array([v for _, v in found])
         error = np.abs(values[:, 1:] - values[:, :1]).T

@@ -6,6 +6,7 @@
 is `[value, low, high]` with a 95 % interval (`intervals.py`). More keys: `nll_change` (tuned minus base, paired),
 `generated` (items with a generated answer), `too_long` (of these, targets that do not fit into `eval.max_new_tokens`,
 which count as wrong); `routing`: `{rule: {scope: {task: [L][E]}}}`, the mean share of the gates.
+A run that learns classes or pairs has other keys (`choices.py`).
 """
 
 import contextlib
@@ -15,7 +16,7 @@ import pathlib
 import numpy as np
 
 from molora_jax.errors import InputError
-from molora_jax.evaluation import intervals, plots
+from molora_jax.evaluation import choices, intervals, plots
 from molora_jax.evaluation.score import chosen, score
 from molora_jax.io.files import write_atomically
 from molora_jax.runs import saved
@@ -41,16 +42,22 @@ def evaluate(run, *, phases) -> dict:
         phases.note("note: the data are not those that the run was trained on (other tasks, files or package versions)")
     if not examples:
         raise no_items(run.config.data)
-    base = score(run, examples, base=True, phases=phases)
-    tuned = score(run, examples, base=False, phases=phases)
+    if run.objective.READS == "text":
+        base, tuned = (score(run, examples, base=base, phases=phases) for base in (True, False))
+        gates, rows = tuned.gates, tasks(run, examples, base, tuned)
+    else:
+        start, tuned = (choices.score(run, examples, start=start, phases=phases) for start in (True, False))
+        gates, rows = tuned["gates"], choices.tasks(run, examples, start, tuned)
     report = {
         "step": run.step,
+        "objective": run.config.get("objective", {}).get("name", "lm"),
+        "labels": list(run.labels),
         "base": run.config.base.source,
         "held_out": run.data.report()["held_out"],
         "max_new_tokens": options.max_new_tokens,
-        "tasks": tasks(run, examples, base, tuned),
+        "tasks": rows,
         "without_items": [n for i, n in enumerate(run.data.task_names) if all(e.task_id != i for e in examples)],
-        "routing": routing(run, tuned.gates, {e.task_id for e in examples}),
+        "routing": routing(run, gates, {e.task_id for e in examples}),
     }
     return report
 
@@ -141,6 +148,11 @@ def routing(run, gates: dict, present: set) -> dict:
     return out
 
 
+def chooses(report: dict) -> bool:
+    """Whether a report is of classes or pairs (`choices.py`)."""
+    return any("accuracy" in task for task in report["tasks"].values())
+
+
 def pictures(run, report: dict) -> list[pathlib.Path]:
     """`tasks.png`, `loss.png` and `routing.png` in the run's `report` folder, `overview.png` of the first and last."""
     folder = pathlib.Path(run.workdir) / "report"
@@ -153,6 +165,8 @@ def pictures(run, report: dict) -> list[pathlib.Path]:
 
 def text_table(report: dict) -> str:
     """One row a task and the mean over tasks; intervals are of the tuned model."""
+    if chooses(report):
+        return choices.text_table(report)
     rows = [("task", "items", "NLL base", "NLL tuned", "95 %", "generated", "exact base", "exact tuned", "95 %")]
     for name, t in report["tasks"].items():
         exact = ("-", "-", "-") if t["exact"] is None else (

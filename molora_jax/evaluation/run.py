@@ -9,9 +9,7 @@ model sits on one device (the first): what a notebook and a report need.
 """
 
 import dataclasses
-import datetime
 import functools
-import json
 import logging
 import pathlib
 from typing import Any
@@ -19,11 +17,11 @@ from typing import Any
 import jax
 import numpy as np
 
-from molora_jax import config as config_lib
 from molora_jax import data as data_lib
 from molora_jax import sharding
 from molora_jax.backbones.compile import compile_model
 from molora_jax.backbones.gates import by_layer
+from molora_jax.config import objectives as objectives_config
 from molora_jax.config.resolve import resolve_template_args
 from molora_jax.data import render
 from molora_jax.data.jsonl import BadRow
@@ -31,19 +29,22 @@ from molora_jax.data.turns import read_messages
 from molora_jax.decode import generate as decoding
 from molora_jax.errors import InputError
 from molora_jax.io.base import load_base
-from molora_jax.io.base_facts import base_facts, pinned
 from molora_jax.io.templates import characters
-from molora_jax.runs import identity, saved
-from molora_jax.runs.checkpoints import Checkpoints, read_manifest
-from molora_jax.runs.warm_start import check_finite
+from molora_jax.objectives import Objective, compile_objective
+from molora_jax.runs.modules import Modules, in_place
+from molora_jax.runs.opened import open_run
 
 LOG = logging.getLogger("molora_jax.run")
 
 
 @dataclasses.dataclass
 class Run:
-    """`config` (ConfigDict), `model`, `params` (frozen base), `adapters`, `router_state` (nested dicts of arrays),
-    `tokenizer`, `step` (None: the base alone), `workdir` (None likewise)."""
+    """`config` (ConfigDict), `model`, `params` (the base, trained copies of its leaves in their places), `adapters`,
+    `router_state` (nested dicts of arrays), `tokenizer`, `step` (None: the base alone), `workdir` (None likewise).
+
+    `base_params`: the base as it was; `modules`: trained heads and copies, as `module_spec` makes them; `labels`: names
+    of the classes; `start`: the run as it began, where its objective looks back.
+    """
 
     config: Any
     model: Any
@@ -53,6 +54,11 @@ class Run:
     tokenizer: Any
     step: int | None = None
     workdir: pathlib.Path | None = None
+    base_params: dict | None = None
+    modules: dict = dataclasses.field(default_factory=dict)
+    module_spec: Modules = Modules()
+    labels: tuple[str, ...] = ()
+    start: dict | None = None
 
     def __repr__(self):
         rules = ", ".join(rule.name for rule in self.model.rules) or "no rules"
@@ -63,8 +69,14 @@ class Run:
         """The run's `DataSet`, read now. Raises InputError where its files or packages are gone."""
         config = self.config
         return data_lib.build(
-            config.data, tokenizer=self.tokenizer, batch_size=config.train.batch_size, seed=config.seed
-        )
+            config.data, tokenizer=self.tokenizer, batch_size=config.train.batch_size, seed=config.seed,
+            reads=objectives_config.reads(config), unit=objectives_config.unit(config),
+        )  # fmt: skip
+
+    @functools.cached_property
+    def objective(self) -> Objective:
+        """Of the stage that the step belongs to."""
+        return compile_objective(self.config.get("objective") or objectives_config.PLAIN)
 
     @property
     def mesh(self):
@@ -241,92 +253,13 @@ def load_run(workdir, step="best", *, config=None, warn=LOG.warning) -> Run:
     Raises:
       InputError: no run there, no such step, damage, another base model, or a config that the checkpoint does not fit.
     """
-    step = saved.parse_step(step)
-    own = saved.read_config(workdir, step, warn=warn)
-    folder = pathlib.Path(workdir).expanduser()
-    lines = [] if config is None else _overrides(own, config)
-    if lines:
-        warn(f"not as {folder} was trained: " + "; ".join(lines))
-    config = own if config is None else config
-    checkpoints = Checkpoints(folder / "checkpoints", keep=1, warn=warn, writer=False)
-    step = _find(checkpoints, step, folder)
-    manifest = read_manifest(folder / "checkpoints" / str(step))
-    recorded = identity.read(folder / "identity.json")
-    facts = (recorded or manifest.get("run") or {}).get("base")
-    facts = facts if isinstance(facts, dict) else {}
-    if facts and not {"tokenizer", "config"} <= facts.keys():
-        warn(f"{folder} is of an older version: its tokenizer, template and base's config are not compared")
-    base = load_base(config.base.source, dtype=config.base.dtype, seed=config.seed)
-    trained_on = facts.get("digest") or base.digest
-    if trained_on != base.digest:
-        raise InputError(
-            "base.source", got=f"{config.base.source}, with digest {base.digest[:16]}",
-            expected=f"the base that {folder} was trained on ({str(trained_on)[:16]})",
-            fix="Restore that model's files.",
-        )  # fmt: skip
-    if recorded is not None:
-        identity.check_record(recorded, manifest, where=str(folder / "identity.json"))
-    base, day = pinned(base, _day(facts.get("day"), folder))
-    _same_base(facts, base_facts(base, day=day), config.base.source, folder)
-    config_lib.check_model(config, base.config.layers, base.config.dims, base.config.ABSENT)
-    model = compile_model(config, base.config)
-    params = _put(base.params)
-    shapes = {
-        "adapters": jax.eval_shape(lambda p: model.init_adapters(jax.random.key(0), p), params),
-        "router_state": jax.eval_shape(model.init_router_state),
-    }
-    stubs = jax.tree.map(lambda s: np.broadcast_to(np.zeros((), s.dtype), s.shape), shapes)  # no memory behind them
-    items = checkpoints.restore(step, stubs)
-    check_finite(items, where="workdir", of=f"{folder}, step {step}")
-    items = _put(items)
-    return Run(config, model, params, items["adapters"], items["router_state"], base.tokenizer, step, folder)
-
-
-def _overrides(own, config) -> list[str]:
-    """Where a config is of another run than the folder's; starts and data are not needed to open one."""
-    old, new = (identity.of_config(config_lib.to_dict(c)) for c in (own, config))
-    lines = identity.compare(old, new)[0]
-    return [line for line in lines if not line.startswith(("train.", "data.")) and ".load: " not in line]
-
-
-def _same_base(recorded: dict, now: dict, source: str, folder):
-    """Refuses a base whose tokenizer, template or config is not the one that the run was trained with."""
-    names = [name for name in identity.BASE_FACTS if name in recorded]
-    changed, _ = identity.compare(
-        {"base": {name: recorded[name] for name in names}},
-        json.loads(json.dumps({"base": {name: now[name] for name in names if now[name] is not None}})),
-    )
-    if changed:
-        what = "tokenizer or chat template" if any(c.startswith("base.tokenizer") for c in changed) else "config"
-        raise InputError(
-            f"base.source, {what}", got=f"{source}, with another {what} than {folder} was trained with:\n  "
-            + "\n  ".join(changed) + "\n",
-            expected="the same values", fix="Restore that model's files.",
-        )  # fmt: skip
-
-
-def _day(text, folder) -> str | None:
-    try:
-        return text and datetime.date.fromisoformat(text).isoformat()
-    except (TypeError, ValueError):
-        raise InputError(
-            f"{folder / 'identity.json'}: base.day", got=repr(text)[:80], expected='a day such as "2026-11-28"'
-        ) from None
-
-
-def _find(checkpoints, step, folder) -> int:
-    if isinstance(step, int):
-        if step not in checkpoints.steps():
-            have = ", ".join(map(str, checkpoints.steps())) or "none"
-            raise InputError("step", got=str(step), expected=f"best, latest or a saved step of {folder} ({have})")
-        return step
-    found = checkpoints.best() if step == "best" else None
-    found = checkpoints.newest_valid() if found is None else found
-    if found is None:
-        raise InputError(
-            "workdir", got=f"{str(folder)!r}, without a checkpoint", expected="a run with a saved step", fix=saved.FIX
-        )
-    return found
+    found = open_run(workdir, step, config=config, warn=warn)
+    base, items = _put(found.base.params), {name: _put(item) for name, item in found.items.items()}
+    modules = items.get("modules", {})
+    return Run(
+        found.config, found.model, in_place(base, modules), items["adapters"], items["router_state"],
+        found.base.tokenizer, found.step, found.folder, base, modules, found.modules, found.labels, items.get("start"),
+    )  # fmt: skip
 
 
 def load_base_run(config) -> Run:
@@ -335,4 +268,5 @@ def load_base_run(config) -> Run:
     with config.copy_and_resolve_references().unlocked() as plain:
         plain.method.rules, plain.losses = {}, {}
     model = compile_model(plain, base.config)
-    return Run(config, model, _put(base.params), {}, {}, base.tokenizer)
+    params = _put(base.params)
+    return Run(config, model, params, {}, {}, base.tokenizer, base_params=params)

@@ -42,11 +42,12 @@ def score(run, examples, *, base: bool, phases) -> Scores:
     options, name = run.config.eval, "base" if base else "tuned"
     model = run.model.without_rules() if base else run.model
     adapters, state = ({}, {}) if base else (run.adapters, run.router_state)
+    params = run.base_params if base and run.base_params is not None else run.params
     bound = run.data.train.targets_per_row
     batches = run.data.heldout_batches(examples, options.batch_size, targets_per_row=bound)
     phases.start(f"{name}: NLL of {len(examples)} answers", len(batches))
     sums = example_nll(
-        model, run.params, adapters, state, batches, len(examples), mesh=run.mesh, targets_per_row=bound,
+        model, params, adapters, state, batches, len(examples), mesh=run.mesh, targets_per_row=bound,
         constrain=sharding.constrain(run.mesh), num_tasks=0 if base else len(run.data.task_names), done=phases.advance,
     )  # fmt: skip
     phases.end()
@@ -54,7 +55,7 @@ def score(run, examples, *, base: bool, phases) -> Scores:
     if picked:
         phases.start(f"{name}: {len(picked)} generated answers", len(picked))
         ids = generate(
-            model, run.params, adapters, state, [list(examples[i].context_ids) for i in picked],
+            model, params, adapters, state, [list(examples[i].context_ids) for i in picked],
             max_new_tokens=options.max_new_tokens, eos_id=run.tokenizer.end_ids, batch_size=options.batch_size,
             done=phases.advance,
         )  # fmt: skip

@@ -6,6 +6,18 @@ from molora_jax.objectives.distill import Distill
 from molora_jax.objectives.lm import LM
 from molora_jax.objectives.preference import Preference
 
-__all__ = ["OBJECTIVES", "Forward", "Frozen", "Objective"]
+__all__ = ["OBJECTIVES", "Forward", "Frozen", "Objective", "compile_objective"]
 
 OBJECTIVES = {"lm": LM, "classify": Classify, "preference": Preference, "distill": Distill}
+
+
+def compile_objective(value, *, where: str = "objective") -> Objective:
+    """The member that `dict(name=..., options)` names.
+
+    Raises:
+      InputError: options that exclude each other.
+    """
+    options = dict(value)
+    made = OBJECTIVES[options.pop("name")](**options)
+    made.check(where)
+    return made

@@ -1,4 +1,4 @@
-"""`distill`: the forward KL from a teacher's next-token distribution, on answer tokens (Hinton et al. 2015, 1503.02531).
+"""`distill`: the forward KL from a teacher's next-token distribution, on answer tokens (Hinton et al., 1503.02531).
 
     loss = T^2 mean over answer tokens of sum_v p_v (log p_v - log q_v),   p, q = softmax(logits / T), p the teacher's
 
@@ -21,6 +21,7 @@ from molora_jax.objectives.lm import at_targets, token_nll
 class Distill(Objective):
     """`teacher`: a run's folder, or a base source such as "hf:ORG/NAME"; `temperature`: T."""
 
+    PATHS: ClassVar = ("teacher",)
     LIMITS: ClassVar = {"temperature": (0.01, 100.0)}
 
     teacher: str = ""

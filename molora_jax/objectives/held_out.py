@@ -11,15 +11,27 @@ import numpy as np
 
 from molora_jax import sharding
 from molora_jax.backbones.gates import by_layer
-from molora_jax.objectives.lm import token_nll
+from molora_jax.core import trees
+from molora_jax.objectives.base import Forward
+from molora_jax.objectives.lm import PLAIN
 
 
-@functools.partial(jax.jit, static_argnames=("model", "targets_per_row", "constrain", "num_tasks"))
-def _batch_nll(params, adapters, router_state, batch, *, model, targets_per_row, constrain, num_tasks):
-    hidden, _, _, gates = model.hidden(
-        params, adapters, router_state, batch, constrain=constrain, collect=num_tasks > 0
-    )
-    nll, weight, right, where = token_nll(model, params, hidden, batch, targets_per_row)
+@functools.partial(jax.jit, static_argnames=("model", "targets_per_row", "constrain", "num_tasks", "objective", "head"))
+def _batch_nll(
+    params, adapters, router_state, batch, modules, fixed, *, model, targets_per_row, constrain, num_tasks, objective,
+    head,
+):  # fmt: skip
+    own, gates = trees.overlay(params, modules.get("base", {})), {}
+
+    def hidden(batch):
+        out, _, _, found = model.hidden(
+            own, adapters, router_state, batch, constrain=constrain, collect=num_tasks > 0
+        )
+        gates.update(found)
+        return out
+
+    forward = Forward(model, own, hidden, targets_per_row, constrain)
+    nll, weight, right, where = objective.score(forward, modules.get(head, {}), fixed, batch)
     index = jnp.take_along_axis(batch["example_index"], where, axis=1)
     if not num_tasks:
         return (nll, weight, right, index), {}
@@ -30,23 +42,25 @@ def _batch_nll(params, adapters, router_state, batch, *, model, targets_per_row,
 
 def example_nll(
     model, params, adapters, router_state, batches, num_examples, *, mesh, targets_per_row, constrain, num_tasks=0,
-    done=lambda: None, forward=None,
+    done=lambda: None, forward=None, objective=PLAIN, modules=None, head="lm", fixed=None,
 ):  # fmt: skip
-    """Sums over each example's answer tokens (end token included).
+    """Sums over each example's answer tokens (end token included), or of its class or pair, as the objective says.
 
     Args:
       batches: from `DataSet.heldout_batches`, all of one shape.
       num_tasks: above 0, also sums the gates of each task's tokens (prompts included).
       done: called after each batch.
+      objective: a member of `objectives`, whose head is `modules[head]`; modules: of a run; fixed: its frozen models.
       forward: `(params, adapters, router_state, batch)` -> as `_batch_nll`, in its place.
 
     Returns:
-      dict of `nll` (nats, summed), `tokens`, `right` (argmax equals the target), each `[num_examples]` float64; with
-      `num_tasks` also `gates`: `{rule: {scope: [tasks, L, E_max]}}`, sums of the gates' sizes.
+      dict of `nll` (nats, summed), `tokens`, `right` (argmax equals the target; a draw is 1/2), each `[num_examples]`
+      float64; with `num_tasks` also `gates`: `{rule: {scope: [tasks, L, E_max]}}`, sums of the gates' sizes.
     """
-    forward = forward or functools.partial(
-        _batch_nll, model=model, targets_per_row=targets_per_row, constrain=constrain, num_tasks=num_tasks
-    )
+    if forward is None:
+        options = dict(targets_per_row=targets_per_row, constrain=constrain, num_tasks=num_tasks, objective=objective)
+        of_batch = functools.partial(_batch_nll, model=model, head=head, **options)
+        forward = lambda *given: of_batch(*given, modules or {}, fixed or {})  # noqa: E731
     sums = {name: np.zeros(num_examples) for name in ("nll", "tokens", "right")}
     total: dict = {}
     replicate = jax.jit(lambda x: x, out_shardings=sharding.replicated(mesh))

@@ -54,3 +54,6 @@ class LM(Objective):
 
     def score(self, forward, heads, fixed, batch):
         return token_nll(forward.model, forward.params, forward.hidden(batch), batch, forward.targets_per_row)
+
+
+PLAIN = LM()  # where nothing else is said

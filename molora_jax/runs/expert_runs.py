@@ -40,6 +40,8 @@ def _factors(path, where, decoder, base_digest) -> dict:
 
     _, step, manifest = warm_start.newest(path, where=f"{where}.load")
     warm_start.check_base(path, manifest, base_digest, where=f"{where}.load")
+    if any(leaf.startswith("base/") for leaf in manifest["tree"].get("modules", ())):
+        raise refuse("which trained base leaves as well (method.train_base)", "a run that is adapters alone")
     # the step's own config: config.json may have changed since; the data and base that it names may be gone
     config = saved.read_config(path, step, need_base=False)
     run, found = compile_model(config, decoder), {}

@@ -11,6 +11,7 @@ import json
 import pathlib
 
 from molora_jax.config import defaults as config_defaults
+from molora_jax.config.members import attribute, members
 from molora_jax.errors import InputError
 from molora_jax.runs.manifest import json_hash
 
@@ -45,6 +46,10 @@ def identity(config: dict, extra: dict) -> dict:
 def of_config(config: dict) -> dict:
     """`identity` without what only the base and the data can say."""
     result = {name: config[name] for name in SECTIONS if name in config}
+    if "objective" in result:
+        result["objective"] = _without_paths(result["objective"])
+    if isinstance(result.get("schedule"), dict):
+        result["schedule"] = {name: _stage(stage) for name, stage in result["schedule"].items()}
     for section, (source, _) in CONTENT.items():
         result[section] = {k: v for k, v in config.get(section, {}).items() if k not in (source, *TOLD)}
     train = config.get("train", {})
@@ -52,6 +57,18 @@ def of_config(config: dict) -> dict:
     if config.get("optim", {}).get("decay") != "constant":
         result["train"]["steps"] = train.get("steps")
     return json.loads(json.dumps(result))
+
+
+def _without_paths(objective: dict) -> dict:
+    """Paths of frozen models are left out: the digest of their content is in `extra`."""
+    name = objective.get("name")
+    paths = (attribute("objectives", name, "PATHS") or ()) if name in members("objectives") else ()
+    return {key: value for key, value in objective.items() if key not in paths}
+
+
+def _stage(stage):
+    own = stage.get("objective") if isinstance(stage, dict) else None
+    return {**stage, "objective": _without_paths(own)} if own else stage
 
 
 def differences(old: dict, new: dict) -> list[str]:

@@ -7,7 +7,8 @@ used before it has passed here: its names cannot leave the step's folder, its sh
 import math
 import re
 
-SECTIONS = {"base", "data", "eval", "losses", "mesh", "method", "objective", "optim", "schedule", "train"}  # groups of a config
+# groups of a config
+SECTIONS = {"base", "data", "eval", "losses", "mesh", "method", "objective", "optim", "schedule", "train"}
 DTYPE = re.compile(r"bool|bfloat16|float(8_\w{1,20}|16|32|64)|u?int(4|8|16|32|64)|complex64")
 
 

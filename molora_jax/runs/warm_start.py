@@ -85,6 +85,56 @@ def check_finite(items: dict, *, where: str, of: str):
             )  # fmt: skip
 
 
+def modules(run: str, new: dict, *, where: str = "train.init_from", note=lambda text: None) -> dict:
+    """`new` (a fresh collection `modules`, numpy) with the leaves of another run in their places.
+
+    A head that the other run lacks, or has for other classes, stays as it is, and `note` is told.
+
+    Raises:
+      InputError: the other run trained base leaves that this one does not train: what it learned would be lost.
+    """
+    _, _, manifest = newest(run, where=where)
+    old = load(run, ("modules",), where=where)["modules"] if "modules" in manifest["tree"] else {}
+    old = flatten_dict(old, sep="/")
+    out = flatten_dict(new, sep="/")
+    lost = sorted(path.removeprefix("base/") for path in old.keys() - out.keys() if path.startswith("base/"))
+    if lost:
+        raise InputError(
+            where, got=f"{run}, which trained the base's {', '.join(lost[:4])}", expected="copies of them here as well",
+            fix="Set method.train_base as that run has it.",
+        )  # fmt: skip
+    for path, leaf in out.items():
+        if path in old and old[path].shape == leaf.shape:
+            out[path] = old[path]
+        elif not path.startswith("base/"):
+            note(f"modules/{path} starts anew: {run} has none of this shape")
+    return unflatten_dict(out, sep="/")
+
+
+def carried(old: dict, new: dict) -> tuple[dict, list[str]]:
+    """`(tree, anew)`: `new` with `old`'s values, layer by layer, where they still fit, and the leaves where none does.
+
+    Both are nested dicts of numpy arrays of one run, before and after its rules changed.
+    """
+    layers, shared = _by_layer(old, "a stage")
+    out, anew = {}, []
+    for path, leaf in flatten_dict(new, sep="/").items():
+        rule, segment, *rest = path.split("/")
+        if segment == "shared":
+            rows = [shared.get(path)]
+            fits = rows[0] is not None and (rows[0].shape, rows[0].dtype) == (leaf.shape, leaf.dtype)
+            out[path] = rows[0] if fits else leaf
+        else:
+            start, name, fits, out[path] = int(segment.split("-")[0]), "/".join(rest), False, np.array(leaf)
+            for i in range(len(leaf)):
+                row = layers.get((rule, start + i, name))
+                if row is not None and (row.shape, row.dtype) == (leaf.shape[1:], leaf.dtype):
+                    out[path][i], fits = row, True
+        if not fits:
+            anew.append(path)
+    return unflatten_dict(out, sep="/"), anew
+
+
 def load_adapters(run: str, *, where: str = "train.init_from") -> dict:
     """`load` of the adapters alone."""
     return load(run, ("adapters",), where=where)["adapters"]

@@ -9,26 +9,31 @@ import math
 import pathlib
 import resource
 import time
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.experimental import multihost_utils
 
 from molora_jax import config as config_lib
 from molora_jax import runtime, sharding
-from molora_jax.backbones.compile import compile_losses
+from molora_jax.backbones.compile import compile_losses, compile_model
+from molora_jax.config import objectives as objectives_config
 from molora_jax.config.fields import MICRO_SHARDS
 from molora_jax.core import trees
 from molora_jax.errors import InputError
 from molora_jax.io import disk
 from molora_jax.io.files import write_atomically
+from molora_jax.objectives import Frozen, Objective, compile_objective
 from molora_jax.objectives.held_out import example_nll
 from molora_jax.optim import OPTIMIZERS
 from molora_jax.runs import expert_runs, warm_start
 from molora_jax.runs import saved as saved_lib
 from molora_jax.runs.checkpoints import Checkpoints, read_manifest
 from molora_jax.runs.metrics import MetricsWriter, Progress, duration
+from molora_jax.runs.modules import Modules, compile_modules, in_place
 from molora_jax.runs.obstacles import not_saved, obstacles, stop_trace
 from molora_jax.runs.workdir import Workdir
 from molora_jax.text import table
@@ -36,11 +41,13 @@ from molora_jax.training import stages as stages_lib
 from molora_jax.training import summary
 from molora_jax.training.devices import Devices
 from molora_jax.training.exact import ExactNLL, ExactStep
+from molora_jax.training.frozen import START
 from molora_jax.training.loss_picture import plot_loss
-from molora_jax.training.setup import setup
+from molora_jax.training.setup import place, setup
 from molora_jax.training.signals import StopRequest
 from molora_jax.training.step import TrainState, fresh, make_step
 
+START_KEY = 0x5EED  # folded into the run's seed: of the first state
 RETRY_SECONDS = 10.0  # from a failed save to the next try, doubled each time; the steps of save_every try anyway
 MAX_SKIPPED = 5  # steps in a row without a finite gradient before the run gives up
 
@@ -61,51 +68,87 @@ def peak_bytes() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
-class StageStep:
-    """One stage's trainable leaves, optimizer and compiled step."""
+@dataclasses.dataclass(frozen=True)
+class Program:
+    """All that a stage's step is compiled from: stages of equal programs share one.
 
-    def __init__(self, run, stage, model):
-        self.stage = stage
-        self.frozen = model.frozen_patterns() + stage.freeze
-        options = dict(stage.config.optim)
-        self.member = OPTIMIZERS[options.pop("name")](**options)
-        total = stage.config.train.steps
-        shapes = jax.eval_shape(lambda p: model.init_adapters(jax.random.key(0), p), run.params)
-        trainable, _ = trees.split(shapes, self.frozen)
-        if not trainable:
-            raise InputError(
-                f"schedule.{stage.name}.freeze", got="patterns that freeze every leaf", expected="something to train"
-            )
-        self.optimizer = self.member.make(total, trees.pairs(model, trainable))
-        # losses with their weights, and hard routing, are the stage's own; shapes of leaves never are
-        self.model = dataclasses.replace(model, losses=compile_losses(stage.config), route=stage.route)
-        self.exact = run.exact
-        options = dict(
-            seed=run.config.seed, frozen=self.frozen, accumulate=run.config.train.accumulate,
-            clip=stage.config.train.clip, targets_per_row=run.data.train.targets_per_row,
-        )  # fmt: skip
-        made = self.model, self.optimizer, self.member.schedule(total)
-        key = jax.random.fold_in(jax.random.key(run.config.seed), 0x5EED)
-        self.start = lambda params: fresh(self.model, self.optimizer, params, self.frozen, key)
+    `model` has the stage's own losses and routing; `head` names its objective's leaves among the modules; `total` is
+    the length of the learning rate's schedule.
+    """
+
+    model: Any
+    modules: Modules
+    objective: Objective
+    head: str
+    optimizer: Any
+    total: int
+    frozen: tuple[str, ...]
+    clip: float
+
+
+def program_of(run, stage) -> Program:
+    """Raises InputError for a stage that trains nothing, or one that this base does not fit."""
+    config, model, modules = stage.config, run.model, run.modules
+    if config_lib.to_dict(config.method) != config_lib.to_dict(run.config.method):
+        config_lib.check_model(config, run.base.config.layers, run.base.config.dims)
+        model = compile_model(config, run.base.config, max_segments=model.max_segments, tasks=model.tasks)
+        model, _ = place(config, model, run.mesh)
+        modules = compile_modules(config, run.params, width=modules.width, classes=modules.classes)
+    options, value = dict(config.optim), config.get("objective") or objectives_config.PLAIN
+    frozen = model.frozen_patterns() + modules.frozen_in(value["name"]) + stage.freeze
+    shapes = jax.eval_shape(lambda p: model.init_adapters(jax.random.key(0), p), run.params)
+    trainable, _ = trees.split(trees.joined(shapes, modules.shapes(run.params)), frozen)
+    if not trainable:
+        raise InputError(
+            f"schedule.{stage.name}.freeze", got="patterns that freeze every leaf", expected="something to train"
+        )
+    return Program(
+        model=dataclasses.replace(model, losses=compile_losses(config), route=stage.route),
+        modules=modules,
+        objective=compile_objective(value, where=f"schedule.{stage.name}: objective"),
+        head=value["name"],
+        optimizer=OPTIMIZERS[options.pop("name")](**options),
+        total=config.train.steps,
+        frozen=frozen,
+        clip=config.train.clip,
+    )
+
+
+class CompiledStep:
+    """A program's optimizer, its state's shapes and places, and its step, compiled at its first use."""
+
+    def __init__(self, run, program: Program):
+        self.program, self.model, self.frozen, self.exact = program, program.model, program.frozen, run.exact
+        key = jax.random.fold_in(jax.random.key(run.config.seed), START_KEY)
+        init = lambda p: self.model.init_adapters(jax.random.key(0), p)  # noqa: E731
+        trainable, _ = trees.split(jax.eval_shape(init, run.params), self.frozen)
+        self.optimizer = program.optimizer.make(program.total, trees.pairs(self.model, trainable))
+        self.start = lambda params: fresh(
+            self.model, self.optimizer, params, self.frozen, key, program.modules.init
+        )
         shapes = jax.eval_shape(self.start, run.params)
         self.shardings = sharding.state_shardings(shapes, self.model, run.mesh)
         self.shapes = jax.tree.map(
             lambda s, where: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=where), shapes, self.shardings
         )
+        options = dict(
+            seed=run.config.seed, frozen=self.frozen, accumulate=run.config.train.accumulate, clip=program.clip,
+            targets_per_row=run.data.train.targets_per_row,
+        )  # fmt: skip
+        made = self.model, self.optimizer, program.optimizer.schedule(program.total)
         if self.exact:
             self.step = ExactStep(*made, mesh=run.mesh, **options)
         else:
-            step = make_step(*made, constrain=run.constrain, **options)
+            own = dict(objective=program.objective, head=program.head)
+            step = make_step(*made, constrain=run.constrain, **own, **options)
             self.step = jax.jit(step, donate_argnums=0, out_shardings=(self.shardings, sharding.replicated(run.mesh)))
         self.ready = False
-        self.stream = run.data.train.for_tasks(stage.tasks) if stage.tasks else run.data.train
 
-    def compile_together(self, *arguments) -> None:
-        """With several processes: the first step of a stage starts when all have compiled it."""
-        *arguments, step = arguments
+    def compile_together(self, *arguments, step: int) -> None:
+        """With several processes: the first step of a program starts when all have compiled it."""
         if not self.ready and jax.process_count() > 1:
             self.step = self.step.compile(*arguments) if self.exact else self.step.lower(*arguments).compile()
-            runtime.together(f"step {step} of {self.stage.name} is compiled")
+            runtime.together(f"step {step} is compiled")
         self.ready = True
 
 
@@ -125,6 +168,7 @@ class Run:
             made.model,
             made.params,
         )
+        self.modules, self.frozen = made.modules, dict(made.frozen)
         self.table = self.data.report()
         if made.engines:
             note(made.engines)
@@ -153,12 +197,32 @@ class Run:
         self.stages = stages_lib.stages(config)
         self.best = self.best_saved = float("inf")
         self._best_pending = None
-        self._compiled = {}
+        self.programs = {stage.name: program_of(self, stage) for stage in self.stages}
+        self._compiled: dict[Program, CompiledStep] = {}
 
-    def compiled(self, stage) -> StageStep:
-        if stage.name not in self._compiled:
-            self._compiled = {stage.name: StageStep(self, stage, self.model)}  # one stage's buffers at a time
-        return self._compiled[stage.name]
+    def compiled(self, stage) -> CompiledStep:
+        program = self.programs[stage.name]
+        if program not in self._compiled:
+            later = {self.programs[s.name] for s in self.stages if s.start >= stage.start}  # what is over gives way
+            kept = {old: step for old, step in self._compiled.items() if old in later}
+            self._compiled = kept | {program: CompiledStep(self, program)}
+        return self._compiled[program]
+
+    def fixed(self, objective: Objective) -> dict[str, Frozen]:
+        """The frozen models that an objective asks for, by its names for them."""
+        return {name: self.frozen[source] for name, source in objective.frozen().items()}
+
+    @property
+    def looks_back(self) -> bool:
+        """Whether an objective asks for the run as it began."""
+        return any(START in program.objective.frozen().values() for program in self.programs.values())
+
+    def keep_start(self, start: dict):
+        """`start`: adapters, router_state, modules, as the run began; copies, as a step reuses its buffers."""
+        self.start = jax.tree.map(jnp.copy, start)
+        program = self.programs[self.stages[0].name]
+        own = in_place(self.params, self.start["modules"])
+        self.frozen[START] = Frozen(own, self.start["adapters"], self.start["router_state"], program.model)
 
     # ---- state -----------------------------------------------------------------------------------------------------
 
@@ -171,10 +235,14 @@ class Run:
                 shapes = {item: getattr(stage.shapes, item) for item in warm_start.ITEMS}
                 new = warm_start.start(self.config.train.init_from, shapes, base_digest=self.base.digest)
                 put = {item: sharding.put(tree, getattr(stage.shardings, item)) for item, tree in new.items()}
-                state = dataclasses.replace(state, **put)
+                modules = jax.device_get(state.modules)
+                modules = warm_start.modules(self.config.train.init_from, modules, note=self.note)
+                state = dataclasses.replace(state, **put, modules=sharding.put(modules, stage.shardings.modules))
             if any(rule.load for rule in self.model.rules):
                 new = expert_runs.load_experts(self.model, jax.device_get(state.adapters), self.base.digest)
                 state = dataclasses.replace(state, adapters=sharding.put(new, stage.shardings.adapters))
+            if self.looks_back:
+                self.keep_start({n: getattr(state, n) for n in ("adapters", "router_state", "modules")})
             return state
         shapes = stage.shapes
         template = {
@@ -183,6 +251,11 @@ class Run:
             "router_state": shapes.router_state,
             "train": {"step": shapes.step, "skipped": shapes.skipped, "best": np.zeros((), np.float64)},
         }
+        if shapes.modules:
+            template["modules"] = shapes.modules
+        if self.looks_back:
+            first = self.compiled(self.stages[0]).shapes
+            template["start"] = {n: getattr(first, n) for n in ("adapters", "router_state", "modules")}
         items = self.checkpoints.restore(step, template)
         if int(items["train"]["step"]) != step:
             raise InputError(
@@ -190,10 +263,13 @@ class Run:
                 expected=f"that of step {step}", fix="Delete the step's folder: an older step will be used.",
             )  # fmt: skip
         self.best = self.best_saved = float(items["train"]["best"])
+        if self.looks_back:
+            self.keep_start(items["start"])
         self.note(f"resumed at step {step}")
         return TrainState(
-            items["train"]["step"], items["train"]["skipped"], items["adapters"], items["opt"], items["router_state"]
-        )
+            items["train"]["step"], items["train"]["skipped"], items["adapters"], items["opt"], items["router_state"],
+            items.get("modules", {}),
+        )  # fmt: skip
 
     def save(self, state: TrainState, step: int, *, best=False):
         items = {
@@ -202,12 +278,17 @@ class Run:
             "router_state": state.router_state,
             "train": {"step": state.step, "skipped": state.skipped, "best": np.float64(self.best)},
         }
+        if state.modules:
+            items["modules"] = state.modules
+        if self.looks_back:
+            items["start"] = self.start
+        stage = stages_lib.stage_at(self.stages, step)
         meta = {
             "samples": step * self.config.train.batch_size,
-            "config": config_lib.to_dict(self.config),
+            "config": config_lib.to_dict(stage.config),  # the one that these leaves fit
             "identity": self.identity,
             "run": self.workdir.identity,
-            "stage": stages_lib.stage_at(self.stages, step).name,
+            "stage": stage.name,
         }
         self.settle()
         self.workdir.check_there()  # a save would make the folder anew
@@ -250,11 +331,27 @@ class Run:
             self.note(f"checkpoint {step}: saved, after {len(self.checkpoints.failures)} failures of the disk")
 
     def enter(self, stage, state: TrainState) -> TrainState:
-        """The next stage's fresh optimizer state, placed as the old one."""
+        """The next stage's fresh optimizer state, placed as the old one; leaves of other shapes are carried over."""
         compiled = self.compiled(stage)
-        trainable, _ = trees.split(state.adapters, compiled.frozen)
+        if _forms(state) != _forms(compiled.shapes):
+            state = self._carried(stage, compiled, state)
+        trainable, _ = trees.split(state.leaves, compiled.frozen)
         opt = self.make(compiled.optimizer.init, compiled.shardings.opt)(trainable)
         return dataclasses.replace(state, opt=opt)
+
+    def _carried(self, stage, compiled, state: TrainState) -> TrainState:
+        """What the stage before trained, where a leaf (by absolute layer) still has its shape; others start anew."""
+        new = jax.device_get(self.make(compiled.start, compiled.shardings)(self.params))
+        put = {}
+        for item in ("adapters", "router_state"):
+            tree, anew = warm_start.carried(jax.device_get(getattr(state, item)), getattr(new, item))
+            put[item] = sharding.put(tree, getattr(compiled.shardings, item))
+            if anew:
+                self.note(f"stage {stage.name}: {len(anew)} leaves of {item} start anew: {', '.join(anew[:4])}")
+        modules = {path: leaf for path, leaf in flatten_dict(new.modules, sep="/").items()}
+        modules |= {k: v for k, v in flatten_dict(jax.device_get(state.modules), sep="/").items() if k in modules}
+        modules = sharding.put(unflatten_dict(modules, sep="/"), compiled.shardings.modules)
+        return dataclasses.replace(state, **put, modules=modules)
 
     def make(self, function, shardings):
         """What makes a part of the state from arrays on the mesh."""
@@ -262,8 +359,9 @@ class Run:
 
     # ---- evaluation ------------------------------------------------------------------------------------------------
 
-    def valid_nll(self, model, state: TrainState) -> float:
-        """Mean over tasks of the NLL per answer token on held-out items (split "valid")."""
+    def valid_nll(self, program: Program, state: TrainState) -> float:
+        """Mean over tasks of the NLL per answer token, class or pair on held-out items (split "valid")."""
+        model = program.model
         examples = self.data.heldout("valid", self.config.eval.num_items)
         rows = self.config.train.batch_size // self.config.train.accumulate
         targets, forward = self.data.train.targets_per_row, None
@@ -274,10 +372,17 @@ class Run:
         sums = example_nll(
             model, self.params, state.adapters, state.router_state, batches, len(examples),
             mesh=self.mesh, targets_per_row=targets, constrain=self.constrain, forward=forward,
+            objective=program.objective, modules=state.modules, head=program.head, fixed=self.fixed(program.objective),
         )  # fmt: skip
         tasks = np.array([e.task_id for e in examples])
         each = [sums["nll"][tasks == t].sum() / sums["tokens"][tasks == t].sum() for t in np.unique(tasks)]
         return float(np.mean(each))
+
+
+def _forms(state: TrainState) -> dict:
+    """`{item/path: (shape, dtype)}` of all leaves but the optimizer's."""
+    items = {"adapters": state.adapters, "router_state": state.router_state, "modules": state.modules}
+    return {path: (tuple(x.shape), x.dtype) for path, x in flatten_dict(items, sep="/").items()}
 
 
 def train(config, workdir: str, *, profile: bool = False, note=None) -> Result:
@@ -299,8 +404,8 @@ def train(config, workdir: str, *, profile: bool = False, note=None) -> Result:
         progress.steps = last = min(config.train.stop_after or steps, steps)
         state = run.restore_or_start()
         start = int(state.step)
-        note(summary.rules_table(run.model, state.adapters, run.compiled(stages_lib.stage_at(run.stages, start)).frozen,
-                                 trees.count(run.params)))  # fmt: skip
+        now = run.programs[stages_lib.stage_at(run.stages, start).name]
+        note(summary.rules_table(now.model, state.adapters, now.frozen, trees.count(run.params), state.modules))
         note(str(run.table))
         with run.checkpoints:
             if start == 0 and not run.checkpoints.steps():
@@ -337,7 +442,7 @@ def _loop(run, state, start, last, stop, progress, note, profile, writer) -> Res
         if skipped >= MAX_SKIPPED:
             raise _not_finite(skipped, number)
 
-    batches, stage, announced, best, valid = None, None, None, False, None
+    batches, stage, best, valid = None, None, False, None
     try:
         while step < last and not _stopping(stop, step):
             run.workdir.check_there()
@@ -345,17 +450,19 @@ def _loop(run, state, start, last, stop, progress, note, profile, writer) -> Res
             if now is not stage:
                 stage, compiled = now, run.compiled(now)
                 rows = sharding.rows_of_process(config.batch_size)
-                batches = compiled.stream.iterate(step, rows=rows)
+                stream = run.data.train.for_tasks(stage.tasks) if stage.tasks else run.data.train
+                batches = stream.iterate(step, rows=rows)
+                fixed = run.fixed(compiled.program.objective)
+                more = (fixed,) if fixed else ()
             if step == trace[0]:
                 tracing = True
                 jax.profiler.start_trace(str(pathlib.Path(run.workdir) / "profile"))
-            if stage is not announced:
+            if not compiled.ready:
                 note("compiling the step (seconds to a minute, cached for the next start)")
-                announced = stage
             _, batch = next(batches)
             batch = sharding.put_batch(batch, run.mesh, config.batch_size)
-            compiled.compile_together(state, run.params, batch, step)
-            state, values = compiled.step(state, run.params, batch)
+            compiled.compile_together(state, run.params, batch, *more, step=step)
+            state, values = compiled.step(state, run.params, batch, *more)
             step += 1
             flush(pending)
             pending = (step, values, {})
@@ -367,7 +474,7 @@ def _loop(run, state, start, last, stop, progress, note, profile, writer) -> Res
                 state = run.enter(stages_lib.stage_at(run.stages, step), state)
             best = False
             if config.eval_every and step % config.eval_every == 0:
-                valid = run.valid_nll(compiled.model, state)
+                valid = run.valid_nll(compiled.program, state)
                 run.settle()
                 best, run.best = valid < run.best, min(valid, run.best)
                 pending[2]["valid_nll"] = valid

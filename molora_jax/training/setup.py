@@ -11,10 +11,14 @@ from molora_jax import sharding
 from molora_jax.backbones.base import needs_head
 from molora_jax.backbones.compile import compile_model
 from molora_jax.backbones.model import Model
+from molora_jax.config import objectives as objectives_config
 from molora_jax.engines import Engine, auto
 from molora_jax.errors import InputError
 from molora_jax.io.base import load_base
 from molora_jax.io.base_facts import base_facts, pinned
+from molora_jax.objectives import compile_objective
+from molora_jax.runs.modules import Modules, compile_modules
+from molora_jax.training.frozen import START, load_frozen
 from molora_jax.training.settle import settle
 
 
@@ -30,12 +34,19 @@ class Setup:
     params: dict
     engines: str | None  # the table of engines, to print
     day: str | None = None  # that the chat template is pinned to, where it depends on the day
+    modules: Modules = Modules()
+    frozen: dict = dataclasses.field(default_factory=dict)  # source -> the frozen model that an objective asks for
+    digests: dict = dataclasses.field(default_factory=dict)  # source -> of what it is made of
 
     @property
     def identity(self) -> dict:
         """What makes two runs the same beside their configs."""
         facts = base_facts(self.base, day=self.day)
-        return {"base_digest": self.base.digest, "data_fingerprint": self.data.fingerprint, "base": facts}
+        extra = {"base_digest": self.base.digest, "data_fingerprint": self.data.fingerprint, "base": facts}
+        if self.data.classes:
+            extra["labels"] = list(self.data.classes)
+        others = sorted(digest for source, digest in self.digests.items() if source != "base")
+        return extra | ({"frozen": others} if others else {})
 
 
 def setup(config, *, devices=None, day: str | None = None) -> Setup:
@@ -57,14 +68,25 @@ def setup(config, *, devices=None, day: str | None = None) -> Setup:
         raise InputError(
             "data.seq_len", got=str(config.data.seq_len), expected=f"at most {base.config.context}, the model's context"
         )
-    data = data_lib.build(config.data, tokenizer=base.tokenizer, batch_size=config.train.batch_size, seed=config.seed)
+    data = data_lib.build(
+        config.data, tokenizer=base.tokenizer, batch_size=config.train.batch_size, seed=config.seed,
+        reads=objectives_config.reads(config), unit=objectives_config.unit(config),
+    )  # fmt: skip
     config, tasks = settle(config, data)
     model = compile_model(config, base.config, max_segments=data.train.max_segments, tasks=tasks)
     model, engines = place(config, model, mesh)
     if config.train.get("exact", False):  # not in runs of older versions
         places = sharding.replicated(mesh)
+    modules = compile_modules(config, base.params, width=base.config.width, classes=len(data.classes))
     params = sharding.put(base.params, places)
-    return Setup(config, mesh, dataclasses.replace(base, params=None), data, model, params, engines, day)
+    frozen, digests = {}, {}
+    for where, value in objectives_config.used(config).items():
+        for name, source in compile_objective(value, where=where).frozen().items():
+            if source != START and source not in frozen:
+                made = load_frozen(source, config, base, params, model, mesh, where=f"{where}.{name}")
+                frozen[source], digests[source] = made
+    base = dataclasses.replace(base, params=None)
+    return Setup(config, mesh, base, data, model, params, engines, day, modules, frozen, digests)
 
 
 def place(config, model: Model, mesh) -> tuple[Model, str | None]:

@@ -1,8 +1,8 @@
 """The pure training step: `step(state, params, batch, fixed) -> (state, metrics)`.
 
 Gradients are taken with respect to the trainable leaves of `adapters` and `modules` only. Accumulated micro-steps give
-exactly the loss of the whole batch for the objective's part; balance losses are not linear in their sums, so each says whether
-it averages the micro-steps' values or is taken of the global sums (`accumulate="exact"`, one more forward pass).
+exactly the loss of the whole batch for the objective's part; balance losses are not linear in their sums, so each says
+whether it averages the micro-steps' values or is taken of the global sums (`accumulate="exact"`, one more pass).
 A step whose loss or gradient is not finite changes nothing and is counted.
 """
 
@@ -16,7 +16,7 @@ import optax
 from molora_jax.core import routing, trees
 from molora_jax.core.types import Array
 from molora_jax.objectives import Forward
-from molora_jax.objectives.lm import LM
+from molora_jax.objectives.lm import PLAIN
 
 
 @flax.struct.dataclass
@@ -67,7 +67,7 @@ def part(stats: dict, name: str) -> dict:
 
 
 def make_gradient(
-    model, *, seed: int, frozen, accumulate: int, targets_per_row: int, constrain, objective=LM(), head: str = "lm"
+    model, *, seed: int, frozen, accumulate: int, targets_per_row: int, constrain, objective=PLAIN, head: str = "lm"
 ):  # fmt: skip
     """`gradient(state, params, batch, fixed) -> (grads, out)`: of the trainable leaves, and the sums that left the
     layers.

@@ -7,10 +7,11 @@ from molora_jax.core import trees
 from molora_jax.text import table
 
 
-def rules_table(model, adapters, frozen: tuple[str, ...], num_base: int) -> str:
-    """One row a rule, then the sum; `share` is of base plus adapters. `adapters` may be shapes."""
-    trainable = flatten_dict(trees.split(adapters, frozen)[0], sep="/")
-    total = num_base + trees.count(adapters)
+def rules_table(model, adapters, frozen: tuple[str, ...], num_base: int, modules: dict | None = None) -> str:
+    """One row a rule and a trained module, then the sum; `share` is of base plus what is beside it (shapes will do)."""
+    modules = modules or {}
+    trainable = flatten_dict(trees.split(trees.joined(adapters, modules), frozen)[0], sep="/")
+    total = num_base + trees.count(adapters) + trees.count({n: m for n, m in modules.items() if n != "base"})
     rows = [("rule", "sites", "layers", "experts", "rank", "adapter", "router", "trainable", "share")]
     for rule in model.rules:
         own = sum(int(np.prod(x.shape)) for path, x in trainable.items() if path.startswith(rule.name + "/"))
@@ -19,6 +20,11 @@ def rules_table(model, adapters, frozen: tuple[str, ...], num_base: int) -> str:
             (rule.name, ",".join(rule.sites), runs([i for i, n in enumerate(rule.experts) if n]), experts(rule.experts),
              str(rule.adapter.rank), type(rule.adapter).__name__, router, f"{own:,}", f"{own / total:.2%}")
         )  # fmt: skip
+    for name in modules:
+        own = {path: x for path, x in trainable.items() if path.startswith(f"modules/{name}/")}
+        count = sum(int(np.prod(x.shape)) for x in own.values())
+        what = "copies of base leaves" if name == "base" else "head"
+        rows.append((f"modules/{name}", what, "", "", "", "", "", f"{count:,}", f"{count / total:.2%}"))
     own = sum(int(np.prod(x.shape)) for x in trainable.values())
     rows.append(("total", "", "", "", "", "", "", f"{own:,}", f"{own / total:.2%}"))
     return table(rows, right=(7, 8))

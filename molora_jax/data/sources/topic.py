@@ -9,6 +9,7 @@ from molora_jax.data.sources import conversations
 
 DISTRIBUTION = conversations.DISTRIBUTION
 FILTERS = 1
+LABELS = ()  # the categories of the corpus, known once it is read
 
 
 def files():

@@ -1,0 +1,71 @@
+"""The frozen models that objectives ask for: the base without adapters, another run, another base.
+
+They lie on the mesh beside the run's own arrays. What they are made of is part of the run's identity.
+"""
+
+import dataclasses
+import hashlib
+import json
+import pathlib
+
+from molora_jax import sharding
+from molora_jax.backbones.compile import compile_model
+from molora_jax.engines import Engine
+from molora_jax.errors import InputError
+from molora_jax.io.base import Base, load_base
+from molora_jax.objectives import Frozen
+from molora_jax.runs.checkpoints import read_manifest
+from molora_jax.runs.modules import in_place
+from molora_jax.runs.opened import open_run
+
+START = "start"  # of the run: its adapters before the first step
+
+
+def load_frozen(source: str, config, base: Base, params: dict, model, mesh, *, where: str) -> tuple[Frozen, str]:
+    """`(model, digest of what it is)` of "base", a run's folder, or a base source; its arrays on the mesh.
+
+    Args:
+      base, params, model: the run's own.
+
+    Raises:
+      InputError: no such run or base, or one of another vocabulary.
+    """
+    if source == "base":
+        return Frozen(params, {}, {}, model.without_rules()), base.digest
+    adapters, state, whole = {}, {}, sharding.replicated(mesh)
+    folder = pathlib.Path(source).expanduser()
+    if (folder / "config.json").is_file() and (folder / "checkpoints").is_dir():
+        run = open_run(folder, warn=lambda text: None)
+        other, frozen_model = run.base, dataclasses.replace(run.model, engine=Engine("replicate", mesh))
+        own = in_place(other.params, run.items.get("modules", {}))
+        adapters, state = run.items["adapters"], run.items["router_state"]
+        saved = read_manifest(folder / "checkpoints" / str(run.step))["tree"]
+        digest = hashlib.sha256(json.dumps([other.digest, saved], sort_keys=True).encode()).hexdigest()
+    elif ":" in source:
+        other = load_base(source, dtype=config.base.dtype, seed=config.seed)
+        with config.copy_and_resolve_references().unlocked() as plain:
+            plain.method.rules, plain.losses = {}, {}
+        own, frozen_model, digest = other.params, compile_model(plain, other.config), other.digest
+    else:
+        raise InputError(where, got=repr(source), expected="the folder of a run, or a base source (pkg:, dir:, ...)")
+    _same_vocabulary(other, base, source, where)
+    if config.data.seq_len > other.config.context:
+        raise InputError(
+            where, got=f"{source}, with a context of {other.config.context}",
+            expected=f"at least data.seq_len={config.data.seq_len}",
+        )  # fmt: skip
+    frozen_model = dataclasses.replace(frozen_model, max_segments=model.max_segments, tasks=model.tasks)
+    own = sharding.put(own, sharding.param_shardings(own, mesh))
+    return Frozen(own, sharding.put(adapters, whole), sharding.put(state, whole), frozen_model), digest
+
+
+def _same_vocabulary(other: Base, base: Base, source: str, where: str):
+    """Distributions over tokens can only be compared where the tokens are the same."""
+    theirs, ours = (one.tokenizer.inner.get_vocab(with_added_tokens=True) for one in (other, base))
+    if other.config.vocab == base.config.vocab and theirs == ours:
+        return
+    got = f"{source}, with {other.config.vocab:,} tokens"
+    if other.config.vocab == base.config.vocab:
+        name = min(theirs.items() ^ ours.items(), key=lambda item: item[1])[0]
+        got = f"{source}, whose token {name!r:.40} is another or none here"
+    raise InputError(where, got=got, expected=f"the vocabulary of base.source ({base.config.vocab:,} tokens)")
