@@ -75,7 +75,7 @@ def verdict(point: Point, defaults, decoder=TINY) -> Verdict:
         config = config_of(point, defaults, down=down)
         try:
             config_lib.validate(config)
-            config_lib.check_model(config, decoder.layers, decoder.dims)
+            config_lib.check_model(config, decoder.layers, decoder.dims, decoder.ABSENT)
             model = compile_model(config, decoder)
         except InputError as error:
             reason = error.fix if ": " in error.fix else error.expected

@@ -65,8 +65,9 @@ def test_two_sides_do_not_both_take_the_whole_device(monkeypatch):
 
 @pytest.mark.slow
 def test_another_checkout_is_the_second_side():
-    command = [sys.executable, "-m", "launch.bench", *TINY, f"--tree={flags.ROOT}", "--batch=2", "--seq=16", "--steps=2"]
-    done = subprocess.run([*command, "--json"], cwd=flags.ROOT, capture_output=True, text=True)
+    size = ["--batch=2", "--seq=16", "--steps=2", "--json"]
+    command = [sys.executable, "-m", "launch.bench", *TINY, f"--tree={flags.ROOT}", *size]
+    done = subprocess.run(command, cwd=flags.ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     result = json.loads(done.stdout)
     assert result["a"]["trainable"] == result["b"]["trainable"] and "ratio" in result

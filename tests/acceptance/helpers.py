@@ -54,7 +54,7 @@ def rules_config(rules, losses=None, **fields):
 def build(rules, losses=None, decoder=SMALL, **fields):
     """`(model, params, adapters of step 0)`."""
     config = rules_config(rules, losses, **fields)
-    schema.check_model(config, decoder.layers, decoder.dims)
+    schema.check_model(config, decoder.layers, decoder.dims, decoder.ABSENT)
     model = compile_model(config, decoder, max_segments=3)
     return model, base(decoder), jax.jit(model.init_adapters)(jax.random.key(3), base(decoder))
 

@@ -191,7 +191,7 @@ class Case:
         self, config, decoder=SMALL, *, remat="dots", dtype="float32", mesh=None, engine=None, freeze=(), **options
     ):
         self.config, self.decoder, self.mesh = config, decoder, mesh
-        schema.check_model(config, decoder.layers, decoder.dims)
+        schema.check_model(config, decoder.layers, decoder.dims, decoder.ABSENT)
         model = compile_model(config, decoder, max_segments=3)
         engine = ALONE if engine is None else Engine(engine, mesh)
         self.model = dataclasses.replace(model, remat=remat, engine=engine)
