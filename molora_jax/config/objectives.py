@@ -83,7 +83,7 @@ def _form(config, kind):
     """Fields of `data` that say what the rows are, against what the objective reads."""
     data = config["data"]
     form = data.get("format", "auto")
-    if form != "auto" and FORMATS.get(form, "text") != kind:
+    if isinstance(form, str) and form != "auto" and FORMATS.get(form, "text") != kind:
         name = used(config)["objective"]["name"]
         expected = f"'auto', or the form of {kind} rows, which the objective {name!r} reads"
         yield wrong("data.format", repr(form), expected)
