@@ -10,7 +10,8 @@ COPIES = ("embed", "head", "norms", "all")
 def used(config) -> dict[str, dict]:
     """`{where: options}` of the run's objective and of each stage's own, of a ConfigDict or a nested dict."""
     found = {"objective": config.get("objective") or PLAIN}
-    for name, stage in sorted(config.get("schedule", {}).items(), key=str):
+    schedule = config.get("schedule", {})
+    for name, stage in sorted((n, stage) for n, stage in schedule.items() if isinstance(n, str)):
         own = stage.get("objective") if hasattr(stage, "get") else None
         if own:
             found[f"schedule.{name}.objective"] = own
