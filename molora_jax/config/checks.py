@@ -285,7 +285,8 @@ def covered(where, rule, num_layers=None):
 def check_counts(where, rule, counts):
     """What a rule asks of its expert counts."""
     if "router" not in rule:
-        if set(counts) != {1}:
+        decides = "placement" in rule and limits.states("placements", rule["placement"]["name"], "DECIDES")
+        if set(counts) != {1} and not decides:
             yield wrong(f"{where}.experts", _shown(rule["experts"]), '"1" without a router', "Add a router, or say 1.")
         return
     k = limits.option(rule, "router.k") or 1
