@@ -285,8 +285,7 @@ def covered(where, rule, num_layers=None):
 def check_counts(where, rule, counts):
     """What a rule asks of its expert counts."""
     if "router" not in rule:
-        decides = "placement" in rule and limits.states("placements", rule["placement"]["name"], "DECIDES")
-        if set(counts) != {1} and not decides:
+        if set(counts) != {1}:
             yield wrong(f"{where}.experts", _shown(rule["experts"]), '"1" without a router', "Add a router, or say 1.")
         return
     k = limits.option(rule, "router.k") or 1

@@ -106,10 +106,7 @@ def segments(rules: tuple[Rule, ...], num_layers: int) -> tuple[Segment, ...]:
 
 def site(config, name: str, segment: Segment, rule: Rule) -> Site:
     """A projection; or `attn`, `ffn`, `model`, `pass<t>`, which read a state of width D (in a chain, change it too)."""
-    if rule.place is not None:
-        d_in, d_out = rule.place.dims(config, name)
-    else:
-        d_in, d_out = config.dims(name) if name in PROJECTIONS else (config.width, config.width)
+    d_in, d_out = config.dims(name) if name in PROJECTIONS else (config.width, config.width)
     return Site(name, d_in, d_out, segment.layers, rule.experts[segment.start], rule.experts)
 
 

@@ -3,8 +3,8 @@
 A placement is a frozen dataclass of its options, like every member, in a file of its own and with a row in
 `placements.PLACEMENTS`. It knows no mesh and no engine. It gives
 
-    literals     NAME, NAMED, SITES, OWNS, LOADS, DECIDES, REFUSES, LIMITS: the config reads them without importing it
-    of a rule    acts, scopes, leaves_of, decided_by, slots, dims, meetings, owns, widths, frozen, ends, stays and the
+    literals     NAME, NAMED, SITES, OWNS, LOADS, REFUSES, LIMITS: the config reads them without importing it
+    of a rule    acts, scopes, leaves_of, decided_by, slots, meetings, owns, widths, frozen, ends, stays and the
                  literals AXES, KEPT, REDONE, IDS: asked by model, engines and the table of bytes; each has a default
     part(...)    one rule's experts at one meeting with tokens: a `Part`, which does the mathematics
 
@@ -137,7 +137,6 @@ class Placement:
     NAMED: ClassVar[bool] = False  # a rule names it; else it is that of every rule with such sites and no name
     SITES: ClassVar[tuple[str, ...]] = ("q", "k", "v", "o", "gate", "up", "down")  # that a rule may list
     OWNS: ClassVar[tuple[str, ...] | None] = None  # names under which a rule's factors lie; None: its sites
-    DECIDES: ClassVar[bool] = False  # it knows each token's experts (the base's), so the rule may lack a router
     LOADS: ClassVar[bool] = True  # factors change a frozen weight, so they can be read from runs (a rule's `load`)
     # Rules that it cannot serve: (field, conditions, what is expected, what to change); see `config/limits.py`
     REFUSES: ClassVar[tuple] = ()
@@ -166,12 +165,8 @@ class Placement:
         return scope
 
     def slots(self, rule, experts: int, config) -> int:
-        """K, the most experts that a token meets; 0 where nobody chooses."""
+        """K, the most experts that a token meets; 0 where nobody chooses. `config` is the base's shape."""
         return 0 if rule.router is None else rule.router.k_max(experts)
-
-    def dims(self, config, name: str) -> tuple[int, int]:
-        """`(D_in, D_out)` of the factors under a name, of a router's scope too; `config` is the base's."""
-        return config.dims(name) if name in Placement.SITES else (config.width, config.width)
 
     def meetings(self, rule) -> tuple[str, ...]:
         """Each time that a layer brings tokens and experts together, by the site or scope."""

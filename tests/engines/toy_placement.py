@@ -63,7 +63,6 @@ class ToyExperts(Placement):
     NAMED: ClassVar[bool] = True
     SITES: ClassVar[tuple[str, ...]] = ("ffn",)
     OWNS: ClassVar[tuple[str, ...] | None] = ("ffn",)
-    DECIDES: ClassVar[bool] = True
     AXES: ClassVar[dict] = {"A": ("expert", "rank", "width"), "B": ("expert", "rank", "width")}
 
     def acts(self, rule):
