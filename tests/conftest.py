@@ -1,5 +1,6 @@
 """Eight CPU devices for every test, a persistent compilation cache, quick compiles, nothing else."""
 
+import fnmatch
 import importlib.metadata
 import os
 import pathlib
@@ -19,6 +20,9 @@ import gc  # noqa: E402
 
 import hypothesis  # noqa: E402
 import jax  # noqa: E402
+import pytest  # noqa: E402
+
+from tests.left_out import LEFT_OUT  # noqa: E402
 
 gc.set_threshold(100_000, 20, 100)  # tracing makes many objects that live: walking them is a tenth of the time
 
@@ -43,10 +47,11 @@ def pytest_configure(config):
 # Longest first (`--durations=0`, summed by file): two workers take file after file, and one that takes a long file last
 # works alone in the end. What is not listed is short; it comes after, in the usual order.
 LONGEST = (
-    "core/test_step", "battery/test_product", "train/test_loop", "engines/test_hlo", "battery/test_methods",
-    "core/test_contracts", "decode/test_generate", "acceptance/test_x_lora", "core/test_kernels", "kernels/test_ops",
-    "acceptance/test_dynmole", "engines/test_equal", "data/test_sources", "battery/test_members", "battery/test_forms",
-    "acceptance/test_smora", "acceptance/test_rmoe", "acceptance/test_lora_baselines", "core/test_routing",
+    "training/test_loop", "battery/test_methods", "battery/test_product", "kernels/test_ops", "test_faults",
+    "engines/test_hlo", "core/test_step", "core/test_devices", "evaluation/test_report", "core/test_routing",
+    "core/test_contracts", "backbones/test_families", "acceptance/test_x_lora", "training/test_disk",
+    "decode/test_generate", "battery/test_forms", "engines/test_equal", "acceptance/test_rmoe", "test_notebook",
+    "acceptance/test_starts", "acceptance/test_llava_mole",
 )  # fmt: skip
 
 
@@ -55,6 +60,11 @@ def pytest_collection_modifyitems(config, items):
     items.sort(key=lambda item: place.get(item.nodeid.partition("::")[0], len(place)))
     if config.getoption("--all"):
         return
+    left_out = pytest.mark.slow
+    for item in items:
+        name = item.nodeid.removeprefix("tests/")
+        if any(fnmatch.fnmatchcase(name, pattern) for pattern in LEFT_OUT):
+            item.add_marker(left_out)
     # the marker, not `item.keywords`, which also hold the names of folders: a clone in one called "slow" ran nothing
     slow = [item for item in items if item.get_closest_marker("slow")]
     config.hook.pytest_deselected(items=slow)

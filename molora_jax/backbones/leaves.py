@@ -93,5 +93,5 @@ def frozen_patterns(rules) -> tuple[str, ...]:
     for rule in rules:
         names = rule.adapter.FROZEN + (rule.router.FROZEN if rule.router is not None else ())
         out += [f"{rule.name}/*/{name}" for name in names]
-        out += [f"{rule.name}/???-???/{site}/*" for site in rule.projections if rule.load]
+        out += [f"{rule.name}/{rules_lib.ANY_SEGMENT}/{site}/*" for site in rule.projections if rule.load]
     return tuple(out)

@@ -5,6 +5,7 @@ A segment is a run of layers on which every rule has the same expert count; the 
 """
 
 import dataclasses
+import re
 import zlib
 from typing import Any
 
@@ -84,6 +85,15 @@ class Segment:
         return tuple(range(self.start, self.stop))
 
 
+ANY_SEGMENT = "???-???"  # the pattern of every segment's name in paths of leaves
+
+
+def layers_named(segment: str) -> range | None:
+    """The layers of a segment by its name, `"000-007"`; None where it is no such name."""
+    bounds = re.fullmatch(r"(\d{1,6})-(\d{1,6})", segment)
+    return None if bounds is None else range(int(bounds[1]), int(bounds[2]) + 1)
+
+
 def segments(rules: tuple[Rule, ...], num_layers: int, cuts=()) -> tuple[Segment, ...]:
     """`cuts`: layers at which a segment ends whatever the rules say (the base's stacks)."""
     columns = [tuple(rule.experts[layer] for rule in rules) for layer in range(num_layers)]
@@ -110,11 +120,6 @@ def router_site(config, scope: str, segment: Segment, rule: Rule) -> Site:
 def adapter_sites(config, rule: Rule, segments: tuple[Segment, ...]) -> tuple[Site, ...]:
     """Every site whose factors the rule owns, segment by segment."""
     return tuple(site(config, name, s, rule) for s in segments if rule.experts[s.start] for name in rule.projections)
-
-
-def scope_input(name: str) -> str:
-    """The projection whose input a router of this scope reads (for keys and widths)."""
-    return {"attn": "q", "ffn": "gate"}.get(name, name)
 
 
 def site_tag(name: str) -> int:

@@ -7,6 +7,7 @@ T tokens a device, K slots, E experts, R rank, D width, F FFN width, N devices, 
 """
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -36,15 +37,19 @@ class Row:
 
 def factor_shapes(model, rule, name: str, segment):
     """`Factors` of shapes of one projection in one layer."""
-    at = rules_lib.site(model.config, name, segment, rule)
+    return _factor_shapes(rule.adapter, rules_lib.site(model.config, name, segment, rule))
+
+
+@functools.cache  # of every site of every layout of layers, under every engine
+def _factor_shapes(adapter, at):
     W = jax.ShapeDtypeStruct((at.d_in, at.d_out), jnp.float32)
 
     def make(key, W):
-        leaves = rule.adapter.init_leaves(key, at, 0, base=W, base_grad=W)
-        shared = rule.adapter.init_shared(key, (at,))
+        leaves = adapter.init_leaves(key, at, 0, base=W, base_grad=W)
+        shared = adapter.init_shared(key, (at,))
         zeros = jnp.zeros((1, 1), jnp.int32)
         ctx = Context(zeros > 0, zeros, zeros, zeros, zeros, base=W, site=at, key=key, step_key=key)
-        return rule.adapter.factors(leaves, shared, ctx)
+        return adapter.factors(leaves, shared, ctx)
 
     return jax.eval_shape(make, jax.random.key(0), W)
 
@@ -73,8 +78,15 @@ def load(model, rule, segment, experts: int, name: str, *, on: Engine, tokens: i
     return Load(
         T=tokens, K=rule.router.k_max(experts), E=experts, row_in=row[0] * itemsize, row_out=row[1] * itemsize,
         sent=sent * itemsize, ids=4 * place.IDS, leaves=tuple(leaves), passes=1 if model.remat == "none" else 2,
-        last=place.ends(rule, name),
+        last=place.ends(rule, name), again=_met_before(place, rule, name),
     )  # fmt: skip
+
+
+def _met_before(place, rule, name: str) -> bool:
+    """Whether an earlier meeting in the layer is with the same factors."""
+    meetings = place.meetings(rule)
+    own = set(place.owns(rule, name))
+    return any(own & set(place.owns(rule, earlier)) for earlier in meetings[: meetings.index(name)])
 
 
 def refusal(model, on: Engine) -> str:

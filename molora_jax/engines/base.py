@@ -122,7 +122,7 @@ class Load:
     `leaves`: `(bytes of all E experts, is it per expert, is it split over tensor)` of every factor. `row_in, row_out`:
     bytes of a token's row there and back; `sent` of what really goes (rank activations, in rank space), `ids` of the
     integers with it. `passes`: forward passes, 2 where the
-    stack is recomputed; `last`: nothing in the layer comes after the site, so its output is not recomputed.
+    stack is recomputed; `last`: nothing in the layer comes after the site, so its output is not recomputed; `again`: an earlier meeting of the layer has fetched the leaves.
     Routers and rules without one cost the same under every engine and are left out.
     """
 
@@ -136,6 +136,7 @@ class Load:
     leaves: tuple[tuple[int, bool, bool], ...]
     passes: int
     last: bool
+    again: bool = False
 
     def sums(self, on: Engine, *, per_expert: bool | None = None) -> float:
         """Bytes of the gradient all-reduces of leaves that every device holds."""

@@ -1,7 +1,8 @@
 """Experts stay in P shares and are gathered where they are used: FSDP by expert. Tokens stay at home.
 
     3 S E (P-1)/P numbers a layer and step inside a checkpointed stack: two all-gathers (the forward pass and its
-    recomputation), one reduce-scatter of gradients; then an all-reduce of the own share over the other axes
+    recomputation), one reduce-scatter of gradients; then an all-reduce of the own share over the other axes. Experts
+    that tokens meet again in the layer (a chain's passes) are gathered once, their gradients summed each time
 
 The gather is part of the differentiated program, so its transpose, the reduce-scatter, needs no code.
 A layer whose E the axis does not divide is stored whole and runs as `replicate`.
@@ -28,4 +29,7 @@ def bytes_moved(load, on) -> tuple[float, float]:
     if not on.stored(load.E):
         return replicate.bytes_moved(load, on)
     own = sum(size for size, each, _ in load.leaves if each) * (on.peers - 1) / on.peers
-    return ((load.passes + 1) * own + load.shares(on) + load.sums(on, per_expert=False),) * 2
+    fetched = (
+        0 if load.again else load.passes * own
+    )  # XLA joins equal all-gathers of a layer, but not sums of gradients
+    return (fetched + own + load.shares(on) + load.sums(on, per_expert=False),) * 2

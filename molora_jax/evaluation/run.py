@@ -122,15 +122,28 @@ class Run:
         stop = (stop,) if isinstance(stop, str) else tuple(stop)
         if not all(isinstance(text, str) and text for text in stop):
             raise InputError("stop", got=repr(stop)[:80], expected="texts that are not empty")
+        ids = [self.prompt_ids(text, tools=tools) for text in prompts]
+        self._say_where_answers_end(ids, max_new_tokens, stop)
         answers = decoding.generate(
             self.model, self.params, self.adapters, self.router_state,
-            [self.prompt_ids(text, tools=tools) for text in prompts], max_new_tokens=max_new_tokens,
+            ids, max_new_tokens=max_new_tokens,
             eos_id=self.tokenizer.end_ids, temperature=temperature, top_p=top_p, top_k=top_k, min_p=min_p,
             repetition_penalty=repetition_penalty, stop=functools.partial(self._stop_at, stop) if stop else None,
             seed=seed, cache=cache,
         )  # fmt: skip
         texts = [_before(self.text(ids), stop) for ids in answers]
         return texts[0] if one else texts
+
+    def _say_where_answers_end(self, prompts, max_new_tokens, stop) -> None:
+        """A line to the log where an answer may end otherwise than its caller would expect."""
+        longest, context = max(map(len, prompts), default=0), self.model.config.context
+        if isinstance(max_new_tokens, int) and longest < context < longest + max_new_tokens:
+            LOG.warning(
+                "the model's context of %d tokens has room for %d new ones after the longest prompt, not for %d",
+                context, context - longest, max_new_tokens,
+            )  # fmt: skip
+        if not self.tokenizer.end_ids and not stop:
+            LOG.warning("the tokenizer names no end token: every answer has all of its %s tokens", max_new_tokens)
 
     def _stop_at(self, stop, ids) -> int | None:
         """How many of `ids` it takes to write one of the texts `stop`; special tokens count as text."""

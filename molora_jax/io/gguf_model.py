@@ -307,6 +307,12 @@ def tokenizer(gguf: Gguf) -> Tokenizer:
         return None if index is None else tokens[index]
 
     ends = [special_id(role) for role in ("eos", "eot", "eom")]  # of the text, of a turn, of a message
+    more = gguf.metadata.get("tokenizer.ggml.eos_token_ids", [])
+    for index in more if isinstance(more, (list, np.ndarray)) else [more]:
+        if not isinstance(index, (int, np.integer)) or not 0 <= index < len(tokens):
+            expected = f"ids below {len(tokens)}"
+            raise InputError(f"{gguf.path}: eos_token_ids", got=repr(index)[:80], expected=expected)
+        ends.append(int(index))
     add_bos = gguf.metadata.get("tokenizer.ggml.add_bos_token", pre == "llama-bpe")  # llama.cpp's default
     return Tokenizer(
         inner, bos=special("bos"), eos=special("eos"), pad=special("padding"),

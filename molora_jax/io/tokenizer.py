@@ -284,7 +284,7 @@ def _read_inner(path: pathlib.Path):
                 raise InputError(str(path), got=f"the merge {merge!r:.60}", expected=f"{prefix!r} in its second part")
     try:
         with guarded(str(path), expected, fix):
-            inner = tokenizers.Tokenizer.from_str(raw.decode("utf-8"))
+            inner = tokenizers.Tokenizer.from_str(raw.decode("utf-8-sig"))
             inner.no_padding()
             inner.no_truncation()
             largest = max(inner.get_vocab(with_added_tokens=True).values(), default=0)

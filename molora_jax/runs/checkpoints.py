@@ -36,13 +36,13 @@ from orbax.checkpoint import v1 as ocp
 
 from molora_jax.errors import InputError
 from molora_jax.io import disk
-from molora_jax.runs import orbax_quiet
-from molora_jax.runs import manifest as manifests
-from molora_jax.runs import steps as steps_lib
-from molora_jax.io.files import sync_folder, write_atomically
 from molora_jax.io.digest import digest
-from molora_jax.runs.manifest import read_manifest
+from molora_jax.io.files import sync_folder, write_atomically
 from molora_jax.io.plain import from_plain, names, nest, same_names, to_plain
+from molora_jax.runs import manifest as manifests
+from molora_jax.runs import orbax_quiet
+from molora_jax.runs import steps as steps_lib
+from molora_jax.runs.manifest import read_manifest
 from molora_jax.runs.snapshot import digests_of_shards, shape_dtype, snapshot
 
 __all__ = ["Checkpoints", "Failure", "from_plain", "read_manifest", "to_plain"]

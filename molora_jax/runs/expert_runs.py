@@ -11,7 +11,7 @@ import numpy as np
 
 from molora_jax import placements
 from molora_jax.backbones.compile import compile_model
-from molora_jax.core.rules import adapter_sites
+from molora_jax.core.rules import adapter_sites, layers_named
 from molora_jax.core.types import Context
 from molora_jax.errors import InputError
 from molora_jax.runs import saved, warm_start
@@ -102,7 +102,7 @@ def _fill(rule, own: dict, runs: list[dict]) -> dict:
             for i in range(len(leaves["A"])):
                 for a, run in enumerate(runs):
                     at = 0
-                    for A, B in run.get((int(segment[:3]) + i, site), ()):
+                    for A, B in run.get((layers_named(segment)[i], site), ()):
                         rows = slice(at, at + len(A))
                         leaves["A"][i, a, rows], leaves["B"][i, a, rows] = A, B / rule.adapter.scale()
                         at += len(A)

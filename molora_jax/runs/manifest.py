@@ -10,15 +10,11 @@
 damage is found and named without letting a parser loose on damaged files.
 """
 
-import contextlib
-import errno
 import hashlib
 import importlib.metadata
 import json
-import os
 import pathlib
 import stat
-import time
 
 from molora_jax.errors import InputError
 from molora_jax.io.files import write_atomically

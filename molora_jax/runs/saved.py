@@ -7,11 +7,11 @@ import pathlib
 
 from molora_jax import config as config_lib
 from molora_jax.config import defaults as config_defaults
-from molora_jax.runs import identity
 from molora_jax.config.fields import TASKS
 from molora_jax.errors import InputError
-from molora_jax.runs import steps as steps_lib
 from molora_jax.io.files import plain
+from molora_jax.runs import identity
+from molora_jax.runs import steps as steps_lib
 from molora_jax.runs.manifest import read_manifest
 
 FIX = "Give the --workdir of a run of launch.train."

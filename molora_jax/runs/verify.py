@@ -12,9 +12,8 @@ import math
 import pathlib
 
 from molora_jax.config import defaults as config_defaults
-from molora_jax.runs import identity
 from molora_jax.errors import InputError
-from molora_jax.runs import saved
+from molora_jax.runs import identity, saved
 from molora_jax.runs import steps as steps_lib
 from molora_jax.runs.manifest import read_manifest
 from molora_jax.runs.metrics_file import look

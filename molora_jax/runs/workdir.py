@@ -1,7 +1,7 @@
 """The folder of a run: one writer at a time, one identity for life.
 
     DIR/lock            held (flock) while a process writes here; the kernel frees it when that process dies
-    DIR/identity.json   what the run is (`molora_jax/runs/identity.py`); a start as another run is refused, by the manifest
+    DIR/identity.json   what the run is (`identity.py`); a start as another run is refused, by the manifest
                         of the newest valid step too
     DIR/config.json     the whole config of the latest start
     DIR/checkpoints/, DIR/metrics.jsonl, DIR/tensorboard/
@@ -16,12 +16,12 @@ import os
 import pathlib
 import socket
 
-from molora_jax.runs import identity as identity_lib
 from molora_jax.errors import InputError
-from molora_jax.runs.identity import differences, identity
 from molora_jax.io import disk
-from molora_jax.runs.manifest import json_hash
 from molora_jax.io.files import sweep, write_atomically
+from molora_jax.runs import identity as identity_lib
+from molora_jax.runs.identity import differences, identity
+from molora_jax.runs.manifest import json_hash
 from molora_jax.runs.steps import list_steps
 
 __all__ = ["Workdir", "differences", "identity"]
@@ -34,7 +34,7 @@ class Workdir:
     """
 
     def __init__(self, path, *, writer: bool = True):
-        self.path, self.writer = pathlib.Path(path).absolute(), writer
+        self.path, self.writer = pathlib.Path(path).expanduser().absolute(), writer
         self._lock, self._place = None, None
         self.identity = None  # the dict, once it is checked
         if not writer:

@@ -31,10 +31,12 @@ def mesh(**sizes):
     return sharding.make_mesh(full, jax.devices()[: int(np.prod(list(full.values())))])
 
 
-def rule(sites, experts, *, adapter="lora", router="softmax_topk", rank=4, dropout=0.0, down="once", **options):
+def rule(
+    sites, experts, *, adapter="lora", router="softmax_topk", rank=4, dropout=0.0, down="once", place=None, **options
+):
     return Rule(
         name="r", sites=sites, experts=(experts,), adapter=ADAPTERS[adapter](rank=rank, alpha=8.0, dropout=dropout),
-        router=None if router is None else ROUTERS[router](**options), down=down,
+        router=None if router is None else ROUTERS[router](**options), down=down, place=place,
     )  # fmt: skip
 
 
@@ -51,9 +53,9 @@ def leaves(one: Rule, base, *, skew=0.0, seed=1):
     for name in one.projections:
         at = site(CONFIG, name, SEGMENT, one)
         shapes = jax.eval_shape(lambda at=at, name=name: one.adapter.init_leaves(jax.random.key(0), at, 0,
-                                                                               base=base[name]))  # fmt: skip
+                                                                               base=base.get(name)))  # fmt: skip
         tree[name] = {k: jnp.asarray(rng.standard_normal(v.shape) / 3 + (k == "m"), v.dtype) for k, v in shapes.items()}
-    for scope in one.scopes:
+    for scope in one.router_scopes:
         at = site(CONFIG, scope, SEGMENT, one)
         W = rng.standard_normal((at.experts, at.d_in)) * 0.5
         if skew:  # the input's first feature is constant

@@ -36,6 +36,19 @@ def test_a_list_of_prompts_gives_each_its_own_answer(run):
     assert run.generate([]) == []
 
 
+def test_an_answer_that_the_context_cuts_and_a_tokenizer_without_end_are_said(run, caplog, monkeypatch):
+    run.generate("hi", max_new_tokens=2)
+    assert not caplog.records
+    prompt, context = "x" * 480, run.model.config.context
+    run.generate(prompt, max_new_tokens=64)
+    (line,) = [r.getMessage() for r in caplog.records]
+    assert f"context of {context} tokens has room for {context - len(run.prompt_ids(prompt))} new ones" in line
+    caplog.clear()
+    monkeypatch.setattr(run.tokenizer, "end_ids", ())
+    run.generate("hi", max_new_tokens=2)
+    assert "no end token" in caplog.text
+
+
 def test_routing_has_a_row_for_every_layer_and_a_column_for_every_token(run):
     text = "Is 12 even? Grüße"
     gates = run.routing(text)

@@ -23,7 +23,7 @@ from molora_jax.io.base import load_base
 from molora_jax.io.tokenizer import byte_tokenizer
 from molora_jax.runs import saved, warm_start
 from molora_jax.runs.manifest import json_hash
-from molora_jax.runs.metrics import truncate_metrics
+from molora_jax.runs.metrics_file import cut
 from tests.faults import mutate
 from tests.faults.common import base_folder, finished_run, folder, limited, scratch, tiny_config, write_rows
 from tests.faults.report import each, misnamed
@@ -237,7 +237,7 @@ def metrics(seed, tries):
             (path / "metrics.jsonl").write_bytes(b"".join(lines))
 
             def read():
-                truncate_metrics(path / "metrics.jsonl", 6)
+                cut(path / "metrics.jsonl", 6)
                 plot_loss(path)
 
             return bounded(read)

@@ -188,6 +188,7 @@ def test_llama3_scaling_is_refitted(tmp_path):
     [
         ({}, (259,), ()),
         ({"tokenizer.ggml.eot_token_id": 258, "tokenizer.ggml.eom_token_id": 256}, (259, 258, 256), ()),
+        ({"tokenizer.ggml.eos_token_ids": [258, 259]}, (259, 258), ()),
         ({"tokenizer.ggml.add_bos_token": True}, (259,), (257,)),
         ({"tokenizer.ggml.pre": "llama-bpe"}, (259,), (257,)),
         ({"tokenizer.ggml.pre": "llama-bpe", "tokenizer.ggml.add_bos_token": False}, (259,), ()),

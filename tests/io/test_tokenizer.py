@@ -235,3 +235,9 @@ def test_a_template_for_tools(tmp_path):
 def test_arguments_of_the_template():
     tok = tokenizer.Tokenizer(tokenizer.byte_tokenizer().inner, template="{{ thinking }} {{ eos_token is defined }}")
     assert tok.chat(TALK, add_generation_prompt=True, thinking=False) == "False False"
+
+
+def test_a_byte_order_mark_before_the_json(tmp_path):
+    inner = tokenizer.byte_tokenizer().inner
+    (tmp_path / "tokenizer.json").write_bytes(b"\xef\xbb\xbf" + inner.to_str().encode())
+    assert tokenizer.from_folder(tmp_path).encode("cat") == inner.encode("cat").ids

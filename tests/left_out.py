@@ -1,0 +1,72 @@
+"""What an ordinary run leaves to `--all`, so that it stays near ten minutes: patterns of node ids below `tests/`.
+
+Each line is long, and a shorter test of the ordinary run holds the same kind of thing; the comment says which. Measure
+before adding a line: `./launch/test.sh --durations=60`.
+"""
+
+LEFT_OUT = (
+    # the same bits or losses on other devices: `test_lora_first_twenty_losses_are_equal`, battery `eight_devices`
+    "core/test_devices.py::test_routed_first_step_is_equal_and_twenty_losses_are_near*",
+    "engines/test_step.py::test_mixlora_with_gathered_experts",  # engines/test_equal
+    "battery/test_methods.py::test_eight_devices_equal_one[[]mola]",
+    "battery/test_methods.py::test_eight_devices_equal_one[[]coe]",
+    "battery/test_methods.py::test_bfloat16_base_is_finite[[]coe]",
+    # rows of the table that are one option away from another: the product runs each adapter, start and router
+    *(
+        f"battery/test_methods.py::{test}[[]{name}]"
+        for test in ("test_equals_the_naive_form_in_value_and_gradient", "test_loss_falls_on_a_small_batch",
+                     "test_the_start_is_the_base")
+        for name in ("rslora", "dora", "pissa", "lora_plus")
+    ),
+    "battery/test_bases.py::*[[]qwen3]",  # backbones/test_families: every family against transformers
+    "battery/test_forms.py::test_jit_equals_eager[[]ffn]",
+    "battery/test_forms.py::test_remat_changes_nothing[[]mixlora]",  # kernels/test_remat
+    "backbones/test_experts_in_stack.py::*[[]q+down]",
+    "battery/test_members.py::test_later_members_equal_those_written_out[[]mos-ffn-site]",
+    # resume: `test_twenty_steps_are_ten_and_ten` has accumulation, noise and evaluation as well
+    "training/test_loop.py::test_resume_is_bit_exact",
+    "training/test_loop.py::test_router_state_passes_over_evaluations_stops_and_meshes",  # faults meshes, test_exact
+    "training/test_loop.py::test_a_run_without_finite_gradients_gives_up[[]20-5]",
+    "training/test_loop.py::test_warm_start_recuts_segments",  # `test_warm_start_takes_the_router_state_along`
+    "training/test_disk.py::test_a_failed_save_is_tried_again_between_the_save_steps",
+    "training/test_exact.py::test_held_out_rows_and_the_first_state_have_the_same_bits",
+    "golden/test_v1.py::test_it_goes_on_on_another_mesh[[]folder]",
+    "acceptance/test_starts.py::*[[]x_lora]",
+    # losses under accumulation: `test_exact_accumulation_is_the_whole_batch` and one method
+    *(f"core/test_step.py::test_a_methods_losses_are_those_of_the_whole_batch[[]{name}]"
+      for name in ("rmoe", "llava_mole", "dynmole", "coe")),
+    "core/test_step.py::test_micro_accumulation_is_the_mean_of_the_micro_steps_and_no_more",
+    "core/test_contracts.py::test_state_is_updated_once_a_step_on_global_sums*ffn*False]",
+    # collectives: each engine once, and `tensor` with what travels
+    "engines/test_hlo.py::test_tensor_parallelism_adds_no_wide_collective[[]mixlora-replicate]",
+    "engines/test_hlo.py::test_tensor_parallelism_adds_no_wide_collective[[]mixlora-gather]",
+    "engines/test_hlo.py::test_tensor_parallelism_adds_no_wide_collective[[]projections-all_to_all]",
+    "engines/test_hlo.py::test_the_layer_scan_ships_what_the_formula_says[[]mixlora-replicate-dots]",
+    "engines/test_hlo.py::test_the_layer_scan_ships_what_the_formula_says[[]projections-all_to_all-dots]",
+    # acceptance items that train a whole run, or build the method a second time
+    "acceptance/test_x_lora.py::test_a_folder_that_is_no_run_of_plain_adapters_is_refused",
+    "acceptance/test_x_lora.py::test_two_stages_train_experts_apart_and_then_the_head",
+    "acceptance/test_mola.py::test_regrouped_layers_with_other_counts_equal_the_naive_form",
+    "acceptance/test_mola.py::test_acceptance_4_padded_experts_change_nothing[[]projection]",
+    "acceptance/test_lora_baselines.py::test_acceptance_5_lora_plus_in_a_run_compiles_once_and_finds_every_b",
+    "acceptance/test_mos.py::test_acceptance_2_all_private_whole_vectors_train_as_plain_lora",
+    "acceptance/test_mos.py::test_acceptance_3_pool_gradient_is_the_scatter_add_over_layers",
+    "acceptance/test_loramoe.py::test_acceptance_7_weight_0_is_the_plain_dense_mixture",
+    "acceptance/test_loramoe.py::test_acceptance_8_the_variance_is_of_the_global_batch",
+    "acceptance/test_rmoe.py::test_acceptance_6_one_layer_needs_no_state",
+    "acceptance/test_rmoe.py::test_padding_and_other_placements_carry_the_state_too",
+    "acceptance/test_llava_mole.py::test_acceptance_7_a_token_works_for_one_expert_and_a_dense_one_for_all",
+    "acceptance/test_llava_mole.py::test_acceptance_8_padding_does_not_change_the_balance_loss",
+    "acceptance/test_dynmole.py::test_router_learns_from_the_language_model_through_the_gates",
+    # kernels: NaN in place of inf and an A of its own in place of a shared one are the harder half
+    "kernels/test_ops.py::*does_not_read_what_is_not_used*inf]",
+    "kernels/test_ops.py::test_rank_gated_rows_without_a_gate_may_hold_anything*inf]",
+    "kernels/test_ops.py::test_routed_ffn_with_a_base_of_true_and_false[[]reference-*",
+    "kernels/test_ops.py::test_routed_ffn_with_a_base_of_true_and_false[[]tpu-nan-unused]",
+    "kernels/test_ops.py::test_routed_ffn_dropout_shared_A_and_activation[[]gelu*tpu-nan]",
+    "kernels/test_ops.py::test_shapes*many]",
+    "evaluation/test_load_run.py::test_gates_by_layer_over_segments_and_scopes",
+    "core/test_routing.py::test_allowed_experts_take_all_of_the_probability[[]B*",
+    "data/test_sources.py::test_the_default_mixture_packs_tightly",
+    "decode/test_generate.py::test_cached_equals_uncached[[]dynamic_moe]",
+)  # fmt: skip
