@@ -27,7 +27,10 @@ def init_adapters(config, rules, segments, key, params: dict, base_grad: dict | 
             own = out.setdefault(segment.name, {})
             for name in rule.projections:
                 site = rules_lib.site(config, name, segment, rule)
-                own[name] = _init_layers(rule.adapter, rule_key, site, params, base_grad)
+                own[name] = _init_layers(rule.adapter, rule_key, site, config, params, base_grad)
+                own[name] = own[name] if rule.place is None else rule.place.kept(name, own[name])
+            if rule.base_router == "trained":
+                own.setdefault("router", {})["base"] = {"W": _base_router(config, segment, params)}
             for scope in rule.router_scopes:
                 site = rules_lib.router_site(config, scope, segment, rule)
                 routers.append(site)
@@ -46,23 +49,31 @@ def init_adapters(config, rules, segments, key, params: dict, base_grad: dict | 
     return tree
 
 
+def _base_router(config, segment, params):
+    """A copy of the base's own router, `[L_segment, E, D]` float32."""
+    stack = config.stack_of(segment.start)
+    kernel = params[stack.name]["router"]["kernel"][segment.start - stack.start : segment.stop - stack.start]
+    return jnp.swapaxes(jnp.asarray(kernel, jnp.float32), 1, 2)
+
+
 def _without_empty(tree: dict) -> dict:
     """Members may have no leaves of their own; splitting a tree into its trainable part would lose empty dicts."""
     below = {k: _without_empty(v) if isinstance(v, dict) else v for k, v in tree.items()}
     return {k: v for k, v in below.items() if not isinstance(v, dict) or v}
 
 
-def _init_layers(member, key, site, params=None, base_grad=None):
+def _init_layers(member, key, site, config=None, params=None, base_grad=None):
     """One layer at a time, with a key of the absolute layer: regrouping layers changes nothing. No params: a router."""
     key = jax.random.fold_in(key, rules_lib.site_tag(site.name) + (100 if params is None else 0))
     # a chain changes a state and no projection: there is no base weight
-    kernel = None if params is None else params["blocks"].get(site.name)
+    stack = None if params is None else config.stack_of(site.layers[0])
+    kernel = None if params is None else params[stack.name].get(site.name)
 
     def one(layer):
         layer_key = jax.random.fold_in(key, layer)
         if params is None:
             return member.init_leaves(layer_key, site, layer)
-        pick = lambda w: jax.lax.dynamic_index_in_dim(w, layer, 0, False)  # noqa: E731
+        pick = lambda w: jax.lax.dynamic_index_in_dim(w, layer - stack.start, 0, False)  # noqa: E731
         base = None if kernel is None else pick(kernel["kernel"])
         grad = None if kernel is None or base_grad is None else pick(base_grad[site.name])
         return member.init_leaves(layer_key, site, layer, base=base, base_grad=grad)

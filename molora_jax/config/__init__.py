@@ -27,8 +27,10 @@ def validate(config, *, need_rules=True):
     raise_all(problems)
 
 
-def check_model(config, num_layers, dims=None):
-    """The second pass, against the base model: `dims` maps a projection to `(D_in, D_out)` (or is such a function)."""
+def check_model(config, num_layers, dims=None, absent=None):
+    """The second pass, against the base model: `dims` maps a projection to `(D_in, D_out)` (or is such a function);
+    `absent` maps sites that this base does not have to the reason."""
+    absent = absent or {}
     problems = []
     for name, rule in plain(config)["method"]["rules"].items():
         where = f"method.rules.{name}"
@@ -36,7 +38,20 @@ def check_model(config, num_layers, dims=None):
             problems += config_checks.check_counts(where, rule, config_checks.covered(where, rule, num_layers))
         except InputError as problem:
             problems.append(problem)
-        sites = resolve_sites(rule["sites"], where=f"{where}.sites")
+        try:
+            sites = resolve_sites(rule["sites"], where=f"{where}.sites", absent=absent)
+        except InputError as problem:
+            problems.append(problem)
+            continue
+        needs = states("placements", placement_of(rule, sites), "NEEDS")
+        missing = [site for site in sites if site in absent and "placement" not in rule]
+        for need in (need for need in needs if need in absent):
+            place = rule["placement"]["name"]
+            problems.append(wrong(f"{where}.placement.name", repr(place), f"a base with {need}", absent[need]))
+        if missing:
+            have = f"sites of this base, which has no {', '.join(missing)}"
+            problems.append(wrong(f"{where}.sites", repr(rule["sites"]), have, absent[missing[0]]))
+            continue
         owned = states("placements", placement_of(rule, sites), "OWNS") or sites
         smaller = states("inits", rule["adapter"].get("init"), "RANK") == "smaller"
         for site in (name for name in owned if name in PROJECTIONS):

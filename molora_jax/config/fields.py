@@ -14,8 +14,8 @@ from molora_jax.errors import InputError
 PROJECTIONS = ("q", "k", "v", "o", "gate", "up", "down")
 ATTENTION, FFN = PROJECTIONS[:4], PROJECTIONS[4:]
 TASKS = ("morph", "translate", "emoji", "factbook", "sentiment", "topic", "dialog", "code", "math")
-BASE_PACKAGES = ("smollm2-135m-instruct",)
-BASE_RANDOM = ("tiny", "tiny-untied", "tiny-qwen3")
+BASE_PACKAGES = ("smollm2-135m-instruct", "all-minilm-l6-v2")
+BASE_RANDOM = ("tiny", "tiny-untied", "tiny-qwen3", "tiny-bert", "tiny-moe")
 ENGINES_PLANNED = ("ring", "fssdp")
 MESH_AXES = ("data", "fsdp", "expert", "tensor")
 MICRO_SHARDS = 8  # of a micro-step with train.exact
@@ -130,6 +130,7 @@ RULE = {
     "load": Field(tuple, "of paths"),
     "down": choice("once", "per_expert"),
     "shrink": Field(bool),
+    "base_router": since(choice("frozen", "trained"), "frozen"),
 }
 
 STAGE = {"steps": at_least(0), "tasks": TEXT, "freeze": TEXT, "route": choice("", "task")}

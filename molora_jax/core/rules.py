@@ -1,6 +1,6 @@
 """Config rules as values: which sites and layers a rule adapts, with how many experts, which adapter, which router.
 
-`config` is the base's shape: `dims(site) -> (D_in, D_out)` and `width`.
+`config` is the base's shape: `sites`, `dims(site) -> (D_in, D_out)` and `width`.
 A segment is a run of layers on which every rule has the same expert count; the layer scan runs once a segment.
 """
 
@@ -27,6 +27,7 @@ class Rule:
     down: str = "once"
     shrink: bool = False
     load: tuple[str, ...] = ()  # workdirs of the runs whose adapters are the experts, frozen
+    base_router: str = "frozen"  # of a base that routes itself: "frozen", or "trained", a copy of it
     place: Any = None  # the placement, where the rule names one; else its sites say it (`placements.of`)
 
     @property
@@ -94,11 +95,12 @@ def layers_named(segment: str) -> range | None:
     return None if bounds is None else range(int(bounds[1]), int(bounds[2]) + 1)
 
 
-def segments(rules: tuple[Rule, ...], num_layers: int) -> tuple[Segment, ...]:
+def segments(rules: tuple[Rule, ...], num_layers: int, cuts=()) -> tuple[Segment, ...]:
+    """`cuts`: layers at which a segment ends whatever the rules say (the base's stacks)."""
     columns = [tuple(rule.experts[layer] for rule in rules) for layer in range(num_layers)]
     out, start = [], 0
     for layer in range(1, num_layers + 1):
-        if layer == num_layers or columns[layer] != columns[start]:
+        if layer == num_layers or layer in cuts or columns[layer] != columns[start]:
             out.append(Segment(start, layer, columns[start]))
             start = layer
     return tuple(out)
@@ -107,7 +109,9 @@ def segments(rules: tuple[Rule, ...], num_layers: int) -> tuple[Segment, ...]:
 def site(config, name: str, segment: Segment, rule: Rule) -> Site:
     """A projection; or `attn`, `ffn`, `model`, `pass<t>`, which read a state of width D (in a chain, change it too)."""
     d_in, d_out = config.dims(name) if name in PROJECTIONS else (config.width, config.width)
-    return Site(name, d_in, d_out, segment.layers, rule.experts[segment.start], rule.experts)
+    experts = rule.experts[segment.start]
+    experts = experts if rule.place is None else rule.place.experts(config, experts)
+    return Site(name, d_in, d_out, segment.layers, experts, rule.experts)
 
 
 def router_site(config, scope: str, segment: Segment, rule: Rule) -> Site:

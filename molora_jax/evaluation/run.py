@@ -268,7 +268,7 @@ def load_run(workdir, step="best", *, config=None, warn=LOG.warning) -> Run:
         identity.check_record(recorded, manifest, where=str(folder / "identity.json"))
     base, day = pinned(base, _day(facts.get("day"), folder))
     _same_base(facts, base_facts(base, day=day), config.base.source, folder)
-    config_lib.check_model(config, base.config.layers, base.config.dims)
+    config_lib.check_model(config, base.config.layers, base.config.dims, base.config.ABSENT)
     model = compile_model(config, base.config)
     params = _put(base.params)
     shapes = {

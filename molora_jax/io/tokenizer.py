@@ -227,9 +227,10 @@ def _valid(text: str) -> bool:
     return True
 
 
-def from_folder(folder: str | pathlib.Path) -> Tokenizer:
+def from_folder(folder: str | pathlib.Path, *, end: str = "eos") -> Tokenizer:
     """Reads a Hugging Face folder: `tokenizer.json`, `tokenizer_config.json`, `special_tokens_map.json`,
-    `chat_template.jinja`, and the special ids of `generation_config.json` and `config.json`.
+    `chat_template.jinja`, and the special ids of `generation_config.json` and `config.json`. `end`: the special token
+    that ends a text, `sep` of an encoder.
 
     Raises:
       InputError: no `tokenizer.json`, or one that does not parse; a special token or template that is none.
@@ -257,7 +258,7 @@ def from_folder(folder: str | pathlib.Path) -> Tokenizer:
     }
     template, tool_template = _templates(folder, config, where)
     return Tokenizer(
-        inner, bos=tokens["bos_token"], eos=tokens["eos_token"], pad=tokens["pad_token"], end_ids=ids["eos"],
+        inner, bos=tokens["bos_token"], eos=tokens[f"{end}_token"], pad=tokens["pad_token"], end_ids=ids["eos"],
         bos_id=next(iter(ids["bos"]), None), pad_id=next(iter(ids["pad"]), None), add_bos=add_bos,
         specials={name: token for name, token in tokens.items() if token is not None},
         template=template, tool_template=tool_template, where=str(folder),

@@ -136,6 +136,8 @@ class Placement:
     NAME: ClassVar[str] = ""
     NAMED: ClassVar[bool] = False  # a rule names it; else it is that of every rule with such sites and no name
     SITES: ClassVar[tuple[str, ...]] = ("q", "k", "v", "o", "gate", "up", "down")  # that a rule may list
+    NEEDS: ClassVar[tuple[str, ...]] = ()  # what a base must have: "experts" of its own
+    BASE_ROUTER: ClassVar[bool] = False  # a rule may train the base's own router
     OWNS: ClassVar[tuple[str, ...] | None] = None  # names under which a rule's factors lie; None: its sites
     LOADS: ClassVar[bool] = True  # factors change a frozen weight, so they can be read from runs (a rule's `load`)
     # Rules that it cannot serve: (field, conditions, what is expected, what to change); see `config/limits.py`
@@ -151,6 +153,14 @@ class Placement:
     def acts(self, rule) -> tuple[str, ...]:
         """Names at which a block asks for the rule: a projection, `ffn` (between up and down), `beside` (the FFN)."""
         return rule.sites
+
+    def experts(self, config, experts: int) -> int:
+        """Experts that a rule's factors are for; `config` is the base's shape, `experts` what the rule says."""
+        return experts
+
+    def kept(self, site: str, leaves: dict) -> dict:
+        """Of a site's fresh leaves `[L, E, ...]` those that are kept (all, or one for experts that share)."""
+        return leaves
 
     def scopes(self, rule) -> tuple[str, ...] | None:
         """The decisions of one layer, where they are not those that `router.share` says."""

@@ -11,15 +11,15 @@ import numpy as np
 
 from molora_jax import sharding
 from molora_jax.adapters import ADAPTERS
-from molora_jax.backbones.families import DecoderConfig
 from molora_jax.backbones.layer import Layer
+from molora_jax.backbones.llama import Llama
 from molora_jax.core.rules import Rule, Segment, site
 from molora_jax.core.types import Context
 from molora_jax.placements import ffn
 from molora_jax.routers import ROUTERS
 
 B, S, D, F = 8, 4, 16, 32
-CONFIG = DecoderConfig(
+CONFIG = Llama(
     family="llama", layers=1, width=D, ffn_width=F, heads=4, kv_heads=2, head_dim=4, vocab=32, context=64,
     rope_base=1e4, norm_eps=1e-5, tied=True,
 )  # fmt: skip

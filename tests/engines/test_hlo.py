@@ -28,7 +28,7 @@ def compiled(method, engine, *, remat="dots", rules=True):
     model = dataclasses.replace(model, engine=engine, remat=remat)
     model = model if rules else model.without_rules()
     where = {"adapters": sharding.adapter_shardings(adapters, model, engine.mesh) if rules else {}}
-    params_at = sharding.param_shardings(params, engine.mesh)
+    params_at = sharding.param_shardings(model.config, params, engine.mesh)
     where["embed"] = params_at["embed"]
     shapes = lambda tree, at: jax.tree.map(  # noqa: E731
         lambda x, s: jax.ShapeDtypeStruct(np.shape(x), x.dtype, sharding=s), tree, at

@@ -16,7 +16,6 @@ import numpy as np
 
 from launch import flags
 from molora_jax import data
-from molora_jax.backbones import families
 from molora_jax.data import cache
 from molora_jax.errors import InputError
 from molora_jax.io import tensors
@@ -70,7 +69,7 @@ def use(base):
 
     walk(base.params)
     assert leaves and all(np.isfinite(leaf.astype(np.float32)).all() for leaf in leaves), "not finite"
-    assert len(leaves) == len(families.hf_shapes(base.config)), "leaves are missing"
+    assert len(leaves) == len(base.config.shapes()), "leaves are missing"
     text = base.tokenizer
     ids = text.encode("A b.\n")
     assert all(0 <= i < base.config.vocab for i in ids), f"an id of {ids} lies outside the vocabulary"
