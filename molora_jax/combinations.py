@@ -132,8 +132,8 @@ What the config says, whatever the engine. `down="per_expert"`: works with that 
 
 {configs}
 
-What the engines say, with any router, where the config works. One expert without a router, and the experts of a chain,
-are whole on every device under all four.
+What the engines say, with any router, where the config works. One expert without a router is whole on every device
+under all four.
 
 {engines}
 

@@ -128,6 +128,7 @@ def adapter_shardings(adapters, model, mesh: Mesh):
     def one(path, leaf):
         rule, segment, site, *_ = names = [str(k.key) for k in path]  # a shared leaf may end at its third name
         E, owner = experts.get((rule, segment), (0, None))
+        E = E if owner is None or owner.place is None else owner.place.experts(model.config, E)
         whole = site == "router" or owner is not None and model.engine.keeps(owner, names[-1])
         shared = not whole and len(leaf.shape) > 1 and leaf.shape[1] == E and model.engine.stored(E)
         return NamedSharding(mesh, P(None, "expert") if shared else P())

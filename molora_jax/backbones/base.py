@@ -79,12 +79,13 @@ class Stack:
 class At:
     """Where a block stands in a trace.
 
-    `once`: what `Backbone.once` made before the stack; `arrays`: the stack's arrays at this layer; `attention`: which
-    form of attention is asked for (`attention.attention_form`).
+    `once`: what `Backbone.once` made before the stack; `arrays`: the stack's arrays at this layer; `valid
+    [B, S]`: False at padding; `attention`: which form of attention is asked for (`attention.attention_form`).
     """
 
     once: dict[str, Any]
     arrays: dict[str, Array]
+    valid: Array
     train: bool
     attention: str
 
@@ -94,7 +95,8 @@ class Backbone:
 
     FIELDS: ClassVar[tuple[str, ...]] = ("tokens", "segment_ids", "positions")  # arrays of the batch that it reads
     CAUSAL: ClassVar[bool] = True  # it has a head that predicts the next token, and a cache
-    ABSENT: ClassVar[dict[str, str]] = {}  # site of other backbones -> why this one does not have it
+    # Sites (and `experts`) of other backbones -> why this one does not have them
+    ABSENT: ClassVar[dict[str, str]] = {"experts": "This base has no experts of its own: choose one that routes."}
     PREFIX: ClassVar[str] = ""  # that a checkpoint of the model with some head puts before its names
     IGNORED: ClassVar[tuple[str, ...]] = ("*rotary_emb.inv_freq",)  # tensors that a checkpoint may have beside ours
     TITLE: ClassVar[str] = ""  # in the digest of random weights, where the class has had another name

@@ -54,7 +54,7 @@ class Bert(Backbone):
     activation: str = "gelu"
 
     CAUSAL: ClassVar[bool] = False
-    ABSENT: ClassVar[dict[str, str]] = {
+    ABSENT: ClassVar[dict[str, str]] = Backbone.ABSENT | {
         "gate": NO_GATE,
         "ffn": f"A routed FFN changes gate, up and down. {NO_GATE}",
     }

@@ -1,11 +1,13 @@
 """From a config to a `Model`: the only place where names become members."""
 
 from molora_jax import config as config_lib
+from molora_jax import placements
 from molora_jax.adapters import ADAPTERS
 from molora_jax.backbones.base import Backbone
 from molora_jax.backbones.model import Model
 from molora_jax.config.resolve import split_commas
 from molora_jax.core.rules import Rule, adapter_sites
+from molora_jax.errors import InputError
 from molora_jax.losses import LOSSES
 from molora_jax.placements import PLACEMENTS
 from molora_jax.routers import ROUTERS
@@ -38,6 +40,7 @@ def compile_model(config, decoder: Backbone, *, max_segments: int = 0, tasks: tu
                 router=_member(ROUTERS, rule.router) if "router" in rule else None,
                 down=rule.down,
                 shrink=rule.shrink,
+                base_router=rule.get("base_router", "frozen"),  # not in runs of older versions
                 load=tuple(rule.load),
                 place=_member(PLACEMENTS, rule.placement) if "placement" in rule else None,
             )
@@ -47,9 +50,22 @@ def compile_model(config, decoder: Backbone, *, max_segments: int = 0, tasks: tu
         attention=config.train.get("attention", "xla"),  # not in runs of older versions
         tasks=split_commas(config.data.tasks) if tasks is None else tasks,
     )  # fmt: skip
+    _one_change_of_base_experts(rules)
     for rule in rules:
         rule.adapter.check(f"method.rules.{rule.name}.adapter", adapter_sites(decoder, rule, model.segments))
     return model
+
+
+def _one_change_of_base_experts(rules):
+    """Raises InputError where two rules change a base's own experts in one layer: hidden states are formed once."""
+    acting = [rule for rule in rules if "experts" in placements.of(rule).acts(rule)]
+    for i, rule in enumerate(acting):
+        for other in acting[:i]:
+            if any(a and b for a, b in zip(rule.experts, other.experts, strict=True)):
+                raise InputError(
+                    f"method.rules.{rule.name}.layers", got=f"layers of the rule {other.name} too",
+                    expected="one rule of the placement base_experts a layer", fix="Give them different layers.",
+                )  # fmt: skip
 
 
 def compile_losses(config) -> tuple[tuple[str, object], ...]:

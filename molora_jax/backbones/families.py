@@ -8,10 +8,11 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any
 
-from molora_jax.backbones import bert
+from molora_jax.backbones import bert, moe
 from molora_jax.backbones.bert import Bert
 from molora_jax.backbones.hf_fields import shown
 from molora_jax.backbones.llama import Llama
+from molora_jax.backbones.moe import Moe
 from molora_jax.errors import InputError
 
 
@@ -48,6 +49,10 @@ def _unrotated(config, number, where) -> dict:
 
 
 _QWEN = dict(max_position_embeddings=32768, num_key_value_heads=32, sliding_window=4096, max_window_layers=28)
+_MOE = (
+    "num_experts", "num_local_experts", "num_experts_per_tok", "moe_intermediate_size", "norm_topk_prob",
+    "mlp_only_layers", "decoder_sparse_step",
+)  # fmt: skip
 FAMILIES = {
     "llama": Family(defaults=dict(max_position_embeddings=2048), biased=True),
     "mistral": Family(
@@ -59,6 +64,37 @@ FAMILIES = {
     "smollm3": Family(
         defaults=dict(max_position_embeddings=32768, num_key_value_heads=4, rope_theta=2e6, tie_word_embeddings=True),
         windowed=True, biased=True, reads=("no_rope_layers", "no_rope_layer_interval"), more=_unrotated,
+    ),
+    "mixtral": Family(
+        defaults=dict(
+            max_position_embeddings=131072, num_key_value_heads=8, num_local_experts=8, num_experts_per_tok=2,
+            rms_norm_eps=1e-5, rope_theta=1e6,
+        ),
+        windowed=True, gated=False, reads=(*_MOE, "router_jitter_noise"), more=moe.fields, backbone=Moe,
+    ),
+    "olmoe": Family(
+        dict(qk_norm_all=True),
+        dict(
+            max_position_embeddings=4096, num_key_value_heads=16, num_experts=64, num_experts_per_tok=8,
+            rms_norm_eps=1e-5,
+        ),
+        reads=_MOE, more=moe.fields, backbone=Moe,
+    ),
+    "qwen2_moe": Family(
+        defaults=dict(
+            max_position_embeddings=32768, num_key_value_heads=16, sliding_window=4096, max_window_layers=28,
+            num_experts=60, num_experts_per_tok=4, moe_intermediate_size=1408, shared_expert_intermediate_size=5632,
+            qkv_bias=True,
+        ),
+        windowed=True, reads=(*_MOE, "shared_expert_intermediate_size", "qkv_bias"), more=moe.fields, backbone=Moe,
+    ),
+    "qwen3_moe": Family(
+        dict(qk_norm=True),
+        dict(
+            max_position_embeddings=32768, num_key_value_heads=4, sliding_window=4096, max_window_layers=28,
+            num_local_experts=128, num_experts_per_tok=8, moe_intermediate_size=768,
+        ),
+        windowed=True, biased=True, reads=_MOE, more=moe.fields, backbone=Moe,
     ),
     "bert": Family(
         reads=(
@@ -75,11 +111,15 @@ TINY = Llama(
 )  # fmt: skip
 TINY_UNTIED = dataclasses.replace(TINY, tied=False)
 TINY_QWEN3 = dataclasses.replace(TINY, family="qwen3", qk_norm=True, head_dim=32, norm_eps=1e-6)  # heads wider than D
+TINY_MOE = Moe(
+    family="mixtral", layers=4, width=64, ffn_width=32, heads=4, kv_heads=2, head_dim=16, vocab=320, context=512,
+    rope_base=10000.0, norm_eps=1e-5, tied=True, experts=8, active=2, expert_width=32,
+)  # fmt: skip
 TINY_BERT = Bert(
     family="bert", layers=4, width=64, ffn_width=128, heads=4, vocab=320, context=512, token_types=2, norm_eps=1e-12
 )
 RANDOM = {  # of `base.source=random:NAME`
-    "tiny": TINY, "tiny-untied": TINY_UNTIED, "tiny-qwen3": TINY_QWEN3, "tiny-bert": TINY_BERT,
+    "tiny": TINY, "tiny-untied": TINY_UNTIED, "tiny-qwen3": TINY_QWEN3, "tiny-bert": TINY_BERT, "tiny-moe": TINY_MOE,
 }  # fmt: skip
 SMOLLM2 = Llama(  # the default base, for counts and costs that need no weights
     family="llama", layers=30, width=576, ffn_width=1536, heads=9, kv_heads=3, head_dim=64, vocab=49152, context=8192,

@@ -73,8 +73,7 @@ def from_hf(config: dict, *, where: str, note=lambda text: None) -> Backbone:
         rope_scaling=scaling,
         window=window if reached else None,
         sliding=sliding if reached else (),
-        **_biases(config, family, where),
-        **family.more(config, number, where),
+        **_biases(config, family, where) | family.more(config, number, where),
     )
 
 

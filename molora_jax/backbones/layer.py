@@ -4,6 +4,9 @@ A router is asked once a scope: a site's own input (`share="site"`), the normed 
 sub-block (`attn`, `ffn`; reused at o and down), or the whole model (`model`; decided before the stack).
 """
 
+import dataclasses
+import functools
+
 import jax
 import jax.numpy as jnp
 
@@ -12,7 +15,7 @@ from molora_jax.backbones.base import Backbone
 from molora_jax.core import routing as routing_math
 from molora_jax.core import rules as rules_lib
 from molora_jax.core.types import Array, Context
-from molora_jax.placements import ffn
+from molora_jax.placements import base_experts, ffn
 
 
 class Layer:
@@ -143,6 +146,35 @@ class Layer:
             out = self._feed_forward(x, g, u, weights, act)
         else:
             out = self.project("down", *weights["down"], ffn.ACTIVATIONS[act](self.project("up", *weights["up"], x)))
+        for rule, experts in self._acting("beside"):
+            out = out + self._beside(rule, experts, x)
+        return out
+
+    def base_router(self, W: Array) -> Array:
+        """The router `[D, E]` of a base that routes itself: frozen `W`, or the copy that a rule trains."""
+        for rule, _ in self._acting("experts"):
+            if rule.base_router == "trained":
+                return self.adapters[rule.name]["router"]["base"]["W"].T
+        return W
+
+    def experts(self, x: Array, routing, kernels: dict, act: str) -> Array:
+        """The feed-forward sub-block `[B, S, D]` of a base's own experts; `x [B, S, D]` normed, `routing` the base's
+        decision, `kernels` frozen by site: a `tiles.InStack` of `[L, E, D_in, D_out]`."""
+        self.enter("ffn", x)
+        flat, E, change = x.reshape(-1, x.shape[-1]), kernels["gate"].shape[0], {}
+        if not self.engine.alone:  # shares of a mesh are a layer's
+            kernels = {site: one.stack[one.layer] for site, one in kernels.items()}
+        for rule, _ in self._acting("experts"):  # one at most (`compile_model`)
+            context = functools.partial(self._context, rule)
+            change = dict(rule=rule, leaves=self.adapters[rule.name], shared=self.shared.get(rule.name, {}))
+            change["context"] = context
+            if rule.base_router == "trained":
+                self.record(rule, "base", routing, {}, context("base"))
+        part = base_experts.part(kernels, routing, act, E, **change)
+        on = dataclasses.replace(self.engine, capacity=0.0, rank_space=False)  # a base drops no token
+        with jax.named_scope("experts"):
+            out, _ = engines.meet(on, base_experts.Experts(), {"x": flat}, [part])
+        out = out.reshape(x.shape)
         for rule, experts in self._acting("beside"):
             out = out + self._beside(rule, experts, x)
         return out

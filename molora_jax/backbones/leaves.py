@@ -28,6 +28,9 @@ def init_adapters(config, rules, segments, key, params: dict, base_grad: dict | 
             for name in rule.projections:
                 site = rules_lib.site(config, name, segment, rule)
                 own[name] = _init_layers(rule.adapter, rule_key, site, config, params, base_grad)
+                own[name] = own[name] if rule.place is None else rule.place.kept(name, own[name])
+            if rule.base_router == "trained":
+                own.setdefault("router", {})["base"] = {"W": _base_router(config, segment, params)}
             for scope in rule.router_scopes:
                 site = rules_lib.router_site(config, scope, segment, rule)
                 routers.append(site)
@@ -44,6 +47,13 @@ def init_adapters(config, rules, segments, key, params: dict, base_grad: dict | 
             out["shared"] = shared
         tree[rule.name] = _without_empty(out)
     return tree
+
+
+def _base_router(config, segment, params):
+    """A copy of the base's own router, `[L_segment, E, D]` float32."""
+    stack = config.stack_of(segment.start)
+    kernel = params[stack.name]["router"]["kernel"][segment.start - stack.start : segment.stop - stack.start]
+    return jnp.swapaxes(jnp.asarray(kernel, jnp.float32), 1, 2)
 
 
 def _without_empty(tree: dict) -> dict:

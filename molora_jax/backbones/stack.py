@@ -97,7 +97,7 @@ class Run:
                     return k_new, v_new, (put(k_all, k_new, index, 0), put(v_all, v_new, index, 0))
 
             here = {name: values[place] for name, values in arrays.items()}
-            at = At(self.once, here, ctx.train, model.attention)
+            at = At(self.once, here, ctx.valid, ctx.train, model.attention)
             x, kv = config.block(base, x, at, adapt, store)
             return (self.constrain(x), adapt.carry, kv), (adapt.stats, adapt.routings)
 

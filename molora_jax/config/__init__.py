@@ -45,7 +45,11 @@ def check_model(config, num_layers, dims=None, absent=None):
         except InputError as problem:
             problems.append(problem)
             continue
+        needs = states("placements", placement_of(rule, sites), "NEEDS")
         missing = [site for site in sites if site in absent and "placement" not in rule]
+        for need in (need for need in needs if need in absent):
+            place = rule["placement"]["name"]
+            problems.append(wrong(f"{where}.placement.name", repr(place), f"a base with {need}", absent[need]))
         if missing:
             have = f"sites of this base, which has no {', '.join(missing)}"
             problems.append(wrong(f"{where}.sites", repr(rule["sites"]), have, absent[missing[0]]))

@@ -305,6 +305,9 @@ def _placed(where, rule, sites, *, start):
     if not set(sites) <= set(served):
         fix = "Write other sites as another rule."
         yield wrong(f"{where}.sites", _shown(rule["sites"]), f"sites of a {place}: {','.join(served)}", fix)
+    if rule.get("base_router", "frozen") != "frozen" and not attribute("placements", place, "BASE_ROUTER"):
+        able = [name for name in members("placements") if attribute("placements", name, "BASE_ROUTER")]
+        yield wrong(f"{where}.base_router", _shown(rule["base_router"]), f"'frozen', but for {', '.join(able)}")
     if rule["load"] and not attribute("placements", place, "LOADS"):
         able = [name for name in members("placements") if attribute("placements", name, "LOADS")]
         yield wrong(f"{where}.load", f"runs for a {place}", f"a rule whose placement reads runs: {', '.join(able)}")
@@ -340,7 +343,8 @@ def _load(where, rule, counts):
 def _losses(config):
     rules = config["method"].get("rules")
     rules = rules.values() if isinstance(rules, dict) else ()
-    routed = any(isinstance(rule, dict) and "router" in rule for rule in rules)
+    own = lambda rule: "router" in rule or rule.get("base_router") == "trained"  # noqa: E731
+    routed = any(isinstance(rule, dict) and own(rule) for rule in rules)
     for name, loss in config["losses"].items():
         where = f"losses.{name}"
         yield from _member(where, loss, "losses", name=name)

@@ -15,7 +15,7 @@ PROJECTIONS = ("q", "k", "v", "o", "gate", "up", "down")
 ATTENTION, FFN = PROJECTIONS[:4], PROJECTIONS[4:]
 TASKS = ("morph", "translate", "emoji", "factbook", "sentiment", "topic", "dialog", "code", "math")
 BASE_PACKAGES = ("smollm2-135m-instruct", "all-minilm-l6-v2")
-BASE_RANDOM = ("tiny", "tiny-untied", "tiny-qwen3", "tiny-bert")
+BASE_RANDOM = ("tiny", "tiny-untied", "tiny-qwen3", "tiny-bert", "tiny-moe")
 ENGINES_PLANNED = ("ring", "fssdp")
 MESH_AXES = ("data", "fsdp", "expert", "tensor")
 MICRO_SHARDS = 8  # of a micro-step with train.exact
@@ -133,6 +133,7 @@ RULE = {
     "load": Field(tuple, "of paths"),
     "down": choice("once", "per_expert"),
     "shrink": Field(bool),
+    "base_router": since(choice("frozen", "trained"), "frozen"),
 }
 
 LATER = ("objective",)  # groups that configs of older versions lack

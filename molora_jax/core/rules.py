@@ -27,6 +27,7 @@ class Rule:
     down: str = "once"
     shrink: bool = False
     load: tuple[str, ...] = ()  # workdirs of the runs whose adapters are the experts, frozen
+    base_router: str = "frozen"  # of a base that routes itself: "frozen", or "trained", a copy of it
     place: Any = None  # the placement, where the rule names one; else its sites say it (`placements.of`)
 
     @property
@@ -107,8 +108,10 @@ def segments(rules: tuple[Rule, ...], num_layers: int, cuts=()) -> tuple[Segment
 
 def site(config, name: str, segment: Segment, rule: Rule) -> Site:
     """A projection; or `attn`, `ffn`, `model`, `pass<t>`, which read a state of width D (in a chain, change it too)."""
-    d_in, d_out = config.dims(name) if name in config.sites else (config.width, config.width)
-    return Site(name, d_in, d_out, segment.layers, rule.experts[segment.start], rule.experts)
+    d_in, d_out = config.dims(name) if name in PROJECTIONS else (config.width, config.width)
+    experts = rule.experts[segment.start]
+    experts = experts if rule.place is None else rule.place.experts(config, experts)
+    return Site(name, d_in, d_out, segment.layers, experts, rule.experts)
 
 
 def router_site(config, scope: str, segment: Segment, rule: Rule) -> Site:

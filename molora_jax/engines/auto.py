@@ -58,7 +58,7 @@ def routed(model):
     """`(rule, segment, E, site)` of every meeting of tokens and experts in a layer of every segment."""
     for r, rule in enumerate(model.rules):
         for segment in model.segments:
-            if rule.router is not None and segment.counts[r] > 1:
+            if segment.counts[r] > 1 and placements.of(rule).slots(rule, segment.counts[r], model.config):
                 for name in placements.of(rule).meetings(rule):
                     yield rule, segment, segment.counts[r], name
 
@@ -76,7 +76,8 @@ def load(model, rule, segment, experts: int, name: str, *, on: Engine, tokens: i
     row = [size // ways if on.tensor(Axes((axis,), name)) else size for size, axis in place.widths(model.config, name)]
     sent = rank if on.rank_space and place.KEPT else row[0]
     return Load(
-        T=tokens, K=rule.router.k_max(experts), E=experts, row_in=row[0] * itemsize, row_out=row[1] * itemsize,
+        T=tokens, K=place.slots(rule, experts, model.config), E=experts,
+        row_in=row[0] * itemsize, row_out=row[1] * itemsize, frozen=place.frozen(model.config, name) * itemsize / ways,
         sent=sent * itemsize, ids=4 * place.IDS, leaves=tuple(leaves), passes=1 if model.remat == "none" else 2,
         last=place.ends(rule, name), again=_met_before(place, rule, name),
     )  # fmt: skip

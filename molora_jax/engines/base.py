@@ -119,10 +119,11 @@ ALONE = Engine()
 class Load:
     """What one routed site of one layer asks of an engine in a step; one device's share throughout.
 
-    `leaves`: `(bytes of all E experts, is it per expert, is it split over tensor)` of every factor. `row_in, row_out`:
-    bytes of a token's row there and back; `sent` of what really goes (rank activations, in rank space), `ids` of the
-    integers with it. `passes`: forward passes, 2 where the
-    stack is recomputed; `last`: nothing in the layer comes after the site, so its output is not recomputed; `again`: an earlier meeting of the layer has fetched the leaves.
+    `leaves`: `(bytes of all E experts, is it per expert, is it split over tensor)` of every factor; `frozen`: bytes of
+    stacked kernels of the base, which lie in shares under every engine. `row_in, row_out`: bytes of a token's row there
+    and back; `sent` of what really goes (rank activations, in rank space), `ids` of the integers with it. `passes`:
+    forward passes, 2 where the stack is recomputed; `last`: nothing in the layer comes after the site, so its output is
+    not recomputed; `again`: an earlier meeting of the layer has fetched the leaves.
     Routers and rules without one cost the same under every engine and are left out.
     """
 
@@ -137,6 +138,11 @@ class Load:
     passes: int
     last: bool
     again: bool = False
+    frozen: float = 0.0
+
+    def whole(self, on: Engine) -> float:
+        """Bytes of the gathers of `frozen`, for an engine under which tokens stay at home."""
+        return 0.0 if self.again else self.passes * self.frozen * (on.peers - 1) / on.peers
 
     def sums(self, on: Engine, *, per_expert: bool | None = None) -> float:
         """Bytes of the gradient all-reduces of leaves that every device holds."""

@@ -29,7 +29,5 @@ def bytes_moved(load, on) -> tuple[float, float]:
     if not on.stored(load.E):
         return replicate.bytes_moved(load, on)
     own = sum(size for size, each, _ in load.leaves if each) * (on.peers - 1) / on.peers
-    fetched = (
-        0 if load.again else load.passes * own
-    )  # XLA joins equal all-gathers of a layer, but not sums of gradients
-    return (fetched + own + load.shares(on) + load.sums(on, per_expert=False),) * 2
+    fetched = 0 if load.again else load.passes * own  # XLA joins equal all-gathers of a layer; the sums it does not
+    return (fetched + own + load.whole(on) + load.shares(on) + load.sums(on, per_expert=False),) * 2

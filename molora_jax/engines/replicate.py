@@ -16,4 +16,4 @@ def fetch(leaf):
 
 def bytes_moved(load, on) -> tuple[float, float]:
     """`(shipped, useful)` bytes of one device, layer and step."""
-    return (load.sums(on),) * 2
+    return (load.whole(on) + load.sums(on),) * 2

@@ -6,7 +6,8 @@
     dir:PATH                     a Hugging Face folder with safetensors
     hf:ORG/NAME[@revision]       the Hugging Face hub (extra `hub`)
     random:tiny                  four random layers and a byte tokenizer; also tiny-untied (a head of its own),
-                                 tiny-qwen3 (query and key norms, heads wider than the model) and tiny-bert (an encoder)
+                                 tiny-qwen3 (query and key norms, heads wider than the model), tiny-bert (an encoder),
+                                 tiny-moe (experts of its own)
 
 A GGUF file (or a model in parts, by any of them) is dequantised once, into a Hugging Face folder
 `CACHE/converted/<digest>-<dtype>-v2`; later starts only map that. The folder is written under another name and renamed
@@ -75,7 +76,7 @@ def load_base(source: str, *, dtype: str = "float32", seed: int = 0) -> Base:
     if scheme not in ("pkg", "gguf", "dir", "hf") or not rest:
         raise InputError(
             "base.source", got=repr(source),
-            expected="pkg:NAME, gguf:PATH, dir:PATH, hf:ORG/NAME[@revision] or random:tiny[-untied|-qwen3|-bert]",
+            expected="pkg:NAME, gguf:PATH, dir:PATH, hf:ORG/NAME[@revision] or random:tiny[-untied|-qwen3|-bert|-moe]",
         )  # fmt: skip
     try:
         if scheme == "pkg":

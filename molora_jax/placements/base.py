@@ -1,19 +1,23 @@
 """The placement contract: where in a block the experts of a rule act, and what they need there.
 
-A placement is a frozen dataclass of its options, like every member, in a file of its own; it knows no mesh. It gives
+A placement is a frozen dataclass of its options, like every member, in a file of its own and with a row in
+`placements.PLACEMENTS`. It knows no mesh and no engine. It gives
 
-    literals     NAMED, SITES, OWNS, LOADS, REFUSES, LIMITS: read by the config without importing the file
-    of a rule    acts, scopes, leaves_of, decided_by, meetings, owns, widths, ends, stays: asked by model and engines
+    literals     NAME, NAMED, SITES, OWNS, LOADS, REFUSES, LIMITS: the config reads them without importing it
+    of a rule    acts, scopes, leaves_of, decided_by, slots, meetings, owns, widths, frozen, ends, stays and the
+                 literals AXES, KEPT, REDONE, IDS: asked by model, engines and the table of bytes; each has a default
     part(...)    one rule's experts at one meeting with tokens: a `Part`, which does the mathematics
 
 and a place in the block: a `Region` that is there (`projection.Linear`, `ffn.Hidden`, `Beside`), or one of its own.
-`engines/shard.py` is the one file that brings a region's tokens and its parts together:
+`engines.meet(on, region, arrays, parts)` brings a region's tokens and its parts together, whatever the engine:
 
     on one device, or where experts come to the tokens   region.start, part.here for each, region.close, region.end
     where tokens travel to their experts                 in place of part.here: part.sends -> part.there -> part.stay
 
-All dimensions have logical names (`Axes`); the engine maps them to its mesh, and specs, storage, padding, gathers and
-the table of bytes follow from that. T tokens, K slots, E experts, R rank, D width.
+Arrays that lie with the experts (factors, stacked kernels of the base) are fields of the part, those that lie with the
+tokens or everywhere are the region's. All dimensions have logical names (`Axes`); the engine maps them to its mesh, and
+specs, storage, padding, gathers and the table of bytes follow from that.
+T tokens, K slots, E experts, R rank, D width. An example in one file: `tests/engines/toy_placement.py`.
 """
 
 import dataclasses
@@ -132,6 +136,8 @@ class Placement:
     NAME: ClassVar[str] = ""
     NAMED: ClassVar[bool] = False  # a rule names it; else it is that of every rule with such sites and no name
     SITES: ClassVar[tuple[str, ...]] = ("q", "k", "v", "o", "gate", "up", "down")  # that a rule may list
+    NEEDS: ClassVar[tuple[str, ...]] = ()  # what a base must have: "experts" of its own
+    BASE_ROUTER: ClassVar[bool] = False  # a rule may train the base's own router
     OWNS: ClassVar[tuple[str, ...] | None] = None  # names under which a rule's factors lie; None: its sites
     LOADS: ClassVar[bool] = True  # factors change a frozen weight, so they can be read from runs (a rule's `load`)
     # Rules that it cannot serve: (field, conditions, what is expected, what to change); see `config/limits.py`
@@ -148,6 +154,14 @@ class Placement:
         """Names at which a block asks for the rule: a projection, `ffn` (between up and down), `beside` (the FFN)."""
         return rule.sites
 
+    def experts(self, config, experts: int) -> int:
+        """Experts that a rule's factors are for; `config` is the base's shape, `experts` what the rule says."""
+        return experts
+
+    def kept(self, site: str, leaves: dict) -> dict:
+        """Of a site's fresh leaves `[L, E, ...]` those that are kept (all, or one for experts that share)."""
+        return leaves
+
     def scopes(self, rule) -> tuple[str, ...] | None:
         """The decisions of one layer, where they are not those that `router.share` says."""
         return None
@@ -160,6 +174,10 @@ class Placement:
         """The scope whose decision is taken over."""
         return scope
 
+    def slots(self, rule, experts: int, config) -> int:
+        """K, the most experts that a token meets; 0 where nobody chooses. `config` is the base's shape."""
+        return 0 if rule.router is None else rule.router.k_max(experts)
+
     def meetings(self, rule) -> tuple[str, ...]:
         """Each time that a layer brings tokens and experts together, by the site or scope."""
         return self.acts(rule)
@@ -171,6 +189,10 @@ class Placement:
     def widths(self, config, meeting: str) -> tuple[tuple[int, str], tuple[int, str]]:
         """`(numbers, axis)` of a row that travels, there and back."""
         return (config.width, "width"), (config.width, "width")
+
+    def frozen(self, config, meeting: str) -> int:
+        """Numbers of the base's stacked kernels that a layer's meeting needs (all E experts)."""
+        return 0
 
     def ends(self, rule, meeting: str) -> bool:
         """Whether nothing in a layer comes after the meeting, so that its output is not computed again."""

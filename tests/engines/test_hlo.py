@@ -67,10 +67,8 @@ def number(model, adapters, engine):
     for path, leaf, place in leaves:
         name, _, site, *_ = path.split("/")
         rule, layers = rules[name], leaf.shape[0]
-        met = sum(
-            site in placements.of(rule).owns(rule, m) for m in placements.of(rule).meetings(rule)
-        )  # by a chain: C
-        times = layers * max(met, 1)  # of a router: once
+        at = placements.of(rule)
+        times = layers * max(sum(site in at.owns(rule, m) for m in at.meetings(rule)), 1)  # a chain's passes
         count["all-reduce"] += times
         if engine.name == "gather" and "expert" in place.spec:
             count.update({"all-gather": passes * layers, "reduce-scatter": times})
