@@ -162,4 +162,9 @@ def test_options_that_exclude_each_other():
         compile_objective({"name": "preference", "reference": "base"})
     with pytest.raises(InputError, match=r"objective\.teacher"):
         compile_objective({"name": "distill"})
-    assert {name: OBJECTIVES[name].UNIT for name in OBJECTIVES} == {"lm": 1, "classify": 1, "preference": 2, "distill": 1}
+    assert {name: OBJECTIVES[name].UNIT for name in OBJECTIVES} == {
+        "lm": 1,
+        "classify": 1,
+        "preference": 2,
+        "distill": 1,
+    }
