@@ -72,14 +72,14 @@ def start(tree, args):
         )  # fmt: skip
     config = config_lib.from_dict(tree)
     base = load_base(config.base.source, dtype=args["dtype"], seed=0)
-    config_lib.check_model(config, base.config.layers, base.config.dims)
+    config_lib.check_model(config, base.config.layers, base.config.dims, base.config.ABSENT)
     model = compile_model(config, base.config, max_segments=1)
     devices = args.get("devices", 1)
     if len(jax.devices()) < devices:
         raise InputError("--devices", got=str(devices), expected=f"at most {len(jax.devices())} on this machine")
     mesh = sharding.make_mesh(dict(data=devices, fsdp=1, expert=1, tensor=1), jax.devices()[:devices])
     model = dataclasses.replace(model, engine=Engine("replicate", mesh))
-    params = sharding.put(base.params, sharding.param_shardings(base.params, mesh))
+    params = sharding.put(base.params, sharding.param_shardings(base.config, base.params, mesh))
     base = dataclasses.replace(base, params=None)  # the host's copy is not part of a step's memory
     frozen = model.frozen_patterns()
     shapes = jax.eval_shape(lambda p: model.init_adapters(jax.random.key(0), p), params)

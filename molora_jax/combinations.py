@@ -21,7 +21,6 @@ from molora_jax.placements import PLACEMENTS
 from molora_jax.routers import ROUTERS
 from molora_jax.sharding import AXES
 
-SITES = {"projection": "q,k,v,o,gate,up,down", "ffn": "ffn", "chain": "ffn"}
 MESH = AbstractMesh(tuple(2 if axis == "expert" else 1 for axis in AXES), AXES)
 EXPERTS = 8
 
@@ -53,13 +52,14 @@ def points() -> list[Point]:
 def config_of(point: Point, defaults, *, down: str = "once"):
     """The config of a point; not validated."""
     rule = dict(
-        sites=SITES[point.placement], layers="all", experts="1" if point.router == "none" else str(EXPERTS), load=(),
+        sites=",".join(PLACEMENTS[point.placement].SITES), layers="all",
+        experts="1" if point.router == "none" else str(EXPERTS), load=(),
         adapter=dict(name=point.adapter, rank=4, alpha=8.0, dropout=0.0), down=down, shrink=False,
     )  # fmt: skip
     if point.router != "none":
         rule["router"] = dict(name=point.router)
-    if point.placement == "chain":
-        rule["placement"] = dict(name="chain")
+    if PLACEMENTS[point.placement].NAMED:
+        rule["placement"] = dict(name=point.placement)
     config = defaults.copy_and_resolve_references()
     with config.unlocked():
         config.method.rules = dict(mix=rule)

@@ -6,76 +6,88 @@ L layers, D width; all: q, k, v, o, gate, up, down; attn: q, k, v, o; ffn: gate,
 is a rank or a count of experts of the shipped config.
 """
 
-from molora_jax.backbones.families import DecoderConfig
-from molora_jax.config.fields import ATTENTION, FFN, PROJECTIONS
+from molora_jax.backbones.base import Backbone
 from molora_jax.config.resolve import resolve_experts
 
 
-def low_rank(decoder: DecoderConfig, sites, rank: int) -> int:
+def low_rank(decoder: Backbone, sites, rank: int) -> int:
     """Parameters of one pair A, B on each of the sites of one layer: `R (D_in + D_out)`."""
     return sum(rank * sum(decoder.dims(site)) for site in sites)
 
 
-def lora(decoder: DecoderConfig) -> int:
+def inward(decoder: Backbone, sites) -> int:
+    """`sum of D_in` over the sites of a layer."""
+    return sum(decoder.dims(site)[0] for site in sites)
+
+
+def lora(decoder: Backbone) -> int:
     """`16 L p(all)`"""
-    return decoder.layers * low_rank(decoder, PROJECTIONS, 16)
+    return decoder.layers * low_rank(decoder, decoder.sites, 16)
 
 
-def dora(decoder: DecoderConfig) -> int:
+def dora(decoder: Backbone) -> int:
     """`16 L p(all) + L o(all)`"""
-    return lora(decoder) + decoder.layers * sum(decoder.dims(site)[1] for site in PROJECTIONS)
+    return lora(decoder) + decoder.layers * sum(decoder.dims(site)[1] for site in decoder.sites)
 
 
-def ffn_experts(decoder: DecoderConfig) -> int:
+def ffn_experts(decoder: Backbone) -> int:
     """`L (16 p(attn) + 8 (16 p(ffn) + D))`"""
-    experts = 8 * (low_rank(decoder, FFN, 16) + decoder.width)
-    return decoder.layers * (low_rank(decoder, ATTENTION, 16) + experts)
+    experts = 8 * (low_rank(decoder, decoder.ffn_sites, 16) + decoder.width)
+    return decoder.layers * (low_rank(decoder, decoder.attention_sites, 16) + experts)
 
 
-def mola(decoder: DecoderConfig) -> int:
+def mola(decoder: Backbone) -> int:
     """`sum_l E_l (8 p(all) + d(all))`, E_l = 2, 4, 6, 8 by depth"""
-    one = low_rank(decoder, PROJECTIONS, 8) + sum(decoder.dims(site)[0] for site in PROJECTIONS)
+    one = low_rank(decoder, decoder.sites, 8) + inward(decoder, decoder.sites)
     return one * sum(resolve_experts("2|4|6|8", decoder.layers))
 
 
-def mos(decoder: DecoderConfig) -> int:
+def mos(decoder: Backbone) -> int:
     """`8 L p(all)`, whatever the active rank"""
-    return decoder.layers * low_rank(decoder, PROJECTIONS, 8)
+    return decoder.layers * low_rank(decoder, decoder.sites, 8)
 
 
-def coe(decoder: DecoderConfig) -> int:
+def coe(decoder: Backbone) -> int:
     """`8 L (16 * 2 D + 2 D)`, a router a pass"""
     return decoder.layers * 8 * (2 * 16 + 2) * decoder.width
 
 
-def x_lora(decoder: DecoderConfig) -> int:
+def x_lora(decoder: Backbone) -> int:
     """`9 L (16 p(q,k,v,o,gate) + 5 (D + 1))`"""
-    sites = (*ATTENTION, "gate")
+    sites = (*decoder.attention_sites, "gate")
     return decoder.layers * 9 * (low_rank(decoder, sites, 16) + len(sites) * (decoder.width + 1))
 
 
-def dynmole(decoder: DecoderConfig) -> int:
+def dynmole(decoder: Backbone) -> int:
     """`6 L (24 p(ffn) + d(ffn))`"""
-    return decoder.layers * 6 * (low_rank(decoder, FFN, 24) + sum(decoder.dims(site)[0] for site in FFN))
+    return (
+        decoder.layers
+        * 6
+        * (low_rank(decoder, decoder.ffn_sites, 24) + sum(decoder.dims(site)[0] for site in decoder.ffn_sites))
+    )
 
 
-def smora(decoder: DecoderConfig) -> int:
+def smora(decoder: Backbone) -> int:
     """`64 L (p(all) + d(all))`"""
-    return decoder.layers * (low_rank(decoder, PROJECTIONS, 64) + 64 * sum(decoder.dims(s)[0] for s in PROJECTIONS))
+    return decoder.layers * (low_rank(decoder, decoder.sites, 64) + 64 * inward(decoder, decoder.sites))
 
 
-def loramoe(decoder: DecoderConfig) -> int:
+def loramoe(decoder: Backbone) -> int:
     """`6 L (4 p(ffn) + d(ffn))`"""
-    return decoder.layers * 6 * (low_rank(decoder, FFN, 4) + sum(decoder.dims(site)[0] for site in FFN))
+    return (
+        decoder.layers
+        * 6
+        * (low_rank(decoder, decoder.ffn_sites, 4) + sum(decoder.dims(site)[0] for site in decoder.ffn_sites))
+    )
 
 
-def rmoe(decoder: DecoderConfig) -> int:
+def rmoe(decoder: Backbone) -> int:
     """`L (16 p(attn) + 8 * 16 p(ffn)) + L P (D + 8) + 6 P (P + 1)`, P = 128"""
     L, D, P, E = decoder.layers, decoder.width, 128, 8
     return ffn_experts(decoder) - L * D * E + L * P * D + 6 * P * P + 6 * P + L * P * E
 
 
-def llava_mole(decoder: DecoderConfig) -> int:
+def llava_mole(decoder: Backbone) -> int:
     """`L (32 p(attn) + 3 (32 p(ffn) + D + 1))`"""
-    ffn = 3 * (low_rank(decoder, FFN, 32) + decoder.width + 1)
-    return decoder.layers * (low_rank(decoder, ATTENTION, 32) + ffn)
+    ffn = 3 * (low_rank(decoder, decoder.ffn_sites, 32) + decoder.width + 1)
+    return decoder.layers * (low_rank(decoder, decoder.attention_sites, 32) + ffn)

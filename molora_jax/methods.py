@@ -2,7 +2,7 @@
 
 A row is a config (with overrides where a method is one option away from another), the paper, the equation, what the
 method has of its own on the axes, where it departs from the paper's code, and the paper's count of trained parameters
-as a function of the decoder's shape. Imports neither jax nor a config.
+as a function of the decoder's shape.
 """
 
 import dataclasses
@@ -11,7 +11,8 @@ from collections.abc import Callable
 from typing import Any
 
 from molora_jax import formulas
-from molora_jax.backbones.families import SMOLLM2, DecoderConfig
+from molora_jax.backbones.base import Backbone
+from molora_jax.backbones.families import SMOLLM2
 
 ROOT = pathlib.Path(__file__).parents[1]
 
@@ -30,7 +31,7 @@ class Method:
     paper: str  # arXiv id; "" for a method of your own
     axes: str  # what is its own, by axis
     equation: str
-    params: Callable[[DecoderConfig], int]
+    params: Callable[[Backbone], int]
     differs: str = ""
     own: tuple[str, ...] = ()
     overrides: dict[str, Any] = dataclasses.field(default_factory=dict)  # dotted field of the config -> value

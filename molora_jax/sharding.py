@@ -1,10 +1,8 @@
-"""The mesh, and where every array lives on it: path patterns for parameters, one `constrain` for activations.
+"""The mesh, and where every array lives on it: the base's as its backbone says, one `constrain` for activations.
 
 Mesh axes: `data`, `fsdp`, `expert`, `tensor`; a batch's rows are split over the first three. The layer axis of the
 stacked base is never sharded: a sharded layer axis gathers the whole stack inside the layer loop (compiled and seen).
 """
-
-import re
 
 import jax
 import numpy as np
@@ -21,21 +19,6 @@ if jax.__version__ == "0.11.2":
 
 AXES = ("data", "fsdp", "expert", "tensor")
 ROWS = ("data", "fsdp", "expert")
-# Axes of a table [V, D], by preference. Vocabularies divide by nothing in particular (32001 with a padding token): an
-# axis that does not divide V splits D, and is left out where it divides neither (the kernels say if D must be divided).
-TABLES = (
-    (("fsdp", "tensor"), None), ("tensor", "fsdp"), ("fsdp", "tensor"), (None, ("fsdp", "tensor")), (None, "fsdp"),
-    (None, None),
-)  # fmt: skip
-PATTERNS = (  # first match wins; a path that nothing matches is an error. Of several specs the first that divides
-    (r"embed", *(P(vocab, width) for vocab, width in TABLES)),
-    (r"head", *(P(width, vocab) for vocab, width in TABLES)),
-    (r"blocks/(q|k|v|gate|up)/kernel", P(None, "fsdp", "tensor")),
-    (r"blocks/(o|down)/kernel", P(None, "tensor", "fsdp")),
-    (r"blocks/(q|k|v)/bias", P(None, "tensor")),
-    (r"blocks/o/bias", P()),
-    (r"(blocks/)?\w+_norm", P()),
-)
 
 
 def make_mesh(sizes: dict[str, int], devices=None) -> Mesh:
@@ -55,18 +38,19 @@ def paths(tree) -> list[str]:
     return ["/".join(str(k.key) for k in path) for path, _ in jax.tree_util.tree_leaves_with_path(tree)]
 
 
-def param_shardings(params, mesh: Mesh):
-    """Shardings of the frozen base.
+def param_shardings(backbone, params, mesh: Mesh):
+    """Shardings of the frozen base: of the specs that `backbone.shapes()` gives for a leaf, the first that divides it.
 
     Raises:
       InputError: a dimension that the mesh does not divide.
     """
+    known = backbone.shapes()
 
     def one(path, leaf):
         name = "/".join(str(k.key) for k in path)
-        specs = next((specs for pattern, *specs in PATTERNS if re.fullmatch(pattern, name)), None)
-        if specs is None:
-            raise ValueError(f"no sharding pattern matches the parameter {name!r}; add one to molora_jax/sharding.py")
+        if name not in known:
+            raise ValueError(f"{type(backbone).__name__}.shapes() does not have the parameter {name!r}")
+        specs = known[name].specs
         spec = next((spec for spec in specs if not _undivided(leaf.shape, spec, mesh)), None)
         if spec is None:
             size, axis = _undivided(leaf.shape, specs[-1], mesh)[0]
@@ -136,16 +120,15 @@ def adapter_shardings(adapters, model, mesh: Mesh):
     leaf whose E the axis does not divide.
     """
     experts = {
-        (rule.name, segment.name): (E, rule.placement)
+        (rule.name, segment.name): (E, rule)
         for segment in model.segments
         for rule, E in zip(model.rules, segment.counts, strict=True)
     }
 
     def one(path, leaf):
         rule, segment, site, *_ = names = [str(k.key) for k in path]  # a shared leaf may end at its third name
-        E, placement = experts.get((rule, segment), (0, ""))
-        kept = model.engine.rank_space and placement == "projection" and names[-1] in ("A", "A0")
-        whole = site == "router" or placement == "chain" or kept
+        E, owner = experts.get((rule, segment), (0, None))
+        whole = site == "router" or owner is not None and model.engine.keeps(owner, names[-1])
         shared = not whole and len(leaf.shape) > 1 and leaf.shape[1] == E and model.engine.stored(E)
         return NamedSharding(mesh, P(None, "expert") if shared else P())
 
@@ -157,7 +140,7 @@ def state_shardings(state, model, mesh: Mesh):
 
     An optimizer keeps trees of the adapters' structure: a leaf belongs to the adapter whose path its own ends with.
     """
-    modules = module_shardings(state.modules, mesh)
+    modules = module_shardings(model.config, state.modules, mesh)
     of = {}
     for tree, places in (
         (state.adapters, adapter_shardings(state.adapters, model, mesh)),
@@ -177,7 +160,7 @@ def state_shardings(state, model, mesh: Mesh):
     return jax.tree_util.tree_map_with_path(one, state).replace(modules=modules)
 
 
-def module_shardings(modules, mesh: Mesh):
+def module_shardings(backbone, modules, mesh: Mesh):
     """Of the collection `modules`: trained copies lie as the base leaves that they stand for, heads everywhere."""
     places = {name: jax.tree.map(lambda _: replicated(mesh), tree) for name, tree in modules.items()}
-    return places | ({"base": param_shardings(modules["base"], mesh)} if "base" in modules else {})
+    return places | ({"base": param_shardings(backbone, modules["base"], mesh)} if "base" in modules else {})

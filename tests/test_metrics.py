@@ -8,7 +8,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from molora_jax.runs.metrics import MetricsWriter, Progress, duration, truncate_metrics
+from molora_jax.runs.metrics import MetricsWriter, Progress, duration
+from molora_jax.runs.metrics_file import cut
+
+
+def lines_cut(path, after_step) -> int:
+    lost = cut(path, after_step)
+    return lost.cut + lost.broken
 
 
 def rows(path):
@@ -32,10 +38,10 @@ def test_rows_hold_all_kinds_of_values(tmp_path):
 def test_rows_after_a_step_and_broken_lines_are_cut(tmp_path, tail):
     path = tmp_path / "metrics.jsonl"
     path.write_text("".join(json.dumps({"step": s}) + "\n" for s in range(1, 6)) + tail)
-    assert truncate_metrics(path, 3) == 2 + bool(tail)
+    assert lines_cut(path, 3) == 2 + bool(tail)
     assert [row["step"] for row in rows(path)] == [1, 2, 3]
-    assert truncate_metrics(path, 3) == 0 and [p.name for p in tmp_path.iterdir()] == ["metrics.jsonl"]
-    assert truncate_metrics(tmp_path / "none", 3) == 0
+    assert lines_cut(path, 3) == 0 and [p.name for p in tmp_path.iterdir()] == ["metrics.jsonl"]
+    assert lines_cut(tmp_path / "none", 3) == 0
 
 
 def test_a_resumed_writer_continues_after_the_step(tmp_path):

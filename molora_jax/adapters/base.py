@@ -21,6 +21,8 @@ class Adapter:
     init: str = "kaiming"
 
     FROZEN: ClassVar[tuple[str, ...]] = ("A0", "B0")  # leaf names that never train (the start of PiSSA)
+    LOADS: ClassVar[bool] = False  # whether its leaves are A and B of a product alone, to be filled from a run
+    ROW_FACTORS: ClassVar[bool] = False  # whether it has `Factors.out` or `inp`, which multiply the frozen product
 
     def scale(self) -> float:
         """`s` of `s B A x`; leaves are stored unscaled."""

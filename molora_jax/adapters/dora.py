@@ -13,6 +13,7 @@ With dropout the base term keeps the undropped input (peft recomputes it on the 
 """
 
 import dataclasses
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -22,6 +23,9 @@ from molora_jax.adapters.lora import Lora
 
 @dataclasses.dataclass(frozen=True)
 class Dora(Lora):
+    LOADS: ClassVar[bool] = False
+    ROW_FACTORS: ClassVar[bool] = True  # `Factors.out`: scales the frozen product
+
     def init_leaves(self, key, site, layer, *, base=None, base_grad=None):
         leaves = super().init_leaves(key, site, layer, base=base, base_grad=base_grad)
         norm = jnp.linalg.norm(base.astype(jnp.float32), axis=0)  # base is [D_in, D_out]: a row of W is a column

@@ -7,6 +7,7 @@ base weight is never altered, so experts, merging and export all stay difference
 """
 
 import dataclasses
+from typing import ClassVar
 
 import jax.numpy as jnp
 
@@ -16,6 +17,8 @@ from molora_jax.core.types import Factors
 
 @dataclasses.dataclass(frozen=True)
 class Lora(Adapter):
+    LOADS: ClassVar[bool] = True  # holds any product B A as it is, so experts can be read from runs
+
     def factors(self, p, shared, ctx):
         A, B = p["A"], p["B"]
         if "A0" in p:

@@ -2,12 +2,12 @@
 
 from molora_jax import config as config_lib
 from molora_jax.adapters import ADAPTERS
-from molora_jax.backbones.families import DecoderConfig
+from molora_jax.backbones.base import Backbone
 from molora_jax.backbones.model import Model
 from molora_jax.config.resolve import split_commas
 from molora_jax.core.rules import Rule, adapter_sites
 from molora_jax.losses import LOSSES
-from molora_jax.placements import NAMED
+from molora_jax.placements import PLACEMENTS
 from molora_jax.routers import ROUTERS
 
 
@@ -16,9 +16,7 @@ def _member(table, options):
     return table[options.pop("name")](**options)
 
 
-def compile_model(
-    config, decoder: DecoderConfig, *, max_segments: int = 0, tasks: tuple[str, ...] | None = None
-) -> Model:
+def compile_model(config, decoder: Backbone, *, max_segments: int = 0, tasks: tuple[str, ...] | None = None) -> Model:
     """The validated config's rules on this decoder. Rules keep the config's (sorted) order.
 
     Args:
@@ -34,14 +32,14 @@ def compile_model(
         rules.append(
             Rule(
                 name=name,
-                sites=config_lib.resolve_sites(rule.sites),
+                sites=config_lib.resolve_sites(rule.sites, absent=decoder.ABSENT),
                 experts=tuple(counts.get(layer, 0) for layer in range(decoder.layers)),
                 adapter=_member(ADAPTERS, rule.adapter),
                 router=_member(ROUTERS, rule.router) if "router" in rule else None,
                 down=rule.down,
                 shrink=rule.shrink,
                 load=tuple(rule.load),
-                place=_member(NAMED, rule.placement) if "placement" in rule else None,
+                place=_member(PLACEMENTS, rule.placement) if "placement" in rule else None,
             )
         )
     model = Model(

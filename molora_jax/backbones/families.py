@@ -1,122 +1,87 @@
-"""The decoder families that one decoder serves, as switches and name tables.
+"""The families that are known by their `model_type`, a row each, and the shapes that have a name of their own.
 
-`DecoderConfig` is the inner form of a model's shape; `hf_config.py` reads it from a Hugging Face `config.json`.
-`HF_NAMES` maps a parameter of ours to theirs (`{i}` is the layer).
-
-Ours is a plain nested dict; kernels are `[D_in, D_out]` and stacked over layers:
-
-    embed [V, D]   final_norm [D]   head [D, V] (absent when tied)
-    blocks/{attn_norm, ffn_norm} [L, D]
-    blocks/{q, k, v, o, gate, up, down}/kernel [L, D_in, D_out]   and /bias [L, D_out] where the model has one
-    blocks/{q_norm, k_norm} [L, H_d]    where the family has one (Qwen3)
+A llama-like family is a row of `FAMILIES`: the switches of `Llama` that it sets, what transformers takes for a field
+that its config.json lacks, and which fields it alone reads.
 """
 
 import dataclasses
+from collections.abc import Callable
+from typing import Any
 
-from molora_jax.backbones import rope
-from molora_jax.config.fields import PROJECTIONS
+from molora_jax.backbones import bert
+from molora_jax.backbones.bert import Bert
+from molora_jax.backbones.hf_fields import shown
+from molora_jax.backbones.llama import Llama
+from molora_jax.errors import InputError
 
 
 @dataclasses.dataclass(frozen=True)
-class DecoderConfig:
-    """Shape and switches of a decoder-only model. `D = width`, `F = ffn_width`, `H_d = head_dim`."""
+class Family:
+    """A `model_type` of Hugging Face.
 
-    family: str
-    layers: int
-    width: int
-    ffn_width: int
-    heads: int
-    kv_heads: int
-    head_dim: int
-    vocab: int
-    context: int
-    rope_base: float
-    norm_eps: float
-    tied: bool
-    activation: str = "silu"
-    qkv_bias: bool = False
-    qk_norm: bool = False
-    rope_scaling: rope.RopeScaling | None = None
-    o_bias: bool = False
-    window: int | None = None  # a query of a sliding layer sees so many keys, its own the last; None: no layer slides
-    sliding: tuple[int, ...] = ()  # the layers that slide
+    `switches`: fields of the backbone beyond what config.json says; `defaults`: of fields that the file lacks;
+    `windowed`: its sliding window is read, `gated` if `use_sliding_window` has to say so; `biased`: `attention_bias` is
+    read, for q, k, v and o; `reads`: fields that it alone reads; `more(config, number, where)`: fields of the backbone
+    that follow from those; `whole`: the backbone's own reader of a config, in place of Llama's.
+    """
 
-    def dims(self, site: str) -> tuple[int, int]:
-        """`(D_in, D_out)` of a projection."""
-        q, kv = self.heads * self.head_dim, self.kv_heads * self.head_dim
-        d, f = self.width, self.ffn_width
-        table = dict(q=(d, q), k=(d, kv), v=(d, kv), o=(q, d), gate=(d, f), up=(d, f), down=(f, d))
-        return table[site]
-
-    def biased(self, site: str) -> bool:
-        return self.qkv_bias if site in ("q", "k", "v") else self.o_bias and site == "o"
+    switches: dict = dataclasses.field(default_factory=dict)
+    defaults: dict = dataclasses.field(default_factory=dict)
+    windowed: bool = False
+    gated: bool = True
+    biased: bool = False
+    reads: tuple[str, ...] = ()
+    more: Callable[..., dict[str, Any]] = lambda config, number, where: {}
+    backbone: type = Llama
+    whole: Callable[..., Any] | None = None
 
 
-TINY = DecoderConfig(
+def _unrotated(config, number, where) -> dict:
+    """SmolLM3: `no_rope_layers` has a 1 for each layer with positions; without it every so many have none."""
+    layers, marks = number("num_hidden_layers"), config.get("no_rope_layers")
+    if marks is None:
+        every = number("no_rope_layer_interval", 4)
+        marks = [int((i + 1) % every != 0) for i in range(layers)]
+    if not isinstance(marks, list) or len(marks) < layers or any(type(m) is not int or m not in (0, 1) for m in marks):
+        raise InputError(f"{where}: no_rope_layers", got=shown(marks), expected=f"a 0 or 1 for each of {layers} layers")
+    return {"unrotated": tuple(i for i in range(layers) if not marks[i])}
+
+
+_QWEN = dict(max_position_embeddings=32768, num_key_value_heads=32, sliding_window=4096, max_window_layers=28)
+FAMILIES = {
+    "llama": Family(defaults=dict(max_position_embeddings=2048), biased=True),
+    "mistral": Family(
+        defaults=dict(max_position_embeddings=131072, num_key_value_heads=8, sliding_window=4096),
+        windowed=True, gated=False,
+    ),
+    "qwen2": Family(dict(qkv_bias=True), _QWEN, windowed=True),
+    "qwen3": Family(dict(qk_norm=True), _QWEN | dict(head_dim=128), windowed=True, biased=True),
+    "smollm3": Family(
+        defaults=dict(max_position_embeddings=32768, num_key_value_heads=4, rope_theta=2e6, tie_word_embeddings=True),
+        windowed=True, biased=True, reads=("no_rope_layers", "no_rope_layer_interval"), more=_unrotated,
+    ),
+    "bert": Family(
+        reads=(
+            "layer_norm_eps", "type_vocab_size", "position_embedding_type", "attention_probs_dropout_prob",
+            "gradient_checkpointing",
+        ),
+        whole=bert.read,
+    ),
+}  # fmt: skip
+
+TINY = Llama(
     family="llama", layers=4, width=64, ffn_width=128, heads=4, kv_heads=2, head_dim=16, vocab=320, context=512,
     rope_base=10000.0, norm_eps=1e-5, tied=True,
 )  # fmt: skip
 TINY_UNTIED = dataclasses.replace(TINY, tied=False)
 TINY_QWEN3 = dataclasses.replace(TINY, family="qwen3", qk_norm=True, head_dim=32, norm_eps=1e-6)  # heads wider than D
-RANDOM = {"tiny": TINY, "tiny-untied": TINY_UNTIED, "tiny-qwen3": TINY_QWEN3}  # of `base.source=random:NAME`
-SMOLLM2 = DecoderConfig(  # the default base, for counts and costs that need no weights
+TINY_BERT = Bert(
+    family="bert", layers=4, width=64, ffn_width=128, heads=4, vocab=320, context=512, token_types=2, norm_eps=1e-12
+)
+RANDOM = {  # of `base.source=random:NAME`
+    "tiny": TINY, "tiny-untied": TINY_UNTIED, "tiny-qwen3": TINY_QWEN3, "tiny-bert": TINY_BERT,
+}  # fmt: skip
+SMOLLM2 = Llama(  # the default base, for counts and costs that need no weights
     family="llama", layers=30, width=576, ffn_width=1536, heads=9, kv_heads=3, head_dim=64, vocab=49152, context=8192,
     rope_base=100000.0, norm_eps=1e-5, tied=True,
 )  # fmt: skip
-
-_BLOCK = {
-    "attn_norm": "input_layernorm.weight",
-    "ffn_norm": "post_attention_layernorm.weight",
-    "q": "self_attn.q_proj",
-    "k": "self_attn.k_proj",
-    "v": "self_attn.v_proj",
-    "o": "self_attn.o_proj",
-    "gate": "mlp.gate_proj",
-    "up": "mlp.up_proj",
-    "down": "mlp.down_proj",
-    "q_norm": "self_attn.q_norm.weight",
-    "k_norm": "self_attn.k_norm.weight",
-}
-HF_NAMES = {
-    "embed": "model.embed_tokens.weight",
-    "final_norm": "model.norm.weight",
-    "head": "lm_head.weight",
-    **{f"blocks/{ours}": f"model.layers.{{i}}.{theirs}" for ours, theirs in _BLOCK.items()},
-}
-
-
-def hf_shapes(config: DecoderConfig) -> dict:
-    """Path of ours (`embed`, `blocks/q/kernel`) -> shape of one Hugging Face tensor; a matrix is `(D_out, D_in)`."""
-    width, norm = (config.width,), (config.head_dim,)
-    shapes = {"embed": (config.vocab, config.width), "final_norm": width}
-    if not config.tied:
-        shapes["head"] = (config.vocab, config.width)
-    shapes |= {"blocks/attn_norm": width, "blocks/ffn_norm": width}
-    for site in PROJECTIONS:
-        d_in, d_out = config.dims(site)
-        shapes[f"blocks/{site}/kernel"] = (d_out, d_in)
-        if config.biased(site):
-            shapes[f"blocks/{site}/bias"] = (d_out,)
-    if config.qk_norm:
-        shapes |= {"blocks/q_norm": norm, "blocks/k_norm": norm}
-    return shapes
-
-
-def transposed(path: str) -> bool:
-    """Whether ours is their tensor transposed: every matrix that is multiplied from the right, so not the embedding."""
-    return path == "head" or path.endswith("/kernel")
-
-
-def hf_name(path: str, layer: int = 0) -> str:
-    """The Hugging Face name of a path of `hf_shapes`."""
-    base, _, part = path.rpartition("/")
-    suffix = {"kernel": ".weight", "bias": ".bias"}.get(part)
-    return HF_NAMES[path].format(i=layer) if suffix is None else HF_NAMES[base].format(i=layer) + suffix
-
-
-FAMILIES = {  # model_type -> switches beyond what config.json says
-    "llama": {},
-    "mistral": {},
-    "qwen2": dict(qkv_bias=True),
-    "qwen3": dict(qk_norm=True),
-}

@@ -72,8 +72,8 @@ def is_off(value) -> bool:
     return value is None or value is False or (isinstance(value, (str, list, dict)) and not value)
 
 
-def check(config: dict, *, where: str, head_dim: int) -> list[str]:
-    """The names of fields that nobody knows, to be reported.
+def check(config: dict, *, where: str, head_dim: int, reads: tuple[str, ...] = ()) -> list[str]:
+    """The names of fields that nobody knows, to be reported. `reads`: fields that the model's family alone reads.
 
     Raises:
       InputError: a field that changes the numbers in a way that the decoder does not have.
@@ -81,7 +81,7 @@ def check(config: dict, *, where: str, head_dim: int) -> list[str]:
     unknown = []
     for name, value in config.items():
         on = any(off is True for off in MATTER.get(name, ()))  # fields whose usual value is true
-        if name in READ or name in HARMLESS or (is_off(value) and not (on and value is False)):
+        if name in READ or name in reads or name in HARMLESS or (is_off(value) and not (on and value is False)):
             continue
         if name == "auto_map":
             _custom_code(value, where)

@@ -1,4 +1,4 @@
-"""Bookkeeping of one layer's pass: who routes where, what is shared, and the sums that leave the layer.
+"""Bookkeeping of one layer's pass, given to a block as `adapt`: who routes where, what is shared, the sums that leave.
 
 A router is asked once a scope: a site's own input (`share="site"`), the normed input of the attention or feed-forward
 sub-block (`attn`, `ffn`; reused at o and down), or the whole model (`model`; decided before the stack).
@@ -7,12 +7,12 @@ sub-block (`attn`, `ffn`; reused at o and down), or the whole model (`model`; de
 import jax
 import jax.numpy as jnp
 
-from molora_jax import engines
-from molora_jax.backbones.families import DecoderConfig
+from molora_jax import engines, placements
+from molora_jax.backbones.base import Backbone
 from molora_jax.core import routing as routing_math
 from molora_jax.core import rules as rules_lib
 from molora_jax.core.types import Array, Context
-from molora_jax.placements import chain, ffn, projection
+from molora_jax.placements import ffn
 
 
 class Layer:
@@ -23,7 +23,7 @@ class Layer:
     """
 
     def __init__(
-        self, config: DecoderConfig, segment, active, losses, trees, carry, ctx: Context, given, collect, engine,
+        self, config: Backbone, segment, active, losses, trees, carry, ctx: Context, given, collect, engine,
         whole=None,
     ):  # fmt: skip
         self.config, self.segment, self.active, self.losses = config, segment, active, losses
@@ -72,6 +72,9 @@ class Layer:
             "losses": {name: loss.stats(decision, ctx) for name, loss in self.losses},
             "router": sums,
         }
+        owner = self.stats[rule.name].get(rule.leaves_of(scope))
+        if sums and rule.leaves_of(scope) != scope:  # a router that is asked again: its state sees all that it decided
+            owner["router"] = jax.tree.map(jnp.add, owner["router"], sums)
         if self._counted(rule, decision.gates.shape[-1]):
             self.stats[rule.name][scope]["load"] |= {"sent": jnp.float32(0), "dropped": jnp.float32(0)}
         if self.collect:
@@ -104,62 +107,78 @@ class Layer:
         `x [B, S, D_in]` -> `[B, S, D_out]`.
         """
         flat = x.reshape(-1, x.shape[-1])
-        acting = [(r, E) for r, E in self.active if r.placement == "projection" and site in r.sites]
-        parts = []
-        for rule, experts in acting:
-            decision = self._decision(rule, experts, site, x)
-            ctx = self._context(rule, site, base=W)
-            leaves = self.adapters[rule.name].get(site, {})
-            parts.append(projection.part(rule, leaves, self.shared.get(rule.name, {}), decision, ctx, flat))
+        acting = self._acting(site)
+        parts = [self._part(rule, experts, site, x, {site: W}) for rule, experts in acting]
         with jax.named_scope(site):
             y, counts = engines.project(self.engine, site, W, bias, flat, parts, rest)
         self._count(acting, site, counts)
         return y.reshape(*x.shape[:-1], -1)
 
-    def feed_forward(self, x: Array, g: Array, u: Array, weights: dict, act: str) -> Array:
-        """From the shared gate and up projections `[B, S, F]` to the block's output `[B, S, D]`.
+    def _acting(self, site: str):
+        """The rules that a part of the block asks for."""
+        return [(rule, experts) for rule, experts in self.active if site in placements.of(rule).acts(rule)]
 
-        `weights` holds the frozen kernels of gate, up and down.
-        """
-        out = self._feed_forward(x, g, u, weights, act)
-        for rule, experts in self.active:
-            if rule.placement == "chain":
-                out = out + self._chain(rule, experts, x)
+    def _part(self, rule, experts, site, x, kernels):
+        """A rule's experts at a site whose frozen kernels are `kernels`; `x [B, S, D_in]`."""
+        decision = self._decision(rule, experts, site, x)
+        context = lambda name: self._context(rule, name, base=kernels.get(name))  # noqa: E731
+        return placements.of(rule).part(
+            rule, site, self.adapters[rule.name], self.shared.get(rule.name, {}), decision, context,
+            x.reshape(-1, x.shape[-1]),
+        )  # fmt: skip
+
+    def attention(self, h: Array, weights: dict, core) -> Array:
+        """The attention sub-block `[B, S, D]` of its normed input: `weights` (kernel, bias) of q, k, v and o;
+        `core(q, k, v [B, S, *]) -> [B, S, *]` all between the projections."""
+        self.enter("attn", h)
+        q, k, v = (self.project(site, *weights[site], h) for site in ("q", "k", "v"))
+        return self.project("o", *weights["o"], core(q, k, v))
+
+    def feed_forward(self, x: Array, weights: dict, act: str) -> Array:
+        """The feed-forward sub-block `[B, S, D]` of its normed input: `weights` (kernel, bias) of gate (where there is
+        one), up and down; `down(act(gate x) * up x)`, or `down(act(up x))`."""
+        self.enter("ffn", x)
+        if "gate" in weights:
+            g, u = (self.project(site, *weights[site], x) for site in ("gate", "up"))
+            out = self._feed_forward(x, g, u, weights, act)
+        else:
+            out = self.project("down", *weights["down"], ffn.ACTIVATIONS[act](self.project("up", *weights["up"], x)))
+        for rule, experts in self._acting("beside"):
+            out = out + self._beside(rule, experts, x)
         return out
 
     def _feed_forward(self, x, g, u, weights, act):
         W_down, b_down = weights["down"]
-        acting = [(r, E) for r, E in self.active if r.placement == "ffn"]
+        acting = self._acting("ffn")
         if not acting:
             return self.project("down", W_down, b_down, ffn.ACTIVATIONS[act](g) * u)
         kernels = {s: weights[s][0] for s in ffn.SITES}
         flat = [a.reshape(-1, a.shape[-1]) for a in (x, g, u)]
-        parts = []
-        for rule, experts in acting:
-            contexts = {s: self._context(rule, s, base=kernels[s]) for s in ffn.SITES}
-            shared, decision = self.shared.get(rule.name, {}), self._decision(rule, experts, "ffn", x)
-            parts.append(ffn.part(rule, self.adapters[rule.name], shared, decision, contexts, flat[0]))
+        parts = [self._part(rule, experts, "ffn", x, kernels) for rule, experts in acting]
         with jax.named_scope("experts"):
             mix, rest, counts = engines.feed_forward(self.engine, *flat, kernels, parts, act)
         self._count(acting, "ffn", counts)
         return self.project("down", W_down, b_down, mix.reshape(g.shape), rest)
 
-    def _chain(self, rule, experts, x):
-        """What the passes of a chain add to the block's output; each pass's decision is recorded as its own."""
+    def _beside(self, rule, experts, x):
+        """What a rule adds to the block's output; each of its scopes' decisions is recorded as its own."""
+        place = placements.of(rule)
 
         def decide(t, z):
             if rule.router is None:
                 return None
-            if t and rule.place.gating == "once":
-                first, ctx = self.decisions[rule.name, "pass0"], self._context(rule, rule.scopes[t])
-                self.record(rule, rule.scopes[t], first, {}, ctx)
-                return first
-            return self._route(rule, experts, rule.scopes[t], z, iteration=t)
+            scope = rule.scopes[t]
+            first = self.decisions.get((rule.name, place.decided_by(scope)))
+            if first is None:
+                return self._route(rule, experts, scope, z, iteration=t)
+            self.record(rule, scope, first, {}, self._context(rule, scope))
+            return first
+
+        def meet(t, part, z):
+            y, counts = engines.beside(self.engine, z, part)
+            if rule.router is not None:
+                self._count([(rule, experts)], rule.scopes[t], [counts])
+            return y
 
         shared, ctx = self.shared.get(rule.name, {}), self._context(rule, "ffn")
-        change = chain.apply(rule, self.adapters[rule.name]["ffn"], shared, ctx, x, decide)
-        if rule.router is not None and rule.place.gating == "shared":  # one router's state sees all of its passes
-            stats = self.stats[rule.name]
-            whole = jax.tree.map(lambda *s: sum(s), *(stats[scope]["router"] for scope in rule.scopes))
-            stats["pass0"] = stats["pass0"] | {"router": whole}
-        return change
+        return place.beside(rule, self.adapters[rule.name], shared, ctx, x, decide, meet)

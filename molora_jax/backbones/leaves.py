@@ -27,7 +27,7 @@ def init_adapters(config, rules, segments, key, params: dict, base_grad: dict | 
             own = out.setdefault(segment.name, {})
             for name in rule.projections:
                 site = rules_lib.site(config, name, segment, rule)
-                own[name] = _init_layers(rule.adapter, rule_key, site, params, base_grad)
+                own[name] = _init_layers(rule.adapter, rule_key, site, config, params, base_grad)
             for scope in rule.router_scopes:
                 site = rules_lib.router_site(config, scope, segment, rule)
                 routers.append(site)
@@ -52,17 +52,18 @@ def _without_empty(tree: dict) -> dict:
     return {k: v for k, v in below.items() if not isinstance(v, dict) or v}
 
 
-def _init_layers(member, key, site, params=None, base_grad=None):
+def _init_layers(member, key, site, config=None, params=None, base_grad=None):
     """One layer at a time, with a key of the absolute layer: regrouping layers changes nothing. No params: a router."""
     key = jax.random.fold_in(key, rules_lib.site_tag(site.name) + (100 if params is None else 0))
     # a chain changes a state and no projection: there is no base weight
-    kernel = None if params is None else params["blocks"].get(site.name)
+    stack = None if params is None else config.stack_of(site.layers[0])
+    kernel = None if params is None else params[stack.name].get(site.name)
 
     def one(layer):
         layer_key = jax.random.fold_in(key, layer)
         if params is None:
             return member.init_leaves(layer_key, site, layer)
-        pick = lambda w: jax.lax.dynamic_index_in_dim(w, layer, 0, False)  # noqa: E731
+        pick = lambda w: jax.lax.dynamic_index_in_dim(w, layer - stack.start, 0, False)  # noqa: E731
         base = None if kernel is None else pick(kernel["kernel"])
         grad = None if kernel is None or base_grad is None else pick(base_grad[site.name])
         return member.init_leaves(layer_key, site, layer, base=base, base_grad=grad)
@@ -92,5 +93,5 @@ def frozen_patterns(rules) -> tuple[str, ...]:
     for rule in rules:
         names = rule.adapter.FROZEN + (rule.router.FROZEN if rule.router is not None else ())
         out += [f"{rule.name}/*/{name}" for name in names]
-        out += [f"{rule.name}/???-???/{site}/*" for site in rule.projections if rule.load]
+        out += [f"{rule.name}/{rules_lib.ANY_SEGMENT}/{site}/*" for site in rule.projections if rule.load]
     return tuple(out)

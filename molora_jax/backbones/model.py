@@ -1,4 +1,4 @@
-"""The model as one static value: a decoder's shape, the compiled rules, the routing losses. Arrays come from outside.
+"""The model as one static value: a backbone, the compiled rules, the routing losses. Arrays come from outside.
 
     params (frozen base)  adapters (factors and routers)  router_state (mutable, no gradient)  ->  hidden, sums
 
@@ -15,23 +15,23 @@ import jax
 import jax.numpy as jnp
 
 from molora_jax.backbones import leaves, stack
-from molora_jax.backbones.decoder import rms_norm
-from molora_jax.backbones.families import DecoderConfig
+from molora_jax.backbones.base import Backbone, needs_head
 from molora_jax.backbones.layer import Layer
 from molora_jax.core import rules as rules_lib
 from molora_jax.core.types import Array, Context
 from molora_jax.engines import ALONE, Engine
+from molora_jax.errors import InputError
 
 identity = lambda x: x  # noqa: E731  (no mesh: nothing to constrain)
 
 
 @dataclasses.dataclass(frozen=True)
 class Model:
-    config: DecoderConfig
+    config: Backbone
     rules: tuple[rules_lib.Rule, ...] = ()
     losses: tuple[tuple[str, Any], ...] = ()
     remat: str = "dots"
-    attention: str = "xla"  # or fused, see `decoder.attention_form`
+    attention: str = "xla"  # or fused, see `attention.attention_form`
     max_segments: int = 0
     engine: Engine = ALONE
     route: str = ""  # a stage's own routing: "task" is hard, by task id
@@ -39,14 +39,14 @@ class Model:
 
     @functools.cached_property
     def segments(self) -> tuple[rules_lib.Segment, ...]:
-        return rules_lib.segments(self.rules, self.config.layers)
+        return rules_lib.segments(self.rules, self.config.layers, cuts=[s.start for s in self.config.stacks])
 
     def without_rules(self) -> "Model":
         """The frozen base alone."""
         return dataclasses.replace(self, rules=(), losses=())
 
     def init_adapters(self, key: Array, params: dict, base_grad: dict | None = None) -> dict:
-        """Fresh leaves, float32 (tables int32). `params["blocks"]` is read by inits that start from the base."""
+        """Fresh leaves, float32 (tables int32). `params` is read by inits that start from the base."""
         return leaves.init_adapters(self.config, self.rules, self.segments, key, params, base_grad)
 
     def init_router_state(self) -> dict:
@@ -57,10 +57,10 @@ class Model:
         return leaves.frozen_patterns(self.rules)
 
     def init_cache(self, rows: int, slots: int, dtype) -> dict:
-        """Empty keys and values `[L, rows, slots, H_kv, H_d]`: of this model, and of the base pass of a signal."""
-        c = self.config
-        empty = lambda: jnp.zeros((c.layers, rows, slots, c.kv_heads, c.head_dim), dtype)  # noqa: E731
-        return {name: (empty(), empty()) for name in ("own", "base") if name == "own" or self._signalled}
+        """Empty keys and values, of this model and of the base pass of a signal."""
+        needs_head(self.config, "generation", "base.source")
+        names = ("own", "base") if self._signalled else ("own",)
+        return {name: self.config.init_cache(rows, slots, dtype) for name in names}
 
     @property
     def _signalled(self) -> tuple[rules_lib.Rule, ...]:
@@ -89,17 +89,18 @@ class Model:
           batch: `tokens`, `segment_ids` (0 = padding), `positions`, and for routing analysis `task_ids`, `example_ids`,
             all `[B, S]` int32; optional `allowed [E] | [B, E]`.
           train: dropout and noise on (needs `key`), layers inside `jax.checkpoint`.
-          mask: `[B, 1, S, S_k]` attention mask; by default causal and block-diagonal over `segment_ids`.
-          cache: `(buffers, write)`: those of `init_cache`, and what puts new keys or values in, see `stack.run`.
+          mask: `[B, 1, S, S_k]` attention mask; by default the backbone's own, block-diagonal over `segment_ids`.
+          cache: `(buffers, write)`: those of `init_cache`, and what puts new keys or values in, see `stack.Run`.
           collect: also return the gates.
 
         Returns:
           `(hidden [B, S, D], sums {rule: {segment: {scope: ...}}}, buffers, gates likewise [L_segment, B, S, E])`.
         """
+        missing = [name for name in self.config.FIELDS if name not in batch]
+        if missing:
+            raise InputError("batch", got=f"no {', '.join(missing)}", expected=f"what {self.config.family} reads")
         tokens, segment_ids = batch["tokens"], batch["segment_ids"]
         zeros = jnp.zeros_like(tokens)
-        with jax.named_scope("embed"):
-            x = constrain(params["embed"][tokens])
         ctx = Context(
             valid=segment_ids > 0,
             segment_ids=segment_ids,
@@ -120,22 +121,18 @@ class Model:
             for rule in self.rules
             if rule.router is not None and jax.tree.leaves(rule.router.init_carry(*tokens.shape))
         }
-        mask = stack.attention_mask(segment_ids) if mask is None else mask
+        mask = self.config.mask(segment_ids) if mask is None else mask
         buffers, write = ({}, None) if cache is None else cache
         signal, base_kv = self._signal(params, adapters, batch, ctx, mask, buffers.get("base"), write, constrain)
         ctx = ctx.replace(signal=signal)
-        given, stats, gates = self._route_model(adapters, state, x, ctx, collect)
-        x, kv, inner, inner_gates = stack.run(
-            self, params["blocks"], adapters, state, x, ctx,
-            mask=mask, carry=carry, given=given, cache=(*buffers["own"], write) if buffers else None,
-            collect=collect, constrain=constrain,
+        run = stack.Run(
+            self, adapters, state, ctx, mask=mask, carry=carry, cache=(*buffers["own"], write) if buffers else None,
+            route=lambda x: self._route_model(adapters, state, x, ctx, collect), collect=collect, constrain=constrain,
         )  # fmt: skip
+        x = self.config.forward(params, batch, run)
         if buffers:
-            buffers = {"own": kv[:2]} | ({} if base_kv is None else {"base": base_kv})
-        for name in inner:
-            stats.setdefault(name, {}).update({k: v for k, v in inner[name].items() if v})
-            gates.setdefault(name, {}).update({k: v for k, v in inner_gates[name].items() if v})
-        return rms_norm(x, params["final_norm"], self.config.norm_eps), stats, buffers or None, gates
+            buffers = {"own": run.cache[:2]} | ({} if base_kv is None else {"base": base_kv})
+        return x, run.stats, buffers or None, run.gates
 
     def _signal(self, params, adapters, batch, ctx, mask, kv, write, constrain):
         """What routers with a SIGNAL read, by rule, and the base pass's own keys and values.
@@ -183,6 +180,4 @@ class Model:
 
     def logits(self, params: dict, hidden: Array) -> Array:
         """`hidden [..., D]` -> `[..., V]` float32."""
-        head, axis = (params["head"], 0) if "head" in params else (params["embed"], 1)
-        contract = (((hidden.ndim - 1,), (axis,)), ((), ()))  # `embed.T` would be a copy a token on a CPU
-        return jax.lax.dot_general(hidden, head.astype(hidden.dtype), contract, preferred_element_type=jnp.float32)
+        return self.config.logits(params, hidden)

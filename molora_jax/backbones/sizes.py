@@ -3,18 +3,16 @@
 import jax
 import jax.numpy as jnp
 
-from molora_jax.backbones.families import DecoderConfig, hf_shapes, transposed
+from molora_jax.backbones.base import Backbone
 from molora_jax.core import trees
 from molora_jax.core.trees import set_path
 
 
-def base_shapes(decoder: DecoderConfig) -> dict:
-    """The tree of a base's parameters (`families.py`), as shapes."""
+def base_shapes(backbone: Backbone) -> dict:
+    """The tree of a base's parameters, as shapes."""
     shapes: dict = {}
-    for path, shape in hf_shapes(decoder).items():
-        shape = shape[::-1] if transposed(path) else shape
-        stack = (decoder.layers,) if path.startswith("blocks/") else ()
-        set_path(shapes, path, jax.ShapeDtypeStruct((*stack, *shape), jnp.float32))
+    for path, leaf in backbone.shapes().items():
+        set_path(shapes, path, jax.ShapeDtypeStruct(leaf.shape, jnp.float32))
     return shapes
 
 

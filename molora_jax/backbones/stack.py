@@ -1,16 +1,17 @@
-"""The stack as a function: one `lax.scan` a segment over `block.apply`, inside `jax.checkpoint`.
+"""A stack of layers as a function: one `lax.scan` a segment over `Backbone.block`, inside `jax.checkpoint`.
 
 Base parameters stay stacked `[L, ...]` and are indexed inside the body (slicing the stack into segments outside would
-copy it). `remat` picks what the backward keeps: `none` all activations, `dots` the matrix products (those by experts
-too), `full` nothing; a layer's base weights are never kept: a sharded base is gathered a layer at a time, twice.
+copy it); what a stack names as `by_expert` stays whole and is read by expert. `remat` picks what the backward keeps:
+`none` all activations, `dots` the matrix products (those by experts too), `full` nothing; a layer's base weights are
+never kept: a sharded base is gathered a layer at a time, twice.
 """
 
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from kernels_pallas.tiles import PRODUCT
-from molora_jax.backbones.decoder import Block, rotary
+from kernels_pallas.tiles import PRODUCT, InStack
+from molora_jax.backbones.base import At, Stack
 from molora_jax.backbones.layer import Layer
 from molora_jax.core.types import Context
 
@@ -32,52 +33,57 @@ REMAT = {
 }
 
 
-def attention_mask(segment_ids):
-    """Causal and block-diagonal by example: `[B, S]` -> `[B, 1, S, S]`; padding sees padding (no empty row)."""
-    S = segment_ids.shape[1]
-    same = segment_ids[:, None, :, None] == segment_ids[:, None, None, :]
-    return same & jnp.tril(jnp.ones((S, S), bool))
+class Run:
+    """What `Backbone.forward` calls with each of its stacks: `run(stack, params, x) -> x`.
 
+    `adapters[rule][segment]`, `state` likewise. `carry` by rule goes through the layers; `cache` is `(k, v, write)`,
+    `k, v [L, B, S_k, H_kv, H_d]` and `write(buffer [B, ...], new [B, S, ...])`, None without one; `route(x)` gives the
+    decisions that are taken once for all layers, from what enters the first: `(given, stats, gates)`.
 
-def window_mask(mask, at, window: int):
-    """What a sliding layer sees of `mask [B, 1, S, S_k]`: keys less than `window` behind the slots `at [B | 1, S]`."""
-    behind = at[:, None, :, None] - jnp.arange(mask.shape[-1])
-    return mask & (behind < window)
-
-
-def run(model, params, adapters, state, x, ctx: Context, *, mask, carry, given, cache=None, collect=False, constrain):
-    """Runs all layers. `x [B, S, D]`, `params` the stacked blocks, `adapters[rule][segment]`, `state` likewise.
-
-    `carry` by rule goes through the layers; `cache` is `(k, v, write)` with `k, v [L, B, S_k, H_kv, H_d]` and
-    `write(buffer [B, ...], new [B, S, ...])`. Returns x, the new cache and `{rule: {segment: ...}}` of sums and gates,
-    each leading with the segment's layers.
+    Afterwards `cache` is the new one, and `stats`, `gates` `{rule: {segment: ...}}` hold what left the layers, each
+    leading with the segment's layers.
     """
-    turn = rotary(model.config, ctx.positions)
-    block = Block(model.config, model.attention)
-    narrow, slides = mask, None
-    if model.config.window is not None:
-        # a cache has position p in slot p; packed rows start anew with each example, so there the place in the row
-        at = ctx.positions if cache is not None else jnp.arange(mask.shape[2])[None]
-        narrow = window_mask(mask, at, model.config.window)
-        slides = jnp.isin(jnp.arange(model.config.layers), jnp.array(model.config.sliding))
-    stats, gates = {}, {}
 
-    for segment in model.segments:
+    def __init__(self, model, adapters, state, ctx: Context, *, mask, carry, cache, route, collect, constrain):
+        self.model, self.adapters, self.state, self.ctx = model, adapters, state, ctx
+        self.mask, self.carry, self.cache, self.route = mask, carry, cache, route
+        self.collect, self.constrain = collect, constrain
+        self.given, self.once = None, None
+        self.stats, self.gates = {}, {}
+
+    def __call__(self, stack: Stack, params, x):
+        """`params`: the stack's parameters `[layers, ...]`; `x [B, S, D]`."""
+        if self.given is None:
+            self.given, self.stats, self.gates = self.route(x)
+            cached = self.cache is not None
+            self.once = self.model.config.once(self.ctx.positions, self.mask, cached=cached)
+        for segment in self.model.segments:
+            if stack.start <= segment.start < stack.stop:
+                x = self._segment(stack, segment, params, x)
+        return x
+
+    def _segment(self, stack, segment, params, x):
+        model, config, ctx, cache = self.model, self.model.config, self.ctx, self.cache
         active = [(rule, E) for rule, E in zip(model.rules, segment.counts, strict=True) if E]
         names = [rule.name for rule, _ in active]
-        shared = {name: adapters[name].get("shared", {}) for name in names}
-        own = {name: adapters[name].get(segment.name, {}) for name in names}
+        shared = {name: self.adapters[name].get("shared", {}) for name in names}
+        own = {name: self.adapters[name].get(segment.name, {}) for name in names}
         whole = jax.lax.stop_gradient(own) if model.engine.alone else None  # read by expert (`tiles.InStack`)
+        sliced = {name: leaf for name, leaf in params.items() if name not in stack.by_expert}
+        experts = jax.lax.stop_gradient({name: params[name] for name in stack.by_expert})
+        arrays = {name: jnp.array(values) for name, values in stack.arrays}
 
-        def body(loop, xs, segment=segment, active=active, shared=shared, cache=cache, whole=whole):
+        def body(loop, xs):
             x, carry, kv = loop
             index, own, own_state = xs
+            place = index - stack.start if stack.start else index
             base = jax.tree.map(
-                lambda w: checkpoint_name(jax.lax.dynamic_index_in_dim(w, index, 0, False), "base"), params
+                lambda w: checkpoint_name(jax.lax.dynamic_index_in_dim(w, place, 0, False), "base"), sliced
             )
-            layer = Layer(
-                model.config, segment, active, model.losses, (own, shared, own_state), carry,
-                ctx.replace(layer=index), given, collect, model.engine,
+            base |= jax.tree.map(lambda w: InStack(None, w, place), experts)
+            adapt = Layer(
+                config, segment, active, model.losses, (own, shared, own_state), carry,
+                ctx.replace(layer=index), self.given, self.collect, model.engine,
                 None if whole is None else (whole, index - segment.start),
             )  # fmt: skip
             store = None
@@ -90,17 +96,19 @@ def run(model, params, adapters, state, x, ctx: Context, *, mask, carry, given, 
                     put = jax.lax.dynamic_update_index_in_dim
                     return k_new, v_new, (put(k_all, k_new, index, 0), put(v_all, v_new, index, 0))
 
-            seen = mask if slides is None else jnp.where(slides[index], narrow, mask)
-            x, kv = block.apply({"params": base}, x, layer, turn, seen, store)
-            return (constrain(x), layer.carry, kv), (layer.stats, layer.routings)
+            here = {name: values[place] for name, values in arrays.items()}
+            at = At(self.once, here, ctx.train, model.attention)
+            x, kv = config.block(base, x, at, adapt, store)
+            return (self.constrain(x), adapt.carry, kv), (adapt.stats, adapt.routings)
 
         body = jax.checkpoint(body, policy=REMAT[model.remat], prevent_cse=False) if ctx.train else body
-        own_state = {name: state.get(name, {}).get(segment.name, {}) for name in names}
+        own_state = {name: self.state.get(name, {}).get(segment.name, {}) for name in names}
         xs = (jnp.arange(segment.start, segment.stop), own, own_state)
         kv = None if cache is None else cache[:2]
-        (x, carry, kv), (seg_stats, seg_gates) = jax.lax.scan(body, (x, carry, kv), xs)
-        cache = None if cache is None else (*kv, cache[2])
+        (x, self.carry, kv), (stats, gates) = jax.lax.scan(body, (x, self.carry, kv), xs)
+        self.cache = None if cache is None else (*kv, cache[2])
         for name in names:
-            stats.setdefault(name, {})[segment.name] = seg_stats.get(name, {})
-            gates.setdefault(name, {})[segment.name] = seg_gates.get(name, {})
-    return x, cache, stats, gates
+            for all_of, new in ((self.stats, stats), (self.gates, gates)):
+                if new.get(name):
+                    all_of.setdefault(name, {})[segment.name] = new[name]
+        return x

@@ -8,7 +8,8 @@ mistakes are reported together. Fields and ranges: `config/fields.py`; options o
 from molora_jax.config import checks as config_checks
 from molora_jax.config import objectives
 from molora_jax.config.checks import plain, raise_all, wrong
-from molora_jax.config.fields import FFN
+from molora_jax.config.fields import PROJECTIONS
+from molora_jax.config.limits import placement_of, states
 from molora_jax.config.resolve import resolve_experts, resolve_layers, resolve_mesh, resolve_sites
 from molora_jax.errors import InputError
 
@@ -28,8 +29,10 @@ def validate(config, *, need_rules=True):
     raise_all(problems)
 
 
-def check_model(config, num_layers, dims=None):
-    """The second pass, against the base model: `dims` maps a projection to `(D_in, D_out)` (or is such a function)."""
+def check_model(config, num_layers, dims=None, absent=None):
+    """The second pass, against the base model: `dims` maps a projection to `(D_in, D_out)` (or is such a function);
+    `absent` maps sites that this base does not have to the reason."""
+    absent = absent or {}
     problems = []
     for name, rule in plain(config)["method"]["rules"].items():
         where = f"method.rules.{name}"
@@ -37,16 +40,26 @@ def check_model(config, num_layers, dims=None):
             problems += config_checks.check_counts(where, rule, config_checks.covered(where, rule, num_layers))
         except InputError as problem:
             problems.append(problem)
-        sites = resolve_sites(rule["sites"], where=f"{where}.sites")
-        for site in () if "placement" in rule else FFN if sites == ("ffn",) else sites:
+        try:
+            sites = resolve_sites(rule["sites"], where=f"{where}.sites", absent=absent)
+        except InputError as problem:
+            problems.append(problem)
+            continue
+        missing = [site for site in sites if site in absent and "placement" not in rule]
+        if missing:
+            have = f"sites of this base, which has no {', '.join(missing)}"
+            problems.append(wrong(f"{where}.sites", repr(rule["sites"]), have, absent[missing[0]]))
+            continue
+        owned = states("placements", placement_of(rule, sites), "OWNS") or sites
+        smaller = states("inits", rule["adapter"].get("init"), "RANK") == "smaller"
+        for site in (name for name in owned if name in PROJECTIONS):
             if isinstance(dims, dict) and site not in dims:
                 problems.append(wrong(f"{where}.sites", repr(site), f"a projection of this model: {', '.join(dims)}"))
                 continue
             rank, widths = rule["adapter"].get("rank"), dims and (dims[site] if isinstance(dims, dict) else dims(site))
-            pissa = rule["adapter"].get("init") == "pissa"  # takes singular vectors: there are min(widths)
-            most = widths and (min(widths) if pissa else max(widths))
+            most = widths and (min(widths) if smaller else max(widths))
             if widths and rank and rank > most:
-                expected = f"<= {most}, the {'smaller' if pissa else 'larger'} width of {site}"
+                expected = f"<= {most}, the {'smaller' if smaller else 'larger'} width of {site}"
                 problems.append(wrong(f"{where}.adapter.rank", rank, expected, "Lower the rank."))
     raise_all(problems)
 

@@ -6,9 +6,9 @@ import pathlib
 import re
 
 from molora_jax.config import fields as known
-from molora_jax.config import objectives
+from molora_jax.config import limits, objectives
 from molora_jax.config.fields import ATTENTION, FFN, MICRO_SHARDS, did_you_mean, one_of, wrong
-from molora_jax.config.members import attribute, inherits, members, options, unlisted
+from molora_jax.config.members import attribute, members, options, unlisted
 from molora_jax.config.resolve import (
     at_fault,
     expert_counts,
@@ -246,10 +246,10 @@ def _rules(config):
 
 
 def _placement(where, value):
-    named = [name for name in members("placements") if attribute("placements", name, "NAME")]
-    if isinstance(value, dict) and value.get("name") not in named:
+    names = [name for name in members("placements") if limits.named(name)]
+    if isinstance(value, dict) and value.get("name") not in names:
         fix = "Leave placement out: the sites say whether experts are whole FFNs or projections."
-        return [wrong(f"{where}.name", _shown(value.get("name")), one_of(named), fix)]
+        return [wrong(f"{where}.name", _shown(value.get("name")), one_of(names), fix)]
     return _member(where, value, "placements")
 
 
@@ -269,12 +269,8 @@ def _rule(where, rule, *, start):
     init, inits = rule["adapter"].get("init"), members("inits")
     if init is not None and init not in inits:
         yield wrong(f"{where}.adapter.init", _shown(init), one_of(inits), did_you_mean(init, inits))
-    if sites and "placement" in rule:
-        yield from _chain(where, rule, sites, start=start)
-    elif sites and "router" in rule:
-        yield from _share(f"{where}.router.share", _option(rule, "share", "site"), sites)
-        if sites == ("ffn",):
-            yield from _routed_ffn(where, rule)
+    if sites:
+        yield from _placed(where, rule, sites, start=start)
     if counts:
         yield from check_counts(where, rule, counts)
 
@@ -293,18 +289,31 @@ def check_counts(where, rule, counts):
         if set(counts) != {1}:
             yield wrong(f"{where}.experts", _shown(rule["experts"]), '"1" without a router', "Add a router, or say 1.")
         return
-    k = _option(rule, "k", 1)
+    k = limits.option(rule, "router.k") or 1
     if k > min(counts):
         expected = f"k <= experts, and the fewest experts are {min(counts)}"
         yield wrong(f"{where}.router.k", f"{k} (K > E)", expected, "Lower k or raise experts.")
-    if _option(rule, "share", "site") == "model" and len(set(counts)) > 1:
+    if limits.option(rule, "router.share") == "model" and len(set(counts)) > 1:
         got = f"'model' with {', '.join(map(str, sorted(set(counts))))} experts"
         yield wrong(f"{where}.router.share", got, "equal counts in all layers", "Change experts or share.")
 
 
-def _option(rule, name, otherwise):
-    field = options("routers", rule["router"]["name"]).get(name)
-    return otherwise if field is None else rule["router"].get(name, field.default)
+def _placed(where, rule, sites, *, start):
+    """What the rule's placement asks of its sites, and what any of its members says that it cannot serve."""
+    place = limits.placement_of(rule, sites)
+    served = limits.states("placements", place, "SITES")
+    if not set(sites) <= set(served):
+        fix = "Write other sites as another rule."
+        yield wrong(f"{where}.sites", _shown(rule["sites"]), f"sites of a {place}: {','.join(served)}", fix)
+    if rule["load"] and not attribute("placements", place, "LOADS"):
+        able = [name for name in members("placements") if attribute("placements", name, "LOADS")]
+        yield wrong(f"{where}.load", f"runs for a {place}", f"a rule whose placement reads runs: {', '.join(able)}")
+    for group, axis in limits.AXES.items():
+        name = place if group == "placement" else rule[group]["name"] if group in rule else None
+        if name is not None:
+            yield from limits.refused(where, rule, limits.states(axis, name, "REFUSES"), start=start)
+    if "router" in rule and not limits.named(place):
+        yield from _share(f"{where}.router.share", limits.option(rule, "router.share") or "site", sites)
 
 
 def _share(where, share, sites):
@@ -320,44 +329,12 @@ def _load(where, rule, counts):
     number, adapter = len(rule["load"]), rule["adapter"]
     if set(counts) != {number}:
         yield wrong(f"{where}.experts", _shown(rule["experts"]), f'"{number}", one for each of the runs in load')
-    if adapter["name"] not in ("lora", "rslora") or adapter.get("init", "kaiming") != "kaiming":
-        got = f"{adapter['name']!r} with init {adapter.get('init')!r}"
-        yield wrong(f"{where}.adapter", got, "lora or rslora with init 'kaiming', to hold what load reads")
-    if "placement" in rule:
-        yield wrong(f"{where}.load", f"runs for a {rule['placement']['name']}", "projections or ffn")
-
-
-def _chain(where, rule, sites, *, start):
-    """A chain changes the state of width D that enters the FFN: no base weight of that shape exists."""
-    adapter, place = rule["adapter"], rule["placement"]
-    if sites != ("ffn",):
-        yield wrong(f"{where}.sites", _shown(rule["sites"]), "'ffn' for a chain", "Write other sites as another rule.")
-    if inherits("adapters", adapter["name"], "dora"):
-        reason = "an adapter without row factors: they scale a base weight, and a chain has none"
-        yield wrong(f"{where}.adapter.name", _shown(adapter["name"]), reason, "Use lora.")
-    if adapter.get("init") == "pissa":
-        yield wrong(f"{where}.adapter.init", "'pissa'", "a start that needs no base weight", "Use kaiming.")
-    if place.get("residual") == "outer" and place.get("iterations", 2) > 1 and not start:
-        reason = "'inner': from B = 0 two passes without an inner residual have no gradient"
-        yield wrong(f"{where}.placement.residual", "'outer'", reason, "Or give trained experts in train.init_from.")
-    if "router" in rule:
-        if _option(rule, "share", "site") not in ("site", "ffn"):
-            reason = "'site': each pass routes on the state that the pass before it made"
-            yield wrong(f"{where}.router.share", _shown(_option(rule, "share", "site")), reason)
-        if "z" in (attribute("routers", rule["router"]["name"], "NEEDS") or ()):
-            got = f"{rule['router']['name']!r} in a chain"
-            yield wrong(f"{where}.router.name", got, "projections: this router reads their rank activations")
-
-
-def _routed_ffn(where, rule):
-    router, adapter = rule["router"]["name"], rule["adapter"]["name"]
-    if "z" in (attribute("routers", router, "NEEDS") or ()):
-        expected = "projections: this router reads rank activations, which ffn has three of"
-        yield wrong(f"{where}.router.name", f"{router!r} on ffn", expected, "Name gate,up,down in place of ffn.")
-    if rule["down"] == "once" and inherits("adapters", adapter, "dora"):
-        reason = "DoRA's row factor sits after W_d and differs between experts, so W_d cannot be applied once for all"
-        fix = f"{reason}: set {where}.down to 'per_expert' (W_d is applied K times)."
-        yield wrong(f"{where}.down", f"'once' with {adapter!r} on a routed ffn", "'per_expert'", fix)
+    init = limits.option(rule, "adapter.init")
+    if not attribute("adapters", adapter["name"], "LOADS") or "base" in limits.states("inits", init, "NEEDS"):
+        able = " or ".join(name for name in members("adapters") if attribute("adapters", name, "LOADS"))
+        starts = " or ".join(repr(name) for name in members("inits") if not limits.states("inits", name, "NEEDS"))
+        got = f"{adapter['name']!r} with init {init!r}"
+        yield wrong(f"{where}.adapter", got, f"{able} with init {starts}, to hold what load reads")
 
 
 def _losses(config):
@@ -388,15 +365,20 @@ def _objective(config):
     yield from objectives.problems(config)
 
 
+def engines():
+    """The engines: files of `engines/` that say whether tokens travel (MOVES)."""
+    return tuple(name for name in members("engines") if attribute("engines", name, "MOVES") is not None)
+
+
 def _engine(config):
-    engine, names = config.get("engine"), known.ENGINES
+    engine, names = config.get("engine"), ("auto", *engines())
     if isinstance(engine, str) and engine not in names:
         planned = engine in known.ENGINES_PLANNED
         fix = f"{engine} is not available yet." if planned else did_you_mean(engine, names)
         yield wrong("engine", _shown(engine), one_of(names), fix)
     options = config["expert_parallel"]
     for name in ("capacity", "rank_space"):
-        if engine in ("replicate", "gather") and options.get(name):
+        if engine in engines() and not attribute("engines", engine, "MOVES") and options.get(name):
             expected = f"0 with engine {engine!r}, which sends no tokens"
             yield wrong(f"expert_parallel.{name}", options[name], expected, "Set engine to 'all_to_all' or 'auto'.")
 
@@ -441,7 +423,7 @@ def _exact(config):
     for axis in ("expert", "tensor"):
         if isinstance(mesh.get(axis), int) and mesh[axis] > 1:
             yield wrong(f"mesh.{axis}", mesh[axis], f"1 {why}", "Give its devices to mesh.data, or leave exact out.")
-    if config.get("engine") in ("all_to_all", "ragged_all_to_all"):
+    if config.get("engine") in engines() and attribute("engines", config["engine"], "MOVES"):
         expected = "'auto' with train.exact: no token leaves its device"
         yield wrong("engine", repr(config["engine"]), expected, "Change engine, or leave exact out.")
     if train.get("attention") == "fused":

@@ -14,9 +14,8 @@ from molora_jax.errors import InputError
 PROJECTIONS = ("q", "k", "v", "o", "gate", "up", "down")
 ATTENTION, FFN = PROJECTIONS[:4], PROJECTIONS[4:]
 TASKS = ("morph", "translate", "emoji", "factbook", "sentiment", "topic", "dialog", "code", "math")
-BASE_PACKAGES = ("smollm2-135m-instruct",)
-BASE_RANDOM = ("tiny", "tiny-untied", "tiny-qwen3")
-ENGINES = ("auto", "replicate", "gather", "all_to_all", "ragged_all_to_all")
+BASE_PACKAGES = ("smollm2-135m-instruct", "all-minilm-l6-v2")
+BASE_RANDOM = ("tiny", "tiny-untied", "tiny-qwen3", "tiny-bert")
 ENGINES_PLANNED = ("ring", "fssdp")
 MESH_AXES = ("data", "fsdp", "expert", "tensor")
 MICRO_SHARDS = 8  # of a micro-step with train.exact
@@ -156,7 +155,6 @@ RANGES = {
         "width": at_least(1),
         "dropout": below(1),
     },
-    "placements": {"iterations": at_least(1)},
     "losses": {"weight": at_least(0, float), "accumulate": choice("micro", "exact")},
     "losses.balance": {
         "over": choice("site", "layer", "all"),

@@ -49,19 +49,18 @@ def options(axis, name):
 
 @functools.cache
 def attribute(axis, name, wanted):
-    """The literal value of a class attribute of a member (its own or inherited), or None."""
-    found = None
-    for _, node in _lineage(axis, name):
-        for item in node.body:
+    """The literal value of a class attribute of a member (its own or inherited), or None.
+
+    Of a file without such a class (an init is a function) the value at its top level.
+    """
+    found, path = None, PACKAGE / axis / f"{name}.py"
+    bodies = [node.body for _, node in _lineage(axis, name)] or ([_module(path).body] if path.is_file() else [])
+    for body in bodies:
+        for item in body:
             targets = item.targets if isinstance(item, ast.Assign) else [getattr(item, "target", None)]
             if any(isinstance(t, ast.Name) and t.id == wanted for t in targets) and getattr(item, "value", None):
                 found = _literal(item.value, None)
     return found
-
-
-def inherits(axis, name, ancestor):
-    """Whether the member is `ancestor` or is built on it."""
-    return any(path.stem == ancestor for path, _ in _lineage(axis, name))
 
 
 @functools.cache

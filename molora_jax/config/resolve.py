@@ -18,14 +18,18 @@ RESERVED = ("messages", "tools", "documents", "add_generation_prompt", "bos_toke
 MOST = 100_000  # layers or experts: more is a typing mistake, and would only fill memory
 
 
-def resolve_sites(spec, *, where="sites"):
-    """`"q,k,v,o"`, `"ffn"` or patterns (`"*"`: all seven projections) -> names in the decoder's order."""
+def resolve_sites(spec, *, where="sites", absent=()):
+    """`"q,k,v,o"`, `"ffn"` or patterns (`"*"`: all projections) -> names in the decoder's order.
+
+    `absent`: projections that the base does not have, so that no pattern means them.
+    """
     found = set()
     for part in _parts(spec, ",", where, f"a comma list of {', '.join(SITES)}"):
         if part == "attn":
             fix = "The site attn (whole attentions) is not available yet: name q,k,v,o."
             raise wrong(where, "'attn'", one_of(SITES), fix)
         matched = {"ffn"} if part == "ffn" else set(fnmatch.filter(PROJECTIONS, part))
+        matched -= set() if part in SITES else set(absent)
         if not matched and re.search(r"[*?\[]", part):
             raise wrong(where, f"{part!r}, which matches nothing", f"a pattern that matches {one_of(PROJECTIONS)}")
         if not matched:

@@ -1,10 +1,11 @@
 """Config rules as values: which sites and layers a rule adapts, with how many experts, which adapter, which router.
 
-`config` is the base's shape: `dims(site) -> (D_in, D_out)` and `width`.
+`config` is the base's shape: `sites`, `dims(site) -> (D_in, D_out)` and `width`.
 A segment is a run of layers on which every rule has the same expert count; the layer scan runs once a segment.
 """
 
 import dataclasses
+import re
 import zlib
 from typing import Any
 
@@ -26,39 +27,34 @@ class Rule:
     down: str = "once"
     shrink: bool = False
     load: tuple[str, ...] = ()  # workdirs of the runs whose adapters are the experts, frozen
-    place: Any = None  # the placement's options, where the rule names one
-
-    @property
-    def placement(self) -> str:
-        if self.place is not None:
-            return self.place.NAME
-        return "ffn" if self.sites == ("ffn",) else "projection"
+    place: Any = None  # the placement, where the rule names one; else its sites say it (`placements.of`)
 
     @property
     def projections(self) -> tuple[str, ...]:
-        """The projections whose factors the rule owns: those listed, or gate, up and down of a routed FFN."""
-        return FFN if self.placement == "ffn" else self.sites
+        """The names under which the rule's factors lie: the sites listed; of a whole FFN gate, up and down."""
+        if self.place is not None and self.place.OWNS is not None:
+            return self.place.OWNS
+        return FFN if self.sites == ("ffn",) else self.sites
 
     @property
     def share(self) -> str:
-        """Who shares a router ("": there is none). `site` on a routed FFN is the FFN; a chain's passes are its own."""
+        """Who shares a router ("": there is none). `site` on an FFN is the FFN; a chain's passes are its own."""
         if self.router is None:
             return ""
-        if self.place is not None:
+        if self.place is not None and self.place.scopes(self) is not None:
             return self.place.NAME
-        return "ffn" if self.placement == "ffn" and self.router.share == "site" else self.router.share
+        return "ffn" if self.sites == ("ffn",) and self.router.share == "site" else self.router.share
 
     @property
     def scopes(self) -> tuple[str, ...]:
         """The decisions of one layer, by the name under which they are stored and reported."""
         if self.router is None:
             return ()
-        if self.place is not None:
-            return self.place.scopes
-        return (self.share,) if self.share in SCOPES else self.sites
+        own = None if self.place is None else self.place.scopes(self)
+        return own or ((self.share,) if self.share in SCOPES else self.sites)
 
     def leaves_of(self, scope: str) -> str:
-        """The scope whose leaves and state a decision uses: its own, unless passes of a chain share a router."""
+        """The scope whose leaves and state a decision uses: its own, unless the placement says another."""
         return scope if self.place is None else self.place.leaves_of(scope)
 
     @property
@@ -89,11 +85,21 @@ class Segment:
         return tuple(range(self.start, self.stop))
 
 
-def segments(rules: tuple[Rule, ...], num_layers: int) -> tuple[Segment, ...]:
+ANY_SEGMENT = "???-???"  # the pattern of every segment's name in paths of leaves
+
+
+def layers_named(segment: str) -> range | None:
+    """The layers of a segment by its name, `"000-007"`; None where it is no such name."""
+    bounds = re.fullmatch(r"(\d{1,6})-(\d{1,6})", segment)
+    return None if bounds is None else range(int(bounds[1]), int(bounds[2]) + 1)
+
+
+def segments(rules: tuple[Rule, ...], num_layers: int, cuts=()) -> tuple[Segment, ...]:
+    """`cuts`: layers at which a segment ends whatever the rules say (the base's stacks)."""
     columns = [tuple(rule.experts[layer] for rule in rules) for layer in range(num_layers)]
     out, start = [], 0
     for layer in range(1, num_layers + 1):
-        if layer == num_layers or columns[layer] != columns[start]:
+        if layer == num_layers or layer in cuts or columns[layer] != columns[start]:
             out.append(Segment(start, layer, columns[start]))
             start = layer
     return tuple(out)
@@ -101,7 +107,7 @@ def segments(rules: tuple[Rule, ...], num_layers: int) -> tuple[Segment, ...]:
 
 def site(config, name: str, segment: Segment, rule: Rule) -> Site:
     """A projection; or `attn`, `ffn`, `model`, `pass<t>`, which read a state of width D (in a chain, change it too)."""
-    d_in, d_out = config.dims(name) if name in PROJECTIONS else (config.width, config.width)
+    d_in, d_out = config.dims(name) if name in config.sites else (config.width, config.width)
     return Site(name, d_in, d_out, segment.layers, rule.experts[segment.start], rule.experts)
 
 
@@ -116,11 +122,9 @@ def adapter_sites(config, rule: Rule, segments: tuple[Segment, ...]) -> tuple[Si
     return tuple(site(config, name, s, rule) for s in segments if rule.experts[s.start] for name in rule.projections)
 
 
-def scope_input(name: str) -> str:
-    """The projection whose input a router of this scope reads (for keys and widths)."""
-    return {"attn": "q", "ffn": "gate"}.get(name, name)
-
-
 def site_tag(name: str) -> int:
     names = (*PROJECTIONS, *SCOPES)
-    return names.index(name) if name in names else 20 + int(name.removeprefix("pass"))
+    if name in names:
+        return names.index(name)
+    passes = name.removeprefix("pass")
+    return 20 + int(passes) if passes.isdigit() else zlib.crc32(name.encode()) & 0x7FFFFFFF

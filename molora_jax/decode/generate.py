@@ -22,6 +22,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from molora_jax.backbones.base import needs_head
 from molora_jax.decode import sampling
 from molora_jax.errors import InputError
 
@@ -52,6 +53,7 @@ def generate(
     Raises:
       InputError: an empty prompt or one that fills the context, a bad number, no room for a token.
     """
+    needs_head(model.config, "generation", "base.source")
     _check(prompts, max_new_tokens, temperature, seed, model.config.context)
     filters = sampling.settings(
         temperature=temperature, top_p=top_p, top_k=top_k, min_p=min_p, repetition_penalty=repetition_penalty

@@ -13,12 +13,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from molora_jax import placements
 from molora_jax.adapters.base import Adapter
 from molora_jax.core import rules as rules_lib
 from molora_jax.core.types import Context
-from molora_jax.engines.base import ROW_SITES, Engine, Load
-from molora_jax.engines.shard import ENGINES
+from molora_jax.engines.base import ENGINES, Engine, Load
 from molora_jax.errors import InputError
+from molora_jax.placements.base import Axes
 from molora_jax.text import table as columns
 
 STATE_BYTES = 16  # of one adapter parameter in float32: itself, its gradient, two moments
@@ -54,53 +55,59 @@ def _factor_shapes(adapter, at):
 
 
 def routed(model):
-    """`(rule, segment, E, site)` of every routed site in every segment; an FFN is one site. A chain has no engine."""
+    """`(rule, segment, E, site)` of every meeting of tokens and experts in a layer of every segment."""
     for r, rule in enumerate(model.rules):
         for segment in model.segments:
-            if rule.router is not None and segment.counts[r] > 1 and rule.placement != "chain":
-                for name in ("ffn",) if rule.placement == "ffn" else rule.sites:
+            if rule.router is not None and segment.counts[r] > 1:
+                for name in placements.of(rule).meetings(rule):
                     yield rule, segment, segment.counts[r], name
 
 
 def load(model, rule, segment, experts: int, name: str, *, on: Engine, tokens: int, itemsize: int) -> Load:
     """The load of one site of one layer. `tokens` on one device; `itemsize`: bytes of an activation's number."""
-    ways, leaves, rank = on.ways("tensor"), [], 0
-    keeps_A = on.rank_space and rule.placement == "projection"  # whole on every device, as `adapter_shardings` has it
-    for site in rule.projections if name == "ffn" else (name,):
+    place, ways, leaves, rank = placements.of(rule), on.ways("tensor"), [], 0
+    for site in place.owns(rule, name):
         factors = factor_shapes(model, rule, site, segment)
-        rank = factors.A.shape[1]
-        for leaf, at_input in ((factors.A, True), (factors.B, False), (factors.out, False), (factors.inp, True)):
-            if leaf is not None:
-                split = at_input == (site in ROW_SITES)
-                size = int(np.prod(leaf.shape)) * 4 // (ways if split else 1)
-                leaves.append((size, leaf.shape[0] == experts and not (keeps_A and leaf is factors.A), split))
-        if factors.mid is not None:
-            leaves.append((int(np.prod(factors.mid.shape)) * 4, True, False))
-    d_in, d_out = (model.config.width,) * 2 if name == "ffn" else model.config.dims(name)
-    d_in, d_out = (d_in // ways, d_out) if name in ROW_SITES else (d_in, d_out if name == "ffn" else d_out // ways)
+        rank, axes = factors.A.shape[1], place.axes(factors, site, on.rank_space)
+        for leaf, a in zip(jax.tree.leaves(factors), jax.tree.leaves(axes), strict=True):
+            split = on.tensor(a)
+            size = int(np.prod(leaf.shape)) * 4 // (ways if split else 1)
+            leaves.append((size, a.names[0] == "expert", split))
+    row = [size // ways if on.tensor(Axes((axis,), name)) else size for size, axis in place.widths(model.config, name)]
+    sent = rank if on.rank_space and place.KEPT else row[0]
     return Load(
-        T=tokens, K=rule.router.k_max(experts), E=experts, row_in=d_in * itemsize, row_out=d_out * itemsize,
-        rank_bytes=rank * itemsize, leaves=tuple(leaves), placement=rule.placement,
-        passes=1 if model.remat == "none" else 2, last=name in ("ffn", "down"),
+        T=tokens, K=rule.router.k_max(experts), E=experts, row_in=row[0] * itemsize, row_out=row[1] * itemsize,
+        sent=sent * itemsize, ids=4 * place.IDS, leaves=tuple(leaves), passes=1 if model.remat == "none" else 2,
+        last=place.ends(rule, name), again=_met_before(place, rule, name),
     )  # fmt: skip
+
+
+def _met_before(place, rule, name: str) -> bool:
+    """Whether an earlier meeting in the layer is with the same factors."""
+    meetings = place.meetings(rule)
+    own = set(place.owns(rule, name))
+    return any(own & set(place.owns(rule, earlier)) for earlier in meetings[: meetings.index(name)])
 
 
 def refusal(model, on: Engine) -> str:
     """Why the engine cannot serve the model's rules, "" where it can."""
-    module = ENGINES[on.name]
-    for rule, segment, _, name in routed(model):
-        adapter = type(rule.adapter)
-        for site in rule.projections if name == "ffn" else (name,):
-            factors, latent = factor_shapes(model, rule, site, segment), adapter.latent is not Adapter.latent
-            reason = module.refuses(factors, placement=rule.placement, latent=latent, on=on)
-            if reason:
-                return f"{adapter.__name__} of rule {rule.name} on {name}: {reason}"
     if not on.moves_tokens:
         return ""
+    for rule, segment, _, name in routed(model):
+        adapter, place = type(rule.adapter), placements.of(rule)
+        for site in place.owns(rule, name):
+            reason = place.stays(factor_shapes(model, rule, site, segment))
+            if adapter.latent is not Adapter.latent:
+                reason = "its rank activations are changed by leaves that do not travel"
+            elif on.rank_space and not place.KEPT:
+                reason = "its experts need the whole row of width D, so rank_space has nothing to ship"
+            if reason:
+                return f"{adapter.__name__} of rule {rule.name} on {name}: {reason}"
     for rule in model.rules:
-        if rule.placement == "ffn" and rule.router is not None:
+        if rule.router is not None:
+            redone = set(placements.of(rule).REDONE)
             for other in model.rules:
-                both = other.placement == "projection" and {"gate", "up"} & set(other.sites)
+                both = redone & set(placements.of(other).acts(other))
                 if both and any(a > 1 and b for a, b in zip(rule.experts, other.experts, strict=True)):
                     return (
                         f"rule {other.name} changes gate or up at home, where the experts of rule {rule.name}, "
@@ -192,10 +199,10 @@ def resolve(model, *, engine: str, mesh, capacity: float, rank_space: bool, toke
 
 def _state_bytes(model) -> int:
     total = 0
-    for rule, segment, _, name in routed(model):
-        for site in rule.projections if name == "ffn" else (name,):
-            leaves = jax.tree.leaves(factor_shapes(model, rule, site, segment))
-            total += sum(int(np.prod(leaf.shape)) for leaf in leaves) * len(segment.layers)
+    sites = {(rule, s, n) for rule, s, _, name in routed(model) for n in placements.of(rule).owns(rule, name)}
+    for rule, segment, site in sites:
+        leaves = jax.tree.leaves(factor_shapes(model, rule, site, segment))
+        total += sum(int(np.prod(leaf.shape)) for leaf in leaves) * len(segment.layers)
     return total * STATE_BYTES
 
 

@@ -1,28 +1,32 @@
 """What an engine is: where the experts of a rule live on the mesh, and how tokens and experts come together.
 
-An engine is a module with one signature on local arrays, called inside `shard_map` (or directly on one device):
+An engine is a module of a few functions on local arrays, called inside `shard_map`; it knows no placement:
 
-    project(x, W, parts, on, rows, share)                -> (y, counts)         x [T, D_in]  -> y [T, D_out]
-    feed_forward(x, g, u, weights, parts, on, rows, activation, share, z)
-                                                         -> (mix, rest, counts) x [T, D], g, u [T, F] -> [T, F], [T, D]
-    refuses(factors, placement, latent, on)              -> why an adapter cannot be served, or None
-    bytes_moved(load, on)                                -> bytes shipped and useful, see `Load`
+    MOVES, STORES                  whether tokens travel; whether experts are kept in shares over `expert`
+    fetch(leaf)                    `[E/P, ...]` -> `[E, ...]`, of one that STORES but does not move; differentiable
+    trip(idx, experts, on, ids)    tokens to their experts and home (see `common.Trip`), of one that MOVES
+    bytes_moved(load, on)          bytes shipped and useful, see `Load`
 
-`x` are this device's tokens; a part's factors are this device's experts where `moved(part)`, else all of them.
-`counts [1, 2]`: slots sent and slots dropped. Where `share = (index, of)` is not (0, 1), the arrays hold one share of
-F (or of D_in) and y, rest are partial sums over the axis `tensor`; `z` are then rank activations that are known already
-(`ranks(x, parts, on, rows)`, of the engines that keep tokens at home).
-
-T tokens a device, D width, F FFN width, E experts, K slots, R rank, P devices on the axis `expert`.
+Another one is a file here and a row in ENGINES. T tokens a device, E experts, K slots, P devices on the axis `expert`.
 """
 
 import dataclasses
 import math
 
-from jax.sharding import Mesh
+import jax
+from jax.sharding import Mesh, PartitionSpec
 
+from molora_jax import placements
+from molora_jax.engines import all_to_all, gather, ragged_all_to_all, replicate
+from molora_jax.placements.base import Axes
 from molora_jax.sharding import AXES, ROWS
 
+ENGINES = {
+    "replicate": replicate,
+    "gather": gather,
+    "all_to_all": all_to_all,
+    "ragged_all_to_all": ragged_all_to_all,
+}
 ROW_SITES = ("o", "down")  # row-parallel under `tensor`: their input is split, their output is a sum
 
 
@@ -43,6 +47,14 @@ class Engine:
         return 1 if self.mesh is None else math.prod(self.mesh.shape[a] for a in axes)
 
     @property
+    def module(self):
+        return ENGINES[self.name]
+
+    def keeps(self, rule, leaf: str) -> bool:
+        """Whether every device holds this leaf of the rule's experts."""
+        return self.rank_space and leaf in placements.of(rule).KEPT
+
+    @property
     def alone(self) -> bool:
         """One device: no `shard_map` at all."""
         return self.ways(*AXES) == 1
@@ -54,7 +66,7 @@ class Engine:
 
     @property
     def moves_tokens(self) -> bool:
-        return self.name in ("all_to_all", "ragged_all_to_all") and self.peers > 1
+        return self.module.MOVES and self.peers > 1
 
     def padded(self, experts: int) -> int:
         """The smallest multiple of P that holds so many experts; the last are masked: no token is sent to them."""
@@ -62,15 +74,42 @@ class Engine:
 
     def stored(self, experts: int) -> bool:
         """Whether leaves `[L, E, ...]` of so many experts are kept in P shares (a dimension that P divides)."""
-        return self.name != "replicate" and self.peers > 1 and experts % self.peers == 0 and experts > 1
+        return self.module.STORES and self.peers > 1 and experts % self.peers == 0 and experts > 1
 
     def split(self, experts: int, routed: bool) -> bool:
         """Whether a device sees only its share of the experts. A single expert without a router is everywhere."""
         return self.stored(experts) or (self.moves_tokens and routed and experts > 1)
 
+    def moves(self, part) -> bool:
+        """Whether tokens travel to the experts of this part."""
+        return self.moves_tokens and self.split(part.experts, part.routed)
+
     def row_axes(self, num_tokens: int) -> tuple[str, ...]:
         """Mesh axes over which tokens are split: all of the batch's, or none where they do not divide."""
         return ROWS if num_tokens % self.ways(*ROWS) == 0 else ()
+
+    def tensor(self, axes: Axes) -> bool:
+        """Whether tensor parallelism splits such an array by one of its widths."""
+        split = "in" if axes.site in ROW_SITES else "out"
+        return self.ways("tensor") > 1 and (split in axes.names or "sum" in axes.names)
+
+    def spec(self, axes: Axes, rows: tuple[str, ...], split: bool) -> PartitionSpec:
+        """Where an array lies. `rows`: mesh axes of the tokens; `split`: experts are in shares."""
+        width = "in" if axes.site in ROW_SITES else "out"
+        mesh = {"tokens": rows, "expert": "expert" if split else None, width: "tensor", "sum": "tensor"}
+        names = axes.names[1:] if axes.names[:1] == ("sum",) and self.ways("tensor") == 1 else axes.names
+        return PartitionSpec(*(mesh.get(name) for name in names))
+
+    def fetch(self, part, axes):
+        """A part whose experts are all here; its transpose is a reduce-scatter. As it is where tokens travel."""
+        if self.moves_tokens or not self.split(part.experts, part.routed):
+            return part
+        whole = lambda leaf, a: self.module.fetch(leaf) if a.names[:1] == ("expert",) else leaf  # noqa: E731
+        return jax.tree.map(whole, part, axes)
+
+    def trip(self, idx, experts: int, ids=None):
+        """Slots `idx [T, K]` to their experts, see `common.Trip`; `ids [T]` go with them."""
+        return self.module.trip(idx, experts, self, ids)
 
 
 ALONE = Engine()
@@ -81,8 +120,9 @@ class Load:
     """What one routed site of one layer asks of an engine in a step; one device's share throughout.
 
     `leaves`: `(bytes of all E experts, is it per expert, is it split over tensor)` of every factor. `row_in, row_out`:
-    bytes of a token's row there and back; `rank_bytes` of its rank activations. `passes`: forward passes, 2 where the
-    stack is recomputed; `last`: nothing in the layer comes after the site, so its output is not recomputed.
+    bytes of a token's row there and back; `sent` of what really goes (rank activations, in rank space), `ids` of the
+    integers with it. `passes`: forward passes, 2 where the
+    stack is recomputed; `last`: nothing in the layer comes after the site, so its output is not recomputed; `again`: an earlier meeting of the layer has fetched the leaves.
     Routers and rules without one cost the same under every engine and are left out.
     """
 
@@ -91,11 +131,12 @@ class Load:
     E: int
     row_in: int
     row_out: int
-    rank_bytes: int
+    sent: int
+    ids: int
     leaves: tuple[tuple[int, bool, bool], ...]
-    placement: str
     passes: int
     last: bool
+    again: bool = False
 
     def sums(self, on: Engine, *, per_expert: bool | None = None) -> float:
         """Bytes of the gradient all-reduces of leaves that every device holds."""

@@ -1,10 +1,10 @@
-"""What the exchanging engines share: the plan of who goes where, and moving rows by it.
+"""What the exchanging engines share: the plan of who goes where, moving rows by it, and a `Trip` there and back.
 
 Slots (token, k) are sorted by (expert, token), stably, so the plan is a function of the routing alone. Rows are moved
 by gathers in both passes: into the buffer by the slot that a row came from, out of it by K gathers in token order. No
 scatter-add, so no duplicate indices and no order of summation that may change.
 
-T tokens, K slots a token, N = T K slots, E experts, P peers, M rows of a send buffer.
+T tokens, K slots a token, N = T K slots, E experts, P peers, M rows of a send buffer, M_r of a receive buffer.
 """
 
 import flax.struct
@@ -131,3 +131,41 @@ def _combine_back(plan, d):
 
 
 combine.defvjp(lambda y, plan: (combine(y, plan), plan), _combine_back)
+
+
+class Trip:
+    """Tokens on their way to the experts of other devices, and the way home.
+
+    `way` has the `plan`, `there(buffer [M, ...]) -> [M_r, ...]` and `back`. `expert [M_r]` int32: what each row that
+    came asks for, among the E/P experts here (E/P where the row is empty); `ids [M_r]` of `ids [T]`, where asked for;
+    `counts [1, 2]`: slots sent and slots dropped, None where nothing can be.
+    """
+
+    def __init__(self, way, idx: Array, experts: int, on, ids: Array | None = None):
+        self.way, self.idx, self.experts = way, idx, experts
+        self.each, plan = on.padded(experts) // on.peers, way.plan
+        names = [plan.expert] + ([] if ids is None else [ids[plan.token]])
+        got = way.there(jnp.stack(names, axis=-1).astype(jnp.int32))
+        mine = got[:, 0] - jax.lax.axis_index("expert") * self.each
+        self.expert = jnp.where((mine >= 0) & (mine < self.each), mine, self.each)
+        self.ids = None if ids is None else got[:, 1]
+        self.counts = plan.counts if on.capacity else None
+
+    def _written(self, rows):
+        return jnp.where((self.expert < self.each).reshape(-1, *(1,) * (rows.ndim - 1)), rows, 0)
+
+    def tokens(self, x: Array) -> Array:
+        """`x [T, D]` -> `[M_r, D]`: a row for every slot that came, 0 where nobody wrote."""
+        return self._written(self.way.there(send_tokens(x, self.way.plan)))
+
+    def slots(self, v: Array) -> Array:
+        """`v [T, K, ...]` -> `[M_r, ...]`."""
+        return self._written(self.way.there(send_slots(v, self.way.plan)))
+
+    def home(self, rows: Array) -> Array:
+        """`[M_r, D]` -> `[T, D]`, the sum of each token's. Masked here too: so are the cotangents of empty rows."""
+        return combine(self.way.back(self._written(rows)), self.way.plan)
+
+    def lost(self, gates: Array) -> Array:
+        """`gates [T, K]` -> `[T]`: the sum of those whose slots were dropped."""
+        return jnp.sum(jnp.where((self.idx < self.experts) & ~self.way.plan.kept, gates, 0.0), axis=-1)

@@ -8,27 +8,24 @@ the primitive swapped by the mesh's platform. (Not on v5e slices of 16x16, says 
 T tokens a device, K slots, E experts, P devices on `expert`, C rows to a peer, N = T K.
 """
 
-import functools
-
 import jax
 import jax.numpy as jnp
 
 from molora_jax.engines import all_to_all, common
-from molora_jax.engines.base import Engine
+
+MOVES = True  # whether tokens travel
+STORES = True  # whether experts are kept in shares
 
 LINE = 512  # bytes: 128 numbers of float32, 256 of bfloat16
-
-refuses = all_to_all.refuses
 
 
 class Ragged:
     """Rows in order of (expert, token); a receiver holds its senders' rows one after another."""
 
-    def __init__(self, idx, experts: int, on: Engine):
-        self.on, self.experts = on, on.padded(experts)
-        rows = common.rows_to_a_peer(*idx.shape, self.experts, on.peers, on.capacity)
-        idx = jnp.where(idx < experts, idx, self.experts)
-        self.plan = common.make_plan(idx, self.experts, on.peers, rows, padded=False)
+    def __init__(self, idx, experts: int, on):
+        self.on, E = on, on.padded(experts)
+        rows = common.rows_to_a_peer(*idx.shape, E, on.peers, on.capacity)
+        self.plan = common.make_plan(jnp.where(idx < experts, idx, E), E, on.peers, rows, padded=False)
         self.worst = on.peers * rows
         sizes = jax.lax.all_gather(self.plan.count, "expert")  # [from, to]
         starts = jax.lax.all_gather(self.plan.start, "expert")
@@ -45,7 +42,7 @@ class Ragged:
         return exchange(buffer, len(self.plan.slot), self.home, self.on)
 
 
-def exchange(rows, out_rows: int, table, on: Engine):
+def exchange(rows, out_rows: int, table, on):
     """Sends `rows[start : start + size]` of `table[..][me, to]` to each peer, where they start at `place`."""
     starts, sizes, places = table
     me = jax.lax.axis_index("expert")
@@ -84,11 +81,13 @@ def _emulate_forward(rows, output, starts, sizes, places):
 
 emulate.defvjp(_emulate_forward, _emulate_back)
 
-project = functools.partial(all_to_all.project, travel_by=Ragged)
-feed_forward = functools.partial(all_to_all.feed_forward, travel_by=Ragged)
+
+def trip(idx, experts: int, on, ids=None) -> common.Trip:
+    """As `all_to_all.trip`."""
+    return common.Trip(Ragged(idx, experts, on), idx, experts, on, ids)
 
 
-def bytes_moved(load, on: Engine) -> tuple[float, float]:
+def bytes_moved(load, on) -> tuple[float, float]:
     """`(shipped, useful)` bytes of one device, layer and step, at an even load; on TPU (the emulation gathers all)."""
     useful = all_to_all.bytes_moved(load, on)[1]
     return all_to_all.rows_moved(load, on, load.T * load.K, LINE), useful

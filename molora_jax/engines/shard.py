@@ -1,7 +1,9 @@
-"""From global arrays under `jit` into `shard_map` and back: which share of what a device sees.
+"""The one place where placements and engines meet: from global arrays under `jit` into `shard_map` and back.
 
-Everything around is jit over global arrays; only what an engine does is local. On one device the same local functions
-are called as they are.
+Everything around is jit over global arrays; only what happens in here is local: the frozen product, every rule's change
+of it, and the one sum over `tensor`, together in one `shard_map` a region (an all-gather of experts in a `shard_map` of
+its own has an all-reduce of all their gradients as its transpose; inside, a reduce-scatter). On one device the same
+functions are called as they are.
 
     tokens   over data, fsdp, expert; experts over `expert` where the engine splits them; the rest replicated
     tensor   q k v gate up: B, the biases and W's columns are split; o down: x, A and W's rows, and the outputs summed
@@ -15,51 +17,26 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
-from molora_jax.core.lowrank import frozen_linear
-from molora_jax.core.types import Array, Factors
-from molora_jax.engines import all_to_all, gather, ragged_all_to_all, replicate
-from molora_jax.engines.base import ROW_SITES, Engine
-from molora_jax.placements import ffn
-from molora_jax.sharding import ROWS
-
-ENGINES = {
-    "replicate": replicate,
-    "gather": gather,
-    "all_to_all": all_to_all,
-    "ragged_all_to_all": ragged_all_to_all,
-}
+from molora_jax.core.types import Array
+from molora_jax.engines.base import Engine
+from molora_jax.placements.base import At, Axes, Beside, Region, Rows
+from molora_jax.placements.ffn import Hidden
+from molora_jax.placements.projection import Linear
+from molora_jax.sharding import AXES, ROWS
 
 
 def project(on: Engine, site: str, W: Array, bias: Array | None, x: Array, parts, rest: Array | None = None):
     """A frozen projection with every rule's change of it.
 
     Args:
-      x: `[T, D_in]`; W: `[D_in, D_out]`; parts: of `placements.projection`.
+      x: `[T, D_in]`; W: `[D_in, D_out]`; parts: of placements that act at projections.
       rest: `[T, D_out]` (or `[ways of tensor, T, D_out]`, partial sums) to add.
 
     Returns:
       `[T, D_out]`, and for each part `[1 | devices, 2]` slots sent and dropped, or None where nothing is counted.
     """
-    if on.alone:
-        y, _ = replicate.project(x, W, parts, on, jnp.arange(len(x)))
-        y = y if rest is None else y + rest
-        return y if bias is None else y + bias.astype(y.dtype), [None] * len(parts)
-    axes, row, ways = on.row_axes(len(x)), site in ROW_SITES, on.ways("tensor")
-    into, out = ("tensor", None) if row else (None, "tensor")
-
-    def local(x, W, bias, parts, rest):
-        y, counts = ENGINES[on.name].project(x, W, parts, on, _rows(axes, len(x)), _share(on, row))
-        if rest is not None:
-            y = y + (rest if ways == 1 else rest[0])
-        if row and ways > 1:
-            y = sum_over_tensor(y, ways)
-        return y if bias is None else y + bias.astype(y.dtype), counts or [None] * len(parts)
-
-    specs = (
-        P(axes, into), P(into, out), P(out), [_projection_specs(p, on, site, axes) for p in parts], _rest(axes, ways),
-    )  # fmt: skip
-    run = jax.shard_map(local, mesh=on.mesh, in_specs=specs, out_specs=(P(axes, out), P(axes)), check_vma=False)
-    return run(x, W, bias, [_padded(p, on) for p in parts], rest)
+    arrays = {"x": x, "W": W, "bias": bias, "rest": rest}
+    return meet(on, Linear(site), {name: a for name, a in arrays.items() if a is not None}, parts)
 
 
 def feed_forward(on: Engine, x: Array, g: Array, u: Array, weights: dict, parts, activation: str):
@@ -71,52 +48,101 @@ def feed_forward(on: Engine, x: Array, g: Array, u: Array, weights: dict, parts,
     Returns:
       `mix [T, F]`, `rest` for `project`, and the counts of every part (see there).
     """
-    if on.alone:
-        mix, rest, _ = replicate.feed_forward(x, g, u, weights, parts, on, jnp.arange(len(x)), activation)
-        return mix, rest, [None] * len(parts)
-    axes, ways = on.row_axes(len(x)), on.ways("tensor")
-    moved = any(on.moves_tokens and on.split(p.experts, p.routed) for p in parts)
-    z = _ranks(on, axes, x, parts) if ways > 1 and not moved and all(map(ffn.is_plain, parts)) else None
-    used = ("gate", "up", "down") if moved else ("down",) if any(p.per_expert for p in parts) else ()
-    if moved and ways > 1:
-        # x itself has to enter, with a cotangent of width D to be summed over `tensor`, as that of the base's gate and
-        # up is. So these (no rule changes them here, see `auto.refusal`) are made inside: one sum serves all of them.
-        g = u = None
-
-    def local(x, g, u, weights, parts, z):
-        rows, share = _rows(axes, len(x)), _share(on, True)
-        if g is None:
-            g, u = (frozen_linear(weights[s], x) for s in ("gate", "up"))
-        mix, rest, counts = ENGINES[on.name].feed_forward(x, g, u, weights, parts, on, rows, activation, share, z)
-        return mix, rest if ways == 1 else rest[None], counts or [None] * len(parts)
-
-    specs = (
-        P(axes, None), P(axes, "tensor"), P(axes, "tensor"),
-        {s: P("tensor", None) if s in ROW_SITES else P(None, "tensor") for s in used},
-        [_ffn_specs(p, on, axes) for p in parts], P(axes),
-    )  # fmt: skip
-    outs = (P(axes, "tensor"), _rest(axes, ways), P(axes))
-    run = jax.shard_map(local, mesh=on.mesh, in_specs=specs, out_specs=outs, check_vma=False)
-    return run(x, g, u, {s: weights[s] for s in used}, [_padded(p, on) for p in parts], z)
+    (mix, rest), counts = meet(on, Hidden(activation), {"x": x, "g": g, "u": u, **weights}, parts)
+    return mix, rest, counts
 
 
-def _ranks(on, axes, x, parts):
-    """Gate's and up's rank activations, the axis `tensor` left to the compiler.
+def beside(on: Engine, x: Array, part):
+    """`x [T, D]` -> the part's change of the block's output `[T, D]`, and its counts (see `project`)."""
+    y, (counts,) = meet(on, Beside(), {"x": x}, [part])
+    return y, counts
 
-    Inside the other `shard_map` x would be an input that is equal on all devices of `tensor`, its cotangent a sum over
-    them of width D: the base model has none there. So x stays outside and only rank-wide arrays are summed.
+
+def meet(on: Engine, region: Region, arrays: dict, parts):
+    """Tokens and experts of a region. `arrays` by name (`region.axes()`), with `x [T, ...]`; parts of any placements.
+
+    Returns:
+      What the region gives (`region.outs()`), and the counts of every part.
     """
-    local = lambda x, parts, rows: ENGINES[on.name].ranks(x, parts, on, rows)  # noqa: E731
-    specs = [_without_tensor(_ffn_specs(p, on, axes)) for p in parts]
+    num_tokens = len(arrays["x"])
+    if on.alone:
+        at = At(jnp.arange(num_tokens), (0, 1))
+        arrays, out = region.start(region.enter(arrays, parts, moved=False, split=False), parts, at)
+        for part in parts:
+            out = part.here(arrays, out, at)
+        return region.end(arrays, region.close(arrays, out, len(parts))), [None] * len(parts)
+
+    rows, ways = on.row_axes(num_tokens), on.ways("tensor")
+    split = region.inner is not None and on.tensor(region.inner)
+    parts = [_padded(part, on) for part in parts]
+    axes = [part.axes(on.rank_space) for part in parts]
+    away = [on.moves(part) for part in parts]
+    whole = [on.split(part.experts, part.routed) for part in parts]
+    specs = [jax.tree.map(lambda a, s=s: on.spec(a, rows, s), a) for a, s in zip(axes, whole, strict=True)]
+    early = [None] * len(parts)
+    if split and not any(away):
+        early = _early(on, rows, arrays["x"], parts, axes, specs)
+    arrays = region.enter(arrays, parts, moved=any(away), split=ways > 1)
+    named, outs = region.axes(), region.outs()
+
+    def local(arrays, parts, early):
+        at = At(_rows(rows, len(arrays["x"])), (jax.lax.axis_index("tensor"), ways) if split else (0, 1))
+        arrays = {n: a[0] if ways > 1 and "sum" in named[n].names else a for n, a in arrays.items()}
+        parts = [on.fetch(part, a) for part, a in zip(parts, axes, strict=True)]
+        arrays, out = region.start(arrays, [part for part, far in zip(parts, away, strict=True) if not far], at)
+        counts = []
+        for part, far, known in zip(parts, away, early, strict=True):
+            if far:
+                out, count = _travel(on, part, arrays, out, at)
+            else:
+                out, count = part.here(arrays, out, at, known), None
+            counts.append(count)
+        out = region.close(arrays, out, len(parts))
+        if ways > 1:
+            out = jax.tree.map(lambda a, y: _summed(on, a, y, split), outs, out)
+        return region.end(arrays, out), counts
+
+    spec = lambda a: on.spec(a, rows, False)  # noqa: E731
     run = jax.shard_map(
-        local, mesh=on.mesh, in_specs=(P(axes, None), specs, P(axes)), out_specs=P(axes), axis_names=set(ROWS),
-        check_vma=False,
+        local, mesh=on.mesh, in_specs=({n: spec(named[n]) for n in arrays}, specs, P(rows)),
+        out_specs=(jax.tree.map(spec, outs), P(rows)), check_vma=False,
+        axis_names=set(ROWS if region.inner is None and ways > 1 else AXES),
+    )  # fmt: skip
+    return run(arrays, parts, early)
+
+
+def _travel(on, part, arrays, out, at):
+    """`out` with the change by experts of other devices, to which the tokens go; and the slots sent and dropped."""
+    idx, gates = part.decision
+    x = part.sends(arrays, at, on.rank_space)
+    with jax.named_scope("dispatch"):
+        trip = on.trip(idx, part.experts, at.rows if part.place.IDS > 1 else None)
+        received = trip.slots(gates)
+        row = trip.slots(x) if x.ndim == 3 else trip.tokens(x)
+    back = part.there(arrays, Rows(row, trip.expert, received, trip.ids, x.ndim == 3), at.share)
+    with jax.named_scope("combine"):
+        back = trip.home(back)
+    return part.stay(arrays, out, back, trip.lost(gates)), trip.counts
+
+
+def _early(on, rows, x, parts, axes, specs):
+    """What parts form before the region, the axis `tensor` left to the compiler (`Part.early`)."""
+
+    def local(x, parts, ids):
+        return [on.fetch(part, a).early(x, At(ids, (0, 1))) for part, a in zip(parts, axes, strict=True)]
+
+    without = lambda s: P(*(None if a == "tensor" else a for a in s))  # noqa: E731
+    run = jax.shard_map(
+        local, mesh=on.mesh, in_specs=(P(rows, None), jax.tree.map(without, specs), P(rows)), out_specs=P(rows),
+        axis_names=set(ROWS), check_vma=False,
     )  # fmt: skip
     return run(x, parts, jnp.arange(len(x)))
 
 
-def _without_tensor(specs):
-    return jax.tree.map(lambda s: P(*(None if a == "tensor" else a for a in s)), specs)
+def _summed(on, axes: Axes, y, split: bool):
+    if "sum" in axes.names:
+        return y[None]
+    return sum_over_tensor(y, on.ways("tensor")) if split and not on.tensor(axes) else y
 
 
 # check_vma=False, because a pallas_call is not allowed otherwise; then the cotangent of an output that is equal on all
@@ -136,52 +162,11 @@ def _rows(axes, num_tokens):
     return first + jnp.arange(num_tokens)
 
 
-def _share(on, split):
-    ways = on.ways("tensor")
-    return (jax.lax.axis_index("tensor"), ways) if split and ways > 1 else (0, 1)
-
-
-def _rest(axes, ways):
-    return P(axes, None) if ways == 1 else P("tensor", axes, None)
-
-
-def _factor_specs(factors: Factors, site: str, on: Engine, split: bool, shared_A: bool, whole_A: bool) -> Factors:
-    into, out = ("tensor", None) if site in ROW_SITES else (None, "tensor")
-    e = "expert" if split else None
-    specs = dict(
-        A=P(None if shared_A or whole_A else e, None, into), B=P(e, None, out), mid=P(e), out=P(e, out), inp=P(e, into)
-    )
-    return factors.replace(**{name: None if getattr(factors, name) is None else spec for name, spec in specs.items()})
-
-
-def _projection_specs(part, on, site, axes):
-    split = on.split(part.experts, part.routed)
-    return part.replace(
-        factors=_factor_specs(part.factors, site, on, split, part.shared_A, split and on.rank_space),
-        gates=P(axes, None), slots=None if part.slots is None else (P(axes, None), P(axes, None)),
-        dropout=jax.tree.map(lambda _: P(), part.dropout),
-    )  # fmt: skip
-
-
-def _ffn_specs(part, on, axes):
-    split = on.split(part.experts, part.routed)
-    return part.replace(
-        factors={s: _factor_specs(f, s, on, split, part.shared_A, False) for s, f in part.factors.items()},
-        idx=P(axes, None), gates=P(axes, None), base=P(axes), dropout=jax.tree.map(lambda _: P(), part.dropout),
-    )  # fmt: skip
-
-
 def _padded(part, on):
     """A part whose experts the axis `expert` does not divide, with masked experts (zeros) at its end."""
     more = on.padded(part.experts) - part.experts
     if not more or not on.split(part.experts, part.routed):
         return part
-
-    def pad(factors, keep_A):
-        grow = lambda leaf: jnp.pad(leaf, [(0, more)] + [(0, 0)] * (leaf.ndim - 1))  # noqa: E731
-        padded = jax.tree.map(grow, factors)
-        return padded.replace(A=factors.A) if keep_A else padded
-
-    if isinstance(part.factors, dict):
-        return part.replace(factors={site: pad(f, part.shared_A) for site, f in part.factors.items()})
-    return part.replace(factors=pad(part.factors, part.shared_A or on.rank_space))
+    grow = lambda leaf: jnp.pad(leaf, [(0, more)] + [(0, 0)] * (leaf.ndim - 1))  # noqa: E731
+    axes = part.axes(on.rank_space)
+    return jax.tree.map(lambda leaf, a: grow(leaf) if a.names[:1] == ("expert",) else leaf, part, axes)

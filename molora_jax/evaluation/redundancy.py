@@ -8,6 +8,8 @@ import itertools
 
 import numpy as np
 
+from molora_jax.core.rules import layers_named
+
 
 def expert_redundancy(adapters: dict) -> dict[str, dict[int, dict[str, float]]]:
     """The distance of experts by layer and matrix; 0 where all experts are equal, absent where there is only one.
@@ -23,12 +25,12 @@ def expert_redundancy(adapters: dict) -> dict[str, dict[int, dict[str, float]]]:
         for segment, sites in segments.items():
             if segment == "shared":
                 continue
-            first = int(segment.partition("-")[0])
+            own = layers_named(segment)
             for site, leaves in sites.items():
                 for leaf in ("A", "B") if site != "router" else ():
                     for i, experts in enumerate(np.asarray(leaves.get(leaf, ()), np.float64)):
                         if len(experts) > 1:
-                            layer = out.setdefault(rule, {}).setdefault(first + i, {})
+                            layer = out.setdefault(rule, {}).setdefault(own[i], {})
                             layer[f"{site}/{leaf}"] = mean_distance(experts)
     return out
 

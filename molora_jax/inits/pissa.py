@@ -8,6 +8,9 @@ The paper freezes W - s B A. Here W stays as it is and the start is saved as `A0
 
 import jax.numpy as jnp
 
+NEEDS = ("base",)  # the frozen weight of the site
+RANK = "smaller"  # there are as many singular vectors as the smaller width
+
 
 def init(key, site, rank, *, scale, base=None, base_grad=None):
     """Returns `A [E, R, D_in]`, `B [E, R, D_out]` and the frozen start. `base [D_in, D_out]`; an exact SVD."""

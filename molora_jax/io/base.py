@@ -1,11 +1,12 @@
 """Frozen base models: one function from a source string to config, weights and tokenizer.
 
     pkg:smollm2-135m-instruct    a pinned package that carries a GGUF file (`fetch.py`)
+    pkg:all-minilm-l6-v2         one that carries a Hugging Face folder, an encoder
     gguf:PATH                    a GGUF file
     dir:PATH                     a Hugging Face folder with safetensors
     hf:ORG/NAME[@revision]       the Hugging Face hub (extra `hub`)
-    random:tiny                  four random layers and a byte tokenizer; also tiny-untied (a head of its own) and
-                                 tiny-qwen3 (query and key norms, heads wider than the model)
+    random:tiny                  four random layers and a byte tokenizer; also tiny-untied (a head of its own),
+                                 tiny-qwen3 (query and key norms, heads wider than the model) and tiny-bert (an encoder)
 
 A GGUF file (or a model in parts, by any of them) is dequantised once, into a Hugging Face folder
 `CACHE/converted/<digest>-<dtype>-v2`; later starts only map that. The folder is written under another name and renamed
@@ -27,6 +28,7 @@ import ml_dtypes
 import numpy as np
 
 from molora_jax.backbones import families, hf_config
+from molora_jax.backbones.base import Backbone
 from molora_jax.backbones.hf_fields import shown
 from molora_jax.errors import InputError
 from molora_jax.io import fetch, gguf, gguf_model, huggingface, random_init, tokenizer
@@ -41,11 +43,11 @@ _WEIGHTS = "model.safetensors"
 class Base:
     """A loaded base.
 
-    `params`: nested dict of numpy arrays as in `families.py`. `digest`: hex sha256 of the weights' source content (the
-    GGUF file, the safetensors files, the random values), the same on every machine and for every dtype.
+    `params`: nested dict of numpy arrays, as the backbone's `shapes()` says. `digest`: hex sha256 of the weights' own
+    content (the GGUF file, the safetensors files, the random values), the same on every machine and for every dtype.
     """
 
-    config: families.DecoderConfig
+    config: Backbone
     params: dict
     tokenizer: tokenizer.Tokenizer
     digest: str
@@ -73,7 +75,7 @@ def load_base(source: str, *, dtype: str = "float32", seed: int = 0) -> Base:
     if scheme not in ("pkg", "gguf", "dir", "hf") or not rest:
         raise InputError(
             "base.source", got=repr(source),
-            expected="pkg:NAME, gguf:PATH, dir:PATH, hf:ORG/NAME[@revision] or random:tiny[-untied|-qwen3]",
+            expected="pkg:NAME, gguf:PATH, dir:PATH, hf:ORG/NAME[@revision] or random:tiny[-untied|-qwen3|-bert]",
         )  # fmt: skip
     try:
         if scheme == "pkg":
@@ -96,6 +98,8 @@ def _load_package(alias, dtype, source):
     if alias not in fetch.PACKAGES:
         fetch.package_file(alias)  # raises, with the names that exist
     digest = fetch.PACKAGES[alias].member_sha256
+    if fetch.PACKAGES[alias].beside:  # a Hugging Face folder, whose files are checked at every start
+        return _load_folder(fetch.package_file(alias).parent, dtype, source, digest=digest)
     return _load_converted(_converted(digest, dtype, lambda: fetch.package_file(alias)), dtype, digest, source)
 
 
@@ -150,7 +154,7 @@ def _read_note(folder, digest, dtype) -> dict[str, str]:
 
 def _load_folder(folder, dtype, source, *, digest=None):
     config, params = huggingface.read_folder(folder, _DTYPES[dtype])
-    text = tokenizer.from_folder(folder)
+    text = tokenizer.from_folder(folder, end="eos" if config.CAUSAL else "sep")
     check_ids(text, config.vocab, where=str(folder))
     if digest is None:
         files = huggingface.weight_files(folder)

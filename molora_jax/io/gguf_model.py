@@ -10,7 +10,7 @@ import math
 import numpy as np
 import tokenizers
 
-from molora_jax.backbones import families
+from molora_jax.backbones.llama import Llama
 from molora_jax.errors import InputError
 from molora_jax.io.gguf import Gguf
 from molora_jax.io.tokenizer import Tokenizer, guarded
@@ -211,7 +211,7 @@ def _unpermute(weight, heads):
     return weight.reshape(heads, -1, 2, *rest).swapaxes(1, 2).reshape(weight.shape)
 
 
-def tensor_sources(gguf: Gguf, config: families.DecoderConfig) -> dict:
+def tensor_sources(gguf: Gguf, config: Llama) -> dict:
     """Hugging Face name -> (shape, function that gives the float32 array).
 
     Raises:
@@ -219,11 +219,11 @@ def tensor_sources(gguf: Gguf, config: families.DecoderConfig) -> dict:
     """
     sources, left = {}, set(gguf.entries) - {"rope_freqs.weight"}
     permuted = gguf.metadata.get("general.architecture") == "llama"
-    for path, shape in families.hf_shapes(config).items():
+    for path, leaf in config.shapes().items():
         ours, part = path.removeprefix("blocks/").split("/")[0], path.split("/")[-1]
-        suffix = {"kernel": ".weight", "bias": ".bias"}.get(part, "")
-        for i in range(config.layers if path.startswith("blocks/") else 1):
-            name = (_NAMES[ours] + suffix).format(i=i)
+        suffix, shape = {"kernel": ".weight", "bias": ".bias"}.get(part, ""), leaf.file_shape
+        for theirs, index in leaf.files():
+            name = (_NAMES[ours] + suffix).format(i=index[0] if index else 0)
             if name not in gguf.entries or gguf.entries[name][0] != shape:
                 got = f"shape {gguf.entries[name][0]}" if name in gguf.entries else "no such tensor"
                 raise InputError(f"{gguf.path}: tensor {name}", got=got, expected=f"shape {shape} as its metadata says")
@@ -234,7 +234,7 @@ def tensor_sources(gguf: Gguf, config: families.DecoderConfig) -> dict:
                 tensor = gguf.tensor(name)
                 return tensor if heads is None else _unpermute(tensor, heads)
 
-            sources[families.hf_name(path, i)] = (shape, read)
+            sources[theirs] = (shape, read)
     if left:
         raise InputError(f"{gguf.path}: tensors", got=", ".join(sorted(left)[:5]), expected="only those of its family")
     return sources

@@ -3,11 +3,12 @@
 A folder holds `config.json`, `model.safetensors` (or `model.safetensors.index.json` and its shards), `tokenizer.json`,
 `tokenizer_config.json`. Their linear weights are `[D_out, D_in]`, one tensor a layer; ours are `[L, D_in, D_out]`. So
 is the head: `[V, D]` there and `[D, V]` here.
-The tree is the one of `molora_jax/backbones/families.py`.
+The tree and the names are those of the backbone's `shapes()`.
 """
 
 import concurrent.futures
 import dataclasses
+import fnmatch
 import json
 import os
 import pathlib
@@ -15,7 +16,8 @@ import sys
 
 import numpy as np
 
-from molora_jax.backbones import families, hf_config
+from molora_jax.backbones import hf_config
+from molora_jax.backbones.base import Backbone
 from molora_jax.backbones.hf_fields import shown
 from molora_jax.core.trees import set_path
 from molora_jax.errors import InputError
@@ -23,7 +25,7 @@ from molora_jax.io import tensors
 from molora_jax.io.tokenizer import Tokenizer, read_json
 
 INDEX = "model.safetensors.index.json"
-_IGNORED = "rotary_emb.inv_freq"  # a buffer that old checkpoints carry
+_HEAD = "lm_head.weight"
 
 
 def weight_files(folder: pathlib.Path) -> list[pathlib.Path]:
@@ -40,7 +42,7 @@ def weight_files(folder: pathlib.Path) -> list[pathlib.Path]:
     return [folder / name for name in sorted(set(tensors.read_index(index).values()))]
 
 
-def read_folder(folder: pathlib.Path, dtype) -> tuple[families.DecoderConfig, dict]:
+def read_folder(folder: pathlib.Path, dtype) -> tuple[Backbone, dict]:
     """Config and parameters (numpy, `dtype`). Fields of the config that nobody knows are told on stderr.
 
     Raises:
@@ -59,7 +61,9 @@ def read_folder(folder: pathlib.Path, dtype) -> tuple[families.DecoderConfig, di
             views[name], origin[name] = view, path
     if not (folder / "model.safetensors").exists():
         _check_index(folder / INDEX, origin)
-    if config.tied and not _is_tied(views):
+    if config.PREFIX and config.shapes()["embed"].name not in views:  # saved with a head on top of it
+        views, origin = ({n.removeprefix(config.PREFIX): x for n, x in d.items()} for d in (views, origin))
+    if getattr(config, "tied", False) and not _is_tied(views, config):
         note(f"{folder}: lm_head.weight differs from the embedding, so it is used, though config.json says tied")
         config = dataclasses.replace(config, tied=False)
     return config, _assemble(views, origin, config, dtype, where=str(folder))
@@ -74,43 +78,38 @@ def _check_index(index, origin):
             )
 
 
-def _is_tied(views) -> bool:
+def _is_tied(views, config) -> bool:
     """Whether a file's head, where it has one, is a copy of its embedding."""
-    head, embed = views.get(families.HF_NAMES["head"]), views.get(families.HF_NAMES["embed"])
+    head, embed = views.get(_HEAD), views.get(config.shapes()["embed"].name)
     return head is None or embed is None or (head.shape == embed.shape and np.array_equal(head, embed))
 
 
 def _assemble(views, origin, config, dtype, *, where):
     """Checks every name and shape against the template before the first allocation, then stacks and transposes."""
-    plan, left = {}, set(views)
-    for path, shape in families.hf_shapes(config).items():
-        plan[path] = []
-        for layer in range(config.layers if path.startswith("blocks/") else 1):
-            name = families.hf_name(path, layer)
+    shapes, left = config.shapes(), set(views)
+    for leaf in shapes.values():
+        for name, _ in leaf.files():
             got = f"{views[name].dtype.name} of shape {views[name].shape}" if name in views else "no such tensor"
-            if name not in views or views[name].shape != shape or views[name].dtype not in tensors.FLOATS:
+            if name not in views or views[name].shape != leaf.file_shape or views[name].dtype not in tensors.FLOATS:
                 raise InputError(
-                    f"{origin.get(name, where)}: tensor {name}", got=got, expected=f"a float tensor of shape {shape}",
+                    f"{origin.get(name, where)}: tensor {name}", got=got,
+                    expected=f"a float tensor of shape {leaf.file_shape}",
                     fix="Check that config.json belongs to these weights.",
                 )  # fmt: skip
-            plan[path].append(name)
-        left.difference_update(plan[path])
-    left -= {"lm_head.weight"} if config.tied else set()
-    extra = sorted(name for name in left if not name.endswith(_IGNORED))
+            left.discard(name)
+    left -= {_HEAD} if getattr(config, "tied", False) else set()
+    extra = sorted(n for n in left if not any(fnmatch.fnmatchcase(n, pattern) for pattern in config.IGNORED))
     if extra:
         raise InputError(
             f"{where}: tensors", got=f"{len(extra)} more than the {config.family} family has, first {shown(extra[0])}",
-            expected="only those of its family", fix="Choose a plain decoder of a supported family.",
+            expected="only those of its family", fix="Choose a plain model of a supported family.",
         )  # fmt: skip
 
     tree, jobs = {}, []
-    for path, shape in families.hf_shapes(config).items():
-        turn = families.transposed(path)
-        shape = shape[::-1] if turn else shape
-        leaf = np.empty((config.layers, *shape) if path.startswith("blocks/") else shape, dtype)
-        set_path(tree, path, leaf)
-        slices = leaf if path.startswith("blocks/") else [leaf]
-        jobs += [(name, out.T if turn else out) for name, out in zip(plan[path], slices, strict=True)]
+    for path, leaf in shapes.items():
+        values = np.empty(leaf.shape, dtype)
+        set_path(tree, path, values)
+        jobs += [(name, values[index].T if leaf.turned else values[index]) for name, index in leaf.files()]
 
     def copy(job):
         name, out = job

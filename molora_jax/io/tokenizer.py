@@ -74,6 +74,15 @@ class Tokenizer:
             raise InputError(f"{self.where}: {role}_token", got=repr(token), expected="a token of the vocabulary")
         return token_id
 
+    @functools.cached_property
+    def suffix_ids(self) -> tuple[int, ...]:
+        """What the tokenizer's post-processor puts behind a text: an encoder's [SEP]."""
+        with guarded(self.where, "a tokenizer that encodes"):
+            alone = self.inner.encode("a", add_special_tokens=False).ids
+            whole = self.inner.encode("a", add_special_tokens=True).ids
+        start = next((i for i in range(len(whole)) if whole[i : i + len(alone)] == alone), None)
+        return () if not alone or start is None else tuple(whole[start + len(alone) :])
+
     def _prefix(self) -> tuple[int, ...]:
         """What the tokenizer's post-processor puts before a text."""
         with guarded(self.where, "a tokenizer that encodes"):
@@ -227,9 +236,10 @@ def _valid(text: str) -> bool:
     return True
 
 
-def from_folder(folder: str | pathlib.Path) -> Tokenizer:
+def from_folder(folder: str | pathlib.Path, *, end: str = "eos") -> Tokenizer:
     """Reads a Hugging Face folder: `tokenizer.json`, `tokenizer_config.json`, `special_tokens_map.json`,
-    `chat_template.jinja`, and the special ids of `generation_config.json` and `config.json`.
+    `chat_template.jinja`, and the special ids of `generation_config.json` and `config.json`. `end`: the special token
+    that ends a text, `sep` of an encoder.
 
     Raises:
       InputError: no `tokenizer.json`, or one that does not parse; a special token or template that is none.
@@ -257,7 +267,7 @@ def from_folder(folder: str | pathlib.Path) -> Tokenizer:
     }
     template, tool_template = _templates(folder, config, where)
     return Tokenizer(
-        inner, bos=tokens["bos_token"], eos=tokens["eos_token"], pad=tokens["pad_token"], end_ids=ids["eos"],
+        inner, bos=tokens["bos_token"], eos=tokens[f"{end}_token"], pad=tokens["pad_token"], end_ids=ids["eos"],
         bos_id=next(iter(ids["bos"]), None), pad_id=next(iter(ids["pad"]), None), add_bos=add_bos,
         specials={name: token for name, token in tokens.items() if token is not None},
         template=template, tool_template=tool_template, where=str(folder),

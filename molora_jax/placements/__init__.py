@@ -1,10 +1,20 @@
 """Where do experts act? `projection`: in every listed projection. `ffn`: each expert is the whole feed-forward block.
 
 A rule's sites say which: `sites="ffn"` is placed by `ffn`, projections by `projection`. Others are named by the rule
-(`NAMED`): `chain`, several passes through one pool of experts beside the feed-forward block.
+(`NAMED` in their file): `chain`, several passes through one pool of experts beside the feed-forward block.
 """
 
-from molora_jax.placements import chain, ffn, projection
+from molora_jax.placements.base import Placement
+from molora_jax.placements.chain import Chain
+from molora_jax.placements.ffn import FFN
+from molora_jax.placements.projection import Projection
 
-PLACEMENTS = {"projection": projection, "ffn": ffn, "chain": chain}
-NAMED = {"chain": chain.Chain}
+PLACEMENTS = {"projection": Projection, "ffn": FFN, "chain": Chain}
+UNNAMED = tuple(member() for member in PLACEMENTS.values() if not member.NAMED)
+
+
+def of(rule) -> Placement:
+    """The placement of a rule: the one that it names, or the one of its sites."""
+    if rule.place is not None:
+        return rule.place
+    return next(member for member in UNNAMED if set(rule.sites) <= set(member.SITES))

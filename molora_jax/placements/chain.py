@@ -20,31 +20,14 @@ T tokens, D width, E experts, R rank, C iterations: A [E, R, D], B [E, R, D], st
 import dataclasses
 from typing import ClassVar, Literal
 
+import flax.struct
 import jax
 import jax.numpy as jnp
 
-from molora_jax.core import lowrank
-from molora_jax.placements import projection
+from molora_jax.placements import base, projection
+from molora_jax.placements.base import Placement
 
 NONLINEARITIES = {"silu": jax.nn.silu, "gelu": jax.nn.gelu, "relu": jax.nn.relu}
-
-
-@dataclasses.dataclass(frozen=True)
-class Chain:
-    iterations: int = 2
-    gating: Literal["independent", "shared", "once"] = "independent"
-    residual: Literal["inner", "outer"] = "inner"
-    nonlinearity: Literal["none", "silu", "gelu", "relu"] = "none"
-
-    NAME: ClassVar[str] = "chain"
-
-    @property
-    def scopes(self) -> tuple[str, ...]:
-        return tuple(f"pass{t}" for t in range(self.iterations))
-
-    def leaves_of(self, scope: str) -> str:
-        """The pass whose router another pass asks."""
-        return scope if self.gating == "independent" else "pass0"
 
 
 def chain(x, experts, iterations: int, residual: str = "inner"):
@@ -57,21 +40,97 @@ def chain(x, experts, iterations: int, residual: str = "inner"):
     return d
 
 
-def apply(rule, p: dict, shared: dict, ctx, x, decide):
+@flax.struct.dataclass
+class Part(projection.Part):
+    """The experts of one pass: a change without a frozen product."""
+
+    def here(self, arrays, out, at, early=None):
+        return self.change(arrays, at, self.slots)
+
+    def stay(self, arrays, out, back, lost):
+        return back
+
+
+@dataclasses.dataclass(frozen=True)
+class Chain(Placement):
+    iterations: int = 2
+    gating: Literal["independent", "shared", "once"] = "independent"
+    residual: Literal["inner", "outer"] = "inner"
+    nonlinearity: Literal["none", "silu", "gelu", "relu"] = "none"
+
+    NAME: ClassVar[str] = "chain"
+    NAMED: ClassVar[bool] = True
+    SITES: ClassVar[tuple[str, ...]] = ("ffn",)
+    OWNS: ClassVar[tuple[str, ...] | None] = ("ffn",)
+    LOADS: ClassVar[bool] = False
+    LIMITS: ClassVar = {"iterations": (1, None)}
+    AXES: ClassVar[dict] = {  # the state is whole on every device
+        "A": ("expert", "rank", "width"), "B": ("expert", "rank", "width"), "mid": ("expert", "rank", "rank"),
+    }  # fmt: skip
+    KEPT: ClassVar[tuple[str, ...]] = ("A",)
+    REFUSES: ClassVar[tuple] = (  # it changes the state of width D that enters the FFN: no base weight has that shape
+        (
+            "adapter.name", (("adapter.name", "states", "ROW_FACTORS"),),
+            "an adapter without row factors: they scale a base weight, and a chain has none", "Use lora.",
+        ),
+        ("adapter.init", (("adapter.init", "needs", "base"),), "a start that needs no base weight", "Use kaiming."),
+        (
+            "placement.residual",
+            (
+                ("placement.residual", "is", "outer"), ("placement.iterations", "above", 1),
+                ("train.init_from", "is", ""),
+            ),
+            "'inner': from B = 0 two passes without an inner residual have no gradient",
+            "Or give trained experts in train.init_from.",
+        ),
+        (
+            "router.share", (("router.share", "not in", ("site", "ffn")),),
+            "'site': each pass routes on the state that the pass before it made", "",
+        ),
+    )  # fmt: skip
+
+    def acts(self, rule):
+        return ("beside",)
+
+    def scopes(self, rule):
+        return tuple(f"pass{t}" for t in range(self.iterations))
+
+    def leaves_of(self, scope: str) -> str:
+        """The pass whose router another pass asks."""
+        return scope if self.gating == "independent" else "pass0"
+
+    def decided_by(self, scope):
+        return "pass0" if self.gating == "once" else scope
+
+    def meetings(self, rule):
+        return tuple(f"pass{t}" for t in range(self.iterations))
+
+    def ends(self, rule, meeting):
+        return meeting == f"pass{self.iterations - 1}"
+
+    def beside(self, rule, p, shared, ctx, x, decide, meet):
+        return apply(rule, p["ffn"], shared, ctx, x, decide, meet)
+
+
+def apply(rule, p: dict, shared: dict, ctx, x, decide, meet=None):
     """A rule's change of the block's output, `[B, S, D]`.
 
     Args:
       p: the leaves of site `ffn`. x: `[B, S, D]`. decide: `(t, z [B, S, D]) -> Routing | None`.
+      meet: `(t, part, z [T, D]) -> [T, D]` under an engine; None: all experts are here.
     """
-    phi = NONLINEARITIES.get(rule.place.nonlinearity)
+    place, phi = rule.place, NONLINEARITIES.get(rule.place.nonlinearity)
 
     def experts(t, z):
         flat = z.reshape(-1, z.shape[-1])
         with jax.named_scope(f"pass{t}"):
             at = ctx.replace(key=ctx.keyed(t), iteration=t)
-            one = projection.part(rule, p, shared, decide(t, z), at, flat)
-            seen = lowrank.dropped(flat, one.dropout, jnp.arange(len(flat)))
-            latent = one.latent if phi is None else lambda a: phi(a if one.latent is None else one.latent(a))
-            return lowrank.low_rank(seen, one.factors, one.gates, latent, one.slots).reshape(z.shape)
+            one = projection.part(rule, p, shared, decide(t, z), at, flat, place=place, kind=Part)
+            if phi is not None:
+                own = one.latent
+                one = one.replace(latent=phi if own is None else lambda a: phi(own(a)))
+            if meet is None:
+                return one.here({"x": flat}, None, base.At(jnp.arange(len(flat)), (0, 1))).reshape(z.shape)
+            return meet(t, one, flat).reshape(z.shape)
 
-    return chain(x, experts, rule.place.iterations, rule.place.residual)
+    return chain(x, experts, place.iterations, place.residual)

@@ -7,8 +7,13 @@ The frozen W_d is linear, so it is applied once, to the mixed h: a routed FFN ne
 to; the rule's `shrink=True` sets c = 0 where a token has an expert and lets `sum w` shrink the base (MixLoRA-dynamic).
 
 `down="per_expert"` applies W_d to every expert's own h: for row factors that sit after W_d (DoRA).
+Where tokens travel, x goes, `w_k (W_d h_k + s B_d A_d h_k)` comes back, and home keeps the frozen h_0; a dropped slot
+has h_0 in its place. The place in the batch travels too: the down path's dropout is drawn at the expert.
 T tokens, D width, F FFN width, E experts, K slots, R rank.
 """
+
+import dataclasses
+from typing import ClassVar
 
 import flax.struct
 import jax
@@ -19,13 +24,62 @@ from kernels_pallas.routed_ffn.reference import ACTIVATIONS
 from molora_jax.core import lowrank
 from molora_jax.core import routing as routing_math
 from molora_jax.core.types import Array, Factors
+from molora_jax.placements import base
+from molora_jax.placements.base import Axes, Placement
 from molora_jax.placements.projection import latent_of
 
 SITES = ("gate", "up", "down")
 
 
+@dataclasses.dataclass(frozen=True)
+class Hidden(base.Region):
+    """A feed-forward block up to its frozen down projection.
+
+    `x [T, D]`; `g, u [T, F]`, the shared projections; frozen kernels `gate, up, down`. Comes out: `mix [T, F]`, to be
+    sent through W_d, and `rest [T, D]` to add to that.
+    """
+
+    activation: str
+
+    inner: ClassVar[Axes | None] = Axes(("in",), "down")
+
+    def axes(self):
+        found = {"x": Axes(("tokens", "width"))}
+        found |= {name: Axes(("tokens", "out"), site) for name, site in (("g", "gate"), ("u", "up"))}
+        return found | {site: Axes(("in", "out"), site) for site in SITES}
+
+    def outs(self):
+        return Axes(("tokens", "out"), "gate"), Axes(("sum", "tokens", "width"))
+
+    def enter(self, arrays, parts, *, moved, split):
+        used = SITES if moved else ("down",) if any(one.per_expert for one in parts) else ()
+        # Where tokens travel and F is split, x itself has to enter, with a cotangent of width D to be summed over the
+        # shares, as that of the base's gate and up is. So these (no rule changes them, see REDONE) are made inside:
+        # one sum serves all of them.
+        shared = () if moved and split else ("g", "u")
+        return {name: arrays[name] for name in ("x", *shared, *used)}
+
+    def start(self, arrays, parts, at):
+        if "g" not in arrays:
+            g, u = (lowrank.frozen_linear(arrays[site], arrays["x"]) for site in ("gate", "up"))
+            arrays = arrays | {"g": g, "u": u}
+        arrays = arrays | {"activation": self.activation}
+        return arrays, (0, jnp.zeros(arrays["x"].shape, arrays["x"].dtype))
+
+    def close(self, arrays, out, parts):
+        mix, rest = out
+        if parts > 1:  # every part brought its own c h_0
+            mix = mix - (parts - 1) * alone(arrays)
+        return mix, rest
+
+
+def alone(arrays: dict) -> Array:
+    """h_0, of the frozen block."""
+    return ACTIVATIONS[arrays["activation"]](arrays["g"]) * arrays["u"]
+
+
 @flax.struct.dataclass
-class Part:
+class Part(base.Part):
     """One rule's experts: factors (with the scale set) and dropout by site, `idx, gates [T, K]`, `base [T]`."""
 
     factors: dict[str, Factors]
@@ -37,41 +91,59 @@ class Part:
     per_expert: bool = flax.struct.field(pytree_node=False)
     latents: tuple = flax.struct.field(pytree_node=False)
     experts: int = flax.struct.field(pytree_node=False)
-    shared_A: bool = flax.struct.field(pytree_node=False)
+    place: Placement = flax.struct.field(pytree_node=False)
 
     def latent(self, site: str):
         return self.latents[SITES.index(site)]
 
+    @property
+    def decision(self):
+        return self.idx, self.gates
 
-def part(rule, p: dict, shared: dict, routing, contexts: dict, x: Array) -> Part:
-    """`contexts` by site; `x [T, D]` only gives the shape. Without a router: one expert with weight 1."""
-    adapter, T = rule.adapter, len(x)
-    factors, dropout, latents = {}, {}, []
-    for site in SITES:
-        ctx = contexts[site]
-        own = p.get(site, {})
-        known = lowrank.located(adapter.factors(own, shared, ctx), own, ctx.stack)
-        factors[site] = known.replace(scale=adapter.scale())
-        dropout[site] = lowrank.dropout(ctx.keyed(), adapter.dropout)
-        latents.append(latent_of(adapter, own, ctx))
-    if routing is None:
-        idx, gates, base = jnp.zeros((T, 1), jnp.int32), jnp.ones((T, 1), jnp.float32), jnp.zeros(T, bool)
-    else:
-        idx, gates = routing_math.slots(routing)
-        if routing.base is not None:
-            base = routing.base.reshape(-1)
-        elif rule.shrink:  # a token without any expert (padding is one) keeps the base's
-            base = ~jnp.any(routing.selected, axis=-1).reshape(-1)
+    def axes(self, rank_space):
+        return self.replace(
+            factors={site: self.place.axes(f, site, rank_space) for site, f in self.factors.items()},
+            idx=Axes(("tokens", None)), gates=Axes(("tokens", None)), base=Axes(("tokens",)),
+            dropout=base.replicated(self.dropout),
+        )  # fmt: skip
+
+    def early(self, x, at):
+        """Gate's and up's rank activations.
+
+        Inside the region x would be an input that is equal on all shares, its cotangent a sum over them of width D: the
+        base model has none there. So x stays outside and only rank-wide arrays are summed.
+        """
+        return ranks(x, self, at.rows) if is_plain(self) else None
+
+    def here(self, arrays, out, at, early=None):
+        mix, rest = out
+        x, g, u, activation = (arrays[name] for name in ("x", "g", "u", "activation"))
+        if is_plain(self):
+            z = ranks(x, self, at.rows) if early is None else early
+            more, z_d = hidden(z, g, u, self, activation, at.rows, at.share)
+            down = low_rank_down(z_d, self, x.dtype)
         else:
-            base = 1.0 - jnp.sum(gates, axis=-1)
-    # one expert's W_d is applied once either way, but a row factor has to act after it
-    per_expert = rule.down == "per_expert" or (routing is None and factors["down"].out is not None)
-    E = factors["gate"].B.shape[0]
-    return Part(
-        factors, dropout, idx, gates, base,
-        routed=routing is not None, per_expert=per_expert, latents=tuple(latents),
-        experts=E, shared_A=factors["gate"].A.shape[0] == 1 < E,
-    )  # fmt: skip
+            frozen = lambda h: lowrank.frozen_linear(arrays["down"], h)  # noqa: E731
+            more, down = per_slot(x, g, u, self, activation, frozen, at.rows, at.share)
+        return mix + more, rest + down
+
+    def sends(self, arrays, at, rank_space):
+        return arrays["x"]
+
+    def there(self, arrays, rows, share):
+        """Every row is a token with one slot whose block is frozen but for that slot's expert."""
+        one = self.replace(
+            idx=rows.expert[:, None], gates=rows.gates[:, None], base=jnp.zeros(len(rows.x), bool)
+        )  # fmt: skip
+        g, u = (lowrank.frozen_linear(arrays[site], rows.x) for site in ("gate", "up"))
+        arrays = arrays | {"x": rows.x, "g": g, "u": u}
+        mix, rest = one.here(arrays, (0, jnp.zeros(rows.x.shape, rows.x.dtype)), base.At(rows.ids, share))
+        return lowrank.frozen_linear(arrays["down"], mix) + rest
+
+    def stay(self, arrays, out, back, lost):
+        mix, rest = out
+        h0 = alone(arrays)
+        return mix + ((self.base + lost)[:, None] * h0).astype(h0.dtype), rest + back
 
 
 def ranks(x: Array, one: Part, rows: Array) -> dict[str, Array]:
@@ -157,26 +229,47 @@ def per_slot(x: Array, g: Array, u: Array, one: Part, activation: str, down, row
     return mix, rest.astype(x.dtype)
 
 
-def apply(x, g, u, parts: list[Part], activation: str, down, rows: Array, share=(0, 1), z=None) -> tuple[Array, Array]:
-    """All `ffn` rules of a block together: `sum_rules sum_k w_k (h_k - h_0)` on top of h_0.
+@dataclasses.dataclass(frozen=True)
+class FFN(Placement):
+    NAME: ClassVar[str] = "ffn"
+    SITES: ClassVar[tuple[str, ...]] = ("ffn",)
+    OWNS: ClassVar[tuple[str, ...] | None] = ("gate", "up", "down")
+    REDONE: ClassVar[tuple[str, ...]] = ("gate", "up")
+    IDS: ClassVar[int] = 2
+    REFUSES: ClassVar[tuple] = (
+        (
+            "down", (("router.name", "given", True), ("down", "is", "once"), ("adapter.name", "states", "ROW_FACTORS")),
+            "'per_expert'",
+            "the row factor sits after W_d and differs between experts, so W_d cannot be applied once for all: "
+            "set {where}.down to 'per_expert' (W_d is applied K times).",
+        ),
+    )  # fmt: skip
 
-    `x [T, D]`, `g, u [T, F]`; `rows [T]` the tokens' place in the global batch (for dropout). Where g, u and the
-    factors hold one `share` of F, `rest` is a partial sum, as the frozen W_d's product of `mix` is. `z`: `ranks` of
-    every part, where they are known.
+    def ends(self, rule, meeting):
+        return True
 
-    Returns `mix [T, F]` for the block's one frozen W_d, and `rest [T, D]` to add after it.
-    """
-    mixes, rest = [], jnp.zeros(x.shape, x.dtype)
-    for i, one in enumerate(parts):
-        if is_plain(one):
-            known = ranks(x, one, rows) if z is None else z[i]
-            mix, z_d = hidden(known, g, u, one, activation, rows, share)
-            more = low_rank_down(z_d, one, x.dtype)
+    def part(self, rule, site, p, shared, routing, context, x):
+        adapter, T = rule.adapter, len(x)
+        factors, dropout, latents = {}, {}, []
+        for name in SITES:
+            ctx, own = context(name), p.get(name, {})
+            known = lowrank.located(adapter.factors(own, shared, ctx), own, ctx.stack)
+            factors[name] = known.replace(scale=adapter.scale())
+            dropout[name] = lowrank.dropout(ctx.keyed(), adapter.dropout)
+            latents.append(latent_of(adapter, own, ctx))
+        if routing is None:
+            idx, gates, c = jnp.zeros((T, 1), jnp.int32), jnp.ones((T, 1), jnp.float32), jnp.zeros(T, bool)
         else:
-            mix, more = per_slot(x, g, u, one, activation, down, rows, share)
-        mixes.append(mix)
-        rest = rest + more
-    mix = sum(mixes)
-    if len(parts) > 1:  # every rule brought its own c h_0
-        mix = mix - (len(parts) - 1) * (ACTIVATIONS[activation](g) * u)
-    return mix, rest
+            idx, gates = routing_math.slots(routing)
+            if routing.base is not None:
+                c = routing.base.reshape(-1)
+            elif rule.shrink:  # a token without any expert (padding is one) keeps the base's
+                c = ~jnp.any(routing.selected, axis=-1).reshape(-1)
+            else:
+                c = 1.0 - jnp.sum(gates, axis=-1)
+        # one expert's W_d is applied once either way, but a row factor has to act after it
+        per_expert = rule.down == "per_expert" or (routing is None and factors["down"].out is not None)
+        return Part(
+            factors, dropout, idx, gates, c, routed=routing is not None, per_expert=per_expert, latents=tuple(latents),
+            experts=factors["gate"].B.shape[0], place=self,
+        )  # fmt: skip

@@ -2,8 +2,12 @@
 
     y = W x (1 + sum_e g_e (f_e - 1)) + s sum_e g_e B_e A_e x          f_e: DoRA's row factor, absent otherwise
 
-Several rules on one projection add their changes. T tokens, D width, E experts.
+Several rules on one projection add their changes. Where tokens travel, x goes (or A x in rank space), the change of y
+comes back and the frozen product stays at home. T tokens, D width, E experts, K slots, R rank.
 """
+
+import dataclasses
+from typing import ClassVar
 
 import flax.struct
 import jax.numpy as jnp
@@ -12,13 +16,49 @@ from molora_jax.adapters.base import Adapter
 from molora_jax.core import lowrank
 from molora_jax.core import routing as routing_math
 from molora_jax.core.types import Array, Context, Factors
+from molora_jax.placements import base
+from molora_jax.placements.base import Axes, Placement
+
+
+@dataclasses.dataclass(frozen=True)
+class Linear(base.Region):
+    """A frozen projection: `x [T, D_in]`, `W [D_in, D_out]`, maybe `bias`, and a `rest [T, D_out]` to add."""
+
+    site: str
+
+    @property
+    def inner(self):
+        return Axes(("in",), self.site)
+
+    def axes(self):
+        return {
+            "x": Axes(("tokens", "in"), self.site), "W": Axes(("in", "out"), self.site),
+            "bias": Axes(("out",), self.site), "rest": Axes(("sum", "tokens", None)),
+        }  # fmt: skip
+
+    def outs(self):
+        return Axes(("tokens", "out"), self.site)
+
+    def start(self, arrays, parts, at):
+        x = scaled = arrays["x"]
+        for one in parts:
+            more = one.scales(x)
+            scaled = scaled if more is None else scaled + more
+        y = lowrank.frozen_linear(arrays["W"], scaled)
+        return arrays | {"base": y}, y
+
+    def close(self, arrays, y, parts):
+        return y + arrays["rest"] if "rest" in arrays else y
+
+    def end(self, arrays, y):
+        return y + arrays["bias"].astype(y.dtype) if "bias" in arrays else y
 
 
 @flax.struct.dataclass
-class Part:
+class Part(base.Part):
     """One rule's share in one projection: `factors` with the scale set, `gates [T, E]`, its dropout.
 
-    `slots` are `(idx [T, K], gates [T, K])`, None without a router; `shared_A`: all experts have one A.
+    `slots` are `(idx [T, K], gates [T, K])`, None without a router.
     """
 
     factors: Factors
@@ -27,23 +67,60 @@ class Part:
     dropout: lowrank.Dropout | None
     latent: object = flax.struct.field(pytree_node=False)
     experts: int = flax.struct.field(pytree_node=False)
-    shared_A: bool = flax.struct.field(pytree_node=False)
+    site: str = flax.struct.field(pytree_node=False)
+    place: Placement = flax.struct.field(pytree_node=False)
 
     @property
     def routed(self) -> bool:
         return self.slots is not None
 
+    @property
+    def decision(self):
+        return self.slots
 
-def part(rule, p: dict, shared: dict, routing, ctx: Context, x: Array) -> Part:
-    """`x [T, D_in]` only gives the shape; without a router every token uses the one expert with weight 1."""
-    adapter = rule.adapter
-    factors = lowrank.located(adapter.factors(p, shared, ctx), p, ctx.stack).replace(scale=adapter.scale())
-    E = factors.B.shape[0]
-    gates = jnp.ones((len(x), 1), jnp.float32) if routing is None else routing.gates.reshape(-1, E)
-    slots = None if routing is None else routing_math.slots(routing)
-    dropout = lowrank.dropout(ctx.keyed(), adapter.dropout)
-    shared_A = factors.A.shape[0] == 1 < E
-    return Part(factors, gates, slots, dropout, latent_of(adapter, p, ctx), E, shared_A)
+    def axes(self, rank_space):
+        tokens = Axes(("tokens", None))
+        return self.replace(
+            factors=self.place.axes(self.factors, self.site, rank_space), gates=tokens,
+            slots=None if self.slots is None else (tokens, tokens), dropout=base.replicated(self.dropout),
+        )  # fmt: skip
+
+    def scales(self, x):
+        inp = self.factors.inp
+        return None if inp is None else (x * lowrank.combine(inp, self.gates)).astype(x.dtype)
+
+    def here(self, arrays, y, at, early=None):
+        if self.factors.out is not None:
+            y = y + (arrays["base"] * lowrank.combine(self.factors.out, self.gates)).astype(y.dtype)
+        slots = self.slots if self.routed and self.slots[0].shape[1] < self.experts else None
+        return y + self.change(arrays, at, slots)
+
+    def change(self, arrays, at, slots):
+        """The low-rank part, `[T, D_out]`."""
+        seen = lowrank.dropped(arrays["x"], self.dropout, at.rows, at.share)
+        return lowrank.low_rank(seen, self.factors, self.gates, self.latent, slots)
+
+    def sends(self, arrays, at, rank_space):
+        x = lowrank.dropped(arrays["x"], self.dropout, at.rows, at.share)
+        if not rank_space:
+            return x
+        A = self.factors.A
+        z = jnp.dot(x, A.reshape(-1, A.shape[-1]).T.astype(x.dtype), preferred_element_type=jnp.float32)
+        return lowrank.to_slots(z.reshape(len(x), *A.shape[:2]), self.slots[0]).astype(x.dtype)
+
+    def there(self, arrays, rows, share):
+        factors, (x, expert, gates, *_) = self.factors, rows
+        weight = jnp.where(expert[:, None] == jnp.arange(factors.B.shape[0]), gates[:, None], 0.0)
+        if not rows.rank:
+            return lowrank.low_rank(x, factors, weight, self.latent, (expert[:, None], gates[:, None]))
+        z = x[:, None].astype(jnp.float32)
+        z = z if self.latent is None else self.latent(z)
+        if factors.mid is not None:
+            z = jnp.einsum("ter,eqr->teq", jnp.broadcast_to(z, (len(z), *factors.mid.shape[:2])), factors.mid)
+        return lowrank.expand(z, factors.B, factors.scale * weight, x.dtype)
+
+    def stay(self, arrays, y, back, lost):
+        return y + back
 
 
 def latent_of(adapter, p, ctx):
@@ -53,21 +130,34 @@ def latent_of(adapter, p, ctx):
     return lambda z: adapter.latent(z, p, ctx)
 
 
-def project(W: Array, x: Array, parts: list[Part], rows: Array, share=(0, 1)) -> Array:
-    """`x [T, D_in]`, `W [D_in, D_out]` -> `[T, D_out]`: the frozen projection and every rule's change of it.
+@dataclasses.dataclass(frozen=True)
+class Projection(Placement):
+    NAME: ClassVar[str] = "projection"
+    KEPT: ClassVar[tuple[str, ...]] = ("A", "A0")
 
-    `rows [T]`: the tokens' place in the global batch (for dropout). Linear in the columns of x: where x, W's rows and
-    A hold one `share` of D_in, the sum over the shares is the projection.
-    """
-    scaled = x
-    for one in parts:
-        if one.factors.inp is not None:
-            scaled = scaled + (x * lowrank.combine(one.factors.inp, one.gates)).astype(x.dtype)
-    base = y = lowrank.frozen_linear(W, scaled)
-    for one in parts:
-        if one.factors.out is not None:
-            y = y + (base * lowrank.combine(one.factors.out, one.gates)).astype(y.dtype)
-        seen = lowrank.dropped(x, one.dropout, rows, share)
-        slots = one.slots if one.slots is not None and one.slots[0].shape[1] < one.experts else None
-        y = y + lowrank.low_rank(seen, one.factors, one.gates, one.latent, slots)
-    return y
+    def widths(self, config, meeting):
+        d_in, d_out = config.dims(meeting)
+        return (d_in, "in"), (d_out, "out")
+
+    def ends(self, rule, meeting):
+        return meeting == "down"
+
+    def stays(self, factors):
+        if factors.out is not None or factors.inp is not None:
+            return "its row or column factors multiply the frozen product, which stays at home while the experts do not"
+        return None
+
+    def part(self, rule, site, p, shared, routing, context, x):
+        return part(rule, p.get(site, {}), shared, routing, context(site), x, place=self)
+
+
+def part(rule, p: dict, shared: dict, routing, ctx: Context, x: Array, *, place=Projection(), kind=Part) -> Part:
+    """`x [T, D_in]` only gives the shape; without a router every token uses the one expert with weight 1."""
+    adapter = rule.adapter
+    factors = lowrank.located(adapter.factors(p, shared, ctx), p, ctx.stack).replace(scale=adapter.scale())
+    E = factors.B.shape[0]
+    gates = jnp.ones((len(x), 1), jnp.float32) if routing is None else routing.gates.reshape(-1, E)
+    slots = None if routing is None else routing_math.slots(routing)
+    dropout = lowrank.dropout(ctx.keyed(), adapter.dropout)
+    site = "" if ctx.site is None else ctx.site.name
+    return kind(factors, gates, slots, dropout, latent_of(adapter, p, ctx), E, site, place)

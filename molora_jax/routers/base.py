@@ -33,7 +33,6 @@ class Router:
 
     FROZEN: ClassVar[tuple[str, ...]] = ()  # leaf names that never train
     RANDOM: ClassVar[tuple[str, ...]] = ()  # fields that make training random, off at 0 (the battery sets them so)
-    NEEDS: ClassVar[tuple[str, ...]] = ()  # "z": the placement computes the rank activations first
     SIGNAL: ClassVar[str] = ""  # "base_hidden": the frozen base's last hidden state in place of the site's input
 
     def k_max(self, experts: int) -> int:

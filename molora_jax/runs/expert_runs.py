@@ -9,8 +9,9 @@ rule's and any scale will do. A projection or layer that a run does not adapt ge
 import jax
 import numpy as np
 
+from molora_jax import placements
 from molora_jax.backbones.compile import compile_model
-from molora_jax.core.rules import adapter_sites
+from molora_jax.core.rules import adapter_sites, layers_named
 from molora_jax.core.types import Context
 from molora_jax.errors import InputError
 from molora_jax.runs import saved, warm_start
@@ -46,8 +47,9 @@ def _factors(path, where, decoder, base_digest) -> dict:
     run, found = compile_model(config, decoder), {}
     tree = warm_start.load_adapters(path, where=f"{where}.load")
     for rule in run.rules:
-        if rule.router is not None or rule.placement == "chain":
-            raise refuse(f"whose rule {rule.name} is a mixture or a chain", "plain adapters: one expert, no router")
+        if rule.router is not None or not placements.of(rule).LOADS:
+            got = f"whose rule {rule.name} is a mixture or a {placements.of(rule).NAME}"
+            raise refuse(got, "plain adapters: one expert, no router")
         for site in adapter_sites(run.config, rule, run.segments):
             segment = f"{site.layers[0]:03d}-{site.layers[-1]:03d}"
             try:
@@ -102,7 +104,7 @@ def _fill(rule, own: dict, runs: list[dict]) -> dict:
             for i in range(len(leaves["A"])):
                 for a, run in enumerate(runs):
                     at = 0
-                    for A, B in run.get((int(segment[:3]) + i, site), ()):
+                    for A, B in run.get((layers_named(segment)[i], site), ()):
                         rows = slice(at, at + len(A))
                         leaves["A"][i, a, rows], leaves["B"][i, a, rows] = A, B / rule.adapter.scale()
                         at += len(A)

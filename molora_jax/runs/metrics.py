@@ -22,15 +22,6 @@ from molora_jax.runs.metrics_file import Board, Lines, Lost, cut
 LOG = logging.getLogger("molora_jax.runs.metrics")
 
 
-def truncate_metrics(path, after_step: float = math.inf) -> int:
-    """Cuts the rows after a step, and lines that are no row (a kill leaves half a line). Returns how many it cut.
-
-    A missing file counts as empty.
-    """
-    lost = cut(path, after_step)
-    return lost.cut + lost.broken
-
-
 class MetricsWriter:
     """Appends rows to `WORKDIR/metrics.jsonl` and event files to `WORKDIR/tensorboard`.
 

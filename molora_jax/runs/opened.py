@@ -64,7 +64,7 @@ def open_run(workdir, step="best", *, config=None, warn) -> Opened:
         identity.check_record(recorded, manifest, where=str(folder / "identity.json"))
     base, day = pinned(base, _day(facts.get("day"), folder))
     _same_base(facts, base_facts(base, day=day), config.base.source, folder)
-    config_lib.check_model(config, base.config.layers, base.config.dims)
+    config_lib.check_model(config, base.config.layers, base.config.dims, base.config.ABSENT)
     model, labels = compile_model(config, base.config), labels_of(manifest)
     modules = compile_modules(config, base.params, width=base.config.width, classes=len(labels))
     params = jax.eval_shape(lambda: base.params)

@@ -1,11 +1,11 @@
 """Another run as a start: its adapters and router state, re-cut to this run's segments by absolute layer."""
 
 import pathlib
-import re
 
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
+from molora_jax.core.rules import layers_named
 from molora_jax.errors import InputError
 from molora_jax.runs import identity
 from molora_jax.runs.checkpoints import Checkpoints, read_manifest
@@ -164,9 +164,8 @@ def recut(old: dict, new: dict, *, where: str = "train.init_from", dry: bool = F
         if segment == "shared":
             out[path] = _same(shared.get(path), leaf.shape, leaf.dtype, path, where)
             continue
-        start, stop = (int(x) for x in segment.split("-"))
         rows = [_same(layers.get((rule, i, name)), leaf.shape[1:], leaf.dtype, f"{rule}, layer {i}, {name}", where)
-                for i in range(start, stop + 1)]  # fmt: skip
+                for i in layers_named(segment)]  # fmt: skip
         if not dry:
             out[path] = np.stack(rows)
     return unflatten_dict(out, sep="/")
@@ -179,14 +178,13 @@ def _by_layer(tree, where):
         if segment == "shared":
             shared[path] = leaf
             continue
-        bounds = re.fullmatch(r"(\d{1,6})-(\d{1,6})", segment)
-        if bounds is None or not rest or np.ndim(leaf) < 1 or len(leaf) != int(bounds[2]) - int(bounds[1]) + 1:
+        own = layers_named(segment)
+        if own is None or not rest or np.ndim(leaf) < 1 or len(leaf) != len(own):
             raise InputError(
                 where, got=f"a leaf {path} {list(np.shape(leaf))}", expected="RULE/FIRST-LAST/SITE/LEAF [L, ...]"
             )
-        start = int(bounds[1])
-        for i, row in enumerate(np.asarray(leaf)):
-            layers[rule, start + i, "/".join(rest)] = row
+        for layer, row in zip(own, np.asarray(leaf), strict=True):
+            layers[rule, layer, "/".join(rest)] = row
     return layers, shared
 
 

@@ -90,7 +90,7 @@ def program_of(run, stage) -> Program:
     """Raises InputError for a stage that trains nothing, or one that this base does not fit."""
     config, model, modules = stage.config, run.model, run.modules
     if config_lib.to_dict(config.method) != config_lib.to_dict(run.config.method):
-        config_lib.check_model(config, run.base.config.layers, run.base.config.dims)
+        config_lib.check_model(config, run.base.config.layers, run.base.config.dims, run.base.config.ABSENT)
         model = compile_model(config, run.base.config, max_segments=model.max_segments, tasks=model.tasks)
         model, _ = place(config, model, run.mesh)
         modules = compile_modules(config, run.params, width=modules.width, classes=modules.classes)

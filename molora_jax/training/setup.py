@@ -8,6 +8,7 @@ import jax
 from molora_jax import config as config_lib
 from molora_jax import data as data_lib
 from molora_jax import sharding
+from molora_jax.backbones.base import needs_head
 from molora_jax.backbones.compile import compile_model
 from molora_jax.backbones.model import Model
 from molora_jax.config import objectives as objectives_config
@@ -58,9 +59,12 @@ def setup(config, *, devices=None, day: str | None = None) -> Setup:
     devices = jax.devices() if devices is None else devices
     mesh = sharding.make_mesh(config_lib.check_mesh(config, len(devices)), devices)
     base = load_base(config.base.source, dtype=config.base.dtype, seed=config.seed)
+    for where, value in objectives_config.used(config).items():
+        if compile_objective(value, where=where).needs_tokens:
+            needs_head(base.config, f"objective {value['name']}", "base.source")
     base, day = pinned(base, day)
-    config_lib.check_model(config, base.config.layers, base.config.dims)
-    places = sharding.param_shardings(base.params, mesh)  # refuses a mesh that does not divide the base
+    config_lib.check_model(config, base.config.layers, base.config.dims, base.config.ABSENT)
+    places = sharding.param_shardings(base.config, base.params, mesh)  # refuses a mesh that does not divide the base
     if config.data.seq_len > base.config.context:
         raise InputError(
             "data.seq_len", got=str(config.data.seq_len), expected=f"at most {base.config.context}, the model's context"

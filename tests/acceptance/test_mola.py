@@ -9,7 +9,7 @@ import pytest
 
 from launch import flags
 from molora_jax.backbones.compile import compile_model
-from molora_jax.backbones.families import DecoderConfig, hf_shapes
+from molora_jax.backbones.llama import Llama
 from molora_jax.core import routing
 from molora_jax.core.trees import count
 from molora_jax.core.types import Context
@@ -20,7 +20,7 @@ from tests.acceptance.blocks import ALL, ONE, VALID, edit, gradient, model, nois
 from tests.battery import reference
 from tests.battery.cases import BATCH, DEEP, ROOT, base
 
-LLAMA2_7B = DecoderConfig(
+LLAMA2_7B = Llama(
     family="llama", layers=32, width=4096, ffn_width=11008, heads=32, kv_heads=32, head_dim=128, vocab=32000,
     context=4096, rope_base=10000.0, norm_eps=1e-5, tied=False,
 )  # fmt: skip
@@ -49,9 +49,9 @@ def parameters(decoder, experts):
     config.method.rules.all.experts = experts
     made = compile_model(config, decoder)
     params = {"blocks": {}}
-    for path, shape in hf_shapes(decoder).items():
+    for path, leaf in decoder.shapes().items():
         if path.endswith("/kernel"):
-            kernel = jax.ShapeDtypeStruct((decoder.layers, *shape[::-1]), jnp.float32)
+            kernel = jax.ShapeDtypeStruct(leaf.shape, jnp.float32)
             params["blocks"][path.split("/")[1]] = {"kernel": kernel}
     return count(jax.eval_shape(made.init_adapters, jax.random.key(0), params))
 

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 from configs import common
+from molora_jax.backbones.attention import causal_mask
 from molora_jax.backbones.model import Model
-from molora_jax.backbones.stack import attention_mask
 from molora_jax.core import trees
 from molora_jax.core.trees import count
 from molora_jax.core.types import Context
@@ -102,7 +102,7 @@ def signal(model, params, adapters, data):
     data = {k: jnp.asarray(v) for k, v in data.items()}
     names = ("segment_ids", "positions", "task_ids", "example_ids")
     ctx = Context(data["segment_ids"] > 0, *(data[name] for name in names))
-    mask = attention_mask(data["segment_ids"])
+    mask = causal_mask(data["segment_ids"])
     return model._signal(params, adapters, data, ctx, mask, None, None, lambda x: x)[0]["mix"]
 
 

@@ -27,6 +27,7 @@ def config(family="llama", **changes):
         architectures=[family.capitalize() + "ForCausalLM"],
     )  # fmt: skip
     own = {"mistral": dict(sliding_window=None), "qwen2": dict(use_sliding_window=False), "qwen3": dict(head_dim=16)}
+    own["smollm3"] = dict(pad_token_id=0, bos_token_id=1, eos_token_id=2)  # its defaults lie beyond a tiny vocabulary
     return {key: value for key, value in {**common, **own.get(family, {}), **changes}.items() if value is not ...}
 
 
@@ -58,6 +59,10 @@ KINDS = {  # what a config may say beyond its family
     ),
     "attention_bias (llama)": config(attention_bias=True),
     "attention_bias (qwen3)": config("qwen3", attention_bias=True),
+    "smollm3": config("smollm3", no_rope_layers=[0, 1]),
+    "smollm3, no positions in every second layer": config(
+        "smollm3", no_rope_layer_interval=2, attention_bias=True, tie_word_embeddings=False
+    ),
     "gelu": config(hidden_act="gelu"),
     "gelu_new": config(hidden_act="gelu_new"),
     "relu": config(hidden_act="relu"),

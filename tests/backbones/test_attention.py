@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from molora_jax.backbones.decoder import attention_form
+from molora_jax.backbones.attention import attention_form
 
 H100, T4, AMD = (Thing(compute_capability=version) for version in ("9.0", "7.5", "gfx942"))
 Q = jax.ShapeDtypeStruct((2, 64, 9, 64), jnp.bfloat16)

@@ -61,7 +61,7 @@ def test_over_fsdp_and_tensor(tmp_path, mesh):
     sizes = dict.fromkeys(sharding.AXES, 1) | mesh
     ways = int(np.prod(list(sizes.values())))
     devices = sharding.make_mesh(sizes, jax.devices()[:ways])
-    params = sharding.put(base.params, sharding.param_shardings(base.params, devices))
+    params = sharding.put(base.params, sharding.param_shardings(base.config, base.params, devices))
     assert params["head"].addressable_shards[0].data.shape == (16, 264 // ways)
     rng = np.random.default_rng(0)
     batch = dict(targets=rng.integers(0, 264, (4, 5)).astype(np.int32), loss_weight=np.ones((4, 5), np.float32))

@@ -228,7 +228,7 @@ class Case:
         data = BATCH if data is None else data
         params = self.params
         if self.mesh is not None:
-            params = sharding.put(params, sharding.param_shardings(params, self.mesh))
+            params = sharding.put(params, sharding.param_shardings(self.model.config, params, self.mesh))
             data = sharding.put_batch(data, self.mesh, len(data["tokens"]))
             state = sharding.put(jax.device_get(state), self.places)
         state, metrics = self.step(state, params, data)

@@ -19,6 +19,7 @@ from molora_jax.objectives.lm import lm
 from tests.battery.cases import BATCH, SMALL, TARGETS_PER_ROW
 from tests.tiny import tiny_config
 
+PLAIN = dataclasses.replace(SMALL, tied=False, qkv_bias=True)
 ONE = dict(data=1, fsdp=1, expert=1, tensor=1)
 
 
@@ -80,13 +81,13 @@ def mesh_of(**sizes):
 @pytest.mark.parametrize("leaf", ["q", "k", "v", "F"])
 def test_a_width_names_tensor(leaf):
     with pytest.raises(InputError) as caught:
-        sharding.param_shardings(shapes(**{leaf: 9}), mesh_of(data=2, fsdp=2, tensor=2))
+        sharding.param_shardings(PLAIN, shapes(**{leaf: 9}), mesh_of(data=2, fsdp=2, tensor=2))
     assert caught.value.where == "mesh.tensor" and "of 9" in caught.value.got and "fsdp" not in str(caught.value)
 
 
 def test_the_models_width_names_fsdp():
     with pytest.raises(InputError) as caught:
-        sharding.param_shardings(shapes(D=9), mesh_of(data=2, fsdp=2, tensor=2))
+        sharding.param_shardings(PLAIN, shapes(D=9), mesh_of(data=2, fsdp=2, tensor=2))
     assert caught.value.where == "mesh.fsdp" and "tensor" not in str(caught.value)
 
 
@@ -95,7 +96,7 @@ def test_the_models_width_names_fsdp():
                                    dict(tensor=8), dict(data=8)], ids=str)  # fmt: skip
 def test_a_table_is_split_whatever_the_vocabulary(vocab, sizes):
     mesh = mesh_of(**sizes)
-    made = sharding.param_shardings(shapes(tied=False, V=vocab), mesh)
+    made = sharding.param_shardings(PLAIN, shapes(tied=False, V=vocab), mesh)
     split = sizes.get("fsdp", 1) * sizes.get("tensor", 1)
     for leaf, shape in ((made["embed"], (vocab, 8)), (made["head"], (8, vocab))):
         assert np.prod(leaf.shard_shape(shape)) * split == np.prod(shape), "each device holds its share"
@@ -103,7 +104,7 @@ def test_a_table_is_split_whatever_the_vocabulary(vocab, sizes):
 
 @pytest.mark.parametrize("sizes", [dict(data=4, tensor=2), dict(data=2, fsdp=2, tensor=2)], ids=str)
 def test_a_vocabulary_that_nothing_divides_gives_the_numbers_of_one_device(sizes):
-    decoder = dataclasses.replace(SMALL, vocab=129)
+    decoder = dataclasses.replace(SMALL, vocab=129, tied=False)
     params = random_params(decoder)[0]
     params["embed"] *= 50  # of size 1, as the head is: a norm of small numbers makes rounding large
     params["head"] = np.random.default_rng(1).standard_normal((decoder.width, decoder.vocab)).astype(np.float32)
@@ -119,7 +120,7 @@ def test_a_vocabulary_that_nothing_divides_gives_the_numbers_of_one_device(sizes
         return jax.device_get(jax.jit(jax.value_and_grad(loss))(tables, params, batch))
 
     mesh = mesh_of(**sizes)
-    placed = sharding.put(params, sharding.param_shardings(params, mesh))
+    placed = sharding.put(params, sharding.param_shardings(decoder, params, mesh))
     many = run(placed, sharding.put_batch(BATCH, mesh, 8))
     one = run(params, BATCH)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), many, one)

@@ -105,7 +105,7 @@ def test_state_is_updated_once_a_step_on_global_sums(sites, own):
         step, state = step_of(model, accumulate, mesh)
         params, data = base(SMALL), BATCH
         if mesh is not None:
-            params = sharding.put(params, sharding.param_shardings(params, mesh))
+            params = sharding.put(params, sharding.param_shardings(model.config, params, mesh))
             data = sharding.put_batch(data, mesh, 8)
             state = sharding.put(jax.device_get(state), sharding.replicated(mesh))
         before = jax.device_get(state)

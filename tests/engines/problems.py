@@ -11,15 +11,15 @@ import numpy as np
 
 from molora_jax import sharding
 from molora_jax.adapters import ADAPTERS
-from molora_jax.backbones.families import DecoderConfig
 from molora_jax.backbones.layer import Layer
+from molora_jax.backbones.llama import Llama
 from molora_jax.core.rules import Rule, Segment, site
 from molora_jax.core.types import Context
 from molora_jax.placements import ffn
 from molora_jax.routers import ROUTERS
 
 B, S, D, F = 8, 4, 16, 32
-CONFIG = DecoderConfig(
+CONFIG = Llama(
     family="llama", layers=1, width=D, ffn_width=F, heads=4, kv_heads=2, head_dim=4, vocab=32, context=64,
     rope_base=1e4, norm_eps=1e-5, tied=True,
 )  # fmt: skip
@@ -31,10 +31,12 @@ def mesh(**sizes):
     return sharding.make_mesh(full, jax.devices()[: int(np.prod(list(full.values())))])
 
 
-def rule(sites, experts, *, adapter="lora", router="softmax_topk", rank=4, dropout=0.0, down="once", **options):
+def rule(
+    sites, experts, *, adapter="lora", router="softmax_topk", rank=4, dropout=0.0, down="once", place=None, **options
+):
     return Rule(
         name="r", sites=sites, experts=(experts,), adapter=ADAPTERS[adapter](rank=rank, alpha=8.0, dropout=dropout),
-        router=None if router is None else ROUTERS[router](**options), down=down,
+        router=None if router is None else ROUTERS[router](**options), down=down, place=place,
     )  # fmt: skip
 
 
@@ -51,9 +53,9 @@ def leaves(one: Rule, base, *, skew=0.0, seed=1):
     for name in one.projections:
         at = site(CONFIG, name, SEGMENT, one)
         shapes = jax.eval_shape(lambda at=at, name=name: one.adapter.init_leaves(jax.random.key(0), at, 0,
-                                                                               base=base[name]))  # fmt: skip
+                                                                               base=base.get(name)))  # fmt: skip
         tree[name] = {k: jnp.asarray(rng.standard_normal(v.shape) / 3 + (k == "m"), v.dtype) for k, v in shapes.items()}
-    for scope in one.scopes:
+    for scope in one.router_scopes:
         at = site(CONFIG, scope, SEGMENT, one)
         W = rng.standard_normal((at.experts, at.d_in)) * 0.5
         if skew:  # the input's first feature is constant

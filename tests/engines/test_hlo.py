@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from molora_jax import sharding
+from molora_jax import placements, sharding
 from molora_jax.engines import Engine, auto, hlo
 from tests import tiny
 from tests.engines.problems import mesh
@@ -28,7 +28,7 @@ def compiled(method, engine, *, remat="dots", rules=True):
     model = dataclasses.replace(model, engine=engine, remat=remat)
     model = model if rules else model.without_rules()
     where = {"adapters": sharding.adapter_shardings(adapters, model, engine.mesh) if rules else {}}
-    params_at = sharding.param_shardings(params, engine.mesh)
+    params_at = sharding.param_shardings(model.config, params, engine.mesh)
     where["embed"] = params_at["embed"]
     shapes = lambda tree, at: jax.tree.map(  # noqa: E731
         lambda x, s: jax.ShapeDtypeStruct(np.shape(x), x.dtype, sharding=s), tree, at
@@ -62,14 +62,21 @@ def number(model, adapters, engine):
     """Collectives by kind in all layers, as docs/parallelism.md counts them."""
     passes, count = 1 if model.remat == "none" else 2, collections.Counter()
     places = sharding.adapter_shardings(adapters, model, engine.mesh)
-    for leaf, place in zip(jax.tree.leaves(adapters), jax.tree.leaves(places), strict=True):
-        layers = leaf.shape[0]
-        count["all-reduce"] += layers
+    rules = {rule.name: rule for rule in model.rules}
+    leaves = zip(sharding.paths(adapters), jax.tree.leaves(adapters), jax.tree.leaves(places), strict=True)
+    for path, leaf, place in leaves:
+        name, _, site, *_ = path.split("/")
+        rule, layers = rules[name], leaf.shape[0]
+        met = sum(
+            site in placements.of(rule).owns(rule, m) for m in placements.of(rule).meetings(rule)
+        )  # by a chain: C
+        times = layers * max(met, 1)  # of a router: once
+        count["all-reduce"] += times
         if engine.name == "gather" and "expert" in place.spec:
-            count.update({"all-gather": passes * layers, "reduce-scatter": layers})
-    for _, segment, _, site in auto.routed(model):
+            count.update({"all-gather": passes * layers, "reduce-scatter": times})
+    for rule, segment, _, site in auto.routed(model):
         if engine.moves_tokens:
-            back = 2 if site in ("ffn", "down") else passes + 1
+            back = 2 if placements.of(rule).ends(rule, site) else passes + 1
             count["all-to-all"] += len(segment.layers) * (passes + 2 * (passes + 1) + back)  # ids, gates and rows, back
     return count
 
@@ -81,6 +88,10 @@ def rule_of(sites, adapter):
 
 PLAIN = tiny.common.adapter()
 METHODS = {"projections": rule_of("q,down", PLAIN), "four projections": rule_of("q,o,up,down", PLAIN)}
+METHODS["chain"] = rule_of("ffn", PLAIN)
+METHODS["chain"]["all"]["placement"] = dict(
+    name="chain", iterations=2, gating="independent", residual="inner", nonlinearity="none"
+)
 
 
 @pytest.mark.parametrize(
@@ -96,6 +107,10 @@ METHODS = {"projections": rule_of("q,down", PLAIN), "four projections": rule_of(
         ("mixlora", "all_to_all", "none"),
         ("projections", "all_to_all", "dots"),
         ("four projections", "all_to_all in rank space", "dots"),
+        ("chain", "gather", "dots"),
+        pytest.param("chain", "replicate", "dots", marks=pytest.mark.slow),
+        ("chain", "all_to_all", "dots"),
+        pytest.param("chain", "all_to_all in rank space", "dots", marks=pytest.mark.slow),
     ],
 )
 def test_the_layer_scan_ships_what_the_formula_says(method, engine, remat, monkeypatch):

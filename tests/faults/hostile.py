@@ -16,7 +16,6 @@ import numpy as np
 
 from launch import flags
 from molora_jax import data
-from molora_jax.backbones import families
 from molora_jax.data import cache
 from molora_jax.errors import InputError
 from molora_jax.io import tensors
@@ -24,7 +23,7 @@ from molora_jax.io.base import load_base
 from molora_jax.io.tokenizer import byte_tokenizer
 from molora_jax.runs import saved, warm_start
 from molora_jax.runs.manifest import json_hash
-from molora_jax.runs.metrics import truncate_metrics
+from molora_jax.runs.metrics_file import cut
 from tests.faults import mutate
 from tests.faults.common import base_folder, finished_run, folder, limited, scratch, tiny_config, write_rows
 from tests.faults.report import each, misnamed
@@ -70,7 +69,7 @@ def use(base):
 
     walk(base.params)
     assert leaves and all(np.isfinite(leaf.astype(np.float32)).all() for leaf in leaves), "not finite"
-    assert len(leaves) == len(families.hf_shapes(base.config)), "leaves are missing"
+    assert len(leaves) == len(base.config.shapes()), "leaves are missing"
     text = base.tokenizer
     ids = text.encode("A b.\n")
     assert all(0 <= i < base.config.vocab for i in ids), f"an id of {ids} lies outside the vocabulary"
@@ -238,7 +237,7 @@ def metrics(seed, tries):
             (path / "metrics.jsonl").write_bytes(b"".join(lines))
 
             def read():
-                truncate_metrics(path / "metrics.jsonl", 6)
+                cut(path / "metrics.jsonl", 6)
                 plot_loss(path)
 
             return bounded(read)

@@ -14,6 +14,7 @@ import pytest
 
 from molora_jax import sharding
 from molora_jax.backbones import families
+from molora_jax.backbones.llama import Llama
 from molora_jax.backbones.sizes import base_shapes
 from molora_jax.errors import InputError
 from molora_jax.io import base as base_module
@@ -61,10 +62,7 @@ def test_random_tiny_is_deterministic_and_follows_the_documented_tree():
     assert first.digest == again.digest != other.digest
     assert first.config == families.TINY
     found = {path: leaf.shape for path, leaf in leaves(first.params)}
-    stacked = {
-        path: shape[::-1] if "kernel" in path else shape for path, shape in families.hf_shapes(families.TINY).items()
-    }
-    assert found == {path: (4, *shape) if path.startswith("blocks/") else shape for path, shape in stacked.items()}
+    assert found == {path: leaf.shape for path, leaf in families.TINY.shapes().items()}
     for (path, a), (_, b) in zip(leaves(first.params), leaves(again.params), strict=True):
         np.testing.assert_array_equal(a, b, err_msg=path)
         assert a.dtype == np.float32
@@ -77,23 +75,25 @@ def test_random_tiny_is_deterministic_and_follows_the_documented_tree():
 @pytest.mark.parametrize("name", families.RANDOM)
 def test_random_sources(name):
     base = load_base(f"random:{name}")
-    assert base.config == families.RANDOM[name] and ("head" in base.params) == (not base.config.tied)
+    assert base.config == families.RANDOM[name] and ("head" in base.params) == (
+        base.config.CAUSAL and not base.config.tied
+    )
     assert base.digest == load_base(f"random:{name}", dtype="bfloat16").digest
     shapes = base_shapes(base.config)
     found = {path: leaf.shape for path, leaf in leaves(base.params)}
     assert found == {path: leaf.shape for path, leaf in leaves(shapes)}
     devices = sharding.make_mesh(dict(data=1, fsdp=2, expert=1, tensor=4))
-    placed = sharding.param_shardings(base.params, devices)  # every path has a pattern, every size divides
+    placed = sharding.param_shardings(base.config, base.params, devices)  # every path has a pattern, every size divides
     assert {path for path, _ in leaves(placed)} == found.keys()
 
 
 def test_the_digest_of_random_tiny_is_that_of_format_1():
-    """Runs of older versions find their base again, whatever fields `DecoderConfig` has got since."""
+    """Runs of older versions find their base again, whatever fields `Llama` has got since."""
     assert load_base("random:tiny").digest.startswith("d1161d4df68fea6a")
 
 
 def test_random_params_of_every_switch():
-    config = families.DecoderConfig(
+    config = Llama(
         family="qwen3", layers=2, width=8, ffn_width=12, heads=2, kv_heads=1, head_dim=6, vocab=10, context=16,
         rope_base=1e4, norm_eps=1e-6, tied=False, qkv_bias=True, qk_norm=True,
     )  # fmt: skip

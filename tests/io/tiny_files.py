@@ -5,7 +5,7 @@ import struct
 import numpy as np
 import tokenizers
 
-from molora_jax.backbones import families, hf_config
+from molora_jax.backbones import hf_config
 from molora_jax.io import gguf_model, huggingface, quants
 from molora_jax.io.tokenizer import byte_tokenizer
 
@@ -52,9 +52,9 @@ def hf_tensors(config, seed=0):
     """Hugging Face name -> random float32 array."""
     rng, shaped = np.random.default_rng(seed), {}
     decoder = hf_config.from_hf(config, where="test")
-    for path, shape in families.hf_shapes(decoder).items():
-        for layer in range(decoder.layers if path.startswith("blocks/") else 1):
-            shaped[families.hf_name(path, layer)] = rng.standard_normal(shape, np.float32)
+    for leaf in decoder.shapes().values():
+        for name, _ in leaf.files():
+            shaped[name] = rng.standard_normal(leaf.file_shape, np.float32)
     return shaped
 
 
@@ -87,14 +87,14 @@ def gguf_of(config, values, *, metadata=(), drop=(), keep=lambda name: True) -> 
     decoder = hf_config.from_hf(config, where="test")
     arch = {"mistral": "llama"}.get(decoder.family, decoder.family)
     tensors = {}
-    for path in families.hf_shapes(decoder):
+    for path, leaf in decoder.shapes().items():
         ours = path.removeprefix("blocks/").split("/")[0]
         suffix = {"kernel": ".weight", "bias": ".bias"}.get(path.split("/")[-1], "")
-        for layer in range(decoder.layers if path.startswith("blocks/") else 1):
-            value = values[families.hf_name(path, layer)]
+        for theirs, index in leaf.files():
+            value = values[theirs]
             if arch == "llama" and ours in "qk":
                 value = permute(value, decoder.heads if ours == "q" else decoder.kv_heads)
-            name = (gguf_model._NAMES[ours] + suffix).format(i=layer)
+            name = (gguf_model._NAMES[ours] + suffix).format(i=index[0] if index else 0)
             tensors[name] = (value.shape, "F32", value.tobytes())
     scaling = decoder.rope_scaling
     if scaling is not None and scaling.kind == "llama3":

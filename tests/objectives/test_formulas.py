@@ -118,7 +118,9 @@ CASES = [
 ]
 
 
-@pytest.mark.parametrize("name, options, formula", CASES, ids=[f"{n}-{'-'.join(map(str, o.values()))}" for n, o, _ in CASES])  # fmt: skip
+@pytest.mark.parametrize(
+    "name, options, formula", CASES, ids=["-".join([n, *map(str, o.values())]) for n, o, _ in CASES]
+)
 def test_value_and_slope_are_the_formulas(name, options, formula):
     objective = compile_objective({"name": name, **options})
     rows = batch("label" if name == "classify" else "text")

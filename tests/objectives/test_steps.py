@@ -53,7 +53,7 @@ def step_of(kind, *, accumulate=1, on=None, copies=("norms", "embed")):
     fixed = {n: Frozen(params, start, state.router_state, case.model) for n in objective.frozen()}
     if on is not None:
         places = sharding.state_shardings(state, case.model, on)
-        params = sharding.put(jax.device_get(params), sharding.param_shardings(params, on))
+        params = sharding.put(jax.device_get(params), sharding.param_shardings(case.model.config, params, on))
         state = sharding.put(jax.device_get(state), places)
         fixed = {n: f.replace(params=params) for n, f in fixed.items()}
         rows = sharding.put_batch(rows, on, 8)
@@ -83,7 +83,8 @@ def test_devices_and_trained_copies_change_no_value():
     one, four = step_of("dpo"), step_of("dpo", on=on)
     same(one, four)
     copy = four[0].modules["base"]["embed"].sharding
-    assert copy.is_equivalent_to(sharding.param_shardings({"embed": model_case().params["embed"]}, on)["embed"], 2)
+    own = {"embed": model_case().params["embed"]}
+    assert copy.is_equivalent_to(sharding.param_shardings(SMALL, own, on)["embed"], 2)
 
 
 def test_units_are_dealt_whole():
@@ -107,7 +108,6 @@ def test_full_fine_tuning_is_the_gradient_of_every_base_leaf():
 
     want = jax.jit(jax.value_and_grad(loss))(params)
     modules = Modules((), base_leaves(("all",), params), SMALL.width, 0)
-    from tests.battery.cases import record
 
     step = make_step(
         model, record(), lambda step: 1e-2, seed=0, frozen=(), accumulate=1, clip=0.0, targets_per_row=12,

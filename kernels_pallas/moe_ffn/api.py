@@ -1,0 +1,62 @@
+"""`moe_ffn`: the feed-forward block of a frozen base that has experts of its own, with a low-rank change of each."""
+
+import jax.numpy as jnp
+
+from kernels_pallas.check import agree
+from kernels_pallas.moe_ffn import reference, tiled
+from kernels_pallas.pick import pick
+from kernels_pallas.routed_ffn.activations import PAIRS
+from kernels_pallas.tiles import plain
+
+IMPLEMENTATIONS = {"reference": reference.moe_ffn, "tiled": tiled.moe_ffn}
+
+
+def check(x, gate, up, down, low, idx, gates, *, activation, mask) -> dict[str, int]:
+    """The sizes by axis. Raises ValueError where the shapes do not agree, or for an unknown activation."""
+    if activation not in PAIRS:
+        raise ValueError(f"moe_ffn: activation {activation!r} is not known, expected one of {', '.join(PAIRS)}.")
+    kernels = {"gate": (gate, "E D F"), "up": (up, "E D F"), "down": (down, "E F D")}
+    z_g, z_u, B_g, B_u, A_d = low or (None,) * 5
+    ranks = {"z_g": (z_g, "T K R"), "z_u": (z_u, "T K R")}
+    factors = {"B_g": (B_g, "1|E R F"), "B_u": (B_u, "1|E R F"), "A_d": (A_d, "1|E R F")}
+    slots = {"idx": (idx, "T K"), "gates": (gates, "T K")}
+    return agree("moe_ffn", x=(x, "T D"), **kernels, **slots, **ranks, **factors, mask=(mask, "T F"))
+
+
+def moe_ffn(
+    x, gate, up, down, low, idx, gates, *, activation="silu", mask=None, implementation: str | None = None,
+    platform: str | None = None,
+):  # fmt: skip
+    """`y = sum_k w_k W_d[e_k] h_k`, `h_k = act(W_g[e_k] x + B_g[e_k] z_g[k]) * (W_u[e_k] x + B_u[e_k] z_u[k])`.
+
+    Args:
+      x: `[T, D]`.
+      gate, up: `[E, D, F]`; down: `[E, F, D]`: frozen kernels, without a gradient. Each may be a `tiles.InStack`.
+      low: None, or `(z_g, z_u, B_g, B_u, A_d)`: `[T, K, R]` rank activations of the token's slots (scale folded in),
+        `B_g, B_u, A_d [1|E, R, F]`, 1 where the experts share it; each may be a `tiles.InStack`.
+      idx: `[T, K]` int32, E at a slot that is not used; a token names an expert at most once.
+      gates: `[T, K]` float32, with a gradient.
+      activation: `silu`, `gelu` (exact), `gelu_tanh` or `relu`.
+      mask: `[T, F]` dropout mask (already divided by its keep rate) on the input of A_d, or None.
+      implementation: `reference` or `tiled`, None to choose.
+
+    Returns:
+      `y [T, D]` and `z_d [T, K, R] = A_d[e_k] (mask * h_k)`, 0 at unused slots; None without `low`.
+
+    Raises:
+      ValueError: shapes that do not agree, an unknown activation or implementation.
+    """
+    sizes = check(x, gate, up, down, low, idx, gates, activation=activation, mask=mask)
+    name = implementation or "tiled"
+    form = pick("moe_ffn", IMPLEMENTATIONS, {}, name, refused={}, platform=platform, no_kernel=lambda: None)
+    if sizes["T"] == 0:
+        return jnp.zeros_like(x), None if low is None else jnp.zeros(low[0].shape, x.dtype)
+    if name != "tiled":
+        gate, up, down = (plain_of(W) for W in (gate, up, down))
+        low = None if low is None else (*low[:2], *map(plain, low[2:]))
+    return form(x, gate, up, down, low, idx, gates, activation=activation, mask=mask)
+
+
+def plain_of(W):
+    """`[E, D, F]` of a frozen kernel: a copy, where it lies in the stack of all layers."""
+    return W.stack[W.layer] if hasattr(W, "stack") else W

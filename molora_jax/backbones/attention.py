@@ -1,0 +1,83 @@
+"""Attention's parts that backbones share: masks, rotary positions, norms, and which form a device takes.
+
+B batch, S sequence, D width, H heads, H_d head size.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from kernels_pallas.platform import platform_of
+
+
+def causal_mask(segment_ids):
+    """Causal and block-diagonal by example: `[B, S]` -> `[B, 1, S, S]`; padding sees padding (no empty row)."""
+    S = segment_ids.shape[1]
+    return mask_both_ways(segment_ids) & jnp.tril(jnp.ones((S, S), bool))
+
+
+def mask_both_ways(segment_ids):
+    """Block-diagonal by example: `[B, S]` -> `[B, 1, S, S]`; padding sees padding (no empty row)."""
+    return segment_ids[:, None, :, None] == segment_ids[:, None, None, :]
+
+
+def window_mask(mask, at, window: int):
+    """What a sliding layer sees of `mask [B, 1, S, S_k]`: keys less than `window` behind the slots `at [B | 1, S]`."""
+    behind = at[:, None, :, None] - jnp.arange(mask.shape[-1])
+    return mask & (behind < window)
+
+
+def rms_norm(x, weight, eps):
+    """In float32 whatever x is."""
+    y = x.astype(jnp.float32)
+    y = y * jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + eps)
+    return (y * weight.astype(jnp.float32)).astype(x.dtype)
+
+
+def layer_norm(x, weight, bias, eps):
+    """In float32 whatever x is."""
+    y = x.astype(jnp.float32)
+    y = y - jnp.mean(y, axis=-1, keepdims=True)
+    y = y * jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + eps)
+    return (y * weight.astype(jnp.float32) + bias.astype(jnp.float32)).astype(x.dtype)
+
+
+def rotary(config, positions):
+    """`positions [B, S]` -> cosines and sines `[B, S, 1, H_d]`, scaled as `rope.py` says."""
+    half = config.head_dim // 2
+    frequency = config.rope_base ** (-jnp.arange(half, dtype=jnp.float32) / half)
+    scaling, attention = config.rope_scaling, 1.0
+    if scaling is not None:
+        frequency = frequency * scaling.multipliers(config.rope_base, config.head_dim).astype(np.float32)
+        attention = scaling.attention
+    angle = positions[..., None].astype(jnp.float32) * jnp.concatenate([frequency, frequency])
+    return (jnp.cos(angle) * attention)[:, :, None], (jnp.sin(angle) * attention)[:, :, None]
+
+
+def rotate(x, turn):
+    """Rotate-half convention, in float32."""
+    cos, sin = turn
+    a, b = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    return (jnp.concatenate([a, b], -1) * cos + jnp.concatenate([-b, a], -1) * sin).astype(x.dtype)
+
+
+def attention_form(q, asked: str, *, train: bool, platform: str | None = None, device=None) -> str | None:
+    """`cudnn`, which keeps no scores `[B, H, S, S]` in memory, or None for what jax takes. `q [B, S, H, H_d]`.
+
+    For `asked="fused"`, and where its speed was measured: training in half precision on one NVIDIA GPU (1.65 times as
+    fast a step of plain LoRA, docs/performance.md). float32 and GPUs before capability 8 it does not have. It has to be
+    asked for because its values and gradients were not yet compared with float64.
+    """
+    if asked != "fused" or not train or platform_of(platform) != "gpu" or jax.device_count() > 1:
+        return None
+    capability = str(getattr(device or jax.local_devices()[0], "compute_capability", ""))  # "9.0"; AMD's is a word
+    capable = capability[:1].isdigit() and float(capability) >= 8
+    half = q.dtype in (jnp.bfloat16, jnp.float16)
+    fits = q.shape[1] % 2 == 0 and q.shape[3] % 8 == 0 and q.shape[3] <= 128
+    return "cudnn" if capable and half and fits else None
+
+
+def attend(q, k, v, mask, *, asked: str, train: bool):
+    """`q [B, S, H, H_d]`, `k, v [B, S_k, H_kv, H_d]` -> `[B, S, H * H_d]`."""
+    form = attention_form(q, asked, train=train)
+    return jax.nn.dot_product_attention(q, k, v, mask=mask, implementation=form).reshape(*q.shape[:2], -1)

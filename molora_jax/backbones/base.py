@@ -1,0 +1,174 @@
+"""What a base model is: the contract between a backbone and everything around it.
+
+A backbone is a frozen dataclass of numbers and switches, hashable and without arrays: `layers`, `width` (D), `vocab`
+(V), `context`. It says what its parameters are called, how they are shaped, sharded and named elsewhere, and how one
+block is computed. It does not know adapters: what it is given as `adapt` (`layer.Layer`) multiplies its sites.
+
+B batch, S sequence, T = B*S tokens, D width, L layers, V vocabulary, H heads, H_d head size, E experts of the base.
+"""
+
+import dataclasses
+from typing import Any, ClassVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import PartitionSpec as P
+
+from molora_jax.backbones.attention import causal_mask
+from molora_jax.core.types import Array
+from molora_jax.errors import InputError
+
+# Axes of a table [V, D], by preference. Vocabularies divide by nothing in particular (32001 with a padding token): an
+# axis that does not divide V splits D, and is left out where it divides neither (the kernels say if D must be divided).
+TABLES = (
+    (("fsdp", "tensor"), None), ("tensor", "fsdp"), ("fsdp", "tensor"), (None, ("fsdp", "tensor")), (None, "fsdp"),
+    (None, None),
+)  # fmt: skip
+WHOLE = (P(),)
+
+
+@dataclasses.dataclass(frozen=True)
+class Leaf:
+    """One array of a base.
+
+    `specs`: where it lies on a mesh, by preference: the first that the mesh divides is taken. The leading `stacked`
+    axes (layers, experts) are tensors of their own in a Hugging Face checkpoint; `name` has a `{}` for each. `turned`:
+    a matrix `[D_in, D_out]` here that is `[D_out, D_in]` there. Random values: normal with deviation `scale`, else all
+    are `fill`.
+    """
+
+    shape: tuple[int, ...]
+    specs: tuple[P, ...]
+    name: str
+    stacked: int = 0
+    turned: bool = False
+    scale: float | None = None
+    fill: float = 1.0
+
+    @property
+    def file_shape(self) -> tuple[int, ...]:
+        """The shape of one tensor of the checkpoint."""
+        rest = self.shape[self.stacked :]
+        return rest[::-1] if self.turned else rest
+
+    def files(self):
+        """`(name, index)` of each tensor of the checkpoint; `index` is its place on the stacked axes."""
+        for index in np.ndindex(*self.shape[: self.stacked]):
+            yield self.name.format(*index), index
+
+
+@dataclasses.dataclass(frozen=True)
+class Stack:
+    """Layers `start` to `stop - 1`, all alike: their parameters are `params[name]`, stacked `[layers, ...]`.
+
+    `sites` are the projections that a rule may adapt. `arrays`: `(name, a value a layer)` for what differs between the
+    layers (which of them slide). `by_expert`: the subtrees `[layers, E, ...]` that reach `block` as `tiles.InStack`,
+    read expert by expert: a layer's slice of them would be a copy.
+    """
+
+    name: str
+    start: int
+    stop: int
+    sites: tuple[str, ...]
+    arrays: tuple[tuple[str, tuple], ...] = ()
+    by_expert: tuple[str, ...] = ()
+
+
+@dataclasses.dataclass
+class At:
+    """Where a block stands in a trace.
+
+    `once`: what `Backbone.once` made before the stack; `arrays`: the stack's arrays at this layer; `attention`: which
+    form of attention is asked for (`attention.attention_form`).
+    """
+
+    once: dict[str, Any]
+    arrays: dict[str, Array]
+    train: bool
+    attention: str
+
+
+class Backbone:
+    """What every backbone shares; a subclass is a frozen dataclass with `layers`, `width`, `vocab`, `context`."""
+
+    FIELDS: ClassVar[tuple[str, ...]] = ("tokens", "segment_ids", "positions")  # arrays of the batch that it reads
+    CAUSAL: ClassVar[bool] = True  # it has a head that predicts the next token, and a cache
+    ABSENT: ClassVar[dict[str, str]] = {}  # site of other backbones -> why this one does not have it
+    PREFIX: ClassVar[str] = ""  # that a checkpoint of the model with some head puts before its names
+    IGNORED: ClassVar[tuple[str, ...]] = ("*rotary_emb.inv_freq",)  # tensors that a checkpoint may have beside ours
+    TITLE: ClassVar[str] = ""  # in the digest of random weights, where the class has had another name
+
+    @property
+    def stacks(self) -> tuple[Stack, ...]:
+        raise NotImplementedError
+
+    @property
+    def sites(self) -> tuple[str, ...]:
+        """The projections that rules may name, in order."""
+        return tuple(dict.fromkeys(site for stack in self.stacks for site in stack.sites))
+
+    @property
+    def attention_sites(self) -> tuple[str, ...]:
+        return tuple(site for site in self.sites if site in ("q", "k", "v", "o"))
+
+    @property
+    def ffn_sites(self) -> tuple[str, ...]:
+        return tuple(site for site in self.sites if site in ("gate", "up", "down"))
+
+    def stack_of(self, layer: int) -> Stack:
+        return next(stack for stack in self.stacks if stack.start <= layer < stack.stop)
+
+    def dims(self, site: str) -> tuple[int, int]:
+        """`(D_in, D_out)` of a site."""
+        raise NotImplementedError
+
+    def shapes(self) -> dict[str, Leaf]:
+        """Path (`embed`, `blocks/q/kernel`) -> leaf, in the order in which random values are drawn."""
+        raise NotImplementedError
+
+    def forward(self, params: dict, batch: dict, run) -> Array:
+        """Hidden states `[B, S, D]` after the last norm. `run(stack, params, x)` runs a stack's layers."""
+        with jax.named_scope("embed"):
+            x = run.constrain(self.embed(params, batch))
+        for stack in self.stacks:
+            x = run(stack, params[stack.name], x)
+        return self.norm(params, x)
+
+    def embed(self, params: dict, batch: dict) -> Array:
+        return params["embed"][batch["tokens"]]
+
+    def norm(self, params: dict, x: Array) -> Array:
+        raise NotImplementedError
+
+    def mask(self, segment_ids: Array) -> Array:
+        """Who sees whom, `[B, 1, S, S]`: causal, and block-diagonal by example."""
+        return causal_mask(segment_ids)
+
+    def once(self, positions: Array, mask: Array, *, cached: bool) -> dict:
+        """What all layers share, formed before the stack. `mask [B, 1, S, S_k]`; `cached`: slots are positions."""
+        return {"mask": mask}
+
+    def block(self, p: dict, x: Array, at: At, adapt, cache):
+        """`x [B, S, D] -> (x, cache)`. `p`: this layer's parameters; `cache` maps new `(k, v) [B, S, H_kv, H_d]` to
+        all that may be seen and the new cache, None without one."""
+        raise NotImplementedError
+
+    def init_cache(self, rows: int, slots: int, dtype) -> tuple[Array, Array]:
+        """Empty keys and values `[L, rows, slots, H_kv, H_d]`."""
+        raise NotImplementedError
+
+    def logits(self, params: dict, hidden: Array) -> Array:
+        """`hidden [..., D]` -> `[..., V]` float32."""
+        head, axis = (params["head"], 0) if "head" in params else (params["embed"], 1)
+        contract = (((hidden.ndim - 1,), (axis,)), ((), ()))  # `embed.T` would be a copy a token on a CPU
+        return jax.lax.dot_general(hidden, head.astype(hidden.dtype), contract, preferred_element_type=jnp.float32)
+
+
+def needs_head(backbone: Backbone, what: str, where: str) -> None:
+    """Raises InputError for a backbone that predicts no next token. `what` needs it, asked for by the field `where`."""
+    if not backbone.CAUSAL:
+        raise InputError(
+            where, got=f"{what} on {backbone.family}", expected="a base that predicts the next token",
+            fix=f"{backbone.family} is an encoder: it reads both ways and has no head and no cache.",
+        )  # fmt: skip
