@@ -141,7 +141,7 @@ def state_shardings(state, model, mesh: Mesh):
 
     An optimizer keeps trees of the adapters' structure: a leaf belongs to the adapter whose path its own ends with.
     """
-    modules = module_shardings(state.modules, mesh)
+    modules = module_shardings(model.config, state.modules, mesh)
     of = {}
     for tree, places in (
         (state.adapters, adapter_shardings(state.adapters, model, mesh)),
@@ -161,7 +161,7 @@ def state_shardings(state, model, mesh: Mesh):
     return jax.tree_util.tree_map_with_path(one, state).replace(modules=modules)
 
 
-def module_shardings(modules, mesh: Mesh):
+def module_shardings(backbone, modules, mesh: Mesh):
     """Of the collection `modules`: trained copies lie as the base leaves that they stand for, heads everywhere."""
     places = {name: jax.tree.map(lambda _: replicated(mesh), tree) for name, tree in modules.items()}
-    return places | ({"base": param_shardings(modules["base"], mesh)} if "base" in modules else {})
+    return places | ({"base": param_shardings(backbone, modules["base"], mesh)} if "base" in modules else {})

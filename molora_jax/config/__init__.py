@@ -71,8 +71,8 @@ def check_model(config, num_layers, dims=None, absent=None):
 def check_mesh(config, num_devices):
     """`resolve_mesh` of a config, against its batch and `train.exact`."""
     train = config["train"]
-    units = train["batch_size"] // train["accumulate"] // objectives.unit(config)  # a device has whole units of rows
-    sizes = resolve_mesh(config["mesh"], num_devices, rows=units)
+    rows, unit = train["batch_size"] // train["accumulate"], objectives.unit(config)
+    sizes = resolve_mesh(config["mesh"], num_devices, rows=rows, unit=unit)
     raise_all(list(config_checks.exact_devices(train, sizes)))
     return sizes
 

@@ -90,8 +90,11 @@ def resolve_experts(spec, num_layers, *, where="experts"):
     return tuple(count for i, (count, _) in enumerate(counts) for _ in range(small + (i < larger)))
 
 
-def resolve_mesh(mesh, num_devices, *, rows=None):
-    """`{data, fsdp, expert, tensor}` with -1 filled in. `rows`, if given: the rows of a micro-step, to be divided."""
+def resolve_mesh(mesh, num_devices, *, rows=None, unit=1):
+    """`{data, fsdp, expert, tensor}` with -1 filled in.
+
+    `rows`, if given: the rows of a micro-step, to be divided by `unit` rows that belong together.
+    """
     sizes = {axis: int(mesh[axis]) for axis in MESH_AXES}
     for axis, size in sizes.items():
         if size < 1 and not (axis == "data" and size == -1):
@@ -108,9 +111,10 @@ def resolve_mesh(mesh, num_devices, *, rows=None):
         fix = f"Let mesh.data be -1, or {num_devices // rest}."
         raise wrong("mesh", f"{_text(sizes)} (product {math.prod(sizes.values())})", expected, fix)
     split = math.prod(sizes[axis] for axis in ROWS)
-    if rows is not None and rows % split:
-        expected = f"data * fsdp * expert = {split} to divide the {rows} rows of a micro-step"
-        fix = f"Change {at_fault(sizes, ROWS, rows)} or train.batch_size (rows are batch_size / accumulate)."
+    if rows is not None and rows % (split * unit):
+        what = f"{rows} rows" if unit == 1 else f"{rows} rows (units of {unit} rows)"
+        expected = f"data * fsdp * expert = {split} to divide the {what} of a micro-step"
+        fix = f"Change {at_fault(sizes, ROWS, rows // unit)} or train.batch_size (rows are batch_size / accumulate)."
         raise wrong("mesh", f"{_text(sizes)} on {num_devices} devices", expected, fix)
     return sizes
 

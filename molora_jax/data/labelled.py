@@ -20,7 +20,7 @@ def encode(tokenizer, examples: list[Example], labels: list[str]) -> list[Ids | 
             if not text:
                 out.append(Refused(f"{len(example.prompt):,} characters", f"at most {LONGEST:,}", "Cut the row."))
                 continue
-            whole = tokenizer.with_prefix(ids)
+            whole = [*tokenizer.with_prefix(ids), *tokenizer.suffix_ids]
             if not ids:
                 out.append(Refused("a text without a token", "some text"))
                 continue

@@ -98,6 +98,6 @@ def text_table(report: dict) -> str:
     mean = lambda key: np.mean([t[key][0] for t in report["tasks"].values()])  # noqa: E731
     rows.append(
         ("mean", str(sum(t["items"] for t in report["tasks"].values())), f"{mean('nll_start'):.3f}",
-         f"{mean('nll'):.3f}", f"{mean('majority'):.1%}", f"{mean('accuracy_start'):.1%}", f"{mean('accuracy'):.1%}", "")
+         f"{mean('nll'):.3f}", *(f"{mean(key):.1%}" for key in ("majority", "accuracy_start", "accuracy")), "")
     )  # fmt: skip
     return table(rows, right=tuple(range(1, 8)))

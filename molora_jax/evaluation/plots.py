@@ -40,9 +40,7 @@ def plot_tasks(report: dict, path) -> pathlib.Path:
 
 def _plot_choices(tasks: dict, path) -> pathlib.Path:
     """The untrained start against tuned: NLL an item, accuracy with what the most frequent class gets."""
-    fig, axes = figure(
-        1, 2, figsize=(10, 1.3 + 0.48 * len(tasks)), layout="constrained", sharey=True, squeeze=False
-    )
+    fig, axes = figure(1, 2, figsize=(10, 1.3 + 0.48 * len(tasks)), layout="constrained", sharey=True, squeeze=False)
     _bars(axes[0, 0], tasks, "nll", 1.0, before="start")
     axes[0, 0].set(xlabel="NLL an item (nats)\nlower is better")
     _bars(axes[0, 1], tasks, "accuracy", 100.0, before="start")

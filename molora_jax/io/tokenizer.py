@@ -74,6 +74,15 @@ class Tokenizer:
             raise InputError(f"{self.where}: {role}_token", got=repr(token), expected="a token of the vocabulary")
         return token_id
 
+    @functools.cached_property
+    def suffix_ids(self) -> tuple[int, ...]:
+        """What the tokenizer's post-processor puts behind a text: an encoder's [SEP]."""
+        with guarded(self.where, "a tokenizer that encodes"):
+            alone = self.inner.encode("a", add_special_tokens=False).ids
+            whole = self.inner.encode("a", add_special_tokens=True).ids
+        start = next((i for i in range(len(whole)) if whole[i : i + len(alone)] == alone), None)
+        return () if not alone or start is None else tuple(whole[start + len(alone) :])
+
     def _prefix(self) -> tuple[int, ...]:
         """What the tokenizer's post-processor puts before a text."""
         with guarded(self.where, "a tokenizer that encodes"):

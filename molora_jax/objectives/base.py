@@ -70,6 +70,11 @@ class Objective:
     EXACT: ClassVar[bool] = False
     HEAD: ClassVar[bool] = False
 
+    @property
+    def needs_tokens(self) -> bool:
+        """Whether it asks the base for a distribution over the next token, which an encoder has not."""
+        return self.READS == "text"
+
     def check(self, where: str) -> None:
         """Raises InputError for options that exclude each other."""
 

@@ -24,9 +24,7 @@ def _batch_nll(
     own, gates = trees.overlay(params, modules.get("base", {})), {}
 
     def hidden(batch):
-        out, _, _, found = model.hidden(
-            own, adapters, router_state, batch, constrain=constrain, collect=num_tasks > 0
-        )
+        out, _, _, found = model.hidden(own, adapters, router_state, batch, constrain=constrain, collect=num_tasks > 0)
         gates.update(found)
         return out
 

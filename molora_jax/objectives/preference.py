@@ -30,6 +30,10 @@ class Preference(Objective):
     beta: float = 0.1
     reference: Literal["none", "base", "start"] = "none"
 
+    @property
+    def needs_tokens(self):
+        return self.form == "dpo"
+
     def check(self, where):
         if self.form == "reward" and self.reference != "none":
             raise InputError(

@@ -36,7 +36,8 @@ class Modules:
         out = {}
         for name, objective in self.heads:
             own = jax.random.fold_in(key, zlib.crc32(name.encode()) & 0x7FFFFFFF)
-            out[name] = objective.init_heads(own, self.width, self.classes)
+            leaves = objective.init_heads(own, self.width, self.classes)
+            out |= {name: leaves} if leaves else {}
         if self.copies:
             flat = flatten_dict(params, sep="/")
             out["base"] = unflatten_dict({p: flat[p].astype(jnp.float32) + 0 for p in self.copies}, sep="/")

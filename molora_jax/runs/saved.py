@@ -92,6 +92,7 @@ def believed(config: dict, manifest: dict | None) -> tuple[dict, list[str]]:
     if not isinstance(saved, dict) or not all(isinstance(saved.get(n), dict) for n in ("train", "method", "base")):
         return config, []
     saved, _ = config_defaults.completed(saved)
+    config = _as_in_stage(config, saved, (manifest or {}).get("stage"))
     out = {**config}
     for section in identity.SECTIONS:
         if section in saved:
@@ -104,6 +105,30 @@ def believed(config: dict, manifest: dict | None) -> tuple[dict, list[str]]:
     if isinstance(out.get("train"), dict):
         out["train"] = {**out["train"], **{name: saved["train"][name] for name in names if name in saved["train"]}}
     return out, identity.differences(json.loads(json.dumps(out)), json.loads(json.dumps(config)))
+
+
+def _as_in_stage(config: dict, saved: dict, stage) -> dict:
+    """A run's config as its stage `stage` changes it, where the step's own config says that it does.
+
+    A step holds the config that its leaves fit: the run's with `set` and `objective` of the stage.
+    """
+    changes = config.get("schedule", {}).get(stage) if isinstance(config.get("schedule"), dict) else None
+    if not isinstance(changes, dict) or not (changes.get("set") or changes.get("objective")):
+        return config
+    changed = merged(config, changes["set"] if isinstance(changes.get("set"), dict) else {})
+    if changes.get("objective"):
+        changed["objective"] = changes["objective"]
+    near = lambda one: len(identity.differences(identity.of_config(one), identity.of_config(saved)))  # noqa: E731
+    return changed if near(changed) < near(config) else config
+
+
+def merged(config: dict, changes: dict) -> dict:
+    """A copy of nested dicts with the leaves of `changes` in their places."""
+    out = {**config}
+    for name, value in changes.items():
+        own = out.get(name)
+        out[name] = merged(own, value) if isinstance(value, dict) and isinstance(own, dict) else value
+    return out
 
 
 def without_inputs(config, *, keep_data: bool = False):

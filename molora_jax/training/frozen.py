@@ -55,7 +55,7 @@ def load_frozen(source: str, config, base: Base, params: dict, model, mesh, *, w
             expected=f"at least data.seq_len={config.data.seq_len}",
         )  # fmt: skip
     frozen_model = dataclasses.replace(frozen_model, max_segments=model.max_segments, tasks=model.tasks)
-    own = sharding.put(own, sharding.param_shardings(own, mesh))
+    own = sharding.put(own, sharding.param_shardings(other.config, own, mesh))
     return Frozen(own, sharding.put(adapters, whole), sharding.put(state, whole), frozen_model), digest
 
 

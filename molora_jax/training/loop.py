@@ -123,9 +123,7 @@ class CompiledStep:
         init = lambda p: self.model.init_adapters(jax.random.key(0), p)  # noqa: E731
         trainable, _ = trees.split(jax.eval_shape(init, run.params), self.frozen)
         self.optimizer = program.optimizer.make(program.total, trees.pairs(self.model, trainable))
-        self.start = lambda params: fresh(
-            self.model, self.optimizer, params, self.frozen, key, program.modules.init
-        )
+        self.start = lambda params: fresh(self.model, self.optimizer, params, self.frozen, key, program.modules.init)
         shapes = jax.eval_shape(self.start, run.params)
         self.shardings = sharding.state_shardings(shapes, self.model, run.mesh)
         self.shapes = jax.tree.map(

@@ -59,8 +59,9 @@ def setup(config, *, devices=None, day: str | None = None) -> Setup:
     devices = jax.devices() if devices is None else devices
     mesh = sharding.make_mesh(config_lib.check_mesh(config, len(devices)), devices)
     base = load_base(config.base.source, dtype=config.base.dtype, seed=config.seed)
-    if config.get("objective", {"name": "lm"})["name"] == "lm":
-        needs_head(base.config, "objective lm", "base.source")
+    for where, value in objectives_config.used(config).items():
+        if compile_objective(value, where=where).needs_tokens:
+            needs_head(base.config, f"objective {value['name']}", "base.source")
     base, day = pinned(base, day)
     config_lib.check_model(config, base.config.layers, base.config.dims, base.config.ABSENT)
     places = sharding.param_shardings(base.config, base.params, mesh)  # refuses a mesh that does not divide the base

@@ -118,7 +118,9 @@ CASES = [
 ]
 
 
-@pytest.mark.parametrize("name, options, formula", CASES, ids=[f"{n}-{'-'.join(map(str, o.values()))}" for n, o, _ in CASES])  # fmt: skip
+@pytest.mark.parametrize(
+    "name, options, formula", CASES, ids=["-".join([n, *map(str, o.values())]) for n, o, _ in CASES]
+)
 def test_value_and_slope_are_the_formulas(name, options, formula):
     objective = compile_objective({"name": name, **options})
     rows = batch("label" if name == "classify" else "text")
@@ -162,4 +164,9 @@ def test_options_that_exclude_each_other():
         compile_objective({"name": "preference", "reference": "base"})
     with pytest.raises(InputError, match=r"objective\.teacher"):
         compile_objective({"name": "distill"})
-    assert {name: OBJECTIVES[name].UNIT for name in OBJECTIVES} == {"lm": 1, "classify": 1, "preference": 2, "distill": 1}
+    assert {name: OBJECTIVES[name].UNIT for name in OBJECTIVES} == {
+        "lm": 1,
+        "classify": 1,
+        "preference": 2,
+        "distill": 1,
+    }

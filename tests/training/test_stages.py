@@ -1,0 +1,189 @@
+"""Objectives, modules and stages in the loop: what is compiled once, what a step holds, how a run goes on and opens."""
+
+import json
+
+import jax
+import numpy as np
+import pytest
+from flax.traverse_util import flatten_dict
+
+from configs import common
+from molora_jax import config as config_lib
+from molora_jax.errors import InputError
+from molora_jax.evaluation import report as reports
+from molora_jax.evaluation.progress import Phases
+from molora_jax.evaluation.run import load_run
+from molora_jax.runs.checkpoints import load, read_manifest
+from molora_jax.runs.verify import verify
+from molora_jax.training import loop
+from molora_jax.training.loop import train
+
+
+def write(path, kind, number=60):
+    rows = {
+        "text": lambda i: {"prompt": f"Double {i}", "target": str(2 * i)},
+        "label": lambda i: {"text": f"number {i}", "label": "odd" if i % 2 else "even"},
+        "pair": lambda i: {"prompt": f"Double {i}", "chosen": str(2 * i), "rejected": str(2 * i + i % 20)},
+    }[kind]
+    path.write_text("".join(json.dumps(rows(i)) + "\n" for i in range(number)))
+    return f"jsonl:{path}"
+
+
+def config(tasks, *, rules=True, objective=None, train_base="", schedule=None, **fields):
+    out = common.get_config()
+    out.base.source = "random:tiny"
+    if rules:
+        out.method.rules = dict(all=common.rule("q,v", adapter=common.adapter(rank=2)))
+    out.method.train_base = train_base
+    out.data.update(tasks=tasks, seq_len=64, test_share=0.2)
+    out.optim.update(warmup=0, learning_rate=1e-2, decay="constant")
+    out.train.update(dict(steps=4, batch_size=8, save_every=0, log_every=100) | fields)
+    out.eval.update(num_generated=0)
+    with out.unlocked():
+        out.objective = objective or dict(name="lm")
+        out.schedule = schedule or out.schedule
+    config_lib.validate(out)
+    return out
+
+
+def stage(**fields):
+    return dict(dict(steps=0, tasks="", freeze="", set=dict(), route="", objective=dict()), **fields)
+
+
+def start(made, workdir):
+    notes = []
+    return train(made, str(workdir), note=notes.append), notes
+
+
+def digests(workdir, step):
+    return {item: tree for item, tree in read_manifest(workdir / "checkpoints" / str(step))["tree"].items()}
+
+
+LOOKS_BACK = dict(kind="pair", objective=dict(name="preference", form="dpo", reference="start"), train_base="norms",
+                  batch_size=16)  # fmt: skip
+CLASSES = dict(kind="label", objective=dict(name="classify"), train_base="embed")
+
+
+@pytest.mark.parametrize("case", [pytest.param(LOOKS_BACK, marks=pytest.mark.slow), CLASSES], ids=["dpo", "classify"])
+def test_a_run_with_modules_goes_on_bit_by_bit_and_opens(case, tmp_path):
+    case = dict(case)
+    data = write(tmp_path / "d.jsonl", case.pop("kind"))
+    _, notes = start(config(data, eval_every=2, **case), tmp_path / "whole")
+    assert "modules/base" in notes[0] and "copies of base leaves" in notes[0]
+    start(config(data, eval_every=2, stop_after=2, **case), tmp_path / "parts")
+    start(config(data, eval_every=2, **case), tmp_path / "parts")
+    assert digests(tmp_path / "parts", 4) == digests(tmp_path / "whole", 4)
+    run = load_run(tmp_path / "whole", "latest")
+    assert ("start" in digests(tmp_path / "whole", 4)) == (run.start is not None) == ("dpo" in str(case))
+    moved = flatten_dict(run.modules["base"], sep="/")
+    base, read = flatten_dict(run.base_params, sep="/"), flatten_dict(run.params, sep="/")
+    for path, leaf in moved.items():
+        assert np.abs(np.asarray(leaf) - np.asarray(base[path])).max() > 0, path
+        np.testing.assert_array_equal(read[path], leaf)
+    report = reports.evaluate(run, phases=Phases())
+    (task,) = report["tasks"].values()
+    assert 0 <= task["accuracy"][1] <= task["accuracy"][0] <= task["accuracy"][2] <= 1 and "accuracy_start" in task
+    assert report["labels"] == (["even", "odd"] if "classify" in str(case) else [])
+    assert "majority" in reports.text_table(report) and all(p.exists() for p in reports.pictures(run, report))
+    assert verify(tmp_path / "whole", deep=True)["ok"] and run.generate("Double 3", max_new_tokens=2) is not None
+
+
+@pytest.mark.slow
+def test_distillation_moves_towards_the_teacher_and_needs_its_vocabulary(tmp_path):
+    data = write(tmp_path / "d.jsonl", "text")
+    start(config(data), tmp_path / "teacher")
+    made = config(data, objective=dict(name="distill", teacher=str(tmp_path / "teacher")))
+    start(made, tmp_path / "run")
+    kl = [json.loads(line)["kl"] for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert kl[-1] < kl[0] and all(value > 0 for value in kl)
+    (tmp_path / "teacher").rename(tmp_path / "moved")
+    made.objective.teacher = str(tmp_path / "moved")
+    assert start(made, tmp_path / "run")[0].step == 4, "its content counts, not its path"
+    made.objective.teacher = str(tmp_path)
+    with pytest.raises(InputError, match=r"objective\.teacher.*folder of a run"):
+        start(made, tmp_path / "other")
+
+
+def test_stages_of_equal_programs_compile_once(tmp_path, monkeypatch):
+    """Five stages: A B A B A; A and B differ in what they freeze. Two programs are made, each compiled once."""
+    data = write(tmp_path / "d.jsonl", "text")
+    made, compiled = [], loop.CompiledStep
+
+    class Counted(compiled):
+        def __init__(self, *given):
+            super().__init__(*given)
+            made.append(self)
+
+    monkeypatch.setattr(loop, "CompiledStep", Counted)
+    stages = {f"s{i:02d}": stage(steps=1, freeze="" if i % 2 else "*/A", tasks="d" if i == 4 else "") for i in range(5)}
+    start(_five(data, stages), tmp_path / "run")
+    assert len(made) == 2 and [one.step._cache_size() for one in made] == [1, 1]
+
+
+def _five(data, stages):
+    out = config(data)
+    out.train.steps = 5
+    with out.unlocked():
+        out.schedule = stages
+    config_lib.validate(out)
+    return out
+
+
+def test_leaf_shapes_may_change_between_stages(tmp_path):
+    """The second stage has another rank on v: q goes on, v starts anew; a step holds the config that its leaves fit."""
+    data = write(tmp_path / "d.jsonl", "text")
+    out = config(data)
+    with out.unlocked():
+        out.method.rules = dict(
+            q=common.rule("q", adapter=common.adapter(rank=2)), v=common.rule("v", adapter=common.adapter(rank=2))
+        )
+        changes = dict(method=dict(rules=dict(v=dict(adapter=dict(rank=3)))))
+        out.schedule = dict(s00=stage(steps=2), s01=stage(set=changes))
+    config_lib.validate(out)
+    out.train.stop_after = 2
+    start(out, tmp_path / "run")
+    folder = tmp_path / "run" / "checkpoints"
+    out.train.stop_after = 3
+    _, notes = start(out, tmp_path / "run")
+    out.train.stop_after = 0
+    assert start(out, tmp_path / "run")[0].step == 4
+    shapes = {n: read_manifest(folder / str(n)) for n in (3, 4)}
+    for manifest in shapes.values():
+        assert manifest["config"]["method"]["rules"]["v"]["adapter"]["rank"] == 3
+        leaves = manifest["tree"]["adapters"]
+        assert leaves["v/000-003/v/A"]["shape"][2] == 3 and leaves["q/000-003/q/A"]["shape"][2] == 2
+    warned = []
+    run = load_run(tmp_path / "run", "latest", warn=warned.append)
+    assert run.config.method.rules.v.adapter.rank == 3 and not warned
+    assert jax.tree.leaves(run.adapters["v"])[0].shape[2] == 3
+    assert verify(tmp_path / "run")["ok"]
+
+
+@pytest.mark.slow
+def test_the_stage_before_is_carried_over(tmp_path):
+    data = write(tmp_path / "d.jsonl", "text")
+    out = config(data)
+    with out.unlocked():
+        out.method.rules.all.layers = "0-1"
+        changes = dict(method=dict(rules=dict(all=dict(layers="0-3"))), optim=dict(learning_rate=1e-30))
+        out.schedule = dict(s00=stage(steps=2), s01=stage(set=changes))
+    config_lib.validate(out)
+    _, notes = start(out, tmp_path / "run")
+    assert any("start anew" in note for note in notes) is False, "every leaf has rows of layers 0 and 1"
+    folder = tmp_path / "run" / "checkpoints"
+    trees = {n: load(folder / str(n), read_manifest(folder / str(n)), ["adapters"])["adapters"]["all"] for n in (0, 4)}
+    assert list(trees[0]) == ["000-001"] and list(trees[4]) == ["000-003"]
+    B = trees[4]["000-003"]["q"]["B"]
+    assert np.abs(B[:2]).min() > 0 and np.abs(B[2:]).max() < 1e-20, "trained in the first stage; fresh in the second"
+
+
+@pytest.mark.slow
+def test_an_objective_of_a_stage_and_its_head_alone(tmp_path):
+    """A linear probe first (adapters frozen), then all; the head of another objective would stay as it is."""
+    data = write(tmp_path / "d.jsonl", "label")
+    probe = dict(s00=stage(steps=2, freeze="all/*"), s01=stage(objective=dict(name="classify", pooling="mean")))
+    start(config(data, objective=dict(name="classify"), schedule=probe), tmp_path / "run")
+    folder = tmp_path / "run" / "checkpoints"
+    first, last = (read_manifest(folder / str(n))["config"]["objective"] for n in (0, 4))
+    assert first["pooling" if "pooling" in first else "name"] in ("last", "classify") and last["pooling"] == "mean"
+    assert load_run(tmp_path / "run", "latest").objective.pooling == "mean"
