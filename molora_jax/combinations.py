@@ -14,7 +14,7 @@ from jax.sharding import AbstractMesh
 from molora_jax import config as config_lib
 from molora_jax.adapters import ADAPTERS
 from molora_jax.backbones.compile import compile_model
-from molora_jax.backbones.families import TINY
+from molora_jax.backbones.families import TINY, TINY_MOE
 from molora_jax.engines import ENGINES, Engine, auto
 from molora_jax.errors import InputError
 from molora_jax.placements import PLACEMENTS
@@ -64,13 +64,19 @@ def config_of(point: Point, defaults, *, down: str = "once"):
     with config.unlocked():
         config.method.rules = dict(mix=rule)
         config.engine = point.engine
-        config.base.source = "random:tiny"
+        config.base.source = "random:tiny-moe" if PLACEMENTS[point.placement].BASE_ROUTER else "random:tiny"
     return config
 
 
-def verdict(point: Point, defaults, decoder=TINY) -> Verdict:
+def decoder_of(point: Point):
+    """A small base that the placement is for."""
+    return TINY_MOE if PLACEMENTS[point.placement].BASE_ROUTER else TINY
+
+
+def verdict(point: Point, defaults) -> Verdict:
     """What a run of this point would be told."""
     refused = None
+    decoder = decoder_of(point)
     for down in ("once", "per_expert"):
         config = config_of(point, defaults, down=down)
         try:
@@ -78,7 +84,8 @@ def verdict(point: Point, defaults, decoder=TINY) -> Verdict:
             config_lib.check_model(config, decoder.layers, decoder.dims, decoder.ABSENT)
             model = compile_model(config, decoder)
         except InputError as error:
-            reason = error.fix if ": " in error.fix else error.expected
+            fix = error.fix.partition("\n  and ")[0]  # of several mistakes the first
+            reason = fix if ": " in fix else error.expected
             refused = refused or Verdict("config", reason.partition(": set ")[0])
             continue
         reason = auto.refusal(model, Engine(point.engine, MESH))
@@ -115,7 +122,8 @@ def document(found: dict[Point, Verdict]) -> str:
         return "\n".join(lines)
 
     configs = table("router", ("none", *ROUTERS), config_cell, lambda p, v: True)
-    engines = table("engine", ENGINES, engine_cell, lambda p, v: p.router != "none" and v.by != "config")
+    routes = lambda p: p.router != "none" or PLACEMENTS[p.placement].BASE_ROUTER  # noqa: E731
+    engines = table("engine", ENGINES, engine_cell, lambda p, v: v.by != "config" and routes(p))
     works = sum(not v.by for v in found.values())
     reasons = "\n".join(f"{number}. {reason}" for reason, number in notes.items())
     return TEXT.format(works=works, points=len(found), configs=configs, engines=engines, reasons=reasons)
@@ -132,8 +140,8 @@ What the config says, whatever the engine. `down="per_expert"`: works with that 
 
 {configs}
 
-What the engines say, with any router, where the config works. One expert without a router is whole on every device
-under all four.
+What the engines say, with any router (`base_experts` has the base's), where the config works. One expert without a
+router is whole on every device under all four.
 
 {engines}
 

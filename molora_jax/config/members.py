@@ -53,6 +53,8 @@ def attribute(axis, name, wanted):
 
     Of a file without such a class (an init is a function) the value at its top level.
     """
+    if name not in members(axis):  # whatever a config calls a member: it need not be the name of a file
+        return None
     found, path = None, PACKAGE / axis / f"{name}.py"
     bodies = [node.body for _, node in _lineage(axis, name)] or ([_module(path).body] if path.is_file() else [])
     for body in bodies:

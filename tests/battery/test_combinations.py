@@ -4,9 +4,9 @@ import jax
 import pytest
 
 from configs import common
-from molora_jax.combinations import config_of, points, verdict
+from molora_jax.combinations import config_of, decoder_of, points, verdict
 from molora_jax.training.step import fresh
-from tests.battery.cases import BATCH, SMALL, Case
+from tests.battery.cases import BATCH, Case
 from tests.engines.problems import mesh
 
 POINTS = {"-".join(vars(point).values()): point for point in points()}
@@ -25,12 +25,13 @@ def test_every_point_traces_or_has_a_reason(name):
 
 def trace(point):
     """A whole training step by shapes, experts over a mesh axis of two."""
-    said = verdict(point, common.get_config(), SMALL)
+    decoder = decoder_of(point)
+    said = verdict(point, common.get_config())
     if said.by:
         assert len(said.reason) > 20, "a reason, not a name"
         return
     config = config_of(point, common.get_config(), down=said.down)
-    case = Case(config, mesh=mesh(data=4, expert=2), engine=point.engine)
+    case = Case(config, decoder, mesh=mesh(data=4, expert=2), engine=point.engine)
     state = jax.eval_shape(lambda p: fresh(case.model, case.optimizer, p, case.frozen, jax.random.key(0)), case.params)
     after, metrics = jax.eval_shape(case.step, state, case.params, BATCH)
     shapes = lambda tree: jax.tree.map(lambda x: (x.shape, x.dtype), tree)  # noqa: E731
