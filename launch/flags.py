@@ -20,9 +20,9 @@ import traceback
 from ml_collections import ConfigDict
 
 from molora_jax import config as schema
-from molora_jax.config.checks import check_names, there
 from molora_jax.config.fields import did_you_mean, wrong
 from molora_jax.config.members import members, options
+from molora_jax.config.values import check_names, there
 from molora_jax.errors import InputError
 
 ROOT = pathlib.Path(__file__).parents[1]

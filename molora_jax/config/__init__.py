@@ -7,10 +7,11 @@ mistakes are reported together. Fields and ranges: `config/fields.py`; options o
 
 from molora_jax.config import checks as config_checks
 from molora_jax.config import objectives
-from molora_jax.config.checks import plain, raise_all, wrong
-from molora_jax.config.fields import PROJECTIONS
+from molora_jax.config.fields import PROJECTIONS, wrong
 from molora_jax.config.limits import placement_of, states
 from molora_jax.config.resolve import resolve_experts, resolve_layers, resolve_mesh, resolve_sites
+from molora_jax.config.rule_checks import check_counts, covered
+from molora_jax.config.values import plain, raise_all
 from molora_jax.errors import InputError
 
 __all__ = [
@@ -37,7 +38,7 @@ def check_model(config, num_layers, dims=None, absent=None):
     for name, rule in plain(config)["method"]["rules"].items():
         where = f"method.rules.{name}"
         try:
-            problems += config_checks.check_counts(where, rule, config_checks.covered(where, rule, num_layers))
+            problems += check_counts(where, rule, covered(where, rule, num_layers))
         except InputError as problem:
             problems.append(problem)
         try:

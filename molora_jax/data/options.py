@@ -3,9 +3,10 @@
 import dataclasses
 import functools
 
-from molora_jax.config.checks import check_value, raise_all, raw_problems
+from molora_jax.config.data_checks import raw_problems
 from molora_jax.config.fields import FIELDS
 from molora_jax.config.resolve import resolve_fields, resolve_template_args
+from molora_jax.config.values import check_value, raise_all
 
 
 @dataclasses.dataclass(frozen=True)

@@ -3,9 +3,9 @@
 import math
 
 from molora_jax import config as config_lib
-from molora_jax.config.checks import MOST
 from molora_jax.config.members import attribute, options
 from molora_jax.config.resolve import split_commas
+from molora_jax.config.values import MOST
 from molora_jax.errors import InputError
 
 

@@ -1,0 +1,127 @@
+"""The checks of `config.method.rules`: each field, and what ties a rule's fields together."""
+
+import re
+
+from molora_jax.config import fields as known
+from molora_jax.config import limits
+from molora_jax.config.fields import ATTENTION, FFN, did_you_mean, one_of, wrong
+from molora_jax.config.members import attribute, members
+from molora_jax.config.resolve import expert_counts, resolve_experts, resolve_layers, resolve_sites
+from molora_jax.config.values import group_problems, member_problems, path_of, shown, there
+from molora_jax.errors import InputError
+
+NAME = re.compile(r"[a-z0-9_]+")
+
+
+def rule_problems(config):
+    rules = config["method"].get("rules")
+    yield from group_problems("method", config["method"], {"rules": {}, "train_base": known.since(known.TEXT, "")})
+    for name, rule in rules.items() if isinstance(rules, dict) else ():
+        where = f"method.rules.{name}"
+        if not NAME.fullmatch(str(name)):
+            yield wrong(where, shown(name), "a name of a-z, 0-9 and _", "Rename the rule.")
+        if not isinstance(rule, dict):
+            yield wrong(where, shown(rule), "a rule (see configs/common.py)")
+            continue
+        found = list(group_problems(where, rule, known.RULE, more=("adapter", "router", "placement")))
+        found += member_problems(f"{where}.adapter", rule.get("adapter"), "adapters")
+        if "router" in rule:
+            found += member_problems(f"{where}.router", rule["router"], "routers")
+        if "placement" in rule:
+            found += _placement(f"{where}.placement", rule["placement"])
+        yield from found or _rule(where, rule, start=config["train"].get("init_from"))
+
+
+def _placement(where, value):
+    names = [name for name in members("placements") if limits.named(name)]
+    if isinstance(value, dict) and value.get("name") not in names:
+        fix = "Leave placement out: the sites say whether experts are whole FFNs or projections."
+        return [wrong(f"{where}.name", shown(value.get("name")), one_of(names), fix)]
+    return member_problems(where, value, "placements")
+
+
+def _rule(where, rule, *, start):
+    """What ties a rule's fields together; each field alone is right by now."""
+    sites, counts = (), ()
+    try:
+        sites = resolve_sites(rule["sites"], where=f"{where}.sites")
+        counts = covered(where, rule)
+    except InputError as problem:
+        yield problem
+    for path in rule["load"]:
+        if not isinstance(path, str) or not there(path_of(path).exists):
+            yield wrong(f"{where}.load", shown(path), "paths that exist", "Check the path.")
+    if rule["load"]:
+        yield from _load(where, rule, counts)
+    init, inits = rule["adapter"].get("init"), members("inits")
+    if init is not None and init not in inits:
+        yield wrong(f"{where}.adapter.init", shown(init), one_of(inits), did_you_mean(init, inits))
+    if sites:
+        yield from _placed(where, rule, sites, start=start)
+    if counts:
+        yield from check_counts(where, rule, counts)
+
+
+def covered(where, rule, num_layers=None):
+    """Expert counts of the layers that a rule covers (each count once, where the number of layers is not known)."""
+    if num_layers is None and rule["layers"] == "all":
+        return tuple(count for count, _ in expert_counts(rule["experts"], where=f"{where}.experts"))
+    layers = resolve_layers(rule["layers"], num_layers, where=f"{where}.layers")
+    return resolve_experts(rule["experts"], len(layers), where=f"{where}.experts")
+
+
+def check_counts(where, rule, counts):
+    """What a rule asks of its expert counts."""
+    if "router" not in rule:
+        if set(counts) != {1}:
+            yield wrong(f"{where}.experts", shown(rule["experts"]), '"1" without a router', "Add a router, or say 1.")
+        return
+    k = limits.option(rule, "router.k") or 1
+    if k > min(counts):
+        expected = f"k <= experts, and the fewest experts are {min(counts)}"
+        yield wrong(f"{where}.router.k", f"{k} (K > E)", expected, "Lower k or raise experts.")
+    if limits.option(rule, "router.share") == "model" and len(set(counts)) > 1:
+        got = f"'model' with {', '.join(map(str, sorted(set(counts))))} experts"
+        yield wrong(f"{where}.router.share", got, "equal counts in all layers", "Change experts or share.")
+
+
+def _placed(where, rule, sites, *, start):
+    """What the rule's placement asks of its sites, and what any of its members says that it cannot serve."""
+    place = limits.placement_of(rule, sites)
+    served = limits.states("placements", place, "SITES")
+    if not set(sites) <= set(served):
+        fix = "Write other sites as another rule."
+        yield wrong(f"{where}.sites", shown(rule["sites"]), f"sites of a {place}: {','.join(served)}", fix)
+    if rule.get("base_router", "frozen") != "frozen" and not attribute("placements", place, "BASE_ROUTER"):
+        able = [name for name in members("placements") if attribute("placements", name, "BASE_ROUTER")]
+        yield wrong(f"{where}.base_router", shown(rule["base_router"]), f"'frozen', but for {', '.join(able)}")
+    if rule["load"] and not attribute("placements", place, "LOADS"):
+        able = [name for name in members("placements") if attribute("placements", name, "LOADS")]
+        yield wrong(f"{where}.load", f"runs for a {place}", f"a rule whose placement reads runs: {', '.join(able)}")
+    for group, axis in limits.AXES.items():
+        name = place if group == "placement" else rule[group]["name"] if group in rule else None
+        if name is not None:
+            yield from limits.refused(where, rule, limits.states(axis, name, "REFUSES"), start=start)
+    if "router" in rule and not limits.named(place):
+        yield from _share(f"{where}.router.share", limits.option(rule, "router.share") or "site", sites)
+
+
+def _share(where, share, sites):
+    got = f"{share!r} on sites {','.join(sites)}"
+    if share == "attn" and not set(sites) <= set(ATTENTION):
+        yield wrong(where, got, "sites among q,k,v,o for share 'attn'", "Write two rules, or use 'site'.")
+    if share == "ffn" and sites != ("ffn",) and not set(sites) <= set(FFN):
+        yield wrong(where, got, "sites among gate,up,down, or ffn, for share 'ffn'", "Write two rules, or use 'site'.")
+
+
+def _load(where, rule, counts):
+    """Loaded experts are read as products B A, one expert a run."""
+    number, adapter = len(rule["load"]), rule["adapter"]
+    if set(counts) != {number}:
+        yield wrong(f"{where}.experts", shown(rule["experts"]), f'"{number}", one for each of the runs in load')
+    init = limits.option(rule, "adapter.init")
+    if not attribute("adapters", adapter["name"], "LOADS") or "base" in limits.states("inits", init, "NEEDS"):
+        able = " or ".join(name for name in members("adapters") if attribute("adapters", name, "LOADS"))
+        starts = " or ".join(repr(name) for name in members("inits") if not limits.states("inits", name, "NEEDS"))
+        got = f"{adapter['name']!r} with init {init!r}"
+        yield wrong(f"{where}.adapter", got, f"{able} with init {starts}, to hold what load reads")
