@@ -16,7 +16,6 @@ import numpy as np
 from configs import common
 from molora_jax import config as config_lib
 from molora_jax.runs.manifest import read_manifest
-from tests.io import tiny_files
 
 STEPS = 6
 ITEMS = ("adapters", "opt", "router_state", "train")
@@ -76,6 +75,8 @@ def changed(mapping, **values):
 
 
 def write_base(path: pathlib.Path, seed=0, **changes) -> pathlib.Path:
+    from tests.io import tiny_files  # it brings jax, which wrong configs must not see
+
     config = tiny_files.llama_config(**{"vocab_size": 264} | changes)
     return tiny_files.write_hf_folder(path, config, tiny_files.hf_tensors(config, seed))
 

@@ -14,7 +14,7 @@ from launch import flags
 from molora_jax import config as config_lib
 from molora_jax.config import fields as known
 from molora_jax.config.members import options
-from tests.faults.common import tiny_config
+from tests.faults.common import base_folder, tiny_config
 from tests.faults.report import CHANNEL, Failure, each, refused
 
 OF_ANOTHER_TYPE = {
@@ -138,6 +138,7 @@ def _get(tree, path):
 def from_schema(seed: int, tries: int) -> list[Failure]:
     """All tries in one fresh process, which says at the end whether jax was imported."""
     CHANNEL.send(started=seed)
+    base_folder()  # made here, found there: making it brings jax
     code = f"from tests.faults import configs; configs.child({seed}, {tries})"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=os.environ, check=False)
     lines = done.stdout.splitlines()

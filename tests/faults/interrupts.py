@@ -28,7 +28,7 @@ def struck(place: str, nth: int, number: int):
             os.kill(os.getpid(), number)
 
     reached, put_batch, valid_nll = Checkpoints.reached, loop.sharding.put_batch, loop.Run.valid_nll
-    together = loop.StageStep.compile_together
+    together = loop.CompiledStep.compile_together
 
     def checkpoint(self, point):
         strike(point)
@@ -49,7 +49,7 @@ def struck(place: str, nth: int, number: int):
         return valid_nll(self, *args)
 
     with changed(Checkpoints, reached=checkpoint), changed(loop.sharding, put_batch=batch):
-        with changed(loop.StageStep, compile_together=compile_together), changed(loop.Run, valid_nll=evaluate):
+        with changed(loop.CompiledStep, compile_together=compile_together), changed(loop.Run, valid_nll=evaluate):
             yield
 
 

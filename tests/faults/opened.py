@@ -12,6 +12,7 @@ from flax.traverse_util import unflatten_dict
 import molora_jax
 from molora_jax import config as config_lib
 from molora_jax.runs.checkpoints import Checkpoints, read_manifest
+from molora_jax.runs.obstacles import obstacles
 from molora_jax.runs.workdir import Workdir
 from molora_jax.training.loop import Run
 from tests.faults.common import arrays_digest
@@ -60,7 +61,7 @@ def loaded(workdir, step="best") -> dict:
 def resumed(config, workdir) -> tuple[dict, list[str]]:
     """What a start would go on from, and what it said."""
     notes = []
-    with Workdir(str(workdir)) as place:
+    with obstacles(workdir), Workdir(str(workdir)) as place:  # as `train` does
         run = Run(config, place, note=notes.append)
         state = run.restore_or_start()
         run.checkpoints.close()
