@@ -58,9 +58,11 @@ def routed(model):
     """`(rule, segment, E, site)` of every meeting of tokens and experts in a layer of every segment."""
     for r, rule in enumerate(model.rules):
         for segment in model.segments:
-            if segment.counts[r] > 1 and placements.of(rule).slots(rule, segment.counts[r], model.config):
-                for name in placements.of(rule).meetings(rule):
-                    yield rule, segment, segment.counts[r], name
+            place = placements.of(rule)
+            experts = segment.counts[r] and place.experts(model.config, segment.counts[r])
+            if experts > 1 and place.slots(rule, experts, model.config):
+                for name in place.meetings(rule):
+                    yield rule, segment, experts, name
 
 
 def load(model, rule, segment, experts: int, name: str, *, on: Engine, tokens: int, itemsize: int) -> Load:

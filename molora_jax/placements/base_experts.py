@@ -125,7 +125,8 @@ class BaseExperts(Placement):
     REFUSES: ClassVar[tuple] = (
         (
             "router.name", (("router.name", "given", True),),
-            "no router: the base routes to its own experts", "Leave it out; base_router='trained' trains the base's.",
+            "no router, for the base routes to its own experts",
+            "Leave it out; base_router='trained' trains the base's.",
         ),
         (
             "adapter.name", (("adapter.name", "not in", ("lora", "rslora")),),
@@ -145,6 +146,12 @@ class BaseExperts(Placement):
 
     def experts(self, config, experts):
         return config.experts
+
+    def slots(self, rule, experts, config):
+        return config.active
+
+    def frozen(self, config, meeting):
+        return config.experts * sum(d_in * d_out for d_in, d_out in map(config.dims, SITES))
 
     def kept(self, site, leaves):
         """A and B `[L, E, R, D]`, one of those that all experts share."""
