@@ -63,7 +63,7 @@ class Part(base.Part):
         factors = {}
         for site, f in self.factors.items():
             wide = {"A": "in" if site == "down" else "width", "B": "width" if site == "down" else "out"}
-            names = {n: ("expert" if getattr(f, n).shape[0] == self.experts else None, "rank", wide[n]) for n in "AB"}
+            names = {n: ("expert" if getattr(f, n).shape[0] > 1 else None, "rank", wide[n]) for n in "AB"}
             factors[site] = f.replace(**{name: Axes(axes, site) for name, axes in names.items()})
         return self.replace(
             kernels=kernels, factors=factors, dropout=base.replicated(self.dropout), idx=tokens, gates=tokens

@@ -2,12 +2,12 @@
 
 import json
 
-import jax
 import numpy as np
 import pytest
 
 import molora_jax
 from configs import moe_lora
+from molora_jax.engines import ENGINES
 from molora_jax.evaluation import report as reports
 from molora_jax.evaluation.progress import Phases
 from molora_jax.training.loop import train
@@ -56,8 +56,10 @@ def test_train_resume_evaluate_generate(tmp_path, monkeypatch, family):
     print({name: (round(t["nll_base"][0], 3), round(t["nll"][0], 3)) for name, t in tasks.items()}, repr(answer))
 
 
-@pytest.mark.parametrize("mesh", [{}, dict(expert=4, data=2)], ids=["1", "8"])
-@pytest.mark.parametrize("engine", ["gather", "ragged_all_to_all"])
+@pytest.mark.parametrize(
+    ("engine", "mesh"),
+    [("replicate", dict(data=8)), *((e, dict(data=2, expert=4)) for e in ENGINES if e != "ragged_all_to_all")], ids=str,
+)  # fmt: skip
 def test_a_base_that_routes(tmp_path, monkeypatch, mesh, engine):
     """OLMoE with a mixture on attention, a LoRA a base expert and a router that trains; resumed bit for bit."""
     monkeypatch.setenv("MOLORA_CACHE", str(tmp_path / "cache"))
@@ -70,15 +72,15 @@ def test_a_base_that_routes(tmp_path, monkeypatch, mesh, engine):
             made.method.rules.moe.base_router = "trained"
             made.base.source, made.engine = source, engine
             made.data.update(tasks=f"jsonl:{tmp_path / 'task.jsonl'}", seq_len=64, overlong="truncate")
-            made.mesh.update(dict(data=1) | mesh)
+            made.mesh.update(mesh)
             made.train.update(dict(steps=4, batch_size=8, save_every=2, log_every=1) | train)
             made.eval.update(num_items=4, num_generated=2, max_new_tokens=4, batch_size=8)
         return made
 
-    devices, quiet = jax.devices()[: 8 if mesh else 1], dict(note=lambda text: None)
-    train(config(), str(tmp_path / "whole"), devices=devices, **quiet)
-    train(config(stop_after=2), str(tmp_path / "broken"), devices=devices, **quiet)
-    train(config(), str(tmp_path / "broken"), devices=devices, **quiet)
+    quiet = dict(note=lambda text: None)
+    train(config(), str(tmp_path / "whole"), **quiet)
+    train(config(stop_after=2), str(tmp_path / "broken"), **quiet)
+    train(config(), str(tmp_path / "broken"), **quiet)
     whole, broken = (
         [json.loads(line)["loss"] for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
         for name in ("whole", "broken")
