@@ -64,13 +64,13 @@ def config_of(point: Point, defaults, *, down: str = "once"):
     with config.unlocked():
         config.method.rules = dict(mix=rule)
         config.engine = point.engine
-        config.base.source = "random:tiny-moe" if PLACEMENTS[point.placement].BASE_ROUTER else "random:tiny"
+        config.base.source = "random:tiny-moe" if PLACEMENTS[point.placement].NEEDS else "random:tiny"
     return config
 
 
 def decoder_of(point: Point):
     """A small base that the placement is for."""
-    return TINY_MOE if PLACEMENTS[point.placement].BASE_ROUTER else TINY
+    return TINY_MOE if PLACEMENTS[point.placement].NEEDS else TINY
 
 
 def verdict(point: Point, defaults) -> Verdict:
@@ -122,7 +122,7 @@ def document(found: dict[Point, Verdict]) -> str:
         return "\n".join(lines)
 
     configs = table("router", ("none", *ROUTERS), config_cell, lambda p, v: True)
-    routes = lambda p: p.router != "none" or PLACEMENTS[p.placement].BASE_ROUTER  # noqa: E731
+    routes = lambda p: p.router != "none" or PLACEMENTS[p.placement].NEEDS  # noqa: E731
     engines = table("engine", ENGINES, engine_cell, lambda p, v: v.by != "config" and routes(p))
     works = sum(not v.by for v in found.values())
     reasons = "\n".join(f"{number}. {reason}" for reason, number in notes.items())

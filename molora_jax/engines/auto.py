@@ -37,15 +37,16 @@ class Row:
 
 def factor_shapes(model, rule, name: str, segment):
     """`Factors` of shapes of one projection in one layer."""
-    return _factor_shapes(rule.adapter, rules_lib.site(model.config, name, segment, rule))
+    return _factor_shapes(rule.adapter, placements.of(rule), rules_lib.site(model.config, name, segment, rule))
 
 
 @functools.cache  # of every site of every layout of layers, under every engine
-def _factor_shapes(adapter, at):
+def _factor_shapes(adapter, place, at):
     W = jax.ShapeDtypeStruct((at.d_in, at.d_out), jnp.float32)
 
     def make(key, W):
-        leaves = adapter.init_leaves(key, at, 0, base=W, base_grad=W)
+        layers = jax.tree.map(lambda leaf: leaf[None], adapter.init_leaves(key, at, 0, base=W, base_grad=W))
+        leaves = jax.tree.map(lambda leaf: leaf[0], place.kept(at.name, layers))
         shared = adapter.init_shared(key, (at,))
         zeros = jnp.zeros((1, 1), jnp.int32)
         ctx = Context(zeros > 0, zeros, zeros, zeros, zeros, base=W, site=at, key=key, step_key=key)
@@ -58,9 +59,11 @@ def routed(model):
     """`(rule, segment, E, site)` of every meeting of tokens and experts in a layer of every segment."""
     for r, rule in enumerate(model.rules):
         for segment in model.segments:
-            if segment.counts[r] > 1 and placements.of(rule).slots(rule, segment.counts[r], model.config):
-                for name in placements.of(rule).meetings(rule):
-                    yield rule, segment, segment.counts[r], name
+            place = placements.of(rule)
+            experts = place.experts(model.config, segment.counts[r]) if segment.counts[r] else 0
+            if experts > 1 and place.slots(rule, experts, model.config):
+                for name in place.meetings(rule):
+                    yield rule, segment, experts, name
 
 
 def load(model, rule, segment, experts: int, name: str, *, on: Engine, tokens: int, itemsize: int) -> Load:
@@ -68,7 +71,7 @@ def load(model, rule, segment, experts: int, name: str, *, on: Engine, tokens: i
     place, ways, leaves, rank = placements.of(rule), on.ways("tensor"), [], 0
     for site in place.owns(rule, name):
         factors = factor_shapes(model, rule, site, segment)
-        rank, axes = factors.A.shape[1], place.axes(factors, site, on.rank_space)
+        rank, axes = factors.A.shape[1], place.axes(factors, site, on.rank_space, experts)
         for leaf, a in zip(jax.tree.leaves(factors), jax.tree.leaves(axes), strict=True):
             split = on.tensor(a)
             size = int(np.prod(leaf.shape)) * 4 // (ways if split else 1)
@@ -127,8 +130,9 @@ def table(model, on: Engine, *, tokens: int, itemsize: int) -> list[Row]:
         refused = refusal(model, own) or _emulated(own)
         shipped = useful = 0.0
         for rule, segment, experts, site in routed(model):
-            one = load(model, rule, segment, experts, site, on=own, tokens=tokens, itemsize=itemsize)
-            a, b = module.bytes_moved(one, own)
+            at = own if placements.of(rule).DROPS else dataclasses.replace(own, capacity=0.0)
+            one = load(model, rule, segment, experts, site, on=at, tokens=tokens, itemsize=itemsize)
+            a, b = module.bytes_moved(one, at)
             shipped, useful = shipped + a * len(segment.layers), useful + b * len(segment.layers)
         rows.append(Row(name, shipped, useful, refused))
     return rows

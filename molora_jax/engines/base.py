@@ -93,18 +93,27 @@ class Engine:
         split = "in" if axes.site in ROW_SITES else "out"
         return self.ways("tensor") > 1 and (split in axes.names or "sum" in axes.names)
 
-    def spec(self, axes: Axes, rows: tuple[str, ...], split: bool) -> PartitionSpec:
-        """Where an array lies. `rows`: mesh axes of the tokens; `split`: experts are in shares."""
+    def spec(self, axes: Axes, rows: tuple[str, ...], part=None) -> PartitionSpec:
+        """Where an array lies (of a part, where it is one's). `rows`: mesh axes of the tokens."""
         width = "in" if axes.site in ROW_SITES else "out"
-        mesh = {"tokens": rows, "expert": "expert" if split else None, width: "tensor", "sum": "tensor"}
+        mesh = {"tokens": rows, width: "tensor", "sum": "tensor"}
+        if part is not None and self.split(part.experts, part.routed):
+            mesh |= {"expert": "expert", "shares": "expert"}
+        elif part is not None and part.experts % self.peers == 0:
+            mesh |= {"shares": "expert"}
         names = axes.names[1:] if axes.names[:1] == ("sum",) and self.ways("tensor") == 1 else axes.names
         return PartitionSpec(*(mesh.get(name) for name in names))
 
     def fetch(self, part, axes):
         """A part whose experts are all here; its transpose is a reduce-scatter. As it is where tokens travel."""
-        if self.moves_tokens or not self.split(part.experts, part.routed):
+        if self.moves(part):
             return part
-        whole = lambda leaf, a: self.module.fetch(leaf) if a.names[:1] == ("expert",) else leaf  # noqa: E731
+
+        def whole(leaf, a):
+            away = self.spec(a, (), part)[:1] == ("expert",)
+            own = gather.fetch if a.names[:1] == ("shares",) else self.module.fetch
+            return own(leaf) if away else leaf
+
         return jax.tree.map(whole, part, axes)
 
     def trip(self, idx, experts: int, ids=None):

@@ -79,8 +79,7 @@ def meet(on: Engine, region: Region, arrays: dict, parts):
     parts = [_padded(part, on) for part in parts]
     axes = [part.axes(on.rank_space) for part in parts]
     away = [on.moves(part) for part in parts]
-    whole = [on.split(part.experts, part.routed) for part in parts]
-    specs = [jax.tree.map(lambda a, s=s: on.spec(a, rows, s), a) for a, s in zip(axes, whole, strict=True)]
+    specs = [jax.tree.map(lambda a, p=p: on.spec(a, rows, p), a) for a, p in zip(axes, parts, strict=True)]
     early = [None] * len(parts)
     if split and not any(away):
         early = _early(on, rows, arrays["x"], parts, axes, specs)
@@ -104,7 +103,7 @@ def meet(on: Engine, region: Region, arrays: dict, parts):
             out = jax.tree.map(lambda a, y: _summed(on, a, y, split), outs, out)
         return region.end(arrays, out), counts
 
-    spec = lambda a: on.spec(a, rows, False)  # noqa: E731
+    spec = lambda a: on.spec(a, rows)  # noqa: E731
     run = jax.shard_map(
         local, mesh=on.mesh, in_specs=({n: spec(named[n]) for n in arrays}, specs, P(rows)),
         out_specs=(jax.tree.map(spec, outs), P(rows)), check_vma=False,
@@ -171,4 +170,5 @@ def _padded(part, on):
         return part
     grow = lambda leaf: jnp.pad(leaf, [(0, more)] + [(0, 0)] * (leaf.ndim - 1))  # noqa: E731
     axes = part.axes(on.rank_space)
-    return jax.tree.map(lambda leaf, a: grow(leaf) if a.names[:1] == ("expert",) else leaf, part, axes)
+    split = lambda a: a.names[:1] in (("expert",), ("shares",))  # noqa: E731
+    return jax.tree.map(lambda leaf, a: grow(leaf) if split(a) else leaf, part, axes)

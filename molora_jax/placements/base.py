@@ -5,7 +5,7 @@ A placement is a frozen dataclass of its options, like every member, in a file o
 
     literals     NAME, NAMED, SITES, OWNS, LOADS, REFUSES, LIMITS: the config reads them without importing it
     of a rule    acts, scopes, leaves_of, decided_by, slots, meetings, owns, widths, frozen, ends, stays and the
-                 literals AXES, KEPT, REDONE, IDS: asked by model, engines and the table of bytes; each has a default
+                 literals AXES, KEPT, DROPS, REDONE, IDS; asked by model, engines and table of bytes; each has a default
     part(...)    one rule's experts at one meeting with tokens: a `Part`, which does the mathematics
 
 and a place in the block: a `Region` that is there (`projection.Linear`, `ffn.Hidden`, `Beside`), or one of its own.
@@ -32,9 +32,10 @@ from molora_jax.core.types import Array, Factors
 class Axes:
     """What each dimension of an array is.
 
-    `tokens`; `expert`; `rank`; `in` and `out`, the widths of the projection `site` (tensor parallelism splits one of
-    them); `width`, D, which is never split; `sum` in front: partial sums over what splits the region, absent where
-    nothing does. None is any other dimension.
+    `tokens`; `expert`; `shares`, the experts of frozen kernels, which lie in shares under every engine; `rank`; `in`
+    and `out`, the widths of the projection `site` (tensor parallelism splits one of them); `width`, D, which is never
+    split; `sum` in front: partial sums over what splits the region, absent where nothing does. None is any other
+    dimension.
     """
 
     names: tuple[str | None, ...] = ()
@@ -147,6 +148,7 @@ class Placement:
         "out": ("expert", "out"), "inp": ("expert", "in"),
     }  # fmt: skip
     KEPT: ClassVar[tuple[str, ...]] = ()  # leaves that every device keeps with rank_space; (): there is no rank space
+    DROPS: ClassVar[bool] = True  # an engine's capacity may drop its slots
     REDONE: ClassVar[tuple[str, ...]] = ()  # frozen projections that the experts form where they are
     IDS: ClassVar[int] = 1  # int32 numbers that travel with a row: its expert; 2: its place in the batch too
 
@@ -202,9 +204,9 @@ class Placement:
         """Why experts with such factors (of shapes) cannot serve rows away from home; None where they can."""
         return None
 
-    def axes(self, factors: Factors, site: str, rank_space: bool) -> Factors:
-        """`factors` with `Axes` for arrays. An A that the experts share is on every device."""
-        E, found = factors.B.shape[0], {}
+    def axes(self, factors: Factors, site: str, rank_space: bool, experts: int = 0) -> Factors:
+        """`factors` of so many experts (0: those of B) with `Axes` for arrays. What they share is on every device."""
+        E, found = experts or factors.B.shape[0], {}
         for name, names in self.AXES.items():
             leaf = getattr(factors, name)
             if leaf is not None:

@@ -59,12 +59,9 @@ class Part(base.Part):
 
     def axes(self, rank_space):
         tokens = Axes(("tokens", None))
-        kernels = {s: Axes(("expert", "width", "out") if s != "down" else ("expert", "in", "width"), s) for s in SITES}
-        factors = {}
-        for site, f in self.factors.items():
-            wide = {"A": "in" if site == "down" else "width", "B": "width" if site == "down" else "out"}
-            names = {n: ("expert" if getattr(f, n).shape[0] == self.experts else None, "rank", wide[n]) for n in "AB"}
-            factors[site] = f.replace(**{name: Axes(axes, site) for name, axes in names.items()})
+        kernels = {s: Axes(("shares", "width", "out") if s != "down" else ("shares", "in", "width"), s) for s in SITES}
+        E = self.kernels["gate"].shape[0]  # with masked ones
+        factors = {site: self.place.axes(f, site, rank_space, E) for site, f in self.factors.items()}
         return self.replace(
             kernels=kernels, factors=factors, dropout=base.replicated(self.dropout), idx=tokens, gates=tokens
         )
@@ -122,10 +119,12 @@ class BaseExperts(Placement):
     LOADS: ClassVar[bool] = False
     BASE_ROUTER: ClassVar[bool] = True
     IDS: ClassVar[int] = 2
+    DROPS: ClassVar[bool] = False
     REFUSES: ClassVar[tuple] = (
         (
             "router.name", (("router.name", "given", True),),
-            "no router: the base routes to its own experts", "Leave it out; base_router='trained' trains the base's.",
+            "no router, for the base routes to its own experts",
+            "Leave it out; base_router='trained' trains the base's.",
         ),
         (
             "adapter.name", (("adapter.name", "not in", ("lora", "rslora")),),
@@ -145,6 +144,12 @@ class BaseExperts(Placement):
 
     def experts(self, config, experts):
         return config.experts
+
+    def slots(self, rule, experts, config):
+        return config.active
+
+    def frozen(self, config, meeting):
+        return sum(config.experts * d_in * d_out for d_in, d_out in map(config.dims, SITES))
 
     def kept(self, site, leaves):
         """A and B `[L, E, R, D]`, one of those that all experts share."""

@@ -79,9 +79,7 @@ def apply(on, one: Rule, tree, base, x, *, key=None, site_name=None):
         CONFIG, SEGMENT, [(one, one.experts[0])], (), ({"r": tree}, {}, {"r": {}}), {}, ctx, {}, False, on
     )  # fmt: skip
     if one.sites == ("ffn",):
-        layer.enter("ffn", x)
-        g, u = (layer.project(n, base[n], None, x) for n in ("gate", "up"))
-        return layer.feed_forward(x, g, u, {s: (base[s], None) for s in ffn.SITES}, "silu"), layer.stats
+        return layer.feed_forward(x, {s: (base[s], None) for s in ffn.SITES}, "silu"), layer.stats
     return layer.project(site_name or one.sites[0], base[site_name or one.sites[0]], None, x), layer.stats
 
 

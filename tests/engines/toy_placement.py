@@ -32,7 +32,7 @@ class Part(base.Part):
     def axes(self, rank_space):
         tokens = Axes(("tokens", None))
         return self.replace(
-            kernels=Axes(("expert", "width", "width")), factors=self.place.axes(self.factors, "", rank_space),
+            kernels=Axes(("shares", "width", "width")), factors=self.place.axes(self.factors, "", rank_space),
             idx=tokens, gates=tokens,
         )  # fmt: skip
 
