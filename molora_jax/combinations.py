@@ -14,7 +14,7 @@ from jax.sharding import AbstractMesh
 from molora_jax import config as config_lib
 from molora_jax.adapters import ADAPTERS
 from molora_jax.backbones.compile import compile_model
-from molora_jax.backbones.families import TINY
+from molora_jax.backbones.families import TINY, TINY_MOE
 from molora_jax.engines import ENGINES, Engine, auto
 from molora_jax.errors import InputError
 from molora_jax.placements import PLACEMENTS
@@ -68,17 +68,18 @@ def config_of(point: Point, defaults, *, down: str = "once"):
     return config
 
 
-def verdict(point: Point, defaults, decoder=TINY) -> Verdict:
-    """What a run of this point would be told."""
-    refused = None
+def verdict(point: Point, defaults, decoder=None) -> Verdict:
+    """What a run of this point would be told, on a base that has what the placement needs."""
+    decoder, refused = decoder or (TINY_MOE if PLACEMENTS[point.placement].NEEDS else TINY), None
     for down in ("once", "per_expert"):
         config = config_of(point, defaults, down=down)
         try:
             config_lib.validate(config)
-            config_lib.check_model(config, decoder.layers, decoder.dims)
+            config_lib.check_model(config, decoder.layers, decoder.dims, decoder.ABSENT)
             model = compile_model(config, decoder)
         except InputError as error:
-            reason = error.fix if ": " in error.fix else error.expected
+            fix = error.fix.partition("\n")[0]  # of the first mistake
+            reason = fix if ": " in fix else error.expected
             refused = refused or Verdict("config", reason.partition(": set ")[0])
             continue
         reason = auto.refusal(model, Engine(point.engine, MESH))
@@ -88,6 +89,11 @@ def verdict(point: Point, defaults, decoder=TINY) -> Verdict:
 
 def walk(defaults) -> dict[Point, Verdict]:
     return {point: verdict(point, defaults) for point in points()}
+
+
+def decided(point: Point) -> bool:
+    """Whether tokens choose among experts: by a router, or as the base routes."""
+    return point.router != "none" or bool(PLACEMENTS[point.placement].NEEDS)
 
 
 def document(found: dict[Point, Verdict]) -> str:
@@ -115,7 +121,7 @@ def document(found: dict[Point, Verdict]) -> str:
         return "\n".join(lines)
 
     configs = table("router", ("none", *ROUTERS), config_cell, lambda p, v: True)
-    engines = table("engine", ENGINES, engine_cell, lambda p, v: p.router != "none" and v.by != "config")
+    engines = table("engine", ENGINES, engine_cell, lambda p, v: decided(p) and v.by != "config")
     works = sum(not v.by for v in found.values())
     reasons = "\n".join(f"{number}. {reason}" for reason, number in notes.items())
     return TEXT.format(works=works, points=len(found), configs=configs, engines=engines, reasons=reasons)

@@ -60,7 +60,8 @@ class Part(base.Part):
     def axes(self, rank_space):
         tokens = Axes(("tokens", None))
         kernels = {s: Axes(("shares", "width", "out") if s != "down" else ("shares", "in", "width"), s) for s in SITES}
-        factors = {site: self.place.axes(f, site, rank_space, self.experts) for site, f in self.factors.items()}
+        E = self.kernels["gate"].shape[0]  # with masked ones
+        factors = {site: self.place.axes(f, site, rank_space, E) for site, f in self.factors.items()}
         return self.replace(
             kernels=kernels, factors=factors, dropout=base.replicated(self.dropout), idx=tokens, gates=tokens
         )
@@ -122,7 +123,8 @@ class BaseExperts(Placement):
     REFUSES: ClassVar[tuple] = (
         (
             "router.name", (("router.name", "given", True),),
-            "no router: the base routes to its own experts", "Leave it out; base_router='trained' trains the base's.",
+            "no router, for the base routes to its own experts",
+            "Leave it out; base_router='trained' trains the base's.",
         ),
         (
             "adapter.name", (("adapter.name", "not in", ("lora", "rslora")),),

@@ -219,3 +219,14 @@ def test_the_shipped_config_compiles_and_counts():
     adapters = jax.eval_shape(lambda p: model.init_adapters(jax.random.key(0), p), params)
     pair = TINY_MOE.width + TINY_MOE.expert_width
     assert trees.count(adapters["moe"]) == 4 * 8 * 3 * 8 * pair  # layers, experts, sites, rank
+
+
+def test_no_layer_of_the_kernels_is_copied_out_of_the_stack():
+    """The compiled step of one device holds no array of a layer's expert kernels, forward or backward."""
+    model = checked(config_of())
+    params, adapters, batch, weight = problem(model)
+    text = loss_of(model, weight).lower(adapters, params, batch).compile().as_text()
+    L, E, D, F = params["blocks"]["experts"]["gate"].shape
+    assert f"f32[{L},{E},{D},{F}]" in text
+    for shape in ((E, D, F), (1, E, D, F), (E, F, D), (1, E, F, D)):
+        assert f"f32[{','.join(map(str, shape))}]" not in text, shape

@@ -55,7 +55,16 @@ def outputs(base):
     return backbone_cases.summary(output, value, gradients)
 
 
-@pytest.mark.parametrize("case", backbone_cases.CASES)
+QUICK = (
+    "bert",
+    "mixtral, sliding window",
+    "qwen2_moe",
+)  # all that differs between the families, but for small switches
+
+
+@pytest.mark.parametrize(
+    "case", [pytest.param(c, marks=() if c in QUICK else pytest.mark.slow) for c in backbone_cases.CASES]
+)
 def test_outputs_and_gradients(tmp_path, monkeypatch, case):
     monkeypatch.setenv("MOLORA_CACHE", str(tmp_path / "cache"))
     found = outputs(load_base(written(tmp_path / "m", case)))

@@ -6,10 +6,13 @@ import numpy as np
 import pytest
 
 import molora_jax
+from configs import moe_lora
+from molora_jax.engines import ENGINES
 from molora_jax.evaluation import report as reports
 from molora_jax.evaluation.progress import Phases
 from molora_jax.training.loop import train
 from tests.backbones import family_cases
+from tests.backbones.test_others import written
 from tests.tiny import tiny_config, write_task
 
 pytestmark = pytest.mark.slow
@@ -51,3 +54,42 @@ def test_train_resume_evaluate_generate(tmp_path, monkeypatch, family):
     assert answer == run.generate("Double 3", max_new_tokens=8, cache=False)
     print(f"{family}: loss {whole[0]:.3f} -> {whole[-1]:.3f}, resumed at 3 bit for bit;", end=" ")
     print({name: (round(t["nll_base"][0], 3), round(t["nll"][0], 3)) for name, t in tasks.items()}, repr(answer))
+
+
+@pytest.mark.parametrize(
+    ("engine", "mesh"),
+    [("replicate", dict(data=8)), *((e, dict(data=2, expert=4)) for e in ENGINES if e != "ragged_all_to_all")], ids=str,
+)  # fmt: skip
+def test_a_base_that_routes(tmp_path, monkeypatch, mesh, engine):
+    """OLMoE with a mixture on attention, a LoRA a base expert and a router that trains; resumed bit for bit."""
+    monkeypatch.setenv("MOLORA_CACHE", str(tmp_path / "cache"))
+    source = written(tmp_path / "base", "olmoe")
+    write_task(tmp_path / "task.jsonl")
+
+    def config(**train):
+        made = moe_lora.get_config()
+        with made.unlocked():
+            made.method.rules.moe.base_router = "trained"
+            made.base.source, made.engine = source, engine
+            made.data.update(tasks=f"jsonl:{tmp_path / 'task.jsonl'}", seq_len=64, overlong="truncate")
+            made.mesh.update(mesh)
+            made.train.update(dict(steps=4, batch_size=8, save_every=2, log_every=1) | train)
+            made.eval.update(num_items=4, num_generated=2, max_new_tokens=4, batch_size=8)
+        return made
+
+    quiet = dict(note=lambda text: None)
+    train(config(), str(tmp_path / "whole"), **quiet)
+    train(config(stop_after=2), str(tmp_path / "broken"), **quiet)
+    train(config(), str(tmp_path / "broken"), **quiet)
+    whole, broken = (
+        [json.loads(line)["loss"] for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
+        for name in ("whole", "broken")
+    )
+    assert whole == broken and len(whole) == 4 and np.isfinite(whole).all()
+    run = molora_jax.load_run(tmp_path / "broken")
+    fresh = np.swapaxes(np.asarray(run.params["blocks"]["router"]["kernel"]), 1, 2)
+    assert np.abs(run.adapters["moe"]["000-001"]["router"]["base"]["W"] - fresh).max() > 0
+    report = reports.evaluate(run, phases=Phases())
+    assert all(np.isfinite([task["nll"][0], task["nll_base"][0]]).all() for task in report["tasks"].values())
+    answer = run.generate("Double 3", max_new_tokens=4)
+    assert answer == run.generate("Double 3", max_new_tokens=4, cache=False)

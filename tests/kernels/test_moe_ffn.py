@@ -27,8 +27,9 @@ def close(found, wanted):
         np.testing.assert_allclose(a, b, rtol=2e-4, atol=2e-5)
 
 
-@pytest.mark.parametrize("activation", ["silu", "gelu"])
-@pytest.mark.parametrize("shared", [(), ("B_g", "B_u"), ("B_g", "B_u", "A_d")], ids=len)
+@pytest.mark.parametrize(
+    ("shared", "activation"), [((), "silu"), (("B_g", "B_u"), "gelu"), (("B_g", "B_u", "A_d"), "silu")], ids=str
+)
 def test_values_and_gradients(shared, activation):
     x, kernels, low, idx, gates, mask = problem(shared)
     rng = np.random.default_rng(1)
