@@ -2,6 +2,7 @@
 
 import ast
 import pathlib
+import re
 
 PACKAGE = pathlib.Path(__file__).parents[1] / "molora_jax"
 # From the ground up; rooms of one line may not import each other. (kernels_pallas lies below core.)
@@ -79,3 +80,20 @@ def _modules(path):
             yield node.module or ""
         elif isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
+
+
+def test_members_are_named_in_their_own_rooms():
+    """No check of the config names a member, and nobody but placements asks a placement by its name."""
+    sites = {"ffn"}  # of a block too
+    members = {f.stem for axis in ("adapters", "routers", "placements", "losses", "inits")
+               for f in (PACKAGE / axis).glob("*.py")} - {"__init__", "base"} - sites  # fmt: skip
+    for path in sorted((PACKAGE / "config").glob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Compare):  # a table of a field's values may have the word of a member
+                named = {n.value for n in ast.walk(node) if isinstance(n, ast.Constant) and isinstance(n.value, str)}
+                assert not named & members, f"{path}:{node.lineno} names {named & members}"
+    for path in sorted(PACKAGE.rglob("*.py")):
+        if room_of(path) != "placements":
+            for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+                if isinstance(node, ast.Compare) and isinstance(node.ops[0], (ast.Eq, ast.NotEq)):
+                    assert not re.search(r"\bplacement\b|\.NAME\b", ast.unparse(node.left)), f"{path}:{node.lineno}"

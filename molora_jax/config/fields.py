@@ -157,12 +157,6 @@ RANGES = {
         "dropout": below(1),
     },
     "losses": {"weight": at_least(0, float), "accumulate": choice("micro", "exact")},
-    "losses.balance": {
-        "over": choice("site", "layer", "all"),
-        "reduce": choice("sum", "mean"),
-        "normalise": choice("slots", "tokens"),
-        "counts": choice("hard", "soft"),
-    },
     "optim": {
         "learning_rate": above(0, 1e3),
         "weight_decay": within(0.0, 1e3),

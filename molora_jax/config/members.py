@@ -34,7 +34,7 @@ def unlisted(axis, name):
 @functools.cache
 def options(axis, name):
     """{option: Field} of a member, with those of its base class in `base.py` or another member's file."""
-    ranges = {**RANGES.get(axis, {}), **RANGES.get(f"{axis}.{name}", {})}
+    ranges = RANGES.get(axis, {})
     fields, limits = {}, attribute(axis, name, "LIMITS") or {}
     for option, (annotation, default) in _annotations(axis, name).items():
         field = _field(f"molora_jax/{axis}/{name}.py, field {option}", annotation, default)

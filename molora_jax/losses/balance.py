@@ -11,6 +11,7 @@ remaining values. `per_example` forms one value an example (`[rows, segment id]`
 """
 
 import dataclasses
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -20,12 +21,12 @@ from molora_jax.losses.base import Loss, leaves
 
 @dataclasses.dataclass(frozen=True)
 class Balance(Loss):
-    over: str = "site"  # site | layer | all
-    reduce: str = "mean"  # mean | sum
+    over: Literal["site", "layer", "all"] = "site"
+    reduce: Literal["sum", "mean"] = "mean"
     times_experts: bool = True
     per_example: bool = False
-    normalise: str = "slots"  # slots | tokens
-    counts: str = "hard"  # hard | soft
+    normalise: Literal["slots", "tokens"] = "slots"
+    counts: Literal["hard", "soft"] = "hard"
 
     def stats(self, routing, ctx):
         valid = routing.valid[..., None]
