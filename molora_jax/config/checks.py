@@ -53,7 +53,9 @@ def _losses(config):
 
 def _task_names(where, name, loss, tasks):
     """Options that a loss declares as task names (`TASKS`) are entries of data.tasks."""
-    for option in (attribute("losses", name, "TASKS") or ()) if isinstance(loss, dict) else ():
+    if name not in members("losses") or not isinstance(loss, dict):
+        return
+    for option in attribute("losses", name, "TASKS") or ():
         for task in task_list(loss.get(option, options("losses", name)[option].default)):
             if task not in tasks and not may_name_more(tasks):
                 expected = f"tasks among data.tasks = {','.join(tasks)}"

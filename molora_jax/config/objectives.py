@@ -9,19 +9,19 @@ COPIES = ("embed", "head", "norms", "all")
 
 def used(config) -> dict[str, dict]:
     """`{where: options}` of the run's objective and of each stage's own, of a ConfigDict or a nested dict."""
-    found = {"objective": config.get("objective") or PLAIN}
-    schedule = config.get("schedule", {})
-    for name, stage in sorted((n, stage) for n, stage in schedule.items() if isinstance(n, str)):
+    found, schedule = {"objective": config.get("objective") or PLAIN}, config.get("schedule", {})
+    for name, stage in schedule.items() if hasattr(schedule, "items") else ():
         own = stage.get("objective") if hasattr(stage, "get") else None
-        if own:
+        if own and isinstance(name, str):
             found[f"schedule.{name}.objective"] = own
-    return found
+    return dict(sorted(found.items()))
 
 
 def _states(config, wanted) -> dict[str, object]:
     """A class attribute of every member used, where the config names one that exists."""
     names = {where: value.get("name") for where, value in used(config).items() if hasattr(value, "get")}
-    return {w: attribute("objectives", n, wanted) for w, n in names.items() if n in members("objectives")}
+    known = {w: n for w, n in names.items() if isinstance(n, str) and n in members("objectives")}
+    return {where: attribute("objectives", name, wanted) for where, name in known.items()}
 
 
 def unit(config) -> int:
@@ -58,9 +58,9 @@ def problems(config):
     for name in names:
         if name not in COPIES:
             expected = f"a comma list of {one_of(COPIES)}"
-            yield wrong("method.train_base", repr(name), expected, did_you_mean(name, COPIES))
+            yield wrong("method.train_base", repr(name)[:200], expected, did_you_mean(name, COPIES))
     if "all" in names and len(names) > 1:
-        yield wrong("method.train_base", repr(",".join(names)), "'all' alone, or some of embed,head,norms")
+        yield wrong("method.train_base", repr(",".join(names))[:200], "'all' alone, or some of embed,head,norms")
     if "all" in names and rules:
         reason = "no rules: beside experts the gradient of a frozen kernel is not formed"
         yield wrong("method.train_base", "'all' with rules", reason, "Take the rules out, or name embed,head,norms.")
@@ -85,9 +85,8 @@ def _form(config, kind):
     data = config["data"]
     form = data.get("format", "auto")
     if isinstance(form, str) and form != "auto" and FORMATS.get(form, "text") != kind:
-        name = used(config)["objective"]["name"]
-        expected = f"'auto', or the form of {kind} rows, which the objective {name!r} reads"
-        yield wrong("data.format", repr(form), expected)
+        expected = f"'auto', or the form of {kind} rows, which the objective reads"
+        yield wrong("data.format", repr(form)[:200], expected)
     if kind != "text" and data.get("raw") is True:
         yield wrong("data.raw", "True", f"False: {kind} rows have a form of their own")
     if kind == "label":
