@@ -110,9 +110,9 @@ class Engine:
             return part
 
         def whole(leaf, a):
-            away = self.spec(a, (), part)[:1] == ("expert",)
-            own = gather.fetch if a.names[:1] == ("shares",) else self.module.fetch
-            return own(leaf) if away else leaf
+            if self.spec(a, (), part)[:1] != ("expert",):
+                return leaf
+            return (gather if a.names[:1] == ("shares",) else self.module).fetch(leaf)
 
         return jax.tree.map(whole, part, axes)
 

@@ -55,6 +55,14 @@ def test_dropout_does_not_depend_on_the_engine(sites):
         close(value_and_grads(Engine(name, mesh(**sizes)), one, key=3)(tree, base, x), alone)
 
 
+def test_one_expert_without_a_router_is_everywhere():
+    one, base, x = rule(("o",), 1, router=None), weights(), inputs(("o",))
+    tree = leaves(one, base)
+    alone = value_and_grads(ALONE, one)(tree, base, x)
+    for name in ENGINES:
+        close(value_and_grads(Engine(name, mesh(expert=2, tensor=2)), one)(tree, base, x), alone)
+
+
 def test_dora_on_local_engines_and_on_the_ffn():
     for sites, name, down in ((("v",), "gather", "once"), (("ffn",), "all_to_all", "per_expert")):
         one, base, x = rule(sites, 4, adapter="dora", k=2, down=down), weights(), inputs(sites)
