@@ -18,7 +18,8 @@ def test_documents_are_those_of_the_code():
 
 
 def test_every_config_is_a_row_or_a_start():
-    shipped = {path.stem for path in (ROOT / "configs").glob("*.py")} - {"__init__", "common", "quickstart"}
+    others = {"__init__", "common", "quickstart", "minilm_classify", "preference"}  # the last two show objectives
+    shipped = {path.stem for path in (ROOT / "configs").glob("*.py")} - others
     assert shipped == {pathlib.Path(row.config).stem for row in METHODS.values()}
 
 

@@ -136,7 +136,9 @@ def test_classes_need_two_and_those_of_valid_are_known(tmp_path):
 def test_pairs_of_the_shipped_tasks():
     forms = [Example("morph", f"{form} of go", word, "go") for form, word in (("past", "went"), ("third", "goes"))]
     made = of_task("morph", [*forms, Example("morph", "plural of cat", "cats", "cat")])
-    assert [(e.target, e.rejected.target) for e in made] == [("went", "goes"), ("goes", "went")], "a word alone has none"
+    assert [(e.target, e.rejected.target) for e in made] == [("went", "goes"), ("goes", "went")], (
+        "a word alone has none"
+    )
     classes = of_task("sentiment", [Example("sentiment", "?", "negative", "g", ("negative", "positive"))])
     assert classes[0].rejected.target == "positive"
     with pytest.raises(InputError, match="without wrong answers"):
