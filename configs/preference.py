@@ -5,7 +5,7 @@
 
 The pairs are made from the shipped task `morph`: chosen is the task's answer, rejected another form of the same word.
 
-Measured with `data.tasks=morph,sentiment` (there rejected is the other class) and 16 steps of 4 pairs, held-out accuracy
+Measured with `data.tasks=morph,sentiment` (rejected: the other class) and 16 steps of 4 pairs, held-out accuracy
 of 40 pairs a task: morph 50 % -> 70 % (55 to 82), sentiment, which 24 pairs do not teach, 50 % -> 48 % (33 to 63).
 
 A reward head in place of DPO:
