@@ -104,3 +104,13 @@ def test_the_command_line_names_objectives():
     )  # fmt: skip
     assert made.objective.to_dict() == dict(name="preference", beta=0.5, form="dpo")
     assert made.schedule.s00.objective.to_dict() == dict(name="distill", temperature=2.0)
+
+
+def test_experts_of_a_base_do_not_train_whole():
+    """Their kernels are read expert by expert, without a gradient: better refused than silently frozen."""
+    from molora_jax.training.setup import setup
+
+    whole = config(**{"method/rules": {}, "method/train_base": "all", "base/source": "random:tiny-moe"})
+    schema.validate(whole)
+    with pytest.raises(InputError, match=r"method\.train_base: got 'all' on a base that routes.*base_experts"):
+        setup(whole)

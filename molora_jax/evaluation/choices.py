@@ -19,7 +19,7 @@ from molora_jax.objectives import Frozen
 from molora_jax.objectives.held_out import example_nll
 from molora_jax.runs.modules import in_place
 from molora_jax.text import table
-from molora_jax.training.loop import START_KEY
+from molora_jax.training.programs import START_KEY
 
 
 def score(run, examples, *, start: bool, phases) -> dict:

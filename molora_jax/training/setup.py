@@ -62,6 +62,12 @@ def setup(config, *, devices=None, day: str | None = None) -> Setup:
     for where, value in objectives_config.used(config).items():
         if compile_objective(value, where=where).needs_tokens:
             needs_head(base.config, f"objective {value['name']}", "base.source")
+    if "all" in objectives_config.train_base(config) and any(stack.by_expert for stack in base.config.stacks):
+        raise InputError(
+            "method.train_base", got="'all' on a base that routes", expected="some of embed, head, norms",
+            fix="The kernels of its experts are read one by one and get no gradient: adapt them with a rule whose "
+            "placement is base_experts.",
+        )  # fmt: skip
     base, day = pinned(base, day)
     config_lib.check_model(config, base.config.layers, base.config.dims, base.config.ABSENT)
     places = sharding.param_shardings(base.config, base.params, mesh)  # refuses a mesh that does not divide the base
