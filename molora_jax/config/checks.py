@@ -9,7 +9,7 @@ from molora_jax.config import fields as known
 from molora_jax.config import objectives
 from molora_jax.config.data_checks import base_problems, data_problems, may_name_more, task_list, tasks_of
 from molora_jax.config.fields import MICRO_SHARDS, did_you_mean, one_of, wrong
-from molora_jax.config.members import attribute, members, options
+from molora_jax.config.members import attribute, members, options, unlisted
 from molora_jax.config.resolve import at_fault
 from molora_jax.config.rule_checks import rule_problems
 from molora_jax.config.values import MOST, group_problems, member_problems, parts_of, path_of, shown, there
@@ -80,6 +80,9 @@ def _engine(config):
         planned = engine in known.ENGINES_PLANNED
         fix = f"{engine} is not available yet." if planned else did_you_mean(engine, names)
         yield wrong("engine", shown(engine), one_of(names), fix)
+    elif engine != "auto" and isinstance(engine, str) and unlisted("engines", engine, "base.py"):
+        file = "molora_jax/engines/base.py"
+        yield wrong("engine", f"{engine!r}, which {file} does not list", "one of its ENGINES", f"Add it to {file}.")
     options = config["expert_parallel"]
     for name in ("capacity", "rank_space"):
         if engine in engines() and not attribute("engines", engine, "MOVES") and options.get(name):
@@ -109,8 +112,12 @@ def _mesh(config):
     if batch % parts:
         fix = "Change batch_size or accumulate."
         yield wrong("train.batch_size", batch, f"a multiple of train.accumulate = {parts}", fix)
-    elif batch // parts % (max(data, 1) * fsdp * expert * objectives.unit(config)):
-        unit = objectives.unit(config)
+        return
+    unit = objectives.unit(config)
+    if batch // parts % unit:
+        expected = f"whole units of {unit} rows a micro-step, which this objective keeps together"
+        yield wrong("train.batch_size", f"{batch} in {parts} micro-steps", expected, "Change batch_size or accumulate.")
+    elif batch // parts % (max(data, 1) * fsdp * expert * unit):
         rows = f"{batch // parts} rows" if unit == 1 else f"{batch // parts} rows (units of {unit} rows)"
         expected = f"data * fsdp * expert to divide the {rows} of a micro-step"
         got = f"data={shown(data)}, fsdp={shown(fsdp)}, expert={shown(expert)}"

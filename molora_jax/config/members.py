@@ -23,9 +23,9 @@ def members(axis):
     return tuple(sorted(f.stem for f in files if f.stem not in NOT_MEMBERS and not f.stem.startswith("_")))
 
 
-def unlisted(axis, name):
-    """Whether the axis's `__init__` holds a dict of members and this one is not in it."""
-    path = PACKAGE / axis / "__init__.py"
+def unlisted(axis, name, file="__init__.py"):
+    """Whether a file of the axis holds a dict of members and this one is not in it."""
+    path = PACKAGE / axis / file
     tables = [n.value for n in (_module(path).body if path.is_file() else []) if isinstance(n, ast.Assign)]
     names = [_literal(key, None) for t in tables if isinstance(t, ast.Dict) for key in t.keys if key is not None]
     return bool(names) and name not in names

@@ -35,7 +35,8 @@ def rule_problems(config):
 def _placement(where, value):
     names = [name for name in members("placements") if limits.named(name)]
     if isinstance(value, dict) and value.get("name") not in names:
-        fix = "Leave placement out: the sites say whether experts are whole FFNs or projections."
+        fix = did_you_mean(value.get("name"), names)
+        fix = fix or "Leave placement out: the sites say whether experts are whole FFNs or projections."
         return [wrong(f"{where}.name", shown(value.get("name")), one_of(names), fix)]
     return member_problems(where, value, "placements")
 
@@ -94,7 +95,8 @@ def _placed(where, rule, sites, *, start):
         yield wrong(f"{where}.sites", shown(rule["sites"]), f"sites of a {place}: {','.join(served)}", fix)
     if rule.get("base_router", "frozen") != "frozen" and not attribute("placements", place, "BASE_ROUTER"):
         able = [name for name in members("placements") if attribute("placements", name, "BASE_ROUTER")]
-        yield wrong(f"{where}.base_router", shown(rule["base_router"]), f"'frozen', but for {', '.join(able)}")
+        expected = f"'frozen', or placement=dict(name='{able[0]}')"
+        yield wrong(f"{where}.base_router", shown(rule["base_router"]), expected)
     if rule["load"] and not attribute("placements", place, "LOADS"):
         able = [name for name in members("placements") if attribute("placements", name, "LOADS")]
         yield wrong(f"{where}.load", f"runs for a {place}", f"a rule whose placement reads runs: {', '.join(able)}")

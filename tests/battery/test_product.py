@@ -53,7 +53,9 @@ def test_shapes_of_every_combination(point):
     assert shapes(after) == shapes(state)
     check_tree(case.model, state.adapters)
     trainable, fixed = (flatten_dict(x, sep="/") for x in trees.split(state.adapters, case.frozen))
-    assert len(fixed) == (2 * len(case.model.rules[0].projections) if point[3] == "pissa" else 0)
+    rule, names = case.model.rules[0], [path.rpartition("/")[2] for path in fixed]
+    assert sum(name in ("A0", "B0") for name in names) == (2 * len(rule.projections) if point[3] == "pissa" else 0)
+    assert set(names) <= {*rule.adapter.FROZEN, *(rule.router.FROZEN if rule.router is not None else ())}
     assert flatten_dict(state.opt[0], sep="/").keys() == trainable.keys(), "optimizer state for trainable leaves alone"
     for table in metrics.pop("site").values():
         assert {x.shape for x in table.values()} == {(SMALL.layers,)}
