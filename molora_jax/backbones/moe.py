@@ -23,14 +23,13 @@ from jax.sharding import PartitionSpec as P
 from molora_jax.backbones.attention import rms_norm
 from molora_jax.backbones.base import WHOLE, Leaf, Stack
 from molora_jax.backbones.llama import AT, COLUMNS, ROWS, Llama
+from molora_jax.config.fields import ATTENTION, FFN
 from molora_jax.core import routing as routing_math
 from molora_jax.core.lowrank import frozen_linear
 from molora_jax.core.types import Routing
 from molora_jax.errors import InputError
 from molora_jax.placements.ffn import ACTIVATIONS
 
-ATTENTION = ("q", "k", "v", "o")
-FFN = ("gate", "up", "down")
 NO_FFN = "There is no one dense FFN: the base routes to its experts; placement=dict(name='base_experts') adapts them."
 
 

@@ -69,11 +69,10 @@ class Preference(Objective):
     def differences(self, forward, heads, fixed, batch):
         """`(s_chosen - s_rejected, present)`, each `[B/2, G]`."""
         most = self._most(forward, batch)
-        _, present = _last(batch, most)
+        last, present = _last(batch, most)
         hidden = forward.hidden(batch)
         with jax.named_scope("loss"):
             if self.form == "reward":
-                last, _ = _last(batch, most)
                 s = jnp.take_along_axis(hidden.astype(jnp.float32), last[..., None], axis=1) @ heads["kernel"]
             else:
                 s = _log_likelihood(forward, forward.params, forward.model, hidden, batch, most)
@@ -103,14 +102,14 @@ def _right(difference: Array) -> Array:
     return jnp.where(difference > 0, 1.0, jnp.where(difference == 0, 0.5, 0.0))
 
 
-def _members(batch, most: int) -> Array:
-    """`[B, G, S]` bool: the tokens of each example of a row."""
-    return batch["segment_ids"][:, None, :] == jnp.arange(1, most + 1)[None, :, None]
+def _members(segments: Array, most: int) -> Array:
+    """`[B, G, N]` bool: which of the places `segments [B, N]` belong to each example of a row."""
+    return segments[:, None, :] == jnp.arange(1, most + 1)[None, :, None]
 
 
 def _last(batch, most: int):
     """`(position of each example's last token, whether there is one)`, both `[B, G]`."""
-    own = _members(batch, most)
+    own = _members(batch["segment_ids"], most)
     at = jnp.max(jnp.where(own, jnp.arange(own.shape[-1]), -1), axis=-1)
     return jnp.maximum(at, 0), at >= 0
 
@@ -119,5 +118,4 @@ def _log_likelihood(forward, params, model, hidden, batch, most: int) -> Array:
     """Of each answer, summed over its tokens: `[B, G]`."""
     nll, weight, _, where = token_nll(model, params, hidden, batch, forward.targets_per_row)
     segment = jnp.take_along_axis(batch["segment_ids"], where, axis=1)
-    own = segment[:, None, :] == jnp.arange(1, most + 1)[None, :, None]  # [B, G, M]
-    return -jnp.sum(jnp.where(own, (nll * weight)[:, None, :], 0.0), axis=-1)
+    return -jnp.sum(jnp.where(_members(segment, most), (nll * weight)[:, None, :], 0.0), axis=-1)

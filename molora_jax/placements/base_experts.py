@@ -22,13 +22,12 @@ import jax
 import jax.numpy as jnp
 
 from kernels_pallas import moe_ffn
+from molora_jax.config.fields import FFN as SITES
 from molora_jax.core import lowrank
 from molora_jax.core import routing as routing_math
 from molora_jax.core.types import Array, Factors
 from molora_jax.placements import base
 from molora_jax.placements.base import Axes, Placement
-
-SITES = ("gate", "up", "down")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,7 +73,7 @@ class Part(base.Part):
         z = []
         for site in ("gate", "up"):
             seen = lowrank.dropped(x, self.dropout[site], at.rows)
-            z.append((f[site].scale * slots(seen, f[site], self.idx, len_of(kernels[0]))).astype(x.dtype))
+            z.append((f[site].scale * slots(seen, f[site], self.idx, kernels[0].shape[0])).astype(x.dtype))
         drop, width = self.dropout["down"], kernels[0].shape[2]
         mask = None if drop is None else drop.mask(at.rows, width * at.share[1], x.dtype, share=at.share)
         low = (*z, f["gate"].by_expert("B"), f["up"].by_expert("B"), f["down"].by_expert("A"))
@@ -94,11 +93,6 @@ class Part(base.Part):
 
     def stay(self, arrays, out, back, lost):
         return back
-
-
-def len_of(kernel) -> int:
-    """E of the experts that are here."""
-    return kernel.shape[0]
 
 
 def slots(x: Array, factors: Factors, idx: Array, experts: int) -> Array:

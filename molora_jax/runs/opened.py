@@ -38,12 +38,12 @@ class Opened:
 def open_run(workdir, step="best", *, config=None, warn) -> Opened:
     """See `evaluation.run.load_run`; the arrays are numpy."""
     step = saved.parse_step(step)
-    own = saved.read_config(workdir, step, warn=warn)
+    saved_config = saved.read_config(workdir, step, warn=warn)
     folder = pathlib.Path(workdir).expanduser()
-    lines = [] if config is None else _overrides(own, config)
+    lines = [] if config is None else _overrides(saved_config, config)
     if lines:
         warn(f"not as {folder} was trained: " + "; ".join(lines))
-    config = own if config is None else config
+    config = saved_config if config is None else config
     checkpoints = Checkpoints(folder / "checkpoints", keep=1, warn=warn, writer=False)
     step = _find(checkpoints, step, folder)
     manifest = read_manifest(folder / "checkpoints" / str(step))
@@ -72,8 +72,9 @@ def open_run(workdir, step="best", *, config=None, warn) -> Opened:
         "adapters": jax.eval_shape(lambda p: model.init_adapters(jax.random.key(0), p), params),
         "router_state": jax.eval_shape(model.init_router_state),
     }
-    if "modules" in manifest["tree"] or modules.shapes(params):
-        shapes["modules"] = modules.shapes(params)
+    own = modules.shapes(params)
+    if "modules" in manifest["tree"] or own:
+        shapes["modules"] = own
     if "start" in manifest["tree"]:
         shapes["start"] = dict(shapes)
     stubs = jax.tree.map(lambda s: np.broadcast_to(np.zeros((), s.dtype), s.shape), shapes)  # no memory behind them

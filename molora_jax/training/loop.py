@@ -73,13 +73,8 @@ class Run:
         made = setup(config, day=known.get("day") if isinstance(known, dict) else None)
         config = self.config = made.config  # with its steps
         runtime.together("set up")
-        self.mesh, self.base, self.data, self.model, self.params = (
-            made.mesh,
-            made.base,
-            made.data,
-            made.model,
-            made.params,
-        )
+        self.mesh, self.base, self.data = made.mesh, made.base, made.data
+        self.model, self.params = made.model, made.params
         self.modules, self.frozen = made.modules, dict(made.frozen)
         self.table = self.data.report()
         if made.engines:

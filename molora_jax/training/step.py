@@ -22,7 +22,7 @@ from molora_jax.objectives.lm import PLAIN
 @flax.struct.dataclass
 class TrainState:
     """`step` int32: updates made; `skipped` int32: steps in a row that were not finite; `modules`: what trains beside
-    the adapters (`training/modules.py`), {} for nothing."""
+    the adapters (`runs/modules.py`), {} for nothing."""
 
     step: Array
     skipped: Array
