@@ -54,6 +54,24 @@ def test_an_option_that_the_file_leaves_out():
     assert config.optim.ratio == 4.0 and config.method.rules.ffn.router.jitter == 0.1
 
 
+def test_stages_keep_their_shares_of_the_steps(tmp_path, capsys):
+    file = tmp_path / "stages.py"
+    file.write_text(
+        "from configs import mixlora\n\n\ndef get_config():\n    config = mixlora.get_config()\n"
+        "    stage = dict(config.schedule.s00)\n"
+        "    config.schedule = dict(s00={**stage, 'steps': 50}, s01={**stage, 'steps': 150})\n    return config\n"
+    )
+    stages = lambda config: [stage.steps for _, stage in sorted(config.schedule.items())]  # noqa: E731
+    assert stages(parse(f"--config={file}")[0]) == [50, 150]
+    assert stages(parse(f"--config={file}", "--config.train.steps=8")[0]) == [2, 6]
+    assert "50, 150 of 200 steps have 2, 6 of 8" in capsys.readouterr().err
+    assert stages(parse(f"--config={file}", "--config.train.steps=3")[0]) == [1, 2]
+    own = ["--config.train.steps=3", "--config.schedule.s00.steps=2", "--config.schedule.s01.steps=1"]
+    assert stages(parse(f"--config={file}", *own)[0]) == [2, 1], "said on the command line: as it says"
+    with pytest.raises(InputError, match="schedule"):
+        parse(f"--config={file}", "--config.train.steps=1")
+
+
 def test_a_shared_file_is_not_changed_by_overrides():
     parse(f"--config={MIXLORA}", "--config.train.steps=7")
     assert parse(f"--config={MIXLORA}")[0].train.steps == common.get_config().train.steps
