@@ -28,7 +28,14 @@ from molora_jax.errors import InputError
 
 ROOT = pathlib.Path(__file__).parents[1]
 OVERRIDE = re.compile(r"--?config\.([^=]*)(=.*)?", re.DOTALL)
-AXES = dict(adapter="adapters", router="routers", placement="placements", optim="optim", objective="objectives")
+AXES = dict(
+    adapter="adapters",
+    router="routers",
+    placement="placements",
+    optim="optim",
+    objective="objectives",
+    regime="regimes",
+)
 BOOLS = {"true": True, "false": False, "1": True, "0": False, "yes": True, "no": False}
 
 

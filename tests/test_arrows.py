@@ -19,6 +19,7 @@ FLOORS = (
     ("io",),
     ("data",),
     ("runs",),
+    ("regimes",),
     ("training", "decode"),
     ("evaluation",),
     ("methods", "combinations"),

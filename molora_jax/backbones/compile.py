@@ -9,6 +9,7 @@ from molora_jax.config.resolve import split_commas
 from molora_jax.core.rules import Rule, adapter_sites
 from molora_jax.errors import InputError
 from molora_jax.losses import LOSSES
+from molora_jax.losses.base import Penalty
 from molora_jax.placements import PLACEMENTS
 from molora_jax.routers import ROUTERS
 
@@ -46,7 +47,7 @@ def compile_model(config, decoder: Backbone, *, max_segments: int = 0, tasks: tu
             )
         )
     model = Model(
-        decoder, tuple(rules), compile_losses(config), remat=config.train.remat, max_segments=max_segments,
+        decoder, tuple(rules), apart(compile_losses(config))[0], remat=config.train.remat, max_segments=max_segments,
         attention=config.train.get("attention", "xla"),  # not in runs of older versions
         tasks=split_commas(config.data.tasks) if tasks is None else tasks,
     )  # fmt: skip
@@ -69,5 +70,11 @@ def _one_change_of_base_experts(rules):
 
 
 def compile_losses(config) -> tuple[tuple[str, object], ...]:
-    """`(name, member)` of the config's routing losses (a stage may change their weights)."""
+    """`(name, member)` of the config's losses beside the objective's (a stage may change their weights)."""
     return tuple((name, LOSSES[name](**dict(options))) for name, options in sorted(config.losses.items()))
+
+
+def apart(losses) -> tuple[tuple, tuple]:
+    """`(routing losses, penalties)` of `compile_losses`."""
+    of = lambda kind: tuple(pair for pair in losses if isinstance(pair[1], Penalty) == kind)  # noqa: E731
+    return of(False), of(True)

@@ -10,6 +10,7 @@ from molora_jax.config import objectives
 from molora_jax.config.data_checks import base_problems, data_problems, may_name_more, task_list, tasks_of
 from molora_jax.config.fields import MICRO_SHARDS, did_you_mean, one_of, wrong
 from molora_jax.config.members import attribute, members, options, unlisted
+from molora_jax.config.regimes import regime_problems
 from molora_jax.config.resolve import at_fault
 from molora_jax.config.rule_checks import rule_problems
 from molora_jax.config.values import MOST, group_problems, member_problems, parts_of, path_of, shown, there
@@ -35,6 +36,7 @@ def problems(config):
         *_train(config),
     ]
     found += [*member_problems("optim", config["optim"], "optim"), *_objective(config), *_mesh(config), *_exact(config)]
+    found += regime_problems(config)
     return found + list(_schedule(config, valid=not found))
 
 

@@ -95,6 +95,8 @@ def default_at(tree: dict, path: str):
             return _option("optim", tree["optim"]["name"], *rest)
         if head == "objective" and rest != ["name"]:
             return _option("objectives", tree["objective"]["name"], *rest)
+        if head == "regime" and rest != ["name"]:
+            return _option("regimes", tree["regime"]["name"], *rest)
         if head == "schedule":
             return WHOLE.get(rest[1], MISSING) if len(rest) == 2 else MISSING
         found = sections()[head]

@@ -96,6 +96,7 @@ FIELDS = {
     "losses": {},  # checked member by member
     "optim": {},  # the options of the member
     "schedule": {},  # checked stage by stage
+    "regime": {},  # the options of the member
     "mesh": {
         "data": Field(int, ">= 1, or -1 for all devices that are left", lambda size: size >= 1 or size == -1),
         **{axis: at_least(1) for axis in MESH_AXES[1:]},
@@ -136,7 +137,7 @@ RULE = {
     "base_router": since(choice("frozen", "trained"), "frozen"),
 }
 
-LATER = ("objective",)  # groups that configs of older versions lack
+LATER = ("objective", "regime")  # groups that configs of older versions lack
 STAGE = {"steps": at_least(0), "tasks": TEXT, "freeze": TEXT, "route": choice("", "task")}
 WHOLE = dict(steps=0, tasks="", freeze="", set={}, route="", objective={})  # the one stage of a plain run
 
@@ -166,6 +167,7 @@ RANGES = {
         "b2": below(1),
         "eps": above(0),
         "ratio": above(0),
+        "momentum": below(1),
     },
 }
 

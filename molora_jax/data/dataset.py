@@ -190,6 +190,11 @@ class DataSet:
             chosen += [self.splits[split].example(i) for i in members[:items_per_task]]
         return chosen
 
+    def heldout_of(self, name: str, split: str, items: int) -> list[Encoded]:
+        """Those of `heldout` that are of a task: its name, or an entry of `data.tasks`, which may be several tasks."""
+        ids = self.train.for_tasks(name).task_ids
+        return [example for example in self.heldout(split, items) if example.task_id in ids]
+
     def heldout_batches(self, examples: list[Encoded], batch_rows: int, targets_per_row: int | None = None):
         """Packed batches `[batch_rows, S]` that hold every example once, all of one shape (the last one padded).
 

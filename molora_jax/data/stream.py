@@ -51,12 +51,17 @@ class Stream:
         max_segments: int,
         pad_id: int,
         unit: int = 1,
+        only: dict[int, np.ndarray] | None = None,
+        shares: dict[int, float] | None = None,
     ):
+        """`only`: of each task the examples that take part (of a unit: its first), by default all; `shares`: of the
+        draws, by task, in place of those that the temperature gives."""
         self.split, self.task_ids, self.seed, self.temperature = split, task_ids, seed, temperature
         self.seq_len, self.batch_size, self.pad_id = seq_len, batch_size, pad_id
         self.targets_per_row, self.max_segments = targets_per_row, max_segments
         self.unit, self._size = unit, {name: split.largest(name, unit) for name in ("positions", "targets")}
-        self._members = {i: np.flatnonzero(split.task_ids == i)[::unit] for i in task_ids}  # the first of each unit
+        every = {i: np.flatnonzero(split.task_ids == i)[::unit] for i in task_ids}  # the first of each unit
+        self._members = every if only is None else {i: only[i] for i in task_ids}
         for i, members in self._members.items():
             if not len(members):
                 raise InputError(
@@ -68,9 +73,9 @@ class Stream:
                 )
         sizes = np.array([len(members) for members in self._members.values()], np.float64)
         weights = sizes ** (1.0 / temperature)
-        self.shares = dict(zip(task_ids, (weights / weights.sum()).tolist(), strict=True))
+        self.shares = dict(zip(task_ids, (weights / weights.sum()).tolist(), strict=True)) if shares is None else shares
         self._fixed = {i: max(1, round(share * _ONE)) for i, share in self.shares.items()}
-        self._total = int(sizes.sum())
+        self.size = self._total = int(sizes.sum())
         self._per_total = -(-self._total // WINDOW)
         self._ends = []  # rows in windows 0 .. w, for all w planned so far
         self._plans = collections.OrderedDict()
@@ -142,6 +147,19 @@ class Stream:
             pad_id=self.pad_id,
             unit=self.unit,
         )
+
+    def among(self, only: dict[int, np.ndarray], *, seed: int | None = None, shares=None) -> "Stream":
+        """The same kind of stream over some examples of some tasks, `{task id: ids}`; see `__init__`."""
+        return Stream(
+            self.split, task_ids=tuple(sorted(only)), seq_len=self.seq_len, batch_size=self.batch_size,
+            seed=self.seed if seed is None else seed, temperature=self.temperature,
+            targets_per_row=self.targets_per_row, max_segments=self.max_segments, pad_id=self.pad_id, unit=self.unit,
+            only=only, shares=shares,
+        )  # fmt: skip
+
+    def members(self, task_id: int) -> np.ndarray:
+        """The ids of a task's examples (of a unit: its first)."""
+        return self._members[task_id]
 
     def epoch_rows(self) -> int:
         """Rows that hold as many draws as all tasks together have examples."""

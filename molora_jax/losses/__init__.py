@@ -2,7 +2,8 @@
 
 from molora_jax.losses.balance import Balance
 from molora_jax.losses.entropy import Entropy
+from molora_jax.losses.ewc import Ewc
 from molora_jax.losses.localized_balance import LocalizedBalance
 from molora_jax.losses.z_loss import ZLoss
 
-LOSSES = {"balance": Balance, "z_loss": ZLoss, "entropy": Entropy, "localized_balance": LocalizedBalance}
+LOSSES = {"balance": Balance, "z_loss": ZLoss, "entropy": Entropy, "localized_balance": LocalizedBalance, "ewc": Ewc}

@@ -5,6 +5,7 @@
 """
 
 import dataclasses
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -34,6 +35,28 @@ class Loss:
         return jax.tree.map(lambda x: x.swapaxes(0, 1).reshape(x.shape[1], -1, *x.shape[3:]), stacked)
 
     def value(self, stats: dict) -> Array:
+        raise NotImplementedError
+
+
+@dataclasses.dataclass(frozen=True)
+class Penalty(Loss):
+    """On the trainable leaves, not on routing, given what the run remembers (a regime with `PENALTY` keeps it).
+
+    `SQUARES`: whether `remember` asks for the mean of the squared gradients of single examples.
+    """
+
+    ROUTING: ClassVar[bool] = False
+    SQUARES: ClassVar[bool] = False
+
+    def fresh(self, trainable: dict) -> dict:
+        """What is remembered before anything was learnt; traceable."""
+        raise NotImplementedError
+
+    def penalty(self, trainable: dict, memory: dict) -> Array:
+        raise NotImplementedError
+
+    def remember(self, memory: dict, trainable: dict, squares: dict | None) -> dict:
+        """The memory after a task; traceable."""
         raise NotImplementedError
 
 

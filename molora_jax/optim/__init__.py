@@ -2,5 +2,6 @@
 
 from molora_jax.optim.adamw import AdamW
 from molora_jax.optim.lora_plus import LoraPlus
+from molora_jax.optim.sgd import Sgd
 
-OPTIMIZERS = {"adamw": AdamW, "lora_plus": LoraPlus}
+OPTIMIZERS = {"adamw": AdamW, "lora_plus": LoraPlus, "sgd": Sgd}

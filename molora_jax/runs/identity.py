@@ -15,7 +15,7 @@ from molora_jax.config.members import attribute, members
 from molora_jax.errors import InputError
 from molora_jax.runs.manifest import json_hash
 
-SECTIONS = ("method", "losses", "optim", "schedule", "seed", "objective")
+SECTIONS = ("method", "losses", "optim", "schedule", "seed", "objective", "regime")
 TRAIN_FIELDS = ("batch_size", "accumulate", "clip", "init_from", "exact")
 # data.tasks and data.valid may hold paths: the fingerprint of their content stands for them; base.source likewise.
 CONTENT = {"data": ("tasks", "data_fingerprint"), "base": ("source", "base_digest")}

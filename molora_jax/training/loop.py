@@ -1,6 +1,9 @@
 """The training loop: everything that is not a pure function of arrays.
 
 restore or start -> for every stage: compile its step -> batch, step, metrics, checkpoint -> table and picture
+
+How the steps are cut into stages, whose rows they read and what happens between them is the regime's (`regimes.base`).
+With runs side by side (federated clients) a turn of the loop is an optimizer step of each.
 """
 
 import dataclasses
@@ -25,6 +28,8 @@ from molora_jax.io import disk
 from molora_jax.io.files import write_atomically
 from molora_jax.objectives import Frozen, Objective
 from molora_jax.objectives.held_out import example_nll
+from molora_jax.optim.base import restarted
+from molora_jax.regimes import compile_regime, stage_at
 from molora_jax.runs import expert_runs, warm_start
 from molora_jax.runs import saved as saved_lib
 from molora_jax.runs.checkpoints import Checkpoints, read_manifest
@@ -33,10 +38,10 @@ from molora_jax.runs.modules import in_place
 from molora_jax.runs.obstacles import not_saved, obstacles, stop_trace
 from molora_jax.runs.workdir import Workdir
 from molora_jax.text import table
-from molora_jax.training import stages as stages_lib
-from molora_jax.training import summary
+from molora_jax.training import many, summary
 from molora_jax.training.devices import Devices
 from molora_jax.training.exact import ExactNLL
+from molora_jax.training.examples import mean_squares
 from molora_jax.training.frozen import START
 from molora_jax.training.loss_picture import plot_loss
 from molora_jax.training.programs import CompiledStep, Program, knobs_of, program_of
@@ -45,6 +50,7 @@ from molora_jax.training.signals import StopRequest
 from molora_jax.training.step import TrainState
 
 RETRY_SECONDS = 10.0  # from a failed save to the next try, doubled each time; the steps of save_every try anyway
+CLIENTS = ("adapters", "router_state", "modules")  # what every run side by side has of its own, beside `opt`
 MAX_SKIPPED = 5  # steps in a row without a finite gradient before the run gives up
 
 
@@ -103,13 +109,21 @@ class Run:
                 note(f"data.json is not written ({error.strerror or error})")
         self.constrain = sharding.constrain(self.mesh)
         self.exact = config.train.get("exact", False)  # not in runs of older versions
-        self.stages = stages_lib.stages(config)
+        self.regime = compile_regime(config)
+        self.regime.check(config, self.data, self.model)
+        self.stages = self.regime.stages(config, self.data)
+        self.turn = self.regime.side_by_side or 1  # optimizer steps that a turn of the loop makes
+        self.memory, self.step_now, self._sources = {}, self.newest or 0, {}
         self.best = self.best_saved = float("inf")
         self._best_pending = None
-        self.programs = {stage.name: program_of(self, stage) for stage in self.stages}
-        whole = sharding.replicated(self.mesh)
-        self.knobs = {stage.name: sharding.put(knobs_of(stage.config), whole) for stage in self.stages}
+        self.programs, self.knobs, made, whole = {}, {}, {}, sharding.replicated(self.mesh)
+        for stage in self.stages:  # rounds of equal stages are one program
+            key = id(stage.config), stage.freeze, stage.route
+            if key not in made:
+                made[key] = program_of(self, stage), sharding.put(knobs_of(stage.config), whole)
+            self.programs[stage.name], self.knobs[stage.name] = made[key]
         self._compiled: dict[Program, CompiledStep] = {}
+        self._server = None
 
     def compiled(self, stage) -> CompiledStep:
         program = self.programs[stage.name]
@@ -122,6 +136,38 @@ class Run:
     def share_compiled(self, other: "Run"):
         """With a run of equal programs."""
         self._compiled = other._compiled
+
+    def source(self, stage):
+        """The rows of a stage; stages of the same tasks read on in the same ones."""
+        if stage.tasks not in self._sources:
+            self._sources[stage.tasks] = self.regime.source(self.data, self.config, stage)
+        return self._sources[stage.tasks]
+
+    def arguments(self, stage) -> tuple:
+        """What a stage's step is given beside state, base and rows: frozen models, knobs, what penalties remember."""
+        program, knobs = self.programs[stage.name], self.knobs[stage.name]
+        if self.regime.side_by_side:
+            knobs = sharding.put(self.regime.knobs(jax.device_get(knobs)), sharding.replicated(self.mesh))
+        own = self.fixed(program.objective), knobs
+        return (*own, self.memory["penalties"]) if program.penalties else own
+
+    def put(self, batch: dict):
+        """A turn's rows on the mesh."""
+        if self.regime.side_by_side:
+            return many.put_stacked(batch, self.mesh)
+        return sharding.put_batch(batch, self.mesh, self.config.train.batch_size)
+
+    def server(self, stage, state: TrainState) -> TrainState:
+        """The model that a state stands for: itself, or the average of clients."""
+        if not self.regime.side_by_side:
+            return state
+        compiled, sizes = self.compiled(stage), self.source(stage).sizes
+        if self._server is None:
+            average = lambda s: self.regime.server(s, sizes, compiled.frozen)  # noqa: E731
+            places = compiled.shardings
+            self._server = jax.jit(average, out_shardings=(places.adapters, places.router_state, places.modules))
+        adapters, router_state, modules = self._server(state)
+        return dataclasses.replace(state, adapters=adapters, router_state=router_state, modules=modules)
 
     def fixed(self, objective: Objective) -> dict[str, Frozen]:
         """The frozen models that an objective asks for, by its names for them."""
@@ -143,7 +189,8 @@ class Run:
 
     def restore_or_start(self) -> TrainState:
         step = self.newest
-        stage = self.compiled(stages_lib.stage_at(self.stages, step or 0))
+        stage = self.compiled(stage_at(self.stages, step or 0))
+        self.memory = self.regime.memory(self)
         if step is None:
             state = self.make(stage.start, stage.shardings)(self.params, self.knobs[self.stages[0].name].seed)
             if self.config.train.init_from:
@@ -158,14 +205,18 @@ class Run:
                 state = dataclasses.replace(state, adapters=sharding.put(new, stage.shardings.adapters))
             if self.looks_back:
                 self.keep_start({n: getattr(state, n) for n in ("adapters", "router_state", "modules")})
-            return state
-        shapes = stage.shapes
+            return stage.spread(state)
+        shapes, clients = stage.shapes, bool(self.regime.side_by_side)
         template = {
             "adapters": shapes.adapters,
-            "opt": shapes.opt,
+            "opt": stage.loop_shapes.opt,
             "router_state": shapes.router_state,
-            "train": {"step": shapes.step, "skipped": shapes.skipped, "best": np.zeros((), np.float64)},
+            "train": {"step": shapes.step, "skipped": stage.loop_shapes.skipped, "best": np.zeros((), np.float64)},
         }
+        if clients:
+            template["clients"] = {n: getattr(stage.loop_shapes, n) for n in CLIENTS}
+        if self.memory:
+            template["memory"] = self.memory
         if shapes.modules:
             template["modules"] = shapes.modules
         if self.looks_back:
@@ -180,24 +231,32 @@ class Run:
         self.best = self.best_saved = float(items["train"]["best"])
         if self.looks_back:
             self.keep_start(items["start"])
+        self.memory = items.get("memory", {})
         self.note(f"resumed at step {step}")
-        return TrainState(
-            items["train"]["step"], items["train"]["skipped"], items["adapters"], items["opt"], items["router_state"],
-            items.get("modules", {}),
-        )  # fmt: skip
+        own = items["clients"] if clients else {name: items.get(name, {}) for name in CLIENTS}
+        made = items["train"]["step"]
+        if clients:  # a client counts its own steps
+            turns = np.full(self.turn, step // self.turn, np.int32)
+            made = sharding.put(turns, stage.loop_shardings.step)
+        return TrainState(made, items["train"]["skipped"], opt=items["opt"], **own)
 
     def save(self, state: TrainState, step: int, *, best=False):
+        stage = stage_at(self.stages, step)
+        whole = self.server(stage, state)
         items = {
-            "adapters": state.adapters,
+            "adapters": whole.adapters,
             "opt": state.opt,
-            "router_state": state.router_state,
-            "train": {"step": state.step, "skipped": state.skipped, "best": np.float64(self.best)},
+            "router_state": whole.router_state,
+            "train": {"step": np.int32(step), "skipped": state.skipped, "best": np.float64(self.best)},
         }
-        if state.modules:
-            items["modules"] = state.modules
+        if whole.modules:
+            items["modules"] = whole.modules
+        if self.regime.side_by_side:
+            items["clients"] = {name: getattr(state, name) for name in CLIENTS}
+        if self.memory:
+            items["memory"] = self.memory
         if self.looks_back:
             items["start"] = self.start
-        stage = stages_lib.stage_at(self.stages, step)
         meta = {
             "samples": step * self.config.train.batch_size,
             "config": config_lib.to_dict(stage.config),  # the one that these leaves fit
@@ -245,6 +304,24 @@ class Run:
         if self.checkpoints.failures:
             self.note(f"checkpoint {step}: saved, after {len(self.checkpoints.failures)} failures of the disk")
 
+    def leave(self, stage, state: TrainState) -> tuple[TrainState, dict]:
+        """`(state, row)` after a stage's last step: the regime's own work, then the next stage's optimizer state."""
+        state, self.memory, row = self.regime.between(self, stage, state, self.memory)
+        if self.regime.SCHEDULE and stage is not self.stages[-1]:
+            state = self.enter(stage_at(self.stages, stage.stop), state)
+        return state, row
+
+    def fresh_moments(self, compiled: CompiledStep, state: TrainState) -> TrainState:
+        """A fresh optimizer state; the schedule of the learning rate goes on."""
+        trainable, _ = trees.split(state.leaves, compiled.frozen)
+        make = lambda leaves, step: restarted(compiled.optimizer.init(leaves), step)  # noqa: E731
+        opt = jax.jit(make, out_shardings=compiled.shardings.opt)(trainable, state.step)
+        return dataclasses.replace(state, opt=opt)
+
+    def squares(self, stage, state: TrainState, rows: int) -> dict:
+        """The mean over `rows` training examples of a stage's tasks of their squared gradients."""
+        return mean_squares(self, stage, state, rows)
+
     def enter(self, stage, state: TrainState) -> TrainState:
         """The next stage's fresh optimizer state, placed as the old one; leaves of other shapes are carried over."""
         compiled = self.compiled(stage)
@@ -277,6 +354,23 @@ class Run:
 
     def valid_nll(self, program: Program, state: TrainState) -> float:
         """Mean over tasks of the NLL per answer token, class or pair on held-out items (split "valid")."""
+        examples, sums = self._held_out(program, state)
+        tasks = np.array([e.task_id for e in examples])
+        each = [sums["nll"][tasks == t].sum() / sums["tokens"][tasks == t].sum() for t in np.unique(tasks)]
+        return float(np.mean(each))
+
+    def measured(self, program: Program, state: TrainState, names) -> dict[str, dict]:
+        """`{task: accuracy, nll}` on held-out items (split "valid"); names as in `Stream.for_tasks`."""
+        examples, sums = self._held_out(program, state)
+        tasks, out = np.array([e.task_id for e in examples]), {}
+        for name in names:
+            own = np.isin(tasks, self.data.train.for_tasks(name).task_ids)
+            count = sums["tokens"][own].sum()
+            out[name] = dict(accuracy=sums["right"][own].sum() / count, nll=sums["nll"][own].sum() / count)
+        return out
+
+    def _held_out(self, program: Program, state: TrainState):
+        """`(examples, sums)` as of `example_nll`."""
         model = program.model
         examples = self.data.heldout("valid", self.config.eval.num_items)
         rows = self.config.train.batch_size // self.config.train.accumulate
@@ -290,9 +384,7 @@ class Run:
             mesh=self.mesh, targets_per_row=targets, constrain=self.constrain, forward=forward,
             objective=program.objective, modules=state.modules, head=program.head, fixed=self.fixed(program.objective),
         )  # fmt: skip
-        tasks = np.array([e.task_id for e in examples])
-        each = [sums["nll"][tasks == t].sum() / sums["tokens"][tasks == t].sum() for t in np.unique(tasks)]
-        return float(np.mean(each))
+        return examples, sums
 
 
 def _forms(state: TrainState) -> dict:
@@ -317,11 +409,14 @@ def train(config, workdir: str, *, profile: bool = False, note=None) -> Result:
     with Workdir(workdir, writer=writer) as place, StopRequest() as stop, obstacles(workdir):
         run = Run(place.followed(config, note), place, note=note)
         steps = run.config.train.steps
+        if steps != config.train.steps and not config.train.get("epochs", 0.0):
+            note(f"train.steps: {config.train.steps} asked for, {steps} made: whole turns of {run.turn} clients")
         progress.steps = last = min(config.train.stop_after or steps, steps)
         state = run.restore_or_start()
-        start = int(state.step)
-        now = run.programs[stages_lib.stage_at(run.stages, start).name]
-        note(summary.rules_table(now.model, state.adapters, now.frozen, trees.count(run.params), state.modules))
+        start = run.newest or 0
+        stage = stage_at(run.stages, start)
+        now, shapes = run.programs[stage.name], run.compiled(stage).shapes
+        note(summary.rules_table(now.model, shapes.adapters, now.frozen, trees.count(run.params), shapes.modules))
         note(str(run.table))
         with run.checkpoints:
             if start == 0 and not run.checkpoints.steps():
@@ -332,14 +427,15 @@ def train(config, workdir: str, *, profile: bool = False, note=None) -> Result:
 def _loop(run, state, start, last, stop, progress, note, profile, writer) -> Result:
     config, began, tokens, loss, skipped = run.config.train, time.monotonic(), 0, None, 0
     metrics = MetricsWriter(run.workdir, after_step=start, warn=note) if writer else None
+    turn = run.turn
     again, patience = math.inf, RETRY_SECONDS  # when a failed save is tried again beside the save steps
     pending, clock = None, time.monotonic()
     step = saved = start
     trace, tracing = (None, None), False
-    if profile and last < start + 3:
-        note(f"no trace: --profile needs 3 steps, {last - start} are left")
+    if profile and last < start + 3 * turn:
+        note(f"no trace: --profile needs {3 * turn} steps, {last - start} are left")
     elif profile:
-        trace = start + 2, min(start + 5, last)  # the first two compile and warm up
+        trace = start + 2 * turn, min(start + 5 * turn, last)  # the first two compile and warm up
 
     def flush(entry):
         """Writes the metrics of a step that is done (one step late, so that the device never waits for us)."""
@@ -348,6 +444,7 @@ def _loop(run, state, start, last, stop, progress, note, profile, writer) -> Res
             return
         number, values, extra = entry
         values = jax.device_get(values)
+        values = many.as_one(values) if run.regime.side_by_side else values
         now, before = time.monotonic(), clock
         clock, loss, count = now, float(values["loss"]), int(values["tokens"])
         tokens += count
@@ -358,44 +455,52 @@ def _loop(run, state, start, last, stop, progress, note, profile, writer) -> Res
         if skipped >= MAX_SKIPPED:
             raise not_finite(skipped, number)
 
-    batches, stage, best, valid = None, None, False, None
+    batches, source, stage, best, valid = None, None, None, False, None
     try:
         while step < last and not _stopping(stop, step):
             run.workdir.check_there()
-            now = stages_lib.stage_at(run.stages, step)
+            now = stage_at(run.stages, step)
             if now is not stage:
                 stage, compiled = now, run.compiled(now)
-                rows = sharding.rows_of_process(config.batch_size)
-                stream = run.data.train.for_tasks(stage.tasks) if stage.tasks else run.data.train
-                batches = stream.iterate(step, rows=rows)
-                fixed = run.fixed(compiled.program.objective)
-                more = fixed, run.knobs[stage.name]
+                if run.source(stage) is not source:
+                    if batches is not None:
+                        batches.close()
+                    source = run.source(stage)
+                    rows = None if run.regime.side_by_side else sharding.rows_of_process(config.batch_size)
+                    batches = source.iterate(step // turn, rows=rows)
+                more = run.arguments(stage)
             if step == trace[0]:
                 tracing = True
                 jax.profiler.start_trace(str(pathlib.Path(run.workdir) / "profile"))
             if not compiled.ready:
                 note("compiling the step (seconds to a minute, cached for the next start)")
             _, batch = next(batches)
-            batch = sharding.put_batch(batch, run.mesh, config.batch_size)
+            batch = run.put(batch)
             compiled.compile_together(state, run.params, batch, *more, step=step)
             state, values = compiled.step(state, run.params, batch, *more)
-            step += 1
+            step = run.step_now = step + turn
+            due = lambda every, step=step: bool(every) and step // every > (step - turn) // every  # noqa: E731
             flush(pending)
             pending = (step, values, {})
             if step == trace[1]:
                 jax.block_until_ready(values)
                 tracing = False
-                note(stop_trace(f"trace of steps {start + 3} to {step}: {pathlib.Path(run.workdir) / 'profile'}"))
-            if step >= stage.stop and stage is not run.stages[-1]:
-                state = run.enter(stages_lib.stage_at(run.stages, step), state)
+                note(
+                    stop_trace(
+                        f"trace of steps {start + 2 * turn + 1} to {step}: {pathlib.Path(run.workdir) / 'profile'}"
+                    )
+                )
+            if step >= stage.stop:
+                state, extra = run.leave(stage, state)
+                pending[2].update(extra)
             best = False
-            if config.eval_every and step % config.eval_every == 0:
-                valid = run.valid_nll(compiled.program, state)
+            if due(config.eval_every):
+                valid = run.valid_nll(compiled.program, run.server(stage, state))
                 run.settle()
                 best, run.best = valid < run.best, min(valid, run.best)
                 pending[2]["valid_nll"] = valid
                 note(f"step {step}: valid NLL {valid:.4f}{' (best)' if best else ''}")
-            if best or step == last or (config.save_every and step % config.save_every == 0):
+            if best or step >= last or due(config.save_every):
                 flush(pending)
                 pending = None
                 run.save(state, step, best=best)
@@ -478,6 +583,12 @@ def _finish(run, result: Result, start: int, note):
     ]  # fmt: skip
     note(table(rows))
     note(f"loss curve: {path}")
+    try:
+        told = run.regime.report(run, run.memory)
+    except OSError as error:
+        told = f"the report of the regime is not written ({error.strerror or error})"
+    if told:
+        note(told)
     if run.config.train.stop_after and start >= run.config.train.stop_after:
         note(f"nothing to do: the run is at step {start}, train.stop_after is {run.config.train.stop_after}")
     if result.signal is not None:

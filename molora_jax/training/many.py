@@ -62,3 +62,19 @@ def shared_or_stacked(trees):
     same = lambda *leaves: all(leaf is leaves[0] for leaf in leaves)  # noqa: E731
     axes = jax.tree.map(lambda *leaves: None if same(*leaves) else 0, *trees)
     return jax.tree.map(lambda *leaves: leaves[0] if same(*leaves) else jnp.stack(leaves), *trees), axes
+
+
+def put_stacked(batch: dict, mesh) -> dict[str, jax.Array]:
+    """Rows `[N, B, S]` on the host -> as of `put_batches`."""
+    place = NamedSharding(mesh, P(None, ROWS))
+    return {name: jax.device_put(value, place) for name, value in batch.items()}
+
+
+def as_one(metrics: dict) -> dict:
+    """The metrics `[N, ...]` of runs that are one: means; `tokens` and `examples` are sums, `skipped` the largest."""
+    total, most = {"tokens": np.sum, "examples": np.sum}, {"skipped": np.max}
+    out = {}
+    for name, value in metrics.items():
+        reduce = (total | most).get(name, np.mean)
+        out[name] = jax.tree.map(lambda x, r=reduce: r(np.asarray(x), axis=0), value)
+    return out | {"clients/loss": np.asarray(metrics["loss"])}

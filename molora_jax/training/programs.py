@@ -7,17 +7,20 @@ import dataclasses
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from molora_jax import config as config_lib
 from molora_jax import runtime, sharding
-from molora_jax.backbones.compile import compile_losses, compile_model
+from molora_jax.backbones.compile import apart, compile_losses, compile_model
 from molora_jax.config import objectives as objectives_config
 from molora_jax.core import trees
+from molora_jax.engines import ALONE
 from molora_jax.errors import InputError
 from molora_jax.objectives import Objective, compile_objective
 from molora_jax.optim import OPTIMIZERS
 from molora_jax.optim.base import Optimizer
 from molora_jax.runs.modules import Modules, compile_modules
+from molora_jax.training import many
 from molora_jax.training.exact import ExactStep
 from molora_jax.training.setup import place
 from molora_jax.training.step import Knobs, fresh, make_step
@@ -31,7 +34,8 @@ class Program:
 
     `model` has the stage's own losses and routing; weights of losses and the learning rate, which are arguments
     (`Knobs`), stand at 1; `head` names its objective's leaves among the modules; `total` is
-    the length of the learning rate's schedule.
+    the length of the learning rate's schedule; `penalties` are the losses on parameters; `each` is what is done to
+    every example's gradient; `side_by_side` runs share the step, 0 for one by itself (`regimes.base`).
     """
 
     model: Any
@@ -42,6 +46,9 @@ class Program:
     total: int
     frozen: tuple[str, ...]
     clip: float
+    penalties: tuple = ()
+    each: Any = None
+    side_by_side: int = 0
 
 
 def compile_optimizer(config) -> Optimizer:
@@ -71,20 +78,31 @@ def program_of(run, stage) -> Program:
             f"schedule.{stage.name}.freeze", got="patterns that freeze every leaf", expected="something to train"
         )
     losses = tuple((name, dataclasses.replace(loss, weight=1.0)) for name, loss in compile_losses(config))
+    losses, penalties = apart(losses)
+    each = run.regime.each(config, run.data)
+    if each is not None:  # an example's gradient is formed on one device, whatever the mesh
+        model = dataclasses.replace(model, engine=ALONE)
     return Program(
         model=dataclasses.replace(model, losses=losses, route=stage.route),
         modules=modules,
         objective=compile_objective(value, where=f"schedule.{stage.name}: objective"),
         head=value["name"],
         optimizer=dataclasses.replace(optimizer, learning_rate=1.0),
-        total=config.train.steps,
+        total=config.train.steps // (run.regime.side_by_side or 1),
         frozen=frozen,
         clip=config.train.clip,
+        penalties=penalties,
+        each=each,
+        side_by_side=run.regime.side_by_side,
     )
 
 
 class CompiledStep:
-    """A program's optimizer, its state's shapes and places, and its step, compiled at its first use."""
+    """A program's optimizer, its state's shapes and places, and its step, compiled at its first use.
+
+    `shapes`, `shardings` are of one run; `loop_shapes`, `loop_shardings` of what the loop carries: with runs side by
+    side their axis is in front.
+    """
 
     def __init__(self, run, program: Program):
         self.program, self.model, self.frozen, self.exact = program, program.model, program.frozen, run.exact
@@ -102,6 +120,11 @@ class CompiledStep:
         self.shapes = jax.tree.map(
             lambda s, where: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=where), shapes, self.shardings
         )
+        self.loop_shapes, self.loop_shardings, N = self.shapes, self.shardings, program.side_by_side
+        if N:
+            self.loop_shardings = many.shardings(self.shardings)
+            wide = lambda s, where: jax.ShapeDtypeStruct((N, *s.shape), s.dtype, sharding=where)  # noqa: E731
+            self.loop_shapes = jax.tree.map(wide, self.shapes, self.loop_shardings)
         options = dict(
             frozen=self.frozen, accumulate=run.config.train.accumulate, clip=program.clip,
             targets_per_row=run.targets_per_row, rated=rated,
@@ -110,16 +133,57 @@ class CompiledStep:
         if self.exact:
             self.step = ExactStep(*made, mesh=run.mesh, **options)
         else:
-            own = dict(objective=program.objective, head=program.head)
-            self.plain = make_step(*made, constrain=run.constrain, **own, **options)  # not jitted: for `many.over_runs`
-            places = self.shardings, sharding.replicated(run.mesh)
-            self.step = jax.jit(self.plain, donate_argnums=0, out_shardings=places)
+            own = dict(objective=program.objective, head=program.head, penalties=program.penalties, each=program.each)
+            constrain = run.constrain if program.each is None else lambda x: x
+            self.plain = make_step(*made, constrain=constrain, **own, **options)  # not jitted: for `many.over_runs`
+            step = many.over_runs(self.plain) if N else self.plain
+            places = self.loop_shardings, sharding.replicated(run.mesh)
+            self.step = jax.jit(step, donate_argnums=0, out_shardings=places)
         self.ready = False
+        self._once, self.squares = {}, None
 
     def start(self, params, seed):
         """The state of a run's step 0."""
         key = jax.random.fold_in(jax.random.key(seed), START_KEY)
         return fresh(self.model, self.optimizer, params, self.frozen, key, self.program.modules.init)
+
+    def spread(self, state):
+        """One run's state as that of all runs side by side."""
+        N = self.program.side_by_side
+        every = lambda tree: jax.tree.map(lambda x: jnp.broadcast_to(x, (N, *x.shape)), tree)  # noqa: E731
+        return jax.jit(every, out_shardings=self.loop_shardings)(state) if N else state
+
+    def once(self, function, state, *given):
+        """`function(state, *given)`, jitted and kept: the next state of the loop."""
+        if function not in self._once:
+            made = lambda state: function(state, *given)  # noqa: E731
+            self._once[function] = jax.jit(made, out_shardings=self.loop_shardings)
+        return self._once[function](state)
+
+    def fresh_memory(self, penalty) -> dict:
+        """What a penalty remembers at first, on the mesh."""
+        return jax.jit(lambda: penalty.fresh(jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), self._trainable)),
+                       out_shardings=self._remembered(penalty))()  # fmt: skip
+
+    def remembered(self, penalty, memory: dict, state, squares: dict) -> dict:
+        trainable, _ = trees.split(state.leaves, self.frozen)
+        return jax.jit(penalty.remember, out_shardings=self._remembered(penalty))(memory, trainable, squares)
+
+    @property
+    def _trainable(self) -> dict:
+        return trees.split(self.shapes.leaves, self.frozen)[0]
+
+    def _remembered(self, penalty):
+        """Where a penalty's memory lies: each leaf as the leaf that it is about."""
+        places = trees.split(self.shardings.leaves, self.frozen)[0]
+        shapes = jax.eval_shape(penalty.fresh, self._trainable)
+        of = dict(zip(sharding.paths(places), jax.tree.leaves(places), strict=True))
+
+        def one(path, _):
+            names = [str(k.key) for k in path]
+            return next(of["/".join(names[i:])] for i in range(len(names)) if "/".join(names[i:]) in of)
+
+        return jax.tree_util.tree_map_with_path(one, shapes)
 
     def compile_together(self, *arguments, step: int) -> None:
         """With several processes: the first step of a program starts when all have compiled it."""

@@ -7,10 +7,12 @@ from molora_jax.config.members import attribute, options
 from molora_jax.config.resolve import split_commas
 from molora_jax.config.values import MOST
 from molora_jax.errors import InputError
+from molora_jax.regimes import compile_regime
 
 
 def settle(config, data):
-    """`(config, tasks)`: a copy with `train.steps` set by `train.epochs`, the names behind `task_ids` as it uses them.
+    """`(config, tasks)`: a copy with `train.steps` set by `train.epochs` and its regime, the names behind `task_ids`
+    as it uses them.
 
     Raises:
       InputError: a stage or a loss names a task that is not there, or stages that these steps do not hold.
@@ -27,6 +29,10 @@ def settle(config, data):
             config.train.update(steps=max(1, steps), epochs=0.0)
         config_lib.validate(config)  # stages of so many steps
         config.train.epochs = epochs
+    steps = compile_regime(config).settled(config.train.steps)
+    if steps != config.train.steps:
+        with config.unlocked():
+            config.train.steps = steps
     known = {name for task in data.tasks[: data.num_trained] for name in (task.name, task.entry)}
     mentioned = set()
     for where, names in _mentioned(config):

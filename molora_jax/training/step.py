@@ -1,4 +1,4 @@
-"""The pure training step: `step(state, params, batch, fixed, knobs) -> (state, metrics)`.
+"""The pure training step: `step(state, params, batch, fixed, knobs, memory) -> (state, metrics)`.
 
 Gradients are taken with respect to the trainable leaves of `adapters` and `modules` only. Accumulated micro-steps give
 exactly the loss of the whole batch for the objective's part; balance losses are not linear in their sums, so each says
@@ -86,10 +86,11 @@ def part(stats: dict, name: str) -> dict:
 
 
 def make_gradient(
-    model, *, frozen, accumulate: int, targets_per_row: int, constrain, objective=PLAIN, head: str = "lm", seed: int = 0
+    model, *, frozen, accumulate: int, targets_per_row: int, constrain, objective=PLAIN, head: str = "lm",
+    seed: int = 0, each=None, penalties=(),
 ):  # fmt: skip
-    """`gradient(state, params, batch, fixed, knobs) -> (grads, out)`: of the trainable leaves, and the sums that left
-    the layers.
+    """`gradient(state, params, batch, fixed, knobs, memory) -> (grads, out)`: of the trainable leaves, and the sums
+    that left the layers.
 
     Args:
       seed: where no `knobs` are given; the weights are then those of the model's losses.
@@ -97,17 +98,22 @@ def make_gradient(
       objective: a member of `objectives`; its head is `modules/<head>`.
       targets_per_row: the packer's bound M.
       constrain: pins activations to the mesh.
+      each: what is done to every example's gradient (`core.privacy`): rows then hold one example each, or none.
+      penalties: `(name, loss)` on the trainable leaves, given `memory[name]` (`losses.base.Penalty`).
     """
-    exact = [name for name, loss in model.losses if accumulate > 1 and loss.accumulate == "exact"]
+    batched = each is None
+    exact = [name for name, loss in model.losses if batched and accumulate > 1 and loss.accumulate == "exact"]
     losses = dict(model.losses)
 
     def gradient(
-        state: TrainState, params: dict, batch: dict, fixed: dict | None = None, knobs: Knobs | None = None
+        state: TrainState, params: dict, batch: dict, fixed: dict | None = None, knobs: Knobs | None = None,
+        memory: dict | None = None,
     ):  # fmt: skip
         weights = own_weights(model) if knobs is None else knobs.weights
         step_key = jax.random.fold_in(jax.random.key(seed if knobs is None else knobs.seed), state.step)
         trainable, still = trees.split(state.leaves, frozen)
-        norm = objective.norm(batch)
+        norm = objective.norm(batch) if batched else None
+        parts = accumulate if batched else 1  # of which a loss is a share
 
         def forward(trainable, i):
             """The model of this step for micro-step i, and where its one pass leaves the layers' sums."""
@@ -155,7 +161,8 @@ def make_gradient(
 
         def whole_loss(trainable, micro, i):
             pass_, heads, left = forward(trainable, i)
-            own, metrics = objective.loss(pass_, heads, fixed or {}, micro, norm)
+            of = objective.norm(micro) if norm is None else norm
+            own, metrics = objective.loss(pass_, heads, fixed or {}, micro, of)
             (stats,) = left
             total, aux = own, {}
             for name, loss in model.losses:
@@ -163,19 +170,55 @@ def make_gradient(
                 if name in slopes:  # d value(all sums) = slope . d(own sums)
                     products = jax.tree.map(lambda a, b: jnp.sum(a[i] * b), slopes[name], sums)
                     total = total + weights[name] * sum(jax.tree.leaves(products))
-                    aux[name] = exact_values[name] / accumulate
+                    aux[name] = exact_values[name] / parts
                 else:
-                    aux[name] = loss.value(sums) / accumulate
+                    aux[name] = loss.value(sums) / parts
                     total = total + weights[name] * aux[name]
             sums = {"aux": aux, "load": part(stats, "load"), "router": part(stats, "router")}
             return total, {"objective": own, "metrics": metrics, **sums}
 
         grad = jax.grad(whole_loss, has_aux=True)
-        if accumulate == 1:
-            return grad(trainable, batch, 0)
-        return over_micros(lambda micro, i: grad(trainable, micro, i))
+        function = lambda micro, i: grad(trainable, micro, i)  # noqa: E731
+        if each is not None:
+            function = lambda micro, i: of_examples(grad, each, trainable, micro, i)  # noqa: E731
+        grads, out = function(batch, 0) if accumulate == 1 else over_micros(function)
+        if each is not None:
+            grads, out = each.noised(grads, step_key), mean_of_examples(out)
+        for name, loss in penalties:
+            value, slope = jax.value_and_grad(loss.penalty)(trainable, memory[name])
+            grads = jax.tree.map(lambda g, s, w=weights[name]: g + w * s, grads, slope)
+            out["aux"][name] = value
+        return grads, out
 
     return gradient
+
+
+def of_examples(grad, each, trainable: dict, micro: dict, i):
+    """`(sum over examples of what each makes of its gradient, sums over examples)` of rows that hold one example each.
+
+    grad: `(trainable, rows, number) -> (grads, out)`; `number` of a row is its own, so that dropout is.
+    """
+    rows = len(micro["tokens"])
+
+    def one(row, number):
+        return grad(trainable, jax.tree.map(lambda x: x[None], row), number)
+
+    grads, out = jax.vmap(one)(micro, i * rows + jnp.arange(rows))
+    there = jnp.any(micro["loss_weight"] > 0, axis=1)
+    grads, norms = each.clipped(grads, there)
+    out["metrics"] |= {"clipped": norms > each.clip}
+    sums = jax.tree.map(lambda x: jnp.sum(jnp.where(there[(..., *[None] * (x.ndim - 1))], x, 0), axis=0), out)
+    return grads, sums | {"examples": jnp.sum(there)}
+
+
+def mean_of_examples(out: dict) -> dict:
+    """What is reported of a step of single examples: means; sums of the routers stay sums."""
+    count = out.pop("examples")
+    mean = {
+        name: jax.tree.map(lambda x: x / jnp.maximum(count, 1), out[name]) for name in ("objective", "metrics", "aux")
+    }
+    mean["metrics"] |= {"examples": count}
+    return out | mean
 
 
 def make_step(model, optimizer, schedule, *, clip: float, frozen, rated=None, **options):
@@ -190,9 +233,10 @@ def make_step(model, optimizer, schedule, *, clip: float, frozen, rated=None, **
     update = make_update(model, optimizer, schedule, clip=clip, frozen=frozen, rated=rated)
 
     def train_step(
-        state: TrainState, params: dict, batch: dict, fixed: dict | None = None, knobs: Knobs | None = None
+        state: TrainState, params: dict, batch: dict, fixed: dict | None = None, knobs: Knobs | None = None,
+        memory: dict | None = None,
     ):  # fmt: skip
-        grads, out = gradient(state, params, batch, fixed, knobs)
+        grads, out = gradient(state, params, batch, fixed, knobs, memory)
         return update(state, grads, out, batch["segment_ids"], knobs)
 
     return train_step

@@ -17,7 +17,7 @@ from molora_jax.core.trees import count
 from molora_jax.core.types import Context
 from molora_jax.decode import generate as decoding
 from molora_jax.errors import InputError
-from molora_jax.training.stages import stages
+from molora_jax.regimes.stages import stages
 from tests.acceptance import helpers
 from tests.acceptance.helpers import SMALL, batch, build, gradient, hidden, randomised, run
 

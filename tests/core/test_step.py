@@ -11,7 +11,7 @@ from flax.traverse_util import flatten_dict
 from molora_jax import config as schema
 from molora_jax.core import trees
 from molora_jax.optim import OPTIMIZERS
-from molora_jax.training import stages as stages_lib
+from molora_jax.regimes import stages as stages_lib
 from tests.battery.cases import BATCH, Case, combination, method, random_adapters
 from tests.battery.checks import matches
 

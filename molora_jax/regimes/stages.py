@@ -1,29 +1,25 @@
-"""A run's stages, in the order of their names: each trains some leaves on some tasks for some steps.
+"""`stages`: a run's stages, in the order of their names: each trains some leaves on some tasks for some steps.
 
 The adapter tree is the union over the stages; a stage's optimizer state exists for its own trainable leaves only and
-starts fresh with the stage. The learning-rate schedule runs over the whole run.
+starts fresh with the stage.
 """
 
 import dataclasses
-from typing import Any
+from typing import ClassVar
 
 from ml_collections import ConfigDict
 
+from molora_jax.regimes.base import Regime, Stage
+
 
 @dataclasses.dataclass(frozen=True)
-class Stage:
-    """Steps `start` to `stop - 1`. `config` is the run's with the stage's `set` applied; `tasks` "" means all.
+class Stages(Regime):
+    SCHEDULE: ClassVar[bool] = True
+    EXACT: ClassVar[bool] = True
+    PROCESSES: ClassVar[bool] = True
 
-    `route="task"` sends every token to the expert of its task in the routers' place: experts train apart.
-    """
-
-    name: str
-    start: int
-    stop: int
-    tasks: str
-    freeze: tuple[str, ...]
-    route: str
-    config: Any
+    def stages(self, config, data):
+        return stages(config)
 
 
 def stages(config) -> tuple[Stage, ...]:

@@ -1,0 +1,16 @@
+"""How is training organised?"""
+
+from molora_jax.regimes.base import Regime, Stage
+from molora_jax.regimes.continual import Continual
+from molora_jax.regimes.federated import Federated
+from molora_jax.regimes.stages import Stages, stage_at
+
+__all__ = ["REGIMES", "Regime", "Stage", "compile_regime", "stage_at"]
+
+REGIMES = {"stages": Stages, "federated": Federated, "continual": Continual}
+
+
+def compile_regime(config) -> Regime:
+    """The member that `config.regime` names; runs of older versions have none and were trained in stages."""
+    options = dict(config.get("regime") or {"name": "stages"})
+    return REGIMES[options.pop("name")](**options)
