@@ -25,6 +25,16 @@ def lora(decoder: Backbone) -> int:
     return decoder.layers * low_rank(decoder, decoder.sites, 16)
 
 
+def fedit(decoder: Backbone) -> int:
+    """`8 L p(q,v)`; a client sends as many a round"""
+    return decoder.layers * low_rank(decoder, ("q", "v"), 8)
+
+
+def ffa_lora(decoder: Backbone) -> int:
+    """`8 L o(q,v)`; half of LoRA's where D_in = D_out"""
+    return decoder.layers * 8 * sum(decoder.dims(site)[1] for site in ("q", "v"))
+
+
 def dora(decoder: Backbone) -> int:
     """`16 L p(all) + L o(all)`"""
     return lora(decoder) + decoder.layers * sum(decoder.dims(site)[1] for site in decoder.sites)

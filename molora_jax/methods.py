@@ -213,12 +213,56 @@ METHODS = {
 }
 
 
+# What is their own is how training is organised: adapter and router are LoRA's and none, which the battery tests above.
+ORGANISED = {
+    "fedit": Method(
+        config="configs/fedit.py",
+        title="FedIT",
+        paper="2305.05644",
+        axes="regime `federated`",
+        equation="A, B <- sum_k (n_k / n) A_k, sum_k (n_k / n) B_k",
+        params=formulas.fedit,
+        differs="a text classifier, plain SGD",
+        own=("regimes/federated.py", "data/clients.py", "optim/sgd.py"),
+    ),
+    "ffa_lora": Method(
+        config="configs/ffa_lora.py",
+        title="FFA-LoRA",
+        paper="2403.12313",
+        axes='regime `federated` with `freeze="*/A"`, DP-SGD',
+        equation="B <- sum_k (n_k / n) B_k, A = A_0; g = (sum_i clip_C(g_i) + N(0, s^2 C^2)) / b",
+        params=formulas.ffa_lora,
+        differs="Poisson samples as the accountant assumes them",
+        own=("core/privacy.py", "core/accountant.py"),
+    ),
+    "sequential_lora": Method(
+        config="configs/sequential_lora.py",
+        title="Sequential LoRA",
+        paper="",
+        axes="regime `continual`",
+        equation="tasks one after the other; replay of k rows as an option",
+        params=formulas.lora,
+        own=("regimes/continual.py",),
+    ),
+    "ewc_lora": Method(
+        config="configs/ewc_lora.py",
+        title="EWC on LoRA",
+        paper="1612.00796",
+        axes="regime `continual`, loss `ewc`",
+        equation="L + (w / 2) sum_j F_j (theta_j - a_j)^2",
+        params=formulas.lora,
+        differs="the tasks' parabolas as one (the same slope); theta are the factors",
+        own=("losses/ewc.py", "training/examples.py"),
+    ),
+}
+
+
 def methods_table() -> str:
     """The table of `docs/methods.md`, in Markdown."""
     head = ["method", "paper", "its own on the axes", "equation", "differs from the paper's code"]
     head += ["trained on SmolLM2-135M", "lines of its own", "config"]
     rows = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
-    for row in METHODS.values():
+    for row in (*METHODS.values(), *ORGANISED.values()):
         cells = [row.title, _paper(row), row.axes, row.equation, row.differs or "-"]
         cells += [f"{row.params.__doc__}: {row.params(SMOLLM2):,}", _lines(row), _command(row)]
         rows.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
@@ -228,7 +272,7 @@ def methods_table() -> str:
 def readme_table() -> str:
     """The table of the README: the same rows, fewer columns."""
     rows = ["| method | paper | its own on the axes | run it with |", "|---|---|---|---|"]
-    for row in METHODS.values():
+    for row in (*METHODS.values(), *ORGANISED.values()):
         axes = row.axes.replace("|", "\\|")
         rows.append(f"| {row.title} | {_paper(row)} | {axes} | {_command(row)} |")
     return "\n".join(rows) + "\n"

@@ -91,6 +91,7 @@ class Federated(Regime):
                 "regime.clients", got=f"{self.clients} with split 'task'",
                 expected=f"at most the {data.num_trained} tasks of the data",
             )  # fmt: skip
+        sizes = self.source(data, config, None).sizes  # raises for a client without rows
         if not self.private:
             return
         if data.unit > 1:
@@ -108,7 +109,7 @@ class Federated(Regime):
                 "engine", got=repr(config.engine), expected="'auto' or 'replicate' with regime.dp_clip",
                 fix="One example's gradient is formed at a time, on the device that has its row.",
             )  # fmt: skip
-        for k, size in enumerate(self.source(data, config, None).sizes):
+        for k, size in enumerate(sizes):
             if config.train.batch_size > size:
                 raise InputError(
                     "train.batch_size", got=f"{config.train.batch_size} with {size} examples of client {k}",

@@ -28,16 +28,19 @@ class MetricsWriter:
     Args:
       workdir: a path or a `Workdir`.
       after_step: the restored step: later rows are cut, and TensorBoard hides its later points. None keeps all.
+      every: optimizer steps from one row to the next.
       per_layer: also one TensorBoard curve a layer where a value is a list; its mean is always there.
       warn: called with a line of text for what the file lost and for errors of the disk, which never end a run.
     """
 
-    def __init__(self, workdir, *, after_step: int | None = None, per_layer: bool = False, warn=LOG.warning):
+    def __init__(
+        self, workdir, *, after_step: int | None = None, every: int = 1, per_layer: bool = False, warn=LOG.warning
+    ):  # fmt: skip
         folder = pathlib.Path(workdir)
         folder.mkdir(parents=True, exist_ok=True)
         self.path, self.per_layer, self._closed = folder / "metrics.jsonl", per_layer, False
         try:
-            self.lost = cut(self.path, math.inf if after_step is None else after_step)
+            self.lost = cut(self.path, math.inf if after_step is None else after_step, every)
         except OSError as error:
             if error.errno not in disk.OF_A_DISK:
                 raise

@@ -37,8 +37,11 @@ class Lost:
         return ", ".join(parts)
 
 
-def look(path, after_step: float = math.inf) -> tuple[Lost, int | None]:
-    """What cutting a file after a step loses, and the offset from which all is to go (None: it has to be rewritten)."""
+def look(path, after_step: float = math.inf, every: int = 1) -> tuple[Lost, int | None]:
+    """What cutting a file after a step loses, and the offset from which all is to go (None: it has to be rewritten).
+
+    There should be a row at each `every`-th step.
+    """
     cut, broken, told, seen, end, last_kept = 0, 0, set(), set(), 0, 0
     with open(path, "rb") as file:
         for line in file:
@@ -55,22 +58,22 @@ def look(path, after_step: float = math.inf) -> tuple[Lost, int | None]:
                 if last_kept != end:
                     last_kept = math.nan  # something before it goes: no cut at one place will do
     top = after_step if math.isfinite(after_step) else max(seen, default=0)
-    missing = ranges(sorted(set(range(1, int(top) + 1)) - seen)) if top < 10**8 else ""
+    missing = ranges(sorted(set(range(every, int(top) + 1, every)) - seen)) if top < 10**8 else ""
     offset = None if math.isnan(last_kept) else int(last_kept)
     return Lost(cut, broken, missing, not missing or missing in told), offset
 
 
-def cut(path, after_step: float = math.inf) -> Lost:
-    """Cuts the rows after a step, and lines that are no row (a kill leaves half a line).
+def cut(path, after_step: float = math.inf, every: int = 1) -> Lost:
+    """Cuts the rows after a step, and lines that are no row (a kill leaves half a line); `every` as of `look`.
 
     At the end of the file it is cut there; else the file is replaced as a whole. A missing file counts as empty.
     """
     path = pathlib.Path(path)
     try:
-        lost, offset = look(path, after_step)
+        lost, offset = look(path, after_step, every)
     except FileNotFoundError:
         top = int(after_step) if math.isfinite(after_step) else 0
-        return Lost(missing=ranges(range(1, top + 1)), told=not top)
+        return Lost(missing=ranges(range(every, top + 1, every)), told=not top)
     if not lost.cut and not lost.broken:
         return lost
     if offset is not None:

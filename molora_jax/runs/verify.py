@@ -46,7 +46,9 @@ def verify(folder, *, deep: bool = False) -> dict:
     problems += _of_config(folder, newest)
     more, few = _of_identity(folder, manifests)
     problems, notes = problems + more, notes + few
-    lost = _of_metrics(folder, valid[-1] if valid else None)
+    turn = (newest or {}).get("turn", 1)
+    turn = turn if isinstance(turn, int) and 1 <= turn <= 10_000 else 1
+    lost = _of_metrics(folder, valid[-1] if valid else None, turn)
     (notes if lost[1] else problems).extend([lost[0]] * bool(lost[0]))
     if not steps:
         notes.append("no step was saved here")
@@ -97,13 +99,13 @@ def _of_identity(folder, manifests) -> tuple[list[str], list[str]]:
     return problems, []
 
 
-def _of_metrics(folder, step) -> tuple[str, bool]:
+def _of_metrics(folder, step, every: int) -> tuple[str, bool]:
     """What `metrics.jsonl` lost, and whether that is said in the file or will be made again."""
     path = folder / "metrics.jsonl"
     if not path.exists():
         return (f"{path} is missing", False) if step else ("", True)
     try:
-        lost, offset = look(path, math.inf if step is None else step)
+        lost, offset = look(path, math.inf if step is None else step, every)
     except OSError as error:
         return f"{path} cannot be read: {error.strerror}", False
     lost = dataclasses.replace(lost, cut=0)  # what comes after the newest valid step is made again

@@ -263,7 +263,7 @@ class Run:
             "identity": self.identity,
             "run": self.workdir.identity,
             "stage": stage.name,
-        }
+        } | ({"turn": self.turn} if self.turn > 1 else {})  # a row of metrics.jsonl each so many steps
         self.settle()
         self.workdir.check_there()  # a save would make the folder anew
         self.checkpoints.save(step, items, meta=meta, best=best)
@@ -426,7 +426,7 @@ def train(config, workdir: str, *, profile: bool = False, note=None) -> Result:
 
 def _loop(run, state, start, last, stop, progress, note, profile, writer) -> Result:
     config, began, tokens, loss, skipped = run.config.train, time.monotonic(), 0, None, 0
-    metrics = MetricsWriter(run.workdir, after_step=start, warn=note) if writer else None
+    metrics = MetricsWriter(run.workdir, after_step=start, every=run.turn, warn=note) if writer else None
     turn = run.turn
     again, patience = math.inf, RETRY_SECONDS  # when a failed save is tried again beside the save steps
     pending, clock = None, time.monotonic()
