@@ -110,13 +110,15 @@ def trajectory(optim, alpha, rate, steps=3):
     }
 
 
-def test_3_alpha_and_the_rate_are_one_number_under_sgd_and_not_under_adam():
+@pytest.mark.parametrize(
+    "optim, rate, same", [("sgd", 0.5, True), pytest.param("adamw", 1e-3, False, marks=pytest.mark.slow)]
+)
+def test_3_alpha_and_the_rate_are_one_number_under_sgd_and_not_under_adam(optim, rate, same):
     c = 4.0
-    for optim, rate, same in (("sgd", 0.5, True), ("adamw", 1e-3, False)):
-        one, other = trajectory(optim, 8.0, rate), trajectory(optim, 8.0 * c, rate / c**2)
-        size = max(np.abs(x).max() for x in one.values())
-        gap = max(np.abs(one[path] - other[path]).max() for path in one)
-        assert size > 1e-5 and (gap < 1e-5 * max(size, 1.0) and gap < 1e-3 * size if same else gap > 0.1 * size), optim
+    one, other = trajectory(optim, 8.0, rate), trajectory(optim, 8.0 * c, rate / c**2)
+    size = max(np.abs(x).max() for x in one.values())
+    gap = max(np.abs(one[path] - other[path]).max() for path in one)
+    assert size > 1e-5 and (gap < 1e-5 * max(size, 1.0) and gap < 1e-3 * size if same else gap > 0.1 * size), optim
 
 
 # ---- DP ------------------------------------------------------------------------------------------------------------
@@ -154,10 +156,10 @@ def test_4_every_examples_gradient_is_clipped_as_one_vector():
     free, _ = gradients(Kept(np.inf, 0.0, 1.0), rows)
     norms = np.sqrt(sum((x.astype(np.float64) ** 2).reshape(4, -1).sum(1) for x in jax.tree.leaves(free)))
     C = float(np.median(norms))
-    tight, out = gradients(Kept(C, 0.0, 1.0), rows)
+    tight = jax.device_get(Kept(C, 0.0, 1.0).clipped(free, np.ones(4, bool))[0])
     new = np.sqrt(sum((x.astype(np.float64) ** 2).reshape(4, -1).sum(1) for x in jax.tree.leaves(tight)))
     np.testing.assert_allclose(new, np.minimum(norms, C), rtol=1e-5)
-    assert len(jax.tree.leaves(free)) == 2 and out["metrics"]["clipped"] == 0.5
+    assert len(jax.tree.leaves(free)) == 2
     for path, leaf in flatten_dict(tight, sep="/").items():  # one factor for all leaves of an example
         ratio = leaf.reshape(4, -1) / flatten_dict(free, sep="/")[path].reshape(4, -1)
         np.testing.assert_allclose(ratio, np.broadcast_to(np.minimum(1, C / norms)[:, None], ratio.shape), rtol=1e-4)

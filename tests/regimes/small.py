@@ -2,6 +2,7 @@
 
 import json
 import pathlib
+import shutil
 
 import numpy as np
 from flax.traverse_util import flatten_dict
@@ -45,6 +46,16 @@ def config(tasks, *, regime, freeze="", losses=None, optim="sgd", sites="q", ran
 def start(made, workdir):
     notes = []
     return train(made, str(workdir), note=notes.append), notes
+
+
+def cut(workdir, other, step):
+    """A copy of a run as a kill after the save of `step` leaves it: later steps are not there, rows of metrics are."""
+    shutil.copytree(workdir, other)
+    for folder in (other / "checkpoints").iterdir():
+        if folder.name.isdigit() and int(folder.name) > step:
+            shutil.rmtree(folder)
+    (other / "checkpoints" / "best.json").unlink(missing_ok=True)
+    return other
 
 
 def digests(workdir, step):
