@@ -72,6 +72,16 @@ def test_stages_keep_their_shares_of_the_steps(tmp_path, capsys):
         parse(f"--config={file}", "--config.train.steps=1")
 
 
+SHIPPED = sorted(file.stem for file in (ROOT / "configs").glob("*.py") if file.stem not in ("__init__", "common"))
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_every_shipped_config_fits_three_steps_on_a_random_base(name):
+    base = "random:tiny-moe" if name == "moe_lora" else "random:tiny"  # its rule changes experts of the base
+    config, _ = parse(f"--config={ROOT}/configs/{name}.py", f"--config.base.source={base}", "--config.train.steps=3")
+    assert config.train.steps == 3
+
+
 def test_a_shared_file_is_not_changed_by_overrides():
     parse(f"--config={MIXLORA}", "--config.train.steps=7")
     assert parse(f"--config={MIXLORA}")[0].train.steps == common.get_config().train.steps
