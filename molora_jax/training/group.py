@@ -325,19 +325,19 @@ def _common(name: str, program: Program, segments: int, same_names: bool) -> Pro
 
 
 def align(runs: dict[str, Run], note):
-    """Sets every run to the newest step that all have.
+    """Sets every run to the newest step that all have: where a kill came between their saves, one save back.
 
     Raises:
-      InputError: there is none.
+      InputError: they stand further apart; what a run has learned by itself is not thrown away.
     """
     at = min(run.newest or 0 for run in runs.values())
     for name, run in runs.items():
         if run.newest in (at, None) and (run.newest is not None or at == 0):
             continue
-        if run.newest is None or at not in run.checkpoints.steps():
+        if run.newest is None or at != max((s for s in run.checkpoints.steps() if s < run.newest), default=None):
             stand = ", ".join(f"{other} at {r.newest or 0}" for other, r in runs.items())
             raise InputError(
-                "--runs", got=f"runs that stand at steps of their own ({stand})", expected="a step that all have saved",
+                "--runs", got=f"runs that stand at steps of their own ({stand})", expected="one step that all have saved",
                 fix="Go on with those that are behind by themselves (launch.train with the fields of that run, its "
                 "folder as --workdir, and train.stop_after), or choose another --workdir.",
             )  # fmt: skip

@@ -28,7 +28,7 @@ def data(tmp_path_factory):
 
 
 def configs(data, lists=LISTS, **fields):
-    plain = base_config(data, **{"save_every": 2, "eval_every": 2} | fields)
+    plain = base_config(data, **{"save_every": 2, "eval_every": 2, "keep": 4} | fields)
     out = {name: flags.override(plain, changes) for name, changes in several.product(several.lists(lists)).items()}
     for one in out.values():
         config_lib.validate(one)
@@ -111,7 +111,7 @@ def test_a_group_goes_on_bit_by_bit_and_a_run_of_it_by_itself(whole, data, tmp_p
     _, notes = together(configs(data, stop_after=2), parts)
     assert any("nothing to do" in note for note in notes)
     shutil.rmtree(parts / first)
-    with pytest.raises(InputError, match=r"steps of their own.*0.*4.*a step that all have saved"):
+    with pytest.raises(InputError, match=r"steps of their own.*0.*4.*one step that all have saved"):
         together(made, parts)
 
 
