@@ -337,7 +337,7 @@ def align(runs: dict[str, Run], note):
         if run.newest is None or at != max((s for s in run.checkpoints.steps() if s < run.newest), default=None):
             stand = ", ".join(f"{other} at {r.newest or 0}" for other, r in runs.items())
             raise InputError(
-                "--runs", got=f"runs that stand at steps of their own ({stand})", expected="one step that all have saved",
+                "--runs", got=f"runs that stand at steps of their own ({stand})", expected="one step that all have",
                 fix="Go on with those that are behind by themselves (launch.train with the fields of that run, its "
                 "folder as --workdir, and train.stop_after), or choose another --workdir.",
             )  # fmt: skip

@@ -19,7 +19,7 @@ from molora_jax.training.loop import train
 from tests.training.test_stages import config as base_config
 from tests.training.test_stages import stage, write
 
-LISTS = "optim.learning_rate=1e-2,2e-3;seed=0,1"
+LISTS = "seed=0,1"
 
 
 @pytest.fixture(scope="module")
@@ -78,13 +78,13 @@ def test_every_run_of_a_group_is_an_ordinary_run(whole, data, tmp_path):
     made = configs(data)
     assert list(results) == list(made) and {r.step for r in results.values()} == {4}
     assert {p.name for p in folder.iterdir()} == {*made, "runs.json", "losses.png"}
-    assert "4 runs in one step" in notes[0] and sum("trainable" in note for note in notes) == 1
+    assert "2 runs in one step" in notes[0] and sum("trainable" in note for note in notes) == 1
     assert all(name in notes[-3] for name in made) and "losses.png" in notes[-1]
-    assert len({rows(folder / name)[-1]["loss"] for name in made}) == 4
+    assert len({rows(folder / name)[-1]["loss"] for name in made}) == 2
     name, one = list(made.items())[-1]
     assert verify(folder / name, deep=True)["ok"]
     run = load_run(folder / name, "latest")
-    assert (run.config.seed, run.config.optim.learning_rate) == (1, 2e-3) and run.generate("Double 3", max_new_tokens=2)
+    assert run.config.seed == 1 and run.generate("Double 3", max_new_tokens=2) is not None
     train(one, str(tmp_path / "alone"), note=lambda text: None)
     near(folder / name, tmp_path / "alone", 4)
     assert tree(folder / name, 0) == tree(tmp_path / "alone", 0), "the start is the same, bit by bit"
@@ -94,7 +94,7 @@ def test_a_group_goes_on_bit_by_bit_and_a_run_of_it_by_itself(whole, data, tmp_p
     folder, _, _ = whole
     made, parts = configs(data), tmp_path / "grid"
     together(configs(data, stop_after=2), parts)
-    first, second, *_ = made
+    first, second = made
     shutil.copytree(parts / second, tmp_path / "one")
     train(made[second], str(tmp_path / "one"), note=lambda text: None)
     near(tmp_path / "one", folder / second, 4)
@@ -111,7 +111,7 @@ def test_a_group_goes_on_bit_by_bit_and_a_run_of_it_by_itself(whole, data, tmp_p
     _, notes = together(configs(data, stop_after=2), parts)
     assert any("nothing to do" in note for note in notes)
     shutil.rmtree(parts / first)
-    with pytest.raises(InputError, match=r"steps of their own.*0.*4.*one step that all have saved"):
+    with pytest.raises(InputError, match=r"steps of their own.*0.*4.*one step that all have"):
         together(made, parts)
 
 
@@ -123,7 +123,7 @@ def test_stages_and_an_objective_that_looks_back(tmp_path):
         objective=dict(name="preference", form="dpo", reference="start"), train_base="norms", batch_size=16,
         schedule=dict(s00=stage(steps=2), s01=stage(freeze="*/A")), eval_every=0,
     )  # fmt: skip
-    made = configs(data, "seed=0,1", **fields)
+    made = configs(data, "optim.learning_rate=1e-2,2e-3;seed=0,1", **fields)
     together(made, tmp_path / "grid")
     for name, one in made.items():
         train(one, str(tmp_path / name), note=lambda text: None)
@@ -164,7 +164,8 @@ def test_what_may_not_differ_is_refused_with_the_reason(data, tmp_path):
 def test_the_command_line(data, tmp_path, monkeypatch):
     seen = {}
     monkeypatch.setattr("molora_jax.training.group.train_together", lambda made, folder: seen.update(made) or _done())
-    argv = ["--config=configs/lora.py", f"--workdir={tmp_path}", "--config.base.source=random:tiny", f"--runs={LISTS}"]
+    argv = ["--config=configs/lora.py", f"--workdir={tmp_path}", "--config.base.source=random:tiny",
+            "--runs=optim.learning_rate=1e-2,2e-3;seed=0,1"]  # fmt: skip
     launch_train.run(argv)
     assert list(seen) == [f"learning_rate={rate}_seed={seed}" for rate in (0.01, 0.002) for seed in (0, 1)]
     assert [one.optim.learning_rate for one in seen.values()] == [1e-2, 1e-2, 2e-3, 2e-3]

@@ -27,6 +27,7 @@ RULES = {
     "mixlora": ("lora", "softmax_topk", "ffn"),
     "stateful": ("lora", "sigmoid_topk", "projection"),  # a load bias moves without a gradient
 }
+RANK = {"lora": 3, "mixlora": 18, "stateful": 3}  # 4 experts of rank 18: loops over tiles, by expert
 MESHES = {
     "one device": (None, None),
     "replicate": (dict(data=4, fsdp=2, expert=1, tensor=1), "replicate"),
@@ -41,6 +42,7 @@ class Side:
 
     def __init__(self, name, mesh=None, engine=None, **options):
         config = combination(*RULES[name], "kaiming", **{"method.rules.mix.adapter.dropout": 0.2})
+        config.method.rules.mix.adapter.rank = RANK[name]
         self.mesh = None if mesh is None else sharding.make_mesh(mesh)
         case = Case(config, mesh=self.mesh, engine=engine)
         member = OPTIMIZERS["adamw"](learning_rate=1.0, warmup=2)
