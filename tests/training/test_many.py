@@ -131,7 +131,10 @@ def same(side, bad=()):
     return metrics, state
 
 
-@pytest.mark.parametrize("name", RULES)
+SLOW = pytest.mark.slow
+
+
+@pytest.mark.parametrize("name", [pytest.param("lora", marks=SLOW), "mixlora", pytest.param("stateful", marks=SLOW)])
 def test_each_run_is_the_run_alone(name):
     metrics, state = same(Side(name))
     losses = np.array([m["loss"] for m in metrics])
@@ -143,14 +146,17 @@ def test_each_run_is_the_run_alone(name):
 
 @pytest.mark.parametrize(
     ("name", "on"),
-    [("lora", "replicate"), ("mixlora", "replicate"), ("stateful", "replicate"), ("mixlora", "gather"),
-     ("stateful", "gather"), ("mixlora", "tensor"), ("mixlora", "all_to_all")],
+    [("stateful", "gather"), *(pytest.param(*point, marks=SLOW) for point in (
+        ("lora", "replicate"), ("mixlora", "replicate"), ("stateful", "replicate"), ("mixlora", "gather"),
+        ("mixlora", "tensor"), ("mixlora", "all_to_all"),
+    ))],
 )  # fmt: skip
 def test_each_run_is_the_run_alone_on_eight_devices(name, on):
     mesh, engine = MESHES[on]
     same(Side(name, mesh, engine))
 
 
+@SLOW
 def test_micro_steps_and_a_run_that_is_not_finite():
     """Run 1 has a NaN at its second step: it alone skips, the others do not see it."""
     side = Side("mixlora", accumulate=2)
@@ -170,8 +176,9 @@ def test_the_base_has_no_axis_of_runs():
         assert not re.search(rf"f32\[{N},({c.layers},)?{d_in},{d_out}\]", text), (d_in, d_out)
 
 
+@SLOW
 def test_no_collective_moves_what_runs_do_not_share():
-    """On four devices of `data`: one run's step and that of N have the same collectives, N times the bytes of them."""
+    """Over `data`, one run's step and that of N have the same collectives (of N times the bytes)."""
     mesh = dict(data=8, fsdp=1, expert=1, tensor=1)
     side = Side("mixlora", mesh, "replicate")
     one = jax.jit(side.plain, out_shardings=side._out(side.places))
