@@ -22,6 +22,7 @@ FLOORS = (
     ("training", "decode"),
     ("evaluation",),
     ("methods", "combinations"),
+    ("__main__",),
     ("",),  # the public library, `molora_jax/__init__.py`
 )
 FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
