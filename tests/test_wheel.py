@@ -1,5 +1,6 @@
 """An installation without the clone: the command `molora`, shipped configs by name, a wheel of what runs need."""
 
+import fnmatch
 import importlib.util
 import os
 import pathlib
@@ -8,10 +9,10 @@ import shutil
 import subprocess
 import sys
 import tomllib
+import types
 import zipfile
 
 import pytest
-import setuptools
 
 from launch import flags
 from molora_jax.config import shipped
@@ -33,16 +34,20 @@ def python(*arguments, cwd, path=None, executable=sys.executable):
 
 @pytest.fixture(scope="module")
 def built(tmp_path_factory):
-    """The files of a wheel, laid out as its build does: the packages that pyproject.toml finds, and what setup.py adds."""
+    """The files of a wheel as its build lays them out: the packages that pyproject.toml asks for, then setup.py's."""
     folder = tmp_path_factory.mktemp("built")
-    found = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]["find"]
-    for package in setuptools.find_namespace_packages(str(ROOT), **found):
-        (folder / package.replace(".", "/")).mkdir(parents=True)
-        for file in (ROOT / package.replace(".", "/")).glob("*.py"):
-            shutil.copy(file, folder / file.relative_to(ROOT))
-    spec = importlib.util.spec_from_file_location("_setup", ROOT / "setup.py")
-    setup = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(setup)
+    asked = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]["find"]["include"]
+    files = [file for name in os.listdir(ROOT) if name[0] != "." for file in (ROOT / name).rglob("*.py")]
+    for file in (file.relative_to(ROOT) for file in files):
+        if any(fnmatch.fnmatchcase(".".join(file.parent.parts), pattern) for pattern in asked):
+            (folder / file).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(ROOT / file, folder / file)
+    with pytest.MonkeyPatch.context() as patch:  # setuptools itself need not be there
+        for name in ("setuptools", "setuptools.command", "setuptools.command.build_py"):
+            patch.setitem(sys.modules, name, types.SimpleNamespace(setup=None, build_py=object))
+        spec = importlib.util.spec_from_file_location("_setup", ROOT / "setup.py")
+        setup = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(setup)
     setup.put_inside(folder)
     return folder
 
