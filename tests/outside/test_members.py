@@ -40,7 +40,7 @@ def forget(package):
     members.options.cache_clear()
 
 
-def config_of(task, **train_fields):
+def config_of(task):
     config = common.get_config()
     adapter = dict(name=f"{M}:Louder", rank=2, alpha=4.0, dropout=0.05, init=f"{M}:narrow", gain=1.5)
     config.method.rules = dict(
@@ -53,24 +53,21 @@ def config_of(task, **train_fields):
     config.base.source, config.engine = "random:tiny", "mypackage:toy_engine"
     config.mesh.update(data=2, expert=4)
     config.data.update(tasks=f"jsonl:{task}", seq_len=64)
-    config.train.update(steps=3, batch_size=8, save_every=1, log_every=1, **train_fields)
+    config.train.update(steps=3, batch_size=8, save_every=1, keep=3, log_every=1)
     return config
 
 
 @pytest.fixture(scope="module")
 def run(package, tmp_path_factory):
-    """Three steps, stopped after two and started again."""
+    """Three steps; and the same folder as it was after two, started again."""
     folder = tmp_path_factory.mktemp("run")
-    task = write_task(folder / "task.jsonl", rows=40)
-    notes = []
-    for stop in (2, 0):
-        config = config_of(task, stop_after=stop)
-        schema.validate(config)
-        done = train(config, str(folder / "run"), note=notes.append)
-    assert done.step == 3
-    whole = folder / "whole"
-    train(config_of(task), str(whole), note=lambda text: None)
-    return folder / "run", whole, "\n".join(notes)
+    config, notes = config_of(write_task(folder / "task.jsonl", rows=40)), []
+    schema.validate(config)
+    train(config, str(folder / "whole"), note=notes.append)
+    shutil.copytree(folder / "whole", folder / "run")
+    shutil.rmtree(folder / "run" / "checkpoints" / "3")
+    assert train(config, str(folder / "run"), note=notes.append).step == 3
+    return folder / "run", folder / "whole", "\n".join(notes)
 
 
 def test_a_run_of_members_from_outside_trains_and_resumes_bit_for_bit(run):
