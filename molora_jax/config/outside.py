@@ -10,6 +10,7 @@ import importlib.util
 import inspect
 import pathlib
 import re
+import sys
 import traceback
 import typing
 
@@ -55,7 +56,7 @@ def load(axis: str, name: str, where: str):
     if not PATH.fullmatch(name):
         raise wrong(where, text, "package.module:Name of a member from outside", "Correct the path.")
     home, _, attribute = name.partition(":")
-    _not_in_a_run(package(name), text, where)
+    _trusted(package(name), text, where)
     module = _module(home, text, where)
     found = getattr(module, attribute, MISSING)
     if found is MISSING and axis == "engines":
@@ -95,7 +96,10 @@ def limits(member) -> dict:
     return {k: v for cls in reversed(inspect.getmro(member)) for k, v in (vars(cls).get("LIMITS") or {}).items()}
 
 
-def _not_in_a_run(top, text, where):
+def _trusted(top, text, where):
+    """Refuses what lies in a run's folder, and Python's own modules, of which some act when they are imported."""
+    if top in sys.stdlib_module_names:
+        raise wrong(where, f"{text}, a module of Python itself", "a package that derives from molora_jax")
     try:
         spec = importlib.util.find_spec(top)
     except (ImportError, ValueError):

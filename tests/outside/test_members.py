@@ -125,6 +125,10 @@ def test_a_runs_folder_brings_no_code(run, tmp_path, monkeypatch):
     with pytest.raises(InputError, match="stranger.*inside a run's folder"):
         saved.read_config(folder)
     assert "stranger" not in sys.modules
+    (folder / "config.json").write_text(text.replace("stranger:Lion", "antigravity:geohash"))
+    with pytest.raises(InputError, match="a module of Python itself"):
+        saved.read_config(folder)
+    assert "antigravity" not in sys.modules
 
 
 def mixlora(**changes):
@@ -153,7 +157,7 @@ WRONG = {  # changes of mixlora -> the field that is named, and words of the mes
     "the base class": ({f"{ROUTER}.name": "molora_jax.routers.base:Router"}, f"{ROUTER}.name", "no subclass of Router"),
     "no class": ({f"{ROUTER}.name": f"{M}:narrow"}, f"{ROUTER}.name", "no subclass of Router"),
     "no function": ({f"{ADAPTER}.init": f"{M}:Louder"}, f"{ADAPTER}.init", "no function"),
-    "other arguments": ({f"{ADAPTER}.init": "json:dumps"}, f"{ADAPTER}.init", "no argument key"),
+    "other arguments": ({f"{ADAPTER}.init": "molora_jax.text:table"}, f"{ADAPTER}.init", "no argument key"),
     "no engine": ({"engine": "mypackage:routers"}, "engine", "does not say MOVES"),
     "no method": ({f"{ROUTER}.name": "mypackage.wrong:NoRoute"}, f"{ROUTER}.name", "no method route"),
     "another signature": ({f"{ROUTER}.name": "mypackage.wrong:Short"}, f"{ROUTER}.name", "cannot be called as route"),
