@@ -57,7 +57,8 @@ def member_problem(where, axis, name, *, among=None):
         file = f"molora_jax/{axis}/{_table(axis)}"
         return wrong(where, f"{name!r}, which {file} does not list", one_of(names), f"Add it to {file}.")
     got = "nothing" if name is None else shown(name)
-    return wrong(where, got, f"{one_of(names)}, or package.module:Name", did_you_mean(name, names))
+    paths = ", or package.module:Name" if axis in outside.OPEN else ""
+    return wrong(where, got, f"{one_of(names)}{paths}", did_you_mean(name, names))
 
 
 def loss_of(key, options) -> str:

@@ -27,6 +27,7 @@ CONTRACTS = {  # axis: its base class in `molora_jax/<axis>/base.py`, and what t
 }
 INIT = ("key", "site", "rank", "scale", "base", "base_grad")  # arguments of a start, which is a function
 ENGINE = ("MOVES", "STORES")  # of an engine, which is a module
+OPEN = (*CONTRACTS, "inits", "engines")  # the axes that take members from outside
 MISSING = object()
 NO_CODE = set()  # folders of runs that were opened: what they hold is data
 
@@ -53,6 +54,8 @@ def load(axis: str, name: str, where: str):
       InputError: in the name of `where`: no such path, an import that fails, an object that is no member of the axis.
     """
     text = repr(name)[:200]
+    if axis not in OPEN:
+        raise wrong(where, text, f"a member of molora_jax/{axis}: this axis takes none from outside")
     if not PATH.fullmatch(name):
         raise wrong(where, text, "package.module:Name of a member from outside", "Correct the path.")
     home, _, attribute = name.partition(":")

@@ -220,9 +220,10 @@ def test_options_may_be_set_by_flags_and_are_known(package):
 
 
 def test_every_axis_of_a_config_has_a_contract():
-    assert {*outside.CONTRACTS, "inits", "engines"} == {
-        "adapters", "routers", "placements", "losses", "inits", "optim", "objectives", "engines"
-    }  # fmt: skip
+    axes = {"adapters", "routers", "placements", "losses", "inits", "optim", "objectives", "engines"}
+    assert {*outside.OPEN} == axes
+    with pytest.raises(InputError, match="takes none from outside"):
+        outside.load("backbones", "mypackage.more:Louder", "base")
     for axis, (base, methods) in outside.CONTRACTS.items():
         module = __import__(f"molora_jax.{axis}.base", fromlist=[base])
         assert all(hasattr(getattr(module, base), method) for method in methods), axis
