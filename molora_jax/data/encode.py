@@ -20,7 +20,6 @@ from molora_jax.data.options import Options
 from molora_jax.data.read import Read, source, stem
 from molora_jax.errors import InputError
 
-
 LONGEST_SHOWN = 60  # characters of a template's text in a message
 
 

@@ -104,8 +104,9 @@ def _warnings(task, row, skipped, dropped):
     text, rows = task.asked
     if rows:
         yield (
-            f"warning: to ask for an answer the chat template writes {text!r}, which {rows:,} rows of {task.name} do not have "
-            "once the answer is there: answers start elsewhere in training than in generation. See data.template_args."
+            f"warning: to ask for an answer the chat template writes {text!r}, which {rows:,} rows of {task.name} do "
+            "not have once the answer is there: answers start elsewhere in training than in generation. See "
+            "data.template_args."
         )
     lost = [what for what in task.unused if not what.startswith("field ")]
     if lost:
