@@ -152,7 +152,7 @@ def table(model, on: Engine, *, tokens: int, itemsize: int) -> list[Row]:
             shipped, useful = shipped + a * len(segment.layers), useful + b * len(segment.layers)
         whole = dataclasses.replace(own, capacity=0.0, rank_space=False)  # a base drops no token
         for layers, one in unchanged_experts(model, on=whole, tokens=tokens, itemsize=itemsize):
-            a, b = module.bytes_moved(one, whole)
+            a, b = own.module.bytes_moved(one, whole)
             shipped, useful = shipped + a * layers, useful + b * layers
         rows.append(Row(name, shipped, useful, refused))
     return rows
