@@ -48,10 +48,8 @@ _SIDE_BY_SIDE = contextvars.ContextVar("side_by_side", default=False)
 
 @contextlib.contextmanager
 def side_by_side():
-    """What is traced in here is batched over an axis of runs (`jax.vmap`): ops take forms that stay dense products.
-
-    A loop over tiles, whose length is each run's own, would carry all runs' buffers through every turn.
-    """
+    """What is traced in here is batched over an axis of runs (`jax.vmap`): a loop over tiles, whose length is each
+    run's own, is then made of one run after the other (`tiles.one_by_one`); no Pallas kernel is taken."""
     token = _SIDE_BY_SIDE.set(True)
     try:
         yield

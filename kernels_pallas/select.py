@@ -13,7 +13,7 @@ columns that was measured (docs/performance.md). E experts, K of them a token, R
 
 import dataclasses
 
-from kernels_pallas.platform import device_kind_of, is_side_by_side, is_split, platform_of
+from kernels_pallas.platform import device_kind_of, is_split, platform_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,8 +57,6 @@ def low_rank_op(
     """
     if K is None or K >= E:
         return "rank_gated", "every expert may have a gate: all of them are computed anyway"
-    if is_side_by_side():
-        return "rank_gated", "several runs side by side: a loop over tiles would carry all runs' buffers along"
     if is_split():
         return "rank_gated", "the compiler spreads the rows over a mesh: grouping would gather them"
     columns, platform = E * R, platform_of(platform)

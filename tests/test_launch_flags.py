@@ -8,6 +8,7 @@ import pytest
 
 from configs import common
 from launch import flags
+from molora_jax.backbones.compile import compile_losses
 from molora_jax.errors import InputError
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -54,6 +55,16 @@ def test_an_option_that_the_file_leaves_out():
     assert config.optim.ratio == 4.0 and config.method.rules.ffn.router.jitter == 0.1
 
 
+def test_a_loss_that_the_file_leaves_out_is_switched_on():
+    config, _ = parse(
+        f"--config={MIXLORA}", "--config.losses.z_loss.weight=0.25", "--config.losses.soft.counts=soft",
+        "--config.losses.soft.name=balance",
+    )  # fmt: skip
+    assert config.losses.z_loss.to_dict() == {"weight": 0.25} and config.losses.balance.counts == "hard"
+    assert config.losses.soft.to_dict() == {"counts": "soft", "name": "balance"}
+    assert [type(loss).__name__ for _, loss in compile_losses(config)] == ["Balance", "Balance", "ZLoss"]
+
+
 def test_stages_keep_their_shares_of_the_steps(tmp_path, capsys):
     file = tmp_path / "stages.py"
     file.write_text(
@@ -70,6 +81,16 @@ def test_stages_keep_their_shares_of_the_steps(tmp_path, capsys):
     assert stages(parse(f"--config={file}", *own)[0]) == [2, 1], "said on the command line: as it says"
     with pytest.raises(InputError, match="schedule"):
         parse(f"--config={file}", "--config.train.steps=1")
+
+
+SHIPPED = sorted(file.stem for file in (ROOT / "configs").glob("*.py") if file.stem not in ("__init__", "common"))
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_every_shipped_config_fits_three_steps_on_a_random_base(name):
+    base = "random:tiny-moe" if name == "moe_lora" else "random:tiny"  # its rule changes experts of the base
+    config, _ = parse(f"--config={ROOT}/configs/{name}.py", f"--config.base.source={base}", "--config.train.steps=3")
+    assert config.train.steps == 3
 
 
 def test_a_shared_file_is_not_changed_by_overrides():
@@ -99,7 +120,10 @@ BAD = [
     (["--config.method.rules.ffn=8"], "config.method.rules.ffn", "not a group"),
     (["--config.method.rules.new.experts=8"], "config.method.rules.new", "attn, ffn"),
     (["--config.method.rules.ffn.router.k=9"], "method.rules.ffn.router.k", "K > E"),
-    (["--config.losses.z_loss.weight=1"], "config.losses.z_loss", "balance"),
+    (["--config.losses.z_los.weight=1"], "config.losses.z_los", "Did you mean 'z_loss'?"),
+    (["--config.losses.mine.weight=1"], "config.losses.mine", "config.losses.mine.name=package.module:Name"),
+    (["--config.losses.z_loss.wieght=1"], "config.losses.z_loss.wieght", "Did you mean 'weight'?"),
+    (["--config.losses.z_loss.weight=-1"], "losses.z_loss.weight", ">= 0"),
     (["--config..steps=1"], "config.", "an unknown field"),
     (["--wokdir=x"], "--wokdir", "'--workdir'"),
     (["--steps=many"], "command line", "invalid int value"),

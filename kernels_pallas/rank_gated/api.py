@@ -21,8 +21,8 @@ def no_kernel(x, B) -> str | None:
 def choose(x, A, B, gates, *, platform: str | None = None) -> tuple[str, str]:
     """The implementation for these shapes, and why. Only shapes and x's dtype count."""
     (E, R, _), platform = B.shape, platform_of(platform)
-    if is_side_by_side():
-        return "dense", "several runs side by side: a batched product"
+    if platform == "tpu" and is_side_by_side():
+        return "dense", "tpu: several runs under vmap, for which the kernel has no grid"
     if platform != "tpu":
         return "dense", f"{platform}: all experts in one product, a form that XLA does well"
     why = no_kernel(x, B)

@@ -25,8 +25,8 @@ def choose(g, B_g, idx, *, platform: str | None = None) -> tuple[str, str]:
     """The implementation for these shapes, and why. `g [T, F]`, `B_g [E, R, F]`, `idx [T, K]`: only shapes are read."""
     E, R, _ = B_g.shape
     K, platform = idx.shape[1], platform_of(platform)
-    if is_side_by_side():
-        return "dense", "several runs side by side: a loop over tiles would carry all runs' buffers along"
+    if platform == "tpu" and is_side_by_side():
+        return "dense", "tpu: several runs under vmap, for which the kernel has no grid"
     if platform == "tpu":
         why = no_kernel(g, B_g, idx)
         return ("dense", f"tpu: {why}") if why else ("tpu", "tpu: one pass over g and u, every h_k in VMEM only")

@@ -1,8 +1,8 @@
 """The regime of a config, and what it excludes: each member states it in its file (`regimes.base`)."""
 
-from molora_jax.config import fields as known
+from molora_jax.config import fields as tables
 from molora_jax.config.fields import wrong
-from molora_jax.config.members import attribute, members
+from molora_jax.config.members import attribute, known, loss_of, members
 from molora_jax.config.values import member_problems
 
 PLAIN = {"name": "stages"}  # of a config without `regime`, as older versions wrote it
@@ -15,8 +15,10 @@ def regime_problems(config):
     if found:
         return
     states = lambda wanted: attribute("regimes", value["name"], wanted)  # noqa: E731
-    for name in config["losses"]:
-        if name in members("losses") and attribute("losses", name, "ROUTING") is False and not states("PENALTY"):
+    for name, loss in config["losses"].items():
+        member = loss_of(name, loss)
+        penalty = known("losses", member) and attribute("losses", member, "PENALTY") is True
+        if penalty and not states("PENALTY"):
             able = [r for r in members("regimes") if attribute("regimes", r, "PENALTY")]
             expected = f"regime.name among {', '.join(able)} with a penalty on what earlier tasks left"
             yield wrong(f"losses.{name}", f"a penalty under regime {value['name']!r}", expected, "Remove the loss.")
@@ -40,7 +42,7 @@ def _own_stages(config, name):
         yield wrong("schedule", f"{len(stages)} stages with regime {name!r}", "one: the regime makes its own", fix)
         return
     for stage, fields in stages.items():
-        for field, default in known.WHOLE.items():
+        for field, default in tables.WHOLE.items():
             if field not in ("tasks", "freeze") and isinstance(fields, dict) and fields.get(field, default) != default:
                 expected = f"{default!r} with regime {name!r}, which makes the stages"
                 fix = "Write it into the config itself."

@@ -5,7 +5,7 @@
 """
 
 import dataclasses
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import jax
 import jax.numpy as jnp
@@ -20,7 +20,9 @@ class Loss:
     """
 
     weight: float = 1e-2
-    accumulate: str = dataclasses.field(default="micro", kw_only=True)
+    accumulate: Literal["micro", "exact"] = dataclasses.field(default="micro", kw_only=True)
+
+    LIMITS: ClassVar = {"weight": (0, None)}
 
     def stats(self, routing: Routing, ctx: Context) -> dict[str, Array]:
         raise NotImplementedError
@@ -46,7 +48,14 @@ class Penalty(Loss):
     """
 
     ROUTING: ClassVar[bool] = False
+    PENALTY: ClassVar[bool] = True
     SQUARES: ClassVar[bool] = False
+
+    def stats(self, routing, ctx):
+        return {}
+
+    def value(self, stats):
+        return jnp.zeros(())
 
     def fresh(self, trainable: dict) -> dict:
         """What is remembered before anything was learnt; traceable."""

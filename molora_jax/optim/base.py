@@ -8,7 +8,7 @@ The learning rate is an argument of the compiled step: inside it `make` and `sch
 """
 
 import dataclasses
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import jax
 import jax.numpy as jnp
@@ -21,11 +21,16 @@ class Optimizer:
 
     learning_rate: float = 2e-4
     weight_decay: float = 0.0
-    decay: str = "cosine"
+    decay: Literal["linear", "cosine", "constant"] = "cosine"
     warmup: int = 0
     b1: float = 0.9
     b2: float = 0.999
     eps: float = 1e-8
+
+    LIMITS: ClassVar = {
+        "learning_rate": (0, 1e3, "(]"), "weight_decay": (0.0, 1e3), "warmup": (0, None), "b1": (0, 1, "[)"),
+        "b2": (0, 1, "[)"), "eps": (0, None, "()"),
+    }  # fmt: skip
 
     _rise: ClassVar[float | None] = None  # of `at`: from the full rate to that of the first step of the warm-up
 

@@ -1,6 +1,7 @@
 """Plain SGD, `x <- x - lr (g + weight_decay x)`: no moments, so that a change of scale is a change of rate."""
 
 import dataclasses
+from typing import ClassVar
 
 import optax
 
@@ -12,6 +13,8 @@ class Sgd(Optimizer):
     """`momentum` 0: none. Adam's `b1`, `b2`, `eps` are not read."""
 
     momentum: float = 0.0
+
+    LIMITS: ClassVar = {"momentum": (0, 1, "[)")}
 
     def make(self, total_steps, pairs):
         decay = optax.add_decayed_weights(self.weight_decay) if self.weight_decay else optax.identity()

@@ -1,5 +1,6 @@
 """How is training organised?"""
 
+from molora_jax.config import outside
 from molora_jax.regimes.base import Regime, Stage
 from molora_jax.regimes.continual import Continual
 from molora_jax.regimes.federated import Federated
@@ -13,4 +14,4 @@ REGIMES = {"stages": Stages, "federated": Federated, "continual": Continual}
 def compile_regime(config) -> Regime:
     """The member that `config.regime` names; runs of older versions have none and were trained in stages."""
     options = dict(config.get("regime") or {"name": "stages"})
-    return REGIMES[options.pop("name")](**options)
+    return outside.member("regimes", REGIMES, options.pop("name"))(**options)

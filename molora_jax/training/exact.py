@@ -41,7 +41,7 @@ from molora_jax.training.step import loss_sums, make_update, micro_batches, own_
 
 
 class ExactStep:
-    """`step(state, params, batch, fixed, knobs) -> (state, metrics)` as of `make_step`, compiled by `compile` or at first.
+    """`step(state, params, batch, fixed, knobs) -> (state, metrics)`, as `make_step` makes it; compiled by `compile`.
 
     All devices hold all of the base, the state and (while a step runs) the batch.
 

@@ -13,6 +13,7 @@ from molora_jax import config as config_lib
 from molora_jax import runtime, sharding
 from molora_jax.backbones.compile import apart, compile_losses, compile_model
 from molora_jax.config import objectives as objectives_config
+from molora_jax.config import outside
 from molora_jax.core import trees
 from molora_jax.engines import ALONE
 from molora_jax.errors import InputError
@@ -53,7 +54,7 @@ class Program:
 
 def compile_optimizer(config) -> Optimizer:
     options = dict(config.optim)
-    return OPTIMIZERS[options.pop("name")](**options)
+    return outside.member("optim", OPTIMIZERS, options.pop("name"))(**options)
 
 
 def knobs_of(config) -> Knobs:

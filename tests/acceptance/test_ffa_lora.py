@@ -15,9 +15,9 @@ import pytest
 from flax.traverse_util import flatten_dict
 
 from molora_jax.backbones.compile import compile_model
+from molora_jax.catalogue.methods import ORGANISED
 from molora_jax.core import accountant, trees
 from molora_jax.core.privacy import Private
-from molora_jax.methods import ORGANISED
 from molora_jax.objectives import OBJECTIVES
 from molora_jax.optim import OPTIMIZERS
 from molora_jax.training.step import TrainState, make_gradient, make_step

@@ -27,6 +27,7 @@ RULES = {
     "mixlora": ("lora", "softmax_topk", "ffn"),
     "stateful": ("lora", "sigmoid_topk", "projection"),  # a load bias moves without a gradient
 }
+RANK = {"lora": 3, "mixlora": 18, "stateful": 3}  # 4 experts of rank 18: loops over tiles, by expert
 MESHES = {
     "one device": (None, None),
     "replicate": (dict(data=4, fsdp=2, expert=1, tensor=1), "replicate"),
@@ -41,6 +42,7 @@ class Side:
 
     def __init__(self, name, mesh=None, engine=None, **options):
         config = combination(*RULES[name], "kaiming", **{"method.rules.mix.adapter.dropout": 0.2})
+        config.method.rules.mix.adapter.rank = RANK[name]
         self.mesh = None if mesh is None else sharding.make_mesh(mesh)
         case = Case(config, mesh=self.mesh, engine=engine)
         member = OPTIMIZERS["adamw"](learning_rate=1.0, warmup=2)
@@ -129,7 +131,10 @@ def same(side, bad=()):
     return metrics, state
 
 
-@pytest.mark.parametrize("name", RULES)
+SLOW = pytest.mark.slow
+
+
+@pytest.mark.parametrize("name", [pytest.param("lora", marks=SLOW), "mixlora", pytest.param("stateful", marks=SLOW)])
 def test_each_run_is_the_run_alone(name):
     metrics, state = same(Side(name))
     losses = np.array([m["loss"] for m in metrics])
@@ -141,14 +146,17 @@ def test_each_run_is_the_run_alone(name):
 
 @pytest.mark.parametrize(
     ("name", "on"),
-    [("lora", "replicate"), ("mixlora", "replicate"), ("stateful", "replicate"), ("mixlora", "gather"),
-     ("stateful", "gather"), ("mixlora", "tensor"), ("mixlora", "all_to_all")],
+    [("stateful", "gather"), *(pytest.param(*point, marks=SLOW) for point in (
+        ("lora", "replicate"), ("mixlora", "replicate"), ("stateful", "replicate"), ("mixlora", "gather"),
+        ("mixlora", "tensor"), ("mixlora", "all_to_all"),
+    ))],
 )  # fmt: skip
 def test_each_run_is_the_run_alone_on_eight_devices(name, on):
     mesh, engine = MESHES[on]
     same(Side(name, mesh, engine))
 
 
+@SLOW
 def test_micro_steps_and_a_run_that_is_not_finite():
     """Run 1 has a NaN at its second step: it alone skips, the others do not see it."""
     side = Side("mixlora", accumulate=2)
@@ -168,8 +176,9 @@ def test_the_base_has_no_axis_of_runs():
         assert not re.search(rf"f32\[{N},({c.layers},)?{d_in},{d_out}\]", text), (d_in, d_out)
 
 
+@SLOW
 def test_no_collective_moves_what_runs_do_not_share():
-    """On four devices of `data`: one run's step and that of N have the same collectives, N times the bytes of them."""
+    """Over `data`, one run's step and that of N have the same collectives (of N times the bytes)."""
     mesh = dict(data=8, fsdp=1, expert=1, tensor=1)
     side = Side("mixlora", mesh, "replicate")
     one = jax.jit(side.plain, out_shardings=side._out(side.places))
