@@ -1,4 +1,4 @@
-"""Three tasks of real text, one after the other, on MiniLM with one LoRA and one head for all classes: what is forgotten.
+"""Three tasks of real text, one after the other, on MiniLM with one LoRA and one head for all classes.
 
 python -m experiments.continual [--seeds=2] [--steps=90] [--workdir=runs/continual]
 

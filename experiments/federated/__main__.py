@@ -2,8 +2,8 @@
 
 python -m experiments.federated [--seeds=3] [--turns=40] [--workdir=runs/federated]
 
-Held-out loss after each round (split valid) and accuracy after the last (test), of the average of the clients; the same data, seeds, clip and noise for both. Stop it
-whenever you like: finished runs are kept. Writes results.json and results.png beside this file.
+Held-out loss after each round (split valid) and accuracy after the last (test), of the average of the clients; the same
+data, seeds, clip and noise for both. Stop it whenever you like: finished runs are kept. Writes results.json and results.png beside this file.
 """
 
 import importlib
@@ -96,9 +96,8 @@ def report(found):
             last = 100 * np.array([run["accuracy"] for run in runs])
             std = last.std(ddof=1) if len(last) > 1 else 0.0
             half = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78}.get(len(last), 1.96) * std / len(last) ** 0.5
-            print(
-                f"{name + suffix:<28} {last.mean():.1f} % +- {half:.1f} (95 %), std {std:.2f}, {runs[0]['bytes']:,} bytes"
-            )
+            told = f"{last.mean():.1f} % +- {half:.1f} (95 %), std {std:.2f}, {runs[0]['bytes']:,} bytes"
+            print(f"{name + suffix:<28} {told}")
         ax.set(title="without noise" if not suffix else "DP-SGD, epsilon 3, delta 1e-5", xlabel="round")
         ax.grid(alpha=0.3)
     axes[0].set(ylabel="held-out loss (nats a word)")
