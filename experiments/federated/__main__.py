@@ -3,7 +3,8 @@
 python -m experiments.federated [--seeds=3] [--turns=40] [--workdir=runs/federated]
 
 Held-out loss after each round (split valid) and accuracy after the last (test), of the average of the clients; the same
-data, seeds, clip and noise for both. Stop it whenever you like: finished runs are kept. Writes results.json and results.png beside this file.
+data, seeds, clip and noise for both. Stop it whenever you like: finished runs are kept. Writes results.json and
+results.png beside this file.
 """
 
 import importlib

@@ -22,6 +22,11 @@ def regime_problems(config):
             able = [r for r in members("regimes") if attribute("regimes", r, "PENALTY")]
             expected = f"regime.name among {', '.join(able)} with a penalty on what earlier tasks left"
             yield wrong(f"losses.{name}", f"a penalty under regime {value['name']!r}", expected, "Remove the loss.")
+    schedule = config.get("schedule") if isinstance(config.get("schedule"), dict) else {}
+    for stage, fields in schedule.items():
+        if isinstance(fields, dict) and isinstance(fields.get("set"), dict) and "regime" in fields["set"]:
+            expected = "no regime: the stages of a run have one"
+            yield wrong(f"schedule.{stage}.set.regime", str(fields["set"]["regime"])[:80], expected, "Take it out.")
     if not states("SCHEDULE"):
         yield from _own_stages(config, value["name"])
     if not states("EXACT") and config["train"].get("exact") is True:
@@ -36,7 +41,7 @@ def regime_problems(config):
 
 def _own_stages(config, name):
     """A regime that cuts the run into stages itself takes over what one stage says of all of them."""
-    stages = config["schedule"]
+    stages = config["schedule"] if isinstance(config["schedule"], dict) else {}
     if len(stages) > 1:
         fix = "Leave one, or start a run of its own from this one's (train.init_from)."
         yield wrong("schedule", f"{len(stages)} stages with regime {name!r}", "one: the regime makes its own", fix)

@@ -33,7 +33,7 @@ def identity(config: dict, extra: dict) -> dict:
         number of the decoder) and `day` (that the chat template is pinned to); more entries are kept under `extra`.
 
     Mesh, engine, remat, logging, intervals, `stop_after` and evaluation are left out. `train.steps` is left out where
-    the learning rate does not depend on it (`optim.decay="constant"`).
+    nothing depends on it (`optim.decay="constant"`, and no regime that cuts the steps itself).
     """
     result = of_config(config)
     for section, (_, content) in CONTENT.items():
@@ -54,9 +54,16 @@ def of_config(config: dict) -> dict:
         result[section] = {k: v for k, v in config.get(section, {}).items() if k not in (source, *TOLD)}
     train = config.get("train", {})
     result["train"] = {name: train[name] for name in TRAIN_FIELDS if name in train}
-    if config.get("optim", {}).get("decay") != "constant":
+    if needs_steps(config):
         result["train"]["steps"] = train.get("steps")
     return json.loads(json.dumps(result))
+
+
+def needs_steps(config: dict) -> bool:
+    """Whether what a step does depends on `train.steps`: by the learning rate, or by a regime that cuts them."""
+    regime = config.get("regime")
+    cut = isinstance(regime, dict) and regime.get("name", "stages") != "stages"
+    return cut or config.get("optim", {}).get("decay") != "constant"
 
 
 def _without_paths(objective: dict) -> dict:
@@ -250,7 +257,8 @@ def _line(name, was, now) -> str:
     def show(value):
         return "absent" if value is config_defaults.MISSING else json.dumps(value)
 
-    reason = " (the learning rate depends on it: optim.decay is not constant)" if name == "train.steps" else ""
+    why = "the learning rate depends on it, as optim.decay is not constant, or the regime cuts the run by it"
+    reason = f" ({why})" if name == "train.steps" else ""
     return f"{name}: was {show(was)}, now {show(now)}{reason}"
 
 

@@ -103,7 +103,7 @@ def believed(config: dict, manifest: dict | None) -> tuple[dict, list[str]]:
         if isinstance(out.get(section), dict) and isinstance(saved.get(section), dict):
             kept = {name: out[section][name] for name in (source, "valid") if name in out[section]}
             out[section] = {**out[section], **saved[section], **kept}
-    names = [*identity.TRAIN_FIELDS, *(["steps"] if saved.get("optim", {}).get("decay") != "constant" else [])]
+    names = [*identity.TRAIN_FIELDS, *(["steps"] if identity.needs_steps(saved) else [])]
     if isinstance(out.get("train"), dict):
         out["train"] = {**out["train"], **{name: saved["train"][name] for name in names if name in saved["train"]}}
     return out, identity.differences(json.loads(json.dumps(out)), json.loads(json.dumps(config)))

@@ -110,6 +110,12 @@ class Run:
         self.constrain = sharding.constrain(self.mesh)
         self.exact = config.train.get("exact", False)  # not in runs of older versions
         self.regime = compile_regime(config)
+        if jax.process_count() > 1 and not self.regime.PROCESSES:
+            raise InputError(
+                "regime.name", got=f"{config.regime.name!r} on {jax.process_count()} processes",
+                expected="'stages', or one process (of any number of devices)",
+                fix="Its rows and what it measures between its stages are formed by one process.",
+            )  # fmt: skip
         self.regime.check(config, self.data, self.model)
         self.stages = self.regime.stages(config, self.data)
         self.turn = self.regime.side_by_side or 1  # optimizer steps that a turn of the loop makes

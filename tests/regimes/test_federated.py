@@ -194,6 +194,7 @@ def test_what_it_cannot_train_is_refused_before_anything_is_compiled(data, tmp_p
         (lambda c: c.schedule.update(s01=c.schedule.s00.copy_and_resolve_references()), "schedule: got 2 stages"),
         (lambda c: c.schedule.s00.update(steps=12), r"schedule\.s00\.steps"),
         (lambda c: c.losses.update(ewc=dict(weight=1.0)), r"losses\.ewc.*continual"),
+        (lambda c: c.schedule.s00.set.update(regime=dict(name="stages")), r"set\.regime"),
         (lambda c: c.regime.update(local_step=3), r"regime\.local_step.*local_steps"),
         (lambda c: c.regime.update(name="federate"), r"regime\.name.*federated"),
     ],
