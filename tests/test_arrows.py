@@ -20,7 +20,7 @@ FLOORS = (
     ("data",),
     ("runs",),
     ("training", "decode"),
-    ("evaluation",),
+    ("evaluation", "surgery"),
     ("methods", "combinations"),
     ("",),  # the public library, `molora_jax/__init__.py`
 )

@@ -95,6 +95,7 @@ FIELDS = {
     "objective": {},  # the options of the member
     "losses": {},  # checked member by member
     "optim": {},  # the options of the member
+    "surgery": {},  # the options of the member, and its inputs
     "schedule": {},  # checked stage by stage
     "mesh": {
         "data": Field(int, ">= 1, or -1 for all devices that are left", lambda size: size >= 1 or size == -1),
@@ -136,7 +137,7 @@ RULE = {
     "base_router": since(choice("frozen", "trained"), "frozen"),
 }
 
-LATER = ("objective",)  # groups that configs of older versions lack
+LATER = ("objective", "surgery")  # groups that configs of older versions lack
 STAGE = {"steps": at_least(0), "tasks": TEXT, "freeze": TEXT, "route": choice("", "task")}
 WHOLE = dict(steps=0, tasks="", freeze="", set={}, route="", objective={})  # the one stage of a plain run
 

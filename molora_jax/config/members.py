@@ -14,7 +14,7 @@ import pathlib
 from molora_jax.config.fields import RANGES, REQUIRED, Field, choice, within, wrong
 
 PACKAGE = pathlib.Path(__file__).parents[1]
-NOT_MEMBERS = ("__init__", "base", "held_out")
+NOT_MEMBERS = ("__init__", "base", "held_out", "perform")
 
 
 def members(axis):

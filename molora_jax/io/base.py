@@ -46,6 +46,7 @@ class Base:
 
     `params`: nested dict of numpy arrays, as the backbone's `shapes()` says. `digest`: hex sha256 of the weights' own
     content (the GGUF file, the safetensors files, the random values), the same on every machine and for every dtype.
+    `folder`: the Hugging Face folder that it was read from (of a GGUF file the converted one), None of random values.
     """
 
     config: Backbone
@@ -53,6 +54,7 @@ class Base:
     tokenizer: tokenizer.Tokenizer
     digest: str
     source: str
+    folder: pathlib.Path | None = None
 
 
 def load_base(source: str, *, dtype: str = "float32", seed: int = 0) -> Base:
@@ -161,7 +163,7 @@ def _load_folder(folder, dtype, source, *, digest=None):
         files = huggingface.weight_files(folder)
         joined = "\n".join(f"{path.name} {fetch.remembered_sha256(path)}" for path in files)
         digest = hashlib.sha256(joined.encode()).hexdigest()
-    return Base(config, params, text, digest, source)
+    return Base(config, params, text, digest, source, pathlib.Path(folder))
 
 
 def check_ids(text: tokenizer.Tokenizer, rows: int, *, where: str) -> None:
