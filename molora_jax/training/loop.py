@@ -296,12 +296,14 @@ def train(config, workdir: str, *, profile: bool = False, note=None) -> Result:
     """Trains, or goes on with, the run in `workdir`.
 
     Args:
-      config: validated. profile: writes a trace of steps 3 to 5 of this start to `workdir/profile`.
+      config: with the fields of `configs/common.py`.
+      profile: writes a trace of steps 3 to 5 of this start to `workdir/profile`.
       note: where lines of text go; by default the progress line's own stream.
 
     Raises:
       InputError: before anything is compiled, for anything that is the user's to change.
     """
+    config_lib.validate(config)
     writer = jax.process_index() == 0
     progress = Progress(config.train.steps, log_every=config.train.log_every)
     note = note or (progress.note if writer else lambda text: None)
