@@ -1,6 +1,7 @@
 """From runs to a run: views, every surgery's result as an ordinary run, parents, bad inputs, kills."""
 
 import json
+import pathlib
 import shutil
 
 import numpy as np
@@ -9,6 +10,7 @@ from flax.traverse_util import flatten_dict
 
 import molora_jax as mj
 from launch import surgery as launcher
+from molora_jax.backbones import families, hf_config
 from molora_jax.core import factorise
 from molora_jax.errors import InputError
 from molora_jax.io.base import load_base
@@ -19,6 +21,7 @@ from molora_jax.runs.products import products
 from molora_jax.runs.verify import verify
 from molora_jax.runs.view import Key, View
 from molora_jax.surgery.lora_lego import LoraLego
+from tests.io import tiny_files
 from tests.surgery.make import config_of, lora_rules, new_run
 from tests.tiny import tiny_model
 
@@ -206,6 +209,33 @@ def test_a_merged_base_is_the_run_without_its_adapters(name, tmp_path):
     assert "the content of model.safetensors has changed" in verify(moved)["problems"][0]
     with pytest.raises(InputError, match="base.source"):
         mj.load_run(moved)
+
+
+def test_a_merged_base_has_transformers_logits(tmp_path):
+    """peft's merge of the same numbers, and transformers' logits of it (`fixtures/make_merging.py`)."""
+    oracle = np.load(pathlib.Path(__file__).parents[1] / "fixtures" / "merged_base.npz")
+    weights = {name.removeprefix("base/"): oracle[name] for name in oracle.files if name.startswith("base/")}
+    folder = tiny_files.write_hf_folder(tmp_path / "base", json.loads(str(oracle["config"])), weights)
+    made = new_run(tmp_path / "zero", lora_rules(rank=2, alpha=3.0), source=f"dir:{folder}")
+    run = mj.load_run(made)
+    view = run.view()
+    for key in view:
+        x = oracle[f"lora/{key.layer}/{key.site}/{key.leaf}"]
+        view[key] = (x if key.leaf == "A" else x.T)[None]
+    run = mj.load_run(mj.write_run(tmp_path / "run", run, view=view))
+    ids = oracle["ids"].tolist()
+    np.testing.assert_allclose(run.logits(ids), oracle["logits"], atol=2e-4)
+    merged = mj.load_run(perform(tmp_path, "merge_into_base", run.workdir))
+    np.testing.assert_allclose(merged.logits(ids), oracle["logits"], atol=2e-4)
+    np.testing.assert_allclose(merged.params["blocks"]["down"]["kernel"][1].T, oracle["kernel"], atol=1e-6)
+    for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json"):
+        assert (tmp_path / "out" / "base" / name).read_bytes() == (folder / name).read_bytes()
+
+
+@pytest.mark.parametrize("name", families.RANDOM)
+def test_a_random_base_has_a_config_of_its_own(name):
+    backbone = families.RANDOM[name]
+    assert hf_config.from_hf(hf_config.to_hf(backbone), where="config.json") == backbone
 
 
 def test_trained_copies_of_base_leaves_are_merged_too(tmp_path):
