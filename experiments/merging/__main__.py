@@ -64,7 +64,7 @@ def run(argv):
 
 
 def trained(config, workdir, task, seed):
-    """One LoRA; each has a start of its own: from one start, units would be alike by their start, not by what they do."""
+    """One LoRA. Each has a start of its own: units of one start would be alike by their start, not by what they do."""
     import molora_jax as mj
 
     own = config.copy_and_resolve_references()

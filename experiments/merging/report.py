@@ -44,8 +44,8 @@ def table(tree: dict) -> str:
 def write(folder, tree: dict) -> None:
     asked = tree["asked"]
     text = (
-        f"Rank {asked['rank']}, {asked['steps']} steps a LoRA, {asked['items']} held-out items a task; NLL in nats an answer "
-        "token; 95 % intervals over items.\n\n"
+        f"Rank {asked['rank']}, {asked['steps']} steps a LoRA, {asked['items']} held-out items a task; NLL in nats an "
+        "answer token; 95 % intervals over items.\n\n"
     )
     (folder / "results.md").write_text("# Merging, measured\n\n" + text + table(tree), encoding="utf-8")
     names = [name for name in tree["scores"] if not name.startswith("halved")]
