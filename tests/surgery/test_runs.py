@@ -335,6 +335,6 @@ def _stop_at(where):
     return reached
 
 
-def test_a_config_of_a_surgery_does_not_train(runs):
+def test_a_config_of_a_surgery_does_not_train(runs, tmp_path):
     with pytest.raises(InputError, match="python -m launch.surgery"):
-        mj.train(config_of("lora_lego", runs["a"]), "nowhere")
+        mj.train(config_of("lora_lego", runs["a"]), tmp_path / "none")
