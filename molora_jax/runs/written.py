@@ -36,7 +36,7 @@ def free(workdir) -> pathlib.Path:
     """The absolute path of a folder that a new run may be written to: not there yet, or empty.
 
     Raises:
-      InputError: it holds something, or cannot be made.
+      InputError: it holds something, or is a file.
     """
     if not isinstance(workdir, (str, os.PathLike)) or not str(workdir).strip():
         raise InputError("workdir", got=repr(workdir), expected="a folder for the run", fix="Name one.")
@@ -51,7 +51,6 @@ def free(workdir) -> pathlib.Path:
                 )  # fmt: skip
         elif path.exists() or path.is_symlink():
             raise InputError("workdir", got=f"{path}, a file", expected="an empty or a new folder")
-        path.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise InputError(
             "workdir", got=f"{path}: {error.strerror}", expected="a folder that can be written",
@@ -65,7 +64,7 @@ def write(workdir, *, config, items: dict, facts: dict, backbone=None, base: Bas
 
     Args:
       config: what its leaves fit; paths of starts in it are dropped.
-      items: `adapters`, `router_state` and, where the run has them, `modules`: nested dicts of arrays.
+      items: `adapters`, `router_state` and, where the run has them, `modules` and `start`: nested dicts of arrays.
       facts: as `Opened.facts`; with a `base` those of it are made anew.
       backbone: of the base that the run stands on. base: a changed one, which is written to DIR/base.
       parents: entries of `parents.py`.
@@ -81,9 +80,10 @@ def write(workdir, *, config, items: dict, facts: dict, backbone=None, base: Bas
     backbone = backbone if base is None else base.config
     items = {name: jax.tree.map(np.asarray, tree) for name, tree in items.items()}
     _check(config, backbone, items, classes=len(facts.get("labels") or ()))
-    fetch.sweep(target.parent)
     part = fetch.temporary(target.parent)
     try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        fetch.sweep(target.parent)
         with Workdir(part) as place:
             files = {}
             if base is not None:
@@ -131,6 +131,7 @@ def _check(config, backbone, items, *, classes):
     config_lib.validate(_anywhere(config), need_rules=False)
     config_lib.check_model(config, backbone.layers, backbone.dims, backbone.ABSENT)
     shapes = shapes_of(config, backbone, classes=classes)
+    shapes |= {"start": dict(shapes)} if "start" in items else {}
     for item, tree in (dict.fromkeys(items, {}) | shapes).items():
         have, want = names(items.get(item, {})), names(tree)
         same_names(have, want, where=item)

@@ -5,6 +5,7 @@ import logging
 import pathlib
 
 from flax.traverse_util import flatten_dict
+from ml_collections import ConfigDict
 
 from molora_jax import config as config_lib
 from molora_jax.config.fields import WHOLE
@@ -55,7 +56,7 @@ def perform(config, workdir, *, note=LOG.info) -> pathlib.Path:
     surgery.check(parents)
     note(f"{name} of {', '.join(inputs)}")
     result = surgery.apply(parents)
-    return _write(target, result, parents, {"name": name, **options, "inputs": inputs})
+    return _write(target, result, parents, {"name": name, **options, "inputs": inputs}, note)
 
 
 def _apart(target: pathlib.Path, inputs) -> pathlib.Path:
@@ -86,9 +87,13 @@ def _opened(inputs, note) -> tuple[Parent, ...]:
     return tuple(out)
 
 
-def _write(target, result: Result, parents: tuple[Parent, ...], how: dict) -> pathlib.Path:
+def _write(target, result: Result, parents: tuple[Parent, ...], how: dict, note) -> pathlib.Path:
     first = parents[0].opened
     config = _settled(result.config, parents, how)
+    if "start" in first.items:
+        note("the objective looks back at a start that the new run does not have: its objective is lm")
+        with config.unlocked():
+            config.objective = ConfigDict({"name": "lm"})
     by_key = {"adapters": result.leaves, "router_state": result.state}
     items = _trees(config, first.base.config, by_key, classes=len(first.labels))
     if result.modules:

@@ -3,12 +3,16 @@
 import json
 import pathlib
 import shutil
+import subprocess
+import sys
 
+import jax
 import numpy as np
 import pytest
 from flax.traverse_util import flatten_dict
 
 import molora_jax as mj
+from launch import flags
 from launch import surgery as launcher
 from molora_jax.backbones import families, hf_config
 from molora_jax.core import factorise
@@ -23,7 +27,7 @@ from molora_jax.runs.view import Key, View
 from molora_jax.surgery.lora_lego import LoraLego
 from tests.io import tiny_files
 from tests.surgery.make import config_of, lora_rules, new_run
-from tests.tiny import tiny_model
+from tests.tiny import tiny_config
 
 QUIET = dict(warn=lambda text: None)
 
@@ -49,7 +53,9 @@ def same(got, want, atol=1e-5):
 
 
 def test_a_view_names_every_leaf_of_every_layer_and_goes_back():
-    _, _, adapters, _ = tiny_model("mola")  # four segments, routers
+    shapes = written.shapes_of(tiny_config("mola"), families.TINY, classes=0)["adapters"]  # four segments, routers
+    rng = np.random.default_rng(0)
+    adapters = jax.tree.map(lambda leaf: rng.standard_normal(leaf.shape, np.float32), shapes)
     view = View(adapters)
     assert len(view) == sum(len(leaf) for leaf in flatten_dict(adapters).values())
     assert view["all", 2, "router/q", "W"].shape[0] == 6 and view["all", 0, "q", "A"].shape[0] == 2
@@ -194,14 +200,14 @@ def test_lego_merges_every_site_as_the_formula_does(runs, tmp_path):
 @pytest.mark.parametrize("name", ["lora", "dora", "pissa"])
 def test_a_merged_base_is_the_run_without_its_adapters(name, tmp_path):
     adapter = dict(name="dora" if name == "dora" else "lora", init="pissa" if name == "pissa" else "kaiming")
-    run = mj.load_run(new_run(tmp_path / "run", lora_rules(sites="q,o,gate,down", **adapter), seed=3))
+    run = mj.load_run(new_run(tmp_path / "run", lora_rules(sites="q,down", **adapter), seed=3))
     out = perform(tmp_path, "merge_into_base", run.workdir)
     merged = mj.load_run(out)
     assert merged.model.rules == () and merged.facts["base_digest"] != run.facts["base_digest"]
     wanted = run.logits("Is 12 even?")
     np.testing.assert_allclose(merged.logits("Is 12 even?"), wanted, atol=1e-4 * np.abs(wanted).max())
     moved = out.rename(tmp_path / "moved")
-    base = load_base(f"dir:{moved / 'base'}")
+    base = load_base(str(moved / "base"))
     assert base.digest == merged.facts["base_digest"] and mj.load_run(moved).config.base.source.endswith("moved/base")
     assert verify(moved)["ok"] and verify(moved)["notes"] == []
     weights = moved / "base" / "model.safetensors"
@@ -325,6 +331,24 @@ def test_a_surgery_that_ends_early_leaves_nothing(runs, tmp_path, monkeypatch):
         assert list(tmp_path.iterdir()) == [], where
     monkeypatch.undo()
     assert verify(perform(tmp_path, "lora_lego", runs["a"], runs["b"]))["ok"]
+
+
+@pytest.mark.slow
+def test_kill_9_leaves_no_half_run(runs, tmp_path):
+    code = (
+        "import os, sys, molora_jax as mj\n"
+        "from molora_jax.runs.checkpoints import Checkpoints\n"
+        "from tests.surgery.make import config_of\n"
+        "Checkpoints.reached = lambda self, point: point == sys.argv[1] and os.kill(os.getpid(), 9)\n"
+        "mj.perform(config_of('lora_lego', *sys.argv[3:]), sys.argv[2])"
+    )
+    out = tmp_path / "out"
+    for point in ("snapshot", "written", "manifest", "renamed"):
+        command = [sys.executable, "-c", code, point, str(out), str(runs["a"]), str(runs["b"])]
+        assert subprocess.run(command, cwd=flags.ROOT, check=False, timeout=300).returncode == -9
+        assert not out.exists() and [path.name[:6] for path in tmp_path.iterdir()] == [".part-"]
+    perform(tmp_path, "lora_lego", runs["a"], runs["b"])
+    assert [path.name for path in tmp_path.iterdir()] == ["out"] and verify(out)["ok"]
 
 
 def _stop_at(where):
