@@ -71,16 +71,14 @@ def load_base(source: str, *, dtype: str = "float32", seed: int = 0) -> Base:
     if dtype not in _DTYPES:
         raise InputError("base.dtype", got=repr(dtype), expected=f"one of {', '.join(_DTYPES)}")
     scheme, _, rest = source.partition(":")
-    if (
-        scheme not in ("random", "pkg", "gguf", "dir", "hf")
-        and (pathlib.Path(source).expanduser() / "config.json").is_file()
-    ):
+    known = ("random", "pkg", "gguf", "dir", "hf")
+    if scheme not in known and (pathlib.Path(source).expanduser() / "config.json").is_file():
         scheme, rest = "dir", source
     if scheme == "random" and rest in families.RANDOM:
         config = families.RANDOM[rest]
         params, digest = random_init.random_params(config, seed=seed, dtype=_DTYPES[dtype])
         return Base(config, params, tokenizer.byte_tokenizer(), digest, source)
-    if scheme not in ("pkg", "gguf", "dir", "hf") or not rest:
+    if scheme not in known or not rest or scheme == "random":
         raise InputError(
             "base.source", got=repr(source),
             expected="pkg:NAME, gguf:PATH, dir:PATH, hf:ORG/NAME[@revision] or random:tiny[-untied|-qwen3|-bert|-moe]",

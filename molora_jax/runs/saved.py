@@ -48,10 +48,8 @@ def read_config(workdir, step="best", *, warn=None, need_base: bool = True):
         warn(f"{folder / 'config.json'} is not what the step was saved with; the step's values are used: "
              + "; ".join(lines))  # fmt: skip
     if (folder / BASE / "config.json").is_file() and isinstance(tree.get("base"), dict):
-        tree["base"] = {
-            **tree["base"],
-            "source": f"dir:{folder.absolute() / BASE}",
-        }  # its own, wherever the folder lies now
+        own = f"dir:{folder.absolute() / BASE}"  # wherever the folder lies now
+        tree["base"] = {**tree["base"], "source": own}
     return validated(tree, where=folder / "config.json", need_base=need_base)
 
 

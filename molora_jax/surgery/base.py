@@ -84,6 +84,8 @@ def same_sites(parents: tuple[Parent, ...], *, ranks: bool) -> None:
     """Raises InputError where the plain adapters of the parents do not cover the same rules, layers and sites, or
     (`ranks`) are of different ranks."""
     first = parents[0].products
+    if not first:
+        raise parents[0].refuse("without adapters", "a run of plain adapters")
     for parent in parents:
         other = parent.products
         for one, many, name in ((first, other, parent), (other, first, parents[0])):

@@ -280,7 +280,8 @@ def test_bad_inputs_are_named_before_anything_is_computed(runs, tmp_path, monkey
     monkeypatch.setattr(LoraLego, "apply", lambda *_: pytest.fail("computed"))
     other = new_run(tmp_path / "other", lora_rules(), source="random:tiny-untied")
     sites = new_run(tmp_path / "sites", lora_rules(sites="q,v"))
-    mos = new_run(tmp_path / "dora", lora_rules(name="dora"))
+    dora = new_run(tmp_path / "dora", lora_rules(name="dora"))
+    alone = new_run(tmp_path / "alone", {}, method=dict(train_base="norms"))
     nan = tmp_path / "nan"
     monkeypatch.setattr(written, "check_finite", lambda *_, **__: None)
     new_run(nan, lora_rules(), scale=np.nan)
@@ -294,7 +295,8 @@ def test_bad_inputs_are_named_before_anything_is_computed(runs, tmp_path, monkey
         ("lora_lego", [sites, a], "out", "sites, without down of layer 0"),
         ("average", [a, runs["wide"]], "out", r"adapter.rank = 8, where .* has 4"),
         ("ties", [a, runs["wide"]], "out2", "with rank 8 at q of layer 0"),
-        ("lora_lego", [a, mos], "out", "whose adapter is Dora"),
+        ("lora_lego", [a, dora], "out", "whose adapter is Dora"),
+        ("lora_lego", [alone], "out", "alone, without adapters"),
         ("lora_lego", [a, nan], "out", "NaN or Inf in adapters/all"),
         ("lora_lego", [a, tmp_path / "gone"], "out", "which does not exist"),
         ("lora_lego", [f"{a}@7"], "out", "step: got 7"),
