@@ -29,8 +29,8 @@ def change(score: dict, other: dict) -> list[float]:
 
 
 def table(tree: dict) -> str:
-    tasks, scores = tree["asked"]["tasks"], tree["scores"]
-    head = ["", *tasks, "mean NLL", "exact, all tasks", f"NLL minus that of {AGAINST}, paired"]
+    scores = tree["scores"]
+    head = ["", *scores[AGAINST], "mean NLL", "exact, all tasks", f"NLL minus that of {AGAINST}, paired"]
     rows = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
     for name, score in scores.items():
         nll = [f"{sum(one['nll']) / sum(one['tokens']):.3f}" for one in score.values()]
@@ -57,7 +57,7 @@ def write(folder, tree: dict) -> None:
         ax.plot(each, [i] * len(each), ".", color="#333333", ms=5)
     ax.set_yticks(range(len(names)), names)
     ax.invert_yaxis()
-    ax.set(xlabel=f"NLL per answer token (nats), mean of {len(asked['tasks'])} tasks; a dot a task\nlower is better")
+    ax.set(xlabel="NLL per answer token (nats), mean over tasks; a dot a task\nlower is better")
     ax.grid(axis="x", alpha=0.3)
     ax.set_axisbelow(True)
     ax.spines[["top", "right"]].set_visible(False)

@@ -44,6 +44,17 @@ class Parent:
         """
         return products(self.model, self.opened.items["adapters"], refuse=self.refuse)
 
+    @functools.cached_property
+    def _grouped(self) -> dict:
+        grouped: dict = {}
+        for key, leaf in self.view().items():
+            grouped.setdefault(key[:3], {})[key.leaf] = leaf
+        return grouped
+
+    def leaves_at(self, rule: str, layer: int, site: str) -> tuple[dict, dict]:
+        """`(own, shared)`: what an adapter's `factors` reads at a site."""
+        return self._grouped.get((rule, layer, site), {}), self.opened.items["adapters"][rule].get("shared", {})
+
     def scale(self, rule: str) -> float:
         """`s` of a rule's adapter."""
         return next(one for one in self.model.rules if one.name == rule).adapter.scale()

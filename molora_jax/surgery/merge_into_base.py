@@ -48,11 +48,10 @@ class MergeIntoBase(Surgery):
         (parent,) = parents
         opened, modules = parent.opened, parent.opened.items.get("modules", {})
         params = _copied(in_place(opened.base.params, modules))
-        for at, (change, inp, out) in _changes(parent, params).items():
-            stack, site, i = at
-            kernel = params[stack][site]["kernel"]
-            W = kernel[i].astype(np.float64)
-            kernel[i] = inp[:, None] * W * out[None, :] + change
+        for (stack, name, i), rules in _meetings(parent).items():  # one kernel at a time is held in float64
+            kernel = params[stack][name]["kernel"]
+            adapters = [(r, site, *parent.leaves_at(r.name, layer, site.name)) for r, layer, site in rules]
+            kernel[i] = _merged(kernel[i], adapters)
         config = parent.config.copy_and_resolve_references()
         with config.unlocked():
             config.method.rules, config.losses, config.method.train_base = {}, {}, ""
@@ -61,26 +60,29 @@ class MergeIntoBase(Surgery):
         return Result(config, {}, base=base, modules=heads)
 
 
-def _changes(parent, params) -> dict:
-    """`{(stack, site, place in the stack): [change [D_in, D_out], inp [D_in], out [D_out]]}`, float64."""
-    model, view, found, adapters = parent.model, parent.view(), {}, parent.opened.items["adapters"]
+def _meetings(parent) -> dict:
+    """`{(stack, site, place in the stack): [(rule, layer, site), ...]}`: who changes which kernel."""
+    model, found = parent.model, {}
     for rule in model.rules:
-        shared = adapters[rule.name].get("shared", {})
         for site in adapter_sites(model.config, rule, model.segments):
             stack = model.config.stack_of(site.layers[0])
-            names = [key.leaf for key in view if key[:3] == (rule.name, site.layers[0], site.name)]
             for layer in site.layers:
-                leaves = {name: view[rule.name, layer, site.name, name] for name in names}
-                W = jnp.asarray(params[stack.name][site.name]["kernel"][layer - stack.start])
-                f = rule.adapter.factors(leaves, shared, Context(None, None, None, None, None, base=W, site=site))
-                at = stack.name, site.name, layer - stack.start
-                change, inp, out = found.setdefault(at, [np.zeros(W.shape), np.ones(W.shape[0]), np.ones(W.shape[1])])
-                A, B = (np.asarray(x[0], np.float64) for x in (f.A, f.B))
-                A = A if f.mid is None else np.asarray(f.mid[0], np.float64) @ A
-                change += rule.adapter.scale() * A.T @ B
-                inp += 0 if f.inp is None else np.asarray(f.inp[0], np.float64) - 1
-                out += 0 if f.out is None else np.asarray(f.out[0], np.float64) - 1
+                found.setdefault((stack.name, site.name, layer - stack.start), []).append((rule, layer, site))
     return found
+
+
+def _merged(W: np.ndarray, adapters: list) -> np.ndarray:
+    """A kernel `[D_in, D_out]` with `(rule, site, own leaves, shared leaves)` of each adapter in it, float64."""
+    change, inp, out = np.zeros(W.shape), np.ones(W.shape[0]), np.ones(W.shape[1])
+    for rule, site, own, shared in adapters:
+        ctx = Context(None, None, None, None, None, base=jnp.asarray(W), site=site)
+        f = rule.adapter.factors(own, shared, ctx)
+        A, B = (np.asarray(x[0], np.float64) for x in (f.A, f.B))
+        A = A if f.mid is None else np.asarray(f.mid[0], np.float64) @ A
+        change += rule.adapter.scale() * A.T @ B
+        inp += 0 if f.inp is None else np.asarray(f.inp[0], np.float64) - 1
+        out += 0 if f.out is None else np.asarray(f.out[0], np.float64) - 1
+    return inp[:, None] * W.astype(np.float64) * out[None, :] + change
 
 
 def _copied(tree):
