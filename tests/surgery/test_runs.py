@@ -2,6 +2,7 @@
 
 import json
 import pathlib
+import re
 import shutil
 import subprocess
 import sys
@@ -359,6 +360,16 @@ def _stop_at(where):
             raise KeyboardInterrupt
 
     return reached
+
+
+def test_what_the_page_shows_runs(runs, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(runs["a"], tmp_path / "runs" / "a")
+    page = (flags.ROOT / "docs" / "surgery.md").read_text(encoding="utf-8")
+    (code,) = re.findall(r"```python\n(.*?)```", page, re.S)
+    exec(compile(code, "docs/surgery.md", "exec"), {})
+    assert not np.any(mj.load_run("runs/without").view()["all", 3, "q", "B"])
+    assert verify("runs/merged")["ok"]
 
 
 def test_a_config_of_a_surgery_does_not_train(runs, tmp_path):
