@@ -9,6 +9,7 @@ A unit has a free scale, (t a, b / t) is the same change: `units="balanced"` mov
 distances are then not ruled by a alone; "raw" leaves it as it was trained, with s_j in b. A unit whose a or b is 0
 changes nothing and does not enter the pool. (-a, -b) is the same change too, and a mean of both is 0: with `signs`
 (ours) a unit enters a cluster with the sign that is nearer. The mean is of one update's size, not of n: that is meant.
+Runs of one seed start from one A, and units may cluster by that start: give LoRAs that are to be merged other seeds.
 R rank, k merged rank, N units, D_in and D_out widths.
 """
 
