@@ -26,6 +26,7 @@ def read_config(workdir, step="best", *, warn=None, need_base: bool = True):
     that an older version did not write stand at their defaults.
 
     Args:
+      workdir: DIR or DIR@step.
       step: whose manifest is believed: `best`, `latest` or a number. warn: called with a line of text.
       need_base: False accepts a `base.source` that is not there.
 
@@ -34,6 +35,7 @@ def read_config(workdir, step="best", *, warn=None, need_base: bool = True):
     """
     if not isinstance(workdir, (str, os.PathLike)):
         raise InputError("workdir", got=repr(workdir), expected="the path of a run's folder", fix=FIX)
+    workdir, step = split_step(workdir, step)
     folder = pathlib.Path(workdir).expanduser()
     if not folder.is_dir():
         got = f"{str(workdir)!r}, {'a file' if folder.exists() else 'which does not exist'}"
