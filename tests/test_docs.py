@@ -4,7 +4,7 @@ import pathlib
 import re
 
 from launch.docs import documents
-from molora_jax.methods import METHODS, SURGERIES, readme_table
+from molora_jax.catalogue.methods import METHODS, SURGERIES, readme_table
 from molora_jax.surgery import SURGERIES as MEMBERS
 from tests.left_out import LEFT_OUT
 

@@ -7,6 +7,7 @@ import pathlib
 
 from molora_jax import config as config_lib
 from molora_jax.config import defaults as config_defaults
+from molora_jax.config import outside
 from molora_jax.config.fields import TASKS
 from molora_jax.errors import InputError
 from molora_jax.io.files import plain
@@ -37,6 +38,7 @@ def read_config(workdir, step="best", *, warn=None, need_base: bool = True):
         raise InputError("workdir", got=repr(workdir), expected="the path of a run's folder", fix=FIX)
     workdir, step = split_step(workdir, step)
     folder = pathlib.Path(workdir).expanduser()
+    outside.no_code_from(folder)
     if not folder.is_dir():
         got = f"{str(workdir)!r}, {'a file' if folder.exists() else 'which does not exist'}"
         raise InputError("workdir", got=got, expected="the folder of a run", fix=FIX)
@@ -79,6 +81,8 @@ def validated(tree: dict, *, where, need_base: bool = True):
         checked = without_inputs(config)
         if not need_base:
             checked.base.source = "random:tiny"
+        if config.get("surgery"):
+            checked.surgery = config_lib.from_dict({})  # it is done: whose it was need not be here any more
         config_lib.validate(checked, need_rules=not config.get("surgery"))  # a surgery may leave a base alone
     except InputError as error:
         if error.got != "an unknown field":

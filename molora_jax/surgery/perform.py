@@ -8,6 +8,7 @@ from flax.traverse_util import flatten_dict
 from ml_collections import ConfigDict
 
 from molora_jax import config as config_lib
+from molora_jax.config import outside
 from molora_jax.config.fields import WHOLE
 from molora_jax.config.resolve import split_commas
 from molora_jax.errors import InputError
@@ -44,7 +45,7 @@ def perform(config, workdir, *, note=LOG.info) -> pathlib.Path:
     inputs = tuple(options.pop("inputs", ()))
     target = _apart(written.free(workdir), inputs)
     name = options.pop("name")
-    surgery = SURGERIES[name](**options)
+    surgery = outside.member("surgery", SURGERIES, name)(**options)
     fewest, most = surgery.PARENTS
     if not fewest <= len(inputs) <= (len(inputs) if most is None else most):
         wanted = f"{fewest} or more" if most is None else str(fewest)

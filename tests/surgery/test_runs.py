@@ -362,6 +362,35 @@ def _stop_at(where):
     return reached
 
 
+OUTSIDE = """
+import dataclasses
+from typing import ClassVar
+from molora_jax.surgery.base import Result, Surgery
+
+@dataclasses.dataclass(frozen=True)
+class Scale(Surgery):
+    by: float = 0.5
+    LIMITS: ClassVar = {"by": (0.0, 1.0)}
+
+    def apply(self, parents):
+        (parent,) = parents
+        return Result(parent.config, {k: x * (1 if k.leaf == "A" else self.by) for k, x in parent.view().items()})
+"""
+
+
+def test_a_surgery_from_outside(runs, tmp_path, monkeypatch):
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "mysurgery.py").write_text(OUTSIDE)
+    monkeypatch.syspath_prepend(tmp_path / "elsewhere")
+    out = perform(tmp_path, "mysurgery:Scale", runs["a"], by=0.25)
+    same(changes(out), {at: 0.25 * change for at, change in changes(runs["a"]).items()})
+    with pytest.raises(InputError, match="surgery.by: got 2.0"):
+        mj.perform(config_of("mysurgery:Scale", runs["a"], by=2.0), tmp_path / "none")
+    monkeypatch.undo()
+    monkeypatch.delitem(sys.modules, "mysurgery")
+    assert mj.load_run(out).config.surgery.name == "mysurgery:Scale", "the run needs nobody's code"
+
+
 def test_what_the_page_shows_runs(runs, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     shutil.copytree(runs["a"], tmp_path / "runs" / "a")
