@@ -67,6 +67,8 @@ def trained(config, workdir, task, seed):
     """One LoRA. Each has a start of its own: units of one start would be alike by their start, not by what they do."""
     import molora_jax as mj
 
+    if (workdir / "checkpoints" / str(config.train.steps)).is_dir():
+        return workdir  # trained before
     own = config.copy_and_resolve_references()
     with own.unlocked():
         own.data.tasks, own.seed = task, seed

@@ -23,9 +23,20 @@ def truncated(A: np.ndarray, B: np.ndarray, rank: int) -> tuple[np.ndarray, np.n
 
 
 def factors_of(change: np.ndarray, rank: int) -> tuple[np.ndarray, np.ndarray]:
-    """The same of a whole change `[D_out, D_in]`."""
-    u, s, vt = np.linalg.svd(np.asarray(change, np.float64), full_matrices=False)
-    return _halves(u, s, vt, rank)
+    """The same of a whole change `[D_out, D_in]`.
+
+    By the eigenvectors of the smaller Gram matrix, several times faster than an SVD of 576 x 1536; it squares, so
+    singular values below 1e-8 of the largest are rounding error.
+    """
+    P = np.asarray(change, np.float64)
+    turned = P.shape[0] > P.shape[1]
+    P = P.T if turned else P
+    values, vectors = np.linalg.eigh(P @ P.T)
+    s = np.sqrt(np.maximum(values[::-1], 0.0))
+    own = int(np.sum(s[:rank] > 1e-8 * s[0]))
+    u, s = vectors[:, ::-1][:, :own], s[:own]
+    A, B = _halves(u, s, (u.T @ P) / s[:, None], rank)
+    return (B, A) if turned else (A, B)
 
 
 def _halves(u, s, vt, rank):

@@ -74,7 +74,12 @@ def test_the_best_form_of_a_rank_is_the_truncated_svd():
         wanted = (u[:, :rank] * s[:rank]) @ vt[:rank]
         np.testing.assert_allclose(factorise.update(*factorise.truncated(A, B, rank)), wanted, atol=1e-9)
         np.testing.assert_allclose(factorise.update(*factorise.factors_of(sum(CHANGES), rank)), wanted, atol=1e-9)
+        tall = factorise.update(*factorise.factors_of(sum(CHANGES).T, rank))
+        np.testing.assert_allclose(tall, wanted.T, atol=1e-9)
     assert factorise.truncated(A, B, 12)[0].shape == (12, 10)
+    low = factorise.factors_of(CHANGES[0], 5)  # of rank 3
+    np.testing.assert_allclose(factorise.update(*low), CHANGES[0], atol=1e-7)
+    assert all(np.isfinite(part).all() for part in (*low, *factorise.factors_of(np.zeros((4, 3)), 2)))
 
 
 def test_ties_by_hand():
