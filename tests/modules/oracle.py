@@ -12,11 +12,11 @@ def normal(seed, *shape):
     return np.random.default_rng(seed).standard_normal(shape).astype(np.float32)
 
 
-def random_leaves(tree, seed=3):
+def random_leaves(tree, seed=3, size=0.3):
     """The same tree with values that are nowhere zero (integers as they are)."""
     leaves, structure = jax.tree.flatten(tree)
     rng = np.random.default_rng(seed)
-    draw = lambda x: x + (0.3 * rng.standard_normal(x.shape)).astype(np.float32)  # noqa: E731
+    draw = lambda x: x + (size * rng.standard_normal(x.shape)).astype(np.float32)  # noqa: E731
     leaves = [draw(np.asarray(x)) if jnp.issubdtype(x.dtype, jnp.floating) else x for x in leaves]
     return jax.tree.unflatten(structure, leaves)
 
