@@ -1,10 +1,10 @@
-"""Routed experts in a vision transformer: it learned upright digits, and is to read turned and inverted ones too.
+"""Routed experts in a vision transformer: it learned upright digits, and is to read turned, mirrored and inverted ones.
 
-    python -m experiments.library.digits [--steps=400] [--out=experiments/library]
+    python -m experiments.library.digits [--steps=800] [--out=experiments/library]
 
 The images are scikit-learn's 1,797 handwritten digits of 8 x 8 pixels; a quarter of them is held out. Every digit is
 shown in four views. The transformer of `vit.py` learns the first view alone and is frozen; then four LoRA experts a
-Dense layer of its feed-forward blocks (and their routers) learn all views.
+Dense layer of its blocks (and their routers) learn all views.
 """
 
 import argparse
@@ -25,13 +25,13 @@ from molora_jax.errors import InputError
 
 VIEWS = {
     "upright": lambda x: x,
+    "mirrored": lambda x: x[:, :, ::-1],
     "turned left": lambda x: np.rot90(x, axes=(1, 2)),
-    "upside down": lambda x: np.rot90(x, 2, axes=(1, 2)),
     "inverted": lambda x: 1.0 - x,
 }
 RULES = [
     dict(
-        sites="*/up,*/down", experts=4, adapter=mj.Lora(rank=4, alpha=8.0),
+        sites="layers_*", experts=4, adapter=mj.Lora(rank=4, alpha=8.0),
         router=mj.SoftmaxTopK(k=1, renormalise=False),
     )
 ]  # fmt: skip
@@ -83,7 +83,7 @@ def adapt(routed, params, images, labels, *, steps, seed=1, balance=0.01):
     """The reader's own loop: only the adapters move. Returns the variables and the losses."""
     variables = mj.init_adapters(routed, jax.random.key(seed), params, images[:1])
     adapters = variables.pop("adapters")
-    optimizer = optax.adam(1e-2)
+    optimizer = optax.adam(5e-3)
 
     @jax.jit
     def step(adapters, state, x, y, key):
@@ -153,7 +153,7 @@ def run(steps: int, base_steps: int) -> dict:
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=400)
+    parser.add_argument("--steps", type=int, default=800)
     parser.add_argument("--base_steps", type=int, default=300)
     parser.add_argument("--out", default="experiments/library")
     options = parser.parse_args()

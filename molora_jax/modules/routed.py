@@ -202,8 +202,6 @@ def _lifted(module) -> bool:
 def _how(collection: str, module) -> str:
     if _lifted(module):
         entries = "variable_axes=dict(params=0, adapters=0, router_state=0, frozen=0, routing=0)"
-        return (
-            f"Give the transform ({module.scope.path_text}) these entries, beside its own: {entries}; where it has params "
-            "in variable_broadcast (nn.RNN does), all but routing go there."
-        )
+        where = f"Give the transform ({module.scope.path_text}) these entries, beside its own: {entries}"
+        return f"{where}; where it has params in variable_broadcast (nn.RNN does), all but routing go there."
     return f"`init`, or mj.init_adapters for params that are there, makes them; pass {collection!r} to `apply`."

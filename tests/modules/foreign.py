@@ -54,6 +54,12 @@ class Odd(nn.Module):
         return self.mixed(self.twice(x)) + x @ self.raw
 
 
+class Jitted(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        return nn.jit(nn.Dense)(8, name="up")(x)
+
+
 class Masked(nn.Module):
     """Its call has a padding mask and a switch of its own."""
 

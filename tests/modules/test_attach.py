@@ -8,7 +8,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 import molora_jax as mj
 from molora_jax.errors import InputError
-from tests.modules.foreign import AXES, Masked, Odd, Stacked
+from tests.modules.foreign import AXES, Jitted, Masked, Odd, Stacked
 from tests.modules.oracle import SCALE, D, E, K, R, mixture64, normal, random_leaves
 
 LORA = mj.Lora(rank=R, alpha=8.0, dropout=0.0)
@@ -121,6 +121,8 @@ def test_odd_models_are_covered_or_named():
         init(mj.attach(model, [dict(sites="mixed", adapter=LORA)]), X)
     with pytest.raises(InputError, match="'twise'.*Nearest: twice"):
         init(mj.attach(model, [dict(sites="twise", adapter=LORA)]), X)
+    with pytest.raises(InputError, match="up, inside nn.jit"):
+        init(mj.attach(Jitted(), PLAIN), X)
     with pytest.warns(UserWarning, match="does not cover mixed/kernel .of Einsum., raw .of Odd."):
         init(mj.attach(model, PLAIN), X)
 

@@ -27,7 +27,7 @@ def test_a_layer_equals_linen_and_trains():
     net = Net(nnx.Rngs(0))
     linen = mj.RoutedLoRA(F, **MADE)
     for leaf in jax.tree.leaves(net.first.adapters, is_leaf=lambda v: isinstance(v, nnx.Variable)):
-        leaf[...] = leaf[...] + normal(3, *leaf[...].shape)
+        leaf[...] = leaf[...] + 0.1 * normal(3, *leaf[...].shape)
     values = lambda tree: jax.tree.map(  # noqa: E731
         lambda v: v[...], tree, is_leaf=lambda v: isinstance(v, nnx.Variable)
     )
