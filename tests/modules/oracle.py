@@ -55,3 +55,14 @@ def mixture(x, W, bias, leaves, k=K):
     gates = kept / kept.sum(-1, keepdims=True)
     change = jnp.einsum("...e,...d,erd,ero->...o", gates, x, leaves["A"], leaves["B"], precision="highest")
     return jnp.einsum("...d,do->...o", x, W, precision="highest") + (0 if bias is None else bias) + SCALE * change
+
+
+def call(module, variables, *args, train=None, mutable=False, method=None, **arrays):
+    """`module.apply`, compiled: op by op each of dozens of operations is compiled for itself."""
+    static = {} if train is None else {"train": train}
+
+    @jax.jit
+    def run(variables, args, arrays):
+        return module.apply(variables, *args, **arrays, **static, mutable=mutable, method=method)
+
+    return run(variables, args, arrays)
