@@ -20,6 +20,8 @@ from molora_jax.data.options import Options
 from molora_jax.data.read import Read, source, stem
 from molora_jax.errors import InputError
 
+LONGEST_SHOWN = 60  # characters of a template's text in a message
+
 
 @dataclasses.dataclass(frozen=True)
 class Task:
@@ -49,6 +51,7 @@ class Task:
     unnamed: bool = False  # a file's rows without a task of their own
     fields: tuple[str, ...] = ()  # the names of `data.fields` that its rows have
     also_trained: int = 0  # rows of data.valid that are training rows as well
+    asked: tuple[str, int] = ("", 0)  # `Ids.asked` of the first row that has it, and in how many rows it does
     unit: int = 1  # consecutive examples that belong together: the chosen and the rejected answer of a pair
     labels: tuple[str, ...] = ()  # of labelled texts: names of the classes, whose number is an example's last id
 
@@ -96,6 +99,7 @@ def _task(entry, arrays) -> Task:
         fields=tuple(meta["fields"]),
         unit=meta["unit"],
         labels=tuple(meta["labels"]),
+        asked=tuple(meta["asked"]),
         packed_texts=arrays["texts"],
         content=hashlib.sha256(arrays["texts"].tobytes() + meta["more"].encode()).hexdigest(),
         **{field: arrays[field] for field in NUMBERS},
@@ -151,6 +155,8 @@ def _encode(read: Read, *, tokenizer, options: Options) -> dict[str, np.ndarray]
     if not encoded:
         return None
     examples = read.examples
+    asked = [one.asked for one in encoded if one.asked]
+    asked = [asked[0][:LONGEST_SHOWN], len(asked)] if asked else ["", 0]
     if options.reads == "pair":
         same = [one.chosen.ids == one.rejected.ids for one in encoded]  # a template may write two answers alike
         read.dropped["ties"] += sum(same)
@@ -173,7 +179,7 @@ def _encode(read: Read, *, tokenizer, options: Options) -> dict[str, np.ndarray]
     more = hashlib.sha256(json.dumps(more, sort_keys=True).encode()).hexdigest() if more else ""
     meta = dict(
         name=read.name, choices=examples[0].choices, dropped=read.dropped, unused=read.unused,
-        fields=sorted(read.fields), more=more, unit=2 if options.reads == "pair" else 1, labels=labels,
+        fields=sorted(read.fields), more=more, unit=2 if options.reads == "pair" else 1, labels=labels, asked=asked,
     )  # fmt: skip
     return dict(
         ids=ids,

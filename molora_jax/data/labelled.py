@@ -39,6 +39,10 @@ class Both:
     def untraced(self) -> tuple[tuple[str, str], ...]:
         return tuple(dict.fromkeys((*self.chosen.untraced, *self.rejected.untraced)))
 
+    @property
+    def asked(self) -> str:
+        return self.chosen.asked or self.rejected.asked
+
 
 def both(chosen: Ids | Refused, rejected: Ids | Refused) -> Both | Refused:
     return next((one for one in (chosen, rejected) if isinstance(one, Refused)), None) or Both(chosen, rejected)

@@ -37,13 +37,15 @@ _REFUSED = "a conversation that the chat template renders"
 class Ids:
     """One example, n ids. loss_mask: n times 0 or 1. context: how many ids stand before the last answer; 0 in plain
     text, which is all answer. lead: how many of the answer's ids the template puts before its text. untraced: parts of
-    the row that the template does not write (`traces.py`)."""
+    the row that the template does not write (`traces.py`). asked: what the template writes to ask for an answer and
+    leaves out once the answer is there; "" where the ids go on from the prompt."""
 
     ids: list[int]
     loss_mask: list[int]
     context: int
     lead: int = 0
     untraced: tuple[tuple[str, str], ...] = ()
+    asked: str = ""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -172,8 +174,8 @@ class _Chat:
 @dataclasses.dataclass(frozen=True)
 class _Cut:
     """A rendered conversation up to the end of its answer: `text`, the characters where the last answer and its own
-    text begin, spans of characters that are trained on, whether `eos_id` is to follow (and be trained on), and
-    the parts of the row that are not written."""
+    text begin, spans of characters that are trained on, whether `eos_id` is to follow (and be trained on), the parts of
+    the row that are not written, and `Ids.asked`."""
 
     text: str
     begin: int
@@ -182,6 +184,7 @@ class _Cut:
     add_end: bool
     train_end: bool
     untraced: tuple[tuple[str, str], ...]
+    asked: str
 
 
 def _cut(marks, chat, results, longest) -> _Cut | Refused:
@@ -222,7 +225,7 @@ def _cut(marks, chat, results, longest) -> _Cut | Refused:
     prompt = prompts[-1]
     begin = len(prompt) if full.startswith(prompt) else len(os.path.commonprefix([full, prompt]))
     lost = untraced(chat.turns, chat.tools, full, begin) if chat.special else ()
-    return _Cut(full[:stop], last.begin, last.text_begin, spans, last.end is None, trained, lost)
+    return _Cut(full[:stop], last.begin, last.text_begin, spans, last.end is None, trained, lost, prompt[begin:])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -368,7 +371,7 @@ def _ids(tokenizer, cut: _Cut, encoded) -> Ids | Refused:
         return Refused("a conversation whose template writes nothing before the answer", "some context")
     if not any(mask[1:]):
         return Refused("no turn to train on", "an assistant turn with weight 1")
-    return Ids(ids, mask, context, max(0, text_at - context), cut.untraced)
+    return Ids(ids, mask, context, max(0, text_at - context), cut.untraced, cut.asked)
 
 
 def _encode(tokenizer, texts) -> list:

@@ -101,6 +101,13 @@ def _warnings(task, row, skipped, dropped):
         yield f"warning: {cut} are truncated to data.seq_len: raise it"
     if task.also_trained:
         yield f"warning: {task.also_trained:,} rows of data.valid are training rows of {task.name} as well"
+    text, rows = task.asked
+    if rows:
+        yield (
+            f"warning: to ask for an answer the chat template writes {text!r}, which {rows:,} rows of {task.name} do "
+            "not have once the answer is there: answers start elsewhere in training than in generation. See "
+            "data.template_args."
+        )
     lost = [what for what in task.unused if not what.startswith("field ")]
     if lost:
         yield f"warning: the chat template writes nothing of {', '.join(lost)} ({task.name}): it is not trained on"

@@ -42,5 +42,5 @@ def _join(task: Task, held: Task) -> Task:
     return dataclasses.replace(
         task, **together, offsets=np.concatenate([task.offsets, task.offsets[-1] + held.offsets[1:]]),
         packed_texts=cache.pack_json(task.texts + held.texts), dropped=dropped, unused=unused,
-        also_trained=also,
+        also_trained=also, asked=(task.asked[0] or held.asked[0], task.asked[1] + held.asked[1]),
     )  # fmt: skip

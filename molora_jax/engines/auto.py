@@ -20,6 +20,7 @@ from molora_jax.core.types import Context
 from molora_jax.engines.base import ENGINES, Engine, Load
 from molora_jax.errors import InputError
 from molora_jax.placements.base import Axes
+from molora_jax.placements.base_experts import BaseExperts
 from molora_jax.text import table as columns
 
 STATE_BYTES = 16  # of one adapter parameter in float32: itself, its gradient, two moments
@@ -86,6 +87,21 @@ def load(model, rule, segment, experts: int, name: str, *, on: Engine, tokens: i
     )  # fmt: skip
 
 
+def unchanged_experts(model, *, on: Engine, tokens: int, itemsize: int):
+    """`(layers, Load)` of a base's own experts where no rule changes them: tokens and kernels meet all the same."""
+    place, config = BaseExperts(), model.config
+    for segment in model.segments:
+        active = [rule for rule, count in zip(model.rules, segment.counts, strict=True) if count]
+        changed = any("experts" in placements.of(rule).NEEDS for rule in active)
+        if config.stack_of(segment.start).by_expert and not changed:
+            yield len(segment.layers), Load(
+                T=tokens, K=config.active, E=config.experts, row_in=config.width * itemsize,
+                row_out=config.width * itemsize, sent=config.width * itemsize, ids=4 * place.IDS, leaves=(),
+                frozen=place.frozen(config, "ffn") * itemsize / on.ways("tensor"),
+                passes=1 if model.remat == "none" else 2, last=True,
+            )  # fmt: skip
+
+
 def _met_before(place, rule, name: str) -> bool:
     """Whether an earlier meeting in the layer is with the same factors."""
     meetings = place.meetings(rule)
@@ -134,6 +150,10 @@ def table(model, on: Engine, *, tokens: int, itemsize: int) -> list[Row]:
             one = load(model, rule, segment, experts, site, on=at, tokens=tokens, itemsize=itemsize)
             a, b = module.bytes_moved(one, at)
             shipped, useful = shipped + a * len(segment.layers), useful + b * len(segment.layers)
+        whole = dataclasses.replace(own, capacity=0.0, rank_space=False)  # a base drops no token
+        for layers, one in unchanged_experts(model, on=whole, tokens=tokens, itemsize=itemsize):
+            a, b = module.bytes_moved(one, whole)
+            shipped, useful = shipped + a * layers, useful + b * layers
         rows.append(Row(name, shipped, useful, refused))
     return rows
 
@@ -198,7 +218,7 @@ def resolve(model, *, engine: str, mesh, capacity: float, rank_space: bool, toke
     else:
         name, why = choose(rows, state_bytes=_state_bytes(model), memory=_memory(mesh))
     on = _named(on, name)
-    wanted = name != "replicate" or (on.peers > 1 and any(True for _ in routed(model)))
+    wanted = name != "replicate" or (on.peers > 1 and any(row.shipped for row in rows))
     return on, report(rows, name, why) if wanted else None
 
 

@@ -236,7 +236,7 @@ def site_metrics(model, load: dict) -> dict:
     """`{rule/scope: {statistic: [layers]}}` in the order of layers."""
     out = {}
     for rule in model.rules:
-        for scope in rule.scopes:
+        for scope in (*rule.scopes, "base"):  # base: of a base's own router that the rule trains
             segments = [scopes for _, scopes in sorted(load.get(rule.name, {}).items()) if scope in scopes]
             parts = [routing.load(scopes[scope]) for scopes in segments]
             if parts:

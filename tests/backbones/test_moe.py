@@ -18,6 +18,7 @@ from molora_jax.core import trees
 from molora_jax.engines import ENGINES, Engine
 from molora_jax.errors import InputError
 from molora_jax.io.random_init import random_params
+from molora_jax.training.step import part, site_metrics
 
 SMALL = dataclasses.replace(
     TINY_MOE, layers=2, width=16, heads=2, kv_heads=1, head_dim=8, vocab=32, experts=4, expert_width=12, shared_width=8,
@@ -127,6 +128,9 @@ def test_gradients_of_adapters_and_router_are_those_of_einsums(factors):
     assert {s: tuple(own[s][n].shape[1] for n in "AB") for s in SHAPES[factors]} == SHAPES[factors]
     with jax.default_matmul_precision("highest"):
         close(loss_of(model, weight)(adapters, params, batch), reference(model, weight)(adapters, params, batch))
+    stats = jax.eval_shape(lambda: model.hidden(params, adapters, {}, batch)[1])
+    site = jax.eval_shape(lambda stats: site_metrics(model, part(stats, "load")), stats)
+    assert site["moe/base"]["entropy"].shape == (model.config.layers,), "its decisions are in the metrics"
 
 
 def test_the_start_changes_nothing_and_a_frozen_router_has_no_leaf():

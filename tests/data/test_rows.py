@@ -88,6 +88,15 @@ def test_a_row_of_two_forms_needs_to_be_told_apart(tmp_path):
     assert answer == "a<|im_end|>"
 
 
+def test_a_generation_prompt_that_training_rows_do_not_have_is_said(tmp_path):
+    thinks = "{% if add_generation_prompt %}<|im_start|>assistant\n<think>\n\n</think>\n\n{% endif %}"
+    template = CHATML.template.partition("{% if add_generation_prompt %}")[0] + thinks
+    tokenizer = Tokenizer(CHATML.inner, eos="<|im_end|>", template=template)
+    (said,) = make(tmp_path, [chat(U, A), chat(("user", "v"), A)], tokenizer=tokenizer).report()["warnings"]
+    assert "'<think>\\n\\n</think>\\n\\n', which 2 rows of d do not have" in said
+    assert not make(tmp_path, [chat(U, A), chat(("user", "v"), A)]).report()["warnings"]
+
+
 def test_what_no_template_writes_is_refused_in_an_answer_and_counted_in_a_context(tmp_path):
     call = dict(tool_calls=[dict(function=dict(name="f"))])
     with pytest.raises(InputError, match="row 2: got 'reasoning_content' of the answer"):
