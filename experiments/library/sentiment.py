@@ -1,6 +1,6 @@
 """Routed experts in a MiniLM that is not molora_jax's: is a word positive or negative?
 
-    python -m experiments.library.sentiment [--steps=150] [--out=experiments/library]
+    python -m experiments.library.sentiment [--steps=100] [--out=experiments/library]
 
 The words are VADER's lexicon (task `sentiment` of molora_jax); words of one stem are on one side of the split. The
 model of `minilm.py` is frozen; four LoRA experts in every projection of its feed-forward blocks, their routers and a
@@ -25,7 +25,7 @@ from molora_jax.data.sources import sentiment
 RULES = dict(
     ffn=dict(sites="layers/up,layers/down", experts=4, adapter=mj.Lora(rank=4, alpha=8.0), router=mj.SoftmaxTopK(k=2))
 )
-LENGTH = 16
+LENGTH = 8  # tokens of a word; longer ones are cut
 
 
 def words():
@@ -102,7 +102,7 @@ def run(steps: int, source: str = "pkg:all-minilm-l6-v2", size: int = 64, most: 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=150)
+    parser.add_argument("--steps", type=int, default=100)
     parser.add_argument("--out", default="experiments/library")
     options = parser.parse_args()
     found = run(options.steps)

@@ -205,9 +205,7 @@ class Walk:
             return y
         if "/jit(" in module.scope.path_text:
             got, fix = f"{path}, inside nn.jit ({module.scope.path_text})", "Drop nn.jit there; jit the whole call."
-            raise wrong(
-                f"rules.{acting[0].name}.sites", got, "a layer outside: nn.jit keeps what it once traced", fix
-            )
+            raise wrong(f"rules.{acting[0].name}.sites", got, "a layer outside: nn.jit keeps what it once traced", fix)
         rest = [a for a in range(x.ndim) if a not in axes]
         lead = [x.shape[a] for a in rest]
         flat = jnp.transpose(x, (*rest, *axes)).reshape(*lead, d_in).astype(y.dtype)

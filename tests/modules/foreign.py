@@ -21,7 +21,7 @@ class Stacked(nn.Module):
 
     axes: dict | None = None
     remat: bool = False
-    layers: int = 3
+    layers: int = 2
     split: tuple = ("params", "dropout")
 
     @nn.compact
