@@ -163,7 +163,7 @@ def main():
     print(f"{found['trained']:,} numbers trained; {found['held_out']} held-out images")
     out = pathlib.Path(options.out)
     draw(found, out / "digits.png")
-    (out / "digits.json").write_text(json.dumps({k: v for k, v in found.items() if k != "losses"}, indent=1) + "\n")
+    (out / "digits.json").write_text(json.dumps({k: v for k, v in found.items() if k != "losses"}) + "\n")
 
 
 if __name__ == "__main__":

@@ -80,6 +80,7 @@ def draw(found, path):
     gap = (use[:, 1] - use[:, 0]).T
     image = axes[1].imshow(gap, cmap=pictures.signed(), vmin=-1, vmax=1, aspect="auto")
     axes[1].set(title="positive words use the expert more (red) or less", xlabel="layer", ylabel="expert of up")
+    axes[1].set_yticks(range(len(gap)))
     fig.colorbar(image, ax=axes[1])
     return pictures.save(fig, path)
 
@@ -112,7 +113,7 @@ def main():
     )
     out = pathlib.Path(options.out)
     draw(found, out / "sentiment.png")
-    (out / "sentiment.json").write_text(json.dumps({k: v for k, v in found.items() if k != "losses"}, indent=1) + "\n")
+    (out / "sentiment.json").write_text(json.dumps({k: v for k, v in found.items() if k != "losses"}) + "\n")
 
 
 if __name__ == "__main__":
