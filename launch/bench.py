@@ -21,9 +21,10 @@ import sys
 import time
 
 from launch import flags
+from molora_jax.config import shipped
 
 FLAGS = [
-    ("--against", dict(metavar="FILE.py", help="a second config, stepped in turn with the first")),
+    ("--against", dict(metavar="NAME|FILE.py", help="a second config, stepped in turn with the first")),
     ("--tree", dict(metavar="DIR", help="a checkout whose code the second side runs")),
     ("--batch", dict(type=int, default=4, help="rows a step")),
     ("--seq", dict(type=int, default=128, help="tokens a row")),
@@ -36,6 +37,8 @@ FLAGS = [
     ("--json", dict(action="store_true", help="one JSON on stdout instead of a table")),
 ]
 NEW_TOKENS = 32
+SIDE = ("-c", "from molora_jax.config import shipped; shipped.put_up('launch'); "
+              "from launch import bench_side; bench_side.main()")  # fmt: skip
 
 
 def run(argv):
@@ -165,10 +168,10 @@ class Child:
             environment["XLA_FLAGS"] = f"{environment.get('XLA_FLAGS', '')} {force}"
         if tree:
             environment["PYTHONPATH"] = tree
+        side = SIDE if shipped.installed() and not tree else ("-m", "launch.bench_side")
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "launch.bench_side"], env=environment, text=True, cwd=tree,
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-        )  # fmt: skip
+            [sys.executable, *side], env=environment, text=True, cwd=tree, stdin=subprocess.PIPE, stdout=subprocess.PIPE
+        )
         self.started = {}
         self._send({"config": config, "args": args, "born": time.time()})
 

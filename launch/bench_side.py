@@ -104,6 +104,7 @@ def training(config, args, model, base, params, mesh, frozen, rng):
     import optax
 
     from molora_jax import sharding
+    from molora_jax.config import outside
     from molora_jax.core import trees
     from molora_jax.errors import InputError
     from molora_jax.optim import OPTIMIZERS
@@ -112,7 +113,7 @@ def training(config, args, model, base, params, mesh, frozen, rng):
 
     B, S = args["batch"], args["seq"]
     options = dict(config.optim)
-    member = OPTIMIZERS[options.pop("name")](**options)
+    member = outside.member("optim", OPTIMIZERS, options.pop("name"))(**options)
     shapes = jax.eval_shape(lambda p: model.init_adapters(jax.random.key(0), p), params)
     optimizer = member.make(config.train.steps, trees.pairs(model, trees.split(shapes, frozen)[0]))
     whole = sharding.replicated(mesh)

@@ -7,7 +7,7 @@ import re
 
 from configs import common
 from launch.flags import ROOT
-from molora_jax import combinations, methods
+from molora_jax.catalogue import combinations, methods
 
 QUOTED = re.compile(r"(<!-- file: (\S+) -->\n```python\n)(.*?)(?=```\n)", re.S)
 

@@ -20,8 +20,10 @@ import traceback
 from ml_collections import ConfigDict
 
 from molora_jax import config as schema
+from molora_jax import runtime
+from molora_jax.config import shipped
 from molora_jax.config.fields import did_you_mean, wrong
-from molora_jax.config.members import members, options
+from molora_jax.config.members import known, loss_of, member_problem, members, options
 from molora_jax.config.values import check_names, there
 from molora_jax.errors import InputError
 
@@ -48,8 +50,9 @@ def parse(description, flags, argv=None, need_config=True, defaults=None):
       `(config, args)`: the validated config with the overrides applied, None where there is none.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
-    parser = _Parser(prog=f"python -m {_command()}", description=description, allow_abbrev=False)
-    parser.add_argument("--config", required=need_config, metavar="FILE.py", help="a file with get_config()")
+    parser = _Parser(prog=_command(), description=_as_typed(description), allow_abbrev=False)
+    what = "a shipped config such as mixlora, or a file with get_config()"
+    parser.add_argument("--config", required=need_config, metavar="NAME|FILE.py", help=what)
     for name, keywords in flags:
         parser.add_argument(name, **keywords)
     parser.epilog = "--config.a.b=value changes one field of the config, as in --config.train.steps=20"
@@ -65,6 +68,7 @@ def parse(description, flags, argv=None, need_config=True, defaults=None):
         value = getattr(args, field)
         if value is not None and keywords.get("metavar", "").startswith(("DIR", "FILE")):
             setattr(args, field, home(name, value))
+    runtime.environment()  # a member from outside imports jax
     config = load(args.config) if args.config else defaults(args) if defaults else None
     if config is None and overrides:
         raise wrong(f"--config.{overrides[0][0]}", "an override", "a config to change", "Give --config=FILE.py too.")
@@ -120,14 +124,13 @@ def _once(rest, several, overrides):
 
 
 def load(path):
-    """The ConfigDict that `get_config()` of a file returns."""
-    file = pathlib.Path(home("--config", path))
+    """The ConfigDict that `get_config()` returns, of a shipped config by name or of a file."""
+    file, names = pathlib.Path(home("--config", path)), shipped.configs()
     if not there(file.is_file):
-        near = [str(f) for f in (file.parent if there(file.parent.is_dir) else ROOT / "configs").glob("*.py")]
-        fix = did_you_mean(str(file), [f for f in near if not f.endswith("__init__.py")])
-        raise wrong("--config", f"{str(path)!r} (no such file, or a folder)", "a Python file with get_config()", fix)
-    if str(ROOT) not in sys.path:  # config files inherit from `configs.common`
-        sys.path.insert(0, str(ROOT))
+        if str(path) not in names:
+            raise _no_config(path, file, names)
+        file = names[str(path)]
+    shipped.put_up("configs")  # config files inherit from `configs.common`
     try:
         spec = importlib.util.spec_from_loader("_config", importlib.machinery.SourceFileLoader("_config", str(file)))
         module = importlib.util.module_from_spec(spec)
@@ -148,11 +151,23 @@ def load(path):
     return config if isinstance(config, ConfigDict) else ConfigDict(config)
 
 
+def _no_config(path, file, names):
+    """Nearest to a name are the shipped ones; to a path the files beside it."""
+    fix = did_you_mean(str(path), names)
+    if len(file.parts) > 1 or file.suffix:
+        beside = [str(f) for f in file.parent.glob("*.py")] if there(file.parent.is_dir) else []
+        fix = did_you_mean(str(file), [f for f in beside if not f.endswith("__init__.py")])
+        fix = fix or did_you_mean(file.stem, names)
+    expected = f"one of {', '.join(names)}, or a Python file with get_config()"
+    return wrong("--config", f"{str(path)!r} (no such file, or a folder)", expected, fix)
+
+
 def override(config, overrides):
     """A copy with `(path, text)` pairs applied; a value takes the type of the field that it replaces."""
     config = config.copy_and_resolve_references() if hasattr(config, "copy_and_resolve_references") else config
     later = []
     with config.unlocked():
+        _switch_on(config, [path.split(".") for path, _ in overrides])
         for path, text in overrides:
             group, key = _find(config, path)
             if key in group:
@@ -161,16 +176,30 @@ def override(config, overrides):
                 later.append((path, text))  # an option that the file leaves out: after a change of `name`
         for path, text in sorted(later, key=lambda item: not item[0].endswith(".name")):
             group, key = _find(config, path)
-            if key == "name" and not len(group) and path.split(".")[-2] in AXES:
-                group[key] = text  # a group that the file leaves empty, such as a stage's objective
+            keys = path.split(".")[:-1]
+            if key == "name" and (keys[0] == "losses" or not len(group) and keys[-1] in AXES):
+                group[key] = text  # of a loss; of a group that the file leaves empty, such as a stage's objective
                 continue
-            known = _options(group, path.split(".")[:-1])
-            if key not in known:
-                names = sorted({*group.keys(), *known})
+            own = _options(group, keys)
+            if key not in own:
+                names = sorted({*group.keys(), *own})
                 expected = "one of " + ", ".join(names)
                 raise wrong(f"config.{path}", "an unknown field", expected, did_you_mean(key, names))
-            group[key] = _typed(f"config.{path}", text, known[key].kind())
+            group[key] = _typed(f"config.{path}", text, own[key].kind())
     return config
+
+
+def _switch_on(config, paths):
+    """Adds the losses that overrides name and the file leaves out: `--config.losses.z_loss.weight=1e-3`."""
+    losses = config.get("losses")
+    named = {keys[1] for keys in paths if len(keys) == 3 and keys[0] == "losses" and keys[2] == "name"}
+    for keys in paths:
+        if len(keys) == 3 and keys[0] == "losses" and isinstance(losses, ConfigDict) and keys[1] not in losses:
+            if keys[1] not in named and not known("losses", keys[1]):
+                names, where = members("losses"), f"config.losses.{keys[1]}"
+                fix = did_you_mean(keys[1], names) or f"Or give {where}.name=package.module:Name, one of your own."
+                raise wrong(where, "an unknown loss", "one of " + ", ".join(names), fix)
+            losses[keys[1]] = ConfigDict()
 
 
 class _Parser(argparse.ArgumentParser):
@@ -179,8 +208,17 @@ class _Parser(argparse.ArgumentParser):
 
 
 def _command():
+    if sys.argv[0].startswith("molora "):
+        return sys.argv[0]
     main_module = getattr(sys.modules.get("__main__"), "__spec__", None)
-    return main_module.name if main_module else pathlib.Path(sys.argv[0]).stem
+    return f"python -m {main_module.name if main_module else pathlib.Path(sys.argv[0]).stem}"
+
+
+def _as_typed(description):
+    """A launcher's docstring in the words of the command `molora`, where that was typed."""
+    if not sys.argv[0].startswith("molora "):
+        return description
+    return re.sub(r"configs/(\w+)\.py", r"\1", description.replace("python -m launch.", "molora "))
 
 
 def split(argv):
@@ -215,9 +253,13 @@ def _find(config, path):
 def _options(group, keys):
     """Options of the member that a group configures, which the file may leave at their defaults."""
     axis = AXES.get(keys[-1] if keys else "")
-    name = group.get("name") if axis else keys[1] if len(keys) == 2 and keys[0] == "losses" else None
+    name = group.get("name") if axis else loss_of(keys[1], group) if len(keys) == 2 and keys[0] == "losses" else None
     axis = axis or "losses"
-    return options(axis, name) if name in members(axis) else {}
+    if ":" in str(name):
+        problem = member_problem(f"config.{'.'.join(keys)}.name", axis, name)
+        if problem:
+            raise problem
+    return options(axis, name) if known(axis, name) else {}
 
 
 def _typed(where, text, default):

@@ -11,13 +11,18 @@ from molora_jax.errors import InputError
 GONE = re.compile(r"gloo|connection (closed|reset)|heartbeat|unhealthy|coordination service", re.IGNORECASE)
 
 
-def configure() -> None:
-    """Before jax is imported for work. What the user set in the environment stays."""
+def environment() -> None:
+    """Before jax is imported. What the user set stays."""
     cache = pathlib.Path(os.environ.get("MOLORA_CACHE") or "~/.cache/molora_jax").expanduser()
     os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(cache / "xla"))
     os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.3")
     os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+
+
+def configure() -> None:
+    """Before jax is used."""
+    environment()
     import absl.logging
 
     absl.logging.set_verbosity(absl.logging.ERROR)

@@ -15,13 +15,14 @@ FLOORS = (
     ("placements",),
     ("engines",),
     ("backbones", "modules"),
-    ("objectives", "formulas"),
+    ("objectives",),
     ("io",),
     ("data",),
     ("runs",),
     ("training", "decode"),
     ("evaluation",),
-    ("methods", "combinations"),
+    ("catalogue",),
+    ("__main__",),
     ("",),  # the public library, `molora_jax/__init__.py`
 )
 FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from configs import common
 from launch import flags
 from molora_jax import config as schema
+from molora_jax.config import fields as config_fields
 from molora_jax.config import members as config_members
 from molora_jax.errors import InputError
 
@@ -325,6 +326,50 @@ def test_options_are_read_from_the_members_file(tmp_path, monkeypatch):
     assert not config_members.unlisted("routers", "mine")
     (tmp_path / "routers" / "__init__.py").write_text("ROUTERS = {'other': None}\n")
     assert config_members.unlisted("routers", "mine")
+
+
+def test_a_helper_file_is_no_member(tmp_path, monkeypatch):
+    """What the axis does not list is not offered; asked for by name, it is told where members are listed."""
+    (tmp_path / "routers").mkdir()
+    (tmp_path / "routers" / "__init__.py").write_text("ROUTERS = {'mine': None}\n")
+    for name in ("mine", "noise"):
+        (tmp_path / "routers" / f"{name}.py").write_text("")
+    monkeypatch.setattr(config_members, "PACKAGE", tmp_path)
+    assert config_members.members("routers") == ("mine",)
+    told = config_members.member_problem("router.name", "routers", "noise")
+    assert "does not list" in told.got and "one of mine" in told.expected
+    assert "noise" not in config_members.member_problem("router.name", "routers", "other").expected
+
+
+@pytest.mark.parametrize("name, near", [("max", ""), ("mena", "mean"), ("softmx", "softmax_topk"), ("ffm", "ffn")])
+def test_the_nearest_name_of_a_short_word_is_near(name, near):
+    assert config_fields.nearest(name, ("mean", "softmax_topk", "ffn", "sum")) == near
+
+
+def test_every_start_away_from_zero_says_so():
+    """AWAY is what keeps it from adapters that do not take it off: of each init that gives A0, and of no other."""
+    import jax
+
+    from molora_jax.core.types import Site
+    from molora_jax.inits import INITS
+
+    for name, init in INITS.items():
+        leaves = init(jax.random.key(0), Site("q", 8, 8, (0,), 2), 2, scale=1.0, base=jax.numpy.eye(8))
+        away = "A0" in leaves or bool(jax.numpy.any(leaves["B"]))
+        assert bool(config_members.attribute("inits", name, "AWAY")) == away, name
+
+
+@pytest.mark.parametrize("name", sorted(config_members.members("adapters")))
+def test_who_takes_a_start_off_says_so_beside_its_factors(name):
+    """One that does not (a newcomer's default, whatever it derives from) is refused such a start."""
+    config = mixlora(**{f"{ADAPTER}.name": name, f"{ADAPTER}.init": "pissa"} | (
+        {"method.rules.ffn.down": "per_expert"} if config_members.attribute("adapters", name, "ROW_FACTORS") else {}
+    ))  # fmt: skip
+    if config_members.stated_with("adapters", name, "SUBTRACTS", "factors"):
+        schema.validate(config)
+    else:
+        with pytest.raises(InputError, match="init"):
+            schema.validate(config)
 
 
 def test_importing_the_schema_imports_no_jax():

@@ -4,7 +4,7 @@ import pathlib
 import re
 
 from launch.docs import documents
-from molora_jax.methods import METHODS, readme_table
+from molora_jax.catalogue.methods import METHODS, readme_table
 from tests.left_out import LEFT_OUT
 
 ROOT = pathlib.Path(__file__).parents[1]

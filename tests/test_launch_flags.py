@@ -8,6 +8,7 @@ import pytest
 
 from configs import common
 from launch import flags
+from molora_jax.backbones.compile import compile_losses
 from molora_jax.errors import InputError
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -54,6 +55,16 @@ def test_an_option_that_the_file_leaves_out():
     assert config.optim.ratio == 4.0 and config.method.rules.ffn.router.jitter == 0.1
 
 
+def test_a_loss_that_the_file_leaves_out_is_switched_on():
+    config, _ = parse(
+        f"--config={MIXLORA}", "--config.losses.z_loss.weight=0.25", "--config.losses.soft.counts=soft",
+        "--config.losses.soft.name=balance",
+    )  # fmt: skip
+    assert config.losses.z_loss.to_dict() == {"weight": 0.25} and config.losses.balance.counts == "hard"
+    assert config.losses.soft.to_dict() == {"counts": "soft", "name": "balance"}
+    assert [type(loss).__name__ for _, loss in compile_losses(config)] == ["Balance", "Balance", "ZLoss"]
+
+
 def test_a_shared_file_is_not_changed_by_overrides():
     parse(f"--config={MIXLORA}", "--config.train.steps=7")
     assert parse(f"--config={MIXLORA}")[0].train.steps == common.get_config().train.steps
@@ -81,7 +92,10 @@ BAD = [
     (["--config.method.rules.ffn=8"], "config.method.rules.ffn", "not a group"),
     (["--config.method.rules.new.experts=8"], "config.method.rules.new", "attn, ffn"),
     (["--config.method.rules.ffn.router.k=9"], "method.rules.ffn.router.k", "K > E"),
-    (["--config.losses.z_loss.weight=1"], "config.losses.z_loss", "balance"),
+    (["--config.losses.z_los.weight=1"], "config.losses.z_los", "Did you mean 'z_loss'?"),
+    (["--config.losses.mine.weight=1"], "config.losses.mine", "config.losses.mine.name=package.module:Name"),
+    (["--config.losses.z_loss.wieght=1"], "config.losses.z_loss.wieght", "Did you mean 'weight'?"),
+    (["--config.losses.z_loss.weight=-1"], "losses.z_loss.weight", ">= 0"),
     (["--config..steps=1"], "config.", "an unknown field"),
     (["--wokdir=x"], "--wokdir", "'--workdir'"),
     (["--steps=many"], "command line", "invalid int value"),

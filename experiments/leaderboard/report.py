@@ -12,8 +12,8 @@ from scipy import stats
 
 from experiments.leaderboard.results import key
 from molora_jax import pictures
+from molora_jax.catalogue.methods import METHODS
 from molora_jax.io.files import write_atomically
-from molora_jax.methods import METHODS
 
 TITLES = {
     "rank": "Equal active rank: R times the most experts of a token is 16",

@@ -14,8 +14,8 @@ from launch import flags
 from molora_jax import config as config_lib
 from molora_jax.backbones.compile import compile_model
 from molora_jax.backbones.sizes import num_trainable
+from molora_jax.catalogue.methods import METHODS
 from molora_jax.errors import InputError
-from molora_jax.methods import METHODS
 
 TABLES = ("rank", "params")
 RANK = 16

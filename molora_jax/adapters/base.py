@@ -8,7 +8,9 @@ import dataclasses
 from typing import ClassVar
 
 from molora_jax import inits
+from molora_jax.config import outside
 from molora_jax.core.types import Array, Context, Factors, Site
+from molora_jax.errors import InputError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -20,7 +22,10 @@ class Adapter:
     dropout: float = 0.05
     init: str = "kaiming"
 
+    LIMITS: ClassVar = {"rank": (1, None), "alpha": (0, None, "()"), "dropout": (0, 1, "[)")}
     FROZEN: ClassVar[tuple[str, ...]] = ("A0", "B0")  # leaf names that never train (the start of PiSSA)
+    # Whether `factors` takes off the start A0, B0 of an init that says AWAY; of the class that writes `factors` itself.
+    SUBTRACTS: ClassVar[bool] = False
     LOADS: ClassVar[bool] = False  # whether its leaves are A and B of a product alone, to be filled from a run
     ROW_FACTORS: ClassVar[bool] = False  # whether it has `Factors.out` or `inp`, which multiply the frozen product
 
@@ -34,7 +39,14 @@ class Adapter:
     def init_leaves(
         self, key: Array, site: Site, layer: Array, *, base: Array | None = None, base_grad: Array | None = None
     ) -> dict[str, Array]:
-        return inits.INITS[self.init](key, site, self.rank, scale=self.scale(), base=base, base_grad=base_grad)
+        init = outside.member("inits", inits.INITS, self.init)
+        leaves = init(key, site, self.rank, scale=self.scale(), base=base, base_grad=base_grad)
+        if "A0" in leaves and not outside.stated_with(type(self), "SUBTRACTS", "factors"):
+            raise InputError(
+                "adapter.init", got=f"{self.init!r}, whose start is not zero",
+                expected=f"a start that is: {type(self).__name__}.factors says no SUBTRACTS", fix="Use kaiming.",
+            )  # fmt: skip
+        return leaves
 
     def init_shared(self, key: Array, sites: tuple[Site, ...]) -> dict[str, Array]:
         return {}

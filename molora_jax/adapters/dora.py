@@ -23,6 +23,7 @@ from molora_jax.adapters.lora import Lora
 
 @dataclasses.dataclass(frozen=True)
 class Dora(Lora):
+    SUBTRACTS: ClassVar[bool] = True  # through Lora's
     LOADS: ClassVar[bool] = False
     ROW_FACTORS: ClassVar[bool] = True  # `Factors.out`: scales the frozen product
 

@@ -17,6 +17,7 @@ from molora_jax.core.types import Factors
 
 @dataclasses.dataclass(frozen=True)
 class Lora(Adapter):
+    SUBTRACTS: ClassVar[bool] = True
     LOADS: ClassVar[bool] = True  # holds any product B A as it is, so experts can be read from runs
 
     def factors(self, p, shared, ctx):

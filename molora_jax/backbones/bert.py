@@ -124,8 +124,8 @@ class Bert(Backbone):
         needs_head(self, "a distribution over tokens", "base.source")
 
 
-def read(config: dict, *, where: str, number, activation: str) -> Bert:
-    """From a Hugging Face `config.json` of `model_type` bert; `number` as in `hf_config`."""
+def read(config: dict, *, family: str, where: str, number, activation: str) -> Bert:
+    """From a Hugging Face `config.json` of `model_type` `family`; `number` as in `hf_config`."""
     heads, width, kind = number("num_attention_heads"), number("hidden_size"), config.get("position_embedding_type")
     wrong = {
         "is_decoder": (config.get("is_decoder"), "false: it reads both ways here", not config.get("is_decoder")),
@@ -136,7 +136,7 @@ def read(config: dict, *, where: str, number, activation: str) -> Bert:
         if not fine:
             raise InputError(f"{where}: {name}", got=hf_fields.shown(got), expected=expected)
     return Bert(
-        family="bert", layers=number("num_hidden_layers"), width=width, ffn_width=number("intermediate_size"),
+        family=family, layers=number("num_hidden_layers"), width=width, ffn_width=number("intermediate_size"),
         heads=heads, vocab=number("vocab_size"), context=number("max_position_embeddings", 512),
         token_types=number("type_vocab_size", 2), norm_eps=number("layer_norm_eps", 1e-12, kind=float),
         activation=activation,

@@ -5,6 +5,7 @@ from molora_jax import placements
 from molora_jax.adapters import ADAPTERS
 from molora_jax.backbones.base import Backbone
 from molora_jax.backbones.model import Model
+from molora_jax.config import outside
 from molora_jax.config.resolve import split_commas
 from molora_jax.core.rules import Rule, adapter_sites
 from molora_jax.errors import InputError
@@ -13,9 +14,9 @@ from molora_jax.placements import PLACEMENTS
 from molora_jax.routers import ROUTERS
 
 
-def _member(table, options):
+def _member(axis, table, options, name=None):
     options = dict(options)
-    return table[options.pop("name")](**options)
+    return outside.member(axis, table, options.pop("name", name))(**options)
 
 
 def compile_model(config, decoder: Backbone, *, max_segments: int = 0, tasks: tuple[str, ...] | None = None) -> Model:
@@ -36,13 +37,13 @@ def compile_model(config, decoder: Backbone, *, max_segments: int = 0, tasks: tu
                 name=name,
                 sites=config_lib.resolve_sites(rule.sites, absent=decoder.ABSENT),
                 experts=tuple(counts.get(layer, 0) for layer in range(decoder.layers)),
-                adapter=_member(ADAPTERS, rule.adapter),
-                router=_member(ROUTERS, rule.router) if "router" in rule else None,
+                adapter=_member("adapters", ADAPTERS, rule.adapter),
+                router=_member("routers", ROUTERS, rule.router) if "router" in rule else None,
                 down=rule.down,
                 shrink=rule.shrink,
                 base_router=rule.get("base_router", "frozen"),  # not in runs of older versions
                 load=tuple(rule.load),
-                place=_member(PLACEMENTS, rule.placement) if "placement" in rule else None,
+                place=_member("placements", PLACEMENTS, rule.placement) if "placement" in rule else None,
             )
         )
     model = Model(
@@ -70,4 +71,4 @@ def _one_change_of_base_experts(rules):
 
 def compile_losses(config) -> tuple[tuple[str, object], ...]:
     """`(name, member)` of the config's routing losses (a stage may change their weights)."""
-    return tuple((name, LOSSES[name](**dict(options))) for name, options in sorted(config.losses.items()))
+    return tuple((name, _member("losses", LOSSES, options, name)) for name, options in sorted(config.losses.items()))

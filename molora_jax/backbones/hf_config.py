@@ -41,7 +41,8 @@ def from_hf(config: dict, *, where: str, note=lambda text: None) -> Backbone:
     heads, width = number("num_attention_heads"), number("hidden_size")
     if family.whole is not None:
         _known(config, family, note, where, width // heads or 1)
-        return family.whole(config, where=where, number=number, activation=_activation(config, where, "gelu"))
+        activation = _activation(config, where, "gelu")
+        return family.whole(config, family=name, where=where, number=number, activation=activation)
     kv_heads, head_dim = number("num_key_value_heads", heads), number("head_dim", width // heads or 1)
     if heads % kv_heads or head_dim % 2 or (width % heads and config.get("head_dim") is None):
         raise InputError(

@@ -36,6 +36,7 @@ HARMLESS = frozenset(
 
 _HEAD = object()  # the head size
 _SCALE = object()  # one over its root
+_WIDTH = object()  # hidden_size
 MATTER = {  # field -> values that say "off"; null, false and empty always do
     "partial_rotary_factor": (1,), "rotary_pct": (1,), "rotary_percentage": (1,), "rotary_dim": (_HEAD,),
     "rope_dim": (_HEAD,), "qk_rope_head_dim": (_HEAD,), "rope_ratio": (1,), "rope_interleaved": (),
@@ -58,7 +59,7 @@ MATTER = {  # field -> values that say "off"; null, false and empty always do
     "add_cross_attention": (), "cross_attention_hidden_size": (), "tie_encoder_decoder": (), "vision_config": (),
     "audio_config": (), "text_config": (), "num_nextn_predict_layers": (0,), "attention_sink": (), "use_mup": (),
     "value_head_dim": (_HEAD,), "v_head_dim": (_HEAD,), "kv_lora_rank": (0,), "q_lora_rank": (0,),
-    "embedding_size": (), "word_embed_proj_dim": (), "layer_idx_scale": (), "mup_base_width": (),
+    "embedding_size": (_WIDTH,), "word_embed_proj_dim": (_WIDTH,), "layer_idx_scale": (), "mup_base_width": (),
 }  # fmt: skip
 
 SOUNDS = re.compile(
@@ -89,7 +90,8 @@ def check(config: dict, *, where: str, head_dim: int, reads: tuple[str, ...] = (
         if name == "no_rope_layers" and isinstance(value, list) and all(type(v) is int and v == 1 for v in value):
             continue  # SmolLM3's and Llama 4's way to say that every layer has positions
         scale = value if _is_scale(value, head_dim) else None
-        neutral = [{_HEAD: head_dim, _SCALE: scale}.get(off, off) for off in MATTER.get(name, ())]
+        own = {_HEAD: head_dim, _SCALE: scale, _WIDTH: config.get("hidden_size")}
+        neutral = [own.get(off, off) for off in MATTER.get(name, ())]
         if any(type(value) is type(off) and value == off for off in neutral) or (
             type(value) in (int, float) and any(type(off) is int and value == off for off in neutral)
         ):

@@ -5,11 +5,11 @@ Single values: `values.py`; base and data: `data_checks.py`; rules: `rule_checks
 
 import re
 
-from molora_jax.config import fields as known
+from molora_jax.config import fields as tables
 from molora_jax.config import objectives
 from molora_jax.config.data_checks import base_problems, data_problems, may_name_more, task_list, tasks_of
 from molora_jax.config.fields import MICRO_SHARDS, did_you_mean, one_of, wrong
-from molora_jax.config.members import attribute, members, options, unlisted
+from molora_jax.config.members import attribute, known, loss_of, member_problem, members, options
 from molora_jax.config.resolve import at_fault
 from molora_jax.config.rule_checks import rule_problems
 from molora_jax.config.values import MOST, group_problems, member_problems, parts_of, path_of, shown, there
@@ -22,8 +22,8 @@ def problems(config):
     """All mistakes of a plain nested dict, as a list of InputErrors."""
     if not isinstance(config, dict):
         return [wrong("config", f"a {type(config).__name__}", "groups of fields", "See configs/common.py.")]
-    found = list(group_problems("", config, known.FIELDS))
-    if any(not isinstance(config.get(key), dict) for key, field in known.FIELDS.items() if isinstance(field, dict)):
+    found = list(group_problems("", config, tables.FIELDS))
+    if any(not isinstance(config.get(key), dict) for key, field in tables.FIELDS.items() if isinstance(field, dict)):
         return found  # a section is missing: the rest would only repeat that
     rules = list(rule_problems(config))
     found += [
@@ -46,15 +46,16 @@ def _losses(config):
     for name, loss in config["losses"].items():
         where = f"losses.{name}"
         yield from member_problems(where, loss, "losses", name=name)
-        if name in members("losses") and attribute("losses", name, "ROUTING") is not False and not routed:
+        member = loss_of(name, loss)
+        if not isinstance(loss, dict) or not isinstance(member, str) or not known("losses", member):
+            continue
+        if attribute("losses", member, "ROUTING") is not False and not routed:
             yield wrong(where, "a loss on routing", "a rule with a router", "Remove the loss or add a router.")
-        yield from _task_names(where, name, loss, tasks_of(config))
+        yield from _task_names(where, member, loss, tasks_of(config))
 
 
 def _task_names(where, name, loss, tasks):
     """Options that a loss declares as task names (`TASKS`) are entries of data.tasks."""
-    if name not in members("losses") or not isinstance(loss, dict):
-        return
     for option in attribute("losses", name, "TASKS") or ():
         for task in task_list(loss.get(option, options("losses", name)[option].default)):
             if task not in tasks and not may_name_more(tasks):
@@ -69,23 +70,17 @@ def _objective(config):
     yield from objectives.problems(config)
 
 
-def engines():
-    """The engines: files of `engines/` that say whether tokens travel (MOVES)."""
-    return tuple(name for name in members("engines") if attribute("engines", name, "MOVES") is not None)
-
-
 def _engine(config):
-    engine, names = config.get("engine"), ("auto", *engines())
-    if isinstance(engine, str) and engine not in names:
-        planned = engine in known.ENGINES_PLANNED
-        fix = f"{engine} is not available yet." if planned else did_you_mean(engine, names)
-        yield wrong("engine", shown(engine), one_of(names), fix)
-    elif engine != "auto" and isinstance(engine, str) and unlisted("engines", engine, "base.py"):
-        file = "molora_jax/engines/base.py"
-        yield wrong("engine", f"{engine!r}, which {file} does not list", "one of its ENGINES", f"Add it to {file}.")
+    engine = config.get("engine")
+    if isinstance(engine, str) and engine != "auto":
+        found = member_problem("engine", "engines", engine, among=("auto", *members("engines")))
+        if found and engine in tables.ENGINES_PLANNED:
+            found = wrong("engine", found.got, found.expected, f"{engine} is not available yet.")
+        yield from [found] if found else []
+    stays = isinstance(engine, str) and attribute("engines", engine, "MOVES") is False
     options = config["expert_parallel"]
     for name in ("capacity", "rank_space"):
-        if engine in engines() and not attribute("engines", engine, "MOVES") and options.get(name):
+        if stays and options.get(name):
             expected = f"0 with engine {engine!r}, which sends no tokens"
             yield wrong(f"expert_parallel.{name}", options[name], expected, "Set engine to 'all_to_all' or 'auto'.")
 
@@ -105,7 +100,7 @@ def _train(config):
 def _mesh(config):
     """What can be said of batch and mesh before the number of devices is known."""
     mesh, train = config["mesh"], config["train"]
-    numbers = [*(mesh.get(axis) for axis in known.MESH_AXES[:3]), train.get("batch_size"), train.get("accumulate")]
+    numbers = [*(mesh.get(axis) for axis in tables.MESH_AXES[:3]), train.get("batch_size"), train.get("accumulate")]
     if not all(isinstance(n, int) and n and -1 <= n <= MOST for n in numbers):
         return
     data, fsdp, expert, batch, parts = numbers
@@ -121,7 +116,7 @@ def _mesh(config):
         rows = f"{batch // parts} rows" if unit == 1 else f"{batch // parts} rows (units of {unit} rows)"
         expected = f"data * fsdp * expert to divide the {rows} of a micro-step"
         got = f"data={shown(data)}, fsdp={shown(fsdp)}, expert={shown(expert)}"
-        fault = at_fault(dict(data=data, fsdp=fsdp, expert=expert), known.MESH_AXES[:3], batch // parts)
+        fault = at_fault(dict(data=data, fsdp=fsdp, expert=expert), tables.MESH_AXES[:3], batch // parts)
         yield wrong("mesh", got, expected, f"Change {fault}, train.batch_size or train.accumulate.")
 
 
@@ -134,7 +129,7 @@ def _exact(config):
     for axis in ("expert", "tensor"):
         if isinstance(mesh.get(axis), int) and mesh[axis] > 1:
             yield wrong(f"mesh.{axis}", mesh[axis], f"1 {why}", "Give its devices to mesh.data, or leave exact out.")
-    if config.get("engine") in engines() and attribute("engines", config["engine"], "MOVES"):
+    if isinstance(config.get("engine"), str) and attribute("engines", config["engine"], "MOVES"):
         expected = "'auto' with train.exact: no token leaves its device"
         yield wrong("engine", repr(config["engine"]), expected, "Change engine, or leave exact out.")
     if train.get("attention") == "fused":
@@ -164,7 +159,7 @@ def _schedule(config, *, valid):
         where = f"schedule.{name}"
         if not STAGE_NAME.fullmatch(str(name)):
             yield wrong(where, shown(name), "a stage named s00, s01, ...", "Stages run in the order of their names.")
-        yield from group_problems(where, stage, {**known.STAGE, "set": {}}, more=("objective",))
+        yield from group_problems(where, stage, {**tables.STAGE, "set": {}}, more=("objective",))
         if stage.get("objective"):
             yield from member_problems(f"{where}.objective", stage["objective"], "objectives")
         elif "objective" in stage and not isinstance(stage["objective"], dict):
@@ -185,7 +180,7 @@ def _schedule(config, *, valid):
             found = list(_changes(f"{where}.set", changes, config))
             yield from found
             if not found and valid:
-                for problem in problems({**_merged(config, changes), "schedule": {"s00": known.WHOLE}}):
+                for problem in problems({**_merged(config, changes), "schedule": {"s00": tables.WHOLE}}):
                     yield wrong(f"{where}.set.{problem.where}", problem.got, problem.expected, problem.fix)
     steps = [stages[name].get("steps") for name in sorted(stages, key=str)]
     if not all(isinstance(n, int) and 0 <= n <= MOST for n in [*steps, total]) or total < 1:

@@ -1,17 +1,17 @@
 """What a config of an older version lacks: the defaults of `configs/common.py`, of a rule, of a stage, of a member.
 
-Read from the file itself, so that there is one place of defaults. An installation without `configs/` fills nothing in.
+Read from the file itself, so that there is one place of defaults.
 """
 
 import functools
 import importlib.util
 import inspect
-import pathlib
 
+from molora_jax.config import shipped
 from molora_jax.config.fields import FIELDS, REQUIRED, WHOLE
-from molora_jax.config.members import members, options
+from molora_jax.config.members import known, loss_of, options
 
-COMMON = pathlib.Path(__file__).parents[2] / "configs" / "common.py"
+COMMON = shipped.folder("configs") / "common.py"
 MISSING = object()
 ABSENT = {"data": {"file_tasks": False}}  # what a field's absence means where today's default is another
 AXES = dict(adapter="adapters", router="routers", placement="placements")
@@ -90,7 +90,7 @@ def default_at(tree: dict, path: str):
         if head == "method" and len(rest) == 4:
             return _option(AXES[rest[2]], tree["method"]["rules"][rest[1]][rest[2]]["name"], rest[3])
         if head == "losses":
-            return _option("losses", *rest)
+            return _option("losses", loss_of(rest[0], tree["losses"][rest[0]]), *rest[1:])
         if head == "optim":
             return _option("optim", tree["optim"]["name"], *rest)
         if head == "objective" and rest != ["name"]:
@@ -106,5 +106,5 @@ def default_at(tree: dict, path: str):
 
 
 def _option(axis, name, option):
-    field = options(axis, name).get(option) if name in members(axis) else None
+    field = options(axis, name).get(option) if known(axis, name) else None
     return MISSING if field is None or field.default in (REQUIRED, None) else field.default

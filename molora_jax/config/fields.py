@@ -1,12 +1,11 @@
 """The tables of a config: every fixed field, its type and range, and the ranges of well-known options.
 
-Options of a method (`router.k`, `adapter.rank`, `losses.balance.over`, ...) come from the member's own file
-(`config/members.py`); here are only limits that their types do not state.
+Options of a method (`router.k`, `adapter.rank`, `losses.balance.over`, ...) and their ranges come from the member's own
+file (`config/members.py`).
 """
 
 import dataclasses
 import difflib
-import math
 from collections.abc import Callable
 
 from molora_jax.errors import InputError
@@ -36,27 +35,30 @@ class Field:
         return f"{name[self.kind]} {self.expected}".rstrip()
 
 
+def interval(kind, low=None, high=None, ends="[]"):
+    """From `low` to `high`, None for no bound; `ends` says which of the bounds belong: "[]", "(]", "[)", "()"."""
+
+    def holds(value):
+        above = low is None or value > low or (value == low and ends[0] == "[")
+        return above and (high is None or value < high or (value == high and ends[1] == "]"))
+
+    if high is None:
+        text = "" if low is None else f"{'>=' if ends[0] == '[' else '>'} {low}"
+    else:
+        text = f"{'<=' if ends[1] == ']' else '<'} {high}" if low is None else f"in {ends[0]}{low}, {high}{ends[1]}"
+    return Field(kind, text, holds)
+
+
 def at_least(low, kind=int):
-    return Field(kind, f">= {low}", lambda value: value >= low)
+    return interval(kind, low)
 
 
 def between(low, high):
     return Field(int, f"from {low} to {high:,}", lambda value: low <= value <= high)
 
 
-def above(low, high=math.inf):
-    text = f"> {low}" if high == math.inf else f"in ({low}, {high}]"
-    return Field(float, text, lambda value: low < value <= high)
-
-
-def below(high):
-    return Field(float, f"in [0, {high})", lambda value: 0 <= value < high)
-
-
 def within(low, high=None):
-    """A closed interval, as a member states it."""
-    text = f">= {low}" if high is None else f"in [{low}, {high}]"
-    return Field(type(low), text, lambda value: low <= value and (high is None or value <= high))
+    return interval(type(low), low, high)
 
 
 def choice(*names):
@@ -140,46 +142,27 @@ LATER = ("objective",)  # groups that configs of older versions lack
 STAGE = {"steps": at_least(0), "tasks": TEXT, "freeze": TEXT, "route": choice("", "task")}
 WHOLE = dict(steps=0, tasks="", freeze="", set={}, route="", objective={})  # the one stage of a plain run
 
-# Options of well-known names, by axis; a member's own Literal wins. Types still come from the member's file.
-RANGES = {
-    "adapters": {"rank": at_least(1), "alpha": above(0), "dropout": below(1)},
-    "routers": {
-        "k": at_least(1),
-        "p": above(0),
-        "share": choice("site", "attn", "ffn", "model"),
-        "init": choice("normal", "kaiming"),
-        "jitter": at_least(0, float),
-        "max_experts": at_least(0),
-        "temperature": above(0),
-        "top_k": at_least(0),
-        "depth": at_least(1),
-        "width": at_least(1),
-        "dropout": below(1),
-    },
-    "losses": {"weight": at_least(0, float), "accumulate": choice("micro", "exact")},
-    "optim": {
-        "learning_rate": above(0, 1e3),
-        "weight_decay": within(0.0, 1e3),
-        "decay": choice("linear", "cosine", "constant"),
-        "warmup": at_least(0),
-        "b1": below(1),
-        "b2": below(1),
-        "eps": above(0),
-        "ratio": above(0),
-    },
-}
-
 
 def nearest(name, known):
     """The known name most like `name`, or ""."""
     if not isinstance(name, str) or len(name) > 200:
         return ""
-    return next(iter(difflib.get_close_matches(str(name), [str(k) for k in known], n=1, cutoff=0.5)), "")
+    cutoff = 0.65 if len(name) <= 4 else 0.5  # of few letters half are soon the same: "max" and "mean"
+    return next(iter(difflib.get_close_matches(name, [str(k) for k in known], n=1, cutoff=cutoff)), "")
 
 
 def did_you_mean(name, known):
     guess = nearest(name, known)
     return f"Did you mean {guess!r}?" if guess else ""
+
+
+def shown(value):
+    """A value as text of at most 200 characters; `repr` refuses integers of thousands of digits."""
+    try:
+        text = repr(value)
+    except (ValueError, RecursionError):
+        return f"{type(value).__name__} too large to print"
+    return text if len(text) <= 200 else text[:197] + "..."
 
 
 def one_of(names):

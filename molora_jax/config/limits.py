@@ -11,7 +11,7 @@ states the attribute `value` as true, or has `value` among its NEEDS. A conditio
 """
 
 from molora_jax.config.fields import wrong
-from molora_jax.config.members import attribute, members, options
+from molora_jax.config.members import attribute, known, members, options
 
 AXES = dict(adapter="adapters", router="routers", placement="placements")
 TESTS = {
@@ -38,7 +38,7 @@ def named(placement: str) -> bool:
 
 def states(axis: str, name: str, wanted: str):
     """A literal of a member's file, () where it has none."""
-    found = attribute(axis, name, wanted) if name in members(axis) else None
+    found = attribute(axis, name, wanted) if known(axis, name) else None
     return () if found is None else found
 
 
@@ -50,8 +50,8 @@ def option(rule: dict, path: str):
     if group not in rule:
         return None
     member = rule[group]["name"]
-    known = options(AXES[group], member).get(name)
-    return rule[group].get(name, None if known is None else known.default)
+    field = options(AXES[group], member).get(name)
+    return rule[group].get(name, None if field is None else field.default)
 
 
 def refused(where: str, rule: dict, rows, *, start: str):

@@ -1,33 +1,74 @@
-"""The members of the method axes and their options, read from their files with `ast`, never imported.
+"""The members of the axes and their options: those of the tree read from their files with `ast`, never imported.
 
-A member is `molora_jax/<axis>/<name>.py`; its options are the annotated fields of the one dataclass in that file and of
-the base classes in the same folder. So a new member needs no row in a table, and a wrong config is refused before jax
-is loaded. A member states allowed values with `over: Literal["site", "layer"] = "site"`, and the range of a number with
-`LIMITS: ClassVar = {"q": (0.01, 2.0)}` (closed; None is no bound).
+A member is `molora_jax/<axis>/<name>.py` with a line in the table of the axis (`__init__.py`; engines: `base.py`); its
+options are the annotated fields of the one dataclass in that file and of the base classes in the same folder. So a
+wrong config is refused before jax is loaded. A member from outside has a colon in its name and is imported
+(`outside.py`).
+
+There is one way to state what an option may be, wherever the member lives: values with
+`over: Literal["site", "layer"] = "site"`, the range of a number with `LIMITS: ClassVar = {"q": (0.01, 2.0)}`. None is
+no bound; bounds belong to the range unless a third entry says which do: "(]", "[)" or "()". LIMITS add to those of the
+base classes.
 """
 
 import ast
 import dataclasses
 import functools
 import pathlib
+import typing
 
-from molora_jax.config.fields import RANGES, REQUIRED, Field, choice, within, wrong
+from molora_jax.config import outside
+from molora_jax.config.fields import REQUIRED, Field, choice, did_you_mean, interval, one_of, shown, wrong
+from molora_jax.errors import InputError
 
 PACKAGE = pathlib.Path(__file__).parents[1]
-NOT_MEMBERS = ("__init__", "base", "held_out")
+TABLES = {"engines": "base.py"}  # where an axis lists its members, if not in `__init__.py`
+KINDS = {"int": int, "float": float, "bool": bool, "str": str, "tuple": tuple}
 
 
 def members(axis):
-    """Names of an axis: its files, but those that members share."""
-    files = (PACKAGE / axis).glob("*.py")
-    return tuple(sorted(f.stem for f in files if f.stem not in NOT_MEMBERS and not f.stem.startswith("_")))
+    """Names of an axis, as its table lists them; its files where it has none."""
+    return tuple(sorted(_listed(axis) or _files(axis)))
 
 
-def unlisted(axis, name, file="__init__.py"):
+def known(axis, name) -> bool:
+    """Whether there is such a member, in the tree or outside."""
+    if outside.is_path(name):
+        try:
+            return outside.load(axis, name, axis) is not None
+        except InputError:
+            return False
+    return name in members(axis)
+
+
+def member_problem(where, axis, name, *, among=None):
+    """Why a config cannot name this member, as an InputError, or None. `among`: the names to choose from."""
+    names = members(axis) if among is None else among
+    if outside.is_path(name):
+        try:
+            outside.load(axis, name, where)
+            options(axis, name)
+        except InputError as error:
+            return error if error.where == where else wrong(where, repr(name), "a member of this axis", str(error))
+        return None
+    if isinstance(name, str) and name in names:
+        return None
+    if isinstance(name, str) and name in _files(axis):
+        file = f"molora_jax/{axis}/{_table(axis)}"
+        return wrong(where, f"{name!r}, which {file} does not list", one_of(names), f"Add it to {file}.")
+    got = "nothing" if name is None else shown(name)
+    paths = ", or package.module:Name" if axis in outside.OPEN else ""
+    return wrong(where, got, f"{one_of(names)}{paths}", did_you_mean(name, names))
+
+
+def loss_of(key, options) -> str:
+    """The member of an entry of `losses`: its key, unless it says a `name` (keys of a config have no dots)."""
+    return options.get("name", key) if hasattr(options, "get") else key
+
+
+def unlisted(axis, name):
     """Whether a file of the axis holds a dict of members and this one is not in it."""
-    path = PACKAGE / axis / file
-    tables = [n.value for n in (_module(path).body if path.is_file() else []) if isinstance(n, ast.Assign)]
-    names = [_literal(key, None) for t in tables if isinstance(t, ast.Dict) for key in t.keys if key is not None]
+    names = _listed(axis)
     return bool(names) and name not in names
 
 
@@ -43,36 +84,84 @@ def classes(axis):
 
 @functools.cache
 def options(axis, name):
-    """{option: Field} of a member, with those of its base class in `base.py` or another member's file."""
-    ranges = RANGES.get(axis, {})
-    fields, limits = {}, attribute(axis, name, "LIMITS") or {}
-    for option, (annotation, default) in _annotations(axis, name).items():
-        field = _field(f"molora_jax/{axis}/{name}.py, field {option}", annotation, default)
-        limit = within(*limits[option]) if option in limits else ranges.get(option)
-        if limit is not None and limit.kind is field.kind and not field.expected:
-            field = dataclasses.replace(limit, default=field.default)
-        elif limit is not None and (limit.kind, field.kind) in ((int, float), (float, int)):
-            field = dataclasses.replace(limit, kind=field.kind, default=field.default)
-        fields[option] = field
-    return fields
+    """{option: Field} of a member, with those of its base classes.
+
+    Raises:
+      InputError: an option of a type that no config holds, a range that is none; no such member outside.
+    """
+    if outside.is_path(name):
+        member = outside.load(axis, name, name)
+        if axis in ("inits", "engines"):
+            return {}
+        limits, where = outside.limits(member), name
+        found = {option: _of_value(f"{name}, field {option}", *f) for option, f in outside.fields(member, name).items()}
+    else:
+        limits, where = _limits(axis, name), f"molora_jax/{axis}/{name}.py"
+        found = {o: _field(f"{where}, field {o}", *f) for o, f in _annotations(axis, name).items()}
+    return {option: _limited(f"{where}, LIMITS of {option}", f, limits.get(option)) for option, f in found.items()}
 
 
-@functools.cache
 def attribute(axis, name, wanted):
-    """The literal value of a class attribute of a member (its own or inherited), or None.
+    """The value of a class attribute of a member (its own or inherited), or None; in the tree a literal.
 
     Of a file without such a class (an init is a function) the value at its top level.
     """
+    if outside.is_path(name):
+        return outside.attribute(outside.load(axis, name, axis), wanted) if known(axis, name) else None
+    return _attribute(axis, name, wanted)
+
+
+def stated_with(axis, name, wanted, method):
+    """The same where it is stated beside `method` or below: who writes the method anew states it anew."""
+    if outside.is_path(name):
+        return outside.stated_with(outside.load(axis, name, axis), wanted, method) if known(axis, name) else None
+    found = None
+    for body in _bodies(axis, name) if name in members(axis) else ():
+        found = None if any(isinstance(n, ast.FunctionDef) and n.name == method for n in body) else found
+        found = [found, *_values(body, wanted)][-1]
+    return found
+
+
+@functools.cache
+def _attribute(axis, name, wanted):
     if name not in members(axis):  # whatever a config calls a member: it need not be the name of a file
         return None
-    found, path = None, PACKAGE / axis / f"{name}.py"
-    bodies = [node.body for _, node in _lineage(axis, name)] or ([_module(path).body] if path.is_file() else [])
-    for body in bodies:
-        for item in body:
-            targets = item.targets if isinstance(item, ast.Assign) else [getattr(item, "target", None)]
-            if any(isinstance(t, ast.Name) and t.id == wanted for t in targets) and getattr(item, "value", None):
-                found = _literal(item.value, None)
-    return found
+    found = [value for body in _bodies(axis, name) for value in _values(body, wanted)]
+    return found[-1] if found else None
+
+
+def _limits(axis, name) -> dict:
+    return {k: v for body in _bodies(axis, name) for found in _values(body, "LIMITS") for k, v in (found or {}).items()}
+
+
+def _bodies(axis, name):
+    path = PACKAGE / axis / f"{name}.py"
+    return [node.body for _, node in _lineage(axis, name)] or ([_module(path).body] if path.is_file() else [])
+
+
+def _values(body, wanted):
+    for item in body:
+        targets = item.targets if isinstance(item, ast.Assign) else [getattr(item, "target", None)]
+        if any(isinstance(t, ast.Name) and t.id == wanted for t in targets) and getattr(item, "value", None):
+            yield _literal(item.value, None)
+
+
+def _files(axis):
+    """Files that may hold a member: not what begins with `_`, and what an axis shares is in its `base.py`."""
+    names = (f.stem for f in (PACKAGE / axis).glob("*.py"))
+    return [name for name in names if name != "base" and not name.startswith("_")]
+
+
+def _table(axis):
+    return TABLES.get(axis, "__init__.py")
+
+
+def _listed(axis):
+    """Names in the dict of members of an axis, [] where there is none."""
+    path = PACKAGE / axis / _table(axis)
+    tables = [n.value for n in (_module(path).body if path.is_file() else []) if isinstance(n, ast.Assign)]
+    keys = [key for table in tables if isinstance(table, ast.Dict) for key in table.keys]
+    return [_literal(key, None) for key in keys if key is not None]
 
 
 @functools.cache
@@ -133,14 +222,40 @@ def _literal(node, otherwise):
 
 
 def _field(where, annotation, default):
+    """Of an annotation as it is written."""
     default = REQUIRED if default is None else _literal(default, None)
     if isinstance(annotation, ast.Subscript) and ast.unparse(annotation.value).endswith("Literal"):
         allowed = _literal(annotation.slice, ())
-        allowed = allowed if isinstance(allowed, tuple) else (allowed,)
-        return dataclasses.replace(choice(*allowed), kind=type(allowed[0]), default=default)
+        return _choice(allowed if isinstance(allowed, tuple) else (allowed,), default)
     text = ast.unparse(annotation).strip("'\"")
-    kinds = {"int": int, "float": float, "bool": bool, "str": str, "tuple": tuple}
-    kind = kinds.get(text.partition("[")[0])
-    if kind is None:
+    return _plain(where, text.partition("[")[0], text, default)
+
+
+def _of_value(where, annotation, default):
+    """Of an annotation as Python holds it."""
+    default = REQUIRED if default is dataclasses.MISSING else default
+    if typing.get_origin(annotation) is typing.Literal:
+        return _choice(typing.get_args(annotation), default)
+    kind = typing.get_origin(annotation) or annotation
+    return _plain(where, getattr(kind, "__name__", ""), str(getattr(annotation, "__name__", annotation)), default)
+
+
+def _choice(allowed, default):
+    return dataclasses.replace(choice(*allowed), kind=type(allowed[0]), default=default)
+
+
+def _plain(where, kind, text, default):
+    if kind not in KINDS:
         raise wrong(where, text, "int, float, bool, str, tuple or Literal", "A config holds no other types.")
-    return Field(kind, default=default)
+    return Field(KINDS[kind], default=default)
+
+
+def _limited(where, field, limit):
+    """The field with its entry of LIMITS."""
+    if limit is None:
+        return field
+    low, high, ends = (*limit, "[]")[:3] if isinstance(limit, tuple) and len(limit) in (2, 3) else (None, None, "")
+    numbers = all(bound is None or isinstance(bound, (int, float)) for bound in (low, high))
+    if not numbers or ends not in ("[]", "(]", "[)", "()") or field.kind not in (int, float) or field.expected:
+        raise wrong(where, repr(limit), '(low, high) of a number, or (low, high, "[)")', "Correct it.")
+    return dataclasses.replace(interval(field.kind, low, high, ends), default=field.default)

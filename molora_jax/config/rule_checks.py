@@ -4,8 +4,8 @@ import re
 
 from molora_jax.config import fields as known
 from molora_jax.config import limits
-from molora_jax.config.fields import ATTENTION, FFN, did_you_mean, one_of, wrong
-from molora_jax.config.members import attribute, members
+from molora_jax.config.fields import ATTENTION, FFN, wrong
+from molora_jax.config.members import attribute, member_problem, members, stated_with
 from molora_jax.config.resolve import expert_counts, resolve_experts, resolve_layers, resolve_sites
 from molora_jax.config.values import group_problems, member_problems, path_of, shown, there
 from molora_jax.errors import InputError
@@ -33,11 +33,12 @@ def rule_problems(config):
 
 
 def _placement(where, value):
-    names = [name for name in members("placements") if limits.named(name)]
-    if isinstance(value, dict) and value.get("name") not in names:
-        fix = did_you_mean(value.get("name"), names)
-        fix = fix or "Leave placement out: the sites say whether experts are whole FFNs or projections."
-        return [wrong(f"{where}.name", shown(value.get("name")), one_of(names), fix)]
+    if isinstance(value, dict):
+        names = [name for name in members("placements") if limits.named(name)]
+        found = member_problem(f"{where}.name", "placements", value.get("name"), among=names)
+        leave = "Leave placement out: the sites say whether experts are whole FFNs or projections."
+        if found:
+            return [found if found.fix else wrong(found.where, found.got, found.expected, leave)]
     return member_problems(where, value, "placements")
 
 
@@ -54,9 +55,13 @@ def _rule(where, rule, *, start):
             yield wrong(f"{where}.load", shown(path), "paths that exist", "Check the path.")
     if rule["load"]:
         yield from _load(where, rule, counts)
-    init, inits = rule["adapter"].get("init"), members("inits")
-    if init is not None and init not in inits:
-        yield wrong(f"{where}.adapter.init", shown(init), one_of(inits), did_you_mean(init, inits))
+    init = rule["adapter"].get("init")
+    if init is not None:
+        strange = member_problem(f"{where}.adapter.init", "inits", init)
+        if strange:
+            yield strange
+            return
+    yield from check_start(where, rule)
     if sites:
         yield from _placed(where, rule, sites, start=start)
     if counts:
@@ -71,11 +76,24 @@ def covered(where, rule, num_layers=None):
     return resolve_experts(rule["experts"], len(layers), where=f"{where}.experts")
 
 
+def check_start(where, rule):
+    """What a start away from B A = 0 asks of the adapter."""
+    adapter, init = rule["adapter"]["name"], limits.option(rule, "adapter.init")
+    if limits.states("inits", init, "AWAY") and not stated_with("adapters", adapter, "SUBTRACTS", "factors"):
+        able = [name for name in members("adapters") if stated_with("adapters", name, "SUBTRACTS", "factors")]
+        expected = f"a start of B A = 0: {adapter} does not take a start off, which {', '.join(able)} do"
+        yield wrong(f"{where}.adapter.init", shown(init), expected, "Choose another init or adapter.")
+
+
 def check_counts(where, rule, counts):
     """What a rule asks of its expert counts."""
     if "router" not in rule:
         if set(counts) != {1}:
-            yield wrong(f"{where}.experts", shown(rule["experts"]), '"1" without a router', "Add a router, or say 1.")
+            place = rule["placement"]["name"] if "placement" in rule else ""
+            base_routes = bool(limits.states("placements", place, "BASE_ROUTER"))
+            why = '"1": the base says how many experts it has' if base_routes else '"1" without a router'
+            fix = "Leave experts out." if base_routes else "Add a router, or say 1."
+            yield wrong(f"{where}.experts", shown(rule["experts"]), why, fix)
         return
     k = limits.option(rule, "router.k") or 1
     if k > min(counts):

@@ -6,8 +6,8 @@ import pathlib
 import re
 
 from molora_jax.config import fields as known
-from molora_jax.config.fields import did_you_mean, one_of, wrong
-from molora_jax.config.members import members, options, unlisted
+from molora_jax.config import members as config_members
+from molora_jax.config.fields import did_you_mean, one_of, shown, wrong
 from molora_jax.errors import InputError
 
 MOST = 2**31 - 1  # steps, counts and sizes are int32 on a device
@@ -52,15 +52,6 @@ def check_value(where, value, field):
     return [] if field.accepts(value) else [wrong(where, shown(value), str(field), _near(value, field))]
 
 
-def shown(value):
-    """A value as text of at most 200 characters; `repr` refuses integers of thousands of digits."""
-    try:
-        text = repr(value)
-    except (ValueError, RecursionError):
-        return f"{type(value).__name__} too large to print"
-    return text if len(text) <= 200 else text[:197] + "..."
-
-
 def _near(value, field):
     return did_you_mean(value, re.findall(r"'(\w+)'", field.expected)) if field.kind is str else ""
 
@@ -88,18 +79,15 @@ def group_problems(where, values, fields, *, more=(), of=""):
 
 
 def member_problems(where, value, axis, *, name=""):
-    """Problems of `dict(name=..., options)`; where the member's name is the key, it comes as `name`."""
+    """Problems of `dict(name=..., options)`; `name`: of a group whose key is a name."""
     if not isinstance(value, dict):
         return [wrong(where, shown(value), "a dict of options")]
-    member, more = (name, ()) if name else (value.get("name"), ("name",))
-    at, names = where if name else f"{where}.name", members(axis)
-    if not isinstance(member, str) or member not in names:
-        got = "nothing" if member is None else shown(member)
-        return [wrong(at, got, one_of(names), did_you_mean(member, names))]
-    if unlisted(axis, member):
-        file = f"molora_jax/{axis}/__init__.py"
-        return [wrong(at, f"{member!r}, which {file} does not list", "a member of its dict", f"Add it to {file}.")]
-    return list(group_problems(where, value, options(axis, member), more=more, of=f"an option of {member}: "))
+    key, member = name, value.get("name", name or None)
+    problem = config_members.member_problem(where if key and "name" not in value else f"{where}.name", axis, member)
+    if problem:
+        return [problem]
+    of = f"an option of {member}: "
+    return list(group_problems(where, value, config_members.options(axis, member), more=("name",), of=of))
 
 
 def path_of(text):

@@ -141,18 +141,18 @@ def refusal(model, on: Engine) -> str:
 def table(model, on: Engine, *, tokens: int, itemsize: int) -> list[Row]:
     """A row for every engine; `on` gives mesh and options. `tokens` of a micro-step on one device."""
     rows = []
-    for name, module in ENGINES.items():
+    for name in dict.fromkeys((*ENGINES, on.name)):  # the last may be from outside
         own = _named(on, name)
         refused = refusal(model, own) or _emulated(own)
         shipped = useful = 0.0
         for rule, segment, experts, site in routed(model):
             at = own if placements.of(rule).DROPS else dataclasses.replace(own, capacity=0.0)
             one = load(model, rule, segment, experts, site, on=at, tokens=tokens, itemsize=itemsize)
-            a, b = module.bytes_moved(one, at)
+            a, b = own.module.bytes_moved(one, at)
             shipped, useful = shipped + a * len(segment.layers), useful + b * len(segment.layers)
         whole = dataclasses.replace(own, capacity=0.0, rank_space=False)  # a base drops no token
         for layers, one in unchanged_experts(model, on=whole, tokens=tokens, itemsize=itemsize):
-            a, b = module.bytes_moved(one, whole)
+            a, b = own.module.bytes_moved(one, whole)
             shipped, useful = shipped + a * layers, useful + b * layers
         rows.append(Row(name, shipped, useful, refused))
     return rows

@@ -17,6 +17,7 @@ import jax
 from jax.sharding import Mesh, PartitionSpec
 
 from molora_jax import placements
+from molora_jax.config import outside
 from molora_jax.engines import all_to_all, gather, ragged_all_to_all, replicate
 from molora_jax.placements.base import Axes
 from molora_jax.sharding import AXES, ROWS
@@ -48,7 +49,7 @@ class Engine:
 
     @property
     def module(self):
-        return ENGINES[self.name]
+        return outside.member("engines", ENGINES, self.name)
 
     def keeps(self, rule, leaf: str) -> bool:
         """Whether every device holds this leaf of the rule's experts."""

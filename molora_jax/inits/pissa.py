@@ -9,6 +9,7 @@ The paper freezes W - s B A. Here W stays as it is and the start is saved as `A0
 import jax.numpy as jnp
 
 NEEDS = ("base",)  # the frozen weight of the site
+AWAY = True  # B A is not 0 at the start: A0, B0 hold it, and the adapter takes it off
 RANK = "smaller"  # there are as many singular vectors as the smaller width
 
 

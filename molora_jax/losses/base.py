@@ -5,6 +5,7 @@
 """
 
 import dataclasses
+from typing import ClassVar, Literal
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +20,9 @@ class Loss:
     """
 
     weight: float = 1e-2
-    accumulate: str = dataclasses.field(default="micro", kw_only=True)
+    accumulate: Literal["micro", "exact"] = dataclasses.field(default="micro", kw_only=True)
+
+    LIMITS: ClassVar = {"weight": (0, None)}
 
     def stats(self, routing: Routing, ctx: Context) -> dict[str, Array]:
         raise NotImplementedError

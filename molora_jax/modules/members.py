@@ -12,12 +12,13 @@ from jax.sharding import AxisType, Mesh
 
 from molora_jax.adapters import ADAPTERS
 from molora_jax.adapters.base import Adapter
-from molora_jax.config import limits
-from molora_jax.config.fields import did_you_mean, one_of, wrong
-from molora_jax.config.rule_checks import check_counts
-from molora_jax.config.values import member_problems, raise_all, shown
+from molora_jax.config import limits, outside
+from molora_jax.config import members as config_members
+from molora_jax.config.fields import shown, wrong
+from molora_jax.config.rule_checks import check_counts, check_start
+from molora_jax.config.values import member_problems, raise_all
 from molora_jax.core.rules import Rule
-from molora_jax.engines import ALONE, ENGINES, Engine
+from molora_jax.engines import ALONE, Engine
 from molora_jax.errors import InputError
 from molora_jax.losses import LOSSES
 from molora_jax.losses.base import Loss
@@ -48,24 +49,29 @@ class Made(NamedTuple):
 
 
 def member(axis: str, value, where: str):
-    """A member: an instance, `"lora"`, or `dict(name="lora", rank=8)`.
+    """A member: an instance, `"lora"`, or `dict(name="lora", rank=8)`; a name may be `package.module:Name`.
 
     Raises:
       InputError: no such member, an unknown option, a value out of range.
     """
     table, contract = TABLES[axis]
     if isinstance(value, contract):
-        name = next((name for name, kind in table.items() if type(value) is kind), None)
-        if name is not None:
-            raise_all(member_problems(where, {"name": name, **_options(value)}, axis))
+        described = described_as(axis, value)
+        if "name" in described:
+            raise_all(member_problems(where, described, axis))
         return value
     options = {"name": value} if isinstance(value, str) else dict(value) if isinstance(value, Mapping) else value
     raise_all(member_problems(where, options, axis))
-    return table[options.pop("name")](**options)
+    return outside.member(axis, table, options.pop("name"))(**options)
 
 
-def _options(value) -> dict:
-    return {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
+def described_as(axis: str, value) -> dict:
+    """A member as a config has it; without a name where a config could not name its class."""
+    name = next((name for name, kind in TABLES[axis][0].items() if type(value) is kind), None)
+    path = f"{type(value).__module__}:{type(value).__qualname__}"
+    name = path if name is None and config_members.known(axis, path) else name
+    options = {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
+    return options | ({} if name is None else {"name": name})
 
 
 def engine_of(engine, mesh: Mesh | None) -> Engine:
@@ -75,8 +81,9 @@ def engine_of(engine, mesh: Mesh | None) -> Engine:
     """
     if isinstance(engine, Engine):
         return engine
-    if engine not in ENGINES:
-        raise wrong("engine", shown(engine), one_of(ENGINES), did_you_mean(engine, ENGINES))
+    problem = config_members.member_problem("engine", "engines", engine)
+    if problem:
+        raise problem
     if mesh is None:
         if engine != "replicate":
             fix = 'Pass one: mesh=jax.make_mesh((8,), ("expert",)).'
@@ -116,20 +123,17 @@ def _made(where, placement, sites, experts, adapter, router, engine, mesh, down,
     count = int(experts) if isinstance(experts, str) and experts.isdigit() else experts
     if not isinstance(count, int) or isinstance(count, bool) or count < 1:
         raise wrong(f"{where}.experts", shown(experts), "an integer >= 1")
-    described = {"experts": str(count), "down": down, "adapter": _described("adapters", adapter)}
+    init = config_members.member_problem(f"{where}.adapter.init", "inits", adapter.init)
+    if init:
+        raise init
+    described = {"experts": str(count), "down": down, "adapter": described_as("adapters", adapter)}
     if router is not None:
-        described["router"] = _described("routers", router)
+        described["router"] = described_as("routers", router)
         _stands_alone(where, router)
     if all("name" in described[axis] for axis in ("adapter", "router") if axis in described):  # others say no limits
-        raise_all(list(check_counts(where, described, (count,))))
+        raise_all([*check_counts(where, described, (count,)), *check_start(where, described)])
         raise_all(list(limits.refused(where, described, limits.states("placements", placement, "REFUSES"), start="")))
     return Made(Rule(where, sites, (count,), adapter, router, down, shrink), engine_of(engine, mesh))
-
-
-def _described(axis, value) -> dict:
-    """A member as a config has it; without a name where it is not one of ours."""
-    name = next((name for name, kind in TABLES[axis][0].items() if type(value) is kind), None)
-    return _options(value) | ({} if name is None else {"name": name})
 
 
 def _stands_alone(where: str, router: Router) -> None:

@@ -6,8 +6,7 @@ import re
 from collections.abc import Mapping
 
 from molora_jax.adapters.base import Adapter
-from molora_jax.config.fields import did_you_mean, one_of, wrong
-from molora_jax.config.values import shown
+from molora_jax.config.fields import did_you_mean, one_of, shown, wrong
 from molora_jax.modules.members import Made, made
 from molora_jax.routers.base import Router
 

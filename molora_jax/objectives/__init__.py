@@ -1,5 +1,6 @@
 """How does a batch become a loss?"""
 
+from molora_jax.config import outside
 from molora_jax.objectives.base import Forward, Frozen, Objective
 from molora_jax.objectives.classify import Classify
 from molora_jax.objectives.distill import Distill
@@ -18,6 +19,6 @@ def compile_objective(value, *, where: str = "objective") -> Objective:
       InputError: options that exclude each other.
     """
     options = dict(value)
-    made = OBJECTIVES[options.pop("name")](**options)
+    made = outside.member("objectives", OBJECTIVES, options.pop("name"))(**options)
     made.check(where)
     return made

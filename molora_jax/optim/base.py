@@ -5,6 +5,7 @@ Clipping is done by the step, which needs the norm anyway.
 """
 
 import dataclasses
+from typing import ClassVar, Literal
 
 import optax
 
@@ -15,11 +16,16 @@ class Optimizer:
 
     learning_rate: float = 2e-4
     weight_decay: float = 0.0
-    decay: str = "cosine"
+    decay: Literal["linear", "cosine", "constant"] = "cosine"
     warmup: int = 0
     b1: float = 0.9
     b2: float = 0.999
     eps: float = 1e-8
+
+    LIMITS: ClassVar = {
+        "learning_rate": (0, 1e3, "(]"), "weight_decay": (0.0, 1e3), "warmup": (0, None), "b1": (0, 1, "[)"),
+        "b2": (0, 1, "[)"), "eps": (0, None, "()"),
+    }  # fmt: skip
 
     def schedule(self, total_steps: int) -> optax.Schedule:
         """Learning rate of the update that makes step `i + 1` (i from 0)."""

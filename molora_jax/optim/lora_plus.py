@@ -4,6 +4,7 @@ The paper suggests a ratio of 2^4 with alpha = 2 R and a base rate about half of
 """
 
 import dataclasses
+from typing import ClassVar
 
 import jax
 import optax
@@ -15,6 +16,8 @@ from molora_jax.sharding import paths
 @dataclasses.dataclass(frozen=True)
 class LoraPlus(AdamW):
     ratio: float = 16.0
+
+    LIMITS: ClassVar = {"ratio": (0, None, "()")}
 
     def make(self, total_steps, pairs):
         return optax.chain(super().make(total_steps, pairs), scale_second(pairs, self.ratio))

@@ -14,7 +14,7 @@ with it. Select on logits where a low temperature could make probabilities tie a
 """
 
 import dataclasses
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import jax
 
@@ -28,8 +28,8 @@ class Router:
     Init `normal` is N(0, 0.02^2) (Mixtral, MixLoRA); `kaiming` is U(+-1/sqrt(D)) (torch's default linear, MoLA).
     """
 
-    share: str = "site"
-    init: str = "normal"
+    share: Literal["site", "attn", "ffn", "model"] = "site"
+    init: Literal["normal", "kaiming"] = "normal"
 
     FROZEN: ClassVar[tuple[str, ...]] = ()  # leaf names that never train
     RANDOM: ClassVar[tuple[str, ...]] = ()  # fields that make training random, off at 0 (the battery sets them so)

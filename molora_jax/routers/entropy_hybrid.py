@@ -29,7 +29,9 @@ class EntropyHybrid(Router):
     q: float = 1.1
     eps: float = 1e-5
 
-    LIMITS: ClassVar = {"q": (0.01, 2.0), "eps": (0.0, 1.0), "threshold": (0.0, None)}
+    LIMITS: ClassVar = {
+        "k": (1, None), "p": (0, None, "()"), "q": (0.01, 2.0), "eps": (0.0, 1.0), "threshold": (0.0, None),
+    }  # fmt: skip
 
     def k_max(self, experts):
         return experts if self.threshold < 1 else min(max(self.k, self.most_by_mass(experts)), experts)

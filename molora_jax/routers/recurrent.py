@@ -39,7 +39,7 @@ class Recurrent(SoftmaxTopK):
     hidden: int = 128  # P
     mode: Literal["full", "detach", "np"] = "full"
 
-    LIMITS: ClassVar = {"k": (0, None), "hidden": (1, None)}
+    LIMITS: ClassVar = {"hidden": (1, None)}
 
     def init_leaves(self, key, site, layer):
         key_proj, key_gate = jax.random.split(key)

@@ -38,7 +38,7 @@ class SigmoidTopK(Router):
     bias_in_gate: bool = True
     input_dropout: bool = True
 
-    LIMITS: ClassVar = {"bias_rate": (0.0, None)}
+    LIMITS: ClassVar = {"k": (1, None), "bias_rate": (0.0, None)}
 
     def k_max(self, experts):
         return min(self.k, experts)

@@ -25,7 +25,7 @@ class SoftmaxTopK(Router):
     renormalise: bool = True
     jitter: float = 0.0
 
-    LIMITS: ClassVar = {"k": (0, None)}
+    LIMITS: ClassVar = {"k": (0, None), "jitter": (0, None)}
     RANDOM: ClassVar = ("jitter",)
 
     def k_max(self, experts):

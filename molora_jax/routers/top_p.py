@@ -6,6 +6,7 @@ Easy tokens use few experts, hard ones many. Gates are not renormalised: they su
 """
 
 import dataclasses
+from typing import ClassVar
 
 import jax.numpy as jnp
 
@@ -20,6 +21,8 @@ class TopP(Router):
     p: float = 0.4
     renormalise: bool = False
     max_experts: int = 0
+
+    LIMITS: ClassVar = {"p": (0, None, "()"), "max_experts": (0, None)}
 
     def k_max(self, experts):
         return min(self.max_experts or experts, experts)

@@ -45,6 +45,10 @@ class XLora(Router):
     gain: float = 1.0
 
     SIGNAL: ClassVar[str] = "base_hidden"
+    LIMITS: ClassVar = {
+        "temperature": (0, None, "()"), "top_k": (0, None), "depth": (1, None), "width": (1, None),
+        "dropout": (0, 1, "[)"),
+    }  # fmt: skip
 
     def k_max(self, experts):
         return min(self.top_k or experts, experts)

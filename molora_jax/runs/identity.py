@@ -11,7 +11,7 @@ import json
 import pathlib
 
 from molora_jax.config import defaults as config_defaults
-from molora_jax.config.members import attribute, members
+from molora_jax.config.members import attribute
 from molora_jax.errors import InputError
 from molora_jax.runs.manifest import json_hash
 
@@ -62,7 +62,7 @@ def of_config(config: dict) -> dict:
 def _without_paths(objective: dict) -> dict:
     """Paths of frozen models are left out: the digest of their content is in `extra`."""
     name = objective.get("name")
-    paths = (attribute("objectives", name, "PATHS") or ()) if name in members("objectives") else ()
+    paths = (attribute("objectives", name, "PATHS") or ()) if isinstance(name, str) else ()
     return {key: value for key, value in objective.items() if key not in paths}
 
 

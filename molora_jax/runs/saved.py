@@ -7,6 +7,7 @@ import pathlib
 
 from molora_jax import config as config_lib
 from molora_jax.config import defaults as config_defaults
+from molora_jax.config import outside
 from molora_jax.config.fields import TASKS
 from molora_jax.errors import InputError
 from molora_jax.io.files import plain
@@ -34,6 +35,7 @@ def read_config(workdir, step="best", *, warn=None, need_base: bool = True):
     if not isinstance(workdir, (str, os.PathLike)):
         raise InputError("workdir", got=repr(workdir), expected="the path of a run's folder", fix=FIX)
     folder = pathlib.Path(workdir).expanduser()
+    outside.no_code_from(folder)
     if not folder.is_dir():
         got = f"{str(workdir)!r}, {'a file' if folder.exists() else 'which does not exist'}"
         raise InputError("workdir", got=got, expected="the folder of a run", fix=FIX)

@@ -12,6 +12,7 @@ import math
 import pathlib
 
 from molora_jax.config import defaults as config_defaults
+from molora_jax.config import outside
 from molora_jax.errors import InputError
 from molora_jax.runs import identity, saved
 from molora_jax.runs import steps as steps_lib
@@ -26,6 +27,7 @@ def verify(folder, *, deep: bool = False) -> dict:
       deep: also loads every leaf of every step, as a restore would.
     """
     folder = pathlib.Path(folder)
+    outside.no_code_from(folder)
     directory = folder / "checkpoints"
     steps, manifests, problems, notes = [], {}, [], []
     for step in steps_lib.list_steps(directory):

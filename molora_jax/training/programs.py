@@ -12,6 +12,7 @@ from molora_jax import config as config_lib
 from molora_jax import runtime, sharding
 from molora_jax.backbones.compile import compile_losses, compile_model
 from molora_jax.config import objectives as objectives_config
+from molora_jax.config import outside
 from molora_jax.core import trees
 from molora_jax.errors import InputError
 from molora_jax.objectives import Objective, compile_objective
@@ -63,7 +64,7 @@ def program_of(run, stage) -> Program:
         modules=modules,
         objective=compile_objective(value, where=f"schedule.{stage.name}: objective"),
         head=value["name"],
-        optimizer=OPTIMIZERS[options.pop("name")](**options),
+        optimizer=outside.member("optim", OPTIMIZERS, options.pop("name"))(**options),
         total=config.train.steps,
         frozen=frozen,
         clip=config.train.clip,

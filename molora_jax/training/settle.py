@@ -3,7 +3,7 @@
 import math
 
 from molora_jax import config as config_lib
-from molora_jax.config.members import attribute, options
+from molora_jax.config.members import attribute, loss_of, options
 from molora_jax.config.resolve import split_commas
 from molora_jax.config.values import MOST
 from molora_jax.errors import InputError
@@ -50,5 +50,6 @@ def _mentioned(config):
 
 def _of_losses(where, losses, names):
     for name, loss in losses.items():
-        for option in attribute("losses", name, "TASKS") or () if name in names else ():
-            yield f"{where}.{name}.{option}", split_commas(loss.get(option, options("losses", name)[option].default))
+        member = loss_of(name, names.get(name, {}))
+        for option in attribute("losses", member, "TASKS") or () if name in names else ():
+            yield f"{where}.{name}.{option}", split_commas(loss.get(option, options("losses", member)[option].default))

@@ -10,12 +10,12 @@ import pytest
 from launch import flags
 from molora_jax.backbones.compile import compile_model
 from molora_jax.backbones.llama import Llama
+from molora_jax.catalogue.methods import METHODS
 from molora_jax.core import routing
 from molora_jax.core.trees import count
 from molora_jax.core.types import Context
 from molora_jax.evaluation.redundancy import expert_redundancy
 from molora_jax.losses.balance import Balance
-from molora_jax.methods import METHODS
 from tests.acceptance.blocks import ALL, ONE, VALID, edit, gradient, model, noisy, output
 from tests.battery import reference
 from tests.battery.cases import BATCH, DEEP, ROOT, base

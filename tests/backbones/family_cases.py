@@ -5,6 +5,7 @@ are compared in random projections, so that the fixture is small: an error of th
 """
 
 import json
+import re
 import zlib
 
 import numpy as np
@@ -15,6 +16,10 @@ SITES = {
     "q": "self_attn.q_proj", "k": "self_attn.k_proj", "v": "self_attn.v_proj", "o": "self_attn.o_proj",
     "gate": "mlp.gate_proj", "up": "mlp.up_proj", "down": "mlp.down_proj",
 }  # fmt: skip
+ORDER = (
+    "model.embed_tokens", "model.norm", "lm_head", "input_layernorm", "post_attention_layernorm", *SITES.values(),
+    "self_attn.q_norm", "self_attn.k_norm",
+)  # fmt: skip
 READERS = ("folder", "shards", "gguf")
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 
@@ -71,30 +76,25 @@ CASES = MAIN | KINDS
 IN_GGUF = (*MAIN, "rope linear", "rope llama3, 8192", "rope yarn", "attention_bias (llama)", "attention_bias (qwen3)")
 
 
-def tensors(c: dict) -> dict:
-    """Hugging Face name -> float32 array, by the case's own seed; logits of order 1."""
-    rng = np.random.default_rng(zlib.crc32(json.dumps(c, sort_keys=True).encode()))
-    h = c.get("head_dim") or D // H
-    out = dict(q=(H * h, D), k=(K * h, D), v=(K * h, D), o=(D, H * h), gate=(F, D), up=(F, D), down=(D, F))
-    biased = {"qwen2": "qkv"}.get(c["model_type"], "qkvo" if c.get("attention_bias") else "")
-    shapes = {"model.embed_tokens.weight": (V, D), "model.norm.weight": (D,)}
-    if not c["tie_word_embeddings"]:
-        shapes["lm_head.weight"] = (V, D)
-    for i in range(L):
-        at = f"model.layers.{i}."
-        shapes |= {f"{at}{norm}.weight": (D,) for norm in ("input_layernorm", "post_attention_layernorm")}
-        for site, name in SITES.items():
-            shapes[f"{at}{name}.weight"] = out[site]
-            if site in biased:
-                shapes[f"{at}{name}.bias"] = out[site][:1]
-        if c["model_type"] == "qwen3":
-            shapes |= {f"{at}self_attn.{n}_norm.weight": (h,) for n in "qk"}
-    made = {}
-    for name, shape in shapes.items():
+def tensors(c: dict, shapes: dict) -> dict:
+    """Hugging Face name -> float32 array, by the case's own seed; logits of order 1.
+
+    `shapes`: of every tensor by its name, as the oracle's model or our backbone says them: a family needs no line here.
+    """
+    rng, made = np.random.default_rng(zlib.crc32(json.dumps(c, sort_keys=True).encode())), {}
+    for name in sorted(shapes, key=_place):
+        shape = tuple(shapes[name])
         x, scale = rng.standard_normal(shape), 1.0 if "embed" in name else 0.7 * shape[-1] ** -0.5
         value = 0.3 * x if name.endswith("bias") else 1 + 0.2 * x if len(shape) == 1 else scale * x
         made[name] = value.astype(np.float32)
     return made
+
+
+def _place(name):
+    """The order in which tensors are drawn, so that the fixture stays: what ORDER does not know comes last, by name."""
+    layer, stem = re.fullmatch(r"(?:model\.layers\.(\d+)\.)?(.*)\.\w+", name).groups()
+    known = ORDER.index(stem) if stem in ORDER else len(ORDER)
+    return -1 if layer is None else int(layer), known, stem, name.endswith("bias")
 
 
 def rows():
@@ -130,9 +130,11 @@ def unpack(row) -> dict:
 
 def write(folder, reader: str, c: dict) -> str:
     """The checkpoint as files of one reader; the source string."""
-    from tests.io import tiny_files  # the oracle's environment has no product
+    from molora_jax.backbones.hf_config import from_hf  # the oracle's environment has no product
+    from tests.io import tiny_files
 
-    values = tensors(c)
+    leaves = from_hf(c, where="config.json").shapes().values()
+    values = tensors(c, {name: leaf.file_shape for leaf in leaves for name, _ in leaf.files()})
     if reader == "gguf":
         (folder / "m.gguf").write_bytes(tiny_files.gguf_of(c, values, metadata=_gguf_rope(c)))
         return f"gguf:{folder}/m.gguf"

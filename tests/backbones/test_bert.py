@@ -11,11 +11,14 @@ import pytest
 from configs import common
 from molora_jax import config as config_lib
 from molora_jax.backbones.compile import compile_model
+from molora_jax.backbones.families import FAMILIES
+from molora_jax.backbones.hf_config import from_hf
 from molora_jax.backbones.model import Model
 from molora_jax.decode.generate import generate
 from molora_jax.errors import InputError
 from molora_jax.io.base import load_base
 from molora_jax.training.setup import setup
+from tests.backbones.backbone_cases import CASES
 
 SITES = ("q", "k", "v", "o", "up", "down")
 
@@ -114,6 +117,15 @@ def test_generation_and_the_objective_lm_are_refused_by_name():
         generate(Model(base.config), base.params, {}, {}, [[1, 2]], max_new_tokens=2, eos_id=None)
     with pytest.raises(InputError, match=r"objective lm on bert.*encoder"):
         setup(config_of())
+
+
+def test_a_width_that_says_the_hidden_size_again_is_no_other_model(monkeypatch):
+    """And the family of a reader is the `model_type` that asked for it."""
+    monkeypatch.setitem(FAMILIES, "another_bert", FAMILIES["bert"])
+    config = CASES["bert"] | dict(model_type="another_bert", embedding_size=CASES["bert"]["hidden_size"])
+    assert from_hf(config, where="config.json").family == "another_bert"
+    with pytest.raises(InputError, match="embedding_size"):
+        from_hf(config | dict(embedding_size=128), where="config.json")
 
 
 @pytest.mark.slow

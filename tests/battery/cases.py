@@ -20,10 +20,10 @@ from molora_jax import config as schema
 from molora_jax import sharding
 from molora_jax.backbones.compile import compile_model
 from molora_jax.backbones.families import TINY
+from molora_jax.catalogue.methods import METHODS
 from molora_jax.core import trees
 from molora_jax.engines import ALONE, Engine
 from molora_jax.io.random_init import random_params
-from molora_jax.methods import METHODS
 from molora_jax.optim import OPTIMIZERS
 from molora_jax.routers import ROUTERS as ROUTERS_OF
 from molora_jax.training.step import fresh, make_step

@@ -4,7 +4,7 @@ import jax
 import pytest
 
 from configs import common
-from molora_jax.combinations import config_of, decoder_of, points, verdict
+from molora_jax.catalogue.combinations import config_of, decoder_of, points, verdict
 from molora_jax.training.step import fresh
 from tests.battery.cases import BATCH, Case
 from tests.engines.problems import mesh

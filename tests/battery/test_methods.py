@@ -8,7 +8,7 @@ from flax.traverse_util import flatten_dict
 from molora_jax.backbones.compile import compile_model
 from molora_jax.backbones.families import SMOLLM2
 from molora_jax.backbones.sizes import num_trainable
-from molora_jax.methods import METHODS, methods_table
+from molora_jax.catalogue.methods import METHODS, methods_table
 from tests.battery import reference
 from tests.battery.cases import BATCH, DEEP, ROOT, Case, mesh8, method, random_adapters
 from tests.battery.checks import check_gradients, check_step, check_tree, same_step

@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
+from molora_jax.config import outside
 from molora_jax.core import lowrank, routing
 from molora_jax.core.types import Context, Factors, Site
 from molora_jax.routers import ROUTERS
@@ -167,13 +168,14 @@ def test_an_example_without_any_expert_takes_the_base_and_stays_finite(name):
 def variants(name):
     """The options of a router: its defaults, each of its fields at other values, and pairs of these with a choice."""
     cls, choices, numbers = ROUTERS[name], [], []
-    common, limits = {field.name for field in dataclasses.fields(Router)}, getattr(cls, "LIMITS", {})
+    common, limits = {field.name for field in dataclasses.fields(Router)}, outside.limits(cls)
     for field in (field for field in dataclasses.fields(cls) if field.name not in common):
         if field.type is bool or typing.get_origin(field.type) is typing.Literal:
             values = (False, True) if field.type is bool else typing.get_args(field.type)
             choices += [{field.name: value} for value in values if value != field.default]
         elif field.type is float or field.type is int and field.default <= 8:  # beyond is a width: a compile a value
-            low, high = limits.get(field.name, (0 if field.default == 0 else 1 if field.type is int else None, None))
+            lowest = 0 if field.default == 0 else 1 if field.type is int else None
+            low, high, *_ = limits.get(field.name, (lowest, None))
             values = (0.5, 2.0) if field.type is float else (0, 1, 2)
             fit = [v for v in values if (low is None or v >= low) and (high is None or v <= high)]
             numbers += [{field.name: value} for value in fit if value != field.default]

@@ -5,9 +5,9 @@ import re
 import jax
 import pytest
 
+from molora_jax.catalogue.methods import METHODS
 from molora_jax.engines import Engine, auto
 from molora_jax.errors import InputError
-from molora_jax.methods import METHODS
 from tests.battery.cases import Case, method, random_adapters
 from tests.battery.checks import same_step
 from tests.engines.problems import mesh

@@ -1,5 +1,7 @@
 """RoutedLoRA and RoutedFFN against numpy in float64, what is sown, what is refused."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -149,6 +151,8 @@ WRONG = {
     "unknown adapter": (dict(adapter="lara"), "Did you mean 'lora'"),
     "unknown option": (dict(adapter=dict(name="lora", rnk=3)), "rank"),
     "range of an instance": (dict(adapter=mj.Lora(rank=0)), "adapter.rank"),
+    "unknown start": (dict(adapter=mj.Lora(init="pisa")), "Did you mean 'pissa'"),
+    "a member from outside that is not there": (dict(router="mypackage_that_is_not:Mine"), "no module named"),
     "a router that reads more than its layer": (dict(router=mj.XLora()), "hidden state"),
     "a router with a carry": (dict(router=mj.Recurrent()), "layer before"),
     "engine without a mesh": (dict(engine="gather"), "mesh"),
@@ -184,3 +188,33 @@ def test_members_may_be_names_dicts_or_instances():
     )]  # fmt: skip
     trees = [jax.jit(one.init)(jax.random.key(0), x, kernel=W) for one in made]
     assert all(jax.tree.all(jax.tree.map(np.array_equal, trees[0], tree)) for tree in trees)
+
+
+@dataclasses.dataclass(frozen=True)
+class Mine(mj.SoftmaxTopK):
+    """A router from outside."""
+
+
+def test_a_member_from_outside_is_an_instance_or_a_path():
+    x = normal(0, 5, D)
+    path = f"{Mine.__module__}:Mine"
+    trees = [jax.jit(layer(router=r).init)(jax.random.key(0), x, kernel=W) for r in (TOPK, Mine(k=K), path)]
+    assert all(jax.tree.all(jax.tree.map(np.array_equal, trees[0], tree)) for tree in trees)
+    with pytest.raises(InputError, match="router.k"):
+        layer(router=Mine(k=9))
+    with pytest.raises(InputError, match="router.jitter"):
+        layer(router=dict(name=path, jitter=-1.0))
+
+
+def test_losses_that_tell_tasks_apart_take_their_ids():
+    x = normal(0, 2, 5, D)
+    variables = variables_of(layer(router=mj.SoftmaxTopK(k=0)), x, kernel=W)
+    _, sown = call(layer(router=mj.SoftmaxTopK(k=0)), variables, x, kernel=W, mutable=["routing"])
+    Q = np.asarray(sown["routing"]["experts"][0].decision.gates, np.float64).sum(1)
+    Z = Q * np.where([[1, 1, 0, 0], [0, 0, 1, 1]], 1.5, 0.5)  # the first row is of the task "facts"
+    loss = mj.LocalizedBalance(delta=0.5, world="facts")
+    ids = jnp.array([[1] * 5, [0] * 5])
+    got = mj.routing_loss(sown, loss, task_ids=ids, tasks=("other", "facts"))
+    np.testing.assert_allclose(got, Z.var(ddof=1) / Z.mean() ** 2, rtol=1e-5)
+    with pytest.raises(InputError, match="task_ids: got shape"):
+        mj.routing_loss(sown, loss, task_ids=ids[0], tasks=("other", "facts"))

@@ -14,8 +14,8 @@ from flax.traverse_util import flatten_dict
 from configs import common
 from molora_jax import config as schema
 from molora_jax import sharding
+from molora_jax.catalogue.methods import METHODS
 from molora_jax.errors import InputError
-from molora_jax.methods import METHODS
 from molora_jax.objectives.held_out import example_nll
 from molora_jax.routers import ROUTERS
 from molora_jax.runs.identity import compare, identity

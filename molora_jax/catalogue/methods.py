@@ -10,11 +10,11 @@ import pathlib
 from collections.abc import Callable
 from typing import Any
 
-from molora_jax import formulas
 from molora_jax.backbones.base import Backbone
 from molora_jax.backbones.families import SMOLLM2
+from molora_jax.catalogue import formulas
 
-ROOT = pathlib.Path(__file__).parents[1]
+ROOT = pathlib.Path(__file__).parents[2]
 
 
 @dataclasses.dataclass(frozen=True)

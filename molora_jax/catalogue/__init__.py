@@ -1,0 +1,1 @@
+"""What ships: methods, their formulas, and which members go together; the documents are written from it."""
