@@ -3,6 +3,8 @@
 import flax.linen as nn
 import jax.numpy as jnp
 
+import molora_jax as mj
+
 AXES = dict(params=0, adapters=0, router_state=0, frozen=0, routing=0)
 
 
@@ -67,3 +69,22 @@ class Masked(nn.Module):
     def __call__(self, x, mask, deterministic=True):
         x = nn.Dense(8, name="up")(x)
         return jnp.where(mask[..., None], nn.Dropout(0.5)(x, deterministic=deterministic), 0.0)
+
+
+class OwnBlock(nn.Module):
+    @nn.compact
+    def __call__(self, x, _):
+        W = self.param("W", nn.initializers.lecun_normal(), (8, 8))
+        return x + mj.RoutedLoRA(8, 4, mj.Lora(rank=2), mj.SoftmaxTopK(k=2))(x, kernel=W), None
+
+
+class Own(nn.Module):
+    """A model that was written with a layer of the library in it."""
+
+    axes: tuple
+
+    @nn.compact
+    def __call__(self, x):
+        axes = dict.fromkeys(self.axes, 0)
+        scan = nn.scan(OwnBlock, variable_axes=axes, split_rngs={"params": True}, length=2)
+        return scan(name="layers")(x, None)[0]

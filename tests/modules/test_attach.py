@@ -8,7 +8,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 import molora_jax as mj
 from molora_jax.errors import InputError
-from tests.modules.foreign import AXES, Jitted, Masked, Odd, Stacked
+from tests.modules.foreign import AXES, Jitted, Masked, Odd, Own, Stacked
 from tests.modules.oracle import SCALE, D, E, K, R, call, mixture64, normal, random_leaves
 
 LORA = mj.Lora(rank=R, alpha=8.0, dropout=0.0)
@@ -82,6 +82,15 @@ def test_a_missing_entry_of_a_scan_is_named(missing):
         short.apply(variables, X, mutable=["routing"])
     if missing == "routing":
         jax.eval_shape(lambda v: short.apply(v, X), variables)  # nothing is lost
+
+
+def test_a_layer_in_a_scan_of_ones_own_names_what_is_missing_too():
+    scanned = lambda *axes: Own(axes=("params", *axes))  # noqa: E731
+    make = lambda module: jax.eval_shape(module.init, jax.random.key(0), X)  # noqa: E731
+    assert make(scanned("adapters", "routing"))["adapters"]["layers"]["RoutedLoRA_0"]["A"].shape == (2, E, R, D)
+    for axes, missing in ((("routing",), "adapters"), (("adapters",), "routing")):
+        with pytest.raises(InputError, match=f"around layers/RoutedLoRA_0: got no entry '{missing}'"):
+            make(scanned(*axes))
 
 
 def test_dropout_in_a_scan_needs_its_keys():
