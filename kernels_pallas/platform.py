@@ -3,6 +3,8 @@
 Never `jax.devices()`: a program may be compiled for devices that this machine does not have.
 """
 
+import contextlib
+import contextvars
 import importlib.metadata
 import importlib.util
 
@@ -39,6 +41,24 @@ def may_accelerate() -> bool:
     if jax.config.jax_platforms == "cpu":
         return False
     return bool(importlib.metadata.entry_points(group="jax_plugins")) or importlib.util.find_spec("libtpu") is not None
+
+
+_SIDE_BY_SIDE = contextvars.ContextVar("side_by_side", default=False)
+
+
+@contextlib.contextmanager
+def side_by_side():
+    """What is traced in here is batched over an axis of runs (`jax.vmap`): a loop over tiles, whose length is each
+    run's own, is then made of one run after the other (`tiles.one_by_one`); no Pallas kernel is taken."""
+    token = _SIDE_BY_SIDE.set(True)
+    try:
+        yield
+    finally:
+        _SIDE_BY_SIDE.reset(token)
+
+
+def is_side_by_side() -> bool:
+    return _SIDE_BY_SIDE.get()
 
 
 def is_split() -> bool:

@@ -2,7 +2,7 @@
 
 python -m launch.bench --config=configs/mixlora.py [--against=configs/lora.py] [--config.X=V] [--against.X=V]
     [--tree=DIR] [--batch=4 --seq=128 --dtype=float32 --threads=1 --devices=1 --steps=5]
-    [--no_update] [--generate] [--json]
+    [--runs=2] [--no_update] [--generate] [--json]
 
 Real base weights, every sequence full, a loss at every position. Each side is a child process of its own, pinned to
 the asked number of processors; after a warm-up their steps alternate, so a drift of the machine meets both. CPU seconds
@@ -10,7 +10,8 @@ are those of the child process; the ratio is of CPU seconds, pair by pair. Where
 child only feeds it: it keeps all processors, and the ratio and the tokens are of wall seconds (`machine` names the
 clock). With `--generate` a step is the greedy decoding of 32 tokens after a prompt of 32, batch 1, and figures are a
 token. With `--tree=DIR` the second side is the code of another checkout, by default on the same config: what a change
-costs.
+costs. With `--runs=N` side a takes a step of N runs together and side b N steps of one run, one after the other: the
+ratio is what sharing a step saves.
 """
 
 import json
@@ -32,6 +33,7 @@ FLAGS = [
     ("--threads", dict(type=int, default=1, help="processors of each child, on a CPU")),
     ("--devices", dict(type=int, default=1, help="devices of each child, over mesh.data; on a CPU they are forced")),
     ("--steps", dict(type=int, default=5, help="measured steps of each side")),
+    ("--runs", dict(type=int, default=1, help="a step of so many runs, against as many steps of one")),
     ("--no_update", dict(action="store_true", help="leave the optimizer out")),
     ("--generate", dict(action="store_true", help="measure decoding instead")),
     ("--json", dict(action="store_true", help="one JSON on stdout instead of a table")),
@@ -51,7 +53,7 @@ def run(argv):
     sides = {"a": config}
     if args.against:
         sides["b"], _ = flags.parse(__doc__, FLAGS, [f"--config={args.against}", *against])
-    elif args.tree and not own:
+    elif args.tree and not own or args.runs > 1:
         sides["b"] = config
     elif any(a.startswith("--against.") for a in argv):
         raise flags.wrong("--against", "overrides alone", "a config to change", "Give --against=FILE.py too.")
@@ -66,6 +68,7 @@ def check(args):
     processors = len(os.sched_getaffinity(0))
     devices, generate = getattr(args, "devices", 1), getattr(args, "generate", False)  # not flags of launch.profile
     numbers = {name: getattr(args, name) for name in ("batch", "seq", "steps", "threads")} | {"devices": devices}
+    numbers["runs"] = runs = getattr(args, "runs", 1)
     for name, value in numbers.items():
         if value < 1:
             raise flags.wrong(f"--{name}", value, ">= 1")
@@ -75,6 +78,9 @@ def check(args):
         raise flags.wrong("--batch", args.batch, f"a multiple of --devices={devices}")
     if devices > 1 and generate:
         raise flags.wrong("--devices", devices, "1 with --generate", "Drop a flag.")
+    others = [name for name in ("against", "tree", "no_update", "generate") if runs > 1 and getattr(args, name)]
+    if others:
+        raise flags.wrong(f"--{others[0]}", "with --runs", "one of the two", "--runs has both of its sides already.")
     if generate and args.no_update:
         raise flags.wrong("--no_update", "with --generate", "a training step", "Decoding has no update: drop a flag.")
 
@@ -86,7 +92,7 @@ def measure(sides, args) -> dict:
     try:
         for name, config in sides.items():
             tree = getattr(args, "tree", None) if name == "b" else None
-            children[name] = Child(config_lib.to_dict(config), vars(args), tree)
+            children[name] = Child(config_lib.to_dict(config), vars(args) | {"together": name == "a"}, tree)
         for child in children.values():  # one after the other: a compile beside a step would disturb both
             child.ask("start")
         rows = [{name: child.ask("step") for name, child in children.items()} for _ in range(args.steps)]
@@ -99,7 +105,8 @@ def measure(sides, args) -> dict:
 
 def summary(rows, started, ends, args) -> dict:
     """The result, from the seconds of every round and what each side said at its start and its end."""
-    tokens, clock = 1 if args.generate else args.batch * args.seq, started["a"]["clock"]
+    runs = getattr(args, "runs", 1)
+    tokens, clock = 1 if args.generate else runs * args.batch * args.seq, started["a"]["clock"]
     result = {}
     for name in started:
         result[name] = {
@@ -153,6 +160,9 @@ def table(result, args) -> str:
                          f"{r['trainable']:,}"))  # fmt: skip
     widths = [max(len(row[c]) for row in rows) for c in range(len(rows[0]))]
     lines = ["  ".join(x.ljust(w) for x, w in zip(row, widths, strict=True)).rstrip() for row in rows]
+    runs = getattr(args, "runs", 1)
+    if runs > 1:
+        lines.append(f"a: a step of {runs} runs together; b: a step of each of {runs} runs, one after the other")
     if "ratio" in result:
         lines.append("ratio a/b: {median:.3f} ({min:.3f} to {max:.3f})".format(**result["ratio"]))
     return "\n".join([*lines, ", ".join(f"{k} {v}" for k, v in result["machine"].items())])

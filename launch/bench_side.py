@@ -108,48 +108,67 @@ def training(config, args, model, base, params, mesh, frozen, rng):
     from molora_jax.core import trees
     from molora_jax.errors import InputError
     from molora_jax.optim import OPTIMIZERS
+    from molora_jax.training import many
     from molora_jax.training.exact import ExactStep
-    from molora_jax.training.step import fresh, make_gradient, make_step
+    from molora_jax.training.step import Knobs, fresh, make_gradient, make_step
 
-    B, S = args["batch"], args["seq"]
+    B, S, runs = args["batch"], args["seq"], args.get("runs", 1)
+    side_by_side = runs > 1 and args["together"]
     options = dict(config.optim)
     member = outside.member("optim", OPTIMIZERS, options.pop("name"))(**options)
     shapes = jax.eval_shape(lambda p: model.init_adapters(jax.random.key(0), p), params)
-    optimizer = member.make(config.train.steps, trees.pairs(model, trees.split(shapes, frozen)[0]))
-    whole = sharding.replicated(mesh)
-    state = jax.jit(lambda p: fresh(model, optimizer, p, frozen, jax.random.key(0)), out_shardings=whole)(params)
-    options = dict(seed=0, frozen=frozen, accumulate=config.train.accumulate, targets_per_row=S)
+    steps, pairs = config.train.steps, trees.pairs(model, trees.split(shapes, frozen)[0])
+    optimizer, whole = member.make(steps, pairs), sharding.replicated(mesh)
+    make = jax.jit(lambda p, seed: fresh(model, optimizer, p, frozen, jax.random.key(seed)), out_shardings=whole)
+    knobs = sharding.put(Knobs.of(0, member, model.losses), whole)
+    if side_by_side:
+        state = many.stack([make(params, seed) for seed in range(runs)])
+        knobs = many.stack([knobs.replace(seed=knobs.seed + seed) for seed in range(runs)])
+    else:
+        state = make(params, 0)
+    options = dict(frozen=frozen, accumulate=config.train.accumulate, targets_per_row=S)
     exact = config.train.get("exact", False)
     options |= {} if exact else {"constrain": sharding.constrain(mesh)}
     if exact and args["no_update"]:
         raise InputError("--no_update", got="with train.exact", expected="a whole step", fix="Drop one of them.")
     if args["no_update"]:
         gradient = make_gradient(model, **options)
-        norm = jax.jit(lambda *x: optax.tree.norm(gradient(*x)[0]))  # needs every gradient, keeps none
+        norm = jax.jit(lambda *x: optax.tree.norm(gradient(*x, {}, knobs)[0]))  # needs every gradient, keeps none
     else:
-        made = model, optimizer, member.schedule(config.train.steps)
+        made = model, optimizer, None
+        options["rated"] = lambda rates: (member.at(rates).make(steps, pairs), member.at(rates).schedule(steps))
+        if exact and side_by_side:
+            raise InputError("--runs", got="with train.exact", expected="one run", fix="Drop one of them.")
         if exact:
             step = ExactStep(*made, clip=config.train.clip, mesh=mesh, **options)
         else:
             step = make_step(*made, clip=config.train.clip, **options)
+            step = many.over_runs(step) if side_by_side else step
             step = jax.jit(step, donate_argnums=0, out_shardings=(whole, whole))
     ids = rng.integers(0, base.config.vocab, (B, S + 1)).astype(np.int32)
     ones = np.ones((B, S), np.int32)
     batch = dict(tokens=ids[:, :-1], targets=ids[:, 1:], loss_weight=ones.astype(np.float32), segment_ids=ones,
                  positions=ones * np.arange(S, dtype=np.int32), task_ids=0 * ones, example_ids=ones)  # fmt: skip
-    batch = sharding.put_batch(batch, mesh, B)
+    if side_by_side:
+        batch = many.put_batches([{**batch, "tokens": np.roll(batch["tokens"], i, axis=1)} for i in range(runs)], mesh)
+    else:
+        batch = sharding.put_batch(batch, mesh, B)
 
     def work():
         nonlocal state
         if args["no_update"]:
             jax.block_until_ready(norm(state, params, batch))
-        else:
-            state, values = step(state, params, batch)
+            return 1
+        for _ in range(1 if side_by_side else runs):  # of runs one after the other the memory is that of one
+            state, values = step(state, params, batch, {}, knobs)
             jax.block_until_ready((state, values))
         return 1
 
     # for `launch.profile`: the compiled program, whose instructions carry the names of the stages
-    work.text = lambda: (norm if args["no_update"] else step).lower(state, params, batch).compile().as_text()
+    lowered = lambda: norm.lower(state, params, batch) if args["no_update"] else step.lower(  # noqa: E731
+        state, params, batch, {}, knobs
+    )  # fmt: skip
+    work.text = lambda: lowered().compile().as_text()
     return work
 
 

@@ -24,6 +24,7 @@ from molora_jax import runtime
 from molora_jax.config import shipped
 from molora_jax.config.fields import did_you_mean, wrong
 from molora_jax.config.members import known, loss_of, member_problem, members, options
+from molora_jax.config.resolve import scaled
 from molora_jax.config.values import check_names, there
 from molora_jax.errors import InputError
 
@@ -165,7 +166,7 @@ def _no_config(path, file, names):
 def override(config, overrides):
     """A copy with `(path, text)` pairs applied; a value takes the type of the field that it replaces."""
     config = config.copy_and_resolve_references() if hasattr(config, "copy_and_resolve_references") else config
-    later = []
+    later, budget = [], _budget(config)
     with config.unlocked():
         _switch_on(config, [path.split(".") for path, _ in overrides])
         for path, text in overrides:
@@ -186,7 +187,34 @@ def override(config, overrides):
                 expected = "one of " + ", ".join(names)
                 raise wrong(f"config.{path}", "an unknown field", expected, did_you_mean(key, names))
             group[key] = _typed(f"config.{path}", text, own[key].kind())
+        if "train.steps" in dict(overrides):
+            _scale_stages(config, budget, {path for path, _ in overrides})
     return config
+
+
+def _budget(config):
+    """`train.steps`, where it says how many steps there are."""
+    train = config.get("train")
+    steps = train.get("steps") if isinstance(train, ConfigDict) and not train.get("epochs") else None
+    return steps if isinstance(steps, int) and steps > 0 else None
+
+
+def _scale_stages(config, before, given):
+    """Stages of so many steps keep their shares of `train.steps`, where the command line does not say their own."""
+    stages = config.get("schedule")
+    after = _budget(config)
+    if before is None or after is None or not isinstance(stages, ConfigDict):
+        return
+    named = [name for name in sorted(stages) if f"schedule.{name}.steps" not in given]
+    counts = [stages[name].get("steps") if isinstance(stages[name], ConfigDict) else None for name in named]
+    if len(named) < len(stages) or not all(isinstance(n, int) and n >= 0 for n in counts) or not any(counts):
+        return
+    new = scaled(counts, before, after)
+    for name, count in zip(named, new, strict=True):
+        stages[name].steps = count
+    if new != counts:
+        text = ", ".join(map(str, counts)), ", ".join(map(str, new))
+        print(f"note: stages of {text[0]} of {before} steps have {text[1]} of {after}", file=sys.stderr)
 
 
 def _switch_on(config, paths):

@@ -1,26 +1,50 @@
 """Trains a run, or goes on with it: the same command again resumes.
 
 python -m launch.train --config=configs/mixlora.py --workdir=runs/mixlora [--config.train.steps=N ...] [--profile]
+
+Several runs in one step, a folder each in DIR; they may differ in seed, learning rate, loss weights and data:
+
+python -m launch.train --config=configs/mixlora.py --workdir=runs/grid --runs="optim.learning_rate=1e-4,2e-4;seed=0,1"
 """
 
 from launch import flags
+from molora_jax import config as schema
+from molora_jax.config import several
+from molora_jax.config.fields import wrong
 
 FLAGS = [
     ("--workdir", dict(required=True, metavar="DIR", help="holds everything the run writes")),
+    ("--runs", dict(default="", metavar="LISTS", help="FIELD=VALUE,VALUE;FIELD=VALUE,... : a run of each combination")),
     ("--profile", dict(action="store_true", help="also write a trace of three steps to DIR/profile")),
 ]
 
 
 def run(argv):
     config, args = flags.parse(__doc__, FLAGS, argv)
+    configs = together(config, args) if args.runs else None
     from molora_jax import runtime
 
     runtime.configure()
+    from molora_jax.training.group import train_together
     from molora_jax.training.loop import train
 
     with runtime.peers():
-        result = train(config, args.workdir, profile=args.profile)
+        if configs is None:
+            result = train(config, args.workdir, profile=args.profile)
+        else:
+            result = next(iter(train_together(configs, args.workdir).values()))
     return 128 + result.signal if result.signal is not None else 0
+
+
+def together(config, args) -> dict:
+    """`{folder: config}` of `--runs`, each validated."""
+    if args.profile:
+        raise wrong("--profile", "with --runs", "one of the two", "Profile a run by itself.")
+    out = {}
+    for name, changes in several.product(several.lists(args.runs)).items():
+        out[name] = flags.override(config, changes)
+        schema.validate(out[name])
+    return out
 
 
 if __name__ == "__main__":

@@ -35,6 +35,13 @@ def signed():
     return ListedColormap(matplotlib.colormaps["RdBu_r"](np.linspace(*SIGNED_ENDS, 256)), name="signed")
 
 
+def shades(count: int) -> list:
+    """As many colours, in order from dark to light; the lightest, which white paper swallows, are left out."""
+    import matplotlib
+
+    return [matplotlib.colormaps["viridis"](x) for x in np.linspace(0, 0.88, count)]
+
+
 def say(ax, text):
     ax.text(0.5, 0.5, text, transform=ax.transAxes, ha="center", va="center", color="#666666")
     ax.set(xticks=[], yticks=[])

@@ -65,6 +65,34 @@ def test_a_loss_that_the_file_leaves_out_is_switched_on():
     assert [type(loss).__name__ for _, loss in compile_losses(config)] == ["Balance", "Balance", "ZLoss"]
 
 
+def test_stages_keep_their_shares_of_the_steps(tmp_path, capsys):
+    file = tmp_path / "stages.py"
+    file.write_text(
+        "from configs import mixlora\n\n\ndef get_config():\n    config = mixlora.get_config()\n"
+        "    stage = dict(config.schedule.s00)\n"
+        "    config.schedule = dict(s00={**stage, 'steps': 50}, s01={**stage, 'steps': 150})\n    return config\n"
+    )
+    stages = lambda config: [stage.steps for _, stage in sorted(config.schedule.items())]  # noqa: E731
+    assert stages(parse(f"--config={file}")[0]) == [50, 150]
+    assert stages(parse(f"--config={file}", "--config.train.steps=8")[0]) == [2, 6]
+    assert "50, 150 of 200 steps have 2, 6 of 8" in capsys.readouterr().err
+    assert stages(parse(f"--config={file}", "--config.train.steps=3")[0]) == [1, 2]
+    own = ["--config.train.steps=3", "--config.schedule.s00.steps=2", "--config.schedule.s01.steps=1"]
+    assert stages(parse(f"--config={file}", *own)[0]) == [2, 1], "said on the command line: as it says"
+    with pytest.raises(InputError, match="schedule"):
+        parse(f"--config={file}", "--config.train.steps=1")
+
+
+SHIPPED = sorted(file.stem for file in (ROOT / "configs").glob("*.py") if file.stem not in ("__init__", "common"))
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_every_shipped_config_fits_three_steps_on_a_random_base(name):
+    base = "random:tiny-moe" if name == "moe_lora" else "random:tiny"  # its rule changes experts of the base
+    config, _ = parse(f"--config={ROOT}/configs/{name}.py", f"--config.base.source={base}", "--config.train.steps=3")
+    assert config.train.steps == 3
+
+
 def test_a_shared_file_is_not_changed_by_overrides():
     parse(f"--config={MIXLORA}", "--config.train.steps=7")
     assert parse(f"--config={MIXLORA}")[0].train.steps == common.get_config().train.steps

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 from kernels_pallas.check import agree
 from kernels_pallas.grouped_lora import reference, tiled, tpu
 from kernels_pallas.pick import no_kernel_because, pick
-from kernels_pallas.platform import platform_of
+from kernels_pallas.platform import is_side_by_side, platform_of
 from kernels_pallas.tiles import plain
 
 IMPLEMENTATIONS = {"reference": reference.grouped_lora, "tiled": tiled.grouped_lora}
@@ -24,6 +24,8 @@ def choose(x, A, B, idx, *, platform: str | None = None) -> tuple[str, str]:
     platform = platform_of(platform)
     if platform != "tpu":
         return "tiled", f"{platform}: loops over tiles of one expert, the one grouped form without a kernel"
+    if is_side_by_side():
+        return "tiled", "tpu: several runs under vmap, for which the kernel has no grid"
     why = no_kernel(x, B, idx)
     if why:
         return "tiled", f"tpu: {why}"

@@ -38,20 +38,28 @@ def _shrink(K, x, A, schedule):
     return _shrink_forward(K, x, A, schedule)[0]
 
 
-@jax.named_scope("shrink")
 def _shrink_forward(K, x, A, schedule):
+    saved = x, tiles.kept(A), schedule
+    return tiles.one_by_one(functools.partial(_shrink_value, K), *saved), saved
+
+
+@jax.named_scope("shrink")
+def _shrink_value(K, x, A, schedule):
     def step(i, z):
         s = tiles.step(schedule, i)
         return tiles.add_rows(z, s.to_slot, _dot(tiles.take(x, s.token), tiles.expert(A, s.expert).astype(x.dtype), NT))
 
     (z,) = tiles.zeros((len(x) * K, A.shape[1]))
     z = tiles.loop(schedule.count, step, z)
-    return z.reshape(len(x), K, -1), (x, tiles.kept(A), schedule)
+    return z.reshape(len(x), K, -1)
+
+
+def _shrink_backward(K, saved, dz):
+    return tiles.one_by_one(_shrink_gradients, *saved, dz)
 
 
 @jax.named_scope("shrink")
-def _shrink_backward(K, saved, dz):
-    x, A, schedule = saved
+def _shrink_gradients(x, A, schedule, dz):
     dz = _flat(dz).astype(x.dtype)
 
     def step(i, carry):
@@ -73,21 +81,28 @@ def _expand(dtype, z, B, gates, schedule):
     return _expand_forward(dtype, z, B, gates, schedule)[0]
 
 
-@jax.named_scope("expand")
 def _expand_forward(dtype, z, B, gates, schedule):
+    saved = z, tiles.kept(B), gates, schedule
+    return tiles.one_by_one(functools.partial(_expand_value, dtype), *saved), saved
+
+
+@jax.named_scope("expand")
+def _expand_value(dtype, z, B, gates, schedule):
     def step(i, y):
         s = tiles.step(schedule, i)
         u = gated(_rows(_flat(gates), s.slot, s.valid), _rows(_flat(z), s.slot, s.valid).astype(F32))
         return tiles.add_rows(y, s.to_token, _dot(u.astype(dtype), tiles.expert(B, s.expert).astype(dtype), NN))
 
     (y,) = tiles.zeros((len(z), B.shape[-1]))
-    return tiles.loop(schedule.count, step, y).astype(dtype), (z, tiles.kept(B), gates, schedule)
+    return tiles.loop(schedule.count, step, y).astype(dtype)
+
+
+def _expand_backward(dtype, saved, dy):
+    return tiles.one_by_one(functools.partial(_expand_gradients, dtype), *saved, dy)
 
 
 @jax.named_scope("expand")
-def _expand_backward(dtype, saved, dy):
-    z, B, gates, schedule = saved
-
+def _expand_gradients(dtype, z, B, gates, schedule, dy):
     def step(i, carry):
         dz, dw, dB = carry
         s = tiles.step(schedule, i)

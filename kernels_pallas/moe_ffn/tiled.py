@@ -59,8 +59,14 @@ def _op(activation, x, gates, low, kernels, mask, schedule):
     return _forward(activation, x, gates, low, kernels, mask, schedule)[0]
 
 
-@jax.named_scope("base_experts")
 def _forward(activation, x, gates, low, kernels, mask, schedule):
+    kept = None if low is None else (*low[:2], *(tiles.kept(B) for B in low[2:]))
+    saved = x, gates, kept, [tiles.kept(W) for W in kernels], mask, schedule
+    return tiles.one_by_one(functools.partial(_value, activation), *saved), saved
+
+
+@jax.named_scope("base_experts")
+def _value(activation, x, gates, low, kernels, mask, schedule):
     T, K = gates.shape
 
     def step(i, carry):
@@ -75,15 +81,16 @@ def _forward(activation, x, gates, low, kernels, mask, schedule):
 
     shapes = [x.shape] if low is None else [x.shape, (T * K, low[0].shape[-1])]
     out = tiles.loop(schedule.count, step, tuple(tiles.zeros(*shapes)))
-    kept = None if low is None else (*low[:2], *(tiles.kept(B) for B in low[2:]))
     z_d = None if low is None else out[1].reshape(T, K, -1).astype(x.dtype)
-    return (out[0].astype(x.dtype), z_d), (x, gates, kept, [tiles.kept(W) for W in kernels], mask, schedule)
+    return out[0].astype(x.dtype), z_d
+
+
+def _backward(activation, saved, cotangents):
+    return tiles.one_by_one(functools.partial(_gradients, activation), *saved, *cotangents)
 
 
 @jax.named_scope("base_experts")
-def _backward(activation, saved, cotangents):
-    x, gates, low, kernels, mask, schedule = saved
-    dy, dz_d = cotangents
+def _gradients(activation, x, gates, low, kernels, mask, schedule, dy, dz_d):
     (T, K), dtype = gates.shape, x.dtype
 
     def step(i, carry):

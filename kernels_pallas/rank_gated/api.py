@@ -4,7 +4,7 @@ import jax.numpy as jnp
 
 from kernels_pallas.check import agree
 from kernels_pallas.pick import no_kernel_because, pick
-from kernels_pallas.platform import platform_of
+from kernels_pallas.platform import is_side_by_side, platform_of
 from kernels_pallas.rank_gated import dense, reference, tpu
 
 IMPLEMENTATIONS = {"reference": reference.rank_gated, "dense": dense.rank_gated}
@@ -21,6 +21,8 @@ def no_kernel(x, B) -> str | None:
 def choose(x, A, B, gates, *, platform: str | None = None) -> tuple[str, str]:
     """The implementation for these shapes, and why. Only shapes and x's dtype count."""
     (E, R, _), platform = B.shape, platform_of(platform)
+    if platform == "tpu" and is_side_by_side():
+        return "dense", "tpu: several runs under vmap, for which the kernel has no grid"
     if platform != "tpu":
         return "dense", f"{platform}: all experts in one product, a form that XLA does well"
     why = no_kernel(x, B)

@@ -4,7 +4,7 @@ import jax.numpy as jnp
 
 from kernels_pallas.check import agree
 from kernels_pallas.pick import no_kernel_because, pick
-from kernels_pallas.platform import is_split, platform_of
+from kernels_pallas.platform import is_side_by_side, is_split, platform_of
 from kernels_pallas.routed_ffn import dense, reference, tiled, tpu
 from kernels_pallas.routed_ffn.activations import PAIRS
 from kernels_pallas.tiles import plain
@@ -25,6 +25,8 @@ def choose(g, B_g, idx, *, platform: str | None = None) -> tuple[str, str]:
     """The implementation for these shapes, and why. `g [T, F]`, `B_g [E, R, F]`, `idx [T, K]`: only shapes are read."""
     E, R, _ = B_g.shape
     K, platform = idx.shape[1], platform_of(platform)
+    if platform == "tpu" and is_side_by_side():
+        return "dense", "tpu: several runs under vmap, for which the kernel has no grid"
     if platform == "tpu":
         why = no_kernel(g, B_g, idx)
         return ("dense", f"tpu: {why}") if why else ("tpu", "tpu: one pass over g and u, every h_k in VMEM only")

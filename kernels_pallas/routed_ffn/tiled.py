@@ -62,8 +62,13 @@ def _op(activation, g, u, z_g, z_u, B_g, B_u, A_d, gates, base, mask, schedule):
     return _forward(activation, g, u, z_g, z_u, B_g, B_u, A_d, gates, base, mask, schedule)[0]
 
 
-@jax.named_scope("experts")
 def _forward(activation, g, u, z_g, z_u, B_g, B_u, A_d, gates, base, mask, schedule):
+    saved = (g, u, z_g, z_u, *map(tiles.kept, (B_g, B_u, A_d)), gates, base, mask, schedule)
+    return tiles.one_by_one(functools.partial(_value, activation), *saved), saved
+
+
+@jax.named_scope("experts")
+def _value(activation, g, u, z_g, z_u, B_g, B_u, A_d, gates, base, mask, schedule):
     T, K, R = z_g.shape
     dtype = g.dtype
 
@@ -85,14 +90,15 @@ def _forward(activation, g, u, z_g, z_u, B_g, B_u, A_d, gates, base, mask, sched
 
     (start,) = _base_rows(h_0, 1, g, u, base)
     mix, z_d = tiles.loop(schedule.count, step, (start, *tiles.zeros((T * K, R))))
-    saved = (g, u, z_g, z_u, *map(tiles.kept, (B_g, B_u, A_d)), gates, base, mask, schedule)
-    return (mix.astype(dtype), z_d.reshape(T, K, R).astype(dtype)), saved
+    return mix.astype(dtype), z_d.reshape(T, K, R).astype(dtype)
+
+
+def _backward(activation, saved, cotangents):
+    return tiles.one_by_one(functools.partial(_gradients, activation), *saved, *cotangents)
 
 
 @jax.named_scope("experts")
-def _backward(activation, saved, cotangents):
-    g, u, z_g, z_u, B_g, B_u, A_d, gates, base, mask, schedule = saved
-    dmix, dz_d = cotangents
+def _gradients(activation, g, u, z_g, z_u, B_g, B_u, A_d, gates, base, mask, schedule, dmix, dz_d):
     (T, K, R), dtype = z_g.shape, g.dtype
 
     def step(i, carry):

@@ -9,6 +9,7 @@ from molora_jax.config.values import path_of, shown, there
 from molora_jax.errors import InputError
 
 HUB_NAME = re.compile(r"[\w.\-]+/[\w.\-]+(@[\w.\-/]+)?")
+DRAW = re.compile(r"([^@]*)@(0|[1-9]\d{0,8})")  # of a random base
 SOURCES = dict(pkg="pkg:NAME", gguf="gguf:FILE", dir="dir:FOLDER", hf="hf:ORG/NAME", random="random:tiny")
 
 
@@ -21,6 +22,8 @@ def base_problems(config):
         yield wrong(where, shown(source), one_of(SOURCES.values()), did_you_mean(form, SOURCES) if colon else "")
     elif form in ("pkg", "random"):
         names = known.BASE_PACKAGES if form == "pkg" else known.BASE_RANDOM
+        drawn = DRAW.fullmatch(name) if form == "random" else None
+        name = drawn[1] if drawn else name
         if name not in names:
             yield wrong(where, shown(source), f"{form}: and {one_of(names)}", did_you_mean(name, names))
     elif form == "gguf" and not there(path_of(name).is_file):

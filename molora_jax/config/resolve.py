@@ -126,6 +126,25 @@ def at_fault(sizes, axes, total) -> str:
     return " or ".join(f"mesh.{axis}" for axis in alone or more or axes[:1])
 
 
+def scaled(counts, before, after):
+    """Steps of stages (0: an open one, which takes what is left) of a budget of `before` steps, in one of `after`.
+
+    Where the stages end is rounded; none that had steps is left without one, as long as `after` holds them all.
+
+    >>> scaled([100, 300, 0], 800, 8), scaled([190, 10], 200, 3)
+    ([1, 3, 0], [2, 1])
+    """
+    ends, total = [0], 0
+    for count in counts:
+        total += count
+        ends.append((2 * total * after + before) // (2 * before))  # to the nearest
+    out = [max(stop - start, 1 if count else 0) for count, start, stop in zip(counts, ends, ends[1:], strict=False)]
+    room = after - sum(count == 0 for count in counts)
+    while sum(out) > room and max(out) > 1:
+        out[out.index(max(out))] -= 1
+    return out
+
+
 def split_commas(text):
     r"""The parts of a comma list; `\,` is a comma inside a part (a path)."""
     parts = re.split(r"(?<!\\),", text)

@@ -264,7 +264,7 @@ def load_run(workdir, step="best", *, config=None, warn=LOG.warning) -> Run:
 
 def load_base_run(config) -> Run:
     """The frozen base of a config alone, in the same form: no rules, no adapters."""
-    base = load_base(config.base.source, dtype=config.base.dtype, seed=config.seed)
+    base = load_base(config.base.source, dtype=config.base.dtype)
     with config.copy_and_resolve_references().unlocked() as plain:
         plain.method.rules, plain.losses = {}, {}
     model = compile_model(plain, base.config)

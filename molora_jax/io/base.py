@@ -7,7 +7,7 @@
     hf:ORG/NAME[@revision]       the Hugging Face hub (extra `hub`)
     random:tiny                  four random layers and a byte tokenizer; also tiny-untied (a head of its own),
                                  tiny-qwen3 (query and key norms, heads wider than the model), tiny-bert (an encoder),
-                                 tiny-moe (experts of its own)
+                                 tiny-moe (experts of its own); random:tiny@7 is another draw (seed 7, not 0)
 
 A GGUF file (or a model in parts, by any of them) is dequantised once, into a Hugging Face folder
 `CACHE/converted/<digest>-<dtype>-v2`; later starts only map that. The folder is written under another name and renamed
@@ -55,13 +55,14 @@ class Base:
     source: str
 
 
-def load_base(source: str, *, dtype: str = "float32", seed: int = 0) -> Base:
+def load_base(source: str, *, dtype: str = "float32", seed: int = 0, known=()) -> Base:
     """Loads a frozen base model.
 
     Args:
       source: one of the forms at the top of this file.
       dtype: float32, bfloat16 or float16; of every parameter.
-      seed: of `random:` only.
+      seed, known: of a run that is there, its seed and the digests that it recorded. In older versions a random base
+        without `@` followed the run's seed: where that is the base that was recorded, it is the one.
 
     Raises:
       InputError: whatever is wrong with the source, in terms of what to change.
@@ -74,14 +75,19 @@ def load_base(source: str, *, dtype: str = "float32", seed: int = 0) -> Base:
     if dtype not in _DTYPES:
         raise InputError("base.dtype", got=repr(dtype), expected=f"one of {', '.join(_DTYPES)}")
     scheme, _, rest = source.partition(":")
-    if scheme == "random" and rest in families.RANDOM:
-        config = families.RANDOM[rest]
-        params, digest = random_init.random_params(config, seed=seed, dtype=_DTYPES[dtype])
+    name, at, draw = rest.partition("@")
+    if scheme == "random" and name in families.RANDOM and (draw.isdecimal() if at else True):
+        config = families.RANDOM[name]
+        params, digest = random_init.random_params(config, seed=int(draw or 0), dtype=_DTYPES[dtype])
+        if known and digest not in known and not at:
+            older = random_init.random_params(config, seed=seed, dtype=_DTYPES[dtype])
+            params, digest = older if older[1] in known else (params, digest)
         return Base(config, params, tokenizer.byte_tokenizer(), digest, source)
     if scheme not in ("pkg", "gguf", "dir", "hf") or not rest:
         raise InputError(
             "base.source", got=repr(source),
-            expected="pkg:NAME, gguf:PATH, dir:PATH, hf:ORG/NAME[@revision] or random:tiny[-untied|-qwen3|-bert|-moe]",
+            expected="pkg:NAME, gguf:PATH, dir:PATH, hf:ORG/NAME[@revision] or "
+            "random:tiny[-untied|-qwen3|-bert|-moe][@draw]",
         )  # fmt: skip
     try:
         if scheme == "pkg":

@@ -2,11 +2,15 @@
 
 `pairs = {(path of A, path of B): s}` names the low-rank factors that belong together, for optimizers that need both.
 Clipping is done by the step, which needs the norm anyway.
+
+The learning rate is an argument of the compiled step: inside it `make` and `schedule` are called on `at(rates)`, whose
+`learning_rate` is a traced scalar. A member reads the field as ever, but may not branch on its value.
 """
 
 import dataclasses
 from typing import ClassVar, Literal
 
+import jax.numpy as jnp
 import optax
 
 
@@ -27,6 +31,19 @@ class Optimizer:
         "b2": (0, 1, "[)"), "eps": (0, None, "()"),
     }  # fmt: skip
 
+    _rise: ClassVar[float | None] = None  # of `at`: from the full rate to that of the first step of the warm-up
+
+    def rates(self) -> dict[str, float]:
+        """What of the schedule is an argument of the step; `rise` is formed here, in double precision."""
+        lr = self.learning_rate
+        return {"learning_rate": lr, "rise": lr / self.warmup - lr if self.warmup else 0.0}
+
+    def at(self, rates: dict) -> "Optimizer":
+        """Itself with the rates of an argument, as from `rates()`."""
+        out = dataclasses.replace(self, learning_rate=rates["learning_rate"])
+        object.__setattr__(out, "_rise", rates["rise"])
+        return out
+
     def schedule(self, total_steps: int) -> optax.Schedule:
         """Learning rate of the update that makes step `i + 1` (i from 0)."""
         rest = max(total_steps - self.warmup, 1)
@@ -38,7 +55,8 @@ class Optimizer:
         if not self.warmup:
             return after
         # step 1 already moves: the ramp ends at the full rate on step `warmup`
-        ramp = optax.linear_schedule(self.learning_rate / self.warmup, self.learning_rate, max(self.warmup - 1, 1))
+        rise, length = self.rates()["rise"] if self._rise is None else self._rise, max(self.warmup - 1, 1)
+        ramp = lambda i: rise * (1 - jnp.clip(i, 0, length) / length) + self.learning_rate  # noqa: E731
         return optax.join_schedules([ramp, after], [self.warmup])
 
     def make(self, total_steps: int, pairs: dict[tuple[str, str], float]) -> optax.GradientTransformation:

@@ -116,12 +116,13 @@ class Progress:
         self._seen = collections.deque(maxlen=self.WINDOW + 1)  # (time, step, tokens so far)
         self._tokens, self._drawn = 0, False
 
-    def update(self, step: int, *, loss: float, tokens: int):
-        """After each step; `tokens` are those of this step."""
+    def update(self, step: int, *, loss: float | list[float], tokens: int):
+        """After each step; `tokens` are those of this step, `loss` that of the run, or of each of several runs."""
         self._tokens += tokens
         self._seen.append((time.monotonic(), step, self._tokens))
         if self.redraws or step % self.log_every == 0 or step >= self.steps:
-            self._draw(f"step {step}/{self.steps}  loss {loss:.4f}{self._speed(step)}")
+            said = f"losses {' '.join(f'{x:.3f}' for x in loss)}" if isinstance(loss, list) else f"loss {loss:.4f}"
+            self._draw(f"step {step}/{self.steps}  {said}{self._speed(step)}")
 
     def note(self, text: str):
         """A line of its own, which stays."""

@@ -52,7 +52,8 @@ def open_run(workdir, step="best", *, config=None, warn) -> Opened:
     facts = facts if isinstance(facts, dict) else {}
     if facts and not {"tokenizer", "config"} <= facts.keys():
         warn(f"{folder} is of an older version: its tokenizer, template and base's config are not compared")
-    base = load_base(config.base.source, dtype=config.base.dtype, seed=config.seed)
+    known = [str(facts["digest"])] if "digest" in facts else []
+    base = load_base(config.base.source, dtype=config.base.dtype, seed=config.seed, known=known)
     trained_on = facts.get("digest") or base.digest
     if trained_on != base.digest:
         raise InputError(

@@ -37,11 +37,11 @@ from molora_jax.engines import ALONE
 from molora_jax.objectives.lm import lm, token_nll
 from molora_jax.sharding import ROWS
 from molora_jax.training.devices import Devices
-from molora_jax.training.step import loss_sums, make_update, micro_batches, part
+from molora_jax.training.step import loss_sums, make_update, micro_batches, own_weights, part
 
 
 class ExactStep:
-    """`step(state, params, batch) -> (state, metrics)`, as `make_step`'s; compiled by `compile`, or by the first call.
+    """`step(state, params, batch, fixed, knobs) -> (state, metrics)`, as `make_step` makes it; compiled by `compile`.
 
     All devices hold all of the base, the state and (while a step runs) the batch.
 
@@ -50,16 +50,17 @@ class ExactStep:
     """
 
     def __init__(
-        self, model, optimizer, schedule, *, mesh, clip: float, frozen, seed: int, accumulate: int, targets_per_row: int
+        self, model, optimizer, schedule, *, mesh, clip: float, frozen, accumulate: int, targets_per_row: int,
+        seed: int = 0, rated=None,
     ):  # fmt: skip
         self.model, self.on, self.frozen = alone(model), Devices(mesh), frozen
         self.seed, self.accumulate, self.targets_per_row = seed, accumulate, targets_per_row
         self.rounds = MICRO_SHARDS * accumulate // self.on.count
         self.losses = dict(self.model.losses)
-        self._update = make_update(self.model, optimizer, schedule, clip=clip, frozen=frozen)
+        self._update = make_update(self.model, optimizer, schedule, clip=clip, frozen=frozen, rated=rated)
         self._programs, self._base = None, (None, None)
 
-    def compile(self, state, params, batch) -> "ExactStep":
+    def compile(self, state, params, batch, fixed=None, knobs=None) -> "ExactStep":
         """Compiles every program for these arrays; nothing runs."""
         on, programs = self.on, {}
 
@@ -80,7 +81,8 @@ class ExactStep:
             return _shapes(grown, on.each)
 
         batch = over_mesh("spread", lambda batch: batch, on.all, batch)
-        given = (state.adapters, state.router_state, state.step, params, batch, jax.ShapeDtypeStruct((), jnp.int32))
+        which = jax.ShapeDtypeStruct((), jnp.int32)
+        given = (state.adapters, state.router_state, state.step, params, batch, knobs, which)
         values = slopes = {}
         if self.losses:
             sums = lead(by_device("sums", self.sums, *given))
@@ -91,7 +93,7 @@ class ExactStep:
         over_mesh("add", self._adder(), on.each, total, result, donate=0)
         like = jax.tree.map(lambda g: jax.ShapeDtypeStruct(g.shape[1:], g.dtype), result)
         total = over_mesh("whole", lambda total: jax.tree.map(_shaped, total, like), on.all, total)
-        by_device("update", self.update, state, total, values, batch["segment_ids"], donate=0)
+        by_device("update", self.update, state, total, values, batch["segment_ids"], knobs, donate=0)
         self._which = [
             [jax.device_put(np.int32(turn * on.count + n), device) for n, device in on.own]
             for turn in range(self.rounds)
@@ -99,16 +101,16 @@ class ExactStep:
         self._programs = programs
         return self
 
-    def __call__(self, state, params, batch):
+    def __call__(self, state, params, batch, fixed=None, knobs=None):
         if self._programs is None:
-            self.compile(state, params, batch)
+            self.compile(state, params, batch, fixed, knobs)
         run, on = self._programs, self.on
         if self._base[0] is not params:
             self._base = params, on.parts(params)
         batch = on.parts(run["spread"](batch))
-        state = on.parts(state)
-        each = zip(state, self._base[1], batch, strict=True)
-        given = [(s.adapters, s.router_state, s.step, base, rows) for s, base, rows in each]
+        state, knobs = on.parts(state), on.parts(knobs)
+        each = zip(state, self._base[1], batch, knobs, strict=True)
+        given = [(s.adapters, s.router_state, s.step, base, rows, own) for s, base, rows, own in each]
 
         def turn(name, which, *more):
             parts = zip(run[name], given, which, *more, strict=True)
@@ -123,7 +125,7 @@ class ExactStep:
             total = run["add"](total, turn("gradient", which, slopes))
         total = on.parts(run["whole"](total))
         ids = [b["segment_ids"] for b in batch]
-        done = [program(*x) for program, *x in zip(run["update"], state, total, values, ids, strict=True)]
+        done = [program(*x) for program, *x in zip(run["update"], state, total, values, ids, knobs, strict=True)]
         return on.same(done)
 
     # ---- what depends on the number of devices: copies and additions -------------------------------------------------
@@ -155,11 +157,12 @@ class ExactStep:
 
     # ---- programs of one device --------------------------------------------------------------------------------------
 
-    def _forward(self, adapters, router_state, step, params, batch, which):
+    def _forward(self, adapters, router_state, step, params, batch, knobs, which):
         """Micro-shard `which % 8` of micro-step `which // 8`: `(rows, hidden, sums)`."""
         micros = micro_batches(batch, self.accumulate)
         rows = jax.tree.map(lambda x: x.reshape(self.accumulate * MICRO_SHARDS, -1, *x.shape[2:])[which], micros)
-        step_key = jax.random.fold_in(jax.random.key(self.seed), step)
+        seed = self.seed if knobs is None else knobs.seed
+        step_key = jax.random.fold_in(jax.random.key(seed), step)
         key = jax.random.fold_in(jax.random.fold_in(step_key, which // MICRO_SHARDS + 1), which % MICRO_SHARDS)
         hidden, stats, _, _ = self.model.hidden(
             params, adapters, router_state, rows, train=True, key=key, step_key=step_key, step=step
@@ -184,28 +187,29 @@ class ExactStep:
             values[name], slopes[name] = jax.value_and_grad(whole)(stacked[name])
         return values, slopes
 
-    def gradient(self, adapters, router_state, step, params, batch, which, slopes):
+    def gradient(self, adapters, router_state, step, params, batch, knobs, which, slopes):
         """`(grads, out)` of one micro-shard; the batch's are their sums."""
         trainable, fixed = trees.split(adapters, self.frozen)
         weight = jnp.maximum(jnp.sum(batch["loss_weight"]), 1.0)
+        weights = own_weights(self.model) if knobs is None else knobs.weights
 
         def objective(trainable):
             adapters = trees.merge(trainable, fixed)
-            rows, hidden, stats = self._forward(adapters, router_state, step, params, batch, which)
+            rows, hidden, stats = self._forward(adapters, router_state, step, params, batch, knobs, which)
             nll = lm(self.model, params, hidden, rows, self.targets_per_row) / weight
             total = nll
             for name, slope in slopes.items():  # d value(all sums) = slope . d(own sums)
                 own = jax.tree.map(lambda s: s.reshape(-1, *s.shape[2:])[which], slope)
                 products = jax.tree.map(lambda a, b: jnp.sum(a * b), own, loss_sums(stats, name))
-                total = total + self.losses[name].weight * sum(jax.tree.leaves(products))
+                total = total + weights[name] * sum(jax.tree.leaves(products))
             sums = {"load": part(stats, "load"), "router": part(stats, "router")}
             return total, {"objective": nll, "metrics": {"lm_loss": nll}, **sums}
 
         return _leading(jax.grad(objective, has_aux=True)(trainable))
 
-    def update(self, state, total, values, segment_ids):
+    def update(self, state, total, values, segment_ids, knobs):
         grads, out = total
-        return self._update(state, grads, out | {"aux": values}, segment_ids)
+        return self._update(state, grads, out | {"aux": values}, segment_ids, knobs)
 
 
 def alone(model):

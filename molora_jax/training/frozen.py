@@ -21,11 +21,13 @@ from molora_jax.runs.opened import open_run
 START = "start"  # of the run: its adapters before the first step
 
 
-def load_frozen(source: str, config, base: Base, params: dict, model, mesh, *, where: str) -> tuple[Frozen, str]:
+def load_frozen(
+    source: str, config, base: Base, params: dict, model, mesh, *, where: str, known=()
+) -> tuple[Frozen, str]:  # fmt: skip
     """`(model, digest of what it is)` of "base", a run's folder, or a base source; its arrays on the mesh.
 
     Args:
-      base, params, model: the run's own.
+      base, params, model: the run's own. known: digests that it recorded, see `load_base`.
 
     Raises:
       InputError: no such run or base, or one of another vocabulary.
@@ -42,7 +44,7 @@ def load_frozen(source: str, config, base: Base, params: dict, model, mesh, *, w
         saved = read_manifest(folder / "checkpoints" / str(run.step))["tree"]
         digest = hashlib.sha256(json.dumps([other.digest, saved], sort_keys=True).encode()).hexdigest()
     elif ":" in source:
-        other = load_base(source, dtype=config.base.dtype, seed=config.seed)
+        other = load_base(source, dtype=config.base.dtype, seed=config.seed, known=known)
         with config.copy_and_resolve_references().unlocked() as plain:
             plain.method.rules, plain.losses = {}, {}
         own, frozen_model, digest = other.params, compile_model(plain, other.config), other.digest

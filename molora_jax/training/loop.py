@@ -39,7 +39,7 @@ from molora_jax.training.devices import Devices
 from molora_jax.training.exact import ExactNLL
 from molora_jax.training.frozen import START
 from molora_jax.training.loss_picture import plot_loss
-from molora_jax.training.programs import CompiledStep, Program, program_of
+from molora_jax.training.programs import CompiledStep, Program, knobs_of, program_of
 from molora_jax.training.setup import setup
 from molora_jax.training.signals import StopRequest
 from molora_jax.training.step import TrainState
@@ -67,17 +67,19 @@ def peak_bytes() -> int:
 class Run:
     """The loop's state: what `setup` made, the workdir, and where it stands."""
 
-    def __init__(self, config, workdir: Workdir, *, note):
+    def __init__(self, config, workdir: Workdir, *, note, beside: "Run | None" = None):
+        """`beside`: another run of the same base and mesh; this one shares its base."""
         self.workdir, self.note = workdir, note
-        known = (workdir.recorded(saved_lib.manifest_of(workdir, "latest")) or {}).get("base")
-        made = setup(config, day=known.get("day") if isinstance(known, dict) else None)
+        recorded = workdir.recorded(saved_lib.manifest_of(workdir, "latest"))
+        made = self.setup = setup(config, recorded=recorded, beside=None if beside is None else beside.setup)
         config = self.config = made.config  # with its steps
         runtime.together("set up")
         self.mesh, self.base, self.data = made.mesh, made.base, made.data
         self.model, self.params = made.model, made.params
         self.modules, self.frozen = made.modules, dict(made.frozen)
         self.table = self.data.report()
-        if made.engines:
+        self.targets_per_row = self.data.train.targets_per_row
+        if made.engines and beside is None:
             note(made.engines)
         if config.train.eval_every and not self.data.heldout("valid", config.eval.num_items):
             raise InputError(
@@ -105,6 +107,8 @@ class Run:
         self.best = self.best_saved = float("inf")
         self._best_pending = None
         self.programs = {stage.name: program_of(self, stage) for stage in self.stages}
+        whole = sharding.replicated(self.mesh)
+        self.knobs = {stage.name: sharding.put(knobs_of(stage.config), whole) for stage in self.stages}
         self._compiled: dict[Program, CompiledStep] = {}
 
     def compiled(self, stage) -> CompiledStep:
@@ -114,6 +118,10 @@ class Run:
             kept = {old: step for old, step in self._compiled.items() if old in later}
             self._compiled = kept | {program: CompiledStep(self, program)}
         return self._compiled[program]
+
+    def share_compiled(self, other: "Run"):
+        """With a run of equal programs."""
+        self._compiled = other._compiled
 
     def fixed(self, objective: Objective) -> dict[str, Frozen]:
         """The frozen models that an objective asks for, by its names for them."""
@@ -137,7 +145,7 @@ class Run:
         step = self.newest
         stage = self.compiled(stages_lib.stage_at(self.stages, step or 0))
         if step is None:
-            state = self.make(stage.start, stage.shardings)(self.params)
+            state = self.make(stage.start, stage.shardings)(self.params, self.knobs[self.stages[0].name].seed)
             if self.config.train.init_from:
                 shapes = {item: getattr(stage.shapes, item) for item in warm_start.ITEMS}
                 new = warm_start.start(self.config.train.init_from, shapes, base_digest=self.base.digest)
@@ -248,7 +256,8 @@ class Run:
 
     def _carried(self, stage, compiled, state: TrainState) -> TrainState:
         """What the stage before trained, where a leaf (by absolute layer) still has its shape; others start anew."""
-        new = jax.device_get(self.make(compiled.start, compiled.shardings)(self.params))
+        seed = self.knobs[stage.name].seed
+        new = jax.device_get(self.make(compiled.start, compiled.shardings)(self.params, seed))
         put = {}
         for item in ("adapters", "router_state"):
             tree, anew = warm_start.carried(jax.device_get(getattr(state, item)), getattr(new, item))
@@ -347,7 +356,7 @@ def _loop(run, state, start, last, stop, progress, note, profile, writer) -> Res
         progress.update(number, loss=loss, tokens=count) if writer else None
         skipped = int(values["skipped"])
         if skipped >= MAX_SKIPPED:
-            raise _not_finite(skipped, number)
+            raise not_finite(skipped, number)
 
     batches, stage, best, valid = None, None, False, None
     try:
@@ -360,7 +369,7 @@ def _loop(run, state, start, last, stop, progress, note, profile, writer) -> Res
                 stream = run.data.train.for_tasks(stage.tasks) if stage.tasks else run.data.train
                 batches = stream.iterate(step, rows=rows)
                 fixed = run.fixed(compiled.program.objective)
-                more = (fixed,) if fixed else ()
+                more = fixed, run.knobs[stage.name]
             if step == trace[0]:
                 tracing = True
                 jax.profiler.start_trace(str(pathlib.Path(run.workdir) / "profile"))
@@ -427,11 +436,11 @@ def _loop(run, state, start, last, stop, progress, note, profile, writer) -> Res
     if writer:
         _finish(run, result, start, note)
     if step > start and skipped >= step - start:  # too short to give up on the way
-        raise _not_finite(skipped, step)
+        raise not_finite(skipped, step)
     return result
 
 
-def _not_finite(skipped: int, step: int) -> InputError:
+def not_finite(skipped: int, step: int) -> InputError:
     return InputError(
         "train", got=f"no finite gradient for {skipped} steps in a row (up to step {step})",
         expected="finite gradients",

@@ -4,7 +4,7 @@ import json
 import math
 import pathlib
 
-from molora_jax.pictures import BASE, TUNED, figure, save, say
+from molora_jax.pictures import BASE, TUNED, figure, save, say, shades
 
 
 def plot_loss(workdir) -> pathlib.Path:
@@ -33,6 +33,27 @@ def plot_loss(workdir) -> pathlib.Path:
         say(ax, "no step yet")
     ax.grid(alpha=0.3)
     return save(fig, workdir / "report" / "loss.png")
+
+
+def plot_losses(folder, names) -> pathlib.Path:
+    """`losses.png` of several runs, the folders `names` in `folder`: a line a run, on one axis."""
+    folder = pathlib.Path(folder)
+    fig, ax = figure(figsize=(8, 4.5), layout="constrained")
+    for name, color in zip(names, shades(len(names)), strict=True):
+        path = folder / name / "metrics.jsonl"
+        lines = path.read_bytes().splitlines() if path.exists() else []
+        points = [(row["step"], _finite(row["loss"])) for row in map(_row, lines) if row and "loss" in row]
+        if points:
+            marker = "." if len(points) < 60 else None
+            ax.plot(*zip(*points, strict=True), label=name, color=color, marker=marker, lw=1.3)
+    ax.set(xlabel="step", ylabel="loss, nats a token", title=folder.resolve().name)
+    if ax.get_lines():
+        ax.legend(frameon=False, fontsize="small", ncols=1 + len(names) // 9)
+        ax.xaxis.get_major_locator().set_params(integer=True)
+    else:
+        say(ax, "no step yet")
+    ax.grid(alpha=0.3)
+    return save(fig, folder / "losses.png")
 
 
 def _row(line: bytes) -> dict | None:

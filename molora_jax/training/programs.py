@@ -17,19 +17,21 @@ from molora_jax.core import trees
 from molora_jax.errors import InputError
 from molora_jax.objectives import Objective, compile_objective
 from molora_jax.optim import OPTIMIZERS
+from molora_jax.optim.base import Optimizer
 from molora_jax.runs.modules import Modules, compile_modules
 from molora_jax.training.exact import ExactStep
 from molora_jax.training.setup import place
-from molora_jax.training.step import fresh, make_step
+from molora_jax.training.step import Knobs, fresh, make_step
 
 START_KEY = 0x5EED  # folded into the run's seed: of the first state
 
 
 @dataclasses.dataclass(frozen=True)
 class Program:
-    """All that a stage's step is compiled from: stages of equal programs share one.
+    """All that a stage's step is compiled from: stages and runs of equal programs share one.
 
-    `model` has the stage's own losses and routing; `head` names its objective's leaves among the modules; `total` is
+    `model` has the stage's own losses and routing; weights of losses and the learning rate, which are arguments
+    (`Knobs`), stand at 1; `head` names its objective's leaves among the modules; `total` is
     the length of the learning rate's schedule.
     """
 
@@ -43,6 +45,16 @@ class Program:
     clip: float
 
 
+def compile_optimizer(config) -> Optimizer:
+    options = dict(config.optim)
+    return outside.member("optim", OPTIMIZERS, options.pop("name"))(**options)
+
+
+def knobs_of(config) -> Knobs:
+    """Of a stage's config; on the host."""
+    return Knobs.of(config.seed, compile_optimizer(config), compile_losses(config))
+
+
 def program_of(run, stage) -> Program:
     """Raises InputError for a stage that trains nothing, or one that this base does not fit."""
     config, model, modules = stage.config, run.model, run.modules
@@ -51,7 +63,7 @@ def program_of(run, stage) -> Program:
         model = compile_model(config, run.base.config, max_segments=model.max_segments, tasks=model.tasks)
         model, _ = place(config, model, run.mesh)
         modules = compile_modules(config, run.params, width=modules.width, classes=modules.classes)
-    options, value = dict(config.optim), config.get("objective") or objectives_config.PLAIN
+    optimizer, value = compile_optimizer(config), config.get("objective") or objectives_config.PLAIN
     frozen = model.frozen_patterns() + modules.frozen_in(value["name"]) + stage.freeze
     shapes = jax.eval_shape(lambda p: model.init_adapters(jax.random.key(0), p), run.params)
     trainable, _ = trees.split(trees.joined(shapes, modules.shapes(run.params)), frozen)
@@ -59,12 +71,13 @@ def program_of(run, stage) -> Program:
         raise InputError(
             f"schedule.{stage.name}.freeze", got="patterns that freeze every leaf", expected="something to train"
         )
+    losses = tuple((name, dataclasses.replace(loss, weight=1.0)) for name, loss in compile_losses(config))
     return Program(
-        model=dataclasses.replace(model, losses=compile_losses(config), route=stage.route),
+        model=dataclasses.replace(model, losses=losses, route=stage.route),
         modules=modules,
         objective=compile_objective(value, where=f"schedule.{stage.name}: objective"),
         head=value["name"],
-        optimizer=outside.member("optim", OPTIMIZERS, options.pop("name"))(**options),
+        optimizer=dataclasses.replace(optimizer, learning_rate=1.0),
         total=config.train.steps,
         frozen=frozen,
         clip=config.train.clip,
@@ -76,28 +89,38 @@ class CompiledStep:
 
     def __init__(self, run, program: Program):
         self.program, self.model, self.frozen, self.exact = program, program.model, program.frozen, run.exact
-        key = jax.random.fold_in(jax.random.key(run.config.seed), START_KEY)
         init = lambda p: self.model.init_adapters(jax.random.key(0), p)  # noqa: E731
         trainable, _ = trees.split(jax.eval_shape(init, run.params), self.frozen)
-        self.optimizer = program.optimizer.make(program.total, trees.pairs(self.model, trainable))
-        self.start = lambda params: fresh(self.model, self.optimizer, params, self.frozen, key, program.modules.init)
-        shapes = jax.eval_shape(self.start, run.params)
+        pairs = trees.pairs(self.model, trainable)
+        self.optimizer = program.optimizer.make(program.total, pairs)  # whose state no rate changes
+
+        def rated(rates):
+            member = program.optimizer.at(rates)
+            return member.make(program.total, pairs), member.schedule(program.total)
+
+        shapes = jax.eval_shape(self.start, run.params, 0)
         self.shardings = sharding.state_shardings(shapes, self.model, run.mesh)
         self.shapes = jax.tree.map(
             lambda s, where: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=where), shapes, self.shardings
         )
         options = dict(
-            seed=run.config.seed, frozen=self.frozen, accumulate=run.config.train.accumulate, clip=program.clip,
-            targets_per_row=run.data.train.targets_per_row,
+            frozen=self.frozen, accumulate=run.config.train.accumulate, clip=program.clip,
+            targets_per_row=run.targets_per_row, rated=rated,
         )  # fmt: skip
-        made = self.model, self.optimizer, program.optimizer.schedule(program.total)
+        made = self.model, self.optimizer, None
         if self.exact:
             self.step = ExactStep(*made, mesh=run.mesh, **options)
         else:
             own = dict(objective=program.objective, head=program.head)
-            step = make_step(*made, constrain=run.constrain, **own, **options)
-            self.step = jax.jit(step, donate_argnums=0, out_shardings=(self.shardings, sharding.replicated(run.mesh)))
+            self.plain = make_step(*made, constrain=run.constrain, **own, **options)  # not jitted: for `many.over_runs`
+            places = self.shardings, sharding.replicated(run.mesh)
+            self.step = jax.jit(self.plain, donate_argnums=0, out_shardings=places)
         self.ready = False
+
+    def start(self, params, seed):
+        """The state of a run's step 0."""
+        key = jax.random.fold_in(jax.random.key(seed), START_KEY)
+        return fresh(self.model, self.optimizer, params, self.frozen, key, self.program.modules.init)
 
     def compile_together(self, *arguments, step: int) -> None:
         """With several processes: the first step of a program starts when all have compiled it."""

@@ -49,16 +49,22 @@ class Setup:
         return extra | ({"frozen": others} if others else {})
 
 
-def setup(config, *, devices=None, day: str | None = None) -> Setup:
+def setup(config, *, devices=None, recorded: dict | None = None, beside: Setup | None = None) -> Setup:
     """Args:
-      day: that an earlier start of the run recorded, for a chat template that depends on it; None is today.
+      beside: of another run on the same base and mesh, whose arrays this one shares.
+      recorded: the identity that an earlier start of the run recorded; its day is kept where a chat template depends
+        on the day.
 
     Raises:
       InputError: before anything is compiled.
     """
     devices = jax.devices() if devices is None else devices
-    mesh = sharding.make_mesh(config_lib.check_mesh(config, len(devices)), devices)
-    base = load_base(config.base.source, dtype=config.base.dtype, seed=config.seed)
+    mesh = sharding.make_mesh(config_lib.check_mesh(config, len(devices)), devices) if beside is None else beside.mesh
+    known, day = _recorded(recorded or {})
+    if beside is None:
+        base = load_base(config.base.source, dtype=config.base.dtype, seed=config.seed, known=known)
+    else:
+        base = dataclasses.replace(beside.base, params=beside.params)
     for where, value in objectives_config.used(config).items():
         if compile_objective(value, where=where).needs_tokens:
             needs_head(base.config, f"objective {value['name']}", "base.source")
@@ -85,15 +91,23 @@ def setup(config, *, devices=None, day: str | None = None) -> Setup:
     if config.train.get("exact", False):  # not in runs of older versions
         places = sharding.replicated(mesh)
     modules = compile_modules(config, base.params, width=base.config.width, classes=len(data.classes))
-    params = sharding.put(base.params, places)
-    frozen, digests = {}, {}
+    params = sharding.put(base.params, places) if beside is None else beside.params
+    frozen, digests = ({}, {}) if beside is None else (dict(beside.frozen), dict(beside.digests))
     for where, value in objectives_config.used(config).items():
         for name, source in compile_objective(value, where=where).frozen().items():
             if source != START and source not in frozen:
-                made = load_frozen(source, config, base, params, model, mesh, where=f"{where}.{name}")
+                made = load_frozen(source, config, base, params, model, mesh, where=f"{where}.{name}", known=known)
                 frozen[source], digests[source] = made
     base = dataclasses.replace(base, params=None)
     return Setup(config, mesh, base, data, model, params, engines, day, modules, frozen, digests)
+
+
+def _recorded(identity: dict) -> tuple[list[str], str | None]:
+    """The digests of the base and of the frozen models, and the day, of an identity (a text that anybody may edit)."""
+    base, extra = (identity.get(name) if isinstance(identity.get(name), dict) else {} for name in ("base", "extra"))
+    frozen = extra.get("frozen")
+    digests = [base.get("digest"), *(frozen if isinstance(frozen, list) else [])]
+    return [digest for digest in digests if isinstance(digest, str)], base.get("day")
 
 
 def place(config, model: Model, mesh) -> tuple[Model, str | None]:

@@ -1,9 +1,10 @@
-"""The pure training step: `step(state, params, batch, fixed) -> (state, metrics)`.
+"""The pure training step: `step(state, params, batch, fixed, knobs) -> (state, metrics)`.
 
 Gradients are taken with respect to the trainable leaves of `adapters` and `modules` only. Accumulated micro-steps give
 exactly the loss of the whole batch for the objective's part; balance losses are not linear in their sums, so each says
 whether it averages the micro-steps' values or is taken of the global sums (`accumulate="exact"`, one more pass).
 A step whose loss or gradient is not finite changes nothing and is counted.
+Seed, learning rate and loss weights are arguments (`Knobs`), so that runs which differ in them share one program.
 """
 
 from typing import Any
@@ -11,6 +12,7 @@ from typing import Any
 import flax.struct
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from molora_jax.core import routing, trees
@@ -35,6 +37,23 @@ class TrainState:
     def leaves(self) -> dict:
         """All that may train, as one tree."""
         return trees.joined(self.adapters, self.modules)
+
+
+@flax.struct.dataclass
+class Knobs:
+    """What may differ between two runs of one compiled step. `seed` int32; `rates` float32, as of `Optimizer.rates`;
+    `weights` float32, of the routing losses by name."""
+
+    seed: Array
+    rates: dict
+    weights: dict
+
+    @classmethod
+    def of(cls, seed: int, optimizer, losses) -> "Knobs":
+        """On the host. `optimizer`: a member of `optim`; `losses`: `(name, member)` pairs."""
+        weights = {name: np.float32(loss.weight) for name, loss in losses}
+        rates = {name: np.float32(rate) for name, rate in optimizer.rates().items()}
+        return cls(np.int32(seed), rates, weights)
 
 
 def fresh(model, optimizer, params, frozen, key, init_modules=lambda key, params: {}) -> TrainState:
@@ -67,12 +86,13 @@ def part(stats: dict, name: str) -> dict:
 
 
 def make_gradient(
-    model, *, seed: int, frozen, accumulate: int, targets_per_row: int, constrain, objective=PLAIN, head: str = "lm"
+    model, *, frozen, accumulate: int, targets_per_row: int, constrain, objective=PLAIN, head: str = "lm", seed: int = 0
 ):  # fmt: skip
-    """`gradient(state, params, batch, fixed) -> (grads, out)`: of the trainable leaves, and the sums that left the
-    layers.
+    """`gradient(state, params, batch, fixed, knobs) -> (grads, out)`: of the trainable leaves, and the sums that left
+    the layers.
 
     Args:
+      seed: where no `knobs` are given; the weights are then those of the model's losses.
       frozen: path patterns of leaves that do not train.
       objective: a member of `objectives`; its head is `modules/<head>`.
       targets_per_row: the packer's bound M.
@@ -81,8 +101,11 @@ def make_gradient(
     exact = [name for name, loss in model.losses if accumulate > 1 and loss.accumulate == "exact"]
     losses = dict(model.losses)
 
-    def gradient(state: TrainState, params: dict, batch: dict, fixed: dict | None = None):
-        step_key = jax.random.fold_in(jax.random.key(seed), state.step)
+    def gradient(
+        state: TrainState, params: dict, batch: dict, fixed: dict | None = None, knobs: Knobs | None = None
+    ):  # fmt: skip
+        weights = own_weights(model) if knobs is None else knobs.weights
+        step_key = jax.random.fold_in(jax.random.key(seed if knobs is None else knobs.seed), state.step)
         trainable, still = trees.split(state.leaves, frozen)
         norm = objective.norm(batch)
 
@@ -139,11 +162,11 @@ def make_gradient(
                 sums = loss_sums(stats, name)
                 if name in slopes:  # d value(all sums) = slope . d(own sums)
                     products = jax.tree.map(lambda a, b: jnp.sum(a[i] * b), slopes[name], sums)
-                    total = total + loss.weight * sum(jax.tree.leaves(products))
+                    total = total + weights[name] * sum(jax.tree.leaves(products))
                     aux[name] = exact_values[name] / accumulate
                 else:
                     aux[name] = loss.value(sums) / accumulate
-                    total = total + loss.weight * aux[name]
+                    total = total + weights[name] * aux[name]
             sums = {"aux": aux, "load": part(stats, "load"), "router": part(stats, "router")}
             return total, {"objective": own, "metrics": metrics, **sums}
 
@@ -155,37 +178,46 @@ def make_gradient(
     return gradient
 
 
-def make_step(model, optimizer, schedule, *, clip: float, frozen, **options):
+def make_step(model, optimizer, schedule, *, clip: float, frozen, rated=None, **options):
     """The step function of one stage, to be jitted with its state donated.
 
     Args:
       optimizer: an optax transformation over the trainable leaves; schedule: step -> learning rate, for the metrics.
-      clip: global norm, 0 for none. options: of `make_gradient`.
+      clip: global norm, 0 for none. rated: `rates -> (optimizer, schedule)`, for a step that is given `knobs`.
+      options: of `make_gradient`.
     """
     gradient = make_gradient(model, frozen=frozen, **options)
-    update = make_update(model, optimizer, schedule, clip=clip, frozen=frozen)
+    update = make_update(model, optimizer, schedule, clip=clip, frozen=frozen, rated=rated)
 
-    def train_step(state: TrainState, params: dict, batch: dict, fixed: dict | None = None):
-        grads, out = gradient(state, params, batch, fixed)
-        return update(state, grads, out, batch["segment_ids"])
+    def train_step(
+        state: TrainState, params: dict, batch: dict, fixed: dict | None = None, knobs: Knobs | None = None
+    ):  # fmt: skip
+        grads, out = gradient(state, params, batch, fixed, knobs)
+        return update(state, grads, out, batch["segment_ids"], knobs)
 
     return train_step
 
 
-def make_update(model, optimizer, schedule, *, clip: float, frozen):
-    """`update(state, grads, out, segment_ids) -> (state, metrics)`: all that follows the gradient of a step.
+def own_weights(model) -> dict:
+    """Of the model's losses, by name: constants."""
+    return {name: loss.weight for name, loss in model.losses}
+
+
+def make_update(model, optimizer, schedule, *, clip: float, frozen, rated=None):
+    """`update(state, grads, out, segment_ids, knobs) -> (state, metrics)`: all that follows the gradient of a step.
 
     `grads, out` as from `make_gradient`; `segment_ids` of the batch, of which the metrics count what is not padding.
     """
-    losses = dict(model.losses)
 
-    def update(state: TrainState, grads: dict, out: dict, segment_ids: Array):
+    def update(state: TrainState, grads: dict, out: dict, segment_ids: Array, knobs: Knobs | None = None):
+        weights = own_weights(model) if knobs is None else knobs.weights
+        moves, rate = (optimizer, schedule) if knobs is None else rated(knobs.rates)
         trainable, still = trees.split(state.leaves, frozen)
         with jax.named_scope("optimizer"):
             norm = optax.tree.norm(grads)
-            loss = out["objective"] + sum(losses[n].weight * v for n, v in out["aux"].items())
+            loss = out["objective"] + sum(weights[n] * v for n, v in out["aux"].items())
             scale = jnp.minimum(1.0, clip / jnp.maximum(norm, 1e-12)) if clip else 1.0
-            updates, opt = optimizer.update(jax.tree.map(lambda g: g * scale, grads), state.opt, trainable)
+            updates, opt = moves.update(jax.tree.map(lambda g: g * scale, grads), state.opt, trainable)
             for rule in model.rules:
                 if rule.name in updates:
                     updates[rule.name] = rule.adapter.update_mask(updates[rule.name], state.step)
@@ -210,7 +242,7 @@ def make_update(model, optimizer, schedule, *, clip: float, frozen):
             **out["metrics"],
             **{f"aux/{n}": v for n, v in out["aux"].items()},
             "grad_norm": norm,
-            "lr": jnp.asarray(schedule(state.step - 1), jnp.float32),
+            "lr": jnp.asarray(rate(state.step - 1), jnp.float32),
             "tokens": jnp.sum(segment_ids > 0),
             "skipped": state.skipped,
             "site": site_metrics(model, out["load"]),

@@ -1,0 +1,89 @@
+"""Runs side by side in one step: what of their configs may differ, and the folders that they are called by.
+
+    "optim.learning_rate=1e-4,2e-4;seed=0,1"        the product of the lists: four runs
+
+What may differ is an argument of the compiled step (seed, learning rate, loss weights) or the rows that it is given.
+Everything else is compiled into it, or is there once for all runs. Nothing here imports jax.
+"""
+
+import itertools
+import re
+
+from molora_jax.config.fields import did_you_mean, wrong
+from molora_jax.config.resolve import split_commas
+
+MAY_DIFFER = r"seed|optim\.learning_rate|losses\.\w+\.weight|data\.(?!seq_len$)\w+"
+REASONS = (  # of what may not, first match wins
+    (r"data\.seq_len", "it is the length of every row"),
+    (r"train\.(batch_size|accumulate)", "it is the shape of a batch"),
+    (r"train\.(steps|epochs|stop_after|\w+_every)", "all runs take their steps together"),
+    (r"method\.", "it says what trains and of which shape"),
+    (r"losses\.", "of a loss only its weight is an argument of the step"),
+    (r"optim\.", "of the optimizer only learning_rate is an argument of the step"),
+    (r"base\.", "the base is there once, for all runs"),
+    (r"mesh\.|engine|expert_parallel\.", "all runs share the mesh"),
+    (r"", "it is compiled into the step that the runs share"),
+)
+
+
+def lists(text: str) -> list[tuple[str, list[str]]]:
+    """`"a=1,2;b=x"` -> `[("a", ["1", "2"]), ("b", ["x"])]`; a comma inside a value is written `\\,`.
+
+    Raises:
+      InputError: no such form, a field twice, a field in which runs may not differ.
+    """
+    out, form = [], "FIELD=VALUE,VALUE;FIELD=VALUE,..."
+    for part in filter(None, (part.strip() for part in text.split(";"))):
+        name, equals, values = part.partition("=")
+        name, values = name.strip().removeprefix("config."), list(split_commas(values))
+        if not equals or not name or not values:
+            raise wrong("--runs", repr(part), form)
+        if name in dict(out):
+            raise wrong("--runs", f"{name} twice", "each field once", "Write all its values in one list.")
+        check_may_differ(name)
+        out.append((name, values))
+    if not out:
+        raise wrong("--runs", repr(text), form)
+    return out
+
+
+def check_may_differ(name: str, where: str = "--runs"):
+    """Raises InputError, with the reason, for a field in which runs of one step may not differ."""
+    if re.fullmatch(MAY_DIFFER, name):
+        return
+    reason = next(reason for pattern, reason in REASONS if re.match(pattern, name))
+    known = ("seed", "optim.learning_rate", "losses.NAME.weight", "data.tasks")
+    guess = did_you_mean(name, known) if "." not in name else ""
+    raise wrong(
+        f"{where}, {name}", "a field in which runs of one step may not differ",
+        f"one of {', '.join(known)} or another field of data but seq_len",
+        guess or f"Start such runs one by one: {reason}.",
+    )  # fmt: skip
+
+
+def product(fields: list[tuple[str, list[str]]]) -> dict[str, list[tuple[str, str]]]:
+    """`{folder: [(field, value), ...]}` of every combination, in the order of the lists."""
+    names = _short([name for name, _ in fields])
+    out = {}
+    for values in itertools.product(*(values for _, values in fields)):
+        folder = "_".join(f"{short}={_plain(value)}" for short, value in zip(names, values, strict=True))
+        if folder in out:
+            got = f"two values that are called {folder!r}"
+            raise wrong("--runs", got, "values that differ, in the name of the file too", "Change one of them.")
+        out[folder] = [(name, value) for (name, _), value in zip(fields, values, strict=True)]
+    return out
+
+
+def _short(names):
+    """The last part of each name, with the one before it where two end alike."""
+    last = [name.split(".")[-1] for name in names]
+    return [".".join(name.split(".")[-1 - (last.count(end) > 1) :]) for name, end in zip(names, last, strict=True)]
+
+
+def _plain(value: str) -> str:
+    """A value inside a folder's name: no separator of paths or of lists, `1e-4` and `0.0001` alike."""
+    try:
+        value = str(int(value)) if re.fullmatch(r"\d+", value) else repr(float(value))
+    except ValueError:
+        value = re.sub(r"jsonl:(?:[^,]*/)?([^,]*?)(?:\.jsonl)?(?=,|$)", r"\1", value)
+    return re.sub(r"[^\w.+-]+", "-", value).strip("-.") or "none"

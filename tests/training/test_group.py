@@ -1,0 +1,183 @@
+"""Several runs in one step, in the loop: each an ordinary run; killed and resumed bit by bit; refusals by name."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+
+from launch import flags
+from launch import train as launch_train
+from molora_jax import config as config_lib
+from molora_jax.config import several
+from molora_jax.errors import InputError
+from molora_jax.evaluation.run import load_run
+from molora_jax.runs.checkpoints import load, read_manifest
+from molora_jax.runs.verify import verify
+from molora_jax.training.group import train_together
+from molora_jax.training.loop import train
+from tests.training.test_stages import config as base_config
+from tests.training.test_stages import stage, write
+
+LISTS = "seed=0,1"
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return write(tmp_path_factory.mktemp("data") / "d.jsonl", "text")
+
+
+def configs(data, lists=LISTS, **fields):
+    plain = base_config(data, **{"save_every": 2, "eval_every": 2, "keep": 4} | fields)
+    out = {name: flags.override(plain, changes) for name, changes in several.product(several.lists(lists)).items()}
+    for one in out.values():
+        config_lib.validate(one)
+    return out
+
+
+def together(made, folder):
+    notes = []
+    return train_together(made, folder, note=notes.append), notes
+
+
+def tree(folder, step):
+    return read_manifest(folder / "checkpoints" / str(step))["tree"]
+
+
+def rows(folder):
+    lines = (folder / "metrics.jsonl").read_text().splitlines()
+    return [{k: v for k, v in json.loads(line).items() if k != "seconds"} for line in lines]
+
+
+def near(a, b, step):
+    """Two folders of one run: losses and adapters to 1e-5."""
+    for one, other in zip(rows(a), rows(b), strict=True):
+        assert one.keys() == other.keys()
+        np.testing.assert_allclose(one["loss"], other["loss"], rtol=1e-5)
+    left, right = ({"adapters": None} for _ in range(2))
+    for side, folder in ((left, a), (right, b)):
+        at = folder / "checkpoints" / str(step)
+        side["adapters"] = load(at, read_manifest(at), ["adapters"])["adapters"]
+    for x, y in zip(leaves(left), leaves(right), strict=True):
+        np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-5)
+
+
+def leaves(value):
+    return [leaf for v in value.values() for leaf in leaves(v)] if isinstance(value, dict) else [np.asarray(value)]
+
+
+@pytest.fixture(scope="module")
+def whole(data, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("whole") / "grid"
+    results, notes = together(configs(data), folder)
+    return folder, results, notes
+
+
+def test_every_run_of_a_group_is_an_ordinary_run(whole, data, tmp_path):
+    folder, results, notes = whole
+    made = configs(data)
+    assert list(results) == list(made) and {r.step for r in results.values()} == {4}
+    assert {p.name for p in folder.iterdir()} == {*made, "runs.json", "losses.png"}
+    assert "2 runs in one step" in notes[0] and sum("trainable" in note for note in notes) == 1
+    assert all(name in notes[-3] for name in made) and "losses.png" in notes[-1]
+    assert len({rows(folder / name)[-1]["loss"] for name in made}) == 2
+    name, one = list(made.items())[-1]
+    assert verify(folder / name, deep=True)["ok"]
+    run = load_run(folder / name, "latest")
+    assert run.config.seed == 1 and run.generate("Double 3", max_new_tokens=2) is not None
+    train(one, str(tmp_path / "alone"), note=lambda text: None)
+    near(folder / name, tmp_path / "alone", 4)
+    assert tree(folder / name, 0) == tree(tmp_path / "alone", 0), "the start is the same, bit by bit"
+
+
+def test_a_group_goes_on_bit_by_bit(whole, data, tmp_path):
+    folder, _, _ = whole
+    made, parts = configs(data), tmp_path / "grid"
+    together(configs(data, stop_after=2), parts)
+    together(made, parts)
+    for name in made:
+        assert tree(parts / name, 4) == tree(folder / name, 4) and rows(parts / name) == rows(folder / name)
+
+
+@pytest.mark.slow
+def test_a_group_that_was_killed_between_two_saves_and_a_run_that_goes_on_by_itself(whole, data, tmp_path):
+    folder, _, _ = whole
+    made, parts = configs(data), tmp_path / "grid"
+    together(configs(data, stop_after=2), parts)
+    first, second = made
+    train(made[first], str(parts / first), note=lambda text: None)  # the others have no step 4
+    near(parts / first, folder / first, 4)
+    _, notes = together(made, parts)
+    assert f"{first}: back from step 4 to 2, the newest that all runs have" in notes
+    for name in made:
+        assert tree(parts / name, 4) == tree(folder / name, 4)
+    _, notes = together(configs(data, stop_after=2), parts)
+    assert any("nothing to do" in note for note in notes)
+    shutil.rmtree(parts / first)
+    with pytest.raises(InputError, match=r"steps of their own.*0.*4.*one step that all have"):
+        together(made, parts)
+
+
+@pytest.mark.slow
+def test_stages_and_an_objective_that_looks_back(tmp_path):
+    """A stage of each run has its own optimizer state; the reference of each is its own start."""
+    data = write(tmp_path / "d.jsonl", "pair")
+    fields = dict(
+        objective=dict(name="preference", form="dpo", reference="start"), train_base="norms", batch_size=16,
+        schedule=dict(s00=stage(steps=2), s01=stage(freeze="*/A")), eval_every=0,
+    )  # fmt: skip
+    made = configs(data, "optim.learning_rate=1e-2,2e-3;seed=0,1", **fields)
+    together(made, tmp_path / "grid")
+    for name, one in made.items():
+        train(one, str(tmp_path / name), note=lambda text: None)
+        near(tmp_path / "grid" / name, tmp_path / name, 4)
+
+
+def test_what_may_not_differ_is_refused_with_the_reason(data, tmp_path):
+    for lists, reason in (
+        ("method.rules.all.adapter.rank=2,4", "what trains and of which shape"),
+        ("data.seq_len=64,32", "the length of every row"),
+        ("train.batch_size=8,16", "the shape of a batch"),
+        ("optim.b2=0.9,0.99", "only learning_rate is an argument"),
+        ("losses.balance.over=all,site", "only its weight is an argument"),
+        ("base.source=random:tiny,random:tiny@1", "once, for all runs"),
+        ("engine=gather,replicate", "share the mesh"),
+        ("sed=0,1", "Did you mean 'seed'"),
+        ("seed", "FIELD=VALUE"), ("", "FIELD=VALUE"), ("seed=0,1;seed=2", "twice"), ("seed=0,00", "two values"),
+    ):  # fmt: skip
+        with pytest.raises(InputError, match=reason):
+            configs(data, lists)
+    with pytest.raises(InputError, match="optim.learning_rate"):
+        configs(data, "optim.learning_rate=0.1,x")
+    made = configs(data, "seed=0,1")
+    for one in made.values():
+        one.train.exact = True
+    with pytest.raises(InputError, match="of one device and one run each"):
+        together(made, tmp_path / "exact")
+    other = write(tmp_path / "e.jsonl", "text", number=30)
+    made = configs(data, f"data.tasks={data},{other}", steps=1)
+    assert list(made) == ["tasks=d", "tasks=e"]
+    for one in made.values():
+        one.train.epochs = 2.0
+    with pytest.raises(InputError, match="as many steps"):
+        together(made, tmp_path / "epochs")
+    assert not (tmp_path / "epochs" / "tasks=d" / "checkpoints" / "0").exists()
+
+
+def test_the_command_line(data, tmp_path, monkeypatch):
+    seen = {}
+    monkeypatch.setattr("molora_jax.training.group.train_together", lambda made, folder: seen.update(made) or _done())
+    argv = ["--config=configs/lora.py", f"--workdir={tmp_path}", "--config.base.source=random:tiny",
+            "--runs=optim.learning_rate=1e-2,2e-3;seed=0,1"]  # fmt: skip
+    launch_train.run(argv)
+    assert list(seen) == [f"learning_rate={rate}_seed={seed}" for rate in (0.01, 0.002) for seed in (0, 1)]
+    assert [one.optim.learning_rate for one in seen.values()] == [1e-2, 1e-2, 2e-3, 2e-3]
+    with pytest.raises(InputError, match="--profile"):
+        launch_train.run([*argv, "--profile"])
+
+
+def _done():
+    class Done:
+        signal = None
+
+    return {"": Done}
