@@ -64,7 +64,7 @@ def batches(images, labels, size, steps, seed):
 
 def pretrain(model, images, labels, *, steps, seed=0):
     """The base: all of the model's parameters, on the data as they are."""
-    params = model.init(jax.random.key(seed), images[:1])["params"]
+    params = jax.jit(model.init)(jax.random.key(seed), images[:1])["params"]
     optimizer = optax.adam(3e-3)
 
     @jax.jit
