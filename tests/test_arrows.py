@@ -14,7 +14,7 @@ FLOORS = (
     ("adapters", "routers", "losses"),
     ("placements",),
     ("engines",),
-    ("backbones",),
+    ("backbones", "modules"),
     ("objectives",),
     ("io",),
     ("data",),

@@ -66,6 +66,11 @@ def load_base(source: str, *, dtype: str = "float32", seed: int = 0, known=()) -
 
     Raises:
       InputError: whatever is wrong with the source, in terms of what to change.
+
+    >>> import molora_jax as mj
+    >>> base = mj.load_base("random:tiny")
+    >>> base.config.layers, base.params["blocks"]["q"]["kernel"].shape
+    (4, (4, 64, 64))
     """
     if dtype not in _DTYPES:
         raise InputError("base.dtype", got=repr(dtype), expected=f"one of {', '.join(_DTYPES)}")

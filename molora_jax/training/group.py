@@ -303,7 +303,6 @@ def agree(runs: dict[str, Run]):
         run.targets_per_row = bound
         for stage, program in run.programs.items():
             run.programs[stage] = _common(name, program, segments, same_names)
-        run.share_compiled(first)
     for name, run in others:
         for stage, program in run.programs.items():
             own, one = (vars(p) for p in (program, first.programs[stage]))

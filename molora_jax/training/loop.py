@@ -35,11 +35,10 @@ from molora_jax.runs.workdir import Workdir
 from molora_jax.text import table
 from molora_jax.training import stages as stages_lib
 from molora_jax.training import summary
-from molora_jax.training.devices import Devices
 from molora_jax.training.exact import ExactNLL
 from molora_jax.training.frozen import START
 from molora_jax.training.loss_picture import plot_loss
-from molora_jax.training.programs import CompiledStep, Program, knobs_of, program_of
+from molora_jax.training.programs import CompiledStep, Program, compiled_step, knobs_of, program_of
 from molora_jax.training.setup import setup
 from molora_jax.training.signals import StopRequest
 from molora_jax.training.step import TrainState
@@ -116,12 +115,8 @@ class Run:
         if program not in self._compiled:
             later = {self.programs[s.name] for s in self.stages if s.start >= stage.start}  # what is over gives way
             kept = {old: step for old, step in self._compiled.items() if old in later}
-            self._compiled = kept | {program: CompiledStep(self, program)}
+            self._compiled = kept | {program: compiled_step(self, program)}
         return self._compiled[program]
-
-    def share_compiled(self, other: "Run"):
-        """With a run of equal programs."""
-        self._compiled = other._compiled
 
     def fixed(self, objective: Objective) -> dict[str, Frozen]:
         """The frozen models that an objective asks for, by its names for them."""
@@ -145,7 +140,7 @@ class Run:
         step = self.newest
         stage = self.compiled(stages_lib.stage_at(self.stages, step or 0))
         if step is None:
-            state = self.make(stage.start, stage.shardings)(self.params, self.knobs[self.stages[0].name].seed)
+            state = stage.make_start(self.params, self.knobs[self.stages[0].name].seed)
             if self.config.train.init_from:
                 shapes = {item: getattr(stage.shapes, item) for item in warm_start.ITEMS}
                 new = warm_start.start(self.config.train.init_from, shapes, base_digest=self.base.digest)
@@ -251,13 +246,12 @@ class Run:
         if _forms(state) != _forms(compiled.shapes):
             state = self._carried(stage, compiled, state)
         trainable, _ = trees.split(state.leaves, compiled.frozen)
-        opt = self.make(compiled.optimizer.init, compiled.shardings.opt)(trainable)
-        return dataclasses.replace(state, opt=opt)
+        return dataclasses.replace(state, opt=compiled.make_opt(trainable))
 
     def _carried(self, stage, compiled, state: TrainState) -> TrainState:
         """What the stage before trained, where a leaf (by absolute layer) still has its shape; others start anew."""
         seed = self.knobs[stage.name].seed
-        new = jax.device_get(self.make(compiled.start, compiled.shardings)(self.params, seed))
+        new = jax.device_get(compiled.make_start(self.params, seed))
         put = {}
         for item in ("adapters", "router_state"):
             tree, anew = warm_start.carried(jax.device_get(getattr(state, item)), getattr(new, item))
@@ -268,10 +262,6 @@ class Run:
         modules |= {k: v for k, v in flatten_dict(jax.device_get(state.modules), sep="/").items() if k in modules}
         modules = sharding.put(unflatten_dict(modules, sep="/"), compiled.shardings.modules)
         return dataclasses.replace(state, **put, modules=modules)
-
-    def make(self, function, shardings):
-        """What makes a part of the state from arrays on the mesh."""
-        return Devices(self.mesh).once(function) if self.exact else jax.jit(function, out_shardings=shardings)
 
     # ---- evaluation ------------------------------------------------------------------------------------------------
 

@@ -4,9 +4,11 @@ Stages of equal programs share one compiled step, whatever their names.
 """
 
 import dataclasses
+import functools
 from typing import Any
 
 import jax
+from flax.traverse_util import flatten_dict, unflatten_dict
 
 from molora_jax import config as config_lib
 from molora_jax import runtime, sharding
@@ -19,6 +21,7 @@ from molora_jax.objectives import Objective, compile_objective
 from molora_jax.optim import OPTIMIZERS
 from molora_jax.optim.base import Optimizer
 from molora_jax.runs.modules import Modules, compile_modules
+from molora_jax.training.devices import Devices
 from molora_jax.training.exact import ExactStep
 from molora_jax.training.setup import place
 from molora_jax.training.step import Knobs, fresh, make_step
@@ -84,13 +87,29 @@ def program_of(run, stage) -> Program:
     )
 
 
-class CompiledStep:
-    """A program's optimizer, its state's shapes and places, and its step, compiled at its first use."""
+def compiled_step(run, program: Program) -> "CompiledStep":
+    """The step of a program under a run's mesh and batch; the last few are kept for other runs of this process."""
+    shapes = flatten_dict(jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), run.params))
+    return _compiled_step(
+        program, tuple(shapes.items()), run.mesh, run.config.train.accumulate, run.targets_per_row, run.exact
+    )
 
-    def __init__(self, run, program: Program):
-        self.program, self.model, self.frozen, self.exact = program, program.model, program.frozen, run.exact
+
+@functools.lru_cache(maxsize=4)
+def _compiled_step(program, shapes, mesh, accumulate, targets_per_row, exact):
+    return CompiledStep(program, unflatten_dict(dict(shapes)), mesh, accumulate, targets_per_row, exact)
+
+
+class CompiledStep:
+    """A program's optimizer, its state's shapes and places, and its step, compiled at its first use; no arrays.
+
+    `params`: of shapes.
+    """
+
+    def __init__(self, program: Program, params: dict, mesh, accumulate: int, targets_per_row: int, exact: bool):
+        self.program, self.model, self.frozen, self.exact = program, program.model, program.frozen, exact
         init = lambda p: self.model.init_adapters(jax.random.key(0), p)  # noqa: E731
-        trainable, _ = trees.split(jax.eval_shape(init, run.params), self.frozen)
+        trainable, _ = trees.split(jax.eval_shape(init, params), self.frozen)
         pairs = trees.pairs(self.model, trainable)
         self.optimizer = program.optimizer.make(program.total, pairs)  # whose state no rate changes
 
@@ -98,23 +117,25 @@ class CompiledStep:
             member = program.optimizer.at(rates)
             return member.make(program.total, pairs), member.schedule(program.total)
 
-        shapes = jax.eval_shape(self.start, run.params, 0)
-        self.shardings = sharding.state_shardings(shapes, self.model, run.mesh)
+        shapes = jax.eval_shape(self.start, params, 0)
+        self.shardings = sharding.state_shardings(shapes, self.model, mesh)
         self.shapes = jax.tree.map(
             lambda s, where: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=where), shapes, self.shardings
         )
         options = dict(
-            frozen=self.frozen, accumulate=run.config.train.accumulate, clip=program.clip,
-            targets_per_row=run.targets_per_row, rated=rated,
-        )  # fmt: skip
-        made = self.model, self.optimizer, None
+            frozen=self.frozen, accumulate=accumulate, clip=program.clip, targets_per_row=targets_per_row, rated=rated
+        )
+        parts = self.model, self.optimizer, None
         if self.exact:
-            self.step = ExactStep(*made, mesh=run.mesh, **options)
+            self.step = ExactStep(*parts, mesh=mesh, **options)
         else:
             own = dict(objective=program.objective, head=program.head)
-            self.plain = make_step(*made, constrain=run.constrain, **own, **options)  # not jitted: for `many.over_runs`
-            places = self.shardings, sharding.replicated(run.mesh)
+            self.plain = make_step(*parts, constrain=sharding.constrain(mesh), **own, **options)  # for `many.over_runs`
+            places = self.shardings, sharding.replicated(mesh)
             self.step = jax.jit(self.plain, donate_argnums=0, out_shardings=places)
+        made = Devices(mesh).once if exact else lambda function, places: jax.jit(function, out_shardings=places)
+        self.make_start = made(self.start, self.shardings)  # as `start`, on the mesh
+        self.make_opt = made(self.optimizer.init, self.shardings.opt)
         self.ready = False
 
     def start(self, params, seed):
