@@ -14,14 +14,14 @@ from molora_jax.config.fields import wrong
 
 FLAGS = [
     ("--workdir", dict(required=True, metavar="DIR", help="holds everything the run writes")),
-    ("--runs", dict(default="", metavar="LISTS", help="FIELD=VALUE,VALUE;FIELD=VALUE,... : a run of each combination")),
+    ("--runs", dict(metavar="LISTS", help="FIELD=VALUE,VALUE;FIELD=VALUE,... : a run of each combination")),
     ("--profile", dict(action="store_true", help="also write a trace of three steps to DIR/profile")),
 ]
 
 
 def run(argv):
     config, args = flags.parse(__doc__, FLAGS, argv)
-    configs = together(config, args) if args.runs else None
+    configs = None if args.runs is None else together(config, args)
     from molora_jax import runtime
 
     runtime.configure()

@@ -118,10 +118,6 @@ class Run:
             self._compiled = kept | {program: compiled_step(self, program)}
         return self._compiled[program]
 
-    def share_compiled(self, other: "Run"):
-        """With a run of equal programs."""
-        self._compiled = other._compiled
-
     def fixed(self, objective: Objective) -> dict[str, Frozen]:
         """The frozen models that an objective asks for, by its names for them."""
         return {name: self.frozen[source] for name, source in objective.frozen().items()}

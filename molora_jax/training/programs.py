@@ -130,9 +130,7 @@ class CompiledStep:
             self.step = ExactStep(*parts, mesh=mesh, **options)
         else:
             own = dict(objective=program.objective, head=program.head)
-            self.plain = make_step(
-                *parts, constrain=sharding.constrain(mesh), **own, **options
-            )  # not jitted: for `many.over_runs`
+            self.plain = make_step(*parts, constrain=sharding.constrain(mesh), **own, **options)  # for `many.over_runs`
             places = self.shardings, sharding.replicated(mesh)
             self.step = jax.jit(self.plain, donate_argnums=0, out_shardings=places)
         made = Devices(mesh).once if exact else lambda function, places: jax.jit(function, out_shardings=places)
