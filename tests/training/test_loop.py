@@ -264,6 +264,9 @@ def test_stages_freeze_and_go_on(tmp_path):
     start(config, again)
     assert rows(again) == rows(tmp_path) and leaves(again, 4) == leaves(tmp_path, 4)
     assert rows(tmp_path)[3]["lr"] > rows(tmp_path)[1]["lr"]
+    second, third = (load_run(f"{tmp_path}@{step}").adapters for step in (2, 3))
+    moved = max(np.abs(a - b).max() for a, b in zip(*map(jax.tree.leaves, (second, third)), strict=True))
+    assert moved == pytest.approx(rows(tmp_path)[2]["lr"], rel=1e-3), "a fresh Adam moves by the rate of the run's step"
 
 
 @pytest.mark.parametrize("steps, given_up", [(20, 5), (3, 3)])
