@@ -39,6 +39,13 @@ def balance(**changes):
     return {**fields, **changes}
 
 
+def surgery(name, **options):
+    """A surgery on the runs `inputs`, folders DIR or DIR@step; its rules are those of the first one."""
+    config = get_config()
+    config.surgery = dict(name=name, inputs=(), **options)
+    return config
+
+
 def get_config():
     return ConfigDict(
         dict(
@@ -71,6 +78,7 @@ def get_config():
                 name="adamw", learning_rate=2e-4, weight_decay=0.0, decay="cosine", warmup=10,
                 b1=0.9, b2=0.999, eps=1e-8,
             ),
+            surgery=dict(),  # of launch.surgery: dict(name, inputs, options)
             # steps=0: to the end; an objective here is the stage's own
             schedule=dict(s00=dict(steps=0, tasks="", freeze="", set=dict(), route="", objective=dict())),
             regime=dict(name="stages"),  # how training is organised: stages, federated, continual (docs/regimes.md)

@@ -54,6 +54,10 @@ def low_rank_op(
       E, R: experts and rank. K: active experts a token, None where every expert may have a gate.
       platform, device_kind: what to choose for; by default the mesh in context, else the default backend.
       devices: P and BW by device kind of a TPU. threshold: E*R above which to group, instead of the formula.
+
+    >>> import molora_jax as mj
+    >>> mj.low_rank_op(8, 16, 2, platform="cpu")[0], mj.low_rank_op(8, 4, 2, platform="cpu")[0]
+    ('grouped_lora', 'rank_gated')
     """
     if K is None or K >= E:
         return "rank_gated", "every expert may have a gate: all of them are computed anyway"

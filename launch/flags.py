@@ -31,17 +31,13 @@ from molora_jax.errors import InputError
 ROOT = pathlib.Path(__file__).parents[1]
 OVERRIDE = re.compile(r"--?config\.([^=]*)(=.*)?", re.DOTALL)
 AXES = dict(
-    adapter="adapters",
-    router="routers",
-    placement="placements",
-    optim="optim",
-    objective="objectives",
-    regime="regimes",
-)
+    adapter="adapters", router="routers", placement="placements", optim="optim", objective="objectives",
+    surgery="surgery", regime="regimes",
+)  # fmt: skip
 BOOLS = {"true": True, "false": False, "1": True, "0": False, "yes": True, "no": False}
 
 
-def parse(description, flags, argv=None, need_config=True, defaults=None):
+def parse(description, flags, argv=None, need_config=True, defaults=None, need_rules=True):
     """Reads a command line.
 
     Args:
@@ -50,6 +46,7 @@ def parse(description, flags, argv=None, need_config=True, defaults=None):
       argv: the arguments; those of the process if None.
       need_config: whether `--config` must be given.
       defaults: `defaults(args) -> ConfigDict` gives the config where `--config` is not given (a run's saved one).
+      need_rules: False accepts a config that trains nothing (a surgery).
 
     A flag whose `metavar` starts with DIR or FILE is a path: `~` is the home folder in it. A flag given twice is
     refused; of an override given twice the last counts, with a note (scripts put theirs before what they were asked).
@@ -82,7 +79,7 @@ def parse(description, flags, argv=None, need_config=True, defaults=None):
         raise wrong(f"--config.{overrides[0][0]}", "an override", "a config to change", "Give --config=FILE.py too.")
     if config is not None:
         config = override(config, overrides)
-        schema.validate(config, need_rules=need_config or bool(args.config))
+        schema.validate(config, need_rules=need_rules and (need_config or bool(args.config)))
     return config, args
 
 

@@ -4,6 +4,8 @@ Mesh axes: `data`, `fsdp`, `expert`, `tensor`; a batch's rows are split over the
 stacked base is never sharded: a sharded layer axis gathers the whole stack inside the layer loop (compiled and seen).
 """
 
+import functools
+
 import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding
@@ -81,6 +83,7 @@ def row_sharding(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, P(ROWS))
 
 
+@functools.cache  # one function a mesh: programs are compiled for it
 def constrain(mesh: Mesh):
     """Pins activations `[B, ...]` to the batch's rows."""
     sharding = row_sharding(mesh)

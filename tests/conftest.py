@@ -51,7 +51,7 @@ LONGEST = (
     "engines/test_hlo", "core/test_step", "core/test_devices", "evaluation/test_report", "core/test_routing",
     "core/test_contracts", "backbones/test_families", "acceptance/test_x_lora", "training/test_disk",
     "decode/test_generate", "battery/test_forms", "engines/test_equal", "acceptance/test_rmoe", "test_notebook",
-    "acceptance/test_starts", "acceptance/test_llava_mole",
+    "acceptance/test_starts", "acceptance/test_llava_mole", "surgery/test_runs",
 )  # fmt: skip
 
 

@@ -42,13 +42,14 @@ def mixlora(**changes):
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.stem)
 def test_shipped_configs_are_valid_and_survive_json(path):
     config = flags.load(path)
-    schema.validate(config)
-    schema.validate(config.to_dict())
+    trains = not config.get("surgery")  # a surgery's rules are those of the runs that go in
+    schema.validate(config, need_rules=trains)
+    schema.validate(config.to_dict(), need_rules=trains)
     schema.check_model(config, 30, dict.fromkeys(("q", "k", "v", "o", "gate", "up", "down"), (576, 576)))
     schema.check_model(config, 4)  # random:tiny
     again = schema.from_dict(json.loads(json.dumps(schema.to_dict(config))))
     assert again == config
-    assert type(again.method.rules[min(again.method.rules)].load) is tuple
+    assert not trains or type(again.method.rules[min(again.method.rules)].load) is tuple
 
 
 GOOD = [

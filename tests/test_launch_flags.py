@@ -9,6 +9,7 @@ import pytest
 from configs import common
 from launch import flags
 from molora_jax.backbones.compile import compile_losses
+from molora_jax.catalogue.methods import SURGERIES
 from molora_jax.errors import InputError
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -84,6 +85,7 @@ def test_stages_keep_their_shares_of_the_steps(tmp_path, capsys):
 
 
 SHIPPED = sorted(file.stem for file in (ROOT / "configs").glob("*.py") if file.stem not in ("__init__", "common"))
+SHIPPED = [name for name in SHIPPED if name not in SURGERIES]  # these train nothing
 
 
 @pytest.mark.parametrize("name", SHIPPED)

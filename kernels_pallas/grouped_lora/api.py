@@ -56,6 +56,11 @@ def grouped_lora(x, A, B, idx, gates, *, implementation: str | None = None, plat
 
     Raises:
       ValueError: shapes that do not agree; an implementation that the op does not have, or that cannot run here.
+
+    >>> import jax.numpy as jnp, molora_jax as mj
+    >>> x, A, B = jnp.ones((1, 4)), jnp.ones((3, 2, 4)), jnp.ones((3, 2, 5))
+    >>> mj.grouped_lora(x, A, B, jnp.array([[0, 2]]), jnp.array([[0.5, 0.25]]))[0, 0].item()  # (0.5 + 0.25) * 2 * 4
+    6.0
     """
     sizes = check(x, A, B, idx, gates)
     name = choose(x, A, B, idx, platform=platform)[0] if implementation is None else implementation
@@ -69,7 +74,12 @@ def grouped_lora(x, A, B, idx, gates, *, implementation: str | None = None, plat
 
 
 def grouped_shrink(x, A, idx):
-    """`z[t, k] = A[e_tk] x_t`: `x [T, D]`, `A [E, R, D]`, `idx [T, K]` -> `[T, K, R]` float32, 0 at unused slots."""
+    """`z[t, k] = A[e_tk] x_t`: `x [T, D]`, `A [E, R, D]`, `idx [T, K]` -> `[T, K, R]` float32, 0 at unused slots.
+
+    >>> import jax.numpy as jnp, molora_jax as mj
+    >>> mj.grouped_shrink(jnp.ones((1, 4)), jnp.ones((3, 2, 4)), jnp.array([[1, 3]])).tolist()  # 3 experts: 3 is none
+    [[[4.0, 4.0], [0.0, 0.0]]]
+    """
     agree("grouped_shrink", x=(x, "T D"), A=(A, "E R D"), idx=(idx, "T K"))
     if len(x) == 0:
         return jnp.zeros((*idx.shape, A.shape[1]))
@@ -77,7 +87,13 @@ def grouped_shrink(x, A, idx):
 
 
 def grouped_expand(z, B, idx, gates, *, dtype):
-    """`sum_k g_tk B[e_tk] z[t, k]`: `z [T, K, R]`, `B [E, R, D]`, `idx, gates [T, K]` -> `[T, D]` in dtype."""
+    """`sum_k g_tk B[e_tk] z[t, k]`: `z [T, K, R]`, `B [E, R, D]`, `idx, gates [T, K]` -> `[T, D]` in dtype.
+
+    >>> import jax.numpy as jnp, molora_jax as mj
+    >>> z, B, gates = jnp.ones((1, 1, 2)), jnp.ones((3, 2, 2)), jnp.array([[0.5]])
+    >>> mj.grouped_expand(z, B, jnp.array([[1]]), gates, dtype=jnp.float32).tolist()
+    [[1.0, 1.0]]
+    """
     agree("grouped_expand", z=(z, "T K R"), B=(B, "E R D"), idx=(idx, "T K"), gates=(gates, "T K"))
     if len(z) == 0:
         return jnp.zeros((0, B.shape[2]), dtype)

@@ -45,6 +45,11 @@ def moe_ffn(
 
     Raises:
       ValueError: shapes that do not agree, an unknown activation or implementation.
+
+    >>> import jax.numpy as jnp, molora_jax as mj
+    >>> x, W, W_down = jnp.ones((1, 2)), jnp.ones((3, 2, 4)), jnp.ones((3, 4, 2))
+    >>> mj.moe_ffn(x, W, W, W_down, None, jnp.array([[1]]), jnp.array([[0.5]]), activation="relu")[0].tolist()
+    [[8.0, 8.0]]
     """
     sizes = check(x, gate, up, down, low, idx, gates, activation=activation, mask=mask)
     name = implementation or "tiled"

@@ -52,6 +52,11 @@ def rank_gated(x, A, B, gates, *, implementation: str | None = None, platform: s
 
     Raises:
       ValueError: shapes that do not agree; an implementation that the op does not have, or that cannot run here.
+
+    >>> import jax.numpy as jnp, molora_jax as mj
+    >>> x, A, B = jnp.ones((1, 4)), jnp.ones((3, 2, 4)), jnp.ones((3, 2, 5))
+    >>> mj.rank_gated(x, A, B, jnp.array([[0.5, 0.0, 0.25]]))[0, 0].item()  # (0.5 + 0.25) * 2 * 4
+    6.0
     """
     sizes = check(x, A, B, gates)
     name = choose(x, A, B, gates, platform=platform)[0] if implementation is None else implementation

@@ -96,6 +96,13 @@ def routed_ffn(
     Raises:
       ValueError: shapes that do not agree, an unknown activation; an implementation that the op does not have, or that
         cannot run here.
+
+    >>> import jax.numpy as jnp, molora_jax as mj
+    >>> g, z, B, A = jnp.ones((1, 4)), jnp.ones((1, 1, 2)), jnp.full((3, 2, 4), 0.5), jnp.ones((3, 2, 4))
+    >>> idx, gates = jnp.array([[1]]), jnp.array([[0.5]])
+    >>> mix, z_d = mj.routed_ffn(g, g, z, z, B, B, A, idx, gates, jnp.zeros(1), activation="relu")
+    >>> mix.tolist(), z_d.tolist()  # h = (1 + 1) (1 + 1)
+    ([[2.0, 2.0, 2.0, 2.0]], [[[16.0, 16.0]]])
     """
     sizes = check(g, u, z_g, z_u, B_g, B_u, A_d, idx, gates, base, activation=activation, mask=mask)
     name = choose(g, B_g, idx, platform=platform)[0] if implementation is None else implementation

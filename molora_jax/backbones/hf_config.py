@@ -143,3 +143,33 @@ def _window(config, family, number, where) -> tuple[int, tuple[int, ...]]:
     if type(first) is not int or first < 0:
         raise InputError(f"{where}: max_window_layers", got=hf_fields.shown(first), expected="0 or more")
     return window, tuple(range(first, layers))
+
+
+def to_hf(backbone: Backbone) -> dict:
+    """A `config.json` that `from_hf` and transformers read as this backbone: one of `families.RANDOM`, or like them.
+
+    Raises:
+      ValueError: a backbone with what this does not write (a scaled rotation, windows).
+    """
+    one = backbone
+    out = {
+        "model_type": one.family, "num_hidden_layers": one.layers, "hidden_size": one.width, "hidden_act": "silu",
+        "intermediate_size": one.ffn_width, "num_attention_heads": one.heads, "vocab_size": one.vocab,
+        "max_position_embeddings": one.context,
+    }  # fmt: skip
+    if one.family == "bert":
+        more = {"type_vocab_size": one.token_types, "layer_norm_eps": one.norm_eps, "hidden_act": one.activation}
+        out |= more | {"architectures": ["BertModel"]}
+    else:
+        out |= {
+            "num_key_value_heads": one.kv_heads, "head_dim": one.head_dim, "rms_norm_eps": one.norm_eps,
+            "rope_theta": one.rope_base, "tie_word_embeddings": one.tied,
+        }  # fmt: skip
+    if one.family == "mixtral":
+        out |= {"num_local_experts": one.experts, "num_experts_per_tok": one.active, "sliding_window": None}
+        out["intermediate_size"] = one.expert_width
+    named = {"llama": "Llama", "qwen3": "Qwen3", "mixtral": "Mixtral"}.get(one.family)
+    out |= {"architectures": [f"{named}ForCausalLM"]} if named else {}
+    if from_hf(out, where="config.json") != backbone:
+        raise ValueError(f"no config.json is written for {backbone}")
+    return out

@@ -257,6 +257,69 @@ ORGANISED = {
 }
 
 
+@dataclasses.dataclass(frozen=True)
+class Operation:
+    """A surgery: runs in, one run out. `takes`: which runs; `differs`: from the paper or its public code."""
+
+    config: str
+    title: str
+    paper: str  # arXiv id; "" for none
+    equation: str
+    takes: str
+    differs: str = ""
+
+
+SURGERIES = {
+    "lora_lego": Operation(
+        config="configs/lora_lego.py",
+        title="LoRA-LEGO",
+        paper="2409.16167",
+        equation="k-means of the units (a_i, s b_i) of all runs; the k centres get their members' mean norm; "
+        "B A = sqrt(R / k) sum_c b_c a_c^T",
+        takes="one or more of plain adapters, of any ranks",
+        differs="units are balanced (a and b of one norm) before they are clustered; k-means++ with restarts; "
+        "R is the runs' mean rank; null units stay out",
+    ),
+    "average": Operation(
+        config="configs/average.py",
+        title="Average",
+        paper="2203.05482",
+        equation="every leaf, or the changes: B A = svd_R(sum_j w_j s_j B_j A_j)",
+        takes="two or more of one method, routed ones too; `of=product`: plain adapters of one rank",
+    ),
+    "ties": Operation(
+        config="configs/ties.py",
+        title="TIES",
+        paper="2306.01708",
+        equation="trim each change to its largest entries, elect signs by mass, mean over those that agree",
+        takes="two or more of plain adapters; `of=factors`: of one rank",
+        differs="trimmed by site; the merged change is brought to rank R by SVD (`of=factors`: A and B on their own)",
+    ),
+    "task_arithmetic": Operation(
+        config="configs/task_arithmetic.py",
+        title="Task arithmetic",
+        paper="2212.04089",
+        equation="B A = sum_j w_j s_j B_j A_j, exact (rank sum_j R_j), by SVD, or peft's `linear`",
+        takes="one or more of plain adapters; `form=linear`: of one rank",
+    ),
+    "merge_into_base": Operation(
+        config="configs/merge_into_base.py",
+        title="Merge into the base",
+        paper="",
+        equation="W' = W + s B A in OUT/base, a Hugging Face folder; DoRA's factors and trained copies too",
+        takes="one without a router",
+    ),
+}
+
+
+def surgeries_table() -> str:
+    rows = ["| surgery | paper | what | takes runs | differs from the paper | config |", "|---|---|---|---|---|---|"]
+    for row in SURGERIES.values():
+        cells = [row.title, _paper(row), row.equation, row.takes, row.differs or "-", f"`--config={row.config}`"]
+        rows.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
+    return "\n".join(rows) + "\n"
+
+
 def methods_table() -> str:
     """The table of `docs/methods.md`, in Markdown."""
     head = ["method", "paper", "its own on the axes", "equation", "differs from the paper's code"]
@@ -305,4 +368,5 @@ count docstrings; what a method needed elsewhere is in [design.md](design.md).
 
 def document() -> str:
     """docs/methods.md."""
-    return "# Methods\n\nMade by `python -m launch.docs`.\n\n" + methods_table() + LEGEND
+    head = "\n## Surgeries\n\nRuns in, one run out, by `python -m launch.surgery` ([surgery.md](surgery.md)).\n\n"
+    return "# Methods\n\nMade by `python -m launch.docs`.\n\n" + methods_table() + LEGEND + head + surgeries_table()

@@ -26,7 +26,10 @@ def validate(config, *, need_rules=True):
     problems = config_checks.problems(config)
     beside = problems or objectives.train_base(config) or objectives.has_head(config)
     if need_rules and not beside and not config["method"]["rules"]:
-        problems = [wrong("method.rules", "no rule", "at least one", "Start from a config such as configs/lora.py.")]
+        fix = "Start from a config such as configs/lora.py."
+        if config.get("surgery"):
+            fix = "This config is a surgery on finished runs: python -m launch.surgery --config=FILE.py --workdir=OUT."
+        problems = [wrong("method.rules", "no rule", "at least one", fix)]
     raise_all(problems)
 
 

@@ -37,6 +37,7 @@ def problems(config):
     ]
     found += [*member_problems("optim", config["optim"], "optim"), *_objective(config), *_mesh(config), *_exact(config)]
     found += regime_problems(config)
+    found += _surgery(config)
     return found + list(_schedule(config, valid=not found))
 
 
@@ -70,6 +71,20 @@ def _objective(config):
     if "objective" in config:
         yield from member_problems("objective", config["objective"], "objectives")
     yield from objectives.problems(config)
+
+
+def _surgery(config):
+    """`surgery`: empty, or a member's options and the runs that go in; whether they are there is asked at the start."""
+    value = config.get("surgery")
+    if not value:
+        return
+    if not isinstance(value, dict):
+        yield wrong("surgery", shown(value), "a dict of options")
+        return
+    yield from member_problems("surgery", {k: v for k, v in value.items() if k != "inputs"}, "surgery")
+    inputs = value.get("inputs", ())
+    if not isinstance(inputs, (tuple, list)) or not all(isinstance(one, str) and one.strip() for one in inputs):
+        yield wrong("surgery.inputs", shown(inputs), "folders of runs: DIR or DIR@step, by commas")
 
 
 def _engine(config):

@@ -18,6 +18,8 @@ def base_problems(config):
     if not isinstance(source, str):
         return
     form, colon, name = source.partition(":")
+    if form not in SOURCES and there((path_of(source) / "config.json").is_file):
+        return  # the folder of a model, without `dir:`
     if form not in SOURCES or not name:
         yield wrong(where, shown(source), one_of(SOURCES.values()), did_you_mean(form, SOURCES) if colon else "")
     elif form in ("pkg", "random"):

@@ -97,6 +97,7 @@ FIELDS = {
     "objective": {},  # the options of the member
     "losses": {},  # checked member by member
     "optim": {},  # the options of the member
+    "surgery": {},  # the options of the member, and its inputs
     "schedule": {},  # checked stage by stage
     "regime": {},  # the options of the member
     "mesh": {
@@ -139,7 +140,7 @@ RULE = {
     "base_router": since(choice("frozen", "trained"), "frozen"),
 }
 
-LATER = ("objective", "regime")  # groups that configs of older versions lack
+LATER = ("objective", "regime", "surgery")  # groups that configs of older versions lack
 STAGE = {"steps": at_least(0), "tasks": TEXT, "freeze": TEXT, "route": choice("", "task")}
 WHOLE = dict(steps=0, tasks="", freeze="", set={}, route="", objective={})  # the one stage of a plain run
 

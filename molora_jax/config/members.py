@@ -73,6 +73,16 @@ def unlisted(axis, name):
 
 
 @functools.cache
+def classes(axis):
+    """{class: file} of an axis: its contract in `base.py`, and every public dataclass that descends from it."""
+    names = [f.stem for f in sorted((PACKAGE / axis).glob("*.py")) if not f.stem.startswith("_")]
+    found = {name: _lineage(axis, name) for name in names if name != "base"}
+    found = {name: lineage for name, lineage in found.items() if lineage and lineage[0][0].stem == "base"}
+    contracts = {lineage[0][1].name: "base" for lineage in found.values()}
+    return contracts | {lineage[-1][1].name: name for name, lineage in found.items()}
+
+
+@functools.cache
 def options(axis, name):
     """{option: Field} of a member, with those of its base classes.
 

@@ -25,6 +25,7 @@ CONTRACTS = {  # axis: its base class in `molora_jax/<axis>/base.py`, and what t
     "optim": ("Optimizer", ("make",)),
     "objectives": ("Objective", ("norm", "loss", "score")),
     "regimes": ("Regime", ("stages",)),
+    "surgery": ("Surgery", ("apply",)),
 }
 INIT = ("key", "site", "rank", "scale", "base", "base_grad")  # arguments of a start, which is a function
 ENGINE = ("MOVES", "STORES")  # of an engine, which is a module

@@ -61,11 +61,7 @@ def _rule(where, rule, *, start):
         if strange:
             yield strange
             return
-    adapter, init = rule["adapter"]["name"], limits.option(rule, "adapter.init")
-    if limits.states("inits", init, "AWAY") and not stated_with("adapters", adapter, "SUBTRACTS", "factors"):
-        able = [name for name in members("adapters") if stated_with("adapters", name, "SUBTRACTS", "factors")]
-        expected = f"a start of B A = 0: {adapter} does not take a start off, which {', '.join(able)} do"
-        yield wrong(f"{where}.adapter.init", shown(init), expected, "Choose another init or adapter.")
+    yield from check_start(where, rule)
     if sites:
         yield from _placed(where, rule, sites, start=start)
     if counts:
@@ -78,6 +74,15 @@ def covered(where, rule, num_layers=None):
         return tuple(count for count, _ in expert_counts(rule["experts"], where=f"{where}.experts"))
     layers = resolve_layers(rule["layers"], num_layers, where=f"{where}.layers")
     return resolve_experts(rule["experts"], len(layers), where=f"{where}.experts")
+
+
+def check_start(where, rule):
+    """What a start away from B A = 0 asks of the adapter."""
+    adapter, init = rule["adapter"]["name"], limits.option(rule, "adapter.init")
+    if limits.states("inits", init, "AWAY") and not stated_with("adapters", adapter, "SUBTRACTS", "factors"):
+        able = [name for name in members("adapters") if stated_with("adapters", name, "SUBTRACTS", "factors")]
+        expected = f"a start of B A = 0: {adapter} does not take a start off, which {', '.join(able)} do"
+        yield wrong(f"{where}.adapter.init", shown(init), expected, "Choose another init or adapter.")
 
 
 def check_counts(where, rule, counts):

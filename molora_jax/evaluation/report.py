@@ -17,6 +17,8 @@ import numpy as np
 
 from molora_jax.errors import InputError
 from molora_jax.evaluation import choices, intervals, plots
+from molora_jax.evaluation.progress import Phases
+from molora_jax.evaluation.run import Run, load_run
 from molora_jax.evaluation.score import chosen, score
 from molora_jax.io.files import write_atomically
 from molora_jax.runs import saved
@@ -24,8 +26,11 @@ from molora_jax.text import table
 from molora_jax.training.loss_picture import plot_loss
 
 
-def evaluate(run, *, phases) -> dict:
-    """Scores a loaded run on its test split.
+def evaluate(run, *, phases=None) -> dict:
+    """Scores a run on its test split.
+
+    Args:
+      run: of `load_run`, or its folder. phases: told how far it is; lines on standard error by default.
 
     Returns:
       The content of `report.json`.
@@ -33,6 +38,8 @@ def evaluate(run, *, phases) -> dict:
     Raises:
       InputError: no data, or no test item in any task.
     """
+    phases = Phases() if phases is None else phases
+    run = run if isinstance(run, Run) else load_run(run, warn=phases.note)
     options = run.config.eval
     phases.start("test items", 1)
     examples = run.data.heldout("test", options.num_items)

@@ -28,11 +28,15 @@ from molora_jax.data.jsonl import BadRow
 from molora_jax.data.turns import read_messages
 from molora_jax.decode import generate as decoding
 from molora_jax.errors import InputError
+from molora_jax.evaluation import measure
 from molora_jax.io.base import load_base
 from molora_jax.io.templates import characters
 from molora_jax.objectives import Objective, compile_objective
+from molora_jax.runs import parents, written
+from molora_jax.runs.metrics_file import read_rows
 from molora_jax.runs.modules import Modules, in_place
 from molora_jax.runs.opened import open_run
+from molora_jax.runs.view import View
 
 LOG = logging.getLogger("molora_jax.run")
 
@@ -43,7 +47,7 @@ class Run:
     `router_state` (nested dicts of arrays), `tokenizer`, `step` (None: the base alone), `workdir` (None likewise).
 
     `base_params`: the base as it was; `modules`: trained heads and copies, as `module_spec` makes them; `labels`: names
-    of the classes; `start`: the run as it began, where its objective looks back.
+    of the classes; `start`: the run as it began, where its objective looks back; `facts`, `digest`: of `opened.Opened`.
     """
 
     config: Any
@@ -59,6 +63,8 @@ class Run:
     module_spec: Modules = Modules()
     labels: tuple[str, ...] = ()
     start: dict | None = None
+    facts: dict = dataclasses.field(default_factory=dict)
+    digest: str = ""
 
     def __repr__(self):
         rules = ", ".join(rule.name for rule in self.model.rules) or "no rules"
@@ -176,26 +182,59 @@ class Run:
           where the rule does not act or beyond a layer's experts; `model` (one decision for all layers) is
           `[1, tokens, E]`.
         """
-        if not isinstance(text, str):
-            raise InputError("text", got=repr(text)[:80], expected="text")
-        if len(text) > render.LONGEST:
-            raise InputError("text", got=f"{len(text):,} characters", expected=f"at most {render.LONGEST:,}")
-        ids = self.tokenizer.encode(text)
-        if not 0 < len(ids) <= self.model.config.context:
-            raise InputError("text", got=f"{len(ids)} tokens", expected=f"1 to {self.model.config.context}")
-        size = decoding.round_up(len(ids))
-        tokens = np.zeros((1, size), np.int32)
-        tokens[0, : len(ids)] = ids
-        batch = {
-            "tokens": tokens,
-            "positions": np.arange(size, dtype=np.int32)[None],
-            "segment_ids": (np.arange(size)[None] < len(ids)).astype(np.int32),
-        }
+        ids = self._ids_of(text)
+        batch = measure.text_batch(self, ids)
         gates = _gates(self.params, self.adapters, self.router_state, batch, model=self.model)
         return {
             rule: {scope: np.asarray(g)[:, 0, : len(ids)] for scope, g in scopes.items()}
             for rule, scopes in gates.items()
         }
+
+    def _ids_of(self, text) -> list[int]:
+        """A text, read as it stands."""
+        if not isinstance(text, str):
+            raise InputError("text", got=repr(text)[:80], expected="text")
+        if len(text) > render.LONGEST:
+            raise InputError("text", got=f"{len(text):,} characters", expected=f"at most {render.LONGEST:,}")
+        return self.tokenizer.encode(text)
+
+    def logits(self, text) -> np.ndarray:
+        """`[tokens, V]` float32: of the token after each token of a text, read as it stands (`tokens(text)`).
+
+        Args:
+          text: or a list of token ids.
+
+        Raises:
+          InputError: no text, or one that does not fit the model's context; a base without a head.
+        """
+        return measure.logits(self, text if isinstance(text, (list, np.ndarray)) else self._ids_of(text))
+
+    def nll(self, prompt, answer):
+        """Nats a token of an answer to a prompt in the run's own template, end token included.
+
+        Args:
+          prompt, answer: a text each (-> float), or lists of N texts (-> `[N]` float64).
+
+        Raises:
+          InputError: an empty or too long text, lists of different lengths, a base without a head.
+        """
+        one = isinstance(prompt, str)
+        found = measure.nll(self, [prompt] if one else list(prompt), [answer] if one else list(answer))
+        return float(found[0]) if one else found
+
+    def metrics(self) -> list[dict]:
+        """The rows of `metrics.jsonl`, one an optimizer step; [] without any. NaN and infinities are floats."""
+        return [] if self.workdir is None else read_rows(pathlib.Path(self.workdir) / "metrics.jsonl")
+
+    def view(self, item: str = "adapters") -> View:
+        """The leaves by (rule, absolute layer, site, leaf), whatever the segments; `write_run` takes it back.
+
+        Args:
+          item: "adapters" or "router_state".
+        """
+        if item not in ("adapters", "router_state"):
+            raise InputError("item", got=repr(item), expected="adapters or router_state")
+        return View(getattr(self, item), where=item)
 
 
 def _is_conversation(prompt) -> bool:
@@ -239,7 +278,7 @@ def _put(tree):
 
 
 def load_run(workdir, step="best", *, config=None, warn=LOG.warning) -> Run:
-    """Opens the run in `workdir`.
+    """Opens the run in `workdir`, a folder or `DIR@step`.
 
     What the run is comes from the manifest of the step, which is under a checksum: a `config.json` that says otherwise
     is overruled, with a line to `warn`; an `identity.json` that does, and another base, tokenizer or chat template than
@@ -259,6 +298,39 @@ def load_run(workdir, step="best", *, config=None, warn=LOG.warning) -> Run:
     return Run(
         found.config, found.model, in_place(base, modules), items["adapters"], items["router_state"],
         found.base.tokenizer, found.step, found.folder, base, modules, found.modules, found.labels, items.get("start"),
+        found.facts, found.digest,
+    )  # fmt: skip
+
+
+def write_run(workdir, run: Run, *, view: View | None = None, config=None) -> pathlib.Path:
+    """Writes a loaded run, perhaps with other leaves, as a run of its own: load_run, evaluate, generate, a warm start
+    (`train.init_from`) and surgery open it. Its manifest names `run` as its parent, by digest.
+
+    Args:
+      workdir: a folder that is not there yet, or empty.
+      view: of `run.view()`, changed; None: the leaves as they are.
+      config: that the leaves fit, in place of the run's own.
+
+    Returns:
+      The folder; it is at step 0, without an optimizer's state.
+
+    Raises:
+      InputError: a folder that holds something, leaves that the config does not fit, NaN or Inf, a full disk.
+
+    Example:
+      >>> run = molora_jax.load_run("runs/a")
+      >>> view = run.view()
+      >>> view["all", 0, "q", "B"] = 2 * view["all", 0, "q", "B"]
+      >>> molora_jax.write_run("runs/b", run, view=view)
+    """
+    if run.workdir is None:
+        raise InputError("run", got="a base alone", expected="a run of load_run")
+    adapters = run.adapters if view is None else view.tree()
+    items = {"adapters": adapters, "router_state": run.router_state}
+    items |= {name: own for name, own in (("modules", run.modules), ("start", run.start)) if own}
+    return written.write(
+        workdir, config=run.config if config is None else config, items=items, facts=run.facts,
+        backbone=run.model.config, parents=[parents.entry(run.workdir, run.step, run.digest)],
     )  # fmt: skip
 
 

@@ -3,7 +3,7 @@
     pkg:smollm2-135m-instruct    a pinned package that carries a GGUF file (`fetch.py`)
     pkg:all-minilm-l6-v2         one that carries a Hugging Face folder, an encoder
     gguf:PATH                    a GGUF file
-    dir:PATH                     a Hugging Face folder with safetensors
+    dir:PATH                     a Hugging Face folder with safetensors; also the path of such a folder alone
     hf:ORG/NAME[@revision]       the Hugging Face hub (extra `hub`)
     random:tiny                  four random layers and a byte tokenizer; also tiny-untied (a head of its own),
                                  tiny-qwen3 (query and key norms, heads wider than the model), tiny-bert (an encoder),
@@ -46,6 +46,7 @@ class Base:
 
     `params`: nested dict of numpy arrays, as the backbone's `shapes()` says. `digest`: hex sha256 of the weights' own
     content (the GGUF file, the safetensors files, the random values), the same on every machine and for every dtype.
+    `folder`: the Hugging Face folder that it was read from (of a GGUF file the converted one), None of random values.
     """
 
     config: Backbone
@@ -53,6 +54,7 @@ class Base:
     tokenizer: tokenizer.Tokenizer
     digest: str
     source: str
+    folder: pathlib.Path | None = None
 
 
 def load_base(source: str, *, dtype: str = "float32", seed: int = 0, known=()) -> Base:
@@ -66,10 +68,18 @@ def load_base(source: str, *, dtype: str = "float32", seed: int = 0, known=()) -
 
     Raises:
       InputError: whatever is wrong with the source, in terms of what to change.
+
+    >>> import molora_jax as mj
+    >>> base = mj.load_base("random:tiny")
+    >>> base.config.layers, base.params["blocks"]["q"]["kernel"].shape
+    (4, (4, 64, 64))
     """
     if dtype not in _DTYPES:
         raise InputError("base.dtype", got=repr(dtype), expected=f"one of {', '.join(_DTYPES)}")
     scheme, _, rest = source.partition(":")
+    schemes = ("random", "pkg", "gguf", "dir", "hf")
+    if scheme not in schemes and (pathlib.Path(source).expanduser() / "config.json").is_file():
+        scheme, rest = "dir", source
     name, at, draw = rest.partition("@")
     if scheme == "random" and name in families.RANDOM and (draw.isdecimal() if at else True):
         config = families.RANDOM[name]
@@ -78,7 +88,7 @@ def load_base(source: str, *, dtype: str = "float32", seed: int = 0, known=()) -
             older = random_init.random_params(config, seed=seed, dtype=_DTYPES[dtype])
             params, digest = older if older[1] in known else (params, digest)
         return Base(config, params, tokenizer.byte_tokenizer(), digest, source)
-    if scheme not in ("pkg", "gguf", "dir", "hf") or not rest:
+    if scheme not in schemes or not rest or scheme == "random":
         raise InputError(
             "base.source", got=repr(source),
             expected="pkg:NAME, gguf:PATH, dir:PATH, hf:ORG/NAME[@revision] or "
@@ -167,7 +177,7 @@ def _load_folder(folder, dtype, source, *, digest=None):
         files = huggingface.weight_files(folder)
         joined = "\n".join(f"{path.name} {fetch.remembered_sha256(path)}" for path in files)
         digest = hashlib.sha256(joined.encode()).hexdigest()
-    return Base(config, params, text, digest, source)
+    return Base(config, params, text, digest, source, pathlib.Path(folder))
 
 
 def check_ids(text: tokenizer.Tokenizer, rows: int, *, where: str) -> None:

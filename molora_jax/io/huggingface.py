@@ -12,9 +12,11 @@ import fnmatch
 import json
 import os
 import pathlib
+import shutil
 import sys
 
 import numpy as np
+from flax.traverse_util import flatten_dict
 
 from molora_jax.backbones import hf_config
 from molora_jax.backbones.base import Backbone
@@ -148,3 +150,36 @@ def write_folder(folder: pathlib.Path, config: dict, sources: dict, tokenizer: T
     (folder / "generation_config.json").write_text(json.dumps(ends), encoding="utf-8")
     shapes = {name: shape for name, (shape, _) in sources.items()}
     tensors.write(folder / "model.safetensors", shapes, dtype, (read() for _, read in sources.values()))
+
+
+_BESIDE = (  # files of a model's folder that say what its tokenizer and its answers are
+    "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
+    "chat_template.jinja", "chat_template.json",
+)  # fmt: skip
+
+
+def write_base(folder: pathlib.Path, base) -> None:
+    """A loaded base (`io.base.Base`, perhaps with other params) as a folder that this module and `transformers` read.
+
+    Weights are float32; config and tokenizer are the files that the base was read with, else written from it.
+    """
+    shapes, params = base.config.shapes(), flatten_dict(base.params, sep="/")
+    sources = {}
+    for path, leaf in shapes.items():
+        for name, index in leaf.files():
+            value = params[path][index]
+            sources[name] = (leaf.file_shape, lambda v=value, turned=leaf.turned: v.T if turned else v)
+    if base.folder is None:
+        write_folder(folder, hf_config.to_hf(base.config), sources, base.tokenizer, np.float32)
+        return
+    for name in _BESIDE:
+        if (base.folder / name).is_file():
+            shutil.copyfile(base.folder / name, folder / name)
+    config = read_json(folder / "config.json") | {"dtype": "float32", "torch_dtype": "float32"}
+    if "tie_word_embeddings" in config or getattr(base.config, "tied", False):
+        config["tie_word_embeddings"] = bool(getattr(base.config, "tied", False))  # the file's own head may overrule it
+    (folder / "config.json").write_text(json.dumps(config, indent=1), encoding="utf-8")
+    tensors.write(
+        folder / "model.safetensors", {name: shape for name, (shape, _) in sources.items()}, np.float32,
+        (read() for _, read in sources.values()),
+    )  # fmt: skip

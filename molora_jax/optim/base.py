@@ -10,7 +10,6 @@ The learning rate is an argument of the compiled step: inside it `make` and `sch
 import dataclasses
 from typing import ClassVar, Literal
 
-import jax
 import jax.numpy as jnp
 import optax
 
@@ -62,10 +61,3 @@ class Optimizer:
 
     def make(self, total_steps: int, pairs: dict[tuple[str, str], float]) -> optax.GradientTransformation:
         raise NotImplementedError
-
-
-def restarted(opt, step):
-    """A fresh optimizer state whose schedules stand at `step`: the rate goes on, the moments begin anew."""
-    kind = optax.ScaleByScheduleState
-    place = lambda x: kind(jnp.asarray(step, x.count.dtype)) if isinstance(x, kind) else x  # noqa: E731
-    return jax.tree.map(place, opt, is_leaf=lambda x: isinstance(x, kind))

@@ -27,7 +27,6 @@ from molora_jax.core.privacy import Private
 from molora_jax.data import clients as clients_lib
 from molora_jax.data.example import seed_of
 from molora_jax.errors import InputError
-from molora_jax.optim.base import restarted
 from molora_jax.regimes.base import Regime, one_stage
 from molora_jax.text import table
 
@@ -172,9 +171,8 @@ class Federated(Regime):
         each = [knobs.replace(seed=seed) for seed in seeds]
         return jax.tree.map(lambda *leaves: np.stack(leaves), *each)
 
-    def server(self, state, sizes, frozen):
-        """The average of the clients' states `[N, ...]`: `(adapters, router_state, modules)`; traceable."""
-        weights = self.weights(sizes)
+    def server(self, state, weights, frozen):
+        """The clients' states `[N, ...]` averaged by `weights [N]`: `(adapters, router_state, modules)`; traceable."""
         trainable, still = trees.split(state.leaves, frozen)
         first = lambda x: x[0]  # noqa: E731  (frozen leaves are the same everywhere: a mean would round them)
 
@@ -187,19 +185,19 @@ class Federated(Regime):
         adapters, modules = trees.apart(whole)
         return adapters, jax.tree.map(mean, state.router_state), modules
 
-    def round(self, state, sizes, frozen, optimizer):
+    def round(self, state, weights, frozen, optimizer):
         """The clients' states at the start of the next round; traceable."""
-        adapters, router_state, modules = self.server(state, sizes, frozen)
+        adapters, router_state, modules = self.server(state, weights, frozen)
         every = lambda tree: jax.tree.map(lambda x: jnp.broadcast_to(x, (self.clients, *x.shape)), tree)  # noqa: E731
         new = state.replace(adapters=every(adapters), router_state=every(router_state), modules=every(modules))
         if self.moments == "kept":
             return new
         trainable, _ = trees.split(new.leaves, frozen)
-        return new.replace(opt=jax.vmap(lambda x, step: restarted(optimizer.init(x), step))(trainable, new.step))
+        return new.replace(opt=jax.vmap(optimizer.init)(trainable))
 
     def between(self, run, stage, state, memory):
         compiled, source = run.compiled(stage), run.source(stage)
-        state = compiled.once(self.round, state, source.sizes, compiled.frozen, compiled.optimizer)
+        state = compiled.once(self.round, state, self.weights(source.sizes))
         sent = self.bytes(run, compiled)
         over = 1 + run.stages.index(stage)
         row = {"bytes_up": sent, "bytes_down": sent, "bytes_total": 2 * sent * self.clients * over}

@@ -310,7 +310,11 @@ class Checkpoints:
         manifest = read_manifest(folder)
         for item, tree in template.items():
             if item not in manifest["tree"]:
-                raise InputError(str(folder), got=f"no item {item!r}", expected=f"one of {sorted(manifest['tree'])}")
+                raise InputError(
+                    str(folder), got=f"no item {item!r}", expected=f"one of {sorted(manifest['tree'])}",
+                    fix="A run that no training made has no optimizer state: start anew from it, in another workdir, "
+                    "with train.init_from." if item == "opt" else "",
+                )  # fmt: skip
             _match(f"{folder}: {item}", manifest["tree"][item], names(tree))
         if step not in self._verified:
             valid, reason = self.valid(step)

@@ -6,15 +6,13 @@ Whatever a run's adapter is, it is read as its factors (PiSSA's start and MoS's 
 rule's and any scale will do. A projection or layer that a run does not adapt gets zeros. R rank of the rule.
 """
 
-import jax
 import numpy as np
 
-from molora_jax import placements
 from molora_jax.backbones.compile import compile_model
-from molora_jax.core.rules import adapter_sites, layers_named
-from molora_jax.core.types import Context
+from molora_jax.core.rules import layers_named
 from molora_jax.errors import InputError
 from molora_jax.runs import saved, warm_start
+from molora_jax.runs.products import products
 
 
 def load_experts(model, adapters: dict, base_digest: str) -> dict:
@@ -46,34 +44,8 @@ def _factors(path, where, decoder, base_digest) -> dict:
     config = saved.read_config(path, step, need_base=False)
     run, found = compile_model(config, decoder), {}
     tree = warm_start.load_adapters(path, where=f"{where}.load")
-    for rule in run.rules:
-        if rule.router is not None or not placements.of(rule).LOADS:
-            got = f"whose rule {rule.name} is a mixture or a {placements.of(rule).NAME}"
-            raise refuse(got, "plain adapters: one expert, no router")
-        for site in adapter_sites(run.config, rule, run.segments):
-            segment = f"{site.layers[0]:03d}-{site.layers[-1]:03d}"
-            try:
-                leaves, shared = tree[rule.name][segment][site.name], tree[rule.name].get("shared", {})
-                fits = all(len(x) == len(site.layers) and x.dtype == np.float32 for x in jax.tree.leaves(leaves))
-            except (KeyError, TypeError, AttributeError):
-                fits = False
-            if not fits:
-                raise refuse(f"without float32 leaves of {rule.name}/{segment}/{site.name}", "what its config says")
-            blank = Context(None, None, None, None, None, site=site)
-            base = jax.ShapeDtypeStruct((site.d_in, site.d_out), np.float32)
-            one = jax.tree.map(lambda leaf: leaf[0], leaves)
-            shapes = jax.eval_shape(rule.adapter.factors, one, shared, blank.replace(base=base))
-            if any(part is not None for part in (shapes.mid, shapes.out, shapes.inp)):
-                name = type(rule.adapter).__name__
-                raise refuse(f"whose adapter is {name}", "adapters that are a product B A: others do not mix linearly")
-            for i, layer in enumerate(site.layers):
-                one = jax.tree.map(lambda leaf, i=i: leaf[i], leaves)
-                f = rule.adapter.factors(one, shared, blank)
-                pair = np.asarray(f.A[0]), rule.adapter.scale() * np.asarray(f.B[0])
-                if pair[0].shape != (len(pair[1]), site.d_in) or pair[1].shape[1:] != (site.d_out,):
-                    got = f"with A {list(pair[0].shape)} and B {list(pair[1].shape)} at {site.name} of layer {layer}"
-                    raise refuse(got, f"[R, {site.d_in}] and [R, {site.d_out}]")
-                found.setdefault((layer, site.name), []).append(pair)
+    for (_, layer, site), pair in products(run, tree, refuse=refuse).items():
+        found.setdefault((layer, site), []).append(pair)
     return found
 
 

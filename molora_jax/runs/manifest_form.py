@@ -8,7 +8,9 @@ import math
 import re
 
 # groups of a config
-SECTIONS = {"base", "data", "eval", "losses", "mesh", "method", "objective", "optim", "schedule", "train"}
+SECTIONS = {
+    "base", "data", "eval", "losses", "mesh", "method", "objective", "optim", "schedule", "surgery", "train",
+}  # fmt: skip
 DTYPE = re.compile(r"bool|bfloat16|float(8_\w{1,20}|16|32|64)|u?int(4|8|16|32|64)|complex64")
 
 
@@ -37,19 +39,35 @@ def malformed(manifest: dict) -> str:
                 return f"the leaf {item}/{name:.80}: {leaf!r:.120}"
         if any(a != b and b.startswith(f"{a}/") for a, b in _neighbours(leaves)):
             return f"a leaf below a leaf in {item}"
-    if not isinstance(files, dict):
-        return "no table of files"
-    for name, entry in files.items():
-        if not _inside(name):
-            return f"the file {name!r:.80}, which is not inside the step's folder"
-        size, digest = entry if isinstance(entry, list) and len(entry) == 2 else (None, None)
-        if not count(size) or not (isinstance(digest, str) and re.fullmatch(r"[0-9a-f]{32}", digest)):
-            return f"the file {name:.80}: {entry!r:.80}"
+    for what, table in (("files", files), ("base_files", manifest.get("base_files") or {})):
+        if not isinstance(table, dict):
+            return f"no table of {what}"
+        for name, entry in table.items():
+            if not _inside(name):
+                return f"the file {name!r:.80}, which is not inside the step's folder"
+            size, digest = entry if isinstance(entry, list) and len(entry) == 2 else (None, None)
+            if not count(size) or not _hex32(digest):
+                return f"the file {name:.80}: {entry!r:.80}"
+    for parent in _list(manifest.get("parents")):
+        if not (isinstance(parent, dict) and parent.keys() == {"path", "step", "digest"}):
+            return f"the parent {parent!r:.80}"
+        path, number, digest = parent["path"], parent["step"], parent["digest"]
+        if not (isinstance(path, str) and path.isprintable() and count(number) and _hex32(digest)):
+            return f"the parent {parent!r:.80}"
     return ""
 
 
 def count(value) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**53
+
+
+def _hex32(text) -> bool:
+    return isinstance(text, str) and re.fullmatch(r"[0-9a-f]{32}", text) is not None
+
+
+def _list(value) -> list:
+    """None is none; what is no list is an entry that is refused."""
+    return value if isinstance(value, list) else [] if value is None else [value]
 
 
 def _part(name) -> bool:

@@ -96,6 +96,20 @@ def _row(line) -> dict | None:
     return row if math.isfinite(row["step"]) else None
 
 
+def read_rows(path) -> list[dict]:
+    """The rows of a file, in order, those that are no row left out; "NaN", "Infinity" and "-Infinity" are floats."""
+    path = pathlib.Path(path)
+    rows = map(_row, path.read_bytes().splitlines() if path.is_file() else [])
+    found = [{name: _number(value) for name, value in row.items()} for row in rows if row is not None]
+    return [row | {"step": int(row["step"])} for row in found]
+
+
+def _number(value):
+    if isinstance(value, list):
+        return [_number(item) for item in value]
+    return float(value) if value in ("NaN", "Infinity", "-Infinity") else value
+
+
 def ranges(steps) -> str:
     """`[1, 2, 3, 7]` -> `1-3,7`."""
     out: list[list[int]] = []

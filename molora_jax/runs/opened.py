@@ -14,7 +14,7 @@ from molora_jax.backbones.compile import compile_model
 from molora_jax.errors import InputError
 from molora_jax.io.base import load_base
 from molora_jax.io.base_facts import base_facts, pinned
-from molora_jax.runs import identity, saved
+from molora_jax.runs import identity, parents, saved
 from molora_jax.runs.checkpoints import Checkpoints, read_manifest
 from molora_jax.runs.modules import Modules, compile_modules
 from molora_jax.runs.warm_start import check_finite
@@ -23,7 +23,11 @@ from molora_jax.runs.warm_start import check_finite
 @dataclasses.dataclass(frozen=True)
 class Opened:
     """`base` (with numpy `params`), `items`: the step's `adapters`, `router_state` and, where it has them, `modules`
-    and `start` (the run as it began, for an objective that looks back); `labels`: the classes of its rows."""
+    and `start` (the run as it began, for an objective that looks back); `labels`: the classes of its rows.
+
+    `facts`: what makes the run what it is beside its config, as `identity` takes it; `digest`: of what was read
+    (`parents.py`).
+    """
 
     config: Any
     base: Any
@@ -33,11 +37,13 @@ class Opened:
     labels: tuple[str, ...]
     step: int
     folder: pathlib.Path
+    facts: dict = dataclasses.field(default_factory=dict)
+    digest: str = ""
 
 
 def open_run(workdir, step="best", *, config=None, warn) -> Opened:
     """See `evaluation.run.load_run`; the arrays are numpy."""
-    step = saved.parse_step(step)
+    workdir, step = saved.split_step(workdir, step)
     saved_config = saved.read_config(workdir, step, warn=warn)
     folder = pathlib.Path(workdir).expanduser()
     lines = [] if config is None else _overrides(saved_config, config)
@@ -67,21 +73,37 @@ def open_run(workdir, step="best", *, config=None, warn) -> Opened:
     _same_base(facts, base_facts(base, day=day), config.base.source, folder)
     config_lib.check_model(config, base.config.layers, base.config.dims, base.config.ABSENT)
     model, labels = compile_model(config, base.config), labels_of(manifest)
-    modules = compile_modules(config, base.params, width=base.config.width, classes=len(labels))
-    params = jax.eval_shape(lambda: base.params)
-    shapes = {
-        "adapters": jax.eval_shape(lambda p: model.init_adapters(jax.random.key(0), p), params),
-        "router_state": jax.eval_shape(model.init_router_state),
-    }
-    own = modules.shapes(params)
-    if "modules" in manifest["tree"] or own:
-        shapes["modules"] = own
+    modules, shapes = item_shapes(config, model, base.params, classes=len(labels))
+    if "modules" in manifest["tree"]:
+        shapes.setdefault("modules", {})
     if "start" in manifest["tree"]:
         shapes["start"] = dict(shapes)
     stubs = jax.tree.map(lambda s: np.broadcast_to(np.zeros((), s.dtype), s.shape), shapes)  # no memory behind them
     items = checkpoints.restore(step, stubs)
     check_finite(items, where="workdir", of=f"{folder}, step {step}")
-    return Opened(config, base, model, modules, items, labels, step, folder)
+    told = recorded or manifest.get("run") or {}
+    facts = {
+        "base_digest": base.digest, "data_fingerprint": (told.get("data") or {}).get("fingerprint"),
+        "base": base_facts(base, day=day), **(told.get("extra") or {}),
+    }  # fmt: skip
+    digest = parents.digest_of(manifest, parents.base_digest(folder, manifest))
+    return Opened(config, base, model, modules, items, labels, step, folder, facts, digest)
+
+
+def item_shapes(config, model, params: dict, *, classes: int) -> tuple[Modules, dict]:
+    """The spec of the trained modules, and the shapes of `adapters`, `router_state` and (where there are) `modules`.
+
+    Args:
+      params: of the base, or their shapes. classes: of the data.
+    """
+    modules = compile_modules(config, params, width=model.config.width, classes=classes)
+    params = jax.eval_shape(lambda: params)
+    shapes = {
+        "adapters": jax.eval_shape(lambda p: model.init_adapters(jax.random.key(0), p), params),
+        "router_state": jax.eval_shape(model.init_router_state),
+    }
+    own = modules.shapes(params)
+    return modules, shapes | ({"modules": own} if own else {})
 
 
 def labels_of(manifest: dict) -> tuple[str, ...]:

@@ -16,6 +16,7 @@ from molora_jax.runs import steps as steps_lib
 from molora_jax.runs.manifest import read_manifest
 
 FIX = "Give the --workdir of a run of launch.train."
+BASE = "base"  # the folder of a run's own base, where a surgery changed it
 
 
 def read_config(workdir, step="best", *, warn=None, need_base: bool = True):
@@ -26,6 +27,7 @@ def read_config(workdir, step="best", *, warn=None, need_base: bool = True):
     that an older version did not write stand at their defaults.
 
     Args:
+      workdir: DIR or DIR@step.
       step: whose manifest is believed: `best`, `latest` or a number. warn: called with a line of text.
       need_base: False accepts a `base.source` that is not there.
 
@@ -34,6 +36,7 @@ def read_config(workdir, step="best", *, warn=None, need_base: bool = True):
     """
     if not isinstance(workdir, (str, os.PathLike)):
         raise InputError("workdir", got=repr(workdir), expected="the path of a run's folder", fix=FIX)
+    workdir, step = split_step(workdir, step)
     folder = pathlib.Path(workdir).expanduser()
     outside.no_code_from(folder)
     if not folder.is_dir():
@@ -48,7 +51,23 @@ def read_config(workdir, step="best", *, warn=None, need_base: bool = True):
     if lines and warn is not None:
         warn(f"{folder / 'config.json'} is not what the step was saved with; the step's values are used: "
              + "; ".join(lines))  # fmt: skip
+    if (folder / BASE / "config.json").is_file() and isinstance(tree.get("base"), dict):
+        own = f"dir:{folder.absolute() / BASE}"  # wherever the folder lies now
+        tree["base"] = {**tree["base"], "source": own}
     return validated(tree, where=folder / "config.json", need_base=need_base)
+
+
+def split_step(run, step="best"):
+    """`(DIR, step)` of `DIR` or `DIR@step`; a folder that is there under the whole name is meant as it stands.
+
+    Raises:
+      InputError: a step that is none.
+    """
+    text = os.fspath(run) if isinstance(run, (str, os.PathLike)) else ""
+    folder, at, own = text.rpartition("@")
+    if not at or not folder or pathlib.Path(text).expanduser().exists():
+        return run, parse_step(step)
+    return folder, parse_step(own)
 
 
 def validated(tree: dict, *, where, need_base: bool = True):
@@ -62,7 +81,9 @@ def validated(tree: dict, *, where, need_base: bool = True):
         checked = without_inputs(config)
         if not need_base:
             checked.base.source = "random:tiny"
-        config_lib.validate(checked)
+        if config.get("surgery"):
+            checked.surgery = config_lib.from_dict({})  # it is done: whose it was need not be here any more
+        config_lib.validate(checked, need_rules=not config.get("surgery"))  # a surgery may leave a base alone
     except InputError as error:
         if error.got != "an unknown field":
             raise

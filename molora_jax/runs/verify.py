@@ -4,7 +4,7 @@
      "steps": [{"step": N, "valid": bool, "reason": ""}, ...], "problems": [TEXT, ...], "notes": [TEXT, ...]}
 
 A problem is something that is not what was written or that contradicts a step; a note is what a healthy folder may
-have, such as the temporaries of a killed process or a row that a file lost and says so.
+have, such as the temporaries of a killed process, a row that a file lost and says so, or a parent that is gone.
 """
 
 import dataclasses
@@ -14,9 +14,9 @@ import pathlib
 from molora_jax.config import defaults as config_defaults
 from molora_jax.config import outside
 from molora_jax.errors import InputError
-from molora_jax.runs import identity, saved
+from molora_jax.runs import identity, parents, saved
 from molora_jax.runs import steps as steps_lib
-from molora_jax.runs.manifest import read_manifest
+from molora_jax.runs.manifest import damaged_file, read_manifest
 from molora_jax.runs.metrics_file import look
 
 
@@ -48,6 +48,10 @@ def verify(folder, *, deep: bool = False) -> dict:
     problems += _of_config(folder, newest)
     more, few = _of_identity(folder, manifests)
     problems, notes = problems + more, notes + few
+    for step, manifest in manifests.items():
+        wrong = damaged_file(folder / saved.BASE, manifest.get("base_files") or {})
+        problems += [f"{saved.BASE}, which step {step} stands on: {wrong}"] * bool(wrong)
+        notes += parents.changed(manifest)
     turn = (newest or {}).get("turn", 1)
     turn = turn if isinstance(turn, int) and 1 <= turn <= 10_000 else 1
     lost = _of_metrics(folder, valid[-1] if valid else None, turn)

@@ -5,10 +5,10 @@ import pathlib
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from molora_jax.core.rules import layers_named
 from molora_jax.errors import InputError
 from molora_jax.runs import identity
 from molora_jax.runs.checkpoints import Checkpoints, read_manifest
+from molora_jax.runs.view import View, cut, keys_of
 
 ITEMS = ("adapters", "router_state")
 
@@ -25,9 +25,9 @@ def start(run: str, shapes: dict, *, base_digest: str, where: str = "train.init_
     check_base(run, manifest, base_digest, where=where)
     stubs = {item: unflatten_dict(_stubs(manifest, item, where), sep="/") for item in shapes}
     for item, new in shapes.items():
-        recut(stubs[item], new, where=where, dry=True)
+        cut(View(stubs[item], where=where), new, where=where, dry=True)
     values = load(run, tuple(shapes), where=where)
-    return {item: recut(values[item], new, where=where) for item, new in shapes.items()}
+    return {item: cut(View(values[item], where=where), new, where=where) for item, new in shapes.items()}
 
 
 def newest(run: str, *, where: str) -> tuple[pathlib.Path, int, dict]:
@@ -116,20 +116,14 @@ def carried(old: dict, new: dict) -> tuple[dict, list[str]]:
 
     Both are nested dicts of numpy arrays of one run, before and after its rules changed.
     """
-    layers, shared = _by_layer(old, "a stage")
-    out, anew = {}, []
+    rows, out, anew = View(old, where="a stage"), {}, []
     for path, leaf in flatten_dict(new, sep="/").items():
-        rule, segment, *rest = path.split("/")
-        if segment == "shared":
-            rows = [shared.get(path)]
-            fits = rows[0] is not None and (rows[0].shape, rows[0].dtype) == (leaf.shape, leaf.dtype)
-            out[path] = rows[0] if fits else leaf
-        else:
-            start, name, fits, out[path] = int(segment.split("-")[0]), "/".join(rest), False, np.array(leaf)
-            for i in range(len(leaf)):
-                row = layers.get((rule, start + i, name))
-                if row is not None and (row.shape, row.dtype) == (leaf.shape[1:], leaf.dtype):
-                    out[path][i], fits = row, True
+        fits, out[path] = False, np.array(leaf)
+        for i, key in enumerate(keys_of(path, "a stage")):
+            place = ... if key.layer is None else i
+            row = rows.get(key)
+            if row is not None and (row.shape, row.dtype) == (out[path][place].shape, leaf.dtype):
+                out[path][place], fits = row, True
         if not fits:
             anew.append(path)
     return unflatten_dict(out, sep="/"), anew
@@ -146,53 +140,3 @@ def _stubs(manifest, item, where) -> dict:
     if leaves is None:
         raise InputError(where, got=f"a step without {item}", expected="the checkpoint of a run of launch.train")
     return {name: np.broadcast_to(np.zeros((), np.dtype(v["dtype"])), v["shape"]) for name, v in leaves.items()}
-
-
-def recut(old: dict, new: dict, *, where: str = "train.init_from", dry: bool = False) -> dict:
-    """`old`'s values in the shape of `new` (nested dicts of arrays): layer by layer, whatever the segments.
-
-    `dry` only compares.
-
-    Raises:
-      InputError: a leaf or a layer that `old` does not have, or has in another shape or dtype.
-    """
-    layers, shared = _by_layer(old, where)
-    out = {}
-    for path, leaf in flatten_dict(new, sep="/").items():
-        rule, segment, *rest = path.split("/")
-        name = "/".join(rest)
-        if segment == "shared":
-            out[path] = _same(shared.get(path), leaf.shape, leaf.dtype, path, where)
-            continue
-        rows = [_same(layers.get((rule, i, name)), leaf.shape[1:], leaf.dtype, f"{rule}, layer {i}, {name}", where)
-                for i in layers_named(segment)]  # fmt: skip
-        if not dry:
-            out[path] = np.stack(rows)
-    return unflatten_dict(out, sep="/")
-
-
-def _by_layer(tree, where):
-    layers, shared = {}, {}
-    for path, leaf in flatten_dict(tree, sep="/").items():
-        rule, segment, *rest = path.split("/") if "/" in path else (path, "")
-        if segment == "shared":
-            shared[path] = leaf
-            continue
-        own = layers_named(segment)
-        if own is None or not rest or np.ndim(leaf) < 1 or len(leaf) != len(own):
-            raise InputError(
-                where, got=f"a leaf {path} {list(np.shape(leaf))}", expected="RULE/FIRST-LAST/SITE/LEAF [L, ...]"
-            )
-        for layer, row in zip(own, np.asarray(leaf), strict=True):
-            layers[rule, layer, "/".join(rest)] = row
-    return layers, shared
-
-
-def _same(value, shape, dtype, name, where):
-    if value is None or tuple(value.shape) != tuple(shape) or value.dtype != dtype:
-        got = "nothing" if value is None else f"{value.dtype}{list(value.shape)}"
-        raise InputError(
-            where, got=f"{got} for {name}", expected=f"{dtype}{list(shape)}",
-            fix="Start from a run whose rules have the same sites, experts and rank.",
-        )  # fmt: skip
-    return np.asarray(value)

@@ -120,6 +120,11 @@ class Group:
                 program.model, states[0].adapters, program.frozen, trees.count(self.first.params), states[0].modules
             )
         )
+        told = set()
+        for name, run in zip(self.names, self.runs, strict=True):
+            if run.data.fingerprint not in told:
+                self.note(f"{name}:\n{run.table}")
+                told.add(run.data.fingerprint)
         self._write_names()
         for run, state in zip(self.runs, states, strict=True):
             if start == 0 and not run.checkpoints.steps():
@@ -303,7 +308,6 @@ def agree(runs: dict[str, Run]):
         run.targets_per_row = bound
         for stage, program in run.programs.items():
             run.programs[stage] = _common(name, program, segments, same_names)
-        run.share_compiled(first)
     for name, run in others:
         for stage, program in run.programs.items():
             own, one = (vars(p) for p in (program, first.programs[stage]))

@@ -28,7 +28,6 @@ from molora_jax.io import disk
 from molora_jax.io.files import write_atomically
 from molora_jax.objectives import Frozen, Objective
 from molora_jax.objectives.held_out import example_nll
-from molora_jax.optim.base import restarted
 from molora_jax.regimes import compile_regime, stage_at
 from molora_jax.runs import expert_runs, warm_start
 from molora_jax.runs import saved as saved_lib
@@ -39,12 +38,11 @@ from molora_jax.runs.obstacles import not_saved, obstacles, stop_trace
 from molora_jax.runs.workdir import Workdir
 from molora_jax.text import table
 from molora_jax.training import many, summary
-from molora_jax.training.devices import Devices
 from molora_jax.training.exact import ExactNLL
 from molora_jax.training.examples import mean_squares
 from molora_jax.training.frozen import START
 from molora_jax.training.loss_picture import plot_loss
-from molora_jax.training.programs import CompiledStep, Program, knobs_of, program_of
+from molora_jax.training.programs import CompiledStep, Program, compiled_step, knobs_of, program_of
 from molora_jax.training.setup import setup
 from molora_jax.training.signals import StopRequest
 from molora_jax.training.step import TrainState
@@ -136,12 +134,8 @@ class Run:
         if program not in self._compiled:
             later = {self.programs[s.name] for s in self.stages if s.start >= stage.start}  # what is over gives way
             kept = {old: step for old, step in self._compiled.items() if old in later}
-            self._compiled = kept | {program: CompiledStep(self, program)}
+            self._compiled = kept | {program: compiled_step(self, program)}
         return self._compiled[program]
-
-    def share_compiled(self, other: "Run"):
-        """With a run of equal programs."""
-        self._compiled = other._compiled
 
     def source(self, stage):
         """The rows of a stage; stages of the same tasks read on in the same ones."""
@@ -169,7 +163,7 @@ class Run:
             return state
         compiled, sizes = self.compiled(stage), self.source(stage).sizes
         if self._server is None:
-            average = lambda s: self.regime.server(s, sizes, compiled.frozen)  # noqa: E731
+            average = lambda s: self.regime.server(s, self.regime.weights(sizes), compiled.frozen)  # noqa: E731
             places = compiled.shardings
             self._server = jax.jit(average, out_shardings=(places.adapters, places.router_state, places.modules))
         adapters, router_state, modules = self._server(state)
@@ -198,7 +192,7 @@ class Run:
         stage = self.compiled(stage_at(self.stages, step or 0))
         self.memory = self.regime.memory(self)
         if step is None:
-            state = self.make(stage.start, stage.shardings)(self.params, self.knobs[self.stages[0].name].seed)
+            state = stage.make_start(self.params, self.knobs[self.stages[0].name].seed)
             if self.config.train.init_from:
                 shapes = {item: getattr(stage.shapes, item) for item in warm_start.ITEMS}
                 new = warm_start.start(self.config.train.init_from, shapes, base_digest=self.base.digest)
@@ -318,11 +312,9 @@ class Run:
         return state, row
 
     def fresh_moments(self, compiled: CompiledStep, state: TrainState) -> TrainState:
-        """A fresh optimizer state; the schedule of the learning rate goes on."""
+        """A fresh optimizer state; the learning rate is the step's in any case."""
         trainable, _ = trees.split(state.leaves, compiled.frozen)
-        make = lambda leaves, step: restarted(compiled.optimizer.init(leaves), step)  # noqa: E731
-        opt = jax.jit(make, out_shardings=compiled.shardings.opt)(trainable, state.step)
-        return dataclasses.replace(state, opt=opt)
+        return dataclasses.replace(state, opt=compiled.make_opt(trainable))
 
     def squares(self, stage, state: TrainState, rows: int) -> dict:
         """The mean over `rows` training examples of a stage's tasks of their squared gradients."""
@@ -334,13 +326,12 @@ class Run:
         if _forms(state) != _forms(compiled.shapes):
             state = self._carried(stage, compiled, state)
         trainable, _ = trees.split(state.leaves, compiled.frozen)
-        opt = self.make(compiled.optimizer.init, compiled.shardings.opt)(trainable)
-        return dataclasses.replace(state, opt=opt)
+        return dataclasses.replace(state, opt=compiled.make_opt(trainable))
 
     def _carried(self, stage, compiled, state: TrainState) -> TrainState:
         """What the stage before trained, where a leaf (by absolute layer) still has its shape; others start anew."""
         seed = self.knobs[stage.name].seed
-        new = jax.device_get(self.make(compiled.start, compiled.shardings)(self.params, seed))
+        new = jax.device_get(compiled.make_start(self.params, seed))
         put = {}
         for item in ("adapters", "router_state"):
             tree, anew = warm_start.carried(jax.device_get(getattr(state, item)), getattr(new, item))
@@ -351,10 +342,6 @@ class Run:
         modules |= {k: v for k, v in flatten_dict(jax.device_get(state.modules), sep="/").items() if k in modules}
         modules = sharding.put(unflatten_dict(modules, sep="/"), compiled.shardings.modules)
         return dataclasses.replace(state, **put, modules=modules)
-
-    def make(self, function, shardings):
-        """What makes a part of the state from arrays on the mesh."""
-        return Devices(self.mesh).once(function) if self.exact else jax.jit(function, out_shardings=shardings)
 
     # ---- evaluation ------------------------------------------------------------------------------------------------
 
@@ -403,12 +390,14 @@ def train(config, workdir: str, *, profile: bool = False, note=None) -> Result:
     """Trains, or goes on with, the run in `workdir`.
 
     Args:
-      config: validated. profile: writes a trace of steps 3 to 5 of this start to `workdir/profile`.
+      config: with the fields of `configs/common.py`.
+      profile: writes a trace of steps 3 to 5 of this start to `workdir/profile`.
       note: where lines of text go; by default the progress line's own stream.
 
     Raises:
       InputError: before anything is compiled, for anything that is the user's to change.
     """
+    config_lib.validate(config)
     writer = jax.process_index() == 0
     progress = Progress(config.train.steps, log_every=config.train.log_every)
     note = note or (progress.note if writer else lambda text: None)

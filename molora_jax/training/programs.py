@@ -4,10 +4,12 @@ Stages of equal programs share one compiled step, whatever their names.
 """
 
 import dataclasses
+import functools
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from flax.traverse_util import flatten_dict, unflatten_dict
 
 from molora_jax import config as config_lib
 from molora_jax import runtime, sharding
@@ -22,6 +24,7 @@ from molora_jax.optim import OPTIMIZERS
 from molora_jax.optim.base import Optimizer
 from molora_jax.runs.modules import Modules, compile_modules
 from molora_jax.training import many
+from molora_jax.training.devices import Devices
 from molora_jax.training.exact import ExactStep
 from molora_jax.training.setup import place
 from molora_jax.training.step import Knobs, fresh, make_step
@@ -98,17 +101,30 @@ def program_of(run, stage) -> Program:
     )
 
 
-class CompiledStep:
-    """A program's optimizer, its state's shapes and places, and its step, compiled at its first use.
+def compiled_step(run, program: Program) -> "CompiledStep":
+    """The step of a program under a run's mesh and batch; the last few are kept for other runs of this process."""
+    shapes = flatten_dict(jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), run.params))
+    return _compiled_step(
+        program, tuple(shapes.items()), run.mesh, run.config.train.accumulate, run.targets_per_row, run.exact
+    )
 
-    `shapes`, `shardings` are of one run; `loop_shapes`, `loop_shardings` of what the loop carries: with runs side by
-    side their axis is in front.
+
+@functools.lru_cache(maxsize=4)
+def _compiled_step(program, shapes, mesh, accumulate, targets_per_row, exact):
+    return CompiledStep(program, unflatten_dict(dict(shapes)), mesh, accumulate, targets_per_row, exact)
+
+
+class CompiledStep:
+    """A program's optimizer, its state's shapes and places, and its step, compiled at its first use; no arrays.
+
+    `params`: of shapes. `shapes`, `shardings` are of one run; `loop_shapes`, `loop_shardings` of what the loop carries:
+    with runs side by side their axis is in front.
     """
 
-    def __init__(self, run, program: Program):
-        self.program, self.model, self.frozen, self.exact = program, program.model, program.frozen, run.exact
+    def __init__(self, program: Program, params: dict, mesh, accumulate: int, targets_per_row: int, exact: bool):
+        self.program, self.model, self.frozen, self.exact = program, program.model, program.frozen, exact
         init = lambda p: self.model.init_adapters(jax.random.key(0), p)  # noqa: E731
-        trainable, _ = trees.split(jax.eval_shape(init, run.params), self.frozen)
+        trainable, _ = trees.split(jax.eval_shape(init, params), self.frozen)
         pairs = trees.pairs(self.model, trainable)
         self.optimizer = program.optimizer.make(program.total, pairs)  # whose state no rate changes
 
@@ -116,8 +132,8 @@ class CompiledStep:
             member = program.optimizer.at(rates)
             return member.make(program.total, pairs), member.schedule(program.total)
 
-        shapes = jax.eval_shape(self.start, run.params, 0)
-        self.shardings = sharding.state_shardings(shapes, self.model, run.mesh)
+        shapes = jax.eval_shape(self.start, params, 0)
+        self.shardings = sharding.state_shardings(shapes, self.model, mesh)
         self.shapes = jax.tree.map(
             lambda s, where: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=where), shapes, self.shardings
         )
@@ -127,19 +143,21 @@ class CompiledStep:
             wide = lambda s, where: jax.ShapeDtypeStruct((N, *s.shape), s.dtype, sharding=where)  # noqa: E731
             self.loop_shapes = jax.tree.map(wide, self.shapes, self.loop_shardings)
         options = dict(
-            frozen=self.frozen, accumulate=run.config.train.accumulate, clip=program.clip,
-            targets_per_row=run.targets_per_row, rated=rated,
-        )  # fmt: skip
-        made = self.model, self.optimizer, None
+            frozen=self.frozen, accumulate=accumulate, clip=program.clip, targets_per_row=targets_per_row, rated=rated
+        )
+        parts = self.model, self.optimizer, None
         if self.exact:
-            self.step = ExactStep(*made, mesh=run.mesh, **options)
+            self.step = ExactStep(*parts, mesh=mesh, **options)
         else:
             own = dict(objective=program.objective, head=program.head, penalties=program.penalties, each=program.each)
-            constrain = run.constrain if program.each is None else lambda x: x
-            self.plain = make_step(*made, constrain=constrain, **own, **options)  # not jitted: for `many.over_runs`
+            constrain = sharding.constrain(mesh) if program.each is None else lambda x: x
+            self.plain = make_step(*parts, constrain=constrain, **own, **options)  # for `many.over_runs`
             step = many.over_runs(self.plain) if N else self.plain
-            places = self.loop_shardings, sharding.replicated(run.mesh)
+            places = self.loop_shardings, sharding.replicated(mesh)
             self.step = jax.jit(step, donate_argnums=0, out_shardings=places)
+        made = Devices(mesh).once if exact else lambda function, places: jax.jit(function, out_shardings=places)
+        self.make_start = made(self.start, self.shardings)  # as `start`, on the mesh
+        self.make_opt = made(self.optimizer.init, self.shardings.opt)
         self.ready = False
         self._once, self.squares = {}, None
 
@@ -155,11 +173,11 @@ class CompiledStep:
         return jax.jit(every, out_shardings=self.loop_shardings)(state) if N else state
 
     def once(self, function, state, *given):
-        """`function(state, *given)`, jitted and kept: the next state of the loop."""
-        if function not in self._once:
-            made = lambda state: function(state, *given)  # noqa: E731
+        """`function(state, *given, frozen, optimizer)`, jitted and kept: the next state of the loop. given: arrays."""
+        if function not in self._once:  # kept for other runs of this program: nothing of one run may be inside
+            made = lambda *arrays: function(*arrays, self.frozen, self.optimizer)  # noqa: E731
             self._once[function] = jax.jit(made, out_shardings=self.loop_shardings)
-        return self._once[function](state)
+        return self._once[function](state, *given)
 
     def fresh_memory(self, penalty) -> dict:
         """What a penalty remembers at first, on the mesh."""

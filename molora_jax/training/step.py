@@ -261,7 +261,8 @@ def make_update(model, optimizer, schedule, *, clip: float, frozen, rated=None):
             norm = optax.tree.norm(grads)
             loss = out["objective"] + sum(weights[n] * v for n, v in out["aux"].items())
             scale = jnp.minimum(1.0, clip / jnp.maximum(norm, 1e-12)) if clip else 1.0
-            updates, opt = moves.update(jax.tree.map(lambda g: g * scale, grads), state.opt, trainable)
+            before = at_step(state.opt, state.step)
+            updates, opt = moves.update(jax.tree.map(lambda g: g * scale, grads), before, trainable)
             for rule in model.rules:
                 if rule.name in updates:
                     updates[rule.name] = rule.adapter.update_mask(updates[rule.name], state.step)
@@ -294,6 +295,16 @@ def make_update(model, optimizer, schedule, *, clip: float, frozen, rated=None):
         return state, metrics
 
     return update
+
+
+def at_step(opt, step: Array):
+    """An optimizer's state whose learning rate is that of the run's step.
+
+    A stage begins with a fresh state, and a step that is not finite leaves it as it was: its own count would begin the
+    schedule again, or fall behind.
+    """
+    counted = lambda part: isinstance(part, optax.ScaleByScheduleState)  # noqa: E731
+    return jax.tree.map(lambda part: part._replace(count=step) if counted(part) else part, opt, is_leaf=counted)
 
 
 def update_routers(model, state: dict, sums: dict) -> dict:

@@ -220,7 +220,8 @@ def test_options_may_be_set_by_flags_and_are_known(package):
 
 
 def test_every_axis_of_a_config_has_a_contract():
-    axes = {"adapters", "routers", "placements", "losses", "inits", "optim", "objectives", "engines", "regimes"}
+    axes = {"adapters", "routers", "placements", "losses", "inits", "optim", "objectives", "engines"}
+    axes |= {"surgery", "regimes"}
     assert {*outside.OPEN} == axes
     with pytest.raises(InputError, match="takes none from outside"):
         outside.load("backbones", "mypackage.more:Louder", "base")

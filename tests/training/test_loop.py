@@ -15,13 +15,13 @@ import pytest
 from flax.traverse_util import flatten_dict
 
 from molora_jax import config as config_lib
-from molora_jax.config.fields import PROJECTIONS
 from molora_jax.errors import InputError
 from molora_jax.evaluation.run import load_run
 from molora_jax.runs import warm_start
 from molora_jax.runs.checkpoints import Checkpoints, read_manifest
 from molora_jax.runs.workdir import Workdir
 from molora_jax.training.loop import Run, train
+from tests.data.fakes import numbered
 
 ROOT = pathlib.Path(__file__).parents[2]
 FIELDS = {"step", "loss", "lm_loss", "aux/balance", "grad_norm", "lr", "tokens", "seconds"}
@@ -74,11 +74,12 @@ def test_resume_is_bit_exact(whole, tmp_path):
     assert leaves(tmp_path, 6) == leaves(whole[0], 6)  # digests included
 
 
-def test_twenty_steps_are_ten_and_ten(tmp_path):
+def test_a_run_is_its_two_halves(tmp_path):
     """With accumulation, router noise, evaluation and several passes over the data."""
+    few = numbered(tmp_path / "few.jsonl", 40)
 
     def config(**fields):
-        result = tiny(steps=20, eval_every=4, **fields)
+        result = tiny(tasks=few, steps=6, eval_every=3, **fields)
         result.train.accumulate = 2
         result.mesh.update(data=2, fsdp=2, tensor=2)
         result.method.rules.ffn.router.jitter = 0.1
@@ -86,10 +87,12 @@ def test_twenty_steps_are_ten_and_ten(tmp_path):
         return result
 
     start(config(), tmp_path / "whole")
-    start(config(stop_after=10), tmp_path / "broken")
+    start(config(stop_after=3), tmp_path / "broken")
     start(config(), tmp_path / "broken")
     assert rows(tmp_path / "broken") == rows(tmp_path / "whole")
-    assert leaves(tmp_path / "broken", 20) == leaves(tmp_path / "whole", 20)
+    assert leaves(tmp_path / "broken", 6) == leaves(tmp_path / "whole", 6)
+    table = json.loads((tmp_path / "whole" / "data.json").read_text())
+    assert table["epoch_steps"] < 3
 
 
 def test_a_trace_needs_steps_and_never_costs_the_run(tmp_path):
@@ -188,8 +191,9 @@ def test_warm_start_recuts_segments(whole, tmp_path):
 
 
 def biased(**fields):
-    """SMoRA with a load bias that moves visibly."""
+    """SMoRA on two projections with a load bias that moves visibly."""
     config = tiny("smora", steps=4, **fields)
+    config.method.rules["all"].sites = "q,down"
     config.method.rules["all"].router.bias_rate = 1e-3
     config.eval.num_items = 4
     return config
@@ -217,7 +221,7 @@ def test_router_state_passes_over_evaluations_stops_and_meshes(evaluated, tmp_pa
     )
     saved = load_bias(warm_start.load(str(evaluated))["router_state"])
     steps = np.concatenate([b.ravel() for b in saved.values()]) / 1e-3
-    assert saved.keys() == {f"all/000-003/router/{site}/b" for site in PROJECTIONS}
+    assert saved.keys() == {f"all/000-003/router/{site}/b" for site in ("q", "down")}
     assert np.abs(steps).max() > 1 and np.abs(steps).max() <= 4 + 1e-3, "at most bias_rate a step"
     one = load_run(str(evaluated))  # on one device
     config = biased()
@@ -260,6 +264,9 @@ def test_stages_freeze_and_go_on(tmp_path):
     start(config, again)
     assert rows(again) == rows(tmp_path) and leaves(again, 4) == leaves(tmp_path, 4)
     assert rows(tmp_path)[3]["lr"] > rows(tmp_path)[1]["lr"]
+    second, third = (load_run(f"{tmp_path}@{step}").adapters for step in (2, 3))
+    moved = max(np.abs(a - b).max() for a, b in zip(*map(jax.tree.leaves, (second, third)), strict=True))
+    assert moved == pytest.approx(rows(tmp_path)[2]["lr"], rel=1e-3), "a fresh Adam moves by the rate of the run's step"
 
 
 @pytest.mark.parametrize("steps, given_up", [(20, 5), (3, 3)])

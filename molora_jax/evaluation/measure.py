@@ -1,0 +1,88 @@
+"""What a loaded run says of texts: logits, and the NLL of answers. S positions, V vocabulary, N answers."""
+
+import functools
+
+import jax
+import numpy as np
+
+from molora_jax.backbones.base import needs_head
+from molora_jax.config.resolve import resolve_template_args
+from molora_jax.data import render
+from molora_jax.data.example import Example
+from molora_jax.data.packing import empty_batch, write_segment
+from molora_jax.decode.generate import round_up
+from molora_jax.errors import InputError
+from molora_jax.objectives.held_out import example_nll
+
+
+def text_batch(run, ids) -> dict:
+    """A batch of one row `[1, S]` for a text's ids, padded to a size that many texts share."""
+    if not 0 < len(ids) <= run.model.config.context:
+        raise InputError("text", got=f"{len(ids)} tokens", expected=f"1 to {run.model.config.context}")
+    size = round_up(len(ids))
+    tokens = np.zeros((1, size), np.int32)
+    tokens[0, : len(ids)] = ids
+    return {
+        "tokens": tokens,
+        "positions": np.arange(size, dtype=np.int32)[None],
+        "segment_ids": (np.arange(size)[None] < len(ids)).astype(np.int32),
+    }
+
+
+def logits(run, ids) -> np.ndarray:
+    needs_head(run.model.config, "logits", "base.source")
+    found = _logits(run.params, run.adapters, run.router_state, text_batch(run, ids), model=run.model)
+    return np.asarray(found)[0, : len(ids)]
+
+
+@functools.partial(jax.jit, static_argnames="model")
+def _logits(params, adapters, router_state, batch, *, model):
+    return model.logits(params, model.hidden(params, adapters, router_state, batch)[0])
+
+
+def nll(run, prompts: list[str], answers: list[str]) -> np.ndarray:
+    """`[N]` float64: mean over an answer's tokens, end token included, of -log p in nats, as the training counts it."""
+    needs_head(run.model.config, "the NLL of an answer", "base.source")
+    for where, texts in (("prompt", prompts), ("answer", answers)):
+        for text in texts:
+            if not isinstance(text, str) or not text.strip():
+                raise InputError(where, got=repr(text)[:80], expected="some text")
+    if len(prompts) != len(answers):
+        raise InputError("answer", got=f"{len(answers)} texts", expected=f"one for each of {len(prompts)} prompts")
+    encoded = [_encoded(run, *pair) for pair in zip(prompts, answers, strict=True)]
+    longest = max((len(one.ids) - 1 for one in encoded), default=0)
+    if longest > run.model.config.context:
+        raise InputError("prompt", got=f"{longest} tokens", expected=f"at most {run.model.config.context}")
+    rows = max(1, min(len(encoded), run.config.eval.batch_size))
+    size, batches = round_up(max(longest, 1)), []
+    for first in range(0, len(encoded), rows):
+        batch = empty_batch(rows, size, pad_id=run.tokenizer.pad_id)
+        batch["example_index"] = np.full((rows, size), -1, np.int32)
+        for row, one in enumerate(encoded[first : first + rows]):
+            ids = np.asarray(one.ids, np.int32)
+            write_segment(batch, row, 0, 1, ids=ids, mask=one.loss_mask, task_id=0, example_id=first + row)
+            batch["example_index"][row] = first + row
+        batches.append(batch)
+    sums = example_nll(
+        run.model, run.params, run.adapters, run.router_state, batches, len(encoded), mesh=run.mesh,
+        targets_per_row=size, constrain=_as_it_is,
+    )  # fmt: skip
+    return sums["nll"] / sums["tokens"]
+
+
+def _as_it_is(x):
+    """One device: nothing to constrain."""
+    return x
+
+
+def _encoded(run, prompt: str, answer: str):
+    data = run.config.data
+    text = prompt + answer if data.get("raw", False) else None
+    example = Example(task="", prompt="" if text else prompt, target=answer, group="", text=text)
+    (found,) = render.encode_examples(
+        run.tokenizer, [example], system=data.system, train_on="last",
+        template_args=resolve_template_args(data.get("template_args", "")),
+    )  # fmt: skip
+    if isinstance(found, render.Refused):
+        raise InputError("prompt", got=found.got, expected=found.expected, fix=found.fix)
+    return found

@@ -1,0 +1,183 @@
+"""What the routers of a model decided in one call, as it was sown: losses, the routers' own updates, statistics.
+
+The collection `routing` holds a `Sown` for every decision, at the path of its module; under `nn.scan` its arrays lead
+with the layers. L layers, B batch, S sequence, E experts.
+"""
+
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+
+from molora_jax.config.fields import wrong
+from molora_jax.core import routing as routing_math
+from molora_jax.core.types import Array, Context, Routing
+from molora_jax.losses.base import Loss
+from molora_jax.modules.members import member
+
+NAME = "experts"  # under which a module sows
+
+
+@flax.struct.dataclass
+class Sown:
+    """One decision: `decision.gates [B, S, E]` and so on (`core.types.Routing`), the `sums` of the router's update,
+    `counts [2]` slots sent and dropped where an engine may drop them, and the router."""
+
+    decision: Routing
+    sums: dict
+    counts: Array | None
+    router: Any = flax.struct.field(pytree_node=False)
+
+    @property
+    def stacked(self) -> int:
+        """Leading axes, of `nn.scan` or `nn.vmap`."""
+        return self.decision.valid.ndim - 2
+
+    def over_layers(self, function, *trees):
+        """`function` of each layer's trees; its results lead with one axis of layers (one where nothing is stacked)."""
+        join = lambda x: x.reshape(-1, *x.shape[self.stacked :])  # noqa: E731
+        return jax.vmap(function)(*jax.tree.map(join, trees))
+
+
+def entries(sown) -> list[tuple[tuple[str, ...], Sown]]:
+    """`(path of the module, its decision)` of all that was sown; `sown` as `mutable=["routing"]` returned it.
+
+    Raises:
+      InputError: nothing was.
+    """
+    tree = sown["routing"] if "routing" in sown else sown
+    found = jax.tree_util.tree_leaves_with_path(tree, is_leaf=lambda leaf: isinstance(leaf, Sown))
+    found = [(tuple(str(key.key) for key in path[:-2]), leaf) for path, leaf in found if isinstance(leaf, Sown)]
+    if not found:
+        fix = 'Call with mutable=["routing"] and pass on the second of what it returns; no router, nothing sown.'
+        raise wrong("sown", "no decision of a router", "what was sown in the collection routing", fix)
+    return found
+
+
+def routing_loss(sown, loss, *, segment_ids=None, task_ids=None, tasks: tuple[str, ...] = ()) -> Array:
+    """The value of a routing loss on what was sown, to be multiplied by a weight of your own.
+
+    Args:
+      sown: what a call with `mutable=["routing"]` returned second.
+      loss: a member (`mj.ZLoss()`) or `dict(name="entropy", kind="tsallis")`.
+      segment_ids: `[B, S]` int, 0 at padding, for losses an example (by default a row is one example).
+      task_ids: `[B, S]` int, indices into `tasks`, for losses that tell tasks apart.
+
+    Returns:
+      A float32 scalar.
+
+    >>> import jax, molora_jax as mj
+    >>> layer = mj.RoutedLoRA(16, experts=4, adapter=mj.Lora(rank=2), router=mj.SoftmaxTopK(k=2))
+    >>> x, W = jax.random.normal(jax.random.key(0), (2, 5, 8)), jax.numpy.ones((8, 16))
+    >>> variables = layer.init(jax.random.key(1), x, kernel=W)
+    >>> y, sown = layer.apply(variables, x, kernel=W, mutable=["routing"])
+    >>> float(mj.routing_loss(sown, mj.ZLoss())) > 0
+    True
+    """
+    loss: Loss = member("losses", loss, "loss")
+    stats: dict = {}
+    for path, one in entries(sown):
+        shape = one.decision.valid.shape[one.stacked :]
+        ids = {"segment_ids": segment_ids, "task_ids": task_ids}
+        for name, value in ids.items():
+            if value is not None and jnp.shape(value) != shape:
+                raise wrong(name, f"shape {jnp.shape(value)}", f"{shape}, as at {'/'.join(path) or 'the layer'}")
+
+        def sums(decision, ids=ids):
+            segments = decision.valid.astype(jnp.int32) if ids["segment_ids"] is None else ids["segment_ids"]
+            zeros = jnp.zeros_like(segments)
+            most = 1 if ids["segment_ids"] is None else segments.shape[-1]
+            own = zeros if ids["task_ids"] is None else ids["task_ids"]
+            ctx = Context(decision.valid, segments, zeros, own, zeros, max_segments=most, tasks=tuple(tasks))
+            return loss.stats(decision, ctx)
+
+        layer, scope = "/".join(path[:-2]), "/".join(path[-2:])  # the module that holds the Dense, and the Dense
+        own = stats.setdefault("", {}).setdefault(layer, {})
+        new = one.over_layers(sums, one.decision)
+        own[scope] = jax.tree.map(lambda a, b: jnp.concatenate([a, b]), own[scope], new) if scope in own else new
+    return loss.value(stats)
+
+
+def balance(sown, **options) -> Array:
+    """The balance loss of what was sown: Switch's E sum_e f_e P_e, 1 at uniform routing; the mean over routers.
+
+    Args:
+      sown: what a call with `mutable=["routing"]` returned second.
+      options: of `mj.Balance`: `over`, `normalise`, `counts`, ... Multiply the value by a weight of your own.
+
+    >>> import jax, molora_jax as mj
+    >>> layer = mj.RoutedLoRA(16, experts=4, router=mj.SoftmaxTopK(k=1))
+    >>> x, W = jax.random.normal(jax.random.key(0), (2, 5, 8)), jax.numpy.ones((8, 16))
+    >>> y, sown = layer.apply(layer.init(jax.random.key(1), x, kernel=W), x, kernel=W, mutable=["routing"])
+    >>> 0.9 < float(mj.balance(sown)) < 4.1
+    True
+    """
+    return routing_loss(sown, {"name": "balance", **options})
+
+
+def update_routers(router_state: dict, *sown) -> dict:
+    """Every router's own update, once a step; returns the new collection `router_state`.
+
+    Args:
+      router_state: the collection of that name, {} where no router has any.
+      sown: what the calls of the step returned (several: of micro-steps, whose sums are added).
+
+    Raises:
+      InputError: a router with state that sowed nothing.
+
+    >>> import jax, molora_jax as mj
+    >>> layer = mj.RoutedLoRA(16, experts=4, router=mj.SigmoidTopK(k=2, bias_rate=0.1))
+    >>> x, W = jax.random.normal(jax.random.key(0), (2, 5, 8)), jax.numpy.ones((8, 16))
+    >>> variables = layer.init(jax.random.key(1), x, kernel=W)
+    >>> y, sown = layer.apply(variables, x, kernel=W, mutable=["routing"])
+    >>> state = mj.update_routers(variables["router_state"], sown)
+    >>> state["b"].shape
+    (4,)
+    """
+    if not jax.tree.leaves(router_state):
+        return router_state
+    sums: dict = {}
+    for tree in sown:
+        for path, one in entries(tree):
+            if one.sums:
+                old = sums.get(path)
+                sums[path] = one if old is None else one.replace(sums=jax.tree.map(jnp.add, old.sums, one.sums))
+
+    def walk(tree, path):
+        if path in sums:
+            one = sums.pop(path)
+            new = one.over_layers(one.router.update, tree, one.sums)
+            return jax.tree.map(lambda n, o: n.reshape(o.shape), new, tree)
+        if not isinstance(tree, dict):
+            raise wrong(f"sown: {'/'.join(path)}", "nothing", "what that router decided", "Pass all that was sown.")
+        return {name: walk(below, (*path, name)) for name, below in tree.items()}
+
+    return walk(dict(router_state), ())
+
+
+def routing_metrics(sown) -> dict[str, dict[str, Array]]:
+    """Load statistics by router: `load_max_over_mean` (1 is balanced, E collapse), `entropy`, `active_experts`, ...
+
+    Returns:
+      `{path: {statistic: scalar}}`, `[L]` under `nn.scan`; the statistics are those of a run's `metrics.jsonl`.
+
+    >>> import jax, molora_jax as mj
+    >>> layer = mj.RoutedLoRA(16, experts=4, router=mj.SoftmaxTopK(k=2))
+    >>> x, W = jax.random.normal(jax.random.key(0), (2, 5, 8)), jax.numpy.ones((8, 16))
+    >>> y, sown = layer.apply(layer.init(jax.random.key(1), x, kernel=W), x, kernel=W, mutable=["routing"])
+    >>> float(mj.routing_metrics(sown)[""]["active_experts"])
+    2.0
+    """
+    out: dict = {}
+    for path, one in entries(sown):
+        total = one.over_layers(routing_math.sums, one.decision)
+        if one.counts is not None:
+            counts = one.counts.reshape(-1, 2)
+            total |= {"sent": counts[:, 0], "dropped": counts[:, 1]}
+        found = routing_math.load(total)
+        name = "/".join(path)
+        while name in out:  # a module that was called again
+            name += "'"
+        out[name] = found if one.stacked else jax.tree.map(lambda x: x[0], found)
+    return out

@@ -1,0 +1,90 @@
+"""The base with a run's static adapters in its kernels: a plain model, in Hugging Face form in OUT/base.
+
+    W'_ = (1 + sum (i - 1)) W (1 + sum (o - 1)) + sum A^T M^T s B        W [D_in, D_out], sums over rules on the site
+
+i `[D_in]` and o `[D_out]` are an adapter's factors of the frozen product (DoRA's), M `[R, R]` what stands between A and
+B. Trained copies of base leaves (`method.train_base`) take their leaves' places; a trained head stays a module of the
+run. A routed rule cannot be merged: what it adds depends on the token. Weights are written as float32.
+"""
+
+import dataclasses
+from typing import ClassVar
+
+import jax.numpy as jnp
+import numpy as np
+
+from molora_jax import placements
+from molora_jax.adapters.base import Adapter
+from molora_jax.core.rules import adapter_sites
+from molora_jax.core.types import Context
+from molora_jax.runs.modules import in_place
+from molora_jax.surgery.base import Result, Surgery
+
+
+@dataclasses.dataclass(frozen=True)
+class MergeIntoBase(Surgery):
+    PARENTS: ClassVar[tuple] = (1, 1)
+
+    def check(self, parents):
+        (parent,) = parents
+        for rule in parent.model.rules:
+            if rule.router is not None:
+                raise parent.refuse(
+                    f"whose rule {rule.name} routes: what it adds depends on the token, and no one kernel holds it",
+                    "static adapters: rules without a router", "Decode with the run itself.",
+                )  # fmt: skip
+            if not placements.of(rule).LOADS:
+                raise parent.refuse(
+                    f"whose rule {rule.name} changes no kernel of the base ({placements.of(rule).NAME})",
+                    "rules on projections",
+                )  # fmt: skip
+            if type(rule.adapter).latent is not Adapter.latent:
+                name = type(rule.adapter).__name__
+                raise parent.refuse(f"whose adapter {name} is not linear in its input", "a linear adapter")
+        if not parent.model.rules and not parent.opened.items.get("modules", {}).get("base"):
+            raise parent.refuse("which changes nothing of its base", "a run with adapters or trained base leaves")
+
+    def apply(self, parents):
+        (parent,) = parents
+        opened, modules = parent.opened, parent.opened.items.get("modules", {})
+        params = _copied(in_place(opened.base.params, modules))
+        for (stack, name, i), rules in _meetings(parent).items():  # one kernel at a time is held in float64
+            kernel = params[stack][name]["kernel"]
+            adapters = [(r, site, *parent.leaves_at(r.name, layer, site.name)) for r, layer, site in rules]
+            kernel[i] = _merged(kernel[i], adapters)
+        config = parent.config.copy_and_resolve_references()
+        with config.unlocked():
+            config.method.rules, config.losses, config.method.train_base = {}, {}, ""
+        heads = {name: leaves for name, leaves in modules.items() if name != "base"}
+        base = dataclasses.replace(opened.base, params=params)
+        return Result(config, {}, base=base, modules=heads)
+
+
+def _meetings(parent) -> dict:
+    """`{(stack, site, place in the stack): [(rule, layer, site), ...]}`: who changes which kernel."""
+    model, found = parent.model, {}
+    for rule in model.rules:
+        for site in adapter_sites(model.config, rule, model.segments):
+            stack = model.config.stack_of(site.layers[0])
+            for layer in site.layers:
+                found.setdefault((stack.name, site.name, layer - stack.start), []).append((rule, layer, site))
+    return found
+
+
+def _merged(W: np.ndarray, adapters: list) -> np.ndarray:
+    """A kernel `[D_in, D_out]` with `(rule, site, own leaves, shared leaves)` of each adapter in it, float64."""
+    change, inp, out = np.zeros(W.shape), np.ones(W.shape[0]), np.ones(W.shape[1])
+    for rule, site, own, shared in adapters:
+        ctx = Context(None, None, None, None, None, base=jnp.asarray(W), site=site)
+        f = rule.adapter.factors(own, shared, ctx)
+        A, B = (np.asarray(x[0], np.float64) for x in (f.A, f.B))
+        A = A if f.mid is None else np.asarray(f.mid[0], np.float64) @ A
+        change += rule.adapter.scale() * A.T @ B
+        inp += 0 if f.inp is None else np.asarray(f.inp[0], np.float64) - 1
+        out += 0 if f.out is None else np.asarray(f.out[0], np.float64) - 1
+    return inp[:, None] * W.astype(np.float64) * out[None, :] + change
+
+
+def _copied(tree):
+    """The same leaves as float32 arrays of their own."""
+    return {k: _copied(v) if isinstance(v, dict) else np.array(v, np.float32) for k, v in tree.items()}
