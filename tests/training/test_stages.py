@@ -15,7 +15,7 @@ from molora_jax.evaluation.progress import Phases
 from molora_jax.evaluation.run import load_run
 from molora_jax.runs.checkpoints import load, read_manifest
 from molora_jax.runs.verify import verify
-from molora_jax.training import loop
+from molora_jax.training import programs
 from molora_jax.training.loop import train
 
 
@@ -107,14 +107,15 @@ def test_distillation_moves_towards_the_teacher_and_needs_its_vocabulary(tmp_pat
 def test_stages_of_equal_programs_compile_once(tmp_path, monkeypatch):
     """Five stages: A B A B A; A and B differ in what they freeze. Two programs are made, each compiled once."""
     data = write(tmp_path / "d.jsonl", "text")
-    made, compiled = [], loop.CompiledStep
+    made, compiled = [], programs.CompiledStep
 
     class Counted(compiled):
         def __init__(self, *given):
             super().__init__(*given)
             made.append(self)
 
-    monkeypatch.setattr(loop, "CompiledStep", Counted)
+    monkeypatch.setattr(programs, "CompiledStep", Counted)
+    programs._compiled_step.cache_clear()  # of other tests
     stages = {f"s{i:02d}": stage(steps=1, freeze="" if i % 2 else "*/A", tasks="d" if i == 4 else "") for i in range(5)}
     start(_five(data, stages), tmp_path / "run")
     assert len(made) == 2 and [one.step._cache_size() for one in made] == [1, 1]
