@@ -44,9 +44,13 @@ def test_the_cover_is_one():
 
 
 @every
-def test_shapes_of_every_combination(point):
-    """Init and step trace; the state keeps its shapes; metrics are float32 scalars and lists over layers."""
-    case = Case(combination(*point))
+def test_shapes_of_every_combination(point, request):
+    """Init and step trace; the state keeps its shapes; metrics are float32 scalars and lists over layers.
+
+    An ordinary run has two of the seven projections: they are traced alike.
+    """
+    few = point[2] == "projection" and not request.config.getoption("--all")
+    case = Case(combination(*point, **({"method.rules.mix.sites": "q,down"} if few else {})))
     state = jax.eval_shape(lambda p: fresh(case.model, case.optimizer, p, case.frozen, jax.random.key(0)), case.params)
     after, metrics = jax.eval_shape(case.step, state, case.params, BATCH)
     shapes = lambda tree: jax.tree.map(lambda x: (x.shape, x.dtype), tree)  # noqa: E731
@@ -67,7 +71,7 @@ def test_combination(point, request):
     """The start is the base; value, loss, statistics and gradients are the naive form's; the loss falls.
 
     An ordinary run has three of the seven projections here (what enters attention, what leaves it, and `down`): all
-    seven are run against the naive form in `test_methods`, and traced above.
+    seven are run against the naive form in `test_methods`.
     """
     few = point[2] == "projection" and not request.config.getoption("--all")
     case = Case(combination(*point, **({"method.rules.mix.sites": "q,o,down"} if few else {})))

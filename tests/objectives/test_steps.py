@@ -1,5 +1,6 @@
 """Objectives and trained modules in the real step: micro-steps, devices, copies of base leaves."""
 
+import dataclasses
 import functools
 
 import jax
@@ -10,6 +11,7 @@ from flax.traverse_util import flatten_dict
 
 from molora_jax import sharding
 from molora_jax.core import trees
+from molora_jax.engines import ENGINES, Engine
 from molora_jax.objectives import Frozen, compile_objective
 from molora_jax.runs.modules import Modules, base_leaves
 from molora_jax.training.step import fresh, make_step, micro_batches
@@ -37,12 +39,13 @@ def model_case():
     return Case(combination(*POINT, **{"method.rules.mix.sites": "q,down", "losses": {}}))
 
 
-def step_of(kind, *, accumulate=1, on=None, copies=("norms", "embed")):
+def step_of(kind, *, accumulate=1, on=None, engine=None, copies=("norms", "embed")):
     """`(state, metrics, gradients)` of one step on the battery's small model with random adapters."""
     case, objective = model_case(), compile_objective(OBJECTIVES[kind])
     head = OBJECTIVES[kind]["name"]
     modules = Modules(((head, objective),), base_leaves(copies, case.params), SMALL.width, C)
-    made = case.model, case.optimizer
+    model = case.model if engine is None else dataclasses.replace(case.model, engine=Engine(engine, on))
+    made = model, case.optimizer
     options = dict(seed=0, frozen=case.frozen, clip=0.0, targets_per_row=8, objective=objective, head=head)
     constrain = (lambda x: x) if on is None else sharding.constrain(on)
     step = make_step(*made, lambda step: 1e-2, accumulate=accumulate, constrain=constrain, **options)
@@ -50,9 +53,9 @@ def step_of(kind, *, accumulate=1, on=None, copies=("norms", "embed")):
     state = state.replace(adapters=jax.tree.map(jnp.asarray, random_adapters(case.model, case.params)))
     rows, params = LABELLED if kind == "classify" else BATCH, case.params
     start = random_adapters(case.model, case.params, seed=8)
-    fixed = {n: Frozen(params, start, state.router_state, case.model) for n in objective.frozen()}
+    fixed = {n: Frozen(params, start, state.router_state, model) for n in objective.frozen()}
     if on is not None:
-        places = sharding.state_shardings(state, case.model, on)
+        places = sharding.state_shardings(state, model, on)
         params = sharding.put(jax.device_get(params), sharding.param_shardings(case.model.config, params, on))
         state = sharding.put(jax.device_get(state), places)
         fixed = {n: f.replace(params=params) for n, f in fixed.items()}
@@ -85,6 +88,13 @@ def test_devices_and_trained_copies_change_no_value():
     copy = four[0].modules["base"]["embed"].sharding
     own = {"embed": model_case().params["embed"]}
     assert copy.is_equivalent_to(sharding.param_shardings(SMALL, own, on)["embed"], 2)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("kind", OBJECTIVES)
+def test_every_engine_on_eight_devices(kind, engine):
+    same(step_of(kind), step_of(kind, on=mesh(data=2, expert=4), engine=engine))
 
 
 def test_units_are_dealt_whole():
