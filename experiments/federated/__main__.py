@@ -96,7 +96,7 @@ def report(found):
             ax.plot(rounds, curves.mean(0), color=colour, lw=2.5, label=name)
             last = 100 * np.array([run["accuracy"] for run in runs])
             std = last.std(ddof=1) if len(last) > 1 else 0.0
-            half = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78}.get(len(last), 1.96) * std / len(last) ** 0.5
+            half = {1: float("nan"), 2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78}.get(len(last), 1.96) * std / len(last) ** 0.5
             told = f"{last.mean():.1f} % +- {half:.1f} (95 %), std {std:.2f}, {runs[0]['bytes']:,} bytes"
             print(f"{name + suffix:<28} {told}")
         ax.set(title="without noise" if not suffix else "DP-SGD, epsilon 3, delta 1e-5", xlabel="round")
