@@ -29,6 +29,7 @@ from molora_jax.config.values import check_names, there
 from molora_jax.errors import InputError
 
 ROOT = pathlib.Path(__file__).parents[1]
+PATHS = ("DIR", "FILE", "NAME|FILE")  # metavars of flags that are paths: `~` in them is home
 OVERRIDE = re.compile(r"--?config\.([^=]*)(=.*)?", re.DOTALL)
 AXES = dict(
     adapter="adapters", router="routers", placement="placements", optim="optim", objective="objectives",
@@ -71,7 +72,7 @@ def parse(description, flags, argv=None, need_config=True, defaults=None, need_r
     for name, keywords in [("--config", dict(metavar="FILE.py")), *flags]:
         field = keywords.get("dest", name.lstrip("-").replace("-", "_"))
         value = getattr(args, field)
-        if value is not None and keywords.get("metavar", "").startswith(("DIR", "FILE")):
+        if value is not None and keywords.get("metavar", "").startswith(PATHS):
             setattr(args, field, home(name, value))
     runtime.environment()  # a member from outside imports jax
     config = load(args.config) if args.config else defaults(args) if defaults else None

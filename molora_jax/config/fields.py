@@ -149,7 +149,7 @@ def nearest(name, known):
     """The known name most like `name`, or ""."""
     if not isinstance(name, str) or len(name) > 200:
         return ""
-    cutoff = 0.65 if len(name) <= 4 else 0.5  # of few letters half are soon the same: "max" and "mean"
+    cutoff = 0.6 if len(name) <= 4 else 0.5  # of few letters half are soon the same: "max" and "mean"
     return next(iter(difflib.get_close_matches(name, [str(k) for k in known], n=1, cutoff=cutoff)), "")
 
 

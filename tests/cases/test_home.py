@@ -31,7 +31,7 @@ def home(tmp_path, monkeypatch):
 def test_every_path_of_every_launcher(module, home, monkeypatch):
     """A path among the flags says so by its metavar; what is a path by its name must have one."""
     found = importlib.import_module(module).FLAGS
-    paths = [name for name, keywords in found if keywords.get("metavar", "").startswith(("DIR", "FILE"))]
+    paths = [name for name, keywords in found if keywords.get("metavar", "").startswith(flags.PATHS)]
     assert {name for name, _ in found if name in ("--workdir", "--out", "--against", "--messages")} <= set(paths)
     needed = [f"{n}=x" for n, k in found if k.get("required") and n not in paths]
     shutil.copy(LORA, home / "mine.py")

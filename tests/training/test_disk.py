@@ -22,6 +22,7 @@ from molora_jax.runs import workdir as workdir_lib
 from molora_jax.runs.checkpoints import Checkpoints
 from molora_jax.runs.metrics import MetricsWriter, Progress
 from molora_jax.runs.workdir import Workdir
+from molora_jax.training import programs
 from molora_jax.training.loop import train
 from tests.tiny import tiny_config, write_task
 
@@ -220,6 +221,7 @@ def test_a_lock_without_room_for_its_holder_holds(tmp_path, monkeypatch):
 @pytest.mark.parametrize("how", ["removed", *(pytest.param(h, marks=slow) for h in ("moved", "another in its place"))])
 def test_a_workdir_that_goes_ends_the_run_with_an_error(config, tmp_path, how):
     folder, notes = tmp_path / "run", []
+    programs._compiled_step.cache_clear()  # so that it says that it compiles
 
     def note(text):
         notes.append(text)
