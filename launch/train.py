@@ -7,6 +7,8 @@ Several runs in one step, a folder each in DIR; they may differ in seed, learnin
 python -m launch.train --config=configs/mixlora.py --workdir=runs/grid --runs="optim.learning_rate=1e-4,2e-4;seed=0,1"
 """
 
+import pathlib
+
 from launch import flags
 from molora_jax import config as schema
 from molora_jax.config import several
@@ -40,6 +42,8 @@ def together(config, args) -> dict:
     """`{folder: config}` of `--runs`, each validated."""
     if args.profile:
         raise wrong("--profile", "with --runs", "one of the two", "Profile a run by itself.")
+    if any(pathlib.Path(args.workdir, name).exists() for name in ("config.json", "checkpoints")):
+        raise wrong("--workdir", f"{args.workdir}, which is a run", "a folder for the runs of --runs", "Name another.")
     out = {}
     for name, changes in several.product(several.lists(args.runs)).items():
         out[name] = flags.override(config, changes)

@@ -31,8 +31,18 @@ def text_batch(run, ids) -> dict:
 
 def logits(run, ids) -> np.ndarray:
     needs_head(run.model.config, "logits", "base.source")
+    ids = _token_ids(ids, run.model.config.vocab)
     found = _logits(run.params, run.adapters, run.router_state, text_batch(run, ids), model=run.model)
     return np.asarray(found)[0, : len(ids)]
+
+
+def _token_ids(ids, vocab: int) -> np.ndarray:
+    """`[tokens]` int; raises InputError for what is no token of the model."""
+    found = np.asarray(ids)
+    wrong = found.ndim != 1 or found.size and not np.issubdtype(found.dtype, np.integer)
+    if wrong or found.size and (found.min() < 0 or found.max() >= vocab):
+        raise InputError("text", got=f"{ids!r:.80}", expected=f"a text, or a list of token ids from 0 to {vocab - 1}")
+    return found
 
 
 @functools.partial(jax.jit, static_argnames="model")

@@ -19,7 +19,7 @@ from molora_jax.adapters import Lora
 from molora_jax.config.fields import wrong
 from molora_jax.core.types import Array, Site
 from molora_jax.modules.members import Made, made
-from molora_jax.modules.routed import Routed, batched, batched_valid, serves
+from molora_jax.modules.routed import Routed, batched, batched_valid, floating, serves
 from molora_jax.placements import Projection, projection
 
 SITE = "dense"
@@ -96,6 +96,7 @@ class RoutedLoRA(Routed):
                 f"{self.place()}, kernel", f"shape {jnp.shape(kernel)}",
                 f"{(x.shape[-1], self.features)}, the width of x and features",
             )  # fmt: skip
+        x = floating(x, kernel)
         part, put = self.part(x, kernel=kernel, valid=valid, train=train)
         with jax.named_scope(SITE):
             y, (counts,) = engines.project(self.engine_now(), SITE, kernel, bias, x.reshape(-1, x.shape[-1]), [part])
@@ -105,7 +106,7 @@ class RoutedLoRA(Routed):
     @nn.compact
     def part(self, x: Array, *, kernel: Array, valid=None, train: bool = False):
         """The experts at this input, for `engines.meet`; and what is to be called with the counts that it gives."""
-        made = self.made()
+        made, x = self.made(), floating(x, kernel)
         self.reached(made)
         site = Site(SITE, x.shape[-1], self.features, (0,), made.experts, (made.experts,))
         made.adapter.check(f"{self.place()}.adapter", (site,))

@@ -69,6 +69,7 @@ class Routed(nn.Module):
         own = self._held("adapters", shapes, lambda: {name: draw(self._start()) for name, draw in leaves.items()})
         fresh = lambda: router.init_state(site)  # noqa: E731
         state = self._held("router_state", jax.eval_shape(fresh), fresh)
+        x = jnp.where(ctx.valid[..., None], x, 0)  # a row that nobody wrote may hold NaN
         with jax.named_scope("route"):
             decision, _, sums = router.route(own.get("router", {}), {}, x, ctx.replace(site=site, state=state))
         return decision, sums
@@ -151,6 +152,11 @@ class Routed(nn.Module):
                 expected=f"{{{collection!r}: 0}} among them: without it what the layer writes there is lost",
                 fix=_how(collection, self),
             )  # fmt: skip
+
+
+def floating(x: Array, kernel: Array) -> Array:
+    """`x` as it meets the kernel: integers are numbers of the kernel's type, as in a product with it."""
+    return x if jnp.issubdtype(x.dtype, jnp.inexact) else x.astype(kernel.dtype)
 
 
 def batched(x: Array) -> Array:

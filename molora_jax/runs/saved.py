@@ -67,6 +67,8 @@ def split_step(run, step="best"):
     folder, at, own = text.rpartition("@")
     if not at or not folder or pathlib.Path(text).expanduser().exists():
         return run, parse_step(step)
+    if step not in ("best", parse_step(own), own):
+        raise InputError("step", got=f"{step!r}, with {text}", expected="a step once", fix=f"Leave it out, or @{own}.")
     return folder, parse_step(own)
 
 

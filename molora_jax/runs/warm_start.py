@@ -5,6 +5,8 @@ import pathlib
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
+from molora_jax.adapters import ADAPTERS
+from molora_jax.config import outside
 from molora_jax.errors import InputError
 from molora_jax.runs import identity
 from molora_jax.runs.checkpoints import Checkpoints, read_manifest
@@ -28,6 +30,28 @@ def start(run: str, shapes: dict, *, base_digest: str, where: str = "train.init_
         cut(View(stubs[item], where=where), new, where=where, dry=True)
     values = load(run, tuple(shapes), where=where)
     return {item: cut(View(values[item], where=where), new, where=where) for item, new in shapes.items()}
+
+
+def check_scales(run: str, rules, *, where: str = "train.init_from"):
+    """Leaves are stored without the scale s of `s B A x`, so a run is a start only where each rule's scale is the same.
+
+    Raises:
+      InputError: a rule of the same name has another scale (alpha) there.
+    """
+    _, _, manifest = newest(run, where=where)
+    theirs = ((manifest.get("config") or {}).get("method") or {}).get("rules") or {}
+    for rule in rules:
+        options = dict((theirs.get(rule.name) or {}).get("adapter") or {})
+        if not options:
+            continue
+        old = outside.member("adapters", ADAPTERS, options.pop("name"))(**options)
+        if not np.isclose(old.scale(), rule.adapter.scale(), rtol=1e-6):
+            raise InputError(
+                where, got=f"{run}, whose rule {rule.name} has the scale {old.scale():g} (alpha {old.alpha:g}, rank "
+                f"{old.rank})", expected=f"that of this config, {rule.adapter.scale():g}",
+                fix=f"Set method.rules.{rule.name}.adapter.alpha={old.alpha:g} and rank={old.rank}, as that run has "
+                "them: its change of the base would be scaled otherwise.",
+            )  # fmt: skip
 
 
 def newest(run: str, *, where: str) -> tuple[pathlib.Path, int, dict]:

@@ -195,6 +195,7 @@ class Run:
             state = stage.make_start(self.params, self.knobs[self.stages[0].name].seed)
             if self.config.train.init_from:
                 shapes = {item: getattr(stage.shapes, item) for item in warm_start.ITEMS}
+                warm_start.check_scales(self.config.train.init_from, self.model.rules)
                 new = warm_start.start(self.config.train.init_from, shapes, base_digest=self.base.digest)
                 put = {item: sharding.put(tree, getattr(stage.shardings, item)) for item, tree in new.items()}
                 modules = jax.device_get(state.modules)

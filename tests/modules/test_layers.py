@@ -218,3 +218,25 @@ def test_losses_that_tell_tasks_apart_take_their_ids():
     np.testing.assert_allclose(got, Z.var(ddof=1) / Z.mean() ** 2, rtol=1e-5)
     with pytest.raises(InputError, match="task_ids: got shape"):
         mj.routing_loss(sown, loss, task_ids=ids[0], tasks=("other", "facts"))
+
+
+def test_integers_are_numbers_of_the_kernels_type():
+    layer, W = mj.RoutedLoRA(3, experts=2, adapter=mj.Lora(rank=2), router=mj.SoftmaxTopK(k=1)), jnp.full((4, 3), 0.5)
+    x = jnp.arange(8).reshape(2, 4)
+    variables = layer.init(jax.random.key(0), x, kernel=W)
+    np.testing.assert_array_equal(layer.apply(variables, x, kernel=W), x @ W)
+
+
+def test_padding_may_hold_nan():
+    layer, W = mj.RoutedLoRA(3, experts=2, adapter=mj.Lora(rank=2), router=mj.SoftmaxTopK(k=1)), jnp.ones((4, 3))
+    valid = jnp.array([[True, True, False]])
+    x = jnp.ones((1, 3, 4))
+    variables = layer.init(jax.random.key(0), x, kernel=W)
+    broken = jnp.where(valid[..., None], x, jnp.nan)
+
+    def loss(adapters, x):
+        y = layer.apply(variables | {"adapters": adapters}, x, kernel=W, valid=valid)
+        return jnp.sum(jnp.where(valid[..., None], y, 0.0) ** 2)
+
+    wanted, got = (jax.grad(loss)(variables["adapters"], x) for x in (x, broken))
+    jax.tree.map(np.testing.assert_array_equal, got, wanted)

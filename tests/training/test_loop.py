@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 from flax.traverse_util import flatten_dict
 
+import launch.train
 from molora_jax import config as config_lib
 from molora_jax.errors import InputError
 from molora_jax.evaluation.run import load_run
@@ -170,6 +171,28 @@ def test_best_step_is_kept(tmp_path):
     values = [r["valid_nll"] for r in rows(tmp_path)]
     checkpoints = Checkpoints(tmp_path / "checkpoints", keep=1)
     assert len(values) == 4 and checkpoints.best() == 1 + int(np.argmin(values))
+
+
+def test_a_warm_start_of_another_scale_is_refused(whole, tmp_path):
+    config = tiny(init_from=str(whole[0]), steps=1)
+    config.method.rules.ffn.adapter.alpha *= 2
+    with pytest.raises(InputError, match="rule ffn has the scale"):
+        start(config, tmp_path / "run")
+
+
+def test_runs_beside_each_other_need_a_folder_of_their_own(whole):
+    with pytest.raises(InputError, match="which is a run"):
+        launch.train.run([f"--config={ROOT}/configs/mixlora.py", f"--workdir={whole[0]}", "--runs=seed=0,1"])
+
+
+def test_logits_are_of_tokens_and_a_step_is_said_once(whole):
+    run = load_run(whole[0])
+    assert run.logits([1, 2]).shape == (2, 320)
+    for ids in ([1, 320], [-1], [1.5], ["a"]):
+        with pytest.raises(InputError, match="token ids from 0 to 319"):
+            run.logits(ids)
+    with pytest.raises(InputError, match="step: got 2"):
+        load_run(f"{whole[0]}@6", step=2)
 
 
 def test_warm_start_recuts_segments(whole, tmp_path):
