@@ -1,10 +1,15 @@
 """What the experiments on words share: labelled rows from the task packages, and held-out accuracy of a saved step."""
 
-import dataclasses
 import json
 import pathlib
 
 import numpy as np
+
+
+def kept(path, **setting) -> dict:
+    """`{"setting": ..., "runs": {...}}` of a results file; no runs where it is of another setting, or not there."""
+    found = json.loads(path.read_text()) if path.is_file() else {}
+    return found if found.get("setting") == setting else dict(setting=setting, runs={})
 
 
 def write_rows(path, rows) -> str:
@@ -28,17 +33,10 @@ def write_words(path) -> str:
 
 def held_out_accuracy(workdir, step: int) -> float:
     """The share of the test split (all of it) that the run at a step classifies rightly."""
-    from molora_jax import sharding
+    from molora_jax.evaluation import choices
+    from molora_jax.evaluation.progress import Phases
     from molora_jax.evaluation.run import load_run
-    from molora_jax.objectives.held_out import example_nll
 
     run = load_run(workdir, step)
-    model = dataclasses.replace(run.model, max_segments=run.data.train.max_segments)
-    examples = run.data.heldout("test", 100_000)
-    batches = run.data.heldout_batches(examples, 64, targets_per_row=run.data.train.targets_per_row)
-    sums = example_nll(
-        model, run.base_params, run.adapters, run.router_state, batches, len(examples), mesh=run.mesh,
-        targets_per_row=run.data.train.targets_per_row, constrain=sharding.constrain(run.mesh),
-        objective=run.objective, modules=run.modules, head=run.config.objective.name,
-    )  # fmt: skip
+    sums = choices.score(run, run.data.heldout("test", 100_000), start=False, phases=Phases())
     return float(np.mean(sums["right"]))

@@ -104,18 +104,16 @@ def training(config, args, model, base, params, mesh, frozen, rng):
     import optax
 
     from molora_jax import sharding
-    from molora_jax.config import outside
     from molora_jax.core import trees
     from molora_jax.errors import InputError
-    from molora_jax.optim import OPTIMIZERS
     from molora_jax.training import many
     from molora_jax.training.exact import ExactStep
+    from molora_jax.training.programs import compile_optimizer
     from molora_jax.training.step import Knobs, fresh, make_gradient, make_step
 
     B, S, runs = args["batch"], args["seq"], args.get("runs", 1)
     side_by_side = runs > 1 and args["together"]
-    options = dict(config.optim)
-    member = outside.member("optim", OPTIMIZERS, options.pop("name"))(**options)
+    member = compile_optimizer(config)
     shapes = jax.eval_shape(lambda p: model.init_adapters(jax.random.key(0), p), params)
     steps, pairs = config.train.steps, trees.pairs(model, trees.split(shapes, frozen)[0])
     optimizer, whole = member.make(steps, pairs), sharding.replicated(mesh)

@@ -44,7 +44,7 @@ def no_compile(monkeypatch):
     def refuse(*args, **kwargs):
         raise AssertionError("compiled before the input was checked")
 
-    monkeypatch.setattr("molora_jax.training.loop.compiled_step", refuse)
+    monkeypatch.setattr("molora_jax.training.run.compiled_step", refuse)
 
 
 def refused(tmp_path, *argv) -> str:

@@ -178,7 +178,6 @@ def test_the_wheel_works_in_an_empty_environment(environment, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not (ROOT / "docs" / "library.md").exists(), reason="there is no docs/library.md")
 def test_the_snippets_of_the_library_page_run_from_the_wheel(environment, tmp_path):
     text = (ROOT / "docs" / "library.md").read_text()
     (tmp_path / "snippets.py").write_text("\n".join(re.findall(r"```python\n(.*?)```", text, re.S)))

@@ -16,7 +16,7 @@ import pathlib
 
 import numpy as np
 
-from experiments.words import words, write_rows
+from experiments.words import kept, words, write_rows
 from launch import flags
 from molora_jax import config as schema
 from molora_jax.io.files import write_atomically
@@ -91,9 +91,7 @@ def main(argv):
     work = pathlib.Path(args.workdir)
     work.mkdir(parents=True, exist_ok=True)
     data, path = write_rows(work / "rows.jsonl", rows()), HERE / "results.json"
-    setting = dict(steps=args.steps)
-    found = json.loads(path.read_text()) if path.is_file() else {}
-    found = found if found.get("setting") == setting else dict(setting=setting, runs={})
+    found = kept(path, steps=args.steps)
     for seed in range(args.seeds):
         for name, (which, regime, loss) in VARIANTS.items():
             key = f"{name} | seed {seed}"

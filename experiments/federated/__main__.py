@@ -13,7 +13,7 @@ import pathlib
 
 import numpy as np
 
-from experiments.words import held_out_accuracy, write_words
+from experiments.words import held_out_accuracy, kept, write_words
 from launch import flags
 from molora_jax import config as schema
 from molora_jax.io.files import write_atomically
@@ -62,9 +62,7 @@ def main(argv):
     work.mkdir(parents=True, exist_ok=True)
     data = write_words(work / "words.jsonl")
     path = HERE / "results.json"
-    setting = dict(turns=args.turns)
-    found = json.loads(path.read_text()) if path.is_file() else {}
-    found = found if found.get("setting") == setting else dict(setting=setting, runs={})
+    found = kept(path, turns=args.turns)
     for name, (which, alpha, rate, regime) in settings().items():
         for seed in range(args.seeds):
             key = f"{name} | seed {seed}"

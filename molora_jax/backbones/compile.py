@@ -58,6 +58,13 @@ def compile_model(config, decoder: Backbone, *, max_segments: int = 0, tasks: tu
     return model
 
 
+def compile_base(config, decoder: Backbone) -> Model:
+    """A frozen base alone, under the rest of a config: no rules, no losses."""
+    with config.copy_and_resolve_references().unlocked() as plain:
+        plain.method.rules, plain.losses = {}, {}
+    return compile_model(plain, decoder)
+
+
 def _one_change_of_base_experts(rules):
     """Raises InputError where two rules change a base's own experts in one layer: hidden states are formed once."""
     acting = [rule for rule in rules if "experts" in placements.of(rule).acts(rule)]

@@ -53,7 +53,7 @@ def member_problem(where, axis, name, *, among=None):
         return None
     if isinstance(name, str) and name in names:
         return None
-    if isinstance(name, str) and name in _files(axis):
+    if isinstance(name, str) and name in _files(axis) and unlisted(axis, name):
         file = f"molora_jax/{axis}/{_table(axis)}"
         return wrong(where, f"{name!r}, which {file} does not list", one_of(names), f"Add it to {file}.")
     got = "nothing" if name is None else shown(name)

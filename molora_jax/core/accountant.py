@@ -40,6 +40,7 @@ def epsilon(q: float, sigma: float, steps: int, delta: float) -> float:
     return max(0.0, min(found))
 
 
+@functools.lru_cache(maxsize=16)  # asked for at the end of every round
 def noise_for(target: float, q: float, steps: int, delta: float) -> float:
     """The smallest sigma (to 1e-3 of itself, rounded up) that spends at most `target`."""
     low, high = 0.0, 1.0

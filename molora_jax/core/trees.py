@@ -3,6 +3,7 @@
 import fnmatch
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
@@ -46,6 +47,11 @@ def pairs(model, trainable: dict) -> dict[tuple[str, str], float]:
             if path.startswith(rule.name + "/") and leaf == "B" and "/router/" not in path:
                 out[f"{head}/A", path] = rule.adapter.scale()
     return out
+
+
+def repeated(tree, n: int):
+    """`tree` n times side by side: every leaf `[n, ...]`; traceable."""
+    return jax.tree.map(lambda x: jnp.broadcast_to(x, (n, *x.shape)), tree)
 
 
 def count(tree) -> int:

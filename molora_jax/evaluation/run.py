@@ -19,7 +19,7 @@ import numpy as np
 
 from molora_jax import data as data_lib
 from molora_jax import sharding
-from molora_jax.backbones.compile import compile_model
+from molora_jax.backbones.compile import compile_base
 from molora_jax.backbones.gates import by_layer
 from molora_jax.config import objectives as objectives_config
 from molora_jax.config.resolve import resolve_template_args
@@ -337,8 +337,6 @@ def write_run(workdir, run: Run, *, view: View | None = None, config=None) -> pa
 def load_base_run(config) -> Run:
     """The frozen base of a config alone, in the same form: no rules, no adapters."""
     base = load_base(config.base.source, dtype=config.base.dtype)
-    with config.copy_and_resolve_references().unlocked() as plain:
-        plain.method.rules, plain.losses = {}, {}
-    model = compile_model(plain, base.config)
+    model = compile_base(config, base.config)
     params = _put(base.params)
     return Run(config, model, params, {}, {}, base.tokenizer, base_params=params)

@@ -42,14 +42,10 @@ class Loss:
 
 @dataclasses.dataclass(frozen=True)
 class Penalty(Loss):
-    """On the trainable leaves, not on routing, given what the run remembers (a regime with `PENALTY` keeps it).
-
-    `SQUARES`: whether `remember` asks for the mean of the squared gradients of single examples.
-    """
+    """On the trainable leaves, not on routing, given what the run remembers (a regime with `PENALTY` keeps it)."""
 
     ROUTING: ClassVar[bool] = False
     PENALTY: ClassVar[bool] = True
-    SQUARES: ClassVar[bool] = False
 
     def stats(self, routing, ctx):
         return {}
@@ -64,8 +60,8 @@ class Penalty(Loss):
     def penalty(self, trainable: dict, memory: dict) -> Array:
         raise NotImplementedError
 
-    def remember(self, memory: dict, trainable: dict, squares: dict | None) -> dict:
-        """The memory after a task; traceable."""
+    def remember(self, memory: dict, trainable: dict, squares: dict) -> dict:
+        """The memory after a task; traceable. squares: the mean of the squared gradients of single examples."""
         raise NotImplementedError
 
 

@@ -8,7 +8,6 @@ F = sum_i F_i and a = sum_i F_i theta_i / F it has the same slope, and nothing g
 """
 
 import dataclasses
-from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -19,8 +18,6 @@ from molora_jax.losses.base import Penalty
 @dataclasses.dataclass(frozen=True)
 class Ewc(Penalty):
     weight: float = 1.0
-
-    SQUARES: ClassVar[bool] = True
 
     def fresh(self, trainable):
         return {"fisher": jax.tree.map(jnp.zeros_like, trainable), "anchor": jax.tree.map(jnp.zeros_like, trainable)}

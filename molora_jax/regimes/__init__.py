@@ -1,6 +1,7 @@
 """How is training organised?"""
 
 from molora_jax.config import outside
+from molora_jax.config.regimes import PLAIN
 from molora_jax.regimes.base import Regime, Stage
 from molora_jax.regimes.continual import Continual
 from molora_jax.regimes.federated import Federated
@@ -13,5 +14,5 @@ REGIMES = {"stages": Stages, "federated": Federated, "continual": Continual}
 
 def compile_regime(config) -> Regime:
     """The member that `config.regime` names; runs of older versions have none and were trained in stages."""
-    options = dict(config.get("regime") or {"name": "stages"})
+    options = dict(config.get("regime") or PLAIN)
     return outside.member("regimes", REGIMES, options.pop("name"))(**options)

@@ -128,7 +128,7 @@ class Federated(Regime):
                 [clients_lib.packed(stream, ids, seed) for ids, seed in zip(each, seeds, strict=True)]
             )
         expected = config.train.batch_size
-        rates = [min(1.0, expected / len(ids)) for ids in each]
+        rates = [_rate(config, len(ids)) for ids in each]
         chance = OVERFLOW / (self.turns(config) * self.clients)
         places = max(accountant.most_drawn(len(ids), q, chance) for ids, q in zip(each, rates, strict=True))
         places = -(-places // expected) * expected  # what divides the rows of a step divides these
@@ -144,8 +144,7 @@ class Federated(Regime):
     def noise(self, config, sizes) -> float:
         if self.dp_noise or not self.dp_epsilon:
             return self.dp_noise
-        q = max(min(1.0, config.train.batch_size / size) for size in sizes)
-        return accountant.noise_for(self.dp_epsilon, q, self.turns(config), self.dp_delta)
+        return accountant.noise_for(self.dp_epsilon, _highest_rate(config, sizes), self.turns(config), self.dp_delta)
 
     def each(self, config, data):
         if not self.private:
@@ -155,9 +154,7 @@ class Federated(Regime):
 
     def spent(self, config, sizes, turns: int) -> float:
         """Epsilon of the client that spent most, after so many local steps."""
-        sigma = self.noise(config, sizes)
-        q = max(min(1.0, config.train.batch_size / size) for size in sizes)
-        return accountant.epsilon(q, sigma, turns, self.dp_delta)
+        return accountant.epsilon(_highest_rate(config, sizes), self.noise(config, sizes), turns, self.dp_delta)
 
     # ---- rounds ----------------------------------------------------------------------------------------------------
 
@@ -188,8 +185,8 @@ class Federated(Regime):
     def round(self, state, weights, frozen, optimizer):
         """The clients' states at the start of the next round; traceable."""
         adapters, router_state, modules = self.server(state, weights, frozen)
-        every = lambda tree: jax.tree.map(lambda x: jnp.broadcast_to(x, (self.clients, *x.shape)), tree)  # noqa: E731
-        new = state.replace(adapters=every(adapters), router_state=every(router_state), modules=every(modules))
+        adapters, router_state, modules = trees.repeated((adapters, router_state, modules), self.clients)
+        new = state.replace(adapters=adapters, router_state=router_state, modules=modules)
         if self.moments == "kept":
             return new
         trainable, _ = trees.split(new.leaves, frozen)
@@ -222,7 +219,7 @@ class Federated(Regime):
         ]  # fmt: skip
         text = table(rows)
         if self.private:
-            q = max(min(1.0, run.config.train.batch_size / size) for size in source.sizes)
+            q = _highest_rate(run.config, source.sizes)
             spent = self.spent(run.config, source.sizes, done // self.clients)
             sigma = self.noise(run.config, source.sizes)
             text += (
@@ -230,3 +227,13 @@ class Federated(Regime):
                 f"{sigma:.3f}, q {q:.4f} (the client with fewest examples); what this run reports is not covered"
             )
         return text
+
+
+def _rate(config, size: int) -> float:
+    """The probability with which an example of a client with so many is drawn."""
+    return min(1.0, config.train.batch_size / size)
+
+
+def _highest_rate(config, sizes) -> float:
+    """Of the client with the fewest examples, which spends most."""
+    return max(_rate(config, size) for size in sizes)

@@ -20,9 +20,7 @@ def products(model, adapters: dict, *, refuse) -> dict[tuple[str, int, str], tup
       refuse: `(got, expected) -> InputError`, raised for a rule that is a mixture, an adapter that is more than a
         product, and leaves that are not what the model's rules say.
     """
-    found, grouped = {}, {}
-    for key, leaf in View(adapters).items():
-        grouped.setdefault(key[:3], {})[key.leaf] = leaf
+    found, by_site = {}, View(adapters).by_site()
     for rule in model.rules:
         if rule.router is not None or not placements.of(rule).LOADS:
             got = f"whose rule {rule.name} is a mixture or a {placements.of(rule).NAME}"
@@ -31,7 +29,7 @@ def products(model, adapters: dict, *, refuse) -> dict[tuple[str, int, str], tup
         for site in adapter_sites(model.config, rule, model.segments):
             for layer in site.layers:
                 where = rule.name, layer, site.name
-                found[where] = _product(rule.adapter, site, grouped.get(where, {}), shared, refuse, where)
+                found[where] = _product(rule.adapter, site, by_site.get(where, {}), shared, refuse, where)
     return found
 
 

@@ -75,6 +75,13 @@ class View(collections.abc.Mapping):
         rules = ", ".join(dict.fromkeys(key.rule for key in self))
         return f"View({len(self)} leaves by layer of {rules or 'no rule'})"
 
+    def by_site(self) -> dict[tuple, dict]:
+        """`{(rule, layer, site): {leaf: array}}`."""
+        out: dict = {}
+        for key, leaf in self.items():
+            out.setdefault(key[:3], {})[key.leaf] = leaf
+        return out
+
     def tree(self) -> dict:
         """The nested tree again, with what was written."""
         places = {}

@@ -15,30 +15,27 @@ from molora_jax.runs.view import View, cut, keys_of
 ITEMS = ("adapters", "router_state")
 
 
-def start(run: str, shapes: dict, *, base_digest: str, where: str = "train.init_from") -> dict:
+def start(run: str, shapes: dict, *, base_digest: str, rules=(), where: str = "train.init_from") -> dict:
     """`{item: tree}` of numpy arrays for `shapes` (`{item: nested dicts of arrays or shapes}`), from another run.
 
-    The run's base, every leaf's name, shape and dtype are compared before a value is read, and every value is finite.
+    The run's base, the scales of `rules`, every leaf's name, shape and dtype are compared before a value is read, and
+    every value is finite.
 
     Raises:
-      InputError: no such run, one on another base, leaves that do not fit, NaN or Inf.
+      InputError: no such run, one on another base or of other scales, leaves that do not fit, NaN or Inf.
     """
     folder, step, manifest = newest(run, where=where)
     check_base(run, manifest, base_digest, where=where)
+    _check_scales(run, manifest, rules, where)
     stubs = {item: unflatten_dict(_stubs(manifest, item, where), sep="/") for item in shapes}
     for item, new in shapes.items():
         cut(View(stubs[item], where=where), new, where=where, dry=True)
-    values = load(run, tuple(shapes), where=where)
+    values = _read(run, folder, step, manifest, tuple(shapes), where)
     return {item: cut(View(values[item], where=where), new, where=where) for item, new in shapes.items()}
 
 
-def check_scales(run: str, rules, *, where: str = "train.init_from"):
-    """Leaves are stored without the scale s of `s B A x`, so a run is a start only where each rule's scale is the same.
-
-    Raises:
-      InputError: a rule of the same name has another scale (alpha) there.
-    """
-    _, _, manifest = newest(run, where=where)
+def _check_scales(run: str, manifest: dict, rules, where: str):
+    """Raises InputError where a rule of the same name has another scale (alpha) there: leaves are stored without it."""
     theirs = ((manifest.get("config") or {}).get("method") or {}).get("rules") or {}
     for rule in rules:
         options = dict((theirs.get(rule.name) or {}).get("adapter") or {})
@@ -92,7 +89,10 @@ def load(run: str, items=ITEMS, *, where: str = "train.init_from") -> dict:
     Raises:
       InputError: no such run, none of its steps is valid, or a leaf holds NaN or Inf.
     """
-    folder, step, manifest = newest(run, where=where)
+    return _read(run, *newest(run, where=where), items, where)
+
+
+def _read(run: str, folder, step: int, manifest: dict, items, where: str) -> dict:
     template = {item: unflatten_dict(_stubs(manifest, item, where), sep="/") for item in items}
     found = Checkpoints(folder, keep=1, writer=False).restore(step, template)
     check_finite(found, where=where, of=f"{run}, step {step}")
@@ -117,8 +117,8 @@ def modules(run: str, new: dict, *, where: str = "train.init_from", note=lambda 
     Raises:
       InputError: the other run trained base leaves that this one does not train: what it learned would be lost.
     """
-    _, _, manifest = newest(run, where=where)
-    old = load(run, ("modules",), where=where)["modules"] if "modules" in manifest["tree"] else {}
+    folder, step, manifest = newest(run, where=where)
+    old = _read(run, folder, step, manifest, ("modules",), where)["modules"] if "modules" in manifest["tree"] else {}
     old = flatten_dict(old, sep="/")
     out = flatten_dict(new, sep="/")
     lost = sorted(path.removeprefix("base/") for path in old.keys() - out.keys() if path.startswith("base/"))

@@ -46,12 +46,10 @@ class Average(Surgery):
             views = (base.View(items[name]) for name in ("adapters", "router_state"))
             leaves, state = views
             return Result(parents[0].config, leaves, state=state, modules=items["modules"])
-        ranks = {rule: self.rank or max(map(max, every)) for rule, every in base.ranks_of(parents).items()}
+        ranks = base.merged_ranks(parents, self.rank)
         config, leaves = base.plain_config(parents, ranks), {}
         for at, pairs in base.sites(parents):
-            A = np.concatenate([A for A, _ in pairs])
-            B = np.concatenate([wj * B for wj, (_, B) in zip(w, pairs, strict=True)])
-            leaves |= base.pair(at, *factorise.truncated(A, B, ranks[at[0]]))
+            leaves |= base.pair(at, *factorise.truncated(*base.stacked(pairs, w), ranks[at[0]]))
         return Result(config, leaves)
 
 

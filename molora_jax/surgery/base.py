@@ -45,15 +45,12 @@ class Parent:
         return products(self.model, self.opened.items["adapters"], refuse=self.refuse)
 
     @functools.cached_property
-    def _grouped(self) -> dict:
-        grouped: dict = {}
-        for key, leaf in self.view().items():
-            grouped.setdefault(key[:3], {})[key.leaf] = leaf
-        return grouped
+    def _by_site(self) -> dict:
+        return self.view().by_site()
 
     def leaves_at(self, rule: str, layer: int, site: str) -> tuple[dict, dict]:
         """`(own, shared)`: what an adapter's `factors` reads at a site."""
-        return self._grouped.get((rule, layer, site), {}), self.opened.items["adapters"][rule].get("shared", {})
+        return self._by_site.get((rule, layer, site), {}), self.opened.items["adapters"][rule].get("shared", {})
 
     def scale(self, rule: str) -> float:
         """`s` of a rule's adapter."""
@@ -121,6 +118,17 @@ def ranks_of(parents: tuple[Parent, ...]) -> dict[str, list[list[int]]]:
     for at in parents[0].products:
         out.setdefault(at[0], []).append([len(parent.products[at][0]) for parent in parents])
     return out
+
+
+def merged_ranks(parents: tuple[Parent, ...], rank: int = 0) -> dict[str, int]:
+    """`{rule: rank}` of what comes out: the one asked for, or (0) the largest of the parents."""
+    return {rule: rank or max(map(max, every)) for rule, every in ranks_of(parents).items()}
+
+
+def stacked(pairs: list, weights) -> tuple[np.ndarray, np.ndarray]:
+    """`A [sum R_j, D_in]`, `B [sum R_j, D_out]` of `sum_j w_j s_j B_j A_j`, exactly; pairs as of `sites`."""
+    A = np.concatenate([A for A, _ in pairs])
+    return A, np.concatenate([wj * B for wj, (_, B) in zip(weights, pairs, strict=True)])
 
 
 def plain_config(parents: tuple[Parent, ...], ranks: dict[str, int]):

@@ -55,8 +55,7 @@ class LoraLego(Surgery):
             )  # fmt: skip
 
     def apply(self, parents):
-        every = base.ranks_of(parents)
-        ranks = {rule: self.rank or max(map(max, own)) for rule, own in every.items()}
+        ranks = base.merged_ranks(parents, self.rank)
         config, leaves = base.plain_config(parents, ranks), {}
         for at, pairs in base.sites(parents):
             leaves |= base.pair(at, *self.merged(pairs, ranks[at[0]]))

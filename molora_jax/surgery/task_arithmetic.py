@@ -35,7 +35,9 @@ class TaskArithmetic(Surgery):
 
     def apply(self, parents):
         w = weights_of(self.weights, len(parents), 1.0)
-        ranks = {rule: self._rank(every) for rule, every in base.ranks_of(parents).items()}
+        ranks = base.merged_ranks(parents, self.rank if self.form == "svd" else 0)
+        if self.form == "cat":
+            ranks = {rule: max(map(sum, every)) for rule, every in base.ranks_of(parents).items()}
         config, leaves = base.plain_config(parents, ranks), {}
         for at, pairs in base.sites(parents):
             if self.form == "linear":
@@ -44,16 +46,10 @@ class TaskArithmetic(Surgery):
                 A = sum(r * A.astype(np.float64) for r, (A, _) in zip(root * np.sign(w), pairs, strict=True))
                 B = sum(r * B.astype(np.float64) for r, (_, B) in zip(root / s, pairs, strict=True))
             else:
-                A = np.concatenate([A for A, _ in pairs])
-                B = np.concatenate([wj * B for wj, (_, B) in zip(w, pairs, strict=True)])
+                A, B = base.stacked(pairs, w)
                 A, B = (A, B) if self.form == "cat" else factorise.truncated(A, B, ranks[at[0]])
             leaves |= base.pair(at, *_padded(A, B, ranks[at[0]]))
         return Result(config, leaves)
-
-    def _rank(self, every: list[list[int]]) -> int:
-        if self.form == "cat":
-            return max(map(sum, every))
-        return (self.rank if self.form == "svd" else 0) or max(map(max, every))
 
 
 def _padded(A, B, rank):

@@ -37,8 +37,7 @@ class Ties(Surgery):
 
     def apply(self, parents):
         w = weights_of(self.weights, len(parents), 1.0)
-        own = 0 if self.of == "factors" else self.rank
-        ranks = {rule: own or max(map(max, every)) for rule, every in base.ranks_of(parents).items()}
+        ranks = base.merged_ranks(parents, 0 if self.of == "factors" else self.rank)
         config, leaves = base.plain_config(parents, ranks), {}
         for at, pairs in base.sites(parents):
             if self.of == "product":

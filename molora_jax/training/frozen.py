@@ -9,7 +9,7 @@ import json
 import pathlib
 
 from molora_jax import sharding
-from molora_jax.backbones.compile import compile_model
+from molora_jax.backbones.compile import compile_base
 from molora_jax.engines import Engine
 from molora_jax.errors import InputError
 from molora_jax.io.base import Base, load_base
@@ -45,9 +45,7 @@ def load_frozen(
         digest = hashlib.sha256(json.dumps([other.digest, saved], sort_keys=True).encode()).hexdigest()
     elif ":" in source:
         other = load_base(source, dtype=config.base.dtype, seed=config.seed, known=known)
-        with config.copy_and_resolve_references().unlocked() as plain:
-            plain.method.rules, plain.losses = {}, {}
-        own, frozen_model, digest = other.params, compile_model(plain, other.config), other.digest
+        own, frozen_model, digest = other.params, compile_base(config, other.config), other.digest
     else:
         raise InputError(where, got=repr(source), expected="the folder of a run, or a base source (pkg:, dir:, ...)")
     _same_vocabulary(other, base, source, where)

@@ -29,9 +29,10 @@ from molora_jax.runs.obstacles import not_saved, obstacles
 from molora_jax.runs.workdir import Workdir
 from molora_jax.text import table
 from molora_jax.training import many, summary
-from molora_jax.training.loop import MAX_SKIPPED, Result, Run, not_finite, peak_bytes, row
+from molora_jax.training.loop import MAX_SKIPPED, Result, not_finite, peak_bytes, row
 from molora_jax.training.loss_picture import plot_loss, plot_losses
 from molora_jax.training.programs import Program
+from molora_jax.training.run import Run
 from molora_jax.training.signals import StopRequest
 
 

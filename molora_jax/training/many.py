@@ -53,8 +53,13 @@ def shardings(places):
 
 def put_batches(batches: list[dict], mesh) -> dict[str, jax.Array]:
     """N batches of numpy rows `[B, S]` -> arrays `[N, B, S]`, each run's rows over the mesh. One process."""
+    return put_stacked({name: np.stack([batch[name] for batch in batches]) for name in batches[0]}, mesh)
+
+
+def put_stacked(batch: dict, mesh) -> dict[str, jax.Array]:
+    """Rows `[N, B, S]` on the host -> as of `put_batches`."""
     place = NamedSharding(mesh, P(None, ROWS))
-    return {name: jax.device_put(np.stack([batch[name] for batch in batches]), place) for name in batches[0]}
+    return {name: jax.device_put(value, place) for name, value in batch.items()}
 
 
 def shared_or_stacked(trees):
@@ -62,12 +67,6 @@ def shared_or_stacked(trees):
     same = lambda *leaves: all(leaf is leaves[0] for leaf in leaves)  # noqa: E731
     axes = jax.tree.map(lambda *leaves: None if same(*leaves) else 0, *trees)
     return jax.tree.map(lambda *leaves: leaves[0] if same(*leaves) else jnp.stack(leaves), *trees), axes
-
-
-def put_stacked(batch: dict, mesh) -> dict[str, jax.Array]:
-    """Rows `[N, B, S]` on the host -> as of `put_batches`."""
-    place = NamedSharding(mesh, P(None, ROWS))
-    return {name: jax.device_put(value, place) for name, value in batch.items()}
 
 
 def as_one(metrics: dict) -> dict:

@@ -169,7 +169,7 @@ class CompiledStep:
     def spread(self, state):
         """One run's state as that of all runs side by side."""
         N = self.program.side_by_side
-        every = lambda tree: jax.tree.map(lambda x: jnp.broadcast_to(x, (N, *x.shape)), tree)  # noqa: E731
+        every = lambda tree: trees.repeated(tree, N)  # noqa: E731
         return jax.jit(every, out_shardings=self.loop_shardings)(state) if N else state
 
     def once(self, function, state, *given):

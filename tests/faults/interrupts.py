@@ -9,7 +9,7 @@ import sys
 import threading
 
 from molora_jax.runs.checkpoints import Checkpoints
-from molora_jax.training import loop
+from molora_jax.training import loop, programs
 from tests.faults.common import changed, digests, finished_run, metric_rows, scratch, start, tiny_config
 from tests.faults.report import each
 
@@ -28,7 +28,7 @@ def struck(place: str, nth: int, number: int):
             os.kill(os.getpid(), number)
 
     reached, put_batch, valid_nll = Checkpoints.reached, loop.sharding.put_batch, loop.Run.valid_nll
-    together = loop.CompiledStep.compile_together
+    together = programs.CompiledStep.compile_together
 
     def checkpoint(self, point):
         strike(point)
@@ -48,8 +48,10 @@ def struck(place: str, nth: int, number: int):
         strike("evaluation")
         return valid_nll(self, *args)
 
+    if place == "compile":
+        programs._compiled_step.cache_clear()  # else the program of the run before serves this one too
     with changed(Checkpoints, reached=checkpoint), changed(loop.sharding, put_batch=batch):
-        with changed(loop.CompiledStep, compile_together=compile_together), changed(loop.Run, valid_nll=evaluate):
+        with changed(programs.CompiledStep, compile_together=compile_together), changed(loop.Run, valid_nll=evaluate):
             yield
 
 

@@ -9,7 +9,7 @@ import sys
 
 import jax
 
-from molora_jax.training import loop
+from molora_jax.training import run
 from tests.faults import opened
 from tests.faults.common import changed, copy_run, digests, finished_run, metric_rows, scratch, start, tiny_config
 from tests.faults.report import each
@@ -28,8 +28,8 @@ def meshed(split, **train):
 
 
 def on_devices(number):
-    """`loop.setup` on the first few devices."""
-    return changed(loop, setup=functools.partial(loop.setup, devices=jax.devices()[:number]))
+    """`run.setup` on the first few devices."""
+    return changed(run, setup=functools.partial(run.setup, devices=jax.devices()[:number]))
 
 
 def _product(split):
