@@ -58,7 +58,17 @@ def member_problem(where, axis, name, *, among=None):
         return wrong(where, f"{name!r}, which {file} does not list", one_of(names), f"Add it to {file}.")
     got = "nothing" if name is None else shown(name)
     paths = ", or package.module:Name" if axis in outside.OPEN else ""
-    return wrong(where, got, f"{one_of(names)}{paths}", did_you_mean(name, names))
+    fix = did_you_mean(name, names) or as_text(axis, name)
+    return wrong(where, got, f"{one_of(names)}{paths}", fix)
+
+
+def as_text(axis, value) -> str:
+    """What a config says for a member that is given as a class or an instance; "" for anything else."""
+    kind = value if isinstance(value, type) else type(value)
+    own = outside.axis_of(kind)
+    if own != axis:
+        return f"{kind.__name__} is one of the {own}." if own else ""
+    return f"A config has text: name={classes(axis).get(kind.__name__) or f'{kind.__module__}:{kind.__qualname__}'!r}."
 
 
 def loss_of(key, options) -> str:

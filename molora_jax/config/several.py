@@ -9,7 +9,8 @@ Everything else is compiled into it, or is there once for all runs. Nothing here
 import itertools
 import re
 
-from molora_jax.config.fields import did_you_mean, wrong
+from molora_jax.config.fields import FIELDS, nearest, wrong
+from molora_jax.config.members import members, options
 from molora_jax.config.resolve import split_commas
 
 MAY_DIFFER = r"seed|optim\.learning_rate|losses\.\w+\.weight|data\.(?!seq_len$)\w+"
@@ -48,17 +49,34 @@ def lists(text: str) -> list[tuple[str, list[str]]]:
 
 
 def check_may_differ(name: str, where: str = "--runs"):
-    """Raises InputError, with the reason, for a field in which runs of one step may not differ."""
+    """Raises InputError for a field in which runs of one step may not differ, with the reason, or that is none."""
     if re.fullmatch(MAY_DIFFER, name):
         return
     reason = next(reason for pattern, reason in REASONS if re.match(pattern, name))
-    known = ("seed", "optim.learning_rate", "losses.NAME.weight", "data.tasks")
-    guess = did_you_mean(name, known) if "." not in name else ""
-    raise wrong(
-        f"{where}, {name}", "a field in which runs of one step may not differ",
-        f"one of {', '.join(known)} or another field of data but seq_len",
-        guess or f"Start such runs one by one: {reason}.",
-    )  # fmt: skip
+    may = ("seed", "optim.learning_rate", "losses.NAME.weight", "data.tasks")
+    there, expected = _there(name), f"one of {', '.join(may)} or another field of data but seq_len"
+    got = "a field in which runs of one step may not differ" if there else "an unknown field"
+    fix = f"Start such runs one by one: {reason}." if there else _near(name, may)
+    raise wrong(f"{where}, {name}", got, expected, fix)
+
+
+def _there(name: str) -> bool:
+    """Whether a config may have such a field; of what members and rules have only the group is looked at."""
+    group, dot, field = name.partition(".")
+    own = FIELDS.get(group)
+    if not isinstance(own, dict):
+        return own is not None and not dot
+    if group == "optim":
+        return field == "name" or any(field in options("optim", one) for one in members("optim"))
+    return bool(dot) and (not own or field in own)
+
+
+def _near(name: str, may) -> str:
+    """The nearest field, by its whole name, else by its last part."""
+    every = [*may, *(f"{group}.{f}" for group, own in FIELDS.items() if isinstance(own, dict) for f in own)]
+    last = {field.rpartition(".")[2]: field for field in reversed(every)}
+    guess = nearest(name, every) or last.get(nearest(name.rpartition(".")[2], last), "")
+    return f"Did you mean {guess!r}?" if guess else ""
 
 
 def product(fields: list[tuple[str, list[str]]]) -> dict[str, list[tuple[str, str]]]:

@@ -86,6 +86,9 @@ class RoutedFFN(Routed):
             return ctx.replace(site=sites[name], base=kernels[name], key=key)
 
         flat, on = x.reshape(-1, x.shape[-1]), self.engine_now()
+        if not len(flat):  # no token, nothing to be changed
+            self.put(made, routed, None)
+            return x
         part = FFN().part(made.rule, "ffn", leaves, shared, None if routed is None else routed[0], context, flat)
         g, u = (engines.project(on, site, kernels[site], biases.get(site), flat, [])[0] for site in ("gate", "up"))
         with jax.named_scope("experts"):

@@ -47,22 +47,51 @@ class Made(NamedTuple):
     def experts(self) -> int:
         return self.rule.experts[0]
 
+    @property
+    def random(self) -> list[str]:
+        """Fields by which something is random in training."""
+        own = [f"router.{name}" for name in (self.router.RANDOM if self.router else ()) if getattr(self.router, name)]
+        return ["adapter.dropout"] * bool(self.adapter.dropout) + own
+
 
 def member(axis: str, value, where: str):
     """A member: an instance, `"lora"`, or `dict(name="lora", rank=8)`; a name may be `package.module:Name`.
 
     Raises:
-      InputError: no such member, an unknown option, a value out of range.
+      InputError: no such member, an unknown option, a value out of range, a class that breaks its contract.
     """
     table, contract = TABLES[axis]
     if isinstance(value, contract):
+        _keeps_contract(axis, value, where)
         described = described_as(axis, value)
         if "name" in described:
             raise_all(member_problems(where, described, axis))
         return value
-    options = {"name": value} if isinstance(value, str) else dict(value) if isinstance(value, Mapping) else value
+    if not isinstance(value, (str, Mapping)):
+        raise _no_member(axis, value, where)
+    options = {"name": value} if isinstance(value, str) else dict(value)
     raise_all(member_problems(where, options, axis))
     return outside.member(axis, table, options.pop("name"))(**options)
+
+
+def _keeps_contract(axis: str, value, where: str) -> None:
+    """Raises InputError for an instance of somebody's class that a config could not name either."""
+    kind = type(value)
+    if kind not in TABLES[axis][0].values():
+        lacks, fix = outside.lacks(axis, kind)
+        if lacks:
+            raise wrong(where, f"a {kind.__name__}, {lacks}", f"a member of {axis}", fix)
+
+
+def _no_member(axis: str, value, where: str) -> InputError:
+    """The error for what is neither an instance, nor a name, nor a dict."""
+    example = next(iter(TABLES[axis][0].values())).__name__
+    expected = f"one of the {axis} such as mj.{example}(), a name, or a dict as in a config"
+    if isinstance(value, type):
+        same = outside.axis_of(value) == axis
+        fix = f"Make one of it: {value.__name__}()." if same else config_members.as_text(axis, value)
+        return wrong(where, f"the class {value.__name__}", expected, fix)
+    return wrong(where, shown(value), expected, config_members.as_text(axis, value))
 
 
 def described_as(axis: str, value) -> dict:
@@ -79,17 +108,29 @@ def engine_of(engine, mesh: Mesh | None) -> Engine:
     engine: a name of `ENGINES`, or an `Engine` with its own mesh and options.
     mesh: with axes among data, fsdp, expert and tensor; those that it lacks have one device.
     """
-    if isinstance(engine, Engine):
-        return engine
+    given = engine if isinstance(engine, Engine) else None
+    if given is not None:
+        if mesh is not None and given.mesh is not None:
+            fix = f"Leave it out, or write engine={given.name!r}."
+            raise wrong("mesh", f"one beside an Engine ({given.name}) with a mesh of its own", "one of the two", fix)
+        engine, mesh = given.name, given.mesh if mesh is None else mesh
     problem = config_members.member_problem("engine", "engines", engine)
     if problem:
         raise problem
+    _check_mesh(mesh)
     if mesh is None:
         if engine != "replicate":
             fix = 'Pass one: mesh=jax.make_mesh((8,), ("expert",)).'
             raise wrong("mesh", f"none, with engine {engine!r}", "the mesh whose axis expert shares the experts", fix)
-        return ALONE
-    return Engine(engine, _whole(mesh))
+        return ALONE if given is None else given
+    return Engine(engine, _whole(mesh)) if given is None else dataclasses.replace(given, mesh=_whole(mesh))
+
+
+def _check_mesh(mesh) -> None:
+    if mesh is not None and not isinstance(mesh, Mesh):
+        number = mesh if isinstance(mesh, int) else 8
+        fix = f'Make one: mesh=jax.make_mesh(({number},), ("expert",)).'
+        raise wrong("mesh", f"{shown(mesh)} (a {type(mesh).__name__})", "a jax.sharding.Mesh", fix)
 
 
 def _whole(mesh: Mesh) -> Mesh:
@@ -113,7 +154,22 @@ def made(
       InputError: whatever is wrong with them; `where` names the module.
     """
     adapter, router = (freeze(dict(one)) if isinstance(one, Mapping) else one for one in (adapter, router))
+    _check_mesh(mesh)
+    given = dict(experts=experts, adapter=adapter, router=router, engine=engine, down=down, shrink=shrink)
+    for name, value in given.items():
+        _check_hash(f"{where}.{name}", value, {"adapter": "adapters", "router": "routers"}.get(name))
     return _made(where, placement, sites, experts, adapter, router, engine, mesh, down, shrink)
+
+
+def _check_hash(where: str, value, axis: str | None) -> None:
+    """Raises InputError for what cannot be static: a module is compiled for the values of its fields."""
+    try:
+        hash(value)
+    except TypeError as error:
+        if axis is not None:
+            member(axis, value, where)  # which option it is
+        fix = "Write tuples for lists; a member is a frozen dataclass of numbers, text and tuples."
+        raise wrong(where, f"{shown(value)}, which cannot be hashed ({error})", "a value that can", fix) from None
 
 
 @functools.lru_cache(maxsize=1024)

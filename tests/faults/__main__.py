@@ -42,6 +42,10 @@ def main(argv=None) -> int:
     parser.add_argument("--workers", type=int, default=2)
     args = parser.parse_args(argv)
     rows = chosen(args.only)
+    none = [row.name for row in rows if not (args.tries or (row.full if args.full else row.tries))]
+    if args.only and none:  # without --only such rows are left out
+        only = "only with --full" if not args.full else "not at all"
+        raise SystemExit(f"--only={args.only}: {', '.join(none)} is tried {only} (or --tries=N)")
     head = f"{'row':<22} {'promise':<92} {'tries':>5} {'failures':>8} {'time':>9}"
     done = []
 
