@@ -55,7 +55,9 @@ def member_problem(where, axis, name, *, among=None):
         return None
     if isinstance(name, str) and name in _files(axis) and unlisted(axis, name):
         file = f"molora_jax/{axis}/{_table(axis)}"
-        return wrong(where, f"{name!r}, which {file} does not list", one_of(names), f"Add it to {file}.")
+        holds = axis in ("inits", "engines") or _lineage(axis, name)
+        fix = f"Add it to {file}." if holds else f"molora_jax/{axis}/{name}.py is a helper: no member is written there."
+        return wrong(where, f"{name!r}, which {file} does not list", one_of(names), fix)
     got = "nothing" if name is None else shown(name)
     paths = ", or package.module:Name" if axis in outside.OPEN else ""
     fix = did_you_mean(name, names) or as_text(axis, name)
