@@ -103,13 +103,16 @@ def options(axis, name):
     """
     if outside.is_path(name):
         member = outside.load(axis, name, name)
-        if axis in ("inits", "engines"):
-            return {}
-        limits, where = outside.limits(member), name
-        found = {option: _of_value(f"{name}, field {option}", *f) for option, f in outside.fields(member, name).items()}
-    else:
-        limits, where = _limits(axis, name), f"molora_jax/{axis}/{name}.py"
-        found = {o: _field(f"{where}, field {o}", *f) for o, f in _annotations(axis, name).items()}
+        return {} if axis in ("inits", "engines") else options_of(member, name)
+    limits, where = _limits(axis, name), f"molora_jax/{axis}/{name}.py"
+    found = {o: _field(f"{where}, field {o}", *f) for o, f in _annotations(axis, name).items()}
+    return {option: _limited(f"{where}, LIMITS of {option}", f, limits.get(option)) for option, f in found.items()}
+
+
+def options_of(member, where):
+    """The same of a class that was imported; `where` names it."""
+    limits = outside.limits(member)
+    found = {option: _of_value(f"{where}, field {option}", *f) for option, f in outside.fields(member, where).items()}
     return {option: _limited(f"{where}, LIMITS of {option}", f, limits.get(option)) for option, f in found.items()}
 
 

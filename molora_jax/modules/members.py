@@ -1,5 +1,6 @@
 """From what a caller writes to members and an engine: instances, names, or dicts as in a config; checked alike."""
 
+import contextlib
 import dataclasses
 import functools
 from collections.abc import Mapping
@@ -14,9 +15,9 @@ from molora_jax.adapters import ADAPTERS
 from molora_jax.adapters.base import Adapter
 from molora_jax.config import limits, outside
 from molora_jax.config import members as config_members
-from molora_jax.config.fields import shown, wrong
-from molora_jax.config.rule_checks import check_counts, check_start
-from molora_jax.config.values import member_problems, raise_all
+from molora_jax.config.fields import RULE, shown, wrong
+from molora_jax.config.rule_checks import check_counts
+from molora_jax.config.values import check_value, member_problems, raise_all
 from molora_jax.core.rules import Rule
 from molora_jax.engines import ALONE, Engine
 from molora_jax.errors import InputError
@@ -64,8 +65,7 @@ def member(axis: str, value, where: str):
     if isinstance(value, contract):
         _keeps_contract(axis, value, where)
         described = described_as(axis, value)
-        if "name" in described:
-            raise_all(member_problems(where, described, axis))
+        raise_all(member_problems(where, described, axis) if "name" in described else _own_limits(value, where))
         return value
     if not isinstance(value, (str, Mapping)):
         raise _no_member(axis, value, where)
@@ -81,6 +81,16 @@ def _keeps_contract(axis: str, value, where: str) -> None:
         lacks, fix = outside.lacks(axis, kind)
         if lacks:
             raise wrong(where, f"a {kind.__name__}, {lacks}", f"a member of {axis}", fix)
+
+
+def _own_limits(value, where: str) -> list[InputError]:
+    """Options out of range, of a class that a config could not name."""
+    kind = type(value)
+    with contextlib.suppress(InputError):  # fields of types that no config holds are the class's own affair
+        options = config_members.options_of(kind, kind.__name__)
+        pairs = [(f"{where}.{name}", getattr(value, name), field) for name, field in options.items()]
+        return [problem for pair in pairs for problem in check_value(*pair)]
+    return []
 
 
 def _no_member(axis: str, value, where: str) -> InputError:
@@ -154,9 +164,11 @@ def made(
       InputError: whatever is wrong with them; `where` names the module.
     """
     adapter, router = (freeze(dict(one)) if isinstance(one, Mapping) else one for one in (adapter, router))
-    _check_mesh(mesh)
-    given = dict(experts=experts, adapter=adapter, router=router, engine=engine, down=down, shrink=shrink)
-    for name, value in given.items():
+    for name, value in dict(down=down, shrink=shrink).items():
+        raise_all(check_value(f"{where}.{name}", value, RULE[name]))
+    if not isinstance(engine, (str, Engine)) or not isinstance(mesh, (Mesh, type(None))):
+        engine_of(engine, mesh)
+    for name, value in dict(experts=experts, adapter=adapter, router=router).items():
         _check_hash(f"{where}.{name}", value, {"adapter": "adapters", "router": "routers"}.get(name))
     return _made(where, placement, sites, experts, adapter, router, engine, mesh, down, shrink)
 
@@ -182,12 +194,16 @@ def _made(where, placement, sites, experts, adapter, router, engine, mesh, down,
     init = config_members.member_problem(f"{where}.adapter.init", "inits", adapter.init)
     if init:
         raise init
+    if limits.states("inits", adapter.init, "AWAY") and not outside.stated_with(type(adapter), "SUBTRACTS", "factors"):
+        name = type(adapter).__name__
+        expected = f"a start of B A = 0: {name}.factors does not say that it takes A0, B0 off (SUBTRACTS)"
+        raise wrong(f"{where}.adapter.init", repr(adapter.init), expected, 'Use init="kaiming".')
     described = {"experts": str(count), "down": down, "adapter": described_as("adapters", adapter)}
     if router is not None:
         described["router"] = described_as("routers", router)
         _stands_alone(where, router)
     if all("name" in described[axis] for axis in ("adapter", "router") if axis in described):  # others say no limits
-        raise_all([*check_counts(where, described, (count,)), *check_start(where, described)])
+        raise_all(list(check_counts(where, described, (count,))))
         raise_all(list(limits.refused(where, described, limits.states("placements", placement, "REFUSES"), start="")))
     return Made(Rule(where, sites, (count,), adapter, router, down, shrink), engine_of(engine, mesh))
 

@@ -11,6 +11,7 @@ from typing import Any
 import flax.struct
 import jax
 import jax.numpy as jnp
+from flax.core import unfreeze
 
 from molora_jax.config.fields import wrong
 from molora_jax.core import routing as routing_math
@@ -141,10 +142,12 @@ def update_routers(router_state: dict, *sown) -> dict:
     >>> state["b"].shape
     (4,)
     """
-    if not isinstance(router_state, Mapping) or "router_state" in router_state or "params" in router_state:
-        kind = "all variables" if isinstance(router_state, Mapping) else f"a {type(router_state).__name__}"
+    whole = isinstance(router_state, Mapping)
+    found = [name for name in ("params", "adapters", "router_state", "routing") if whole and name in router_state]
+    if not whole or found:
+        kind = f"collections ({', '.join(found)})" if found else f"a {type(router_state).__name__}"
         expected = "the collection router_state, {} where no router has any"
-        raise wrong("router_state", kind, expected, 'Pass variables["router_state"].')
+        raise wrong("router_state", kind, expected, 'Pass variables["router_state"], and what was sown after it.')
     if not jax.tree.leaves(router_state):
         return router_state
     sums: dict = {}
@@ -163,7 +166,7 @@ def update_routers(router_state: dict, *sown) -> dict:
             raise wrong(f"sown: {'/'.join(path)}", "nothing", "what that router decided", "Pass all that was sown.")
         return {name: walk(below, (*path, name)) for name, below in tree.items()}
 
-    return walk(dict(router_state), ())
+    return walk(unfreeze(router_state), ())
 
 
 def routing_metrics(sown) -> dict[str, dict[str, Array]]:

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax.core import freeze
 from jax.sharding import Mesh
 
 import molora_jax as mj
@@ -126,6 +127,11 @@ def test_a_router_with_state_is_updated_once_a_step():
     count = np.asarray(sown["routing"]["experts"][0].decision.selected).sum((0, 1))
     state = jax.jit(mj.update_routers)(variables["router_state"], sown, sown)  # two micro-steps
     np.testing.assert_array_equal(state["b"], 0.125 * np.sign(count.mean() - count))
+    frozen = freeze({"a": {"b": variables["router_state"]}})
+    deep = mj.update_routers(
+        frozen, {"routing": {"a": {"b": sown["routing"]}}}, {"routing": {"a": {"b": sown["routing"]}}}
+    )
+    np.testing.assert_array_equal(deep["a"]["b"]["b"], state["b"])
     assert not np.array_equal(
         call(one, variables | {"router_state": {"b": jnp.arange(4.0)}}, x, kernel=W), call(one, variables, x, kernel=W)
     )
@@ -169,6 +175,7 @@ WRONG = {
     "a member of another axis": (dict(adapter=TOPK), "SoftmaxTopK is one of the routers"),
     "a class of another axis": (dict(router=mj.Lora), "got the class Lora; .*Lora is one of the adapters"),
     "a list in a dict": (dict(adapter=dict(name="lora", rank=[2])), "adapter.rank"),
+    "a list for an engine": (dict(engine=["gather"]), "engine: got .*expected one of all_to_all"),
     "a list of experts": (dict(experts=[4]), "experts: got .*cannot be hashed"),
 }
 
@@ -266,7 +273,7 @@ def test_what_is_no_collection_or_no_scalar_is_named():
         mj.routing_loss(sown, Wide())
     with pytest.raises(InputError, match="loss: got the class ZLoss; .*Make one of it"):
         mj.routing_loss(sown, mj.ZLoss)
-    with pytest.raises(InputError, match="router_state: got all variables"):
+    with pytest.raises(InputError, match=r"router_state: got collections .adapters, router_state"):
         mj.update_routers(variables | {"router_state": {}}, sown)
 
 
@@ -291,6 +298,21 @@ def test_no_token_gives_no_row(lead):
 def test_the_ffn_says_how_row_factors_are_served():
     with pytest.raises(InputError, match='RoutedFFN.down: got .once.*write down="per_expert"'):
         mj.RoutedFFN(experts=E, adapter=mj.Dora(rank=R), router=TOPK)
+    with pytest.raises(InputError, match="RoutedFFN.down: got 'twice'.*among 'once', 'per_expert'"):
+        mj.RoutedFFN(experts=E, adapter=LORA, router=TOPK, down="twice")
+
+
+def test_an_adapter_that_no_config_could_name_is_checked_as_ours():
+    @dataclasses.dataclass(frozen=True)
+    class Forgetful(mj.Lora):
+        def factors(self, p, shared, ctx):
+            return super().factors({"A": p["A"], "B": p["B"]}, shared, ctx)
+
+    for options, words in ((dict(init="pissa"), "adapter.init: got 'pissa'.*Forgetful.factors does not say"),
+                           (dict(rank=0), "adapter.rank: got 0; expected an integer >= 1")):  # fmt: skip
+        with pytest.raises(InputError, match=words):
+            layer(adapter=Forgetful(**options))
+    assert layer(adapter=Forgetful(rank=R)).made().adapter.rank == R
 
 
 @dataclasses.dataclass(frozen=True)
