@@ -91,7 +91,7 @@ class View(collections.abc.Mapping):
                 left = [one for one in left if one[i] == value]
                 if not left:
                     raise NoLeaf(
-                        f"{self.where}: {key}", got=f"{field} {value!r}, of which there is no leaf",
+                        f"{self.where}: {key}", got=f"no such leaf: {field} {value!r}",
                         expected=_among(there), fix=did_you_mean(value, there),
                     )  # fmt: skip
         expected = 'a key (rule, layer, site, leaf), such as ("all", 0, "q", "A")'
