@@ -90,8 +90,8 @@ def test_a_key_of_no_leaf_says_what_there_is(runs):
     for key, words in (
         (("al", 0, "q", "A"), "no such leaf: rule 'al'; expected one of 'all'. Did you mean 'all'"),
         (("all", 9, "q", "A"), "layer 9; expected one of 0 to 3"),
-        (("all", 1, "o", "A"), "site 'o', .*expected one of 'down', 'q', 'v'"),
-        (("all", 1, "q", "C"), "leaf 'C', .*expected one of 'A', 'B'"),
+        (("all", 1, "o", "A"), "site 'o'; expected one of 'down', 'q', 'v'"),
+        (("all", 1, "q", "C"), "leaf 'C'; expected one of 'A', 'B'"),
         (("all", 1, "q"), "such as"), ("all", "such as"), (("all", slice(0, 2), "q", "A"), "such as"),
     ):  # fmt: skip
         for ask in (view.__getitem__, view.__delitem__, lambda key: view.__setitem__(key, 0)):
