@@ -199,9 +199,13 @@ def _unknown(path, text, names):
     """The error for a field that a group neither has nor takes."""
     *keys, key = path.split(".")
     if keys == ["losses"] and known("losses", key):
-        fix = f"Give --config.{path}.weight={text}: that switches it on."
+        fix = f"Switch it on by --config.{path}.weight={text}."
         expected = f"a group of the loss's options ({', '.join(options('losses', key))})"
         return wrong(f"config.{path}", repr(text), expected, fix)
+    if keys == ["losses"]:
+        near = did_you_mean(key, members("losses"))
+        fix = near and f"{near} A loss is switched on by its weight: --config.losses.NAME.weight={text}."
+        return wrong(f"config.{path}", "an unknown loss", "one of " + ", ".join(members("losses")), fix)
     if not names and keys and keys[-1] in AXES:
         group = f"--config.{'.'.join(keys)}"
         fix = f"Give {group}.name too: one of {', '.join(members(AXES[keys[-1]]))}."
@@ -301,7 +305,7 @@ def _options(group, keys):
     axis = AXES.get(keys[-1] if keys else "")
     name = group.get("name") if axis else loss_of(keys[1], group) if len(keys) == 2 and keys[0] == "losses" else None
     axis = axis or "losses"
-    if ":" in str(name):
+    if name is not None and not known(axis, name):
         problem = member_problem(f"config.{'.'.join(keys)}.name", axis, name)
         if problem:
             raise problem

@@ -48,7 +48,7 @@ def test_the_command_says_what_it_did():
 
 
 def test_a_row_without_a_try_in_small_says_so():
-    with pytest.raises(SystemExit, match="kills.points is tried only with --full"):
+    with pytest.raises(SystemExit, match="kills.points: tried with --full only"):
         main(["--only=kills.points"])
     with pytest.raises(SystemExit, match="no such row"):
         main(["--only=kill"])

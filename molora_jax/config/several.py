@@ -60,22 +60,30 @@ def check_may_differ(name: str, where: str = "--runs"):
     raise wrong(f"{where}, {name}", got, expected, fix)
 
 
-def _there(name: str) -> bool:
-    """Whether a config may have such a field; of what members and rules have only the group is looked at."""
-    group, dot, field = name.partition(".")
-    own = FIELDS.get(group)
-    if not isinstance(own, dict):
-        return own is not None and not dot
+def _fields(group: str) -> tuple[str, ...]:
+    """Names in a group of a config; () where they are those of rules, stages or members."""
     if group == "optim":
-        return field == "name" or any(field in options("optim", one) for one in members("optim"))
-    return bool(dot) and (not own or field in own)
+        return ("name", *dict.fromkeys(option for one in members("optim") for option in options("optim", one)))
+    own = FIELDS.get(group)
+    return tuple(own) if isinstance(own, dict) else ()
+
+
+def _there(name: str) -> bool:
+    """Whether a config may have such a field; of what rules, stages and members have only the group is looked at."""
+    group, dot, field = name.partition(".")
+    if not isinstance(FIELDS.get(group), dict):
+        return group in FIELDS and not dot
+    return bool(dot) and (not _fields(group) or field in _fields(group))
 
 
 def _near(name: str, may) -> str:
-    """The nearest field, by its whole name, else by its last part."""
-    every = [*may, *(f"{group}.{f}" for group, own in FIELDS.items() if isinstance(own, dict) for f in own)]
-    last = {field.rpartition(".")[2]: field for field in reversed(every)}
-    guess = nearest(name, every) or last.get(nearest(name.rpartition(".")[2], last), "")
+    """The nearest field: in the group that is named, else by the whole name or its last part."""
+    group, _, field = name.rpartition(".")
+    every = [*may, *(f"{one}.{f}" for one in FIELDS for f in _fields(one))]
+    last = {one.rpartition(".")[2]: one for one in reversed(every)}
+    near = nearest(field, _fields(group))
+    guess = f"{group}.{near}" if near else "" if _fields(group) else nearest(name, every)
+    guess = guess or last.get(nearest(field, last), "")
     return f"Did you mean {guess!r}?" if guess else ""
 
 
