@@ -19,7 +19,7 @@ from molora_jax.config.fields import did_you_mean, one_of, wrong
 from molora_jax.core import rules as rules_lib
 from molora_jax.core.types import Array, Site
 from molora_jax.modules.members import Made, made
-from molora_jax.modules.routed import Routed, batched, batched_valid, floating
+from molora_jax.modules.routed import Routed, batched, batched_valid, check_arrays, floating
 from molora_jax.placements import FFN
 from molora_jax.placements.ffn import ACTIVATIONS, SITES
 
@@ -74,6 +74,7 @@ class RoutedFFN(Routed):
         valid, train: as of `RoutedLoRA`.
         """
         made, kernels, biases = self.made(), {"gate": gate, "up": up, "down": down}, dict(biases or {})
+        check_arrays(self.place(), x=x, **kernels, **{f"biases[{name!r}]": b for name, b in biases.items()})
         x = floating(x, gate)
         self.reached(made)
         sites = self._sites(made, x, kernels)

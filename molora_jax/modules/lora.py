@@ -20,7 +20,7 @@ from molora_jax.config.fields import wrong
 from molora_jax.core.types import Array, Site
 from molora_jax.engines import ALONE
 from molora_jax.modules.members import Made, made
-from molora_jax.modules.routed import Routed, batched, batched_valid, floating, serves
+from molora_jax.modules.routed import Routed, batched, batched_valid, check_arrays, floating, serves
 from molora_jax.placements import Projection, projection
 
 SITE = "dense"
@@ -92,6 +92,7 @@ class RoutedLoRA(Routed):
         valid: bool, of x's leading axes: False at padding, which is not routed and not counted.
         train: dropout and noise are on; needs `rngs={"dropout": key}` where there is any.
         """
+        check_arrays(self.place(), x=x, kernel=kernel, bias=bias)
         if jnp.shape(kernel) != (x.shape[-1], self.features):
             raise wrong(
                 f"{self.place()}, kernel", f"shape {jnp.shape(kernel)}",

@@ -156,6 +156,14 @@ class Routed(nn.Module):
             )  # fmt: skip
 
 
+def check_arrays(where: str, **arrays) -> None:
+    """Raises InputError for an argument of a call that is no array with axes."""
+    for name, value in arrays.items():
+        if value is not None and not getattr(value, "shape", ()):
+            got = f"a {type(value).__name__}"
+            raise wrong(f"{where}, {name}", got, "an array", "Pass the leaf itself, such as params['kernel'].")
+
+
 def floating(x: Array, kernel: Array) -> Array:
     """`x` as it meets the kernel: integers are numbers of the kernel's type, as in a product with it."""
     return x if jnp.issubdtype(x.dtype, jnp.inexact) else x.astype(kernel.dtype)

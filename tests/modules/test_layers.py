@@ -74,6 +74,8 @@ def test_the_ffn_equals_numpy():
     leaves = jax.tree.map(lambda a: np.asarray(a, np.float64), variables["adapters"])
     flat = np.asarray(x, np.float64).reshape(-1, D)
     gates, _ = gates64(flat, leaves["router"]["W"])
+    with pytest.raises(InputError, match=r"RoutedFFN, biases\['up'\]: got a float; expected an array"):
+        one.apply(variables, x, **kernels, biases=dict(gate=BIAS, up=1.0))
     expected = np.zeros((len(flat), D))
     for e in range(E):
         own = {s: kernels[s] + SCALE * leaves[s]["A"][e].T @ leaves[s]["B"][e] for s in kernels}
@@ -192,6 +194,9 @@ def test_wrong_shapes_and_missing_variables_are_named():
     variables = jax.jit(layer().init)(jax.random.key(0), x, kernel=W)
     with pytest.raises(InputError, match=r"kernel: got shape \(8, 8\); expected \(8, 12\)"):
         layer().apply(variables, x, kernel=np.eye(8))
+    for bad, name in ((dict(x=[1.0] * D), "x"), (dict(kernel={"kernel": W}), "kernel"), (dict(bias=0.5), "bias")):
+        with pytest.raises(InputError, match=f"RoutedLoRA, {name}: got a .*; expected an array. Pass the leaf"):
+            layer().apply(variables, **{"x": x, "kernel": W, **bad})
     with pytest.raises(InputError, match="valid: got shape"):
         layer().apply(variables, x, kernel=W, valid=np.ones(2, bool))
     with pytest.raises(InputError, match="got nothing; expected a leaf of shape"):
