@@ -160,6 +160,11 @@ class Backbone:
         """Empty keys and values `[L, rows, slots, H_kv, H_d]`."""
         raise NotImplementedError
 
+    def head(self, params: dict) -> dict:
+        """Those of the parameters that `logits` reads."""
+        name = "head" if "head" in params else "embed"
+        return {name: params[name]}
+
     def logits(self, params: dict, hidden: Array) -> Array:
         """`hidden [..., D]` -> `[..., V]` float32."""
         head, axis = (params["head"], 0) if "head" in params else (params["embed"], 1)

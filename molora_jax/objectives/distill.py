@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from molora_jax.errors import InputError
 from molora_jax.objectives.base import Objective, weight_of
 from molora_jax.objectives.lm import at_targets, token_nll
+from molora_jax.objectives.vocabulary import by_token
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,10 +45,14 @@ class Distill(Objective):
         pick = lambda hidden: jnp.take_along_axis(hidden, where[..., None], axis=1)  # noqa: E731
         own, theirs = pick(forward.hidden(batch)), pick(forward.frozen(teacher, batch))
         weight = jnp.take_along_axis(batch["loss_weight"], where, axis=1)
-        with jax.named_scope("loss"):
-            log_q = jax.nn.log_softmax(forward.logits(own) / self.temperature)
+
+        def divergence(logits_of, own, theirs):
+            log_q = jax.nn.log_softmax(logits_of(own) / self.temperature)
             log_p = jax.nn.log_softmax(teacher.logits(theirs) / self.temperature)
-            kl = jnp.sum(jnp.exp(log_p) * (log_p - log_q), axis=-1)
+            return jnp.sum(jnp.exp(log_p) * (log_p - log_q), axis=-1), ()
+
+        with jax.named_scope("loss"):
+            kl, _ = by_token(divergence, forward.model, forward.params, own, theirs)
         kl = jnp.sum(jnp.where(weight > 0, kl * weight, 0.0)) / norm
         return self.temperature**2 * kl, {"kl": kl}
 

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 
 from molora_jax.core.types import Array
 from molora_jax.objectives.base import Objective, weight_of
+from molora_jax.objectives.vocabulary import by_token
 
 
 def at_targets(batch: dict, targets_per_row: int) -> Array:
@@ -27,11 +28,16 @@ def token_nll(model, params: dict, hidden: Array, batch: dict, targets_per_row: 
     hidden = jnp.take_along_axis(hidden, where[..., None], axis=1)
     targets, weight = pick(batch["targets"]), pick(batch["loss_weight"])
     with jax.named_scope("loss"):
-        logits = model.logits(params, hidden)
-        target = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
-        nll = jax.nn.logsumexp(logits, axis=-1) - target
-        right = jnp.argmax(jax.lax.stop_gradient(logits), axis=-1) == targets
+        nll, right = by_token(nll_of, model, params, hidden, targets)
     return jnp.where(weight > 0, nll, 0.0), weight, right, where
+
+
+def nll_of(logits_of, hidden: Array, targets: Array):
+    """`(nll [B, m], right [B, m])` of a chunk of positions (`vocabulary.by_token`)."""
+    logits = logits_of(hidden)
+    target = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
+    right = jnp.argmax(jax.lax.stop_gradient(logits), axis=-1) == targets
+    return jax.nn.logsumexp(logits, axis=-1) - target, right
 
 
 def lm(model, params: dict, hidden: Array, batch: dict, targets_per_row: int) -> Array:

@@ -3,6 +3,7 @@
 The model is a stand-in whose hidden states are the parameters: what is tested is how they become a loss.
 """
 
+import re
 import types
 
 import jax
@@ -11,7 +12,8 @@ import numpy as np
 import pytest
 
 from molora_jax.errors import InputError
-from molora_jax.objectives import OBJECTIVES, Forward, Frozen, compile_objective
+from molora_jax.objectives import OBJECTIVES, Forward, Frozen, compile_objective, vocabulary
+from molora_jax.objectives.lm import lm as lm_loss
 
 B, S, D, V, C, M = 4, 9, 5, 7, 3, 6
 LENGTHS = [(4, 3), (5, 4), (6, 2), (3, 4)]  # two examples a row; in a pair of rows they belong together
@@ -40,6 +42,7 @@ class Stand(types.SimpleNamespace):
     """A model whose logits are `hidden @ table`; frozen passes give `TEACHER`."""
 
     max_segments = 2
+    config = types.SimpleNamespace(vocab=V, head=lambda params: {"table": params["table"]})
 
     def logits(self, params, hidden):
         return hidden @ params["table"]
@@ -148,6 +151,44 @@ def test_value_and_slope_are_the_formulas(name, options, formula):
         if name != "distill":
             np.testing.assert_allclose(np.sum(nll * weight) / np.sum(weight), value, rtol=1e-6)
         assert set(np.unique(right)) <= {0, 0.5, 1}
+
+
+@pytest.mark.parametrize("positions", [1, 4])
+@pytest.mark.parametrize(
+    "name, options", [(n, o) for n, o, f in CASES if f is not classify and (o or n == "lm")], ids=str
+)
+def test_chunks_of_the_vocabularys_distribution_change_nothing(monkeypatch, name, options, positions):
+    """Value, slope of the hidden states, slope of a head that trains; 4 does not divide M."""
+    objective = compile_objective({"name": name, **options})
+    rows, fixed = batch(), dict.fromkeys(objective.frozen(), FROZEN)
+    heads = {k: RNG.standard_normal(v.shape) for k, v in objective.init_heads(jax.random.key(0), D, C).items()}
+
+    def loss(hidden, table):
+        given = Forward(Stand(), {"table": table}, lambda batch: hidden, M)
+        return objective.loss(given, heads, fixed, rows, objective.norm(rows))[0]
+
+    with jax.enable_x64(True):
+        point = jnp.asarray(HIDDEN), jnp.asarray(TABLE)
+        want = jax.value_and_grad(loss, argnums=(0, 1))(*point)
+        monkeypatch.setattr(vocabulary, "CHUNK_BYTES", 4 * B * V * positions)
+        assert vocabulary.count(B, M, V) == -(-M // positions)
+        got = jax.value_and_grad(loss, argnums=(0, 1))(*point)
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-12, atol=1e-14), got, want)
+        np.testing.assert_allclose(jax.grad(loss)(*point), want[1][0], rtol=1e-12, atol=1e-14)  # a frozen head
+
+
+def test_no_array_of_all_logits_is_kept(monkeypatch):
+    monkeypatch.setattr(vocabulary, "CHUNK_BYTES", 4 * B * V * 2)
+    rows = batch()
+
+    def loss(hidden):
+        return lm_loss(Stand(), {"table": jnp.asarray(TABLE, jnp.float32)}, hidden, rows, M)
+
+    def arrays():
+        text = jax.jit(jax.grad(loss)).lower(jnp.asarray(HIDDEN, jnp.float32)).as_text()
+        return {shape for shape in re.findall(r"tensor<([0-9x]+)xf32>", text) if shape.endswith(f"x{V}")}
+
+    assert f"{B}x2x{V}" in arrays() and f"{B}x{M}x{V}" not in arrays() and f"3x{B}x2x{V}" not in arrays()
 
 
 def test_an_untrained_model_against_itself_is_a_draw():
