@@ -205,7 +205,7 @@ def _budget(config):
 
 
 def _scale_stages(config, before, given):
-    """Stages of so many steps keep their shares of `train.steps`, where the command line does not say their own."""
+    """Stages of so many steps keep their parts of `train.steps`, where the command line does not say their own."""
     stages = config.get("schedule")
     after = _budget(config)
     if before is None or after is None or not isinstance(stages, ConfigDict):

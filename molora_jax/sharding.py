@@ -117,7 +117,7 @@ def put(tree, shardings):
 
 
 def adapter_shardings(adapters, model, mesh: Mesh):
-    """Shardings of a tree of adapters (or of their shapes): experts over `expert` where the engine keeps shares.
+    """Shardings of a tree of adapters (or of their shapes): experts over `expert` where the engine keeps shards.
 
     Leaves are `rule/segment/site/leaf [L, E, ...]`; routers and leaves that a rule shares are replicated, and so is a
     leaf whose E the axis does not divide.
@@ -133,8 +133,8 @@ def adapter_shardings(adapters, model, mesh: Mesh):
         E, owner = experts.get((rule, segment), (0, None))
         E = E if owner is None or owner.place is None else owner.place.experts(model.config, E)
         whole = site == "router" or owner is not None and model.engine.keeps(owner, names[-1])
-        shared = not whole and len(leaf.shape) > 1 and leaf.shape[1] == E and model.engine.stored(E)
-        return NamedSharding(mesh, P(None, "expert") if shared else P())
+        split = not whole and len(leaf.shape) > 1 and leaf.shape[1] == E and model.engine.stored(E)
+        return NamedSharding(mesh, P(None, "expert") if split else P())
 
     return jax.tree_util.tree_map_with_path(one, adapters)
 

@@ -113,7 +113,7 @@ def _backward(activation, saved, cotangents):
         Bg, Bu, Ad = (slot.flat(x, dtype) for x in (B_g, B_u, A_all))
         a, da, u_k = _hidden(activation, g, u, zg, zu, Bg, Bu)
         mine, used = jnp.any(slot.hot, -1), slot.used[:, None]
-        # a padded slot's h is the base's, so its share must not reach g, u or a factor
+        # a padded slot's h is the base's, so its part must not reach g, u or a factor
         h = jnp.where(used, a * u_k, 0.0)
         w = jnp.sum(jnp.where(mine, gates, 0.0), axis=1)[:, None]
         dgates = dgates + jnp.where(mine, jnp.sum(dmix32 * h, axis=-1)[:, None], 0.0)

@@ -162,7 +162,7 @@ class Layer:
         decision, `kernels` frozen by site: a `tiles.InStack` of `[L, E, D_in, D_out]`."""
         self.enter("ffn", x)
         flat, E, change = x.reshape(-1, x.shape[-1]), kernels["gate"].shape[0], {}
-        if not self.engine.alone:  # shares of a mesh are a layer's
+        if not self.engine.alone:  # shards of a mesh are a layer's
             kernels = {site: one.stack[one.layer] for site, one in kernels.items()}
         for rule, _ in self._acting("experts"):  # one at most (`compile_model`)
             context = functools.partial(self._context, rule)

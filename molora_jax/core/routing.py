@@ -60,7 +60,7 @@ def top_k(score: Array, k: int) -> Array:
 def top_p(probs: Array, p: float, *, crossing: bool = True) -> Array:
     """The shortest prefix of experts, by falling probability, whose sum passes p: the crossing expert included.
 
-    `crossing=False` leaves it out: those whose sum, their own share included, is at most p; maybe none (DynMoLE).
+    `crossing=False` leaves it out: those whose sum, their own probability included, is at most p; maybe none (DynMoLE).
 
     Expert i is kept when the probability *before* it (of those ahead of it in the order) is at most p, so at least one
     is kept, and p >= 1 keeps all whatever the rounding. Ties: the lower index is ahead.
@@ -165,7 +165,7 @@ def load(total: dict[str, Array]) -> dict[str, Array]:
     """Load statistics from `sums` (any leading axes): the metrics of the contract.
 
     `load_max_over_mean` (1 is balanced, E is collapse), `entropy` (of the probabilities, nats a token), `top1_share`
-    (largest share of tokens whose strongest expert is the same), `active_experts` (a token), `clipped_share`;
+    (largest fraction of tokens whose strongest expert is the same), `active_experts` (a token), `clipped_share`;
     `dropped_share` of the slots that an engine with a capacity was asked to send.
     """
     tokens = jnp.maximum(total["tokens"], 1.0)

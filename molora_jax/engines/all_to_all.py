@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from molora_jax.engines import common
 
 MOVES = True  # whether tokens travel
-STORES = True  # whether experts are kept in shares
+STORES = True  # whether experts are kept in shards
 
 
 class Padded:
@@ -58,4 +58,4 @@ def rows_moved(load, on, rows: int, line: int = 1) -> float:
     if not on.stored(load.E):  # gradients of a leaf that is stored whole are gathered again
         padded = sum(size for size, each, _ in load.leaves if each) * on.padded(load.E) / load.E
         moved += padded * (on.peers - 1) / on.peers
-    return moved + load.shares(on) + load.sums(on, per_expert=False)
+    return moved + load.sharded(on) + load.sums(on, per_expert=False)

@@ -1,7 +1,7 @@
-"""Experts stay in P shares and are gathered where they are used: FSDP by expert. Tokens stay at home.
+"""Experts stay in P shards and are gathered where they are used: FSDP by expert. Tokens stay at home.
 
     3 S E (P-1)/P numbers a layer and step inside a checkpointed stack: two all-gathers (the forward pass and its
-    recomputation), one reduce-scatter of gradients; then an all-reduce of the own share over the other axes. Experts
+    recomputation), one reduce-scatter of gradients; then an all-reduce of the own shard over the other axes. Experts
     that tokens meet again in the layer (a chain's passes) are gathered once, their gradients summed each time
 
 The gather is part of the differentiated program, so its transpose, the reduce-scatter, needs no code.
@@ -15,7 +15,7 @@ import jax
 from molora_jax.engines import replicate
 
 MOVES = False  # whether tokens travel
-STORES = True  # whether experts are kept in shares
+STORES = True  # whether experts are kept in shards
 
 
 @jax.named_scope("gather")
@@ -25,9 +25,9 @@ def fetch(leaf):
 
 
 def bytes_moved(load, on) -> tuple[float, float]:
-    """`(shipped, useful)` bytes of one device, layer and step: all-gathers, the reduce-scatter, sums of the share."""
+    """`(shipped, useful)` bytes of one device, layer and step: all-gathers, the reduce-scatter, sums of the shard."""
     if not on.stored(load.E):
         return replicate.bytes_moved(load, on)
     own = sum(size for size, each, _ in load.leaves if each) * (on.peers - 1) / on.peers
     fetched = 0 if load.again else load.passes * own  # XLA joins equal all-gathers of a layer; the sums it does not
-    return (fetched + own + load.whole(on) + load.shares(on) + load.sums(on, per_expert=False),) * 2
+    return (fetched + own + load.whole(on) + load.sharded(on) + load.sums(on, per_expert=False),) * 2

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from molora_jax.engines import all_to_all, common
 
 MOVES = True  # whether tokens travel
-STORES = True  # whether experts are kept in shares
+STORES = True  # whether experts are kept in shards
 
 LINE = 512  # bytes: 128 numbers of float32, 256 of bfloat16
 

@@ -6,7 +6,7 @@ T tokens a device, E experts, N devices.
 """
 
 MOVES = False  # whether tokens travel
-STORES = False  # whether experts are kept in shares
+STORES = False  # whether experts are kept in shards
 
 
 def fetch(leaf):

@@ -120,7 +120,7 @@ def _travel(on, part, arrays, out, at):
         trip = on.trip(idx, part.experts, at.rows if part.place.IDS > 1 else None)
         received = trip.slots(gates)
         row = trip.slots(x) if x.ndim == 3 else trip.tokens(x)
-    back = part.there(arrays, Rows(row, trip.expert, received, trip.ids, x.ndim == 3), at.share)
+    back = part.there(arrays, Rows(row, trip.expert, received, trip.ids, x.ndim == 3), at.shard)
     with jax.named_scope("combine"):
         back = trip.home(back)
     return part.stay(arrays, out, back, trip.lost(gates)), trip.counts
@@ -170,5 +170,5 @@ def _padded(part, on):
         return part
     grow = lambda leaf: jnp.pad(leaf, [(0, more)] + [(0, 0)] * (leaf.ndim - 1))  # noqa: E731
     axes = part.axes(on.rank_space)
-    split = lambda a: a.names[:1] in (("expert",), ("shares",))  # noqa: E731
+    split = lambda a: a.names[:1] in (("expert",), ("frozen_expert",))  # noqa: E731
     return jax.tree.map(lambda leaf, a: grow(leaf) if split(a) else leaf, part, axes)

@@ -1,6 +1,6 @@
 """Numbers of a run that chooses, on held-out items: classes of labelled texts, pairs of answers.
 
-    accuracy         share of items with the right class, or with the chosen answer before the rejected (a draw is 1/2)
+    accuracy         the fraction with the right class, or with the chosen answer before the rejected (a draw is 1/2)
     start            the untrained start: the base without adapters, with a fresh head
     majority         of classes: what the most frequent class of the training rows gets; of pairs: a half
     nll              -log p(right class), or -log sigmoid(difference), in nats an item

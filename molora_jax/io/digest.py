@@ -30,7 +30,7 @@ def to_text(total: int) -> str:
 
 
 def shard_sum(block: np.ndarray, index: tuple[slice, ...] | None = None, shape: tuple[int, ...] | None = None) -> int:
-    """The share of one block in the digest of an array.
+    """The part of one block in the digest of an array.
 
     Args:
       block: the values of `array[index]`.

@@ -87,7 +87,7 @@ def engine_of(engine, mesh: Mesh | None) -> Engine:
     if mesh is None:
         if engine != "replicate":
             fix = 'Pass one: mesh=jax.make_mesh((8,), ("expert",)).'
-            raise wrong("mesh", f"none, with engine {engine!r}", "the mesh whose axis expert shares the experts", fix)
+            raise wrong("mesh", f"none, with engine {engine!r}", "the mesh whose axis expert divides the experts", fix)
         return ALONE
     return Engine(engine, _whole(mesh))
 

@@ -91,7 +91,7 @@ class Objective:
         raise NotImplementedError
 
     def loss(self, forward: Forward, heads: dict, fixed: dict[str, Frozen], batch: dict, norm: Array):
-        """`(scalar, metrics)`: shares of the whole batch's, so that micro-steps add up."""
+        """`(scalar, metrics)`: parts of the whole batch's, so that micro-steps add up."""
         raise NotImplementedError
 
     def score(self, forward: Forward, heads: dict, fixed: dict[str, Frozen], batch: dict):

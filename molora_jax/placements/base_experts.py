@@ -10,7 +10,7 @@ The base's router is frozen, or a copy of it trains (the rule's `base_router="tr
 losses on routing read its decisions.
 
 Kernels `[E, D, F]`, `[E, F, D]` are read by expert: on one device from the stack of all layers (`tiles.InStack`), on a
-mesh in shares over `expert`, gathered or met by travelling tokens as the engine says, together with their factors. A
+mesh in shards over `expert`, gathered or met by travelling tokens as the engine says, together with their factors. A
 base drops no token, whatever the engine's capacity. T tokens, D width, F FFN width, E experts, K slots, R rank.
 """
 
@@ -58,7 +58,8 @@ class Part(base.Part):
 
     def axes(self, rank_space):
         tokens = Axes(("tokens", None))
-        kernels = {s: Axes(("shares", "width", "out") if s != "down" else ("shares", "in", "width"), s) for s in SITES}
+        widths = {"gate": ("width", "out"), "up": ("width", "out"), "down": ("in", "width")}
+        kernels = {site: Axes(("frozen_expert", *widths[site]), site) for site in SITES}
         E = self.kernels["gate"].shape[0]  # with masked ones
         factors = {site: self.place.axes(f, site, rank_space, E) for site, f in self.factors.items()}
         return self.replace(
@@ -75,7 +76,7 @@ class Part(base.Part):
             seen = lowrank.dropped(x, self.dropout[site], at.rows)
             z.append((f[site].scale * slots(seen, f[site], self.idx, kernels[0].shape[0])).astype(x.dtype))
         drop, width = self.dropout["down"], kernels[0].shape[2]
-        mask = None if drop is None else drop.mask(at.rows, width * at.share[1], x.dtype, share=at.share)
+        mask = None if drop is None else drop.mask(at.rows, width * at.shard[1], x.dtype, shard=at.shard)
         low = (*z, f["gate"].by_expert("B"), f["up"].by_expert("B"), f["down"].by_expert("A"))
         y, z_d = moe_ffn(x, *kernels, low, self.idx, self.gates, activation=self.activation, mask=mask)
         gates = f["down"].scale * self.gates
@@ -87,9 +88,9 @@ class Part(base.Part):
     def sends(self, arrays, at, rank_space):
         return arrays["x"]
 
-    def there(self, arrays, rows, share):
+    def there(self, arrays, rows, shard):
         one = self.replace(idx=rows.expert[:, None], gates=rows.gates[:, None])
-        return one.here({"x": rows.x}, None, base.At(rows.ids, share))
+        return one.here({"x": rows.x}, None, base.At(rows.ids, shard))
 
     def stay(self, arrays, out, back, lost):
         return back

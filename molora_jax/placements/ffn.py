@@ -54,7 +54,7 @@ class Hidden(base.Region):
     def enter(self, arrays, parts, *, moved, split):
         used = SITES if moved else ("down",) if any(one.per_expert for one in parts) else ()
         # Where tokens travel and F is split, x itself has to enter, with a cotangent of width D to be summed over the
-        # shares, as that of the base's gate and up is. So these (no rule changes them, see REDONE) are made inside:
+        # shards, as that of the base's gate and up is. So these (no rule changes them, see REDONE) are made inside:
         # one sum serves all of them.
         shared = () if moved and split else ("g", "u")
         return {name: arrays[name] for name in ("x", *shared, *used)}
@@ -110,7 +110,7 @@ class Part(base.Part):
     def early(self, x, at):
         """Gate's and up's rank activations.
 
-        Inside the region x would be an input that is equal on all shares, its cotangent a sum over them of width D: the
+        Inside the region x would be an input that is equal on all shards, its cotangent a sum over them of width D: the
         base model has none there. So x stays outside and only rank-wide arrays are summed.
         """
         return ranks(x, self, at.rows) if is_plain(self) else None
@@ -120,24 +120,24 @@ class Part(base.Part):
         x, g, u, activation = (arrays[name] for name in ("x", "g", "u", "activation"))
         if is_plain(self):
             z = ranks(x, self, at.rows) if early is None else early
-            more, z_d = hidden(z, g, u, self, activation, at.rows, at.share)
+            more, z_d = hidden(z, g, u, self, activation, at.rows, at.shard)
             down = low_rank_down(z_d, self, x.dtype)
         else:
             frozen = lambda h: lowrank.frozen_linear(arrays["down"], h)  # noqa: E731
-            more, down = per_slot(x, g, u, self, activation, frozen, at.rows, at.share)
+            more, down = per_slot(x, g, u, self, activation, frozen, at.rows, at.shard)
         return mix + more, rest + down
 
     def sends(self, arrays, at, rank_space):
         return arrays["x"]
 
-    def there(self, arrays, rows, share):
+    def there(self, arrays, rows, shard):
         """Every row is a token with one slot whose block is frozen but for that slot's expert."""
         one = self.replace(
             idx=rows.expert[:, None], gates=rows.gates[:, None], base=jnp.zeros(len(rows.x), bool)
         )  # fmt: skip
         g, u = (lowrank.frozen_linear(arrays[site], rows.x) for site in ("gate", "up"))
         arrays = arrays | {"x": rows.x, "g": g, "u": u}
-        mix, rest = one.here(arrays, (0, jnp.zeros(rows.x.shape, rows.x.dtype)), base.At(rows.ids, share))
+        mix, rest = one.here(arrays, (0, jnp.zeros(rows.x.shape, rows.x.dtype)), base.At(rows.ids, shard))
         return lowrank.frozen_linear(arrays["down"], mix) + rest
 
     def stay(self, arrays, out, back, lost):
@@ -156,14 +156,14 @@ def ranks(x: Array, one: Part, rows: Array) -> dict[str, Array]:
     return z
 
 
-def hidden(z: dict, g: Array, u: Array, one: Part, activation: str, rows: Array, share) -> tuple[Array, Array]:
+def hidden(z: dict, g: Array, u: Array, one: Part, activation: str, rows: Array, shard) -> tuple[Array, Array]:
     """The mixed hidden state and the rank activations of the low-rank down path.
 
     `z` from `ranks`, `g, u [T, F]` shared projections -> `mix [T, F] = c h_0 + sum w_k h_k`, `z_d [T, K, R]`.
     """
     B_g, B_u, A_d = (one.factors[site].by_expert(name) for site, name in (("gate", "B"), ("up", "B"), ("down", "A")))
-    drop, ways = one.dropout["down"], share[1]
-    mask = None if drop is None else drop.mask(rows, g.shape[1] * ways, g.dtype, share=share)
+    drop, ways = one.dropout["down"], shard[1]
+    mask = None if drop is None else drop.mask(rows, g.shape[1] * ways, g.dtype, shard=shard)
     return routed_ffn(
         g, u, z["gate"], z["up"], B_g, B_u, A_d, one.idx, one.gates, one.base, activation=activation, mask=mask
     )
@@ -188,7 +188,7 @@ def is_plain(one: Part) -> bool:
     return not one.per_expert and all(f.out is None and f.inp is None for f in one.factors.values())
 
 
-def per_slot(x: Array, g: Array, u: Array, one: Part, activation: str, down, rows, share) -> tuple[Array, Array]:
+def per_slot(x: Array, g: Array, u: Array, one: Part, activation: str, down, rows, shard) -> tuple[Array, Array]:
     """The general form: every slot's own h, row and column factors included, W_d per slot where asked for.
 
     `down(h [T, F]) -> [T, D]` applies the frozen W_d. Returns `mix [T, F]` still to be sent through W_d (zero beyond
@@ -205,7 +205,7 @@ def per_slot(x: Array, g: Array, u: Array, one: Part, activation: str, down, row
 
         def change(site, seen, base):
             f = one.factors[site]
-            seen = lowrank.dropped(seen, one.dropout[site], rows, share if site == "down" else (0, 1))
+            seen = lowrank.dropped(seen, one.dropout[site], rows, shard if site == "down" else (0, 1))
             y = lowrank.low_rank(seen, f, hot, one.latent(site))
             return y if f.out is None else y + (base * lowrank.combine(f.out, hot)).astype(y.dtype)
 

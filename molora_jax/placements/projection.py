@@ -56,7 +56,7 @@ class Linear(base.Region):
 
 @flax.struct.dataclass
 class Part(base.Part):
-    """One rule's share in one projection: `factors` with the scale set, `gates [T, E]`, its dropout.
+    """One rule's experts in one projection: `factors` with the scale set, `gates [T, E]`, its dropout.
 
     `slots` are `(idx [T, K], gates [T, K])`, None without a router.
     """
@@ -97,18 +97,18 @@ class Part(base.Part):
 
     def change(self, arrays, at, slots):
         """The low-rank part, `[T, D_out]`."""
-        seen = lowrank.dropped(arrays["x"], self.dropout, at.rows, at.share)
+        seen = lowrank.dropped(arrays["x"], self.dropout, at.rows, at.shard)
         return lowrank.low_rank(seen, self.factors, self.gates, self.latent, slots)
 
     def sends(self, arrays, at, rank_space):
-        x = lowrank.dropped(arrays["x"], self.dropout, at.rows, at.share)
+        x = lowrank.dropped(arrays["x"], self.dropout, at.rows, at.shard)
         if not rank_space:
             return x
         A = self.factors.A
         z = jnp.dot(x, A.reshape(-1, A.shape[-1]).T.astype(x.dtype), preferred_element_type=jnp.float32)
         return lowrank.to_slots(z.reshape(len(x), *A.shape[:2]), self.slots[0]).astype(x.dtype)
 
-    def there(self, arrays, rows, share):
+    def there(self, arrays, rows, shard):
         factors, (x, expert, gates, *_) = self.factors, rows
         weight = jnp.where(expert[:, None] == jnp.arange(factors.B.shape[0]), gates[:, None], 0.0)
         if not rows.rank:

@@ -136,12 +136,12 @@ class ExactStep:
         return jax.tree.map(lambda x: x.reshape(self.accumulate, MICRO_SHARDS, *x.shape[1:]), joined)
 
     def _zero(self, like):
-        """Totals of `[N, ...]`: flat, padded to N shares."""
-        share = -(-like.size // like.shape[0] // self.on.count)
-        return jnp.zeros(share * self.on.count, like.dtype)
+        """Totals of `[N, ...]`: flat, padded to N shards."""
+        shard = -(-like.size // like.shape[0] // self.on.count)
+        return jnp.zeros(shard * self.on.count, like.dtype)
 
     def _adder(self):
-        """`total + shard 0 + shard 1 ...`, each device its share of the numbers; additions in this order on any N."""
+        """`total + shard 0 + shard 1 ...`, each device its part of the numbers; additions in this order on any N."""
         N = self.on.count
 
         def one(total, own):

@@ -66,7 +66,7 @@ def fresh(model, optimizer, params, frozen, key, init_modules=lambda key, params
 
 
 def micro_batches(batch: dict, n: int, unit: int = 1) -> dict:
-    """`[B, S] -> [n, B/n, S]`, units of rows dealt in turn so that every device keeps a share of each micro-batch."""
+    """`[B, S] -> [n, B/n, S]`, units of rows dealt in turn so that every device keeps a part of each micro-batch."""
 
     def deal(x):
         units = x.reshape(x.shape[0] // (n * unit), n, unit, *x.shape[1:]).swapaxes(0, 1)
@@ -113,7 +113,7 @@ def make_gradient(
         step_key = jax.random.fold_in(jax.random.key(seed if knobs is None else knobs.seed), state.step)
         trainable, still = trees.split(state.leaves, frozen)
         norm = objective.norm(batch) if batched else None
-        parts = accumulate if batched else 1  # of which a loss is a share
+        parts = accumulate if batched else 1  # of which a loss is one
 
         def forward(trainable, i):
             """The model of this step for micro-step i, and where its one pass leaves the layers' sums."""

@@ -113,9 +113,9 @@ def test_acceptance_5_padded_form_equals_dense_and_clips_are_counted(sites):
         t = d.selected[VALID].sum(-1)
         cut = np.maximum(t - 2, 0).sum()
         assert cut > 0
-        shares = site_metrics(clipped, load)[f"mix/{scope}"]
-        np.testing.assert_allclose(shares["clipped_share"], [cut / t.sum()], rtol=1e-6)
-        np.testing.assert_allclose(shares["active_experts"], [np.minimum(t, 2).mean()], rtol=1e-6)
+        metrics = site_metrics(clipped, load)[f"mix/{scope}"]
+        np.testing.assert_allclose(metrics["clipped_share"], [cut / t.sum()], rtol=1e-6)
+        np.testing.assert_allclose(metrics["active_experts"], [np.minimum(t, 2).mean()], rtol=1e-6)
         kept = np.asarray(gates["mix"]["000-000"][scope])[0][VALID]
         assert (kept > 0).sum(-1).max() == 2
         np.testing.assert_allclose(kept.max(-1), d.probs[VALID].max(-1), rtol=1e-5, err_msg="the strongest are kept")

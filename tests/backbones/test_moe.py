@@ -157,7 +157,7 @@ QUICK = [("all_to_all", dict(expert=2, fsdp=2, tensor=2))]
     ("engine", "sizes"), [pytest.param(*m, marks=() if m in QUICK else SLOW) for m in MESHES], ids=str
 )
 def test_eight_devices_under_every_engine(engine, sizes, factors):
-    """Values and every gradient are those of one device; the base's kernels lie in shares over `expert`."""
+    """Values and every gradient are those of one device; the base's kernels lie in shards over `expert`."""
     config = config_of(factors, base_router="trained", adapter=common.adapter(rank=4, dropout=0.2))
     model = checked(config)
     params, adapters, batch, weight = problem(model)

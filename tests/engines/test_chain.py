@@ -58,7 +58,7 @@ def test_equals_the_passes_as_they_read(name, sizes):
     close((y, grads), (wanted, expected), 5e-6)
     assert [float(stats["r"][t]["load"]["slots"]) for t in ("pass0", "pass1")] == [2 * (B * S - 2)] * 2
     if name != "replicate" and experts == 8:
-        assert all(g.addressable_shards[0].data.shape[0] == 2 for g in grads[1]["ffn"].values()), "in shares"
+        assert all(g.addressable_shards[0].data.shape[0] == 2 for g in grads[1]["ffn"].values()), "in shards"
 
 
 FORMS = {

@@ -78,7 +78,7 @@ def test_storage_and_the_table_follow_from_what_it_says():
     assert all(leaf.spec == jax.sharding.PartitionSpec(None, "expert") for leaf in placed)
     table = {row.name: row for row in auto.table(model, on, tokens=4, itemsize=4)}
     own, frozen = 8 * 4 * 2 * D * 4, 8 * D * D * 4
-    shares = 2 * own / 4 * (8 // 4 - 1) / (8 // 4)
-    assert table["gather"].shipped == pytest.approx((3 * own + 2 * frozen) * 3 / 4 + shares)
+    sharded = 2 * own / 4 * (8 // 4 - 1) / (8 // 4)
+    assert table["gather"].shipped == pytest.approx((3 * own + 2 * frozen) * 3 / 4 + sharded)
     assert table["replicate"].shipped == pytest.approx(2 * frozen * 3 / 4 + 2 * own * 7 / 8)
     assert not table["all_to_all"].refused and "toy" in table

@@ -49,4 +49,4 @@ def trip(idx, experts, on, ids=None):
 
 def bytes_moved(load, on):
     rows = load.passes * (load.sent + load.row_out) * load.T * (on.peers - 1)
-    return rows + load.shares(on), rows
+    return rows + load.sharded(on), rows

@@ -2,7 +2,7 @@
 
     y = sum_k w_k (W_e + s B_e A_e) x,   e = idx_k, w_k the base's own decision
 
-No router of the rule; kernels `W [E, D, D]` and factors lie together, in shares under the engines that have them.
+No router of the rule; kernels `W [E, D, D]` and factors lie together, in shards under the engines that have them.
 """
 
 import dataclasses
@@ -32,7 +32,7 @@ class Part(base.Part):
     def axes(self, rank_space):
         tokens = Axes(("tokens", None))
         return self.replace(
-            kernels=Axes(("shares", "width", "width")), factors=self.place.axes(self.factors, "", rank_space),
+            kernels=Axes(("frozen_expert", "width", "width")), factors=self.place.axes(self.factors, "", rank_space),
             idx=tokens, gates=tokens,
         )  # fmt: skip
 
@@ -47,7 +47,7 @@ class Part(base.Part):
     def sends(self, arrays, at, rank_space):
         return arrays["x"]
 
-    def there(self, arrays, rows, share):
+    def there(self, arrays, rows, shard):
         return self._mixed(rows.x, rows.expert[:, None], rows.gates[:, None])
 
     def stay(self, arrays, out, back, lost):
