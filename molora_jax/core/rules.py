@@ -25,7 +25,7 @@ class Rule:
     adapter: Any
     router: Any = None
     down: str = "once"
-    shrink: bool = False
+    gates_scale_base: bool = False  # gates that do not sum to 1 scale the frozen FFN too (option `shrink`)
     load: tuple[str, ...] = ()  # workdirs of the runs whose adapters are the experts, frozen
     base_router: str = "frozen"  # of a base that routes itself: "frozen", or "trained", a copy of it
     place: Any = None  # the placement, where the rule names one; else its sites say it (`placements.of`)

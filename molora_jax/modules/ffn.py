@@ -31,7 +31,7 @@ class RoutedFFN(Routed):
       experts, adapter, router, engine, mesh: as of `RoutedLoRA`.
       activation: `silu`, `gelu`, ... of the block.
       down, shrink: as in a config's rule: `per_expert` for adapters with row factors (DoRA); whether gates that do not
-        sum to 1 shrink the frozen block too.
+        sum to 1 scale the frozen block too.
 
     >>> import jax, jax.numpy as jnp, molora_jax as mj
     >>> layer = mj.RoutedFFN(experts=4, adapter=mj.Lora(rank=2), router=mj.SoftmaxTopK(k=2))

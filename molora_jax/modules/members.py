@@ -105,7 +105,7 @@ def _whole(mesh: Mesh) -> Mesh:
 
 def made(
     where: str, placement: str, sites: tuple[str, ...], experts, adapter, router, engine, mesh, down="once",
-    shrink=False,
+    gates_scale_base=False,
 ) -> Made:  # fmt: skip
     """All of a module's parts, checked together as a config's rule is.
 
@@ -113,11 +113,11 @@ def made(
       InputError: whatever is wrong with them; `where` names the module.
     """
     adapter, router = (freeze(dict(one)) if isinstance(one, Mapping) else one for one in (adapter, router))
-    return _made(where, placement, sites, experts, adapter, router, engine, mesh, down, shrink)
+    return _made(where, placement, sites, experts, adapter, router, engine, mesh, down, gates_scale_base)
 
 
 @functools.lru_cache(maxsize=1024)
-def _made(where, placement, sites, experts, adapter, router, engine, mesh, down, shrink) -> Made:
+def _made(where, placement, sites, experts, adapter, router, engine, mesh, down, gates_scale_base) -> Made:
     adapter = member("adapters", adapter, f"{where}.adapter")
     router = None if router is None else member("routers", router, f"{where}.router")
     count = int(experts) if isinstance(experts, str) and experts.isdigit() else experts
@@ -133,7 +133,7 @@ def _made(where, placement, sites, experts, adapter, router, engine, mesh, down,
     if all("name" in described[axis] for axis in ("adapter", "router") if axis in described):  # others say no limits
         raise_all([*check_counts(where, described, (count,)), *check_start(where, described)])
         raise_all(list(limits.refused(where, described, limits.states("placements", placement, "REFUSES"), start="")))
-    return Made(Rule(where, sites, (count,), adapter, router, down, shrink), engine_of(engine, mesh))
+    return Made(Rule(where, sites, (count,), adapter, router, down, gates_scale_base), engine_of(engine, mesh))
 
 
 def _stands_alone(where: str, router: Router) -> None:

@@ -4,7 +4,7 @@
 
 The frozen W_d is linear, so it is applied once, to the mixed h: a routed FFN needs no base FLOPs beyond the dense one.
 `c` is `Routing.base`, by default `1 - sum w`, so that untrained experts (B = 0) give the base whatever the gates sum
-to; the rule's `shrink=True` sets c = 0 where a token has an expert and lets `sum w` shrink the base (MixLoRA-dynamic).
+to; the rule's `shrink=True` sets c = 0 where a token has an expert and lets `sum w` scale the base (MixLoRA-dynamic).
 
 `down="per_expert"` applies W_d to every expert's own h: for row factors that sit after W_d (DoRA).
 Where tokens travel, x goes, `w_k (W_d h_k + s B_d A_d h_k)` comes back, and home keeps the frozen h_0; a dropped slot
@@ -263,7 +263,7 @@ class FFN(Placement):
             idx, gates = routing_math.slots(routing)
             if routing.base is not None:
                 c = routing.base.reshape(-1)
-            elif rule.shrink:  # a token without any expert (padding is one) keeps the base's
+            elif rule.gates_scale_base:  # a token without any expert (padding is one) keeps the base's
                 c = ~jnp.any(routing.selected, axis=-1).reshape(-1)
             else:
                 c = 1.0 - jnp.sum(gates, axis=-1)

@@ -136,8 +136,8 @@ def test_the_frozen_ffn_keeps_what_is_not_kept_and_shrink_gives_it_up():
     silent = edit(noisy(made), B=lambda x, s: 0 * x)
     frozen = output(made.without_rules(), {})
     np.testing.assert_allclose(output(made, silent), frozen, atol=1e-5)
-    shrunk = dataclasses.replace(made, rules=(dataclasses.replace(made.rules[0], shrink=True),))
-    assert np.abs(output(shrunk, silent) - frozen).max() > 0.01
+    scaled = dataclasses.replace(made, rules=(dataclasses.replace(made.rules[0], gates_scale_base=True),))
+    assert np.abs(output(scaled, silent) - frozen).max() > 0.01
     d = reference.forward(np, made, *map(reference.as_float64, (base(ONE), silent)), BATCH)[1][0, "mix", "ffn"]
     assert d.gates[VALID].sum(-1).max() < 1
 
@@ -145,7 +145,7 @@ def test_the_frozen_ffn_keeps_what_is_not_kept_and_shrink_gives_it_up():
 @pytest.mark.parametrize("router", [("top_p", dict(p=0.4)), ("softmax_topk", dict(renormalise=False))])
 def test_shrink_against_float64(router):
     made = model(("ffn",), 4, router)
-    made = dataclasses.replace(made, rules=(dataclasses.replace(made.rules[0], shrink=True),))
+    made = dataclasses.replace(made, rules=(dataclasses.replace(made.rules[0], gates_scale_base=True),))
     leaves = noisy(made)
     wanted = reference.forward(np, made, *map(reference.as_float64, (base(ONE), leaves)), BATCH)[0]
     np.testing.assert_allclose(output(made, leaves), wanted[VALID], atol=2e-5)

@@ -181,7 +181,7 @@ def forward(xp, model, params, adapters, batch):
                     else None
                 )
                 own = d is not None and d.base is not None and d.base.dtype != bool  # bool: must equal 1 - sum g
-                if d is not None and (rule.shrink or own):  # the base's coefficient is not 1 - sum g
+                if d is not None and (rule.gates_scale_base or own):  # the base's coefficient is not 1 - sum g
                     c_0 = d.base if own else xp.where(xp.any(d.selected, axis=-1), 0.0, 1.0)
                     y = y + (c_0 - (1 - xp.sum(g, axis=-1)))[..., None] * base
         else:
