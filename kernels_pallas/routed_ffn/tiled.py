@@ -160,6 +160,6 @@ _op.defvjp(_forward, _backward)
 
 
 def routed_ffn(g, u, z_g, z_u, B_g, B_u, A_d, idx, gates, base, *, activation="silu", mask=None, rows=None):
-    """Shapes as in `api.routed_ffn`; `rows` of a tile, by default from the load."""
+    """Shapes as in `api.routed_ffn`; `rows` of a tile, by default from the experts' load."""
     schedule = tiles.plan(idx, B_g.shape[0], rows)
     return _op(activation, g, u, z_g, z_u, B_g, B_u, A_d, gates, base, mask, schedule)

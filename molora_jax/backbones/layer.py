@@ -71,7 +71,7 @@ class Layer:
     def record(self, rule, scope, decision, sums, ctx):
         self.decisions[rule.name, scope] = decision
         self.stats.setdefault(rule.name, {})[scope] = {
-            "load": routing_math.sums(decision),
+            "expert_load": routing_math.sums(decision),
             "losses": {name: loss.stats(decision, ctx) for name, loss in self.losses},
             "router": sums,
         }
@@ -79,7 +79,7 @@ class Layer:
         if sums and rule.leaves_of(scope) != scope:  # a router that is asked again: its state sees all that it decided
             owner["router"] = jax.tree.map(jnp.add, owner["router"], sums)
         if self._counted(rule, decision.gates.shape[-1]):
-            self.stats[rule.name][scope]["load"] |= {"sent": jnp.float32(0), "dropped": jnp.float32(0)}
+            self.stats[rule.name][scope]["expert_load"] |= {"sent": jnp.float32(0), "dropped": jnp.float32(0)}
         if self.collect:
             self.routings.setdefault(rule.name, {})[scope] = decision.gates
 
@@ -101,8 +101,8 @@ class Layer:
         for (rule, experts), one in zip(acting, counts, strict=True):
             if one is not None and self._counted(rule, experts):
                 scope = rule.share if rule.share in rules_lib.SCOPES else site
-                load, total = self.stats[rule.name][scope]["load"], jax.lax.stop_gradient(one).sum(axis=0)
-                load["sent"], load["dropped"] = load["sent"] + total[0], load["dropped"] + total[1]
+                sums, total = self.stats[rule.name][scope]["expert_load"], jax.lax.stop_gradient(one).sum(axis=0)
+                sums["sent"], sums["dropped"] = sums["sent"] + total[0], sums["dropped"] + total[1]
 
     def project(self, site: str, W: Array, bias: Array | None, x: Array, rest: Array | None = None) -> Array:
         """A projection with every rule's change of it, plus `rest` (see `engines.project`).

@@ -135,7 +135,7 @@ def slots(routing: Routing) -> tuple[Array, Array]:
 
 
 def sums(routing: Routing) -> dict[str, Array]:
-    """Global sums from which load statistics follow; padding excluded.
+    """Global sums from which statistics of expert load follow; padding excluded.
 
     `tokens`, `slots`, `entropy`, `clipped` scalars; `count`, `top1`, `prob [E]`.
     """
@@ -161,8 +161,8 @@ def sums(routing: Routing) -> dict[str, Array]:
     return jax.lax.stop_gradient(total)
 
 
-def load(total: dict[str, Array]) -> dict[str, Array]:
-    """Load statistics from `sums` (any leading axes): the metrics of the contract.
+def expert_load(total: dict[str, Array]) -> dict[str, Array]:
+    """Statistics of expert load from `sums` (any leading axes): the metrics of the contract.
 
     `load_max_over_mean` (1 is balanced, E is collapse), `entropy` (of the probabilities, nats a token), `top1_share`
     (largest fraction of tokens whose strongest expert is the same), `active_experts` (a token), `clipped_share`;

@@ -17,7 +17,7 @@ from molora_jax import placements
 from molora_jax.adapters.base import Adapter
 from molora_jax.core import rules as rules_lib
 from molora_jax.core.types import Context
-from molora_jax.engines.base import ENGINES, Engine, Load
+from molora_jax.engines.base import ENGINES, Engine, Traffic
 from molora_jax.errors import InputError
 from molora_jax.placements.base import Axes
 from molora_jax.placements.base_experts import BaseExperts
@@ -67,8 +67,8 @@ def routed(model):
                     yield rule, segment, experts, name
 
 
-def load(model, rule, segment, experts: int, name: str, *, on: Engine, tokens: int, itemsize: int) -> Load:
-    """The load of one site of one layer. `tokens` on one device; `itemsize`: bytes of an activation's number."""
+def traffic(model, rule, segment, experts: int, name: str, *, on: Engine, tokens: int, itemsize: int) -> Traffic:
+    """The traffic of one site of one layer. `tokens` on one device; `itemsize`: bytes of an activation's number."""
     place, ways, leaves, rank = placements.of(rule), on.ways("tensor"), [], 0
     for site in place.owns(rule, name):
         factors = factor_shapes(model, rule, site, segment)
@@ -79,7 +79,7 @@ def load(model, rule, segment, experts: int, name: str, *, on: Engine, tokens: i
             leaves.append((size, a.names[0] == "expert", split))
     row = [size // ways if on.tensor(Axes((axis,), name)) else size for size, axis in place.widths(model.config, name)]
     sent = rank if on.rank_space and place.KEPT else row[0]
-    return Load(
+    return Traffic(
         T=tokens, K=place.slots(rule, experts, model.config), E=experts,
         row_in=row[0] * itemsize, row_out=row[1] * itemsize, frozen=place.frozen(model.config, name) * itemsize / ways,
         sent=sent * itemsize, ids=4 * place.IDS, leaves=tuple(leaves), passes=1 if model.remat == "none" else 2,
@@ -88,13 +88,13 @@ def load(model, rule, segment, experts: int, name: str, *, on: Engine, tokens: i
 
 
 def unchanged_experts(model, *, on: Engine, tokens: int, itemsize: int):
-    """`(layers, Load)` of a base's own experts where no rule changes them: tokens and kernels meet all the same."""
+    """`(layers, Traffic)` of a base's own experts where no rule changes them: tokens and kernels meet all the same."""
     place, config = BaseExperts(), model.config
     for segment in model.segments:
         active = [rule for rule, count in zip(model.rules, segment.counts, strict=True) if count]
         changed = any("experts" in placements.of(rule).NEEDS for rule in active)
         if config.stack_of(segment.start).by_expert and not changed:
-            yield len(segment.layers), Load(
+            yield len(segment.layers), Traffic(
                 T=tokens, K=config.active, E=config.experts, row_in=config.width * itemsize,
                 row_out=config.width * itemsize, sent=config.width * itemsize, ids=4 * place.IDS, leaves=(),
                 frozen=place.frozen(config, "ffn") * itemsize / on.ways("tensor"),
@@ -147,12 +147,12 @@ def table(model, on: Engine, *, tokens: int, itemsize: int) -> list[Row]:
         shipped = useful = 0.0
         for rule, segment, experts, site in routed(model):
             at = own if placements.of(rule).DROPS else dataclasses.replace(own, capacity=0.0)
-            one = load(model, rule, segment, experts, site, on=at, tokens=tokens, itemsize=itemsize)
-            a, b = own.module.bytes_moved(one, at)
+            asked = traffic(model, rule, segment, experts, site, on=at, tokens=tokens, itemsize=itemsize)
+            a, b = own.module.bytes_moved(asked, at)
             shipped, useful = shipped + a * len(segment.layers), useful + b * len(segment.layers)
         whole = dataclasses.replace(own, capacity=0.0, rank_space=False)  # a base drops no token
-        for layers, one in unchanged_experts(model, on=whole, tokens=tokens, itemsize=itemsize):
-            a, b = own.module.bytes_moved(one, whole)
+        for layers, asked in unchanged_experts(model, on=whole, tokens=tokens, itemsize=itemsize):
+            a, b = own.module.bytes_moved(asked, whole)
             shipped, useful = shipped + a * layers, useful + b * layers
         rows.append(Row(name, shipped, useful, refused))
     return rows

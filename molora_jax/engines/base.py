@@ -5,7 +5,7 @@ An engine is a module of a few functions on local arrays, called inside `shard_m
     MOVES, STORES                  whether tokens travel; whether experts are kept in shards over `expert`
     fetch(leaf)                    `[E/P, ...]` -> `[E, ...]`, of one that STORES but does not move; differentiable
     trip(idx, experts, on, ids)    tokens to their experts and home (see `common.Trip`), of one that MOVES
-    bytes_moved(load, on)          bytes shipped and useful, see `Load`
+    bytes_moved(traffic, on)       bytes shipped and useful, see `Traffic`
 
 Another one is a file here and a row in ENGINES. T tokens a device, E experts, K slots, P devices on the axis `expert`.
 """
@@ -35,8 +35,8 @@ ROW_SITES = ("o", "down")  # row-parallel under `tensor`: their input is split, 
 class Engine:
     """Static: which engine runs, on which mesh, with which options.
 
-    `capacity`: rows a peer gets, as a multiple of the mean load; 0 is dropless. `rank_space`: an exchange ships rank-R
-    rows, because every device keeps all experts' A.
+    `capacity`: rows a peer gets, as a multiple of the mean expert load; 0 is dropless. `rank_space`: an exchange ships
+    rank-R rows, because every device keeps all experts' A.
     """
 
     name: str = "replicate"
@@ -126,7 +126,7 @@ ALONE = Engine()
 
 
 @dataclasses.dataclass(frozen=True)
-class Load:
+class Traffic:
     """What one routed site of one layer asks of an engine in a step; of one device throughout.
 
     `leaves`: `(bytes of all E experts, is it per expert, is it split over tensor)` of every factor; `frozen`: bytes of

@@ -24,10 +24,12 @@ def fetch(leaf):
     return jax.lax.all_gather(leaf, "expert", axis=0, tiled=True)
 
 
-def bytes_moved(load, on) -> tuple[float, float]:
+def bytes_moved(traffic, on) -> tuple[float, float]:
     """`(shipped, useful)` bytes of one device, layer and step: all-gathers, the reduce-scatter, sums of the shard."""
-    if not on.stored(load.E):
-        return replicate.bytes_moved(load, on)
-    own = sum(size for size, each, _ in load.leaves if each) * (on.peers - 1) / on.peers
-    fetched = 0 if load.again else load.passes * own  # XLA joins equal all-gathers of a layer; the sums it does not
-    return (fetched + own + load.whole(on) + load.sharded(on) + load.sums(on, per_expert=False),) * 2
+    if not on.stored(traffic.E):
+        return replicate.bytes_moved(traffic, on)
+    own = sum(size for size, each, _ in traffic.leaves if each) * (on.peers - 1) / on.peers
+    fetched = (
+        0 if traffic.again else traffic.passes * own
+    )  # XLA joins equal all-gathers of a layer; the sums it does not
+    return (fetched + own + traffic.whole(on) + traffic.sharded(on) + traffic.sums(on, per_expert=False),) * 2

@@ -157,7 +157,7 @@ def update_routers(router_state: dict, *sown) -> dict:
 
 
 def routing_metrics(sown) -> dict[str, dict[str, Array]]:
-    """Load statistics by router: `load_max_over_mean` (1 is balanced, E collapse), `entropy`, `active_experts`, ...
+    """Statistics of expert load by router: `load_max_over_mean` (1 is balanced, E collapse), `entropy`, ...
 
     Returns:
       `{path: {statistic: scalar}}`, `[L]` under `nn.scan`; the statistics are those of a run's `metrics.jsonl`.
@@ -175,7 +175,7 @@ def routing_metrics(sown) -> dict[str, dict[str, Array]]:
         if one.counts is not None:
             counts = one.counts.reshape(-1, 2)
             total |= {"sent": counts[:, 0], "dropped": counts[:, 1]}
-        found = routing_math.load(total)
+        found = routing_math.expert_load(total)
         name = "/".join(path)
         while name in out:  # a module that was called again
             name += "'"

@@ -202,7 +202,7 @@ class ExactStep:
                 own = jax.tree.map(lambda s: s.reshape(-1, *s.shape[2:])[which], slope)
                 products = jax.tree.map(lambda a, b: jnp.sum(a * b), own, loss_sums(stats, name))
                 total = total + weights[name] * sum(jax.tree.leaves(products))
-            sums = {"load": part(stats, "load"), "router": part(stats, "router")}
+            sums = {"expert_load": part(stats, "expert_load"), "router": part(stats, "router")}
             return total, {"objective": nll, "metrics": {"lm_loss": nll}, **sums}
 
         return _leading(jax.grad(objective, has_aux=True)(trainable))

@@ -81,7 +81,7 @@ def loss_sums(stats: dict, name: str) -> dict:
 
 
 def part(stats: dict, name: str) -> dict:
-    """`load` or `router`: the statistics, or the sums that a router's own update asks for, of every decision."""
+    """`expert_load` or `router`: the statistics, or the sums that a router's own update asks for, of every decision."""
     return {r: {s: {k: v[name] for k, v in sc.items()} for s, sc in seg.items()} for r, seg in stats.items()}
 
 
@@ -174,7 +174,7 @@ def make_gradient(
                 else:
                     aux[name] = loss.value(sums) / parts
                     total = total + weights[name] * aux[name]
-            sums = {"aux": aux, "load": part(stats, "load"), "router": part(stats, "router")}
+            sums = {"aux": aux, "expert_load": part(stats, "expert_load"), "router": part(stats, "router")}
             return total, {"objective": own, "metrics": metrics, **sums}
 
         grad = jax.grad(whole_loss, has_aux=True)
@@ -290,7 +290,7 @@ def make_update(model, optimizer, schedule, *, clip: float, frozen, rated=None):
             "lr": jnp.asarray(rate(state.step - 1), jnp.float32),
             "tokens": jnp.sum(segment_ids > 0),
             "skipped": state.skipped,
-            "site": site_metrics(model, out["load"]),
+            "site": site_metrics(model, out["expert_load"]),
         }
         return state, metrics
 
@@ -319,13 +319,13 @@ def update_routers(model, state: dict, sums: dict) -> dict:
     return new
 
 
-def site_metrics(model, load: dict) -> dict:
+def site_metrics(model, sums: dict) -> dict:
     """`{rule/scope: {statistic: [layers]}}` in the order of layers."""
     out = {}
     for rule in model.rules:
         for scope in (*rule.scopes, "base"):  # base: of a base's own router that the rule trains
-            segments = [scopes for _, scopes in sorted(load.get(rule.name, {}).items()) if scope in scopes]
-            parts = [routing.load(scopes[scope]) for scopes in segments]
+            segments = [scopes for _, scopes in sorted(sums.get(rule.name, {}).items()) if scope in scopes]
+            parts = [routing.expert_load(scopes[scope]) for scopes in segments]
             if parts:
                 out[f"{rule.name}/{scope}"] = jax.tree.map(lambda *x: jnp.concatenate(x), *parts)
     return out

@@ -107,13 +107,13 @@ def test_acceptance_5_padded_form_equals_dense_and_clips_are_counted(sites):
 
     clipped = model(sites, 6, ("top_p", dict(p=0.6, max_experts=2)))
     _, stats, _, gates = clipped.hidden(base(ONE), adapters, {}, BATCH, collect=True)
-    load = {"mix": {s: {k: v["load"] for k, v in sc.items()} for s, sc in stats["mix"].items()}}
+    sums = {"mix": {s: {k: v["expert_load"] for k, v in sc.items()} for s, sc in stats["mix"].items()}}
     for scope in clipped.rules[0].scopes[:1]:  # the later site's input follows the clipped one
         d = decisions[0, "mix", scope]
         t = d.selected[VALID].sum(-1)
         cut = np.maximum(t - 2, 0).sum()
         assert cut > 0
-        metrics = site_metrics(clipped, load)[f"mix/{scope}"]
+        metrics = site_metrics(clipped, sums)[f"mix/{scope}"]
         np.testing.assert_allclose(metrics["clipped_share"], [cut / t.sum()], rtol=1e-6)
         np.testing.assert_allclose(metrics["active_experts"], [np.minimum(t, 2).mean()], rtol=1e-6)
         kept = np.asarray(gates["mix"]["000-000"][scope])[0][VALID]

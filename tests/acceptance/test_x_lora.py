@@ -170,7 +170,7 @@ def test_the_temperature_belongs_to_the_softmax_and_the_choice_to_the_logits():
         wanted = np.where(z[site] >= second, z[site], 0.0)
         np.testing.assert_array_equal(two[site][:, KEEP], wanted[:, KEEP])
         count = (z[site] >= second)[:, KEEP].sum(axis=1)
-        np.testing.assert_array_equal(chosen[site]["load"]["count"], count)
+        np.testing.assert_array_equal(chosen[site]["expert_load"]["count"], count)
 
 
 def test_acceptance_6_the_second_sample_does_not_alter_the_first():

@@ -129,7 +129,7 @@ def test_gradients_of_adapters_and_router_are_those_of_einsums(factors):
     with jax.default_matmul_precision("highest"):
         close(loss_of(model, weight)(adapters, params, batch), reference(model, weight)(adapters, params, batch))
     stats = jax.eval_shape(lambda: model.hidden(params, adapters, {}, batch)[1])
-    site = jax.eval_shape(lambda stats: site_metrics(model, part(stats, "load")), stats)
+    site = jax.eval_shape(lambda stats: site_metrics(model, part(stats, "expert_load")), stats)
     assert site["moe/base"]["entropy"].shape == (model.config.layers,), "its decisions are in the metrics"
 
 

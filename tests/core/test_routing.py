@@ -1,4 +1,4 @@
-"""Selections, slots, masks and load statistics, against loops in numpy."""
+"""Selections, slots, masks and statistics of expert load, against loops in numpy."""
 
 import dataclasses
 import itertools
@@ -258,7 +258,7 @@ def test_load_of_hand_made_sums():
     total = dict(tokens=10.0, slots=20.0, entropy=5.0, clipped=5.0,
                  count=np.array([12.0, 6.0, 2.0, 0.0]), top1=np.array([7.0, 3.0, 0.0, 0.0]))  # fmt: skip
     wanted = dict(load_max_over_mean=2.4, entropy=0.5, top1_share=0.7, active_experts=2.0, clipped_share=0.2)
-    got = routing.load({k: jnp.asarray(v) for k, v in total.items()})
+    got = routing.expert_load({k: jnp.asarray(v) for k, v in total.items()})
     assert got.keys() == wanted.keys()
     for name, value in wanted.items():
         np.testing.assert_allclose(got[name], value, rtol=1e-6)

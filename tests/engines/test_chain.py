@@ -56,7 +56,7 @@ def test_equals_the_passes_as_they_read(name, sizes):
 
     (_, wanted), expected = jax.jit(jax.value_and_grad(loss, (0, 1), has_aux=True))(x, tree)
     close((y, grads), (wanted, expected), 5e-6)
-    assert [float(stats["r"][t]["load"]["slots"]) for t in ("pass0", "pass1")] == [2 * (B * S - 2)] * 2
+    assert [float(stats["r"][t]["expert_load"]["slots"]) for t in ("pass0", "pass1")] == [2 * (B * S - 2)] * 2
     if name != "replicate" and experts == 8:
         assert all(g.addressable_shards[0].data.shape[0] == 2 for g in grads[1]["ffn"].values()), "in shards"
 
@@ -86,8 +86,8 @@ def test_a_capacity_drops_changes_of_a_pass_and_counts_them():
     one, base, x = rule(("ffn",), 8, k=2, place=Chain(iterations=1)), weights(), tokens()
     tree = leaves(one, base, skew=30.0)  # experts 0 and 1, on one of four peers
     y, grads, stats = value_and_grads(Engine("all_to_all", mesh(data=2, expert=4), capacity=1.0), one)(tree, base, x)
-    load = stats["r"]["pass0"]["load"]
-    assert float(load["sent"]) == 2 * (B * S - 2) and float(load["dropped"]) == 6 * 7 + 2
+    sums = stats["r"]["pass0"]["expert_load"]
+    assert float(sums["sent"]) == 2 * (B * S - 2) and float(sums["dropped"]) == 6 * 7 + 2
     full = value_and_grads(ALONE, one)(tree, base, x)[0]
     close(y[:, :1], full[:, :1])
     close(y[:, 1:], ((jax.nn.silu(x @ base["gate"]) * (x @ base["up"])) @ base["down"])[:, 1:])

@@ -56,8 +56,8 @@ def test_the_layer_scan_ships_what_the_formula_says(v5e, method, rank_space, mon
     model, _, found = test_hlo.compiled(method, on)
     tokens, expected = test_hlo.ROWS * test_hlo.LENGTH // 8, 0.0
     for *which, site in auto.routed(model):
-        load = auto.load(model, *which, site, on=on, tokens=tokens, itemsize=4)
-        expected += bytes_moved(load, on)[0] - load.sharded(on) - load.sums(on, per_expert=False)
+        traffic = auto.traffic(model, *which, site, on=on, tokens=tokens, itemsize=4)
+        expected += bytes_moved(traffic, on)[0] - traffic.sharded(on) - traffic.sums(on, per_expert=False)
     moved = [c.bytes_moved for c in found if c.kind == "ragged-all-to-all"]  # of a layer: no trip count on TPU
     assert sum(moved) == pytest.approx(expected, rel=0.05)
     assert len(moved) == test_hlo.number(model, {}, on)["all-to-all"] / model.config.layers
