@@ -60,7 +60,7 @@ class Layer:
             if ctx.route == "task":
                 decision, carry, sums = routing_math.by_task(ctx, ctx.site.experts), ctx.carry, {}
             else:
-                x = ctx.signal[rule.name] if rule.router.SIGNAL else x
+                x = ctx.base_features[rule.name] if rule.router.INPUT else x
                 leaves = self.adapters[rule.name].get("router", {}).get(own, {})  # a router may have none of its own
                 decision, carry, sums = rule.router.route(leaves, self.shared.get(rule.name, {}), x, ctx)
         if rule.name in self.carry:

@@ -115,9 +115,9 @@ def site(config, name: str, segment: Segment, rule: Rule) -> Site:
 
 
 def router_site(config, scope: str, segment: Segment, rule: Rule) -> Site:
-    """A router's scope; one that reads a signal of the model reads width D wherever it stands."""
+    """A router's scope; one with an INPUT of the model reads width D wherever it stands."""
     found = site(config, scope, segment, rule)
-    return dataclasses.replace(found, d_in=config.width) if rule.router.SIGNAL else found
+    return dataclasses.replace(found, d_in=config.width) if rule.router.INPUT else found
 
 
 def adapter_sites(config, rule: Rule, segments: tuple[Segment, ...]) -> tuple[Site, ...]:

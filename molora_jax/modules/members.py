@@ -139,7 +139,7 @@ def _made(where, placement, sites, experts, adapter, router, engine, mesh, down,
 def _stands_alone(where: str, router: Router) -> None:
     """Raises InputError for a router that needs more than the layer that it stands in."""
     need = ""
-    if router.SIGNAL:
+    if router.INPUT:
         need = "the frozen base's last hidden state"
     elif jax.tree.leaves(jax.eval_shape(lambda: router.init_carry(1, 1))):
         need = "what it handed on from the layer before"

@@ -107,8 +107,8 @@ def forward(xp, model, params, adapters, batch):
     batch = {name: np.asarray(value) for name, value in batch.items()}
     x = params["embed"][batch["tokens"]]
     routers = members.Routers(model, adapters, batch)
-    reads = any(rule.router is not None and rule.router.SIGNAL for rule in model.rules)
-    signal = forward(xp, model.without_rules(), params, {}, batch)[0] if reads else None
+    reads = any(rule.router is not None and rule.router.INPUT for rule in model.rules)
+    features = forward(xp, model.without_rules(), params, {}, batch)[0] if reads else None
     for layer in range(c.layers):
         block = jax.tree.map(lambda w, layer=layer: w[layer], params["blocks"])
         acting = []
@@ -124,7 +124,7 @@ def forward(xp, model, params, adapters, batch):
             key = (layer, rule.name, scope) if scope != "model" else (0, rule.name, scope)
             if key not in decisions:
                 x = params["embed"][batch["tokens"]] if scope == "model" else x
-                x = signal if rule.router.SIGNAL else x
+                x = features if rule.router.INPUT else x
                 if type(rule.router).__name__ in ("SoftmaxTopK", "TopP"):
                     own = routers.leaves(rule, leaves, scope)
                     decisions[key] = route(xp, rule.router, own, x, batch)

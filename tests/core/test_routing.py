@@ -50,8 +50,8 @@ def made(name, experts, d_in, /, **options):
 def decide(router, leaves, shared, x, ctx):
     """A router's decision at the start of its state and its carry."""
     site = Site("q", x.shape[-1], x.shape[-1], (0,), ctx.allowed.shape[-1] if ctx.allowed is not None else 6)
-    if router.SIGNAL:
-        x = router.signal(shared, x, ctx)
+    if router.INPUT:
+        x = router.base_features(shared, x, ctx)
     ctx = ctx.replace(state=router.init_state(site), carry=router.init_carry(*x.shape[:2]))
     return router.route(leaves, shared, x, ctx)[0]
 
