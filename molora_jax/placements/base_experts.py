@@ -38,7 +38,7 @@ class Experts(base.Region):
 
 
 @flax.struct.dataclass
-class Part(base.Part):
+class BaseExpertsPart(base.Part):
     """The base's experts: frozen `kernels` by site, `factors` (with the scale set) and dropout by site where a rule
     changes them (else empty), `idx, gates [T, K]`."""
 
@@ -166,4 +166,4 @@ def part(kernels: dict, routing, activation: str, experts: int, *, rule=None, le
         factors[site] = known.replace(scale=rule.adapter.scale())
         dropout[site] = lowrank.dropout(ctx.keyed(), rule.adapter.dropout)
     place = BaseExperts() if rule is None else rule.place
-    return Part(jax.lax.stop_gradient(kernels), factors, dropout, idx, gates, activation, experts, place)
+    return BaseExpertsPart(jax.lax.stop_gradient(kernels), factors, dropout, idx, gates, activation, experts, place)

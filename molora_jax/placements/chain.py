@@ -41,7 +41,7 @@ def chain(x, experts, iterations: int, residual: str = "inner"):
 
 
 @flax.struct.dataclass
-class Part(projection.Part):
+class ChainPart(projection.ProjectionPart):
     """The experts of one pass: a change without a frozen product."""
 
     def here(self, arrays, out, at, early=None):
@@ -125,7 +125,7 @@ def apply(rule, p: dict, shared: dict, ctx, x, decide, meet=None):
         flat = z.reshape(-1, z.shape[-1])
         with jax.named_scope(f"pass{t}"):
             at = ctx.replace(key=ctx.keyed(t), iteration=t)
-            one = projection.part(rule, p, shared, decide(t, z), at, flat, place=place, kind=Part)
+            one = projection.part(rule, p, shared, decide(t, z), at, flat, place=place, kind=ChainPart)
             if phi is not None:
                 own = one.latent
                 one = one.replace(latent=phi if own is None else lambda a: phi(own(a)))

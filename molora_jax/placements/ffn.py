@@ -79,7 +79,7 @@ def alone(arrays: dict) -> Array:
 
 
 @flax.struct.dataclass
-class Part(base.Part):
+class FFNPart(base.Part):
     """One rule's experts: factors (with the scale set) and dropout by site, `idx, gates [T, K]`, `base [T]`."""
 
     factors: dict[str, Factors]
@@ -146,7 +146,7 @@ class Part(base.Part):
         return mix + ((self.base + lost)[:, None] * h0).astype(h0.dtype), rest + back
 
 
-def ranks(x: Array, one: Part, rows: Array) -> dict[str, Array]:
+def ranks(x: Array, one: FFNPart, rows: Array) -> dict[str, Array]:
     """Scaled rank activations `[T, K, R]` of gate and up at the token's experts, from `x [T, D]`."""
     z = {}
     for site in ("gate", "up"):
@@ -156,7 +156,7 @@ def ranks(x: Array, one: Part, rows: Array) -> dict[str, Array]:
     return z
 
 
-def hidden(z: dict, g: Array, u: Array, one: Part, activation: str, rows: Array, shard) -> tuple[Array, Array]:
+def hidden(z: dict, g: Array, u: Array, one: FFNPart, activation: str, rows: Array, shard) -> tuple[Array, Array]:
     """The mixed hidden state and the rank activations of the low-rank down path.
 
     `z` from `ranks`, `g, u [T, F]` shared projections -> `mix [T, F] = c h_0 + sum w_k h_k`, `z_d [T, K, R]`.
@@ -169,7 +169,7 @@ def hidden(z: dict, g: Array, u: Array, one: Part, activation: str, rows: Array,
     )
 
 
-def low_rank_down(z_d: Array, one: Part, dtype) -> Array:
+def low_rank_down(z_d: Array, one: FFNPart, dtype) -> Array:
     """`s sum_k w_k B_d[e_k] z_d[k]`: `[T, D]`."""
     factors, E = one.factors["down"], one.factors["down"].B.shape[0]
     gates = factors.scale * one.gates
@@ -183,12 +183,12 @@ def low_rank_down(z_d: Array, one: Part, dtype) -> Array:
     return lowrank.expand(z, factors.B, lowrank.from_slots(gates[..., None], one.idx, E)[..., 0], dtype)
 
 
-def is_plain(one: Part) -> bool:
+def is_plain(one: FFNPart) -> bool:
     """True where the fused form holds: no row or column factors, W_d applied once."""
     return not one.per_expert and all(f.out is None and f.inp is None for f in one.factors.values())
 
 
-def per_slot(x: Array, g: Array, u: Array, one: Part, activation: str, down, rows, shard) -> tuple[Array, Array]:
+def per_slot(x: Array, g: Array, u: Array, one: FFNPart, activation: str, down, rows, shard) -> tuple[Array, Array]:
     """The general form: every slot's own h, row and column factors included, W_d per slot where asked for.
 
     `down(h [T, F]) -> [T, D]` applies the frozen W_d. Returns `mix [T, F]` still to be sent through W_d (zero beyond
@@ -269,7 +269,7 @@ class FFN(Placement):
                 c = 1.0 - jnp.sum(gates, axis=-1)
         # one expert's W_d is applied once either way, but a row factor has to act after it
         per_expert = rule.down == "per_expert" or (routing is None and factors["down"].out is not None)
-        return Part(
+        return FFNPart(
             factors, dropout, idx, gates, c, routed=routing is not None, per_expert=per_expert, latents=tuple(latents),
             experts=factors["gate"].B.shape[0], place=self,
         )  # fmt: skip

@@ -55,7 +55,7 @@ class Linear(base.Region):
 
 
 @flax.struct.dataclass
-class Part(base.Part):
+class ProjectionPart(base.Part):
     """One rule's experts in one projection: `factors` with the scale set, `gates [T, E]`, its dropout.
 
     `slots` are `(idx [T, K], gates [T, K])`, None without a router.
@@ -151,7 +151,9 @@ class Projection(Placement):
         return part(rule, p.get(site, {}), shared, routing, context(site), x, place=self)
 
 
-def part(rule, p: dict, shared: dict, routing, ctx: Context, x: Array, *, place=Projection(), kind=Part) -> Part:
+def part(
+    rule, p: dict, shared: dict, routing, ctx: Context, x: Array, *, place=Projection(), kind=ProjectionPart
+) -> ProjectionPart:
     """`x [T, D_in]` only gives the shape; without a router every token uses the one expert with weight 1."""
     adapter = rule.adapter
     factors = lowrank.located(adapter.factors(p, shared, ctx), p, ctx.stack).replace(scale=adapter.scale())

@@ -37,7 +37,7 @@ from molora_jax.engines import ALONE
 from molora_jax.objectives.lm import lm, token_nll
 from molora_jax.sharding import ROWS
 from molora_jax.training.devices import Devices
-from molora_jax.training.step import loss_sums, make_update, micro_batches, own_weights, part
+from molora_jax.training.step import decision_sums, loss_sums, make_update, micro_batches, own_weights
 
 
 class ExactStep:
@@ -202,7 +202,7 @@ class ExactStep:
                 own = jax.tree.map(lambda s: s.reshape(-1, *s.shape[2:])[which], slope)
                 products = jax.tree.map(lambda a, b: jnp.sum(a * b), own, loss_sums(stats, name))
                 total = total + weights[name] * sum(jax.tree.leaves(products))
-            sums = {"expert_load": part(stats, "expert_load"), "router": part(stats, "router")}
+            sums = {"expert_load": decision_sums(stats, "expert_load"), "router": decision_sums(stats, "router")}
             return total, {"objective": nll, "metrics": {"lm_loss": nll}, **sums}
 
         return _leading(jax.grad(objective, has_aux=True)(trainable))

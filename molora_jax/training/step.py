@@ -80,7 +80,7 @@ def loss_sums(stats: dict, name: str) -> dict:
     return {r: {s: {k: v["losses"][name] for k, v in sc.items()} for s, sc in seg.items()} for r, seg in stats.items()}
 
 
-def part(stats: dict, name: str) -> dict:
+def decision_sums(stats: dict, name: str) -> dict:
     """`expert_load` or `router`: the statistics, or the sums that a router's own update asks for, of every decision."""
     return {r: {s: {k: v[name] for k, v in sc.items()} for s, sc in seg.items()} for r, seg in stats.items()}
 
@@ -174,7 +174,11 @@ def make_gradient(
                 else:
                     aux[name] = loss.value(sums) / parts
                     total = total + weights[name] * aux[name]
-            sums = {"aux": aux, "expert_load": part(stats, "expert_load"), "router": part(stats, "router")}
+            sums = {
+                "aux": aux,
+                "expert_load": decision_sums(stats, "expert_load"),
+                "router": decision_sums(stats, "router"),
+            }
             return total, {"objective": own, "metrics": metrics, **sums}
 
         grad = jax.grad(whole_loss, has_aux=True)

@@ -18,7 +18,7 @@ from molora_jax.placements.base import Axes, Placement
 
 
 @flax.struct.dataclass
-class Part(base.Part):
+class ToyPart(base.Part):
     kernels: Array
     factors: Factors
     idx: Array
@@ -77,4 +77,4 @@ class ToyExperts(Placement):
     def part(self, rule, site, p, shared, routing, context, x):
         idx, gates, kernels = routing
         factors = rule.adapter.factors(p["ffn"], shared, context(site)).replace(scale=rule.adapter.scale())
-        return Part(kernels, factors, idx, gates, self)
+        return ToyPart(kernels, factors, idx, gates, self)
