@@ -190,7 +190,7 @@ def _lineage(axis, name):
     lineage = [(path, public[-1])]
     while True:
         path, node = lineage[0]
-        wanted = {ast.unparse(base).rpartition(".")[2] for base in node.bases}
+        wanted = {ast.unparse(parent).rpartition(".")[2] for parent in node.bases}
         imports = [item for item in _module(path).body if isinstance(item, ast.ImportFrom)]
         stems = [
             item.module.rpartition(".")[2] for item in imports if item.module

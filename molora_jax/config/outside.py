@@ -152,23 +152,23 @@ def _lacks(axis, found) -> tuple[str, str]:
     if axis == "engines":
         absent = [name for name in ENGINE if not hasattr(found, name)]
         return (f"which does not say {absent[0]}", "") if absent else ("", "")
-    base_name, methods = CONTRACTS[axis]
-    base = getattr(importlib.import_module(f"molora_jax.{axis}.base"), base_name)
-    if not (inspect.isclass(found) and issubclass(found, base)) or found is base:
-        return f"which is no subclass of {base_name}", f"Derive it from molora_jax.{axis}.base.{base_name}."
+    class_name, methods = CONTRACTS[axis]
+    contract = getattr(importlib.import_module(f"molora_jax.{axis}.base"), class_name)
+    if not (inspect.isclass(found) and issubclass(found, contract)) or found is contract:
+        return f"which is no subclass of {class_name}", f"Derive it from molora_jax.{axis}.base.{class_name}."
     parameters = vars(found).get("__dataclass_params__")
     if parameters is None or not parameters.frozen:
         return "which is no frozen dataclass", "Write @dataclasses.dataclass(frozen=True) above the class."
     for method in methods:
-        if getattr(found, method) is getattr(base, method):
+        if getattr(found, method) is getattr(contract, method):
             return f"which has no method {method}", ""
-    for method, theirs in inspect.getmembers(base, inspect.isfunction):
+    for method, theirs in inspect.getmembers(contract, inspect.isfunction):
         own = inspect.getattr_static(found, method)
         if not method.startswith("_") and inspect.isfunction(own) and own is not theirs:
             asked = inspect.signature(theirs)
             if not _accepts(inspect.signature(own), asked):
                 return f"whose {method} cannot be called as {method}{asked}", f"Write {method}{asked}."
-    if axis == "placements" and found.part is base.part and found.beside is base.beside:
+    if axis == "placements" and found.part is contract.part and found.beside is contract.beside:
         return "which has no method part", ""
     if axis == "placements" and not (found.NAMED and found.NAME):
         return "which does not say NAME and NAMED", "Write NAME: ClassVar[str] and NAMED: ClassVar[bool] = True."

@@ -93,7 +93,7 @@ def finish(
     """Takes padding and shut-out experts out of a decision: at padding no expert, no gate, the base alone.
 
     `sums_to_one`: the router vouches that a token's gates sum to 1 (up to rounding) where it has any expert at all; it
-    then gives no `base` of its own.
+    then gives no `base` of its own, the frozen FFN's coefficient (`Routing.base_gate`).
     """
     B, S = ctx.valid.shape
     chex.assert_shape([gates, selected, z, probs], (B, S, None))

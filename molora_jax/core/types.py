@@ -63,9 +63,10 @@ class Routing:
 
     `gates [B, S, E]` float32, 0 where not selected; `selected [B, S, E]` bool; `logits`, `probs [B, S, E]` float32,
     before the selection; `valid [B, S]` bool, False at padding (never routed, never counted); `clipped [B, S]` int32,
-    experts that the rule wanted beyond `k_max`; `base [B, S]` the frozen FFN's coefficient, None for `1 - sum gates`,
-    bool where that is always 0 or 1 (gates that sum to 1: the FFN's own hidden state is then not even formed);
-    `chosen [B, S, E]` bool, what a balance loss counts, None for `selected` (a dense router with one favourite: that).
+    experts that the rule wanted beyond `k_max`; `base_gate [B, S]` the frozen FFN's coefficient, None for
+    `1 - sum gates`, bool where that is always 0 or 1 (gates that sum to 1: the FFN's own hidden state is then not even
+    formed); `chosen [B, S, E]` bool, what a balance loss counts, None for `selected` (a dense router with one
+    favourite: that).
     Gates may be negative, exceed 1, or sum to anything: nothing downstream may assume otherwise.
     """
 
@@ -75,7 +76,7 @@ class Routing:
     probs: Array
     valid: Array
     clipped: Array | None = None
-    base: Array | None = None
+    base_gate: Array | None = None
     k_max: int = flax.struct.field(pytree_node=False, default=1)
     chosen: Array | None = None
 

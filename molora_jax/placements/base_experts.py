@@ -26,19 +26,18 @@ from molora_jax.config.fields import FFN as SITES
 from molora_jax.core import lowrank
 from molora_jax.core import routing as routing_math
 from molora_jax.core.types import Array, Factors
-from molora_jax.placements import base
-from molora_jax.placements.base import Axes, Placement
+from molora_jax.placements.base import At, Axes, Part, Placement, Region, replicated
 
 
 @dataclasses.dataclass(frozen=True)
-class Experts(base.Region):
+class Experts(Region):
     """A feed-forward block of experts: `x [T, D]` -> `[T, D]`, a partial sum where F is split."""
 
     inner: ClassVar[Axes | None] = Axes(("in",), "down")
 
 
 @flax.struct.dataclass
-class BaseExpertsPart(base.Part):
+class BaseExpertsPart(Part):
     """The base's experts: frozen `kernels` by site, `factors` (with the scale set) and dropout by site where a rule
     changes them (else empty), `idx, gates [T, K]`."""
 
@@ -63,7 +62,7 @@ class BaseExpertsPart(base.Part):
         E = self.kernels["gate"].shape[0]  # with masked ones
         factors = {site: self.place.axes(f, site, rank_space, E) for site, f in self.factors.items()}
         return self.replace(
-            kernels=kernels, factors=factors, dropout=base.replicated(self.dropout), idx=tokens, gates=tokens
+            kernels=kernels, factors=factors, dropout=replicated(self.dropout), idx=tokens, gates=tokens
         )
 
     def here(self, arrays, out, at, early=None):
@@ -90,7 +89,7 @@ class BaseExpertsPart(base.Part):
 
     def there(self, arrays, rows, shard):
         one = self.replace(idx=rows.expert[:, None], gates=rows.gates[:, None])
-        return one.here({"x": rows.x}, None, base.At(rows.ids, shard))
+        return one.here({"x": rows.x}, None, At(rows.ids, shard))
 
     def stay(self, arrays, out, back, lost):
         return back

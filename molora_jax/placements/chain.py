@@ -24,8 +24,8 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
-from molora_jax.placements import base, projection
-from molora_jax.placements.base import Placement
+from molora_jax.placements import projection
+from molora_jax.placements.base import At, Placement
 
 NONLINEARITIES = {"silu": jax.nn.silu, "gelu": jax.nn.gelu, "relu": jax.nn.relu}
 
@@ -130,7 +130,7 @@ def apply(rule, p: dict, shared: dict, ctx, x, decide, meet=None):
                 own = one.latent
                 one = one.replace(latent=phi if own is None else lambda a: phi(own(a)))
             if meet is None:
-                return one.here({"x": flat}, None, base.At(jnp.arange(len(flat)), (0, 1))).reshape(z.shape)
+                return one.here({"x": flat}, None, At(jnp.arange(len(flat)), (0, 1))).reshape(z.shape)
             return meet(t, one, flat).reshape(z.shape)
 
     return chain(x, experts, place.iterations, place.residual)

@@ -3,8 +3,9 @@
     h_k = act(W_g x + dg_k) * (W_u x + du_k),     y = W_d [c h_0 + sum_k w_k h_k] + s sum_k w_k B_d A_d h_k
 
 The frozen W_d is linear, so it is applied once, to the mixed h: a routed FFN needs no base FLOPs beyond the dense one.
-`c` is `Routing.base`, by default `1 - sum w`, so that untrained experts (B = 0) give the base whatever the gates sum
-to; the rule's `shrink=True` sets c = 0 where a token has an expert and lets `sum w` scale the base (MixLoRA-dynamic).
+`c` is `Routing.base_gate`, by default `1 - sum w`, so that untrained experts (B = 0) give the base whatever the gates
+sum to; the rule's `shrink=True` sets c = 0 where a token has an expert and lets `sum w` scale the base
+(MixLoRA-dynamic).
 
 `down="per_expert"` applies W_d to every expert's own h: for row factors that sit after W_d (DoRA).
 Where tokens travel, x goes, `w_k (W_d h_k + s B_d A_d h_k)` comes back, and home keeps the frozen h_0; a dropped slot
@@ -24,15 +25,14 @@ from kernels_pallas.routed_ffn.reference import ACTIVATIONS
 from molora_jax.core import lowrank
 from molora_jax.core import routing as routing_math
 from molora_jax.core.types import Array, Factors
-from molora_jax.placements import base
-from molora_jax.placements.base import Axes, Placement
+from molora_jax.placements.base import At, Axes, Part, Placement, Region, replicated
 from molora_jax.placements.projection import latent_of
 
 SITES = ("gate", "up", "down")
 
 
 @dataclasses.dataclass(frozen=True)
-class Hidden(base.Region):
+class Hidden(Region):
     """A feed-forward block up to its frozen down projection.
 
     `x [T, D]`; `g, u [T, F]`, the shared projections; frozen kernels `gate, up, down`. Comes out: `mix [T, F]`, to be
@@ -79,14 +79,14 @@ def alone(arrays: dict) -> Array:
 
 
 @flax.struct.dataclass
-class FFNPart(base.Part):
-    """One rule's experts: factors (with the scale set) and dropout by site, `idx, gates [T, K]`, `base [T]`."""
+class FFNPart(Part):
+    """One rule's experts: factors (with the scale set) and dropout by site, `idx, gates [T, K]`, `base_gate [T]`."""
 
     factors: dict[str, Factors]
     dropout: dict[str, lowrank.Dropout | None]
     idx: Array
     gates: Array
-    base: Array
+    base_gate: Array
     routed: bool = flax.struct.field(pytree_node=False)
     per_expert: bool = flax.struct.field(pytree_node=False)
     latents: tuple = flax.struct.field(pytree_node=False)
@@ -103,8 +103,8 @@ class FFNPart(base.Part):
     def axes(self, rank_space):
         return self.replace(
             factors={site: self.place.axes(f, site, rank_space) for site, f in self.factors.items()},
-            idx=Axes(("tokens", None)), gates=Axes(("tokens", None)), base=Axes(("tokens",)),
-            dropout=base.replicated(self.dropout),
+            idx=Axes(("tokens", None)), gates=Axes(("tokens", None)), base_gate=Axes(("tokens",)),
+            dropout=replicated(self.dropout),
         )  # fmt: skip
 
     def early(self, x, at):
@@ -133,17 +133,17 @@ class FFNPart(base.Part):
     def there(self, arrays, rows, shard):
         """Every row is a token with one slot whose block is frozen but for that slot's expert."""
         one = self.replace(
-            idx=rows.expert[:, None], gates=rows.gates[:, None], base=jnp.zeros(len(rows.x), bool)
+            idx=rows.expert[:, None], gates=rows.gates[:, None], base_gate=jnp.zeros(len(rows.x), bool)
         )  # fmt: skip
         g, u = (lowrank.frozen_linear(arrays[site], rows.x) for site in ("gate", "up"))
         arrays = arrays | {"x": rows.x, "g": g, "u": u}
-        mix, rest = one.here(arrays, (0, jnp.zeros(rows.x.shape, rows.x.dtype)), base.At(rows.ids, shard))
+        mix, rest = one.here(arrays, (0, jnp.zeros(rows.x.shape, rows.x.dtype)), At(rows.ids, shard))
         return lowrank.frozen_linear(arrays["down"], mix) + rest
 
     def stay(self, arrays, out, back, lost):
         mix, rest = out
         h0 = alone(arrays)
-        return mix + ((self.base + lost)[:, None] * h0).astype(h0.dtype), rest + back
+        return mix + ((self.base_gate + lost)[:, None] * h0).astype(h0.dtype), rest + back
 
 
 def ranks(x: Array, one: FFNPart, rows: Array) -> dict[str, Array]:
@@ -165,7 +165,7 @@ def hidden(z: dict, g: Array, u: Array, one: FFNPart, activation: str, rows: Arr
     drop, ways = one.dropout["down"], shard[1]
     mask = None if drop is None else drop.mask(rows, g.shape[1] * ways, g.dtype, shard=shard)
     return routed_ffn(
-        g, u, z["gate"], z["up"], B_g, B_u, A_d, one.idx, one.gates, one.base, activation=activation, mask=mask
+        g, u, z["gate"], z["up"], B_g, B_u, A_d, one.idx, one.gates, one.base_gate, activation=activation, mask=mask
     )
 
 
@@ -196,7 +196,7 @@ def per_slot(x: Array, g: Array, u: Array, one: FFNPart, activation: str, down, 
     """
     act = ACTIVATIONS[activation]
     E = one.factors["gate"].B.shape[0]
-    mix = (one.base[:, None] * (act(g) * u)).astype(x.dtype)
+    mix = (one.base_gate[:, None] * (act(g) * u)).astype(x.dtype)
     rest = jnp.zeros(x.shape, jnp.float32)
 
     @jax.checkpoint  # keeps one slot's [T, F] at a time
@@ -261,8 +261,8 @@ class FFN(Placement):
             idx, gates, c = jnp.zeros((T, 1), jnp.int32), jnp.ones((T, 1), jnp.float32), jnp.zeros(T, bool)
         else:
             idx, gates = routing_math.slots(routing)
-            if routing.base is not None:
-                c = routing.base.reshape(-1)
+            if routing.base_gate is not None:
+                c = routing.base_gate.reshape(-1)
             elif rule.gates_scale_base:  # a token without any expert (padding is one) keeps the base's
                 c = ~jnp.any(routing.selected, axis=-1).reshape(-1)
             else:

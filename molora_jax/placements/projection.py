@@ -16,12 +16,11 @@ from molora_jax.adapters.base import Adapter
 from molora_jax.core import lowrank
 from molora_jax.core import routing as routing_math
 from molora_jax.core.types import Array, Context, Factors
-from molora_jax.placements import base
-from molora_jax.placements.base import Axes, Placement
+from molora_jax.placements.base import Axes, Part, Placement, Region, replicated
 
 
 @dataclasses.dataclass(frozen=True)
-class Linear(base.Region):
+class Linear(Region):
     """A frozen projection: `x [T, D_in]`, `W [D_in, D_out]`, maybe `bias`, and a `rest [T, D_out]` to add."""
 
     site: str
@@ -55,7 +54,7 @@ class Linear(base.Region):
 
 
 @flax.struct.dataclass
-class ProjectionPart(base.Part):
+class ProjectionPart(Part):
     """One rule's experts in one projection: `factors` with the scale set, `gates [T, E]`, its dropout.
 
     `slots` are `(idx [T, K], gates [T, K])`, None without a router.
@@ -82,7 +81,7 @@ class ProjectionPart(base.Part):
         tokens = Axes(("tokens", None))
         return self.replace(
             factors=self.place.axes(self.factors, self.site, rank_space), gates=tokens,
-            slots=None if self.slots is None else (tokens, tokens), dropout=base.replicated(self.dropout),
+            slots=None if self.slots is None else (tokens, tokens), dropout=replicated(self.dropout),
         )  # fmt: skip
 
     def scales(self, x):

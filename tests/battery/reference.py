@@ -180,9 +180,11 @@ def forward(xp, model, params, adapters, batch):
                     if rule.router
                     else None
                 )
-                own = d is not None and d.base is not None and d.base.dtype != bool  # bool: must equal 1 - sum g
+                own = (
+                    d is not None and d.base_gate is not None and d.base_gate.dtype != bool
+                )  # bool: must equal 1 - sum g
                 if d is not None and (rule.gates_scale_base or own):  # the base's coefficient is not 1 - sum g
-                    c_0 = d.base if own else xp.where(xp.any(d.selected, axis=-1), 0.0, 1.0)
+                    c_0 = d.base_gate if own else xp.where(xp.any(d.selected, axis=-1), 0.0, 1.0)
                     y = y + (c_0 - (1 - xp.sum(g, axis=-1)))[..., None] * base
         else:
             g, u = project("gate", h, h), project("up", h, h)

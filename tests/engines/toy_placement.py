@@ -13,12 +13,11 @@ import jax.numpy as jnp
 
 from molora_jax.core import lowrank
 from molora_jax.core.types import Array, Factors
-from molora_jax.placements import base
-from molora_jax.placements.base import Axes, Placement
+from molora_jax.placements.base import Axes, Part, Placement
 
 
 @flax.struct.dataclass
-class ToyPart(base.Part):
+class ToyPart(Part):
     kernels: Array
     factors: Factors
     idx: Array
