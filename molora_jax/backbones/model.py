@@ -90,7 +90,7 @@ class Model:
             all `[B, S]` int32; optional `allowed [E] | [B, E]`.
           train: dropout and noise on (needs `key`), layers inside `jax.checkpoint`.
           mask: `[B, 1, S, S_k]` attention mask; by default the backbone's own, block-diagonal over `segment_ids`.
-          cache: `(buffers, write)`: those of `init_cache`, and what puts new keys or values in, see `stack.Run`.
+          cache: `(buffers, write)`: those of `init_cache`, and what puts new keys or values in (see `StackRunner`).
           collect: also return the gates.
 
         Returns:
@@ -127,14 +127,14 @@ class Model:
             params, adapters, batch, ctx, mask, buffers.get("base"), write, constrain
         )
         ctx = ctx.replace(base_features=features)
-        run = stack.Run(
+        runner = stack.StackRunner(
             self, adapters, state, ctx, mask=mask, carry=carry, cache=(*buffers["own"], write) if buffers else None,
             route=lambda x: self._route_model(adapters, state, x, ctx, collect), collect=collect, constrain=constrain,
         )  # fmt: skip
-        x = self.config.forward(params, batch, run)
+        x = self.config.forward(params, batch, runner)
         if buffers:
-            buffers = {"own": run.cache[:2]} | ({} if base_kv is None else {"base": base_kv})
-        return x, run.stats, buffers or None, run.gates
+            buffers = {"own": runner.cache[:2]} | ({} if base_kv is None else {"base": base_kv})
+        return x, runner.stats, buffers or None, runner.gates
 
     def _base_features(self, params, adapters, batch, ctx, mask, kv, write, constrain):
         """What routers with an INPUT of the model read, by rule, and the base pass's own keys and values.

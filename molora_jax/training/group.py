@@ -32,7 +32,7 @@ from molora_jax.training import many, summary
 from molora_jax.training.loop import MAX_SKIPPED, Result, not_finite, peak_bytes, row
 from molora_jax.training.loss_picture import plot_loss, plot_losses
 from molora_jax.training.programs import Program
-from molora_jax.training.run import Run
+from molora_jax.training.run import TrainingRun
 from molora_jax.training.signals import StopRequest
 
 
@@ -72,7 +72,7 @@ def train_together(configs: dict, folder, *, note=None) -> dict[str, Result]:
         for name, place in places.items():
             told = lambda text, name=name: note(f"{name}: {text}")  # noqa: E731
             beside = next(iter(runs.values()), None)
-            runs[name] = Run(place.followed(configs[name], told), place, note=told, beside=beside)
+            runs[name] = TrainingRun(place.followed(configs[name], told), place, note=told, beside=beside)
         group = Group(runs, folder, progress, note)
         for run in runs.values():
             held.enter_context(run.checkpoints)
@@ -82,7 +82,7 @@ def train_together(configs: dict, folder, *, note=None) -> dict[str, Result]:
 class Group:
     """Runs of one program, and where they stand."""
 
-    def __init__(self, runs: dict[str, Run], folder, progress: Progress, note):
+    def __init__(self, runs: dict[str, TrainingRun], folder, progress: Progress, note):
         self.names, self.runs = tuple(runs), tuple(runs.values())
         self.folder, self.progress, self.note = folder, progress, note
         self.first = self.runs[0]
@@ -289,7 +289,7 @@ class _Log:
         self.metrics.write(row(step, values, seconds) | extra)
 
 
-def agree(runs: dict[str, Run]):
+def agree(runs: dict[str, TrainingRun]):
     """Gives all runs one program a stage, with the larger of their bounds.
 
     Raises:
@@ -334,7 +334,7 @@ def _common(name: str, program: Program, segments: int, same_names: bool) -> Pro
     return dataclasses.replace(program, model=model)
 
 
-def align(runs: dict[str, Run], note):
+def align(runs: dict[str, TrainingRun], note):
     """Sets every run to the newest step that all have: where a kill came between their saves, one save back.
 
     Raises:

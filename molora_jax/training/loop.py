@@ -28,7 +28,7 @@ from molora_jax.runs.workdir import Workdir
 from molora_jax.text import table
 from molora_jax.training import many, summary
 from molora_jax.training.loss_picture import plot_loss
-from molora_jax.training.run import Run
+from molora_jax.training.run import TrainingRun
 from molora_jax.training.signals import StopRequest
 
 RETRY_SECONDS = 10.0  # from a failed save to the next try, doubled each time; the steps of save_every try anyway
@@ -67,7 +67,7 @@ def train(config, workdir: str, *, profile: bool = False, note=None) -> Result:
     progress = Progress(config.train.steps, log_every=config.train.log_every)
     note = note or (progress.note if writer else lambda text: None)
     with Workdir(workdir, writer=writer) as place, StopRequest() as stop, obstacles(workdir):
-        run = Run(place.followed(config, note), place, note=note)
+        run = TrainingRun(place.followed(config, note), place, note=note)
         steps = run.config.train.steps
         if steps != config.train.steps and not config.train.get("epochs", 0.0):
             note(f"train.steps: {config.train.steps} asked for, {steps} made: whole turns of {run.turn} clients")

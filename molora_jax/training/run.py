@@ -40,10 +40,10 @@ from molora_jax.training.step import TrainState
 LEARNED = ("adapters", "router_state", "modules")  # items of a state beside its optimizer's
 
 
-class Run:
+class TrainingRun:
     """The loop's state: what `setup` made, the workdir, and where it stands."""
 
-    def __init__(self, config, workdir: Workdir, *, note, beside: "Run | None" = None):
+    def __init__(self, config, workdir: Workdir, *, note, beside: "TrainingRun | None" = None):
         """`beside`: another run of the same base and mesh; this one shares its base."""
         self.workdir, self.note = workdir, note
         recorded = workdir.recorded(saved_lib.manifest_of(workdir, "latest"))

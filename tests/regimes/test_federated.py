@@ -32,7 +32,7 @@ def whole(data, tmp_path_factory):
 
 def opened(made, folder):
     with Workdir(folder) as place:
-        return loop.Run(made, place, note=lambda text: None)
+        return loop.TrainingRun(made, place, note=lambda text: None)
 
 
 def by_hand(made, folder):

@@ -119,7 +119,7 @@ def test_a_best_step_that_was_not_saved_is_not_the_one_to_beat(config, tmp_path,
     from molora_jax.training import loop
 
     values = iter([1.0, 2.0, 3.0])
-    monkeypatch.setattr(loop.Run, "valid_nll", lambda *_: next(values))
+    monkeypatch.setattr(loop.TrainingRun, "valid_nll", lambda *_: next(values))
     failing(monkeypatch, manifest, "write", lambda n: n == 2)  # step 1, the best
     train(config, str(tmp_path), note=lambda text: None)
     assert Checkpoints(tmp_path / "checkpoints", keep=2).best() == 2
@@ -133,7 +133,7 @@ def test_a_best_step_that_is_saved_at_last_is_the_best(config, tmp_path, monkeyp
     from molora_jax.training import loop
 
     values = iter([2.0, 1.0])
-    monkeypatch.setattr(loop.Run, "valid_nll", lambda *_: next(values))
+    monkeypatch.setattr(loop.TrainingRun, "valid_nll", lambda *_: next(values))
     failing(monkeypatch, manifest, "write", lambda n: n in (3, 4))  # step 2, the best and the last
     train(config, str(tmp_path), note=lambda text: None)
     checkpoints = Checkpoints(tmp_path / "checkpoints", keep=2)

@@ -48,7 +48,7 @@ def data(tmp_path_factory):
 def opened(made, folder):
     """The loop's state before anything is compiled."""
     with Workdir(folder) as place:
-        return loop.Run(made, place, note=lambda text: None)
+        return loop.TrainingRun(made, place, note=lambda text: None)
 
 
 def test_runs_that_differ_in_arguments_share_a_program_and_its_text(data, tmp_path):
