@@ -131,7 +131,7 @@ def adapter_shardings(adapters, model, mesh: Mesh):
     def one(path, leaf):
         rule, segment, site, *_ = names = [str(k.key) for k in path]  # a shared leaf may end at its third name
         E, owner = experts.get((rule, segment), (0, None))
-        E = E if owner is None or owner.place is None else owner.place.experts(model.config, E)
+        E = E if owner is None or owner.placement is None else owner.placement.experts(model.config, E)
         whole = site == "router" or owner is not None and model.engine.keeps(owner, names[-1])
         split = not whole and len(leaf.shape) > 1 and leaf.shape[1] == E and model.engine.stored(E)
         return NamedSharding(mesh, P(None, "expert") if split else P())
@@ -146,11 +146,11 @@ def state_shardings(state, model, mesh: Mesh):
     """
     modules = module_shardings(model.config, state.modules, mesh)
     of = {}
-    for tree, places in (
+    for tree, shardings in (
         (state.adapters, adapter_shardings(state.adapters, model, mesh)),
         ({"modules": state.modules}, {"modules": modules}),
     ):
-        each = zip(paths(tree), jax.tree.leaves(tree), jax.tree.leaves(places), strict=True)
+        each = zip(paths(tree), jax.tree.leaves(tree), jax.tree.leaves(shardings), strict=True)
         of |= {path: (leaf.shape, sharding) for path, leaf, sharding in each}
 
     def one(path, leaf):
@@ -166,5 +166,5 @@ def state_shardings(state, model, mesh: Mesh):
 
 def module_shardings(backbone, modules, mesh: Mesh):
     """Of the collection `modules`: trained copies lie as the base leaves that they stand for, heads everywhere."""
-    places = {name: jax.tree.map(lambda _: replicated(mesh), tree) for name, tree in modules.items()}
-    return places | ({"base": param_shardings(backbone, modules["base"], mesh)} if "base" in modules else {})
+    shardings = {name: jax.tree.map(lambda _: replicated(mesh), tree) for name, tree in modules.items()}
+    return shardings | ({"base": param_shardings(backbone, modules["base"], mesh)} if "base" in modules else {})

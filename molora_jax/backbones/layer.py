@@ -194,13 +194,13 @@ class Layer:
 
     def _beside(self, rule, experts, x):
         """What a rule adds to the block's output; each of its scopes' decisions is recorded as its own."""
-        place = placements.of(rule)
+        placement = placements.of(rule)
 
         def decide(t, z):
             if rule.router is None:
                 return None
             scope = rule.scopes[t]
-            first = self.decisions.get((rule.name, place.decided_by(scope)))
+            first = self.decisions.get((rule.name, placement.decided_by(scope)))
             if first is None:
                 return self._route(rule, experts, scope, z, iteration=t)
             self.record(rule, scope, first, {}, self._context(rule, scope))
@@ -213,4 +213,4 @@ class Layer:
             return y
 
         shared, ctx = self.shared.get(rule.name, {}), self._context(rule, "ffn")
-        return place.beside(rule, self.adapters[rule.name], shared, ctx, x, decide, meet)
+        return placement.beside(rule, self.adapters[rule.name], shared, ctx, x, decide, meet)

@@ -28,7 +28,7 @@ def init_adapters(config, rules, segments, key, params: dict, base_grad: dict | 
             for name in rule.projections:
                 site = rules_lib.site(config, name, segment, rule)
                 own[name] = _init_layers(rule.adapter, rule_key, site, config, params, base_grad)
-                own[name] = own[name] if rule.place is None else rule.place.kept(name, own[name])
+                own[name] = own[name] if rule.placement is None else rule.placement.kept(name, own[name])
             if rule.base_router == "trained":
                 own.setdefault("router", {})["base"] = {"W": _base_router(config, segment, params)}
             for scope in rule.router_scopes:
@@ -86,14 +86,14 @@ def init_router_state(config, rules, segments) -> dict:
     for rule in rules:
         whole = rule.share == "model"
         for segment in segments:
-            place, layers = ("shared", 1) if whole else (segment.name, len(segment.layers))
-            if not rule.experts[segment.start] or place in tree.get(rule.name, {}):
+            owner, layers = ("shared", 1) if whole else (segment.name, len(segment.layers))
+            if not rule.experts[segment.start] or owner in tree.get(rule.name, {}):
                 continue
             for scope in rule.router_scopes:
                 state = rule.router.init_state(rules_lib.router_site(config, scope, segment, rule))
                 if state:
                     state = jax.tree.map(lambda x, n=layers: jnp.broadcast_to(x, (n, *x.shape)) + 0, state)
-                    scopes = tree.setdefault(rule.name, {}).setdefault(place, {}).setdefault("router", {})
+                    scopes = tree.setdefault(rule.name, {}).setdefault(owner, {}).setdefault("router", {})
                     scopes[scope] = state
     return tree
 

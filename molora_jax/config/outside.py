@@ -109,10 +109,10 @@ def _trusted(top, text, where):
         spec = importlib.util.find_spec(top)
     except (ImportError, ValueError):
         return  # its import says more
-    places = [] if spec is None else [spec.origin, *(spec.submodule_search_locations or ())]
-    for place in (pathlib.Path(p).resolve() for p in places if p and p not in ("built-in", "frozen")):
-        if any(place.is_relative_to(folder) for folder in NO_CODE):
-            got, expected = f"{text}, which lies inside a run's folder ({place})", "a package that you installed"
+    locations = [] if spec is None else [spec.origin, *(spec.submodule_search_locations or ())]
+    for location in (pathlib.Path(p).resolve() for p in locations if p and p not in ("built-in", "frozen")):
+        if any(location.is_relative_to(folder) for folder in NO_CODE):
+            got, expected = f"{text}, which lies inside a run's folder ({location})", "a package that you installed"
             raise wrong(where, got, expected, "Move it elsewhere, if you trust it.")
 
 

@@ -63,7 +63,7 @@ def _rule(where, rule, *, start):
             return
     yield from check_start(where, rule)
     if sites:
-        yield from _placed(where, rule, sites, start=start)
+        yield from _placement(where, rule, sites, start=start)
     if counts:
         yield from check_counts(where, rule, counts)
 
@@ -89,8 +89,8 @@ def check_counts(where, rule, counts):
     """What a rule asks of its expert counts."""
     if "router" not in rule:
         if set(counts) != {1}:
-            place = rule["placement"]["name"] if "placement" in rule else ""
-            base_routes = bool(limits.states("placements", place, "BASE_ROUTER"))
+            placement = rule["placement"]["name"] if "placement" in rule else ""
+            base_routes = bool(limits.states("placements", placement, "BASE_ROUTER"))
             why = '"1": the base says how many experts it has' if base_routes else '"1" without a router'
             fix = "Leave experts out." if base_routes else "Add a router, or say 1."
             yield wrong(f"{where}.experts", shown(rule["experts"]), why, fix)
@@ -104,25 +104,25 @@ def check_counts(where, rule, counts):
         yield wrong(f"{where}.router.share", got, "equal counts in all layers", "Change experts or share.")
 
 
-def _placed(where, rule, sites, *, start):
+def _placement(where, rule, sites, *, start):
     """What the rule's placement asks of its sites, and what any of its members says that it cannot serve."""
-    place = limits.placement_of(rule, sites)
-    served = limits.states("placements", place, "SITES")
+    placement = limits.placement_of(rule, sites)
+    served = limits.states("placements", placement, "SITES")
     if not set(sites) <= set(served):
         fix = "Write other sites as another rule."
-        yield wrong(f"{where}.sites", shown(rule["sites"]), f"sites of a {place}: {','.join(served)}", fix)
-    if rule.get("base_router", "frozen") != "frozen" and not attribute("placements", place, "BASE_ROUTER"):
+        yield wrong(f"{where}.sites", shown(rule["sites"]), f"sites of a {placement}: {','.join(served)}", fix)
+    if rule.get("base_router", "frozen") != "frozen" and not attribute("placements", placement, "BASE_ROUTER"):
         able = [name for name in members("placements") if attribute("placements", name, "BASE_ROUTER")]
         expected = f"'frozen', or placement=dict(name='{able[0]}')"
         yield wrong(f"{where}.base_router", shown(rule["base_router"]), expected)
-    if rule["load"] and not attribute("placements", place, "LOADS"):
+    if rule["load"] and not attribute("placements", placement, "LOADS"):
         able = [name for name in members("placements") if attribute("placements", name, "LOADS")]
-        yield wrong(f"{where}.load", f"runs for a {place}", f"a rule whose placement reads runs: {', '.join(able)}")
+        yield wrong(f"{where}.load", f"runs for a {placement}", f"a rule whose placement reads runs: {', '.join(able)}")
     for group, axis in limits.AXES.items():
-        name = place if group == "placement" else rule[group]["name"] if group in rule else None
+        name = placement if group == "placement" else rule[group]["name"] if group in rule else None
         if name is not None:
             yield from limits.refused(where, rule, limits.states(axis, name, "REFUSES"), start=start)
-    if "router" in rule and not limits.named(place):
+    if "router" in rule and not limits.named(placement):
         yield from _share(f"{where}.router.share", limits.option(rule, "router.share") or "site", sites)
 
 

@@ -122,9 +122,9 @@ def located(factors: Factors, own: dict, stack: tuple[dict, Array] | None) -> Fa
     """`factors` that know where they lie: `own` are their leaves, `stack` as in `Context`."""
     if stack is None:
         return factors
-    leaves, place = stack
+    leaves, layer = stack
     stacks = {name: leaves[name] for name in "AB" if name in own and getattr(factors, name) is own[name]}
-    return factors.replace(stacks=stacks, place=place)
+    return factors.replace(stacks=stacks, layer=layer)
 
 
 def combine(f: Array | None, gates: Array) -> Array | float:

@@ -39,7 +39,7 @@ class Factors:
     `1 + sum_e g_e (f_e - 1)`. `mid [E, R, R]` stands between A and B (LoRA-XS). `scale` multiplies the low-rank part,
     where it is smallest: at the gates or rank activations, never at B, which would be a copy of all experts a layer.
     The placement sets it, an adapter leaves it at 1. The placement also sets `stacks`, the leaves of all layers, for
-    those of "A" and "B" that are this layer's leaves unchanged, and `place`, the layer's index among them.
+    those of "A" and "B" that are this layer's leaves unchanged, and `layer`, its index among them.
     """
 
     A: Array
@@ -49,12 +49,12 @@ class Factors:
     inp: Array | None = None
     scale: float = flax.struct.field(pytree_node=False, default=1.0)
     stacks: dict[str, Array] = flax.struct.field(default_factory=dict)
-    place: Array | None = None
+    layer: Array | None = None
 
     def by_expert(self, name: str) -> "Array | InStack":
         """A or B for a product that reads the experts one by one."""
         A = getattr(self, name)
-        return InStack(A, self.stacks[name], self.place) if name in self.stacks else A
+        return InStack(A, self.stacks[name], self.layer) if name in self.stacks else A
 
 
 @flax.struct.dataclass

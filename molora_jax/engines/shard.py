@@ -117,7 +117,7 @@ def _travel(on, part, arrays, out, at):
     idx, gates = part.decision
     x = part.sends(arrays, at, on.rank_space)
     with jax.named_scope("dispatch"):
-        trip = on.trip(idx, part.experts, at.rows if part.place.IDS > 1 else None)
+        trip = on.trip(idx, part.experts, at.rows if part.placement.IDS > 1 else None)
         received = trip.slots(gates)
         row = trip.slots(x) if x.ndim == 3 else trip.tokens(x)
     back = part.there(arrays, Rows(row, trip.expert, received, trip.ids, x.ndim == 3), at.shard)

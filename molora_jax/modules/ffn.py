@@ -78,7 +78,7 @@ class RoutedFFN(Routed):
         self.reached(made)
         sites = self._sites(made, x, kernels)
         leaves, shared = self.leaves(made, sites, kernels)
-        ctx = self.context(made, batched(x), batched_valid(valid, x, self.place()), train)
+        ctx = self.context(made, batched(x), batched_valid(valid, x, self.module_path()), train)
         routed = self.route(made, Site("ffn", *[x.shape[-1]] * 2, (0,), made.experts, (made.experts,)), batched(x), ctx)
 
         def context(name):
@@ -99,7 +99,7 @@ class RoutedFFN(Routed):
         F = shapes["gate"][-1]
         for name, wanted in zip(SITES, ((D, F), (D, F), (F, D)), strict=True):
             if shapes[name] != wanted:
-                raise wrong(f"{self.place()}, {name}", f"shape {shapes[name]}", f"{wanted} for x of width {D}")
+                raise wrong(f"{self.module_path()}, {name}", f"shape {shapes[name]}", f"{wanted} for x of width {D}")
         sites = {name: Site(name, *shapes[name], (0,), made.experts, (made.experts,)) for name in SITES}
-        made.adapter.check(f"{self.place()}.adapter", tuple(sites.values()))
+        made.adapter.check(f"{self.module_path()}.adapter", tuple(sites.values()))
         return sites

@@ -22,7 +22,7 @@ from molora_jax.modules.sown import NAME, Sown
 class Routed(nn.Module):
     """A module with experts. Subclasses have the fields `experts, adapter, router, engine, mesh`."""
 
-    def place(self) -> str:
+    def module_path(self) -> str:
         """The module's path, for messages."""
         return "/".join(self.path) or type(self).__name__
 
@@ -104,7 +104,9 @@ class Routed(nn.Module):
             fix = 'Pass rngs={"dropout": key}, or train=False.'
             if _lifted(self):
                 fix = f'Add "dropout": True to split_rngs of the transform around it ({self.scope.path_text}).'
-            raise wrong(f"{self.place()}, train=True", "no rng named dropout", f"one, for {', '.join(random)}", fix)
+            raise wrong(
+                f"{self.module_path()}, train=True", "no rng named dropout", f"one, for {', '.join(random)}", fix
+            )
 
     def _start(self) -> Array:
         """The key of fresh leaves."""
@@ -148,7 +150,7 @@ class Routed(nn.Module):
             return
         if not self.scope.is_mutable_collection(collection):
             raise InputError(
-                f"variable_axes of the nn.scan or nn.vmap around {self.place()}", got=f"no entry {collection!r}",
+                f"variable_axes of the nn.scan or nn.vmap around {self.module_path()}", got=f"no entry {collection!r}",
                 expected=f"{{{collection!r}: 0}} among them: without it what the layer writes there is lost",
                 fix=_how(collection, self),
             )  # fmt: skip

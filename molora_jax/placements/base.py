@@ -64,7 +64,7 @@ class Rows(NamedTuple):
 class Part:
     """One rule's experts at one meeting: a `flax.struct` dataclass of arrays, with at least
 
-    `place`, its placement; `experts`, E; `routed`, whether a router chose; `decision`, `(idx [T, K], gates [T, K])`
+    `placement`, its placement; `experts`, E; `routed`, whether a router chose; `decision`, `(idx [T, K], gates [T, K])`
     where it did; and
     """
 

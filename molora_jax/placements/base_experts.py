@@ -48,7 +48,7 @@ class BaseExpertsPart(Part):
     gates: Array
     activation: str = flax.struct.field(pytree_node=False)
     experts: int = flax.struct.field(pytree_node=False)
-    place: Placement = flax.struct.field(pytree_node=False)
+    placement: Placement = flax.struct.field(pytree_node=False)
     routed: bool = flax.struct.field(pytree_node=False, default=True)
 
     @property
@@ -60,7 +60,7 @@ class BaseExpertsPart(Part):
         widths = {"gate": ("width", "out"), "up": ("width", "out"), "down": ("in", "width")}
         kernels = {site: Axes(("frozen_expert", *widths[site]), site) for site in SITES}
         E = self.kernels["gate"].shape[0]  # with masked ones
-        factors = {site: self.place.axes(f, site, rank_space, E) for site, f in self.factors.items()}
+        factors = {site: self.placement.axes(f, site, rank_space, E) for site, f in self.factors.items()}
         return self.replace(
             kernels=kernels, factors=factors, dropout=replicated(self.dropout), idx=tokens, gates=tokens
         )
@@ -164,5 +164,5 @@ def part(kernels: dict, routing, activation: str, experts: int, *, rule=None, le
         known = lowrank.located(rule.adapter.factors(own, shared, ctx), own, ctx.stack)
         factors[site] = known.replace(scale=rule.adapter.scale())
         dropout[site] = lowrank.dropout(ctx.keyed(), rule.adapter.dropout)
-    place = BaseExperts() if rule is None else rule.place
-    return BaseExpertsPart(jax.lax.stop_gradient(kernels), factors, dropout, idx, gates, activation, experts, place)
+    placement = BaseExperts() if rule is None else rule.placement
+    return BaseExpertsPart(jax.lax.stop_gradient(kernels), factors, dropout, idx, gates, activation, experts, placement)

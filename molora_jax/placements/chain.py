@@ -119,13 +119,13 @@ def apply(rule, p: dict, shared: dict, ctx, x, decide, meet=None):
       p: the leaves of site `ffn`. x: `[B, S, D]`. decide: `(t, z [B, S, D]) -> Routing | None`.
       meet: `(t, part, z [T, D]) -> [T, D]` under an engine; None: all experts are here.
     """
-    place, phi = rule.place, NONLINEARITIES.get(rule.place.nonlinearity)
+    placement, phi = rule.placement, NONLINEARITIES.get(rule.placement.nonlinearity)
 
     def experts(t, z):
         flat = z.reshape(-1, z.shape[-1])
         with jax.named_scope(f"pass{t}"):
             at = ctx.replace(key=ctx.keyed(t), iteration=t)
-            one = projection.part(rule, p, shared, decide(t, z), at, flat, place=place, kind=ChainPart)
+            one = projection.part(rule, p, shared, decide(t, z), at, flat, placement=placement, kind=ChainPart)
             if phi is not None:
                 own = one.latent
                 one = one.replace(latent=phi if own is None else lambda a: phi(own(a)))
@@ -133,4 +133,4 @@ def apply(rule, p: dict, shared: dict, ctx, x, decide, meet=None):
                 return one.here({"x": flat}, None, At(jnp.arange(len(flat)), (0, 1))).reshape(z.shape)
             return meet(t, one, flat).reshape(z.shape)
 
-    return chain(x, experts, place.iterations, place.residual)
+    return chain(x, experts, placement.iterations, placement.residual)

@@ -91,7 +91,7 @@ class FFNPart(Part):
     per_expert: bool = flax.struct.field(pytree_node=False)
     latents: tuple = flax.struct.field(pytree_node=False)
     experts: int = flax.struct.field(pytree_node=False)
-    place: Placement = flax.struct.field(pytree_node=False)
+    placement: Placement = flax.struct.field(pytree_node=False)
 
     def latent(self, site: str):
         return self.latents[SITES.index(site)]
@@ -102,7 +102,7 @@ class FFNPart(Part):
 
     def axes(self, rank_space):
         return self.replace(
-            factors={site: self.place.axes(f, site, rank_space) for site, f in self.factors.items()},
+            factors={site: self.placement.axes(f, site, rank_space) for site, f in self.factors.items()},
             idx=Axes(("tokens", None)), gates=Axes(("tokens", None)), base_gate=Axes(("tokens",)),
             dropout=replicated(self.dropout),
         )  # fmt: skip
@@ -271,5 +271,5 @@ class FFN(Placement):
         per_expert = rule.down == "per_expert" or (routing is None and factors["down"].out is not None)
         return FFNPart(
             factors, dropout, idx, gates, c, routed=routing is not None, per_expert=per_expert, latents=tuple(latents),
-            experts=factors["gate"].B.shape[0], place=self,
+            experts=factors["gate"].B.shape[0], placement=self,
         )  # fmt: skip

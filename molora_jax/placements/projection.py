@@ -67,7 +67,7 @@ class ProjectionPart(Part):
     latent: object = flax.struct.field(pytree_node=False)
     experts: int = flax.struct.field(pytree_node=False)
     site: str = flax.struct.field(pytree_node=False)
-    place: Placement = flax.struct.field(pytree_node=False)
+    placement: Placement = flax.struct.field(pytree_node=False)
 
     @property
     def routed(self) -> bool:
@@ -80,7 +80,7 @@ class ProjectionPart(Part):
     def axes(self, rank_space):
         tokens = Axes(("tokens", None))
         return self.replace(
-            factors=self.place.axes(self.factors, self.site, rank_space), gates=tokens,
+            factors=self.placement.axes(self.factors, self.site, rank_space), gates=tokens,
             slots=None if self.slots is None else (tokens, tokens), dropout=replicated(self.dropout),
         )  # fmt: skip
 
@@ -147,11 +147,11 @@ class Projection(Placement):
         return None
 
     def part(self, rule, site, p, shared, routing, context, x):
-        return part(rule, p.get(site, {}), shared, routing, context(site), x, place=self)
+        return part(rule, p.get(site, {}), shared, routing, context(site), x, placement=self)
 
 
 def part(
-    rule, p: dict, shared: dict, routing, ctx: Context, x: Array, *, place=Projection(), kind=ProjectionPart
+    rule, p: dict, shared: dict, routing, ctx: Context, x: Array, *, placement=Projection(), kind=ProjectionPart
 ) -> ProjectionPart:
     """`x [T, D_in]` only gives the shape; without a router every token uses the one expert with weight 1."""
     adapter = rule.adapter
@@ -161,4 +161,4 @@ def part(
     slots = None if routing is None else routing_math.slots(routing)
     dropout = lowrank.dropout(ctx.keyed(), adapter.dropout)
     site = "" if ctx.site is None else ctx.site.name
-    return kind(factors, gates, slots, dropout, latent_of(adapter, p, ctx), E, site, place)
+    return kind(factors, gates, slots, dropout, latent_of(adapter, p, ctx), E, site, placement)

@@ -67,12 +67,12 @@ def train_together(configs: dict, folder, *, note=None) -> dict[str, Result]:
     with contextlib.ExitStack() as held:
         stop = held.enter_context(StopRequest())
         held.enter_context(obstacles(folder))
-        places = {name: held.enter_context(Workdir(folder / name)) for name in configs}
+        workdirs = {name: held.enter_context(Workdir(folder / name)) for name in configs}
         runs = {}
-        for name, place in places.items():
+        for name, workdir in workdirs.items():
             told = lambda text, name=name: note(f"{name}: {text}")  # noqa: E731
             beside = next(iter(runs.values()), None)
-            runs[name] = TrainingRun(place.followed(configs[name], told), place, note=told, beside=beside)
+            runs[name] = TrainingRun(workdir.followed(configs[name], told), workdir, note=told, beside=beside)
         group = Group(runs, folder, progress, note)
         for run in runs.values():
             held.enter_context(run.checkpoints)
@@ -98,9 +98,9 @@ class Group:
         if program not in self._steps:
             one = self.first.compiled(stage)
             fixed, axes = many.shared_or_stacked([run.fixed(program.objective) for run in self.runs])
-            places, whole = many.shardings(one.shardings), sharding.replicated(self.first.mesh)
-            step = jax.jit(many.over_runs(one.plain, axes), donate_argnums=0, out_shardings=(places, whole))
-            stack = jax.jit(lambda *states: many.stack(states), out_shardings=places)
+            shardings, whole = many.shardings(one.shardings), sharding.replicated(self.first.mesh)
+            step = jax.jit(many.over_runs(one.plain, axes), donate_argnums=0, out_shardings=(shardings, whole))
+            stack = jax.jit(lambda *states: many.stack(states), out_shardings=shardings)
             self._steps[program] = step, jax.jit(many.take, out_shardings=one.shardings), stack, fixed
         return self._steps[program]
 

@@ -66,8 +66,8 @@ def train(config, workdir: str, *, profile: bool = False, note=None) -> Result:
     writer = jax.process_index() == 0
     progress = Progress(config.train.steps, log_every=config.train.log_every)
     note = note or (progress.note if writer else lambda text: None)
-    with Workdir(workdir, writer=writer) as place, StopRequest() as stop, obstacles(workdir):
-        run = TrainingRun(place.followed(config, note), place, note=note)
+    with Workdir(workdir, writer=writer) as folder, StopRequest() as stop, obstacles(workdir):
+        run = TrainingRun(folder.followed(config, note), folder, note=note)
         steps = run.config.train.steps
         if steps != config.train.steps and not config.train.get("epochs", 0.0):
             note(f"train.steps: {config.train.steps} asked for, {steps} made: whole turns of {run.turn} clients")

@@ -136,8 +136,10 @@ class TrainingRun:
         compiled, sizes = self.compiled(stage), self.source(stage).sizes
         if self._server is None:
             average = lambda s: self.regime.server(s, self.regime.weights(sizes), compiled.frozen)  # noqa: E731
-            places = compiled.shardings
-            self._server = jax.jit(average, out_shardings=(places.adapters, places.router_state, places.modules))
+            shardings = compiled.shardings
+            self._server = jax.jit(
+                average, out_shardings=(shardings.adapters, shardings.router_state, shardings.modules)
+            )
         adapters, router_state, modules = self._server(state)
         return dataclasses.replace(state, adapters=adapters, router_state=router_state, modules=modules)
 

@@ -165,7 +165,7 @@ def forward(xp, model, params, adapters, batch):
         x = x + project("o", a.reshape(*h.shape[:2], -1), h)
 
         h = rms(xp, x, block["ffn_norm"], c.norm_eps)
-        whole = [(rule, leaves) for rule, leaves in acting if rule.place is None and rule.sites == ("ffn",)]
+        whole = [(rule, leaves) for rule, leaves in acting if rule.placement is None and rule.sites == ("ffn",)]
         if whole:
             base = ffn(h)
             y = base
@@ -190,9 +190,9 @@ def forward(xp, model, params, adapters, batch):
             g, u = project("gate", h, h), project("up", h, h)
             y = project("down", g / (1 + xp.exp(-g)) * u, h)
         for rule, leaves in acting:
-            if rule.place is not None:  # a chain
+            if rule.placement is not None:  # a chain
                 z = h
-                for t in range(rule.place.iterations):
+                for t in range(rule.placement.iterations):
                     g = decide(rule, leaves, f"pass{t}", z)
                     pair = leaves["ffn"]["A"], leaves["ffn"]["B"]
                     z = z + rule.adapter.alpha / rule.adapter.rank * xp.einsum("bse,bsd,erd,ero->bso", g, z, *pair)

@@ -32,7 +32,7 @@ def test_ragged_all_to_all_on_tpu(v5e, sites):
     def put(x, *spec):
         return jax.ShapeDtypeStruct(np.shape(x), jnp.float32, sharding=NamedSharding(v5e, PartitionSpec(*spec)))
 
-    place = {
+    shardings = {
         k: jax.tree.map(lambda x, k=k: put(x, *(("expert",) if k != "router" else ())), v) for k, v in tree.items()
     }
     x = put(problems.tokens(), ("data", "fsdp", "expert"))
@@ -40,7 +40,7 @@ def test_ragged_all_to_all_on_tpu(v5e, sites):
     def loss(tree, base, x):
         return jnp.sum(problems.apply(on, one, tree, base, x)[0] ** 2)
 
-    text = jax.jit(jax.grad(loss, (0, 2))).lower(place, jax.tree.map(put, base), x).compile().as_text()
+    text = jax.jit(jax.grad(loss, (0, 2))).lower(shardings, jax.tree.map(put, base), x).compile().as_text()
     found = [c for c in hlo.collectives(text, 8) if c.kind == "ragged-all-to-all"]
     # there: ids, gates, rows; back: rows; then the gradients of rows, gates and of what came back
     assert len(found) == 7, [(c.kind, c.shapes) for c in found]

@@ -22,17 +22,17 @@ class ToyPart(Part):
     factors: Factors
     idx: Array
     gates: Array
-    place: Placement = flax.struct.field(pytree_node=False)
+    placement: Placement = flax.struct.field(pytree_node=False)
     routed: bool = flax.struct.field(pytree_node=False, default=True)
 
-    experts = property(lambda self: self.place.base_experts)
+    experts = property(lambda self: self.placement.base_experts)
     decision = property(lambda self: (self.idx, self.gates))
 
     def axes(self, rank_space):
         tokens = Axes(("tokens", None))
         return self.replace(
-            kernels=Axes(("frozen_expert", "width", "width")), factors=self.place.axes(self.factors, "", rank_space),
-            idx=tokens, gates=tokens,
+            kernels=Axes(("frozen_expert", "width", "width")),
+            factors=self.placement.axes(self.factors, "", rank_space), idx=tokens, gates=tokens,
         )  # fmt: skip
 
     def _mixed(self, x, idx, gates):

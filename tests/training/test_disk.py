@@ -196,12 +196,12 @@ def test_a_resume_cuts_metrics_without_room_for_a_copy(tmp_path, monkeypatch):
 
 def test_a_start_waits_for_room_and_leaves_no_temporaries(tmp_path, monkeypatch):
     failed = failing(monkeypatch, files.os, "fsync", lambda n: n in (1, 2))
-    with Workdir(tmp_path) as place:
-        place.write_config({"a": 1})
+    with Workdir(tmp_path) as workdir:
+        workdir.write_config({"a": 1})
     assert failed == [1, 2] and json.loads((tmp_path / "config.json").read_text()) == {"a": 1}
     failing(monkeypatch, files.os, "fsync", lambda n: True)
-    with Workdir(tmp_path) as place, pytest.raises(OSError, match="No space left"):
-        place.write_config({"a": 2})
+    with Workdir(tmp_path) as workdir, pytest.raises(OSError, match="No space left"):
+        workdir.write_config({"a": 2})
     assert {p.name for p in tmp_path.iterdir()} == {"lock", "config.json"}
 
 
