@@ -23,7 +23,7 @@ from molora_jax import config as schema
 from molora_jax import runtime
 from molora_jax.config import shipped
 from molora_jax.config.fields import did_you_mean, wrong
-from molora_jax.config.members import known, loss_of, member_problem, members, options
+from molora_jax.config.members import is_member, loss_of, member_problem, members, options
 from molora_jax.config.resolve import scaled
 from molora_jax.config.values import check_names, there
 from molora_jax.errors import InputError
@@ -67,8 +67,8 @@ def parse(description, flags, argv=None, need_config=True, defaults=None, need_r
     _once(rest, several, overrides)
     args, unknown = parser.parse_known_args(rest)
     if unknown:
-        flag, known = unknown[0].partition("=")[0], ["--config", *(name for name, _ in flags)]
-        raise wrong(flag, "an unknown flag", "one of " + ", ".join(known), did_you_mean(flag, known))
+        flag, names = unknown[0].partition("=")[0], ["--config", *(name for name, _ in flags)]
+        raise wrong(flag, "an unknown flag", "one of " + ", ".join(names), did_you_mean(flag, names))
     for name, keywords in [("--config", dict(metavar="FILE.py")), *flags]:
         field = keywords.get("dest", name.lstrip("-").replace("-", "_"))
         value = getattr(args, field)
@@ -228,7 +228,7 @@ def _switch_on(config, paths):
     named = {keys[1] for keys in paths if len(keys) == 3 and keys[0] == "losses" and keys[2] == "name"}
     for keys in paths:
         if len(keys) == 3 and keys[0] == "losses" and isinstance(losses, ConfigDict) and keys[1] not in losses:
-            if keys[1] not in named and not known("losses", keys[1]):
+            if keys[1] not in named and not is_member("losses", keys[1]):
                 names, where = members("losses"), f"config.losses.{keys[1]}"
                 fix = did_you_mean(keys[1], names) or f"Or give {where}.name=package.module:Name, one of your own."
                 raise wrong(where, "an unknown loss", "one of " + ", ".join(names), fix)
@@ -292,7 +292,7 @@ def _options(group, keys):
         problem = member_problem(f"config.{'.'.join(keys)}.name", axis, name)
         if problem:
             raise problem
-    return options(axis, name) if known(axis, name) else {}
+    return options(axis, name) if is_member(axis, name) else {}
 
 
 def _typed(where, text, default):

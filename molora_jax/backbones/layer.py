@@ -98,10 +98,10 @@ class Layer:
         return bool(on.capacity) and on.moves_tokens and on.split(experts, rule.router is not None)
 
     def _count(self, acting, site: str, counts) -> None:
-        for (rule, experts), one in zip(acting, counts, strict=True):
-            if one is not None and self._counted(rule, experts):
+        for (rule, experts), count in zip(acting, counts, strict=True):
+            if count is not None and self._counted(rule, experts):
                 scope = rule.share if rule.share in rules_lib.SCOPES else site
-                sums, total = self.stats[rule.name][scope]["expert_load"], jax.lax.stop_gradient(one).sum(axis=0)
+                sums, total = self.stats[rule.name][scope]["expert_load"], jax.lax.stop_gradient(count).sum(axis=0)
                 sums["sent"], sums["dropped"] = sums["sent"] + total[0], sums["dropped"] + total[1]
 
     def project(self, site: str, W: Array, bias: Array | None, x: Array, rest: Array | None = None) -> Array:
@@ -163,7 +163,7 @@ class Layer:
         self.enter("ffn", x)
         flat, E, change = x.reshape(-1, x.shape[-1]), kernels["gate"].shape[0], {}
         if not self.engine.alone:  # shards of a mesh are a layer's
-            kernels = {site: one.stack[one.layer] for site, one in kernels.items()}
+            kernels = {site: of_all.stack[of_all.layer] for site, of_all in kernels.items()}
         for rule, _ in self._acting("experts"):  # one at most (`compile_model`)
             context = functools.partial(self._context, rule)
             change = dict(rule=rule, leaves=self.adapters[rule.name], shared=self.shared.get(rule.name, {}))

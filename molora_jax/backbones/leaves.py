@@ -41,8 +41,8 @@ def init_adapters(config, rules, segments, key, params: dict, base_grad: dict | 
         if routers:
             shared |= rule.router.init_shared(jax.random.fold_in(rule_key, 1001), tuple(routers))
         if rule.share == "model":  # one router, whatever the layers
-            one = dataclasses.replace(routers[0], layers=routers[0].layers[:1])
-            shared["router"] = {"model": _init_layers(rule.router, rule_key, one)}
+            of_model = dataclasses.replace(routers[0], layers=routers[0].layers[:1])
+            shared["router"] = {"model": _init_layers(rule.router, rule_key, of_model)}
         if shared:
             out["shared"] = shared
         tree[rule.name] = _without_empty(out)
@@ -69,7 +69,7 @@ def _init_layers(member, key, site, config=None, params=None, base_grad=None):
     stack = None if params is None else config.stack_of(site.layers[0])
     kernel = None if params is None else params[stack.name].get(site.name)
 
-    def one(layer):
+    def of_layer(layer):
         layer_key = jax.random.fold_in(key, layer)
         if params is None:
             return member.init_leaves(layer_key, site, layer)
@@ -78,7 +78,7 @@ def _init_layers(member, key, site, config=None, params=None, base_grad=None):
         grad = None if kernel is None or base_grad is None else pick(base_grad[site.name])
         return member.init_leaves(layer_key, site, layer, base=base, base_grad=grad)
 
-    return jax.lax.map(one, jnp.array(site.layers))
+    return jax.lax.map(of_layer, jnp.array(site.layers))
 
 
 def init_router_state(config, rules, segments) -> dict:

@@ -2,7 +2,7 @@
 
 import re
 
-from molora_jax.config import fields as known
+from molora_jax.config import fields as tables
 from molora_jax.config import limits
 from molora_jax.config.fields import ATTENTION, FFN, wrong
 from molora_jax.config.members import attribute, member_problem, members, stated_with
@@ -15,7 +15,7 @@ NAME = re.compile(r"[a-z0-9_]+")
 
 def rule_problems(config):
     rules = config["method"].get("rules")
-    yield from group_problems("method", config["method"], {"rules": {}, "train_base": known.since(known.TEXT, "")})
+    yield from group_problems("method", config["method"], {"rules": {}, "train_base": tables.since(tables.TEXT, "")})
     for name, rule in rules.items() if isinstance(rules, dict) else ():
         where = f"method.rules.{name}"
         if not NAME.fullmatch(str(name)):
@@ -23,7 +23,7 @@ def rule_problems(config):
         if not isinstance(rule, dict):
             yield wrong(where, shown(rule), "a rule (see configs/common.py)")
             continue
-        found = list(group_problems(where, rule, known.RULE, more=("adapter", "router", "placement")))
+        found = list(group_problems(where, rule, tables.RULE, elsewhere=("adapter", "router", "placement")))
         found += member_problems(f"{where}.adapter", rule.get("adapter"), "adapters")
         if "router" in rule:
             found += member_problems(f"{where}.router", rule["router"], "routers")

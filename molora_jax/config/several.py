@@ -52,11 +52,11 @@ def check_may_differ(name: str, where: str = "--runs"):
     if re.fullmatch(MAY_DIFFER, name):
         return
     reason = next(reason for pattern, reason in REASONS if re.match(pattern, name))
-    known = ("seed", "optim.learning_rate", "losses.NAME.weight", "data.tasks")
-    guess = did_you_mean(name, known) if "." not in name else ""
+    accepted = ("seed", "optim.learning_rate", "losses.NAME.weight", "data.tasks")
+    guess = did_you_mean(name, accepted) if "." not in name else ""
     raise wrong(
         f"{where}, {name}", "a field in which runs of one step may not differ",
-        f"one of {', '.join(known)} or another field of data but seq_len",
+        f"one of {', '.join(accepted)} or another field of data but seq_len",
         guess or f"Start such runs one by one: {reason}.",
     )  # fmt: skip
 

@@ -127,19 +127,19 @@ class Stream:
         Raises:
           InputError: an unknown task.
         """
-        known: dict[str, set] = {}
+        ids_of: dict[str, set] = {}
         for i in self.task_ids:
             for name in {self.split.tasks[i].entry, self.split.tasks[i].name}:
-                known.setdefault(name, set()).add(i)
-        wanted = split_commas(tasks) or list(known)
+                ids_of.setdefault(name, set()).add(i)
+        wanted = split_commas(tasks) or list(ids_of)
         for name in wanted:
-            if name not in known:
+            if name not in ids_of:
                 raise InputError(
-                    "schedule.*.tasks", got=repr(name), expected=f"some of {', '.join(known)}", fix="Correct the name."
+                    "schedule.*.tasks", got=repr(name), expected=f"some of {', '.join(ids_of)}", fix="Correct the name."
                 )
         return Stream(
             self.split,
-            task_ids=tuple(sorted(set().union(*(known[name] for name in wanted)))),
+            task_ids=tuple(sorted(set().union(*(ids_of[name] for name in wanted)))),
             seq_len=self.seq_len,
             batch_size=self.batch_size,
             seed=self.seed,
@@ -227,8 +227,8 @@ class Stream:
         return np.concatenate(parts) if parts else members[:0]
 
     def _order(self, task_id: int, epoch: int) -> np.ndarray:
-        known = self._orders.get(task_id)
-        if known is None or known[0] != epoch:
+        last = self._orders.get(task_id)
+        if last is None or last[0] != epoch:
             order = shuffled(seed_of("order", self.seed, task_id, epoch), len(self._members[task_id]))
-            known = self._orders[task_id] = (epoch, order)
-        return known[1]
+            last = self._orders[task_id] = (epoch, order)
+        return last[1]

@@ -69,7 +69,7 @@ def described_as(axis: str, value) -> dict:
     """A member as a config has it; without a name where a config could not name its class."""
     name = next((name for name, kind in TABLES[axis][0].items() if type(value) is kind), None)
     path = f"{type(value).__module__}:{type(value).__qualname__}"
-    name = path if name is None and config_members.known(axis, path) else name
+    name = path if name is None and config_members.is_member(axis, path) else name
     options = {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
     return options | ({} if name is None else {"name": name})
 
@@ -112,7 +112,7 @@ def made(
     Raises:
       InputError: whatever is wrong with them; `where` names the module.
     """
-    adapter, router = (freeze(dict(one)) if isinstance(one, Mapping) else one for one in (adapter, router))
+    adapter, router = (freeze(dict(value)) if isinstance(value, Mapping) else value for value in (adapter, router))
     return _made(where, placement, sites, experts, adapter, router, engine, mesh, down, gates_scale_base)
 
 

@@ -88,8 +88,8 @@ class BaseExpertsPart(Part):
         return arrays["x"]
 
     def there(self, arrays, rows, shard):
-        one = self.replace(idx=rows.expert[:, None], gates=rows.gates[:, None])
-        return one.here({"x": rows.x}, None, At(rows.ids, shard))
+        part = self.replace(idx=rows.expert[:, None], gates=rows.gates[:, None])
+        return part.here({"x": rows.x}, None, At(rows.ids, shard))
 
     def stay(self, arrays, out, back, lost):
         return back
@@ -161,8 +161,8 @@ def part(kernels: dict, routing, activation: str, experts: int, *, rule=None, le
     factors, dropout = {}, {}
     for site in SITES if rule is not None else ():
         own, ctx = leaves.get(site, {}), context(site)
-        known = lowrank.located(rule.adapter.factors(own, shared, ctx), own, ctx.stack)
-        factors[site] = known.replace(scale=rule.adapter.scale())
+        found = lowrank.located(rule.adapter.factors(own, shared, ctx), own, ctx.stack)
+        factors[site] = found.replace(scale=rule.adapter.scale())
         dropout[site] = lowrank.dropout(ctx.keyed(), rule.adapter.dropout)
     placement = BaseExperts() if rule is None else rule.placement
     return BaseExpertsPart(jax.lax.stop_gradient(kernels), factors, dropout, idx, gates, activation, experts, placement)

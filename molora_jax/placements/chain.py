@@ -125,12 +125,12 @@ def apply(rule, p: dict, shared: dict, ctx, x, decide, meet=None):
         flat = z.reshape(-1, z.shape[-1])
         with jax.named_scope(f"pass{t}"):
             at = ctx.replace(key=ctx.keyed(t), iteration=t)
-            one = projection.part(rule, p, shared, decide(t, z), at, flat, placement=placement, kind=ChainPart)
+            part = projection.part(rule, p, shared, decide(t, z), at, flat, placement=placement, kind=ChainPart)
             if phi is not None:
-                own = one.latent
-                one = one.replace(latent=phi if own is None else lambda a: phi(own(a)))
+                own = part.latent
+                part = part.replace(latent=phi if own is None else lambda a: phi(own(a)))
             if meet is None:
-                return one.here({"x": flat}, None, At(jnp.arange(len(flat)), (0, 1))).reshape(z.shape)
-            return meet(t, one, flat).reshape(z.shape)
+                return part.here({"x": flat}, None, At(jnp.arange(len(flat)), (0, 1))).reshape(z.shape)
+            return meet(t, part, flat).reshape(z.shape)
 
     return chain(x, experts, placement.iterations, placement.residual)

@@ -40,9 +40,9 @@ class Linear(Region):
 
     def start(self, arrays, parts, at):
         x = scaled = arrays["x"]
-        for one in parts:
-            more = one.scales(x)
-            scaled = scaled if more is None else scaled + more
+        for part in parts:
+            change = part.scales(x)
+            scaled = scaled if change is None else scaled + change
         y = lowrank.frozen_linear(arrays["W"], scaled)
         return arrays | {"base": y}, y
 

@@ -54,5 +54,5 @@ class TaskArithmetic(Surgery):
 
 def _padded(A, B, rank):
     """Zero rows where a site has fewer than the rule's others: they add nothing."""
-    more = rank - len(A)
-    return (A, B) if not more else tuple(np.pad(x, ((0, more), (0, 0))) for x in (A, B))
+    absent = rank - len(A)
+    return (A, B) if not absent else tuple(np.pad(x, ((0, absent), (0, 0))) for x in (A, B))

@@ -73,7 +73,7 @@ class ExactStep:
             program = jax.jit(function, donate_argnums=donate)
             lowered = [program.lower(*_shapes(arguments, SingleDeviceSharding(device))) for _, device in on.own]
             with ThreadPoolExecutor(os.cpu_count()) as pool:  # an executable is a device's own
-                programs[name] = list(pool.map(lambda one: one.compile(), lowered))
+                programs[name] = list(pool.map(lambda program: program.compile(), lowered))
             return lowered[0].out_info
 
         def lead(tree):  # one `[1, ...]` of each device, as one array
@@ -112,9 +112,9 @@ class ExactStep:
         each = zip(state, self._base[1], batch, knobs, strict=True)
         given = [(s.adapters, s.router_state, s.step, base, rows, own) for s, base, rows, own in each]
 
-        def turn(name, which, *more):
-            parts = zip(run[name], given, which, *more, strict=True)
-            return on.side_by_side([program(*given, one, *m) for program, given, one, *m in parts])
+        def turn(name, which, *rest):
+            parts = zip(run[name], given, which, *rest, strict=True)
+            return on.side_by_side([program(*given, index, *own) for program, given, index, *own in parts])
 
         values = slopes = [{}] * len(on.own)
         if self.losses:
@@ -144,7 +144,7 @@ class ExactStep:
         """`total + shard 0 + shard 1 ...`, each device its part of the numbers; additions in this order on any N."""
         N = self.on.count
 
-        def one(total, own):
+        def added(total, own):
             flat = jnp.pad(own.reshape(-1), (0, len(total) * N - own.size)).reshape(N, -1)
             if N > 1:
                 flat = jax.lax.all_to_all(flat, ROWS, 0, 0)
@@ -152,7 +152,7 @@ class ExactStep:
                 total = total + flat[other]
             return total
 
-        local = lambda total, own: jax.tree.map(one, total, own)  # noqa: E731
+        local = lambda total, own: jax.tree.map(added, total, own)  # noqa: E731
         return jax.shard_map(local, mesh=self.on.mesh, in_specs=(P(ROWS), P(ROWS)), out_specs=P(ROWS), check_vma=False)
 
     # ---- programs of one device --------------------------------------------------------------------------------------

@@ -96,12 +96,12 @@ class Group:
         """`(step, take, frozen models)` of a stage: compiled at its first use, the step's state donated."""
         program = self.first.programs[stage.name]
         if program not in self._steps:
-            one = self.first.compiled(stage)
+            compiled = self.first.compiled(stage)
             fixed, axes = many.shared_or_stacked([run.fixed(program.objective) for run in self.runs])
-            shardings, whole = many.shardings(one.shardings), sharding.replicated(self.first.mesh)
-            step = jax.jit(many.over_runs(one.plain, axes), donate_argnums=0, out_shardings=(shardings, whole))
+            shardings, whole = many.shardings(compiled.shardings), sharding.replicated(self.first.mesh)
+            step = jax.jit(many.over_runs(compiled.plain, axes), donate_argnums=0, out_shardings=(shardings, whole))
             stack = jax.jit(lambda *states: many.stack(states), out_shardings=shardings)
-            self._steps[program] = step, jax.jit(many.take, out_shardings=one.shardings), stack, fixed
+            self._steps[program] = step, jax.jit(many.take, out_shardings=compiled.shardings), stack, fixed
         return self._steps[program]
 
     def apart(self, stage, state) -> list:
@@ -256,11 +256,11 @@ class Group:
             loss = "-" if result.loss is None else f"{result.loss:.4f}"
             rows.append((name, f"{start} -> {result.step}", loss, f"{run.checkpoints.directory}/{result.step}"))
         self.note(table(rows))
-        one, tokens = results[0], sum(result.tokens for result in results)
-        rate = tokens / one.seconds if one.step > start else 0.0
+        first, tokens = results[0], sum(result.tokens for result in results)
+        rate = tokens / first.seconds if first.step > start else 0.0
         self.note(
-            f"together: {rate:,.0f} tokens/s with compile, {duration(one.seconds)}, "
-            f"peak memory {one.peak_bytes / 1e9:.2f} GB"
+            f"together: {rate:,.0f} tokens/s with compile, {duration(first.seconds)}, "
+            f"peak memory {first.peak_bytes / 1e9:.2f} GB"
         )
         for run in self.runs:
             with contextlib.suppress(OSError, ValueError, KeyError, TypeError):  # not worth an error
@@ -272,8 +272,8 @@ class Group:
         self.note(f"loss curves: {path}")
         if self.config.stop_after and start >= self.config.stop_after:
             self.note(f"nothing to do: the runs are at step {start}, train.stop_after is {self.config.stop_after}")
-        if one.signal is not None:
-            self.note(f"stopped by signal {one.signal} after step {one.step}: the same command goes on from there")
+        if first.signal is not None:
+            self.note(f"stopped by signal {first.signal} after step {first.step}: the same command goes on from there")
 
 
 class _Log:
@@ -311,9 +311,9 @@ def agree(runs: dict[str, TrainingRun]):
             run.programs[stage] = _common(name, program, segments, same_names)
     for name, run in others:
         for stage, program in run.programs.items():
-            own, one = (vars(p) for p in (program, first.programs[stage]))
+            own, theirs = (vars(p) for p in (program, first.programs[stage]))
             for field in own:
-                if own[field] != one[field]:
+                if own[field] != theirs[field]:
                     raise InputError(
                         f"--runs, {name}", got=f"another {field} of the step than {first_name}",
                         expected="runs of one program (equal shapes, equal numbers of classes)",

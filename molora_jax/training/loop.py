@@ -128,7 +128,7 @@ def _loop(run, state, start, last, stop, progress, note, profile, writer) -> Res
                     source = run.source(stage)
                     rows = None if run.regime.side_by_side else sharding.rows_of_process(config.batch_size)
                     batches = source.iterate(step // turn, rows=rows)
-                more = run.arguments(stage)
+                arguments = run.arguments(stage)
             if step == trace[0]:
                 tracing = True
                 jax.profiler.start_trace(str(pathlib.Path(run.workdir) / "profile"))
@@ -136,8 +136,8 @@ def _loop(run, state, start, last, stop, progress, note, profile, writer) -> Res
                 note("compiling the step (seconds to a minute, cached for the next start)")
             _, batch = next(batches)
             batch = run.put(batch)
-            compiled.compile_together(state, run.params, batch, *more, step=step)
-            state, values = compiled.step(state, run.params, batch, *more)
+            compiled.compile_together(state, run.params, batch, *arguments, step=step)
+            state, values = compiled.step(state, run.params, batch, *arguments)
             step = run.step_now = step + turn
             due = lambda every, step=step: bool(every) and step // every > (step - turn) // every  # noqa: E731
             flush(pending)

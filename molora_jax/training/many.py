@@ -48,7 +48,7 @@ def take(tree, run):
 
 def shardings(of_one):
     """Of N runs' arrays, where one run's have these: the axis of runs in front, not sharded."""
-    return jax.tree.map(lambda one: NamedSharding(one.mesh, P(None, *one.spec)), of_one)
+    return jax.tree.map(lambda own: NamedSharding(own.mesh, P(None, *own.spec)), of_one)
 
 
 def put_batches(batches: list[dict], mesh) -> dict[str, jax.Array]:

@@ -198,11 +198,11 @@ class CompiledStep:
         shapes = jax.eval_shape(penalty.fresh, self._trainable)
         of = dict(zip(sharding.paths(shardings), jax.tree.leaves(shardings), strict=True))
 
-        def one(path, _):
+        def of_leaf(path, _):
             names = [str(k.key) for k in path]
             return next(of["/".join(names[i:])] for i in range(len(names)) if "/".join(names[i:]) in of)
 
-        return jax.tree_util.tree_map_with_path(one, shapes)
+        return jax.tree_util.tree_map_with_path(of_leaf, shapes)
 
     def compile_together(self, *arguments, step: int) -> None:
         """With several processes: the first step of a program starts when all have compiled it."""

@@ -204,10 +204,10 @@ def of_examples(grad, each, trainable: dict, micro: dict, i):
     """
     rows = len(micro["tokens"])
 
-    def one(row, number):
+    def of_example(row, number):
         return grad(trainable, jax.tree.map(lambda x: x[None], row), number)
 
-    grads, out = jax.vmap(one)(micro, i * rows + jnp.arange(rows))
+    grads, out = jax.vmap(of_example)(micro, i * rows + jnp.arange(rows))
     there = jnp.any(micro["loss_weight"] > 0, axis=1)
     grads, norms = each.clipped(grads, there)
     out["metrics"] |= {"clipped": norms > each.clip}
