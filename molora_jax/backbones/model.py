@@ -162,14 +162,14 @@ class Model:
             if rule.share != "model":
                 continue
             E, pick = max(rule.experts), lambda w: w[0]
-            where = next(s for s in self.segments if s.counts[r])
+            segment = next(s for s in self.segments if s.counts[r])
             shared = adapters[rule.name].get("shared", {})
             own = {"router": jax.tree.map(pick, shared.get("router", {}))}
             own_state = jax.tree.map(pick, state.get(rule.name, {}).get("shared", {}))
             trees = ({rule.name: own}, {rule.name: shared}, {rule.name: own_state})
             carry = {rule.name: rule.router.init_carry(*x.shape[:2])}
             layer = Layer(
-                self.config, where, [(rule, E)], self.losses, trees, carry, ctx.replace(layer=0), {}, collect,
+                self.config, segment, [(rule, E)], self.losses, trees, carry, ctx.replace(layer=0), {}, collect,
                 self.engine,
             )  # fmt: skip
             layer.enter("model", x)

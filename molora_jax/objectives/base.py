@@ -95,8 +95,8 @@ class Objective:
         raise NotImplementedError
 
     def score(self, forward: Forward, heads: dict, fixed: dict[str, Frozen], batch: dict):
-        """`(nll, weight, right, where)`, each `[B, N]` for N places a row: nats, what counts (0: no place), whether the
-        answer is the right one (0 to 1), and a position inside the example that it belongs to."""
+        """`(nll, weight, right, places)`, each `[B, N]` for N places a row: nats, what counts (0: no place), whether
+        the answer is the right one (0 to 1), and a position inside the example that it belongs to."""
         raise NotImplementedError
 
 

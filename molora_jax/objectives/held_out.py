@@ -29,8 +29,8 @@ def _batch_nll(
         return out
 
     forward = Forward(model, own, hidden, targets_per_row, constrain)
-    nll, weight, right, where = objective.score(forward, modules.get(head, {}), fixed, batch)
-    index = jnp.take_along_axis(batch["example_index"], where, axis=1)
+    nll, weight, right, places = objective.score(forward, modules.get(head, {}), fixed, batch)
+    index = jnp.take_along_axis(batch["example_index"], places, axis=1)
     if not num_tasks:
         return (nll, weight, right, index), {}
     tasks = jax.nn.one_hot(jnp.where(batch["segment_ids"] > 0, batch["task_ids"], -1), num_tasks)  # [B, S, tasks]

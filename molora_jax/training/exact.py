@@ -64,10 +64,10 @@ class ExactStep:
         """Compiles every program for these arrays; nothing runs."""
         on, programs = self.on, {}
 
-        def over_mesh(name, function, where, *arguments, donate=()):
-            lowered = jax.jit(function, out_shardings=where, donate_argnums=donate).lower(*arguments)
+        def over_mesh(name, function, shardings, *arguments, donate=()):
+            lowered = jax.jit(function, out_shardings=shardings, donate_argnums=donate).lower(*arguments)
             programs[name] = lowered.compile()
-            return _shapes(lowered.out_info, where)
+            return _shapes(lowered.out_info, shardings)
 
         def by_device(name, function, *arguments, donate=()):
             program = jax.jit(function, donate_argnums=donate)
@@ -217,8 +217,8 @@ def alone(model):
     return dataclasses.replace(model, engine=ALONE)
 
 
-def _shapes(tree, where):
-    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where), tree)
+def _shapes(tree, sharding):
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), tree)
 
 
 def _leading(tree):
@@ -238,8 +238,8 @@ class ExactNLL:
 
     def forward(self, params, adapters, router_state, rows):
         hidden, _, _, _ = self.model.hidden(params, adapters, router_state, rows)
-        nll, weight, right, where = token_nll(self.model, params, hidden, rows, self.targets_per_row)
-        return _leading((nll, weight, right, jnp.take_along_axis(rows["example_index"], where, axis=1)))
+        nll, weight, right, places = token_nll(self.model, params, hidden, rows, self.targets_per_row)
+        return _leading((nll, weight, right, jnp.take_along_axis(rows["example_index"], places, axis=1)))
 
     def __call__(self, params, adapters, router_state, batch):
         on = self.on

@@ -135,12 +135,12 @@ class CompiledStep:
         shapes = jax.eval_shape(self.start, params, 0)
         self.shardings = sharding.state_shardings(shapes, self.model, mesh)
         self.shapes = jax.tree.map(
-            lambda s, where: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=where), shapes, self.shardings
+            lambda s, own: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=own), shapes, self.shardings
         )
         self.loop_shapes, self.loop_shardings, N = self.shapes, self.shardings, program.side_by_side
         if N:
             self.loop_shardings = many.shardings(self.shardings)
-            wide = lambda s, where: jax.ShapeDtypeStruct((N, *s.shape), s.dtype, sharding=where)  # noqa: E731
+            wide = lambda s, own: jax.ShapeDtypeStruct((N, *s.shape), s.dtype, sharding=own)  # noqa: E731
             self.loop_shapes = jax.tree.map(wide, self.shapes, self.loop_shardings)
         options = dict(
             frozen=self.frozen, accumulate=accumulate, clip=program.clip, targets_per_row=targets_per_row, rated=rated
