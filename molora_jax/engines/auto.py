@@ -200,7 +200,7 @@ def report(rows: list[Row], name: str, why: str) -> str:
 
 
 def resolve(model, *, engine: str, mesh, capacity: float, rank_space: bool, tokens: int, itemsize: int):
-    """The engine of a run, and the table to print (None on one device, or with nothing to placement).
+    """The engine of a run, and the table to print (None on one device, or with nothing to place).
 
     Raises:
       InputError: the named engine cannot serve the rules.

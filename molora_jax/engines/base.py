@@ -127,7 +127,7 @@ ALONE = Engine()
 
 @dataclasses.dataclass(frozen=True)
 class Traffic:
-    """What one routed site of one layer asks of an engine in a step; of one device throughout.
+    """What one routed site of one layer asks of an engine in a step, on one device throughout.
 
     `leaves`: `(bytes of all E experts, is it per expert, is it split over tensor)` of every factor; `frozen`: bytes of
     stacked kernels of the base, which lie in shards under every engine. `row_in, row_out`: bytes of a token's row there

@@ -29,7 +29,6 @@ def bytes_moved(traffic, on) -> tuple[float, float]:
     if not on.stored(traffic.E):
         return replicate.bytes_moved(traffic, on)
     own = sum(size for size, each, _ in traffic.leaves if each) * (on.peers - 1) / on.peers
-    fetched = (
-        0 if traffic.again else traffic.passes * own
-    )  # XLA joins equal all-gathers of a layer; the sums it does not
+    # XLA joins equal all-gathers of a layer; the sums it does not
+    fetched = 0 if traffic.again else traffic.passes * own
     return (fetched + own + traffic.whole(on) + traffic.sharded(on) + traffic.sums(on, per_expert=False),) * 2
