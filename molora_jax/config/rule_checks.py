@@ -63,7 +63,7 @@ def _rule(where, rule, *, start):
             return
     yield from check_start(where, rule)
     if sites:
-        yield from _placement(where, rule, sites, start=start)
+        yield from _at_sites(where, rule, sites, start=start)
     if counts:
         yield from check_counts(where, rule, counts)
 
@@ -104,7 +104,7 @@ def check_counts(where, rule, counts):
         yield wrong(f"{where}.router.share", got, "equal counts in all layers", "Change experts or share.")
 
 
-def _placement(where, rule, sites, *, start):
+def _at_sites(where, rule, sites, *, start):
     """What the rule's placement asks of its sites, and what any of its members says that it cannot serve."""
     placement = limits.placement_of(rule, sites)
     served = limits.states("placements", placement, "SITES")
