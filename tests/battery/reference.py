@@ -18,8 +18,8 @@ import numpy as np
 
 from tests.battery import members
 
-# [B, S, E] but valid, rows, base [B, S]
-Decision = collections.namedtuple("Decision", "probs selected gates valid rows logits base", defaults=(None, None))
+# [B, S, E] but valid, rows, base_gate [B, S]
+Decision = collections.namedtuple("Decision", "probs selected gates valid rows logits base_gate", defaults=(None,) * 2)
 
 
 def as_float64(tree):
@@ -180,9 +180,8 @@ def forward(xp, model, params, adapters, batch):
                     if rule.router
                     else None
                 )
-                own = (
-                    d is not None and d.base_gate is not None and d.base_gate.dtype != bool
-                )  # bool: must equal 1 - sum g
+                # bool: must equal 1 - sum g
+                own = d is not None and d.base_gate is not None and d.base_gate.dtype != bool
                 if d is not None and (rule.gates_scale_base or own):  # the base's coefficient is not 1 - sum g
                     c_0 = d.base_gate if own else xp.where(xp.any(d.selected, axis=-1), 0.0, 1.0)
                     y = y + (c_0 - (1 - xp.sum(g, axis=-1)))[..., None] * base
