@@ -22,7 +22,7 @@ from ml_collections import ConfigDict
 from molora_jax import config as schema
 from molora_jax import runtime
 from molora_jax.config import shipped
-from molora_jax.config.fields import did_you_mean, wrong
+from molora_jax.config.fields import Field, did_you_mean, wrong
 from molora_jax.config.members import is_member, loss_of, member_problem, members, options
 from molora_jax.config.resolve import scaled
 from molora_jax.config.values import check_names, there
@@ -188,13 +188,30 @@ def override(config, overrides):
                 continue
             own = _options(group, keys)
             if key not in own:
-                names = sorted({*group.keys(), *own})
-                expected = "one of " + ", ".join(names)
-                raise wrong(f"config.{path}", "an unknown field", expected, did_you_mean(key, names))
+                raise _unknown(path, text, sorted({*group.keys(), *own}))
             group[key] = _typed(f"config.{path}", text, own[key].kind())
         if "train.steps" in dict(overrides):
             _scale_stages(config, budget, {path for path, _ in overrides})
     return config
+
+
+def _unknown(path, text, names):
+    """The error for a field that a group neither has nor takes."""
+    *keys, key = path.split(".")
+    if keys == ["losses"] and is_member("losses", key):
+        fix = f"Switch it on by --config.{path}.weight={text}."
+        expected = f"a group of the loss's options ({', '.join(options('losses', key))})"
+        return wrong(f"config.{path}", repr(text), expected, fix)
+    if keys == ["losses"]:
+        near = did_you_mean(key, members("losses"))
+        fix = near and f"{near} A loss is switched on by its weight: --config.losses.NAME.weight={text}."
+        return wrong(f"config.{path}", "an unknown loss", "one of " + ", ".join(members("losses")), fix)
+    if not names and keys and keys[-1] in AXES:
+        group = f"--config.{'.'.join(keys)}"
+        fix = f"Give {group}.name too: one of {', '.join(members(AXES[keys[-1]]))}."
+        return wrong(f"config.{path}", "an option of nothing: this group is empty", f"a member in {group}.name", fix)
+    expected = "one of " + ", ".join(names) if names else "nothing: this group is empty"
+    return wrong(f"config.{path}", "an unknown field", expected, did_you_mean(key, names))
 
 
 def _budget(config):
@@ -288,16 +305,17 @@ def _options(group, keys):
     axis = AXES.get(keys[-1] if keys else "")
     name = group.get("name") if axis else loss_of(keys[1], group) if len(keys) == 2 and keys[0] == "losses" else None
     axis = axis or "losses"
-    if ":" in str(name):
+    if name is not None and not is_member(axis, name):
         problem = member_problem(f"config.{'.'.join(keys)}.name", axis, name)
         if problem:
             raise problem
-    return options(axis, name) if is_member(axis, name) else {}
+    own = options(axis, name) if is_member(axis, name) else {}
+    return own | {"inputs": Field(tuple)} if own and axis == "surgery" else own
 
 
 def _typed(where, text, default):
     if isinstance(default, ConfigDict):
-        names = ", ".join(f"{where}.{key}" for key in default) or "a config file, as this group is empty"
+        names = ", ".join(f"{where}.{key}" for key in default) or _first_of(where)
         raise wrong(where, repr(text), "one field, not a group", f"Use {names}.")
     try:
         if isinstance(default, bool):
@@ -318,6 +336,13 @@ def _typed(where, text, default):
         names = {bool: "true or false", int: "an integer", float: "a number"}
         raise wrong(where, repr(text), names[type(default)], f"Its value is {default!r} now.") from None
     raise wrong(where, repr(text), f"a field that text can set, not a {type(default).__name__}", "Change the file.")
+
+
+def _first_of(where):
+    """What to set first in a group that is empty."""
+    if where.rpartition(".")[2] in AXES:
+        return f"{where}.name"
+    return f"{where}.NAME.weight" if where == "config.losses" else "a config file, as this group is empty"
 
 
 def _inside(file, error):

@@ -21,9 +21,12 @@ FLAGS = [
 
 def run(argv):
     _, args = flags.parse(__doc__, FLAGS, argv, need_config=False)
+    from molora_jax.runs.folders import no_run, runs_in
     from molora_jax.runs.verify import verify
 
     folder = pathlib.Path(args.workdir).expanduser()
+    if runs_in(folder):
+        raise no_run(folder)
     if not any((folder / name).exists() for name in ("config.json", "identity.json", "checkpoints")):
         got = f"{args.workdir!r}, {'without anything that a run writes' if folder.is_dir() else 'which is no folder'}"
         raise InputError("workdir", got=got, expected="the folder of a run", fix="Check the path.")

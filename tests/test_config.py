@@ -338,7 +338,9 @@ def test_a_helper_file_is_no_member(tmp_path, monkeypatch):
     monkeypatch.setattr(config_members, "PACKAGE", tmp_path)
     assert config_members.members("routers") == ("mine",)
     told = config_members.member_problem("router.name", "routers", "noise")
-    assert "does not list" in told.got and "one of mine" in told.expected
+    assert "does not list" in told.got and "one of mine" in told.expected and "is a helper" in told.fix
+    (tmp_path / "routers" / "new.py").write_text("@dataclasses.dataclass\nclass New:\n    k: int = 1\n")
+    assert "Add it to" in config_members.member_problem("router.name", "routers", "new").fix
     assert "noise" not in config_members.member_problem("router.name", "routers", "other").expected
 
 

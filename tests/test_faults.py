@@ -7,6 +7,7 @@ import sys
 import pytest
 
 from tests.faults import runner
+from tests.faults.__main__ import main
 from tests.faults.report import CHANNEL, each
 from tests.faults.table import ROWS, SELFTEST
 
@@ -44,6 +45,13 @@ def test_the_command_says_what_it_did():
     done = subprocess.run(command, capture_output=True, text=True, cwd=runner.ROOT, check=False)
     (row,) = json.loads(done.stdout)
     assert done.returncode == 0 and (row["tries"], row["failures"]) == (2, 0) and "usable row" in row["promise"]
+
+
+def test_a_row_without_a_try_in_small_says_so():
+    with pytest.raises(SystemExit, match="kills.points: tried with --full only"):
+        main(["--only=kills.points"])
+    with pytest.raises(SystemExit, match="no such row"):
+        main(["--only=kill"])
 
 
 def test_every_row_has_its_line_in_the_docs():

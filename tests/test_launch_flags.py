@@ -126,6 +126,16 @@ BAD = [
     (["--config.losses.mine.weight=1"], "config.losses.mine", "config.losses.mine.name=package.module:Name"),
     (["--config.losses.z_loss.wieght=1"], "config.losses.z_loss.wieght", "Did you mean 'weight'?"),
     (["--config.losses.z_loss.weight=-1"], "losses.z_loss.weight", ">= 0"),
+    (["--config.losses.z_loss=1e-3"], "config.losses.z_loss", "Switch it on by --config.losses.z_loss.weight=1e-3"),
+    (["--config.losses.zloss=1e-3"], "config.losses.zloss", "Did you mean 'z_loss'? A loss is switched on by"),
+    (["--config.losses=z_loss"], "config.losses", "config.losses.balance"),
+    (["--config.surgery.inputs=a,b"], "config.surgery.inputs", "--config.surgery.name too: one of average, lora_lego"),
+    (["--config.surgery.name=tis", "--config.surgery.inputs=a"], "config.surgery.name", "Did you mean 'ties'?"),
+    (["--config.optim.name=adm", "--config.optim.ratio=2"], "config.optim.name", "Did you mean 'adamw'?"),
+    (["--config.surgery=ties"], "config.surgery", "Use config.surgery.name"),
+    (["--config.surgery.name=ties", "--config.surgery.rnk=3"], "config.surgery.rnk", "inputs"),
+    (["--config.schedule.s00.objective.form=dpo"], "config.schedule.s00.objective.form", "objective.name too: one of"),
+    (["--config.schedule.s00.set.seed=1"], "config.schedule.s00.set.seed", "nothing: this group is empty"),
     (["--config..steps=1"], "config.", "an unknown field"),
     (["--wokdir=x"], "--wokdir", "'--workdir'"),
     (["--steps=many"], "command line", "invalid int value"),
@@ -234,3 +244,9 @@ def test_exit_status(argv, status, text):
     assert "Traceback" not in run.stderr
     if status == 2:
         assert run.stderr.startswith("error: ") and not run.stdout
+
+
+def test_a_surgery_may_be_named_by_flags():
+    named = ["--config.surgery.name=average", "--config.surgery.inputs=a,b@3", "--config.surgery.of=product"]
+    config, _ = parse(f"--config={MIXLORA}", *named)
+    assert config.surgery.to_dict() == {"name": "average", "inputs": ("a", "b@3"), "of": "product"}

@@ -8,7 +8,7 @@ import nbformat
 import pytest
 
 from launch.flags import ROOT
-from tests.tiny import train_tiny
+from tests.tiny import copy_of_tiny_run
 
 FOLDER = ROOT / "experiments" / "quickstart"
 NOTEBOOKS = (FOLDER / "quickstart.ipynb", ROOT / "experiments" / "library" / "notebook.ipynb")
@@ -22,8 +22,8 @@ def test_it_has_no_outputs_and_names_no_machine(path):
         assert not cell.get("outputs") and cell.get("execution_count") is None
 
 
-def test_it_runs(tmp_path, monkeypatch):
-    run = train_tiny(tmp_path)
+def test_it_runs(tmp_path, tmp_path_factory, monkeypatch):
+    run = copy_of_tiny_run(tmp_path_factory, tmp_path)
     notebook = nbformat.read(FOLDER / "quickstart.ipynb", as_version=4)
     monkeypatch.setenv("MOLORA_RUN", str(run))
     monkeypatch.setenv("IPYTHONDIR", str(tmp_path / "ipython"))

@@ -1,7 +1,10 @@
 """Small things that several tests share: a tiny model with random factors, a jsonl task, a run of three steps."""
 
+import fcntl
 import functools
 import json
+import os
+import shutil
 
 import jax
 import numpy as np
@@ -57,6 +60,20 @@ def write_task(path, rows: int = 120):
         lines.append({"prompt": f"Is {i} even?", "target": "no" if i % 2 else "yes", "task": "even"})
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
     return path
+
+
+def copy_of_tiny_run(tmp_path_factory, folder):
+    """`folder/run`, a copy of the run of `train_tiny`, which is trained once for all workers of this session."""
+    base = tmp_path_factory.getbasetemp()
+    shared = base.parent if os.environ.get("PYTEST_XDIST_WORKER") else base  # a worker's own folder is inside
+    with (shared / "tiny.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not (shared / "tiny" / "done").exists():
+            shutil.rmtree(shared / "tiny", ignore_errors=True)
+            (shared / "tiny").mkdir()
+            train_tiny(shared / "tiny")
+            (shared / "tiny" / "done").touch()
+    return shutil.copytree(shared / "tiny" / "run", folder / "run")
 
 
 def train_tiny(folder, method: str = "mixlora", steps: int = 3):

@@ -7,12 +7,13 @@ from molora_jax.backbones.base import Backbone
 from molora_jax.backbones.model import Model
 from molora_jax.config import outside
 from molora_jax.config.resolve import split_commas
-from molora_jax.core.rules import Rule, adapter_sites
+from molora_jax.core.rules import Rule, adapter_sites, router_site
 from molora_jax.errors import InputError
 from molora_jax.losses import LOSSES
 from molora_jax.losses.base import Penalty
 from molora_jax.placements import PLACEMENTS
 from molora_jax.routers import ROUTERS
+from molora_jax.routers.asked import check_slots
 
 
 def _member(axis, table, options, name=None):
@@ -55,7 +56,16 @@ def compile_model(config, decoder: Backbone, *, max_segments: int = 0, tasks: tu
     _one_change_of_base_experts(rules)
     for rule in rules:
         rule.adapter.check(f"method.rules.{rule.name}.adapter", adapter_sites(decoder, rule, model.segments))
+        _check_router(rule, model)
     return model
+
+
+def _check_router(rule: Rule, model: Model) -> None:
+    """Asks a router from outside once for every number of experts and width that it serves."""
+    acting = [segment for segment in model.segments if rule.experts[segment.start]]
+    found = [router_site(model.config, scope, segment, rule) for segment in acting for scope in rule.router_scopes]
+    for site in {(site.experts, site.d_in): site for site in reversed(found)}.values():
+        check_slots(rule.router, site, f"method.rules.{rule.name}.router")
 
 
 def compile_base(config, decoder: Backbone) -> Model:

@@ -16,6 +16,7 @@ from molora_jax.core import routing as routing_math
 from molora_jax.core import rules as rules_lib
 from molora_jax.core.types import Array, Context
 from molora_jax.placements import base_experts, ffn
+from molora_jax.routers.asked import decide
 
 
 class Layer:
@@ -62,7 +63,8 @@ class Layer:
             else:
                 x = ctx.base_features[rule.name] if rule.router.INPUT else x
                 leaves = self.adapters[rule.name].get("router", {}).get(own, {})  # a router may have none of its own
-                decision, carry, sums = rule.router.route(leaves, self.shared.get(rule.name, {}), x, ctx)
+                where, shared = f"method.rules.{rule.name}.router", self.shared.get(rule.name, {})
+                decision, carry, sums = decide(rule.router, leaves, shared, x, ctx, where)
         if rule.name in self.carry:
             self.carry[rule.name] = carry
         self.record(rule, scope, decision, sums, ctx)

@@ -11,7 +11,7 @@ from molora_jax.config.data_checks import base_problems, data_problems, may_name
 from molora_jax.config.fields import MICRO_SHARDS, did_you_mean, one_of, wrong
 from molora_jax.config.members import attribute, is_member, loss_of, member_problem, members, options
 from molora_jax.config.regimes import regime_problems
-from molora_jax.config.resolve import at_fault
+from molora_jax.config.resolve import at_fault, split_commas
 from molora_jax.config.rule_checks import rule_problems
 from molora_jax.config.values import MOST, group_problems, member_problems, parts_of, path_of, shown, there
 
@@ -83,8 +83,11 @@ def _surgery(config):
         return
     yield from member_problems("surgery", {k: v for k, v in value.items() if k != "inputs"}, "surgery")
     inputs = value.get("inputs", ())
-    if not isinstance(inputs, (tuple, list)) or not all(isinstance(one, str) and one.strip() for one in inputs):
-        yield wrong("surgery.inputs", shown(inputs), "folders of runs: DIR or DIR@step, by commas")
+    if isinstance(inputs, str):
+        fix = f"Write ({', '.join(map(repr, split_commas(inputs)))},), or --config.surgery.inputs=DIR,DIR@step."
+        yield wrong("surgery.inputs", f"{shown(inputs)} (a str)", "a tuple of folders of runs: DIR or DIR@step", fix)
+    elif not isinstance(inputs, (tuple, list)) or not all(isinstance(one, str) and one.strip() for one in inputs):
+        yield wrong("surgery.inputs", shown(inputs), "folders of runs, each a text: DIR or DIR@step")
 
 
 def _engine(config):

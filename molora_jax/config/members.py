@@ -55,10 +55,22 @@ def member_problem(where, axis, name, *, among=None):
         return None
     if isinstance(name, str) and name in _files(axis) and unlisted(axis, name):
         file = f"molora_jax/{axis}/{_table(axis)}"
-        return wrong(where, f"{name!r}, which {file} does not list", one_of(names), f"Add it to {file}.")
+        holds = axis in ("inits", "engines") or _lineage(axis, name)
+        fix = f"Add it to {file}." if holds else f"molora_jax/{axis}/{name}.py is a helper: no member is written there."
+        return wrong(where, f"{name!r}, which {file} does not list", one_of(names), fix)
     got = "nothing" if name is None else shown(name)
     paths = ", or package.module:Name" if axis in outside.OPEN else ""
-    return wrong(where, got, f"{one_of(names)}{paths}", did_you_mean(name, names))
+    fix = did_you_mean(name, names) or as_text(axis, name)
+    return wrong(where, got, f"{one_of(names)}{paths}", fix)
+
+
+def as_text(axis, value) -> str:
+    """What a config says for a member that is given as a class or an instance; "" for anything else."""
+    kind = value if isinstance(value, type) else type(value)
+    own = outside.axis_of(kind)
+    if own != axis:
+        return f"{kind.__name__} is one of the {own}." if own else ""
+    return f"A config has text: name={classes(axis).get(kind.__name__) or f'{kind.__module__}:{kind.__qualname__}'!r}."
 
 
 def loss_of(key, options) -> str:
@@ -91,13 +103,16 @@ def options(axis, name):
     """
     if outside.is_path(name):
         member = outside.load(axis, name, name)
-        if axis in ("inits", "engines"):
-            return {}
-        limits, where = outside.limits(member), name
-        found = {option: _of_value(f"{name}, field {option}", *f) for option, f in outside.fields(member, name).items()}
-    else:
-        limits, where = _limits(axis, name), f"molora_jax/{axis}/{name}.py"
-        found = {o: _field(f"{where}, field {o}", *f) for o, f in _annotations(axis, name).items()}
+        return {} if axis in ("inits", "engines") else options_of(member, name)
+    limits, where = _limits(axis, name), f"molora_jax/{axis}/{name}.py"
+    found = {o: _field(f"{where}, field {o}", *f) for o, f in _annotations(axis, name).items()}
+    return {option: _limited(f"{where}, LIMITS of {option}", f, limits.get(option)) for option, f in found.items()}
+
+
+def options_of(member, where):
+    """The same of a class that was imported; `where` names it."""
+    limits = outside.limits(member)
+    found = {option: _of_value(f"{where}, field {option}", *f) for option, f in outside.fields(member, where).items()}
     return {option: _limited(f"{where}, LIMITS of {option}", f, limits.get(option)) for option, f in found.items()}
 
 

@@ -20,7 +20,7 @@ PATH = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*", re.ASCII)
 CONTRACTS = {  # axis: its base class in `molora_jax/<axis>/base.py`, and what that leaves to its members
     "adapters": ("Adapter", ("factors",)),
     "routers": ("Router", ("k_max", "route")),
-    "placements": ("Placement", ()),  # `part` or `beside`, see `_lacks`
+    "placements": ("Placement", ()),  # `part` or `beside`, see `lacks`
     "losses": ("Loss", ("stats", "value")),
     "optim": ("Optimizer", ("make",)),
     "objectives": ("Objective", ("norm", "loss", "score")),
@@ -69,9 +69,9 @@ def load(axis: str, name: str, where: str):
     if found is MISSING:
         expected = f"a name that {home} has"
         raise wrong(where, text, expected, did_you_mean(attribute, [n for n in vars(module) if not n.startswith("_")]))
-    lacks, fix = _lacks(axis, found)
-    if lacks:
-        raise wrong(where, f"{text}, {lacks}", f"a member of {axis}", fix or _contract(axis))
+    missing, fix = lacks(axis, found)
+    if missing:
+        raise wrong(where, f"{text}, {missing}", f"a member of {axis}", fix)
     return found
 
 
@@ -129,11 +129,20 @@ def _module(home, text, where):
             fix = f"{package(home)} is there, without {absent}: correct the path, or install another version."
         raise wrong(where, f"{text} (no module named {absent!r})", "a module that can be imported", fix) from None
     except (Exception, SystemExit) as error:
-        frame = traceback.extract_tb(error.__traceback__)[-1]
         message = str(error).splitlines()[0][:200] if str(error) else ""
         got = f"{text}, whose import fails ({type(error).__name__}: {message})"
-        fix = f"Mend {frame.filename}, line {frame.lineno}."
-        raise wrong(where, got, "a module that can be imported", fix) from None
+        raise wrong(where, got, "a module that can be imported", f"Mend {_fault(home, error)}.") from None
+
+
+def _fault(home: str, error: BaseException) -> str:
+    """`FILE, line N` where an import failed: the last line of the package itself that was reached."""
+    if isinstance(error, SyntaxError) and error.filename:
+        return f"{error.filename}, line {error.lineno}: {(error.text or '').strip()}"
+    machinery = ("<frozen ", __file__, importlib.__file__)
+    frames = [f for f in traceback.extract_tb(error.__traceback__) if not f.filename.startswith(machinery)]
+    own = [f for f in frames if package(home) in pathlib.Path(f.filename).with_suffix("").parts]
+    frame = next(iter([*reversed(own), *reversed(frames)]), None)
+    return f"the module {home}" if frame is None else f"{frame.filename}, line {frame.lineno}"
 
 
 def _contract(axis) -> str:
@@ -141,8 +150,20 @@ def _contract(axis) -> str:
     return f"The contract is molora_jax/{file}."
 
 
-def _lacks(axis, found) -> tuple[str, str]:
+def lacks(axis, found) -> tuple[str, str]:
     """`(what keeps an object from being a member, how to mend it)`; ("", "") for one that is."""
+    missing, fix = _lacks(axis, found)
+    return missing, missing and (fix or _contract(axis))
+
+
+def axis_of(kind: type) -> str:
+    """The axis of whose contract a class is made, "" for none."""
+    homes = {(f"molora_jax.{axis}.base", base): axis for axis, (base, _) in CONTRACTS.items()}
+    found = (homes.get((cls.__module__, cls.__name__), "") for cls in inspect.getmro(kind))
+    return next(filter(None, found), "")
+
+
+def _lacks(axis, found) -> tuple[str, str]:
     if axis == "inits":
         if not inspect.isfunction(found):
             return "which is no function", ""
@@ -155,7 +176,9 @@ def _lacks(axis, found) -> tuple[str, str]:
     class_name, methods = CONTRACTS[axis]
     contract = getattr(importlib.import_module(f"molora_jax.{axis}.base"), class_name)
     if not (inspect.isclass(found) and issubclass(found, contract)) or found is contract:
-        return f"which is no subclass of {class_name}", f"Derive it from molora_jax.{axis}.base.{class_name}."
+        other = axis_of(found) if inspect.isclass(found) and found is not contract else ""
+        fix = f"It is one of the {other}." if other else f"Derive it from molora_jax.{axis}.base.{class_name}."
+        return f"which is no subclass of {class_name}", fix
     parameters = vars(found).get("__dataclass_params__")
     if parameters is None or not parameters.frozen:
         return "which is no frozen dataclass", "Write @dataclasses.dataclass(frozen=True) above the class."

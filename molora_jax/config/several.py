@@ -9,7 +9,8 @@ Everything else is compiled into it, or is there once for all runs. Nothing here
 import itertools
 import re
 
-from molora_jax.config.fields import did_you_mean, wrong
+from molora_jax.config.fields import FIELDS, nearest, wrong
+from molora_jax.config.members import members, options
 from molora_jax.config.resolve import split_commas
 
 MAY_DIFFER = r"seed|optim\.learning_rate|losses\.\w+\.weight|data\.(?!seq_len$)\w+"
@@ -48,17 +49,42 @@ def lists(text: str) -> list[tuple[str, list[str]]]:
 
 
 def check_may_differ(name: str, where: str = "--runs"):
-    """Raises InputError, with the reason, for a field in which runs of one step may not differ."""
+    """Raises InputError for a field in which runs of one step may not differ, with the reason, or that is none."""
     if re.fullmatch(MAY_DIFFER, name):
         return
     reason = next(reason for pattern, reason in REASONS if re.match(pattern, name))
     accepted = ("seed", "optim.learning_rate", "losses.NAME.weight", "data.tasks")
-    guess = did_you_mean(name, accepted) if "." not in name else ""
-    raise wrong(
-        f"{where}, {name}", "a field in which runs of one step may not differ",
-        f"one of {', '.join(accepted)} or another field of data but seq_len",
-        guess or f"Start such runs one by one: {reason}.",
-    )  # fmt: skip
+    there, expected = _there(name), f"one of {', '.join(accepted)} or another field of data but seq_len"
+    got = "a field in which runs of one step may not differ" if there else "an unknown field"
+    fix = f"Start such runs one by one: {reason}." if there else _near(name, accepted)
+    raise wrong(f"{where}, {name}", got, expected, fix)
+
+
+def _fields(group: str) -> tuple[str, ...]:
+    """Names in a group of a config; () where they are those of rules, stages or members."""
+    if group == "optim":
+        return ("name", *dict.fromkeys(option for member in members("optim") for option in options("optim", member)))
+    own = FIELDS.get(group)
+    return tuple(own) if isinstance(own, dict) else ()
+
+
+def _there(name: str) -> bool:
+    """Whether a config may have such a field; of what rules, stages and members have only the group is looked at."""
+    group, dot, field = name.partition(".")
+    if not isinstance(FIELDS.get(group), dict):
+        return group in FIELDS and not dot
+    return bool(dot) and (not _fields(group) or field in _fields(group))
+
+
+def _near(name: str, accepted) -> str:
+    """The nearest field: in the group that is named, else by the whole name or its last part."""
+    group, _, field = name.rpartition(".")
+    every = [*accepted, *(f"{own}.{f}" for own in FIELDS for f in _fields(own))]
+    last = {path.rpartition(".")[2]: path for path in reversed(every)}
+    near = nearest(field, _fields(group))
+    guess = f"{group}.{near}" if near else "" if _fields(group) else nearest(name, every)
+    guess = guess or last.get(nearest(field, last), "")
+    return f"Did you mean {guess!r}?" if guess else ""
 
 
 def product(fields: list[tuple[str, list[str]]]) -> dict[str, list[tuple[str, str]]]:

@@ -81,7 +81,7 @@ def group_problems(where, values, fields, *, elsewhere=(), of=""):
 def member_problems(where, value, axis, *, name=""):
     """Problems of `dict(name=..., options)`; `name`: of a group whose key is a name."""
     if not isinstance(value, dict):
-        return [wrong(where, shown(value), "a dict of options")]
+        return [wrong(where, shown(value), "a dict of options", config_members.as_text(axis, value))]
     key, member = name, value.get("name", name or None)
     problem = config_members.member_problem(where if key and "name" not in value else f"{where}.name", axis, member)
     if problem:

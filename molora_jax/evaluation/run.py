@@ -11,6 +11,7 @@ model sits on one device (the first): what a notebook and a report need.
 import dataclasses
 import functools
 import logging
+import os
 import pathlib
 from typing import Any
 
@@ -219,6 +220,13 @@ class Run:
           InputError: an empty or too long text, lists of different lengths, a base without a head.
         """
         single = isinstance(prompt, str)
+        for where, value in (("prompt", prompt), ("answer", answer)):
+            if isinstance(value, str) != single or not isinstance(value, (str, list, tuple, np.ndarray)):
+                expected = "a text, or a list of texts"
+                expected = (
+                    expected if where == "prompt" else "a text, as prompt is" if single else "a list, as prompt is"
+                )
+                raise InputError(where, got=f"{value!r:.60} (a {type(value).__name__})", expected=expected)
         found = measure.nll(self, [prompt] if single else list(prompt), [answer] if single else list(answer))
         return float(found[0]) if single else found
 
@@ -323,6 +331,13 @@ def write_run(workdir, run: Run, *, view: View | None = None, config=None) -> pa
       >>> view["all", 0, "q", "B"] = 2 * view["all", 0, "q", "B"]
       >>> molora_jax.write_run("runs/b", run, view=view)
     """
+    if not isinstance(run, Run):
+        fix = f"Open it first: write_run(DIR, load_run({str(run)!r}))." if isinstance(run, (str, os.PathLike)) else ""
+        fix = "Write the new folder first: write_run(DIR, run)." if isinstance(workdir, Run) else fix
+        raise InputError("run", got=f"{run!r:.80} (a {type(run).__name__})", expected="a run of load_run", fix=fix)
+    if view is not None and (not isinstance(view, View) or view.where == "router_state"):
+        got = f"a view of {view.where}" if isinstance(view, View) else f"a {type(view).__name__}"
+        raise InputError("view", got=got, expected="what run.view() gave, changed", fix="Take view = run.view().")
     if run.workdir is None:
         raise InputError("run", got="a base alone", expected="a run of load_run")
     adapters = run.adapters if view is None else view.tree()

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from molora_jax.core.types import Array, Context, Routing
+from molora_jax.errors import InputError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,6 +64,23 @@ class Penalty(Loss):
     def remember(self, memory: dict, trainable: dict, squares: dict) -> dict:
         """The memory after a task; traceable. squares: the mean of the squared gradients of single examples."""
         raise NotImplementedError
+
+
+def value_of(loss: Loss, stats: dict, where: str) -> Array:
+    """`loss.value(stats)`.
+
+    Raises:
+      InputError: in the name of `where`: no scalar.
+    """
+    value = loss.value(stats)
+    shape = getattr(value, "shape", () if isinstance(value, (int, float)) else None)
+    if shape != ():
+        got = f"a {type(value).__name__}" if shape is None else f"shape {shape}"
+        raise InputError(
+            where, got=f"{type(loss).__name__}.value, which gave {got}", expected="a scalar",
+            fix="Return one number for all layers and routers: their mean, say.",
+        )  # fmt: skip
+    return value
 
 
 def leaves(stats: dict):

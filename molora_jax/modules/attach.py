@@ -14,6 +14,7 @@ from typing import NamedTuple
 
 import flax.linen as nn
 import jax
+import numpy as np
 
 from molora_jax.config.fields import wrong
 from molora_jax.core.types import Array
@@ -22,6 +23,10 @@ from molora_jax.modules.members import engine_of
 from molora_jax.modules.walk import Walk
 
 OWN = ("adapters", "frozen", "router_state")
+SWITCHES = {  # names by which a model's call or field says whether it trains, and whether True means that it does
+    "train": True, "training": True, "is_training": True, "is_train": True,
+    "deterministic": False, "inference": False, "is_inference": False, "eval": False, "is_eval": False,
+}  # fmt: skip
 
 
 def attach(
@@ -39,8 +44,9 @@ def attach(
         them by name. `sites` are patterns of paths by commas (`mj.sites(module, x)` lists the paths).
       valid: `(the call's arguments) -> bool array`, True at tokens, False at padding; of the leading axes of the
         layers' inputs. None: all are tokens.
-      train: `(the call's arguments) -> bool`, whether dropout is on. None: where there is an rng named dropout, unless
-        an argument `train=False` or `deterministic=True` says otherwise.
+      train: `(the call's arguments) -> bool`, whether dropout is on. None: what an argument of the call says that is
+        named as in `SWITCHES` (`train`, `is_training`, `deterministic`, ...), else a field of the module of such a name
+        (as `nn.merge_param` has it), else whether there is an rng named dropout.
       engine, mesh: as of `mj.RoutedLoRA`.
 
     Raises:
@@ -57,7 +63,14 @@ def attach(
     True
     """
     if not isinstance(module, nn.Module):
-        raise wrong("module", type(module).__name__, "a flax.linen Module", "mj.nnx has the bridge from Flax NNX.")
+        got, fix = f"a {type(module).__name__}", "mj.nnx has the bridge from Flax NNX."
+        if isinstance(module, type):
+            got, fix = f"the class {module.__name__}", f"Make one of it: {module.__name__}(...)."
+        raise wrong("module", got, "a flax.linen Module", fix)
+    for name, value, such in (("valid", valid, "lambda x, mask: mask"), ("train", train, "lambda x, train: train")):
+        if value is not None and not callable(value):
+            fix = f"It is asked at every call: {name}={such}, for a model that is called so."
+            raise wrong(name, f"a {type(value).__name__}", "a function of the model's arguments", fix)
     if module.scope is not None:
         fix = f"Inside a module's __call__, write {type(module).__name__}(..., parent=None)."
         raise wrong("module", f"the bound module {'/'.join(module.path)}", "a module that is not bound yet", fix)
@@ -106,6 +119,28 @@ def sites(module: nn.Module, *args, **kwargs) -> Sites:
     return Sites(walk.covered, walk.not_covered(variables.get("params", {})))
 
 
+def _asked(name: str, function: Callable, args, kwargs):
+    """What `valid` or `train` says of a call."""
+    try:
+        inspect.signature(function).bind(*args, **kwargs)
+    except TypeError as error:
+        got, fix = f"a function that does not take them ({error})", "Let it take all: lambda x, *_, **__: ..."
+        raise wrong(name, got, "a function of all the call's arguments", fix) from None
+    return function(*args, **kwargs)
+
+
+def _static(name: str, value, rules) -> bool:
+    """A switch as a value that is known when the call is traced; where nothing is random it does not matter."""
+    if not isinstance(value, jax.core.Tracer):
+        return bool(value)
+    random = [field for rule in rules for field in rule.made.random]
+    if random:
+        fix = f"Name {name} in jit's static_argnames, or say it otherwise: mj.attach(..., train=lambda ...: True)."
+        expected = f"True or False itself, for {', '.join(dict.fromkeys(random))}"
+        raise wrong(name, "a value that jit traces", expected, fix)
+    return False
+
+
 def _attached(module: nn.Module, rules, valid, train) -> nn.Module:
     """The module again, of a subclass whose methods run under the interception: same paths, random keys and fields."""
     kind = type(module)
@@ -116,7 +151,7 @@ def _attached(module: nn.Module, rules, valid, train) -> nn.Module:
         def method(self, *args, **kwargs):
             if getattr(walks, "on", False):
                 return original(self, *args, **kwargs)
-            mask = None if valid is None else valid(*args, **kwargs)
+            mask = None if valid is None else _asked("valid", valid, args, kwargs)
             walk = Walk(rules, len(self.path), mask, trains(self, original, args, kwargs))
             walks.on = True
             try:
@@ -132,13 +167,14 @@ def _attached(module: nn.Module, rules, valid, train) -> nn.Module:
 
     def trains(self, original, args, kwargs) -> bool:
         if train is not None:
-            return bool(train(*args, **kwargs))
+            return _static("train", _asked("train", train, args, kwargs), rules)
         call = inspect.signature(original).bind(self, *args, **kwargs)
         call.apply_defaults()
+        fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self) if field.name in SWITCHES}
         said = {**call.arguments, **kwargs}
-        for name, means in (("train", True), ("training", True), ("deterministic", False)):
-            if isinstance(said.get(name), bool):
-                return said[name] is means
+        for name, value in [*((name, said.get(name)) for name in SWITCHES), *fields.items()]:
+            if isinstance(value, bool) or getattr(value, "dtype", None) == np.bool_ and np.shape(value) == ():
+                return _static(name, value, rules) is SWITCHES[name]
         return self.has_rng("dropout")
 
     methods = {}

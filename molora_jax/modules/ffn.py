@@ -19,7 +19,7 @@ from molora_jax.config.fields import did_you_mean, one_of, wrong
 from molora_jax.core import rules as rules_lib
 from molora_jax.core.types import Array, Site
 from molora_jax.modules.members import Made, made
-from molora_jax.modules.routed import Routed, batched, batched_valid, floating
+from molora_jax.modules.routed import Routed, batched, batched_valid, check_arrays, floating
 from molora_jax.placements import FFN
 from molora_jax.placements.ffn import ACTIVATIONS, SITES
 
@@ -74,6 +74,7 @@ class RoutedFFN(Routed):
         valid, train: as of `RoutedLoRA`.
         """
         made, kernels, biases = self.made(), {"gate": gate, "up": up, "down": down}, dict(biases or {})
+        check_arrays(self.module_path(), x=x, **kernels, **{f"biases[{name!r}]": b for name, b in biases.items()})
         x = floating(x, gate)
         self.reached(made)
         sites = self._sites(made, x, kernels)
@@ -86,6 +87,9 @@ class RoutedFFN(Routed):
             return ctx.replace(site=sites[name], base=kernels[name], key=key)
 
         flat, on = x.reshape(-1, x.shape[-1]), self.engine_now()
+        if not len(flat):  # no token, nothing to be changed
+            self.put(made, routed, None)
+            return x
         part = FFN().part(made.rule, "ffn", leaves, shared, None if routed is None else routed[0], context, flat)
         g, u = (engines.project(on, site, kernels[site], biases.get(site), flat, [])[0] for site in ("gate", "up"))
         with jax.named_scope("experts"):

@@ -18,8 +18,9 @@ from molora_jax import engines
 from molora_jax.adapters import Lora
 from molora_jax.config.fields import wrong
 from molora_jax.core.types import Array, Site
+from molora_jax.engines import ALONE
 from molora_jax.modules.members import Made, made
-from molora_jax.modules.routed import Routed, batched, batched_valid, floating, serves
+from molora_jax.modules.routed import Routed, batched, batched_valid, check_arrays, floating, serves
 from molora_jax.placements import Projection, projection
 
 SITE = "dense"
@@ -91,6 +92,7 @@ class RoutedLoRA(Routed):
         valid: bool, of x's leading axes: False at padding, which is not routed and not counted.
         train: dropout and noise are on; needs `rngs={"dropout": key}` where there is any.
         """
+        check_arrays(self.module_path(), x=x, kernel=kernel, bias=bias)
         if jnp.shape(kernel) != (x.shape[-1], self.features):
             raise wrong(
                 f"{self.module_path()}, kernel", f"shape {jnp.shape(kernel)}",
@@ -98,9 +100,11 @@ class RoutedLoRA(Routed):
             )  # fmt: skip
         x = floating(x, kernel)
         part, put = self.part(x, kernel=kernel, valid=valid, train=train)
+        flat = x.reshape(-1, x.shape[-1])
+        here = self.engine_now() if len(flat) else ALONE
         with jax.named_scope(SITE):
-            y, (counts,) = engines.project(self.engine_now(), SITE, kernel, bias, x.reshape(-1, x.shape[-1]), [part])
-        put(counts)
+            y, counts = engines.project(here, SITE, kernel, bias, flat, [part] if len(flat) else [])
+        put(*counts or [None])
         return y.reshape(*x.shape[:-1], self.features)
 
     @nn.compact

@@ -1,5 +1,6 @@
 """From what a caller writes to members and an engine: instances, names, or dicts as in a config; checked alike."""
 
+import contextlib
 import dataclasses
 import functools
 from collections.abc import Mapping
@@ -14,9 +15,9 @@ from molora_jax.adapters import ADAPTERS
 from molora_jax.adapters.base import Adapter
 from molora_jax.config import limits, outside
 from molora_jax.config import members as config_members
-from molora_jax.config.fields import shown, wrong
-from molora_jax.config.rule_checks import check_counts, check_start
-from molora_jax.config.values import member_problems, raise_all
+from molora_jax.config.fields import RULE, shown, wrong
+from molora_jax.config.rule_checks import check_counts
+from molora_jax.config.values import check_value, member_problems, raise_all
 from molora_jax.core.rules import Rule
 from molora_jax.engines import ALONE, Engine
 from molora_jax.errors import InputError
@@ -47,22 +48,60 @@ class Made(NamedTuple):
     def experts(self) -> int:
         return self.rule.experts[0]
 
+    @property
+    def random(self) -> list[str]:
+        """Fields by which something is random in training."""
+        own = [f"router.{name}" for name in (self.router.RANDOM if self.router else ()) if getattr(self.router, name)]
+        return ["adapter.dropout"] * bool(self.adapter.dropout) + own
+
 
 def member(axis: str, value, where: str):
     """A member: an instance, `"lora"`, or `dict(name="lora", rank=8)`; a name may be `package.module:Name`.
 
     Raises:
-      InputError: no such member, an unknown option, a value out of range.
+      InputError: no such member, an unknown option, a value out of range, a class that breaks its contract.
     """
     table, contract = TABLES[axis]
     if isinstance(value, contract):
+        _keeps_contract(axis, value, where)
         described = described_as(axis, value)
-        if "name" in described:
-            raise_all(member_problems(where, described, axis))
+        raise_all(member_problems(where, described, axis) if "name" in described else _own_limits(value, where))
         return value
-    options = {"name": value} if isinstance(value, str) else dict(value) if isinstance(value, Mapping) else value
+    if not isinstance(value, (str, Mapping)):
+        raise _no_member(axis, value, where)
+    options = {"name": value} if isinstance(value, str) else dict(value)
     raise_all(member_problems(where, options, axis))
     return outside.member(axis, table, options.pop("name"))(**options)
+
+
+def _keeps_contract(axis: str, value, where: str) -> None:
+    """Raises InputError for an instance of somebody's class that a config could not name either."""
+    kind = type(value)
+    if kind not in TABLES[axis][0].values():
+        lacks, fix = outside.lacks(axis, kind)
+        if lacks:
+            raise wrong(where, f"a {kind.__name__}, {lacks}", f"a member of {axis}", fix)
+
+
+def _own_limits(value, where: str) -> list[InputError]:
+    """Options out of range, of a class that a config could not name."""
+    kind = type(value)
+    with contextlib.suppress(InputError):  # fields of types that no config holds are the class's own affair
+        options = config_members.options_of(kind, kind.__name__)
+        pairs = [(f"{where}.{name}", getattr(value, name), field) for name, field in options.items()]
+        return [problem for pair in pairs for problem in check_value(*pair)]
+    return []
+
+
+def _no_member(axis: str, value, where: str) -> InputError:
+    """The error for what is neither an instance, nor a name, nor a dict."""
+    example = next(iter(TABLES[axis][0].values())).__name__
+    expected = f"one of the {axis} such as mj.{example}(), a name, or a dict as in a config"
+    if isinstance(value, type):
+        same = outside.axis_of(value) == axis
+        fix = f"Make one of it: {value.__name__}()." if same else config_members.as_text(axis, value)
+        return wrong(where, f"the class {value.__name__}", expected, fix)
+    return wrong(where, shown(value), expected, config_members.as_text(axis, value))
 
 
 def described_as(axis: str, value) -> dict:
@@ -79,17 +118,29 @@ def engine_of(engine, mesh: Mesh | None) -> Engine:
     engine: a name of `ENGINES`, or an `Engine` with its own mesh and options.
     mesh: with axes among data, fsdp, expert and tensor; those that it lacks have one device.
     """
-    if isinstance(engine, Engine):
-        return engine
+    given = engine if isinstance(engine, Engine) else None
+    if given is not None:
+        if mesh is not None and given.mesh is not None:
+            fix = f"Leave it out, or write engine={given.name!r}."
+            raise wrong("mesh", f"one beside an Engine ({given.name}) with a mesh of its own", "one of the two", fix)
+        engine, mesh = given.name, given.mesh if mesh is None else mesh
     problem = config_members.member_problem("engine", "engines", engine)
     if problem:
         raise problem
+    _check_mesh(mesh)
     if mesh is None:
         if engine != "replicate":
             fix = 'Pass one: mesh=jax.make_mesh((8,), ("expert",)).'
             raise wrong("mesh", f"none, with engine {engine!r}", "the mesh whose axis expert divides the experts", fix)
-        return ALONE
-    return Engine(engine, _whole(mesh))
+        return ALONE if given is None else given
+    return Engine(engine, _whole(mesh)) if given is None else dataclasses.replace(given, mesh=_whole(mesh))
+
+
+def _check_mesh(mesh) -> None:
+    if mesh is not None and not isinstance(mesh, Mesh):
+        number = mesh if isinstance(mesh, int) else 8
+        fix = f'Make one: mesh=jax.make_mesh(({number},), ("expert",)).'
+        raise wrong("mesh", f"{shown(mesh)} (a {type(mesh).__name__})", "a jax.sharding.Mesh", fix)
 
 
 def _whole(mesh: Mesh) -> Mesh:
@@ -113,7 +164,24 @@ def made(
       InputError: whatever is wrong with them; `where` names the module.
     """
     adapter, router = (freeze(dict(value)) if isinstance(value, Mapping) else value for value in (adapter, router))
+    for name, value in dict(down=down, shrink=gates_scale_base).items():
+        raise_all(check_value(f"{where}.{name}", value, RULE[name]))
+    if not isinstance(engine, (str, Engine)) or not isinstance(mesh, (Mesh, type(None))):
+        engine_of(engine, mesh)
+    for name, value in dict(experts=experts, adapter=adapter, router=router).items():
+        _check_hash(f"{where}.{name}", value, {"adapter": "adapters", "router": "routers"}.get(name))
     return _made(where, placement, sites, experts, adapter, router, engine, mesh, down, gates_scale_base)
+
+
+def _check_hash(where: str, value, axis: str | None) -> None:
+    """Raises InputError for what cannot be static: a module is compiled for the values of its fields."""
+    try:
+        hash(value)
+    except TypeError as error:
+        if axis is not None:
+            member(axis, value, where)  # which option it is
+        fix = "Write tuples for lists; a member is a frozen dataclass of numbers, text and tuples."
+        raise wrong(where, f"{shown(value)}, which cannot be hashed ({error})", "a value that can", fix) from None
 
 
 @functools.lru_cache(maxsize=1024)
@@ -126,12 +194,16 @@ def _made(where, placement, sites, experts, adapter, router, engine, mesh, down,
     init = config_members.member_problem(f"{where}.adapter.init", "inits", adapter.init)
     if init:
         raise init
+    if limits.states("inits", adapter.init, "AWAY") and not outside.stated_with(type(adapter), "SUBTRACTS", "factors"):
+        name = type(adapter).__name__
+        expected = f"a start of B A = 0: {name}.factors does not say that it takes A0, B0 off (SUBTRACTS)"
+        raise wrong(f"{where}.adapter.init", repr(adapter.init), expected, 'Use init="kaiming".')
     described = {"experts": str(count), "down": down, "adapter": described_as("adapters", adapter)}
     if router is not None:
         described["router"] = described_as("routers", router)
         _stands_alone(where, router)
     if all("name" in described[axis] for axis in ("adapter", "router") if axis in described):  # others say no limits
-        raise_all([*check_counts(where, described, (count,)), *check_start(where, described)])
+        raise_all(list(check_counts(where, described, (count,))))
         raise_all(list(limits.refused(where, described, limits.states("placements", placement, "REFUSES"), start="")))
     return Made(Rule(where, sites, (count,), adapter, router, down, gates_scale_base), engine_of(engine, mesh))
 

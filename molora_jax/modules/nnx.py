@@ -12,6 +12,7 @@ from flax import nnx
 from flax.core import unfreeze
 
 from molora_jax.adapters import Lora
+from molora_jax.config.fields import wrong
 from molora_jax.modules import lora
 from molora_jax.modules import sown as sown_lib
 from molora_jax.modules.attach import init_adapters
@@ -75,6 +76,9 @@ class FromLinen(Bridged):
         """Args:
         args, kwargs: of a call, for shapes. params: the model's own, in place of fresh ones.
         """
+        if not isinstance(linen, nn.Module):
+            got, fix = f"a {type(linen).__name__}", "An NNX module holds its layers itself: mj.nnx.RoutedLoRA at each."
+            raise wrong("linen", got, "a flax.linen Module such as mj.attach(model, rules)", fix)
         key = rngs.params()
         if params is None:
             variables = jax.jit(lambda key: linen.init(key, *args, **kwargs))(key)
@@ -101,6 +105,10 @@ class RoutedLoRA(Bridged):
     def __init__(
         self, linear: nnx.Linear, *, experts=1, adapter=LORA, router=None, engine="replicate", mesh=None, rngs: nnx.Rngs
     ):  # fmt: skip
+        if not isinstance(linear, nnx.Linear):
+            got = f"the class {linear.__name__}" if isinstance(linear, type) else f"a {type(linear).__name__}"
+            fix = "Layers of other kernels stay as they are; experts stand at linear layers [D_in, D_out]."
+            raise wrong("linear", got, "an nnx.Linear", fix)
         linen = lora.RoutedLoRA(linear.out_features, experts, adapter, router, engine, mesh)
         self.linear = linear
         x = jax.numpy.zeros((1, 1, linear.in_features))

@@ -4,6 +4,7 @@ B batch, S sequence, D width, E experts.
 """
 
 import functools
+import math
 
 import flax.linen as nn
 import jax
@@ -17,6 +18,7 @@ from molora_jax.engines import ALONE, Engine
 from molora_jax.errors import InputError
 from molora_jax.modules.members import Made
 from molora_jax.modules.sown import NAME, Sown
+from molora_jax.routers.asked import check_slots, decide
 
 
 class Routed(nn.Module):
@@ -71,7 +73,15 @@ class Routed(nn.Module):
         state = self._held("router_state", jax.eval_shape(fresh), fresh)
         x = jnp.where(ctx.valid[..., None], x, 0)  # a row that nobody wrote may hold NaN
         with jax.named_scope("route"):
-            decision, _, sums = router.route(own.get("router", {}), {}, x, ctx.replace(site=site, state=state))
+            check_slots(router, site, f"{self.module_path()}.router")
+            decision, _, sums = decide(
+                router,
+                own.get("router", {}),
+                {},
+                x,
+                ctx.replace(site=site, state=state),
+                f"{self.module_path()}.router",
+            )
         return decision, sums
 
     def put(self, made: Made, routed, counts) -> None:
@@ -96,10 +106,7 @@ class Routed(nn.Module):
         """The call's key of randomness; None where nothing is random."""
         if self.has_rng("dropout"):
             return self.make_rng("dropout")
-        random = ["adapter.dropout"] if made.adapter.dropout else []
-        random += [
-            f"router.{name}" for name in (made.router.RANDOM if made.router else ()) if getattr(made.router, name)
-        ]
+        random = made.random
         if random:
             fix = 'Pass rngs={"dropout": key}, or train=False.'
             if _lifted(self):
@@ -156,6 +163,14 @@ class Routed(nn.Module):
             )  # fmt: skip
 
 
+def check_arrays(where: str, **arrays) -> None:
+    """Raises InputError for an argument of a call that is no array with axes."""
+    for name, value in arrays.items():
+        if value is not None and not getattr(value, "shape", ()):
+            got = f"a {type(value).__name__}"
+            raise wrong(f"{where}, {name}", got, "an array", "Pass the leaf itself, such as params['kernel'].")
+
+
 def floating(x: Array, kernel: Array) -> Array:
     """`x` as it meets the kernel: integers are numbers of the kernel's type, as in a product with it."""
     return x if jnp.issubdtype(x.dtype, jnp.inexact) else x.astype(kernel.dtype)
@@ -163,8 +178,8 @@ def floating(x: Array, kernel: Array) -> Array:
 
 def batched(x: Array) -> Array:
     """`[..., D]` as `[B, S, D]`: the last leading axis is S, those before it are B."""
-    lead = x.shape[:-1]
-    return x.reshape(-1, lead[-1] if lead else 1, x.shape[-1])
+    lead = x.shape[:-1] or (1,)
+    return x.reshape(math.prod(lead[:-1]), lead[-1], x.shape[-1])
 
 
 def batched_valid(valid, x: Array, where: str) -> Array | None:
@@ -208,7 +223,8 @@ def _lifted(module) -> bool:
 
 
 def _how(collection: str, module) -> str:
-    if _lifted(module):
+    outer = _outermost()
+    if _lifted(module) and (outer is None or collection in outer.variables):
         entries = "variable_axes=dict(params=0, adapters=0, router_state=0, frozen=0, routing=0)"
         where = f"Give the transform ({module.scope.path_text}) these entries, beside its own: {entries}"
         return f"{where}; where it has params in variable_broadcast (nn.RNN does), all but routing go there."

@@ -4,16 +4,19 @@ The collection `routing` holds a `Sown` for every decision, at the path of its m
 with the layers. L layers, B batch, S sequence, E experts.
 """
 
+import math
+from collections.abc import Mapping
 from typing import Any
 
 import flax.struct
 import jax
 import jax.numpy as jnp
+from flax.core import unfreeze
 
 from molora_jax.config.fields import wrong
 from molora_jax.core import routing as routing_math
 from molora_jax.core.types import Array, Context, Routing
-from molora_jax.losses.base import Loss
+from molora_jax.losses.base import Loss, value_of
 from molora_jax.modules.members import member
 
 NAME = "experts"  # under which a module sows
@@ -36,7 +39,7 @@ class Sown:
 
     def over_layers(self, function, *trees):
         """`function` of each layer's trees; its results lead with one axis of layers (one where nothing is stacked)."""
-        join = lambda x: x.reshape(-1, *x.shape[self.stacked :])  # noqa: E731
+        join = lambda x: x.reshape(math.prod(x.shape[: self.stacked]), *x.shape[self.stacked :])  # noqa: E731
         return jax.vmap(function)(*jax.tree.map(join, trees))
 
 
@@ -44,13 +47,17 @@ def entries(sown) -> list[tuple[tuple[str, ...], Sown]]:
     """`(path of the module, its decision)` of all that was sown; `sown` as `mutable=["routing"]` returned it.
 
     Raises:
-      InputError: nothing was.
+      InputError: nothing was, or it is no collection.
     """
+    fix = 'Call with mutable=["routing"] and pass on the second of what it returns (in NNX: mj.nnx.sown(model)).'
+    if not isinstance(sown, Mapping):
+        kind, shape = type(sown).__name__, f" of shape {jnp.shape(sown)}" if isinstance(sown, jax.Array) else ""
+        raise wrong("sown", f"a {kind}{shape}", "the collection of what was sown, a dict", fix)
     tree = sown["routing"] if "routing" in sown else sown
     found = jax.tree_util.tree_leaves_with_path(tree, is_leaf=lambda leaf: isinstance(leaf, Sown))
     found = [(tuple(str(key.key) for key in path[:-2]), leaf) for path, leaf in found if isinstance(leaf, Sown)]
     if not found:
-        fix = 'Call with mutable=["routing"] and pass on the second of what it returns; no router, nothing sown.'
+        fix += " Without a router nothing is sown."
         raise wrong("sown", "no decision of a router", "what was sown in the collection routing", fix)
     return found
 
@@ -96,7 +103,7 @@ def routing_loss(sown, loss, *, segment_ids=None, task_ids=None, tasks: tuple[st
         own = stats.setdefault("", {}).setdefault(layer, {})
         new = entry.over_layers(sums, entry.decision)
         own[scope] = jax.tree.map(lambda a, b: jnp.concatenate([a, b]), own[scope], new) if scope in own else new
-    return loss.value(stats)
+    return value_of(loss, stats, "loss")
 
 
 def balance(sown, **options) -> Array:
@@ -135,6 +142,12 @@ def update_routers(router_state: dict, *sown) -> dict:
     >>> state["b"].shape
     (4,)
     """
+    whole = isinstance(router_state, Mapping)
+    found = [name for name in ("params", "adapters", "router_state", "routing") if whole and name in router_state]
+    if not whole or found:
+        kind = f"collections ({', '.join(found)})" if found else f"a {type(router_state).__name__}"
+        expected = "the collection router_state, {} where no router has any"
+        raise wrong("router_state", kind, expected, 'Pass variables["router_state"], and what was sown after it.')
     if not jax.tree.leaves(router_state):
         return router_state
     sums: dict = {}
@@ -153,7 +166,7 @@ def update_routers(router_state: dict, *sown) -> dict:
             raise wrong(f"sown: {'/'.join(path)}", "nothing", "what that router decided", "Pass all that was sown.")
         return {name: walk(below, (*path, name)) for name, below in tree.items()}
 
-    return walk(dict(router_state), ())
+    return walk(unfreeze(router_state), ())
 
 
 def routing_metrics(sown) -> dict[str, dict[str, Array]]:

@@ -78,6 +78,10 @@ class Walk:
             puts.append(put)
         arrays = {"x": flat.reshape(-1, d_in), "y": y.reshape(-1, d_out)}
         arrays |= {} if bias is None else {"bias": bias.reshape(-1)}
+        if not y.size:  # no token, nothing to be changed
+            for put in puts:
+                put(None)
+            return y
         out, counts = engines.meet(layer.engine_now(), Given(SITE), arrays, parts)
         for put, count in zip(puts, counts, strict=True):
             put(count)

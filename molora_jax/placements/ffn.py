@@ -240,8 +240,8 @@ class FFN(Placement):
         (
             "down", (("router.name", "given", True), ("down", "is", "once"), ("adapter.name", "states", "ROW_FACTORS")),
             "'per_expert'",
-            "the row factor sits after W_d and differs between experts, so W_d cannot be applied once for all: "
-            "set {where}.down to 'per_expert' (W_d is applied K times).",
+            "The row factor sits after W_d (the down projection) and differs between experts, so W_d cannot be applied "
+            'once for all: write down="per_expert" ({where}.down; W_d is then applied K times).',
         ),
     )  # fmt: skip
 

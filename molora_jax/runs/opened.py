@@ -14,7 +14,7 @@ from molora_jax.backbones.compile import compile_model
 from molora_jax.errors import InputError
 from molora_jax.io.base import load_base
 from molora_jax.io.base_facts import base_facts, pinned
-from molora_jax.runs import identity, parents, saved
+from molora_jax.runs import folders, identity, parents, saved
 from molora_jax.runs.checkpoints import Checkpoints, read_manifest
 from molora_jax.runs.modules import Modules, compile_modules
 from molora_jax.runs.warm_start import check_finite
@@ -155,6 +155,6 @@ def _find(checkpoints, step, folder) -> int:
     found = checkpoints.newest_valid() if found is None else found
     if found is None:
         raise InputError(
-            "workdir", got=f"{str(folder)!r}, without a checkpoint", expected="a run with a saved step", fix=saved.FIX
+            "workdir", got=f"{str(folder)!r}, without a checkpoint", expected="a run with a saved step", fix=folders.FIX
         )
     return found

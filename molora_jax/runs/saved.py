@@ -13,9 +13,9 @@ from molora_jax.errors import InputError
 from molora_jax.io.files import plain
 from molora_jax.runs import identity
 from molora_jax.runs import steps as steps_lib
+from molora_jax.runs.folders import FIX, no_run
 from molora_jax.runs.manifest import read_manifest
 
-FIX = "Give the --workdir of a run of launch.train."
 BASE = "base"  # the folder of a run's own base, where a surgery changed it
 
 
@@ -43,10 +43,11 @@ def read_config(workdir, step="best", *, warn=None, need_base: bool = True):
         got = f"{str(workdir)!r}, {'a file' if folder.exists() else 'which does not exist'}"
         raise InputError("workdir", got=got, expected="the folder of a run", fix=FIX)
     if not (folder / "config.json").is_file():
-        raise InputError(
-            "workdir", got=f"{str(workdir)!r}, without config.json", expected="the folder of a run", fix=FIX
-        )
-    tree, _ = config_defaults.completed(read_object(folder / "config.json"))
+        raise no_run(folder)
+    tree = read_object(folder / "config.json")
+    if "method" not in tree and ("model_type" in tree or "architectures" in tree):  # of a Hugging Face folder
+        raise no_run(folder)
+    tree, _ = config_defaults.completed(tree)
     tree, lines = believed(tree, manifest_of(folder, step))
     if lines and warn is not None:
         warn(f"{folder / 'config.json'} is not what the step was saved with; the step's values are used: "

@@ -16,6 +16,7 @@ from molora_jax.config import outside
 from molora_jax.errors import InputError
 from molora_jax.runs import identity, parents, saved
 from molora_jax.runs import steps as steps_lib
+from molora_jax.runs.folders import is_group, no_run
 from molora_jax.runs.manifest import damaged_file, read_manifest
 from molora_jax.runs.metrics_file import look
 
@@ -27,6 +28,8 @@ def verify(folder, *, deep: bool = False) -> dict:
       deep: also loads every leaf of every step, as a restore would.
     """
     folder = pathlib.Path(folder)
+    if is_group(folder):
+        raise no_run(folder)
     outside.no_code_from(folder)
     directory = folder / "checkpoints"
     steps, manifests, problems, notes = [], {}, [], []

@@ -20,6 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
+from molora_jax.config.fields import did_you_mean, one_of
 from molora_jax.core.rules import layers_named
 from molora_jax.errors import InputError
 
@@ -31,6 +32,12 @@ class Key(NamedTuple):
     layer: int | None
     site: str
     leaf: str
+
+
+class NoLeaf(InputError, KeyError):
+    """A key at which a view has nothing: a KeyError too, as `in` and `get` of a mapping ask for."""
+
+    __str__ = InputError.__str__
 
 
 class View(collections.abc.Mapping):
@@ -50,7 +57,7 @@ class View(collections.abc.Mapping):
                 self._places[key] = path, None if key.layer is None else i
 
     def __getitem__(self, key):
-        key = Key(*key)
+        key = self._key(key)
         path, i = self._places[key]
         if key in self._new:
             return self._new[key]
@@ -58,12 +65,37 @@ class View(collections.abc.Mapping):
 
     def __setitem__(self, key, value):
         """Another array in a leaf's place, perhaps of another shape; `tree` wants one shape a segment."""
-        if tuple(key) not in self._places:
-            raise InputError(
-                f"{self.where}: {tuple(key)}", got="no such leaf", expected="a leaf of this run",
-                fix="Leaves come and go with the rules of the config.",
-            )  # fmt: skip
-        self._new[Key(*key)] = value
+        key = self._key(key)
+        if not isinstance(value, (np.ndarray, np.generic, jax.Array)):
+            got, fix = f"a {type(value).__name__}", f"Write np.full({np.shape(self[key])}, VALUE, np.float32), say."
+            raise InputError(f"{self.where}: {tuple(key)}", got=got, expected="an array", fix=fix)
+        self._new[key] = value
+
+    def __delitem__(self, key):
+        """Refused: what leaves there are follows from the rules of the config."""
+        key = self._key(key)
+        raise InputError(
+            f"{self.where}: {tuple(key)}", got="del", expected="an array for every leaf of the run's rules",
+            fix="Write zeros to take a change away: view[key] = 0 * view[key].",
+        )  # fmt: skip
+
+    def _key(self, key) -> Key:
+        """Raises NoLeaf, with what there is, for a key of no leaf."""
+        simple = isinstance(key, tuple) and all(isinstance(p, (str, int, np.integer, type(None))) for p in key)
+        if simple and len(key) == len(Key._fields):
+            if key in self._places:
+                return Key(*key)
+            left = list(self._places)
+            for i, (field, value) in enumerate(zip(Key._fields, key, strict=True)):
+                there = list(dict.fromkeys(one[i] for one in left))
+                left = [one for one in left if one[i] == value]
+                if not left:
+                    raise NoLeaf(
+                        f"{self.where}: {key}", got=f"no such leaf: {field} {value!r}",
+                        expected=_among(there), fix=did_you_mean(value, there),
+                    )  # fmt: skip
+        expected = 'a key (rule, layer, site, leaf), such as ("all", 0, "q", "A")'
+        raise NoLeaf(self.where, got=f"{key!r:.80}", expected=expected, fix="list(view) has them all.")
 
     def __iter__(self):
         return iter(self._places)
@@ -140,6 +172,14 @@ def cut(leaves, shapes: dict, *, where: str, dry: bool = False) -> dict:
         if not dry:
             out[path] = np.stack([np.asarray(row) for row in rows])
     return unflatten_dict(out, sep="/")
+
+
+def _among(values: list) -> str:
+    """Names or layers that there are, as text."""
+    whole = [value for value in values if isinstance(value, int)]
+    if len(whole) > 2 and whole == list(range(whole[0], whole[-1] + 1)):
+        return f"one of {whole[0]} to {whole[-1]}" + (" or None" if None in values else "")
+    return one_of(map(repr, values)) if values else "nothing: the run has no such leaves"
 
 
 def _name(key: Key) -> str:

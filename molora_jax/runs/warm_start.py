@@ -10,6 +10,7 @@ from molora_jax.config import outside
 from molora_jax.errors import InputError
 from molora_jax.runs import identity
 from molora_jax.runs.checkpoints import Checkpoints, read_manifest
+from molora_jax.runs.folders import no_run, runs_in
 from molora_jax.runs.view import View, cut, keys_of
 
 ITEMS = ("adapters", "router_state")
@@ -60,6 +61,8 @@ def newest(run: str, *, where: str) -> tuple[pathlib.Path, int, dict]:
     folder = pathlib.Path(run).expanduser() / "checkpoints"
     step = Checkpoints(folder, keep=1, writer=False).newest_valid()
     if step is None:
+        if runs_in(folder.parent):
+            raise no_run(folder.parent, where)
         raise InputError(
             where, got=f"{run}, without a checkpoint", expected="the workdir of a run", fix="Check the path."
         )

@@ -20,6 +20,7 @@ from molora_jax.errors import InputError
 from molora_jax.io import disk
 from molora_jax.io.files import sweep, write_atomically
 from molora_jax.runs import identity as identity_lib
+from molora_jax.runs.folders import is_group, runs_in
 from molora_jax.runs.identity import differences, identity
 from molora_jax.runs.manifest import json_hash
 from molora_jax.runs.steps import list_steps
@@ -41,6 +42,10 @@ class Workdir:
             return
         if not str(path).strip():
             raise InputError("workdir", got="an empty path", expected="a folder for the run", fix="Name one.")
+        if is_group(self.path):
+            fix = "Go on with all of them by --runs, with one by its own folder, or choose another workdir."
+            got = f"{self.path}, the folder of a group of runs ({', '.join(runs_in(self.path))})"
+            raise InputError("workdir", got=got, expected="a folder of its own", fix=fix)
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             self._lock = os.open(self.path / "lock", os.O_RDWR | os.O_CREAT, 0o644)

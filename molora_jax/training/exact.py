@@ -34,6 +34,7 @@ from jax.sharding import SingleDeviceSharding
 from molora_jax.config.fields import MICRO_SHARDS
 from molora_jax.core import trees
 from molora_jax.engines import ALONE
+from molora_jax.losses.base import value_of
 from molora_jax.objectives.lm import lm, token_nll
 from molora_jax.sharding import ROWS
 from molora_jax.training.devices import Devices
@@ -178,11 +179,12 @@ class ExactStep:
         values, slopes = {}, {}
         for name, loss in self.model.losses:
 
-            def whole(sums, loss=loss):
+            def whole(sums, loss=loss, name=name):
+                value = lambda sums: value_of(loss, loss.join(sums), f"losses.{name}")  # noqa: E731
                 if loss.accumulate == "exact":
-                    return loss.value(loss.join(jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), sums)))
+                    return value(jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), sums))
                 micros = [jax.tree.map(lambda x, i=i: x[i], sums) for i in range(self.accumulate)]
-                return sum(loss.value(loss.join(micro)) for micro in micros) / self.accumulate
+                return sum(map(value, micros)) / self.accumulate
 
             values[name], slopes[name] = jax.value_and_grad(whole)(stacked[name])
         return values, slopes

@@ -24,6 +24,7 @@ from molora_jax.errors import InputError
 from molora_jax.io import disk
 from molora_jax.io.files import write_atomically
 from molora_jax.regimes import compile_regime, stage_at
+from molora_jax.runs.folders import GROUP
 from molora_jax.runs.metrics import MetricsWriter, Progress, duration
 from molora_jax.runs.obstacles import not_saved, obstacles
 from molora_jax.runs.workdir import Workdir
@@ -134,7 +135,7 @@ class Group:
 
     def _write_names(self):
         text = json.dumps({"runs": list(self.names)}, indent=1) + "\n"
-        disk.patiently(lambda: write_atomically(self.folder / "runs.json", text))
+        disk.patiently(lambda: write_atomically(self.folder / GROUP, text))
 
     def _loop(self, states, start, last, stop) -> dict[str, Result]:
         began, step, saved = time.monotonic(), start, start

@@ -17,6 +17,7 @@ import optax
 
 from molora_jax.core import routing, trees
 from molora_jax.core.types import Array
+from molora_jax.losses.base import value_of
 from molora_jax.objectives import Forward
 from molora_jax.objectives.lm import PLAIN
 
@@ -156,7 +157,7 @@ def make_gradient(
 
             stacked = jax.lax.map(sums_of, (jnp.arange(accumulate), micros))
             for n in exact:
-                whole = lambda sums, n=n: losses[n].value(losses[n].join(sums))  # noqa: E731
+                whole = lambda sums, n=n: value_of(losses[n], losses[n].join(sums), f"losses.{n}")  # noqa: E731
                 exact_values[n], slopes[n] = jax.value_and_grad(whole)(stacked[n])
 
         def whole_loss(trainable, micro, i):
@@ -172,7 +173,7 @@ def make_gradient(
                     total = total + weights[name] * sum(jax.tree.leaves(products))
                     aux[name] = exact_values[name] / parts
                 else:
-                    aux[name] = loss.value(sums) / parts
+                    aux[name] = value_of(loss, sums, f"losses.{name}") / parts
                     total = total + weights[name] * aux[name]
             sums = {
                 "aux": aux,

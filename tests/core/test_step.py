@@ -1,5 +1,6 @@
 """The training step: accumulation, clipping, steps that are not finite, stages that freeze, schedules, trees."""
 
+import dataclasses
 import functools
 
 import jax
@@ -10,9 +11,12 @@ from flax.traverse_util import flatten_dict
 
 from molora_jax import config as schema
 from molora_jax.core import trees
+from molora_jax.errors import InputError
+from molora_jax.losses.z_loss import ZLoss
 from molora_jax.optim import OPTIMIZERS
 from molora_jax.regimes import stages as stages_lib
-from tests.battery.cases import BATCH, Case, combination, method, random_adapters
+from molora_jax.training.step import make_step
+from tests.battery.cases import BATCH, TARGETS_PER_ROW, Case, combination, method, random_adapters
 from tests.battery.checks import matches
 
 # the same number of targets in every row, so that every micro-step has the same weight
@@ -72,6 +76,26 @@ def test_a_methods_losses_are_those_of_the_whole_batch(name):
     for key in (k for k in metrics if k.startswith("aux/") or k == "loss"):
         np.testing.assert_allclose(metrics4[key], metrics[key], rtol=1e-5, err_msg=key)
     close(gradients4, gradients, 1e-5)
+
+
+@dataclasses.dataclass(frozen=True)
+class Wide(ZLoss):
+    """A loss of somebody's that gives two numbers."""
+
+    def value(self, stats):
+        return jnp.stack([super().value(stats)] * 2)
+
+
+@pytest.mark.parametrize("accumulate", ["micro", "exact"])
+def test_a_loss_that_is_no_scalar_is_named(accumulate):
+    case = Case(point())
+    model = dataclasses.replace(case.model, losses=(("mine", Wide(accumulate=accumulate)),))
+    step = make_step(
+        model, case.optimizer, lambda step: 0.0, clip=0.0, frozen=case.frozen, accumulate=2, constrain=lambda x: x,
+        targets_per_row=TARGETS_PER_ROW,
+    )  # fmt: skip
+    with pytest.raises(InputError, match=r"losses.mine: got Wide.value, which gave shape \(2,\); expected a scalar"):
+        jax.eval_shape(step, jax.eval_shape(case.start), case.params, BATCH)
 
 
 def test_micro_accumulation_is_the_mean_of_the_micro_steps_and_no_more():

@@ -2,9 +2,9 @@
 
 import pytest
 
-from tests.tiny import train_tiny
+from tests.tiny import copy_of_tiny_run
 
 
 @pytest.fixture(scope="session")
 def tiny_run(tmp_path_factory):
-    return train_tiny(tmp_path_factory.mktemp("tiny"))
+    return copy_of_tiny_run(tmp_path_factory, tmp_path_factory.mktemp("tiny"))

@@ -42,6 +42,12 @@ def main(argv=None) -> int:
     parser.add_argument("--workers", type=int, default=2)
     args = parser.parse_args(argv)
     rows = chosen(args.only)
+    none = [row.name for row in rows if not (args.tries or (row.full if args.full else row.tries))]
+    if args.only and none:
+        told = f"--only={args.only}: {', '.join(none)}: tried with --full only (or --tries=N)"
+        if len(none) == len(rows):
+            raise SystemExit(told)
+        print(told, file=sys.stderr)
     head = f"{'row':<22} {'promise':<92} {'tries':>5} {'failures':>8} {'time':>9}"
     done = []
 

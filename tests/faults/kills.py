@@ -17,7 +17,7 @@ from molora_jax.runs.checkpoints import Checkpoints
 from tests.faults.common import digests, metric_rows, once, scratch, start, tiny_config
 from tests.faults.report import each
 
-STEPS = 24
+STEPS, FEW = 24, 8  # of the run that is killed; FEW where it is killed once
 POINTS = (
     "snapshot",
     "written",
@@ -67,21 +67,21 @@ before(Checkpoints, "_sweep", "sweep")
 before(MetricsWriter, "write", "metrics")
 before(loop.TrainingRun, "valid_nll", "evaluation")
 print("ready", flush=True)
-start(kills.config(), workdir)
+start(kills.config(int(sys.argv[4])), workdir)
 print("done", flush=True)
 """
 
 
-def config():
-    return tiny_config(steps=STEPS, save_every=2, eval_every=6, keep=2)
+def config(steps):
+    return tiny_config(steps=steps, save_every=2, eval_every=6, keep=2)
 
 
-def never_killed() -> dict[int, dict]:
-    """Digests of every saved step."""
-    with once("never-killed") as (path, made):
+def never_killed(steps) -> tuple[dict[int, dict], list]:
+    """Digests of every saved step, and the rows of its metrics."""
+    with once(f"never-killed-{steps}") as (path, made):
         if not made:
-            whole = config()
-            whole.train.keep = STEPS
+            whole = config(steps)
+            whole.train.keep = steps
             start(whole, path)
     steps = Checkpoints(path / "checkpoints", keep=1).steps()
     return {step: digests(path, step) for step in steps}, metric_rows(path)
@@ -90,10 +90,10 @@ def never_killed() -> dict[int, dict]:
 class Child:
     """A run in a process of its own; `saved` is the last step that it reported."""
 
-    def __init__(self, workdir, point="", nth=1):
+    def __init__(self, workdir, steps, point="", nth=1):
         self.process = subprocess.Popen(
-            [sys.executable, "-c", CHILD, str(workdir), point or "nowhere", str(nth)], stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL, env=os.environ,
+            [sys.executable, "-c", CHILD, str(workdir), point or "nowhere", str(nth), str(steps)],
+            stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, env=os.environ,
         )  # fmt: skip
         self.saved, self.rest, self.done = -1, b"", False
 
@@ -133,18 +133,19 @@ def _what_is_left(run: pathlib.Path, saved: int, whole) -> str:
 
 
 def _chain(seed, tries, kill):
-    """`kill(child, number)` for each try on one workdir, begun anew whenever the run is complete."""
-    whole, rows = never_killed()
+    """`kill(run, steps, number)` for each try on one workdir, begun anew whenever the run is complete."""
+    steps = FEW if tries == 1 else STEPS
+    whole, rows = never_killed(steps)
     with scratch() as path:
         run, count = path / "run", 0
 
         def one(number):
             nonlocal run, count
-            child = kill(run, number)
+            child = kill(run, steps, number)
             status = child.end()
             wrong = _what_is_left(run, child.saved, whole)
             if child.done:
-                if digests(run, STEPS) != whole[STEPS] or metric_rows(run) != rows:
+                if digests(run, steps) != whole[steps] or metric_rows(run) != rows:
                     wrong = wrong or "the run that was killed ends with other bits"
                 count += 1
                 run = path / f"run-{count}"
@@ -153,29 +154,30 @@ def _chain(seed, tries, kill):
             return wrong
 
         failures = each(seed, tries, one)
-        last = Child(run)  # to the end: the whole chain against the run never killed
+        last = Child(run, steps)  # to the end: the whole chain against the run never killed
         while not last.done and last.listen(1):
             pass
         last.end()
 
         def complete(number):
-            return "" if last.done and digests(run, STEPS) == whole[STEPS] else "the chain ends with other bits"
+            return "" if last.done and digests(run, steps) == whole[steps] else "the chain ends with other bits"
 
         return failures + each(seed + tries - 1, 1, complete)
 
 
 def at_random_moments(seed, tries):
-    def kill(run, number):
+    def kill(run, steps, number):
         rng = random.Random(number)
-        child, began = Child(run), time.monotonic()
+        child, began = Child(run, steps), time.monotonic()
         before = child.saved
         while child.saved == before and not child.done and time.monotonic() - began < SECONDS:
             if not child.listen(0.05):
                 break
-        child.listen(rng.random() * 2.0 if number % 4 else 0.0)
+        long = 2.0 if steps == STEPS else 0.2  # within what is left of the run
+        child.listen(rng.random() * long if number % 4 else 0.0)
         if number % 8 == 7:  # before its first save too
             child.end()
-            child = Child(run)
+            child = Child(run, steps)
             child.listen(rng.random() * 8.0)
         return child
 
@@ -183,9 +185,9 @@ def at_random_moments(seed, tries):
 
 
 def at_named_points(seed, tries):
-    def kill(run, number):
+    def kill(run, steps, number):
         nth = 1 + number // len(POINTS) % 3
-        child = Child(run, POINTS[number % len(POINTS)], nth)
+        child = Child(run, steps, POINTS[number % len(POINTS)], nth)
         while child.listen(1) and not child.done:
             pass
         return child

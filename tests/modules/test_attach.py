@@ -1,5 +1,6 @@
 """attach: equal to the model with its weights changed, whatever lifted transform it is in; what is refused."""
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -201,3 +202,58 @@ def test_rules_of_a_config():
                                  router=dict(name="softmax_topk", k=2)))  # fmt: skip
     routed = mj.attach(Masked(), rules)
     assert set(init(routed, X, np.ones((2, 5), bool))["adapters"]["up"]["mlp"]) == {"A", "B", "router"}
+
+
+def test_what_belongs_to_the_call_is_no_argument_of_attach():
+    mask, rules = np.ones((2, 5), bool), [dict(sites="up", **ROUTED)]
+    for more, words in (
+        (dict(valid=mask), "valid: got a ndarray; expected a function.*valid=lambda x, mask: mask"),
+        (dict(train=True), "train: got a bool; expected a function.*train=lambda x, train: train"),
+        (dict(mesh=8, engine="gather"), "mesh: got 8"),
+    ):  # fmt: skip
+        with pytest.raises(InputError, match=words):
+            mj.attach(Masked(), rules, **more)
+    with pytest.raises(InputError, match=r"module: got the class Masked; .*Make one of it: Masked\(...\)"):
+        mj.attach(Masked, rules)
+    for name in ("valid", "train"):
+        short = mj.attach(Masked(), rules, **{name: lambda x: x})
+        with pytest.raises(InputError, match=f"{name}: got a function that does not take them .too many"):
+            short.init(jax.random.key(0), X, mask)
+
+
+class Flagged(nn.Module):
+    """Its switch is an argument of some name, or a field."""
+
+    deterministic: bool | None = None
+
+    @nn.compact
+    def __call__(self, x, is_training=None, inference=None):
+        return nn.Dense(8, name="up")(x)
+
+
+def test_dropout_follows_a_switch_of_any_usual_name():
+    rules = [dict(sites="up", adapter=mj.Lora(rank=R, dropout=0.5))]
+    variables = random_leaves(init(mj.attach(Flagged(), rules), X))
+
+    def drops(module, **more):
+        run = lambda seed: mj.attach(module, rules).apply(  # noqa: E731
+            variables, X, rngs={"dropout": jax.random.key(seed)}, **more
+        )
+        return not np.array_equal(run(0), run(1))
+
+    assert drops(Flagged()) and drops(Flagged(), is_training=True) and drops(Flagged(), inference=False)
+    assert not drops(Flagged(), is_training=False) and not drops(Flagged(), inference=np.bool_(True))
+    assert not drops(Flagged(deterministic=True)) and drops(Flagged(deterministic=True), is_training=True)
+    with pytest.raises(InputError, match="is_training: got a value that jit traces; .*for adapter.dropout"):
+        jax.jit(lambda on: mj.attach(Flagged(), rules).apply(variables, X, is_training=on))(True)
+    plain = mj.attach(Flagged(), [dict(sites="up", adapter=LORA)])
+    jax.jit(lambda on: plain.apply(variables, X, is_training=on))(True)  # nothing is random
+
+
+def test_params_alone_are_told_what_makes_the_others():
+    for axes in (None, AXES):
+        routed = mj.attach(Stacked(axes=axes), [dict(sites="*/up", adapter=LORA)])
+        params = init(routed, X)["params"]
+        with pytest.raises(InputError, match="got nothing; .*mj.init_adapters for params that are there") as caught:
+            routed.apply({"params": params}, X)
+        assert "variable_axes" not in str(caught.value)

@@ -2,18 +2,23 @@
 
 import dataclasses
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax.core import freeze
+from jax.sharding import Mesh
 
 import molora_jax as mj
+from molora_jax.core import routing as routing_math
 from molora_jax.errors import InputError
 from tests.modules.oracle import SCALE, D, E, F, K, R, call, gates64, mixture, mixture64, normal, random_leaves
 
 LORA = mj.Lora(rank=R, alpha=8.0, dropout=0.0)
 TOPK = mj.SoftmaxTopK(k=K)
 W, BIAS = normal(1, D, F), normal(2, F)
+ONE = Mesh(np.array(jax.devices()[:1]), ("expert",))
 
 
 def layer(**changes):
@@ -69,6 +74,8 @@ def test_the_ffn_equals_numpy():
     leaves = jax.tree.map(lambda a: np.asarray(a, np.float64), variables["adapters"])
     flat = np.asarray(x, np.float64).reshape(-1, D)
     gates, _ = gates64(flat, leaves["router"]["W"])
+    with pytest.raises(InputError, match=r"RoutedFFN, biases\['up'\]: got a float; expected an array"):
+        one.apply(variables, x, **kernels, biases=dict(gate=BIAS, up=1.0))
     expected = np.zeros((len(flat), D))
     for e in range(E):
         own = {s: kernels[s] + SCALE * leaves[s]["A"][e].T @ leaves[s]["B"][e] for s in kernels}
@@ -122,6 +129,11 @@ def test_a_router_with_state_is_updated_once_a_step():
     count = np.asarray(sown["routing"]["experts"][0].decision.selected).sum((0, 1))
     state = jax.jit(mj.update_routers)(variables["router_state"], sown, sown)  # two micro-steps
     np.testing.assert_array_equal(state["b"], 0.125 * np.sign(count.mean() - count))
+    frozen = freeze({"a": {"b": variables["router_state"]}})
+    deep = mj.update_routers(
+        frozen, {"routing": {"a": {"b": sown["routing"]}}}, {"routing": {"a": {"b": sown["routing"]}}}
+    )
+    np.testing.assert_array_equal(deep["a"]["b"]["b"], state["b"])
     assert not np.array_equal(
         call(one, variables | {"router_state": {"b": jnp.arange(4.0)}}, x, kernel=W), call(one, variables, x, kernel=W)
     )
@@ -158,6 +170,15 @@ WRONG = {
     "engine without a mesh": (dict(engine="gather"), "mesh"),
     "unknown engine": (dict(engine="gathr"), "Did you mean 'gather'"),
     "experts": (dict(experts=0), "experts"),
+    "a number for a mesh": (dict(engine="gather", mesh=8), r"mesh: got 8 .a int.; expected a jax.*Mesh.*\(8,\)"),
+    "sizes for a mesh": (dict(mesh={"expert": 8}), "mesh: got .*a .*ict.; expected a jax.sharding.Mesh"),
+    "two meshes": (dict(engine=mj.Engine("gather", ONE), mesh=ONE), "with a mesh of its own; expected one of the two"),
+    "the class of an adapter": (dict(adapter=mj.Lora), r"adapter: got the class Lora; .*Make one of it: Lora\(\)"),
+    "a member of another axis": (dict(adapter=TOPK), "SoftmaxTopK is one of the routers"),
+    "a class of another axis": (dict(router=mj.Lora), "got the class Lora; .*Lora is one of the adapters"),
+    "a list in a dict": (dict(adapter=dict(name="lora", rank=[2])), "adapter.rank"),
+    "a list for an engine": (dict(engine=["gather"]), "engine: got .*expected one of all_to_all"),
+    "a list of experts": (dict(experts=[4]), "experts: got .*cannot be hashed"),
 }
 
 
@@ -173,6 +194,9 @@ def test_wrong_shapes_and_missing_variables_are_named():
     variables = jax.jit(layer().init)(jax.random.key(0), x, kernel=W)
     with pytest.raises(InputError, match=r"kernel: got shape \(8, 8\); expected \(8, 12\)"):
         layer().apply(variables, x, kernel=np.eye(8))
+    for bad, name in ((dict(x=[1.0] * D), "x"), (dict(kernel={"kernel": W}), "kernel"), (dict(bias=0.5), "bias")):
+        with pytest.raises(InputError, match=f"RoutedLoRA, {name}: got a .*; expected an array. Pass the leaf"):
+            layer().apply(variables, **{"x": x, "kernel": W, **bad})
     with pytest.raises(InputError, match="valid: got shape"):
         layer().apply(variables, x, kernel=W, valid=np.ones(2, bool))
     with pytest.raises(InputError, match="got nothing; expected a leaf of shape"):
@@ -188,6 +212,112 @@ def test_members_may_be_names_dicts_or_instances():
     )]  # fmt: skip
     trees = [jax.jit(one.init)(jax.random.key(0), x, kernel=W) for one in made]
     assert all(jax.tree.all(jax.tree.map(np.array_equal, trees[0], tree)) for tree in trees)
+
+
+@dataclasses.dataclass(frozen=True)
+class Broken(mj.Router):
+    """A router from outside that breaks the contract in one way."""
+
+    how: str = ""
+    names: tuple = ()
+
+    def k_max(self, experts):
+        return 1
+
+    def route(self, p, shared, x, ctx):
+        z = routing_math.logits(p["W"], x)
+        probs = routing_math.softmax(z)
+        selected = routing_math.top_k(probs, 2 if self.how == "more" else 1)
+        k = 2 if self.how == "k_max" else 1
+        decision = routing_math.finish(jnp.where(selected, probs, 0.0), selected, z, probs, ctx, k_max=k)
+        wide = decision.replace(gates=decision.gates[..., :1])
+        found = {"one": decision, "three": (z, (), {}), "sums": (decision, (), None), "shape": (wide, (), {})}
+        return found.get(self.how, (decision, ctx.carry, {}))
+
+
+class Undecorated(mj.SoftmaxTopK):
+    pass
+
+
+def test_a_router_from_outside_is_held_to_the_contract():
+    x = normal(0, 2, 5, D)
+    make = lambda router: jax.eval_shape(  # noqa: E731
+        lambda key: layer(router=router).init(key, x, kernel=W), jax.random.key(0)
+    )
+    assert make(Broken())["adapters"]["router"]["W"].shape == (E, D)
+    for how, words in (
+        ("more", "router: got Broken.route, which selects 2 experts of a token; expected at most k_max, which is 1"),
+        ("k_max", "says k_max=2 where Broken.k_max.4. is 1"), ("one", "which gave Routing; expected .Routing, carry"),
+        ("three", "which gave .*tuple, dict.; expected"), ("sums", "which gave .Routing, tuple, NoneType."),
+        ("shape", r"whose gates have the shape .2, 5, 1.; expected \(2, 5, 4\)"),
+    ):  # fmt: skip
+        with pytest.raises(InputError, match=words):
+            make(Broken(how=how))
+    with pytest.raises(InputError, match="router: got a Undecorated, which is no frozen dataclass"):
+        layer(router=Undecorated(k=2))
+    with pytest.raises(InputError, match="router: got Broken.*cannot be hashed.*Write tuples for lists"):
+        layer(router=Broken(names=["a"]))
+
+
+@dataclasses.dataclass(frozen=True)
+class Wide(mj.ZLoss):
+    """A loss from outside that gives two numbers."""
+
+    def value(self, stats):
+        return jnp.stack([super().value(stats)] * 2)
+
+
+def test_what_is_no_collection_or_no_scalar_is_named():
+    x = normal(0, 2, 5, D)
+    variables = jax.jit(layer().init)(jax.random.key(0), x, kernel=W)
+    y, sown = call(layer(), variables, x, kernel=W, mutable=["routing"])
+    for wrong, kind in ((y, r"a ArrayImpl of shape \(2, 5, 12\)"), ((y, sown), "a tuple"), (None, "a NoneType")):
+        with pytest.raises(InputError, match=f"sown: got {kind}; .*second of what it returns"):
+            mj.balance(wrong)
+    with pytest.raises(InputError, match=r"loss: got Wide.value, which gave shape \(2,\); expected a scalar"):
+        mj.routing_loss(sown, Wide())
+    with pytest.raises(InputError, match="loss: got the class ZLoss; .*Make one of it"):
+        mj.routing_loss(sown, mj.ZLoss)
+    with pytest.raises(InputError, match=r"router_state: got collections .adapters, router_state"):
+        mj.update_routers(variables | {"router_state": {}}, sown)
+
+
+@pytest.mark.parametrize("lead", [(0,), (2, 0), (0, 5)], ids=str)
+def test_no_token_gives_no_row(lead):
+    x = jnp.zeros((*lead, D))
+    kernels = dict(gate=W, up=W, down=normal(3, F, D))
+    ffn = mj.RoutedFFN(experts=E, adapter=LORA, router=TOPK)
+    mesh = Mesh(np.array(jax.devices()[:4]), ("expert",))
+    routed = mj.attach(nn.Dense(F), [dict(sites="*", experts=E, adapter=LORA, router=TOPK)])
+    for one, more, width in (
+        (layer(), dict(kernel=W, bias=BIAS), F), (ffn, kernels, D), (routed, {}, F),
+        (layer(engine="all_to_all", mesh=mesh), dict(kernel=W, valid=jnp.ones(lead, bool)), F),
+    ):  # fmt: skip
+        variables = one.init(jax.random.key(0), x, **more)
+        y, sown = one.apply(variables, x, **more, mutable=["routing"])
+        assert y.shape == (*lead, width) and np.isfinite(mj.balance(sown)), type(one).__name__
+        grads = jax.grad(lambda v, one=one, more=more: one.apply(v, x, **more).sum())(variables)
+        assert not any(np.any(leaf) for leaf in jax.tree.leaves(grads["adapters"]))
+
+
+def test_the_ffn_says_how_row_factors_are_served():
+    with pytest.raises(InputError, match='RoutedFFN.down: got .once.*write down="per_expert"'):
+        mj.RoutedFFN(experts=E, adapter=mj.Dora(rank=R), router=TOPK)
+    with pytest.raises(InputError, match="RoutedFFN.down: got 'twice'.*among 'once', 'per_expert'"):
+        mj.RoutedFFN(experts=E, adapter=LORA, router=TOPK, down="twice")
+
+
+def test_an_adapter_that_no_config_could_name_is_checked_as_ours():
+    @dataclasses.dataclass(frozen=True)
+    class Forgetful(mj.Lora):
+        def factors(self, p, shared, ctx):
+            return super().factors({"A": p["A"], "B": p["B"]}, shared, ctx)
+
+    for options, words in ((dict(init="pissa"), "adapter.init: got 'pissa'.*Forgetful.factors does not say"),
+                           (dict(rank=0), "adapter.rank: got 0; expected an integer >= 1")):  # fmt: skip
+        with pytest.raises(InputError, match=words):
+            layer(adapter=Forgetful(**options))
+    assert layer(adapter=Forgetful(rank=R)).made().adapter.rank == R
 
 
 @dataclasses.dataclass(frozen=True)

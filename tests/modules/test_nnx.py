@@ -4,9 +4,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import pytest
 from flax import nnx
 
 import molora_jax as mj
+from molora_jax.errors import InputError
 from tests.modules.foreign import AXES, Stacked
 from tests.modules.oracle import D, E, F, K, R, normal
 
@@ -71,3 +73,15 @@ def test_a_linen_model_with_its_checkpoint():
     assert before.shape == (2, E) and not np.array_equal(
         before, bridged.router_state["layers"]["up"]["rule0"]["b"][...]
     )
+
+
+def test_what_is_no_linear_layer_is_named():
+    rngs = nnx.Rngs(0)
+    for wrong, words in (
+        (nnx.Conv(D, F, (3,), rngs=rngs), "linear: got a Conv; expected an nnx.Linear"),
+        (nnx.Linear, "linear: got the class Linear"),
+    ):
+        with pytest.raises(InputError, match=words):
+            mj.nnx.RoutedLoRA(wrong, **MADE, rngs=rngs)
+    with pytest.raises(InputError, match="linen: got a Linear; .*mj.nnx.RoutedLoRA at each"):
+        mj.nnx.FromLinen(nnx.Linear(D, F, rngs=rngs), X, rngs=rngs)

@@ -10,6 +10,8 @@ import pytest
 from configs import common
 from launch import flags, generate, verify
 from molora_jax import config as schema
+from molora_jax.backbones import families
+from molora_jax.backbones.compile import compile_model
 from molora_jax.config import members, outside
 from molora_jax.errors import InputError
 from molora_jax.runs import saved
@@ -166,6 +168,12 @@ WRONG = {  # changes of mixlora -> the field that is named, and words of the mes
     "LIMITS that are none": ({f"{ROUTER}.name": "mypackage.wrong:Limits"}, f"{ROUTER}.name", "(low, high)"),
     "an import that fails": ({f"{ROUTER}.name": "mypackage.broken:All"}, f"{ROUTER}.name", "ZeroDivisionError"),
     "an import that ends": ({f"{ROUTER}.name": "mypackage.ends:All"}, f"{ROUTER}.name", "SystemExit"),
+    "a broken line": ({f"{ROUTER}.name": "mypackage.torn:All"}, f"{ROUTER}.name", "torn.py, line 2: def half("),
+    "a broken line of another file": (
+        {f"{ROUTER}.name": "mypackage.imports_torn:All"}, f"{ROUTER}.name", "torn.py, line 2"
+    ),
+    "a call that fails elsewhere": ({f"{ROUTER}.name": "mypackage.calls:All"}, f"{ROUTER}.name", "calls.py, line 2"),
+    "its axis": ({f"{ROUTER}.name": f"{M}:Louder"}, f"{ROUTER}.name", "It is one of the adapters"),
     "a package it needs": ({f"{ROUTER}.name": "mypackage.needs:All"}, f"{ROUTER}.name", "Install what has the module"),
     "a start that it keeps": (
         {f"{ADAPTER}.name": f"{M}:Forgetful", f"{ADAPTER}.init": "pissa"}, f"{ADAPTER}.init",
@@ -189,16 +197,23 @@ WRONG = {  # changes of mixlora -> the field that is named, and words of the mes
 @pytest.fixture(scope="module")
 def mistakes(package):
     head = "import dataclasses\nfrom typing import ClassVar\nfrom molora_jax.routers.base import Router\n"
+    head += "from molora_jax.routers.softmax_topk import SoftmaxTopK\n"
     made = "\n\n@dataclasses.dataclass(frozen=True)\n"
     body = "    def k_max(self, experts):\n        return 1\n"
     whole = f"{body}    def route(self, p, shared, x, ctx):\n        return None\n"
     text = f"{head}{made}class NoRoute(Router):\n{body}\n"
     text += f"{made}class Short(Router):\n{body}    def route(self, p, x):\n        return None\n"
+    text += f"{made}class Two(SoftmaxTopK):\n{body}    def route(self, p, shared, x, ctx):\n"
+    text += "        found = SoftmaxTopK(k=2).route(p, shared, x, ctx)\n"
+    text += "        return found[0].replace(k_max=1), *found[1:]\n"
     text += f"\n\nclass Bare(Router):\n    k: int = 1\n{whole}"
     text += f"{made}class Odd(Router):\n    table: dict = None\n{whole}"
     text += f"{made}class Limits(Router):\n    k: int = 1\n    LIMITS: ClassVar = {{'k': 3}}\n{whole}"
     (package / "mypackage" / "wrong.py").write_text(text)
     (package / "mypackage" / "broken.py").write_text("1 / 0\n")
+    (package / "mypackage" / "torn.py").write_text("import json\ndef half(\n")
+    (package / "mypackage" / "imports_torn.py").write_text("import mypackage.torn\n")
+    (package / "mypackage" / "calls.py").write_text("import json\njson.loads('{')\n")
     (package / "mypackage" / "ends.py").write_text("raise SystemExit(3)\n")
     (package / "mypackage" / "needs.py").write_text("import nowhere_at_all\n")
 
@@ -209,6 +224,28 @@ def test_a_mistake_is_named(name, package, mistakes):
     with pytest.raises(InputError) as caught:
         schema.validate(mixlora(**changes))
     assert caught.value.where.removeprefix("config.") == field and words in str(caught.value)
+
+
+def test_a_router_that_selects_more_than_it_says_is_named_before_a_step_is_compiled(package, mistakes):
+    compile_model(mixlora(**{f"{ROUTER}.name": R}), families.TINY)
+    with pytest.raises(InputError, match="method.rules.ffn.router: got Two.route, which selects 2 experts"):
+        compile_model(mixlora(**{f"{ROUTER}.name": "mypackage.wrong:Two"}), families.TINY)
+
+
+def test_a_class_or_an_instance_in_a_config_is_told_its_name(package):
+    from mypackage.routers import NearBest
+
+    from molora_jax.adapters import Lora
+
+    for value, axis, words in (
+        (Lora, "adapters", "A config has text: name='lora'"), (Lora(), "adapters", "name='lora'"),
+        (NearBest, "routers", f"name='{R}'"), (Lora, "routers", "Lora is one of the adapters"),
+    ):  # fmt: skip
+        assert words in str(members.member_problem("name", axis, value))
+    config = mixlora().to_dict()
+    config["method"]["rules"]["ffn"]["adapter"] = Lora()
+    with pytest.raises(InputError, match="ffn.adapter: got Lora.*expected a dict of options. .*name='lora'"):
+        schema.validate(config)
 
 
 def test_options_may_be_set_by_flags_and_are_known(package):

@@ -85,6 +85,52 @@ def test_shared_leaves_have_no_layer_and_a_segment_has_one_shape():
         View({"m": {"000-002": {"q": {"A": np.zeros((2, 4))}}}})
 
 
+def test_a_key_of_no_leaf_says_what_there_is(runs):
+    view = mj.load_run(runs["a"]).view()
+    for key, words in (
+        (("al", 0, "q", "A"), "no such leaf: rule 'al'; expected one of 'all'. Did you mean 'all'"),
+        (("all", 9, "q", "A"), "layer 9; expected one of 0 to 3"),
+        (("all", 1, "o", "A"), "site 'o'; expected one of 'down', 'q', 'v'"),
+        (("all", 1, "q", "C"), "leaf 'C'; expected one of 'A', 'B'"),
+        (("all", 1, "q"), "such as"), ("all", "such as"), (("all", slice(0, 2), "q", "A"), "such as"),
+    ):  # fmt: skip
+        for ask in (view.__getitem__, view.__delitem__, lambda key: view.__setitem__(key, 0)):
+            with pytest.raises(InputError, match=words):
+                ask(key)
+        assert key not in view and view.get(key) is None
+    with pytest.raises(InputError, match="got del; .*Write zeros"):
+        del view["all", 1, "q", "A"]
+    with pytest.raises(InputError, match=r"got a int; expected an array. Write np.full\(\(1, 4, 64\), VALUE"):
+        view["all", 1, "q", "A"] = 0
+
+
+def test_what_is_no_run_or_no_view_is_not_written(runs, tmp_path):
+    run = mj.load_run(runs["a"])
+    for arguments, more, words in (
+        (("new", "runs/a"), {}, r"run: got 'runs/a' .a str.; .*write_run\(DIR, load_run\('runs/a'\)\)"),
+        ((run, "new"), {}, r"run: got 'new' .a str.; .*new folder first"), (("new", None), {}, "run: got None"),
+        (("new", run), dict(view=run.adapters), "view: got a dict"),
+        (("new", run), dict(view=run.view("router_state")), "view: got a view of router_state"),
+    ):  # fmt: skip
+        with pytest.raises(InputError, match=words):
+            mj.write_run(*arguments, **more)
+
+
+def test_a_folder_that_is_no_run_names_those_that_are(runs, tmp_path):
+    group = tmp_path / "group"
+    for name in ("b", "a"):
+        shutil.copytree(runs["a"], group / f"seed={name}")
+    (group / "runs.json").write_text(json.dumps({"runs": ["seed=b", "seed=a"]}))
+    message = r"the folder of a group of runs \(seed=b, seed=a\); .*Give one of them, such as .*group/seed=b"
+    with pytest.raises(InputError, match=message):
+        perform(tmp_path, "average", group, runs["b"])
+    base = tmp_path / "model"
+    base.mkdir()
+    (base / "config.json").write_text(json.dumps({"model_type": "llama", "architectures": ["LlamaForCausalLM"]}))
+    with pytest.raises(InputError, match="whose config.json is a base model's; .*load_base"):
+        mj.load_run(base)
+
+
 def test_a_run_is_written_and_opened_again(runs, tmp_path):
     run = mj.load_run(f"{runs['a']}@0")
     view = run.view()
@@ -125,6 +171,9 @@ def test_what_a_run_says(runs):
     assert run.logits("Double").shape == (len(run.tokens("Double")), 320)
     for arguments, message in (
         (("", "6"), "prompt"), (("a", ""), "answer"), ((["a"], ["b", "c"]), "2 texts"), (("a" * 600, "b"), "tokens"),
+        ((None, "6"), "prompt: got None .a NoneType.; expected a text, or a list"), (("a", None), "answer: got None"),
+        ((["a", "b", "c"], "yes"), "answer: got 'yes' .a str.; expected a list"), ((3, 4), "prompt: got 3"),
+        (("a", ["b"]), "answer: got .*a list.; expected a text"),
     ):  # fmt: skip
         with pytest.raises(InputError, match=message):
             run.nll(*arguments)
@@ -211,6 +260,8 @@ def test_a_merged_base_is_the_run_without_its_adapters(name, tmp_path):
     base = load_base(str(moved / "base"))
     assert base.digest == merged.facts["base_digest"] and mj.load_run(moved).config.base.source.endswith("moved/base")
     assert verify(moved)["ok"] and verify(moved)["notes"] == []
+    with pytest.raises(InputError, match="a folder inside a run; .*Give the run itself: .*moved."):
+        mj.load_run(moved / "base")
     weights = moved / "base" / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-4] + b"\0\0\0\0")
     assert "the content of model.safetensors has changed" in verify(moved)["problems"][0]
@@ -317,7 +368,9 @@ def test_bad_inputs_are_named_before_anything_is_computed(runs, tmp_path, monkey
             mj.perform(config_of(name, *inputs, **options.get(out, {})), tmp_path / out)
     for change, message in (
         (dict(rank=-1), "surgery.rank"), (dict(norm="l3"), "surgery.norm"), (dict(k=2), "an unknown field"),
-        (dict(inputs=("",)), "surgery.inputs"), (dict(name="lora_leg"), "surgery.name"),
+        (dict(inputs=("",)), "surgery.inputs"),
+        (dict(inputs="x,y"), r"surgery.inputs: got 'x,y' .a str.; expected a tuple.* Write \('x', 'y',\)"),
+        (dict(inputs=(pathlib.Path("x"),)), "each a text"), (dict(name="lora_leg"), "surgery.name"),
     ):  # fmt: skip
         config = config_of("lora_lego", a)
         config.surgery = config.surgery.to_dict() | change

@@ -8,10 +8,12 @@ import pytest
 
 from launch import flags
 from launch import train as launch_train
+from launch import verify as launch_verify
 from molora_jax import config as config_lib
 from molora_jax.config import several
 from molora_jax.errors import InputError
 from molora_jax.evaluation.run import load_run
+from molora_jax.runs import saved, warm_start
 from molora_jax.runs.checkpoints import load, read_manifest
 from molora_jax.runs.verify import verify
 from molora_jax.training.group import train_together
@@ -91,6 +93,25 @@ def test_every_run_of_a_group_is_an_ordinary_run(whole, data, tmp_path):
     assert tree(folder / name, 0) == tree(tmp_path / "alone", 0), "the start is the same, bit by bit"
 
 
+def test_a_group_is_no_run_and_names_its_runs(whole, data, tmp_path):
+    folder, _, _ = whole
+    one = next(iter(configs(data).values()))
+    message = r"got '.*grid', without config.json: the folder of a group of runs \(seed=0, seed=1\); expected the"
+    for ask in (load_run, saved.read_config, verify, lambda at: launch_verify.run([f"--workdir={at}"])):
+        with pytest.raises(InputError, match=f"{message}.*such as .*grid/seed=0"):
+            ask(folder)
+    with pytest.raises(InputError, match=f"train.init_from: {message}"):
+        warm_start.newest(str(folder), where="train.init_from")
+    with pytest.raises(InputError, match="the folder of a group of runs .seed=0, seed=1.; .*by --runs"):
+        train(one, str(folder))
+    assert not (folder / "lock").exists()
+    copied = shutil.copytree(folder, tmp_path / "runs", ignore=shutil.ignore_patterns("runs.json"))
+    with pytest.raises(InputError, match=r"a folder of runs \(seed=0, seed=1\)"):
+        load_run(copied)
+    with pytest.raises(InputError, match="a folder inside a run; .*Give the run itself: .*seed=0@4"):
+        load_run(folder / "seed=0" / "checkpoints" / "4")
+
+
 def test_a_group_goes_on_bit_by_bit(whole, data, tmp_path):
     folder, _, _ = whole
     made, parts = configs(data), tmp_path / "grid"
@@ -143,7 +164,10 @@ def test_what_may_not_differ_is_refused_with_the_reason(data, tmp_path):
         ("losses.balance.over=all,site", "only its weight is an argument"),
         ("base.source=random:tiny,random:tiny@1", "once, for all runs"),
         ("engine=gather,replicate", "share the mesh"),
-        ("sed=0,1", "Did you mean 'seed'"),
+        ("sed=0,1", "Did you mean 'seed'"), ("optim.learning_rat=1,2", "unknown field.*'optim.learning_rate'"),
+        ("learning_rate=1,2", "Did you mean 'optim.learning_rate'"), ("train.stepss=1,2", "Did you mean 'train.steps'"),
+        ("optm.learning_rate=1,2", "Did you mean 'optim.learning_rate'"), ("data.taks=a,b", "Did you mean 'tasks'"),
+        ("losses.balanse.weight=1,2", "Did you mean 'balance'"),
         ("seed", "FIELD=VALUE"), ("", "FIELD=VALUE"), ("seed=0,1;seed=2", "twice"), ("seed=0,00", "two values"),
     ):  # fmt: skip
         with pytest.raises(InputError, match=reason):

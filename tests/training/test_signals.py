@@ -11,6 +11,8 @@ from molora_jax.training.signals import StopRequest
 
 PROGRAM = """
 import os, sys, threading, time
+def print(*words, **_):  # a line in one write: two threads that print at once would mix theirs
+    os.write(1, (" ".join(map(str, words)) + chr(10)).encode())
 sys.path.insert(0, {root!r})
 from molora_jax.training.signals import StopRequest
 with StopRequest(grace={grace}) as stop:
