@@ -32,7 +32,7 @@ def write_words(path) -> str:
 
 
 def held_out_accuracy(workdir, step: int) -> float:
-    """The share of the test split (all of it) that the run at a step classifies rightly."""
+    """The fraction of the test split (all of it) that the run at a step classifies rightly."""
     from molora_jax.evaluation import choices
     from molora_jax.evaluation.progress import Phases
     from molora_jax.evaluation.run import load_run

@@ -28,7 +28,7 @@ def vmem_bytes(device_kind: str | None = None) -> int:
 
 
 def limit(device_kind: str | None = None) -> int:
-    """The share of VMEM that a kernel may plan with; the rest is the compiler's."""
+    """The fraction of VMEM that a kernel may plan with; the rest is the compiler's."""
     return vmem_bytes(device_kind) * 3 // 4
 
 

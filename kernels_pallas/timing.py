@@ -25,7 +25,7 @@ from kernels_pallas import select
 from kernels_pallas.platform import may_accelerate
 
 ROWS = ("--rows", dict(type=int, action="append", default=[], help="also `tiled` with so many rows a tile; repeatable"))
-RUNS = 10  # one after the other on an accelerator, so that the host's share of a call hides behind the one before
+RUNS = 10  # one after the other on an accelerator, so that the host's part of a call hides behind the one before
 
 
 def begin(doc: str, shapes: dict, cpu: list[str], *more):
@@ -137,7 +137,7 @@ def roofline(dtype=jnp.float32) -> select.Device:
 
 
 def report(name: str, shape: dict, times: dict, chosen: tuple[str, str], flops: float, moved: float, chip) -> dict:
-    """One shape's row: every alternative's seconds, its ratio to the chosen one pair by pair, its share of the roof."""
+    """One shape's row: every alternative's seconds, its ratio to the chosen one pair by pair, the roof's fraction."""
     floor = max(flops / chip.flops_per_second, moved / chip.bytes_per_second)
     forms = {}
     for form, each in times.items():
@@ -168,10 +168,10 @@ def finish(rows: list[dict], args, chip) -> None:
         print(f"\n{row['name']} {row['shape']}\n  {row['chosen']}: {row['why']}")
         print(f"  floor        {row['floor_seconds'] * 1e3:8.2f} ms")
         for form, r in row["forms"].items():
-            ratio, share = r["over_chosen"], r["share_of_roofline"]
+            ratio, fraction = r["over_chosen"], r["share_of_roofline"]
             print(
                 f"  {form:12s} {r['seconds']['min'] * 1e3:8.2f} ms   x {ratio['median']:.2f}"
-                f" ({ratio['min']:.2f} to {ratio['max']:.2f})   {share:.0%} of the roofline"
+                f" ({ratio['min']:.2f} to {ratio['max']:.2f})   {fraction:.0%} of the roofline"
             )
 
 

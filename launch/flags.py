@@ -23,7 +23,7 @@ from molora_jax import config as schema
 from molora_jax import runtime
 from molora_jax.config import shipped
 from molora_jax.config.fields import Field, did_you_mean, wrong
-from molora_jax.config.members import known, loss_of, member_problem, members, options
+from molora_jax.config.members import is_member, loss_of, member_problem, members, options
 from molora_jax.config.resolve import scaled
 from molora_jax.config.values import check_names, there
 from molora_jax.errors import InputError
@@ -67,8 +67,8 @@ def parse(description, flags, argv=None, need_config=True, defaults=None, need_r
     _once(rest, several, overrides)
     args, unknown = parser.parse_known_args(rest)
     if unknown:
-        flag, known = unknown[0].partition("=")[0], ["--config", *(name for name, _ in flags)]
-        raise wrong(flag, "an unknown flag", "one of " + ", ".join(known), did_you_mean(flag, known))
+        flag, names = unknown[0].partition("=")[0], ["--config", *(name for name, _ in flags)]
+        raise wrong(flag, "an unknown flag", "one of " + ", ".join(names), did_you_mean(flag, names))
     for name, keywords in [("--config", dict(metavar="FILE.py")), *flags]:
         field = keywords.get("dest", name.lstrip("-").replace("-", "_"))
         value = getattr(args, field)
@@ -198,7 +198,7 @@ def override(config, overrides):
 def _unknown(path, text, names):
     """The error for a field that a group neither has nor takes."""
     *keys, key = path.split(".")
-    if keys == ["losses"] and known("losses", key):
+    if keys == ["losses"] and is_member("losses", key):
         fix = f"Switch it on by --config.{path}.weight={text}."
         expected = f"a group of the loss's options ({', '.join(options('losses', key))})"
         return wrong(f"config.{path}", repr(text), expected, fix)
@@ -222,7 +222,7 @@ def _budget(config):
 
 
 def _scale_stages(config, before, given):
-    """Stages of so many steps keep their shares of `train.steps`, where the command line does not say their own."""
+    """Stages of so many steps keep their parts of `train.steps`, where the command line does not say their own."""
     stages = config.get("schedule")
     after = _budget(config)
     if before is None or after is None or not isinstance(stages, ConfigDict):
@@ -245,7 +245,7 @@ def _switch_on(config, paths):
     named = {keys[1] for keys in paths if len(keys) == 3 and keys[0] == "losses" and keys[2] == "name"}
     for keys in paths:
         if len(keys) == 3 and keys[0] == "losses" and isinstance(losses, ConfigDict) and keys[1] not in losses:
-            if keys[1] not in named and not known("losses", keys[1]):
+            if keys[1] not in named and not is_member("losses", keys[1]):
                 names, where = members("losses"), f"config.losses.{keys[1]}"
                 fix = did_you_mean(keys[1], names) or f"Or give {where}.name=package.module:Name, one of your own."
                 raise wrong(where, "an unknown loss", "one of " + ", ".join(names), fix)
@@ -305,11 +305,11 @@ def _options(group, keys):
     axis = AXES.get(keys[-1] if keys else "")
     name = group.get("name") if axis else loss_of(keys[1], group) if len(keys) == 2 and keys[0] == "losses" else None
     axis = axis or "losses"
-    if name is not None and not known(axis, name):
+    if name is not None and not is_member(axis, name):
         problem = member_problem(f"config.{'.'.join(keys)}.name", axis, name)
         if problem:
             raise problem
-    own = options(axis, name) if known(axis, name) else {}
+    own = options(axis, name) if is_member(axis, name) else {}
     return own | {"inputs": Field(tuple)} if own and axis == "surgery" else own
 
 

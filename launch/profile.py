@@ -116,8 +116,8 @@ def table(spent, steps) -> str:
     stages = sorted({stage for stage, _ in spent}, key=lambda s: -spent[s, False] - spent[s, True])
     for stage in stages:
         ahead, back = spent[stage, False], spent[stage, True]
-        share = f"{(ahead + back) / total:.1%}"
-        rows.append((stage, f"{ahead / steps / 1e6:.1f}", f"{back / steps / 1e6:.1f}", share, STAGES[stage]))
+        fraction = f"{(ahead + back) / total:.1%}"
+        rows.append((stage, f"{ahead / steps / 1e6:.1f}", f"{back / steps / 1e6:.1f}", fraction, STAGES[stage]))
     rows.append(("a step", *(f"{sum(spent[s, b] for s in stages) / steps / 1e6:.1f}" for b in (False, True)), "", ""))
     widths = [max(len(row[c]) for row in rows) for c in range(5)]
     return "\n".join("  ".join(x.ljust(w) for x, w in zip(row, widths, strict=True)).rstrip() for row in rows)

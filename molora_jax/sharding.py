@@ -46,13 +46,13 @@ def param_shardings(backbone, params, mesh: Mesh):
     Raises:
       InputError: a dimension that the mesh does not divide.
     """
-    known = backbone.shapes()
+    leaves = backbone.shapes()
 
-    def one(path, leaf):
+    def of_leaf(path, leaf):
         name = "/".join(str(k.key) for k in path)
-        if name not in known:
+        if name not in leaves:
             raise ValueError(f"{type(backbone).__name__}.shapes() does not have the parameter {name!r}")
-        specs = known[name].specs
+        specs = leaves[name].specs
         spec = next((spec for spec in specs if not _undivided(leaf.shape, spec, mesh)), None)
         if spec is None:
             size, axis = _undivided(leaf.shape, specs[-1], mesh)[0]
@@ -62,7 +62,7 @@ def param_shardings(backbone, params, mesh: Mesh):
             )  # fmt: skip
         return NamedSharding(mesh, spec)
 
-    return jax.tree_util.tree_map_with_path(one, params)
+    return jax.tree_util.tree_map_with_path(of_leaf, params)
 
 
 def _undivided(shape, spec, mesh) -> list:
@@ -108,16 +108,16 @@ def put_batch(batch: dict[str, np.ndarray], mesh: Mesh, num_rows: int) -> dict[s
 def put(tree, shardings):
     """Host arrays onto the mesh; every process holds the same values."""
 
-    def one(x, sharding):
+    def put_leaf(x, sharding):
         return jax.make_array_from_callback(x.shape, sharding, lambda index: x[index])
 
     if isinstance(shardings, NamedSharding):
-        return jax.tree.map(lambda x: one(np.asarray(x), shardings), tree)
-    return jax.tree.map(lambda x, s: one(np.asarray(x), s), tree, shardings)
+        return jax.tree.map(lambda x: put_leaf(np.asarray(x), shardings), tree)
+    return jax.tree.map(lambda x, s: put_leaf(np.asarray(x), s), tree, shardings)
 
 
 def adapter_shardings(adapters, model, mesh: Mesh):
-    """Shardings of a tree of adapters (or of their shapes): experts over `expert` where the engine keeps shares.
+    """Shardings of a tree of adapters (or of their shapes): experts over `expert` where the engine keeps shards.
 
     Leaves are `rule/segment/site/leaf [L, E, ...]`; routers and leaves that a rule shares are replicated, and so is a
     leaf whose E the axis does not divide.
@@ -128,15 +128,15 @@ def adapter_shardings(adapters, model, mesh: Mesh):
         for rule, E in zip(model.rules, segment.counts, strict=True)
     }
 
-    def one(path, leaf):
+    def of_leaf(path, leaf):
         rule, segment, site, *_ = names = [str(k.key) for k in path]  # a shared leaf may end at its third name
         E, owner = experts.get((rule, segment), (0, None))
-        E = E if owner is None or owner.place is None else owner.place.experts(model.config, E)
+        E = E if owner is None or owner.placement is None else owner.placement.experts(model.config, E)
         whole = site == "router" or owner is not None and model.engine.keeps(owner, names[-1])
-        shared = not whole and len(leaf.shape) > 1 and leaf.shape[1] == E and model.engine.stored(E)
-        return NamedSharding(mesh, P(None, "expert") if shared else P())
+        split = not whole and len(leaf.shape) > 1 and leaf.shape[1] == E and model.engine.stored(E)
+        return NamedSharding(mesh, P(None, "expert") if split else P())
 
-    return jax.tree_util.tree_map_with_path(one, adapters)
+    return jax.tree_util.tree_map_with_path(of_leaf, adapters)
 
 
 def state_shardings(state, model, mesh: Mesh):
@@ -146,14 +146,14 @@ def state_shardings(state, model, mesh: Mesh):
     """
     modules = module_shardings(model.config, state.modules, mesh)
     of = {}
-    for tree, places in (
+    for tree, shardings in (
         (state.adapters, adapter_shardings(state.adapters, model, mesh)),
         ({"modules": state.modules}, {"modules": modules}),
     ):
-        each = zip(paths(tree), jax.tree.leaves(tree), jax.tree.leaves(places), strict=True)
+        each = zip(paths(tree), jax.tree.leaves(tree), jax.tree.leaves(shardings), strict=True)
         of |= {path: (leaf.shape, sharding) for path, leaf, sharding in each}
 
-    def one(path, leaf):
+    def of_leaf(path, leaf):
         names = [str(k.key) for k in path if isinstance(k, jax.tree_util.DictKey)]
         for i in range(len(names)):
             shape, sharding = of.get("/".join(names[i:]), (None, None))
@@ -161,10 +161,10 @@ def state_shardings(state, model, mesh: Mesh):
                 return sharding
         return replicated(mesh)
 
-    return jax.tree_util.tree_map_with_path(one, state).replace(modules=modules)
+    return jax.tree_util.tree_map_with_path(of_leaf, state).replace(modules=modules)
 
 
 def module_shardings(backbone, modules, mesh: Mesh):
     """Of the collection `modules`: trained copies lie as the base leaves that they stand for, heads everywhere."""
-    places = {name: jax.tree.map(lambda _: replicated(mesh), tree) for name, tree in modules.items()}
-    return places | ({"base": param_shardings(backbone, modules["base"], mesh)} if "base" in modules else {})
+    shardings = {name: jax.tree.map(lambda _: replicated(mesh), tree) for name, tree in modules.items()}
+    return shardings | ({"base": param_shardings(backbone, modules["base"], mesh)} if "base" in modules else {})

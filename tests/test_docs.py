@@ -1,5 +1,6 @@
 """What is written down twice is the same."""
 
+import importlib
 import pathlib
 import re
 
@@ -24,6 +25,20 @@ def test_every_config_is_a_row_or_a_start():
     shipped -= {pathlib.Path(row.config).stem for row in SURGERIES.values()}
     assert shipped == {pathlib.Path(row.config).stem for row in (*METHODS.values(), *ORGANISED.values())}
     assert SURGERIES.keys() == MEMBERS.keys()
+
+
+def test_words_of_the_glossary_are_in_the_code():
+    """`docs/design.md`, Words: each word once, and what it names is there."""
+    text = (ROOT / "docs" / "design.md").read_text().split("\n## Words\n")[1].split("\n## ")[0]
+    rows = [row.strip("|").split(" | ") for row in text.splitlines() if row.startswith("| ")][1:]
+    words = [word.strip() for row in rows for word in row[0].split(", ")]
+    assert len(words) == len(set(words)) > 25
+    for *_, name in rows:
+        room, file, *path = name.strip(" `").split(".")
+        found = importlib.import_module(f"molora_jax.{room}.{file}")
+        for part in path[:-1]:
+            found = getattr(found, part)
+        assert hasattr(found, path[-1]) or path[-1] in found.__annotations__, name
 
 
 def test_links_of_the_readme_exist():

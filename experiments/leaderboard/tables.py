@@ -79,7 +79,7 @@ def entry(table: str, method: str, decoder, common: list, seeds: int) -> Entry:
 def at_work(rule) -> int:
     """R times the most experts of a token, times the passes."""
     experts = 1 if rule.router is None else max(rule.router.k_max(n) for n in rule.experts if n)
-    return rule.adapter.rank * experts * (1 if rule.place is None else rule.place.iterations)
+    return rule.adapter.rank * experts * (1 if rule.placement is None else rule.placement.iterations)
 
 
 class _Search:
@@ -115,20 +115,20 @@ class _Search:
             field = KNOBS[self.method]
             return self.nearest(lambda n: {field: str(n)}, int(_at(self.config({}), field)))
         found, rules = [], self.config({}).method.rules
-        for share in (1.0,) if self.method in WHOLE else FEWER:
-            fewer = self.fewer(share)
+        for fraction in (1.0,) if self.method in WHOLE else FEWER:
+            fewer = self.fewer(fraction)
             found.append(self.nearest(lambda n, fewer=fewer: fewer | self.ranked(dict.fromkeys(rules, n)), 2))
             if self.miss(found[-1]) <= TOLERANCE:
                 return found[-1]
         return min(found, key=self.miss)
 
-    def fewer(self, share: float) -> dict:
-        """Changes that keep a share of every rule's experts, never fewer than a token uses."""
+    def fewer(self, fraction: float) -> dict:
+        """Changes that keep a fraction of every rule's experts, never fewer than a token uses."""
         changes = {}
         for name, rule in self.config({}).method.rules.items():
-            if "router" in rule and share < 1:
+            if "router" in rule and fraction < 1:
                 least = rule.router.get("k", 1)
-                counts = [max(least, 1, round(share * int(n))) for n in rule.experts.split("|")]
+                counts = [max(least, 1, round(fraction * int(n))) for n in rule.experts.split("|")]
                 changes[f"method.rules.{name}.experts"] = "|".join(map(str, counts))
         return changes
 

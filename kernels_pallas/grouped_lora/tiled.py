@@ -132,7 +132,7 @@ def expand(z, B, idx, gates, *, dtype, rows=None, schedule=None):
 
 
 def grouped_lora(x, A, B, idx, gates, *, rows=None):
-    """Shapes as in `api.grouped_lora`; `rows` of a tile, by default from the load."""
+    """Shapes as in `api.grouped_lora`; `rows` of a tile, by default from the experts' load."""
     schedule = tiles.plan(idx, B.shape[0], rows)
     if A.shape[0] == 1:  # one A for all: a plain product
         used = idx < B.shape[0]

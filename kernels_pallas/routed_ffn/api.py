@@ -44,14 +44,14 @@ def choose(g, B_g, idx, *, platform: str | None = None) -> tuple[str, str]:
     return "tiled", f"cpu: E*R = {E * R} columns, more than {CPU_DENSE_COLUMNS}: cost grows with K = {K}, not with E"
 
 
-def check(g, u, z_g, z_u, B_g, B_u, A_d, idx, gates, base, *, activation, mask) -> dict[str, int]:
+def check(g, u, z_g, z_u, B_g, B_u, A_d, idx, gates, base_gate, *, activation, mask) -> dict[str, int]:
     """The sizes by axis. Raises ValueError where the shapes do not agree, or for an unknown activation."""
     if activation not in PAIRS:
         raise ValueError(f"routed_ffn: activation {activation!r} is not known, expected one of {', '.join(PAIRS)}.")
     wide = {"g": (g, "T F"), "u": (u, "T F"), "mask": (mask, "T F")}
     slots = {"idx": (idx, "T K"), "gates": (gates, "T K"), "z_g": (z_g, "T K R"), "z_u": (z_u, "T K R")}
     factors = {"B_g": (B_g, "E R F"), "B_u": (B_u, "E R F"), "A_d": (A_d, "1|E R F")}
-    return agree("routed_ffn", **wide, **slots, **factors, base=(base, "T"))
+    return agree("routed_ffn", **wide, **slots, **factors, base_gate=(base_gate, "T"))
 
 
 def routed_ffn(
@@ -64,7 +64,7 @@ def routed_ffn(
     A_d,
     idx,
     gates,
-    base,
+    base_gate,
     *,
     activation="silu",
     mask=None,
@@ -83,15 +83,15 @@ def routed_ffn(
         `tiles.InStack`.
       idx: `[T, K]` int32, E at a slot that is not used; a token names an expert at most once.
       gates: `[T, K]` float32.
-      base: `[T]` coefficient of the frozen FFN's own hidden state h_0; bool where it is 0 or 1 and constant: it has no
-        gradient then, and `tiled` forms h_0 in blocks of rows of which one is True.
+      base_gate: `[T]` coefficient of the frozen FFN's own hidden state h_0; bool where it is 0 or 1 and constant: it
+        has no gradient then, and `tiled` forms h_0 in blocks of rows of which one is True.
       activation: `silu`, `gelu` (exact), `gelu_tanh` or `relu`.
       mask: `[T, F]` dropout mask (already divided by its keep rate) on the input of A_d, or None.
       implementation: `reference`, `dense`, `tiled`, `tpu`, or None to choose.
       platform: what to choose for; by default that of the mesh in context, else the default backend.
 
     Returns:
-      `mix [T, F] = base h_0 + sum_k w_k h_k` and `z_d [T, K, R] = A_d[e_k] (mask * h_k)`, 0 at unused slots.
+      `mix [T, F] = base_gate h_0 + sum_k w_k h_k` and `z_d [T, K, R] = A_d[e_k] (mask * h_k)`, 0 at unused slots.
 
     Raises:
       ValueError: shapes that do not agree, an unknown activation; an implementation that the op does not have, or that
@@ -104,7 +104,7 @@ def routed_ffn(
     >>> mix.tolist(), z_d.tolist()  # h = (1 + 1) (1 + 1)
     ([[2.0, 2.0, 2.0, 2.0]], [[[16.0, 16.0]]])
     """
-    sizes = check(g, u, z_g, z_u, B_g, B_u, A_d, idx, gates, base, activation=activation, mask=mask)
+    sizes = check(g, u, z_g, z_u, B_g, B_u, A_d, idx, gates, base_gate, activation=activation, mask=mask)
     name = choose(g, B_g, idx, platform=platform)[0] if implementation is None else implementation
     why_not = lambda: no_kernel(g, B_g, idx)  # noqa: E731
     form = pick("routed_ffn", IMPLEMENTATIONS, KERNELS, name, refused={}, platform=platform, no_kernel=why_not)
@@ -112,4 +112,4 @@ def routed_ffn(
         return jnp.zeros_like(g), jnp.zeros(z_g.shape, g.dtype)
     if name != "tiled":
         B_g, B_u, A_d = plain(B_g), plain(B_u), plain(A_d)
-    return form(g, u, z_g, z_u, B_g, B_u, A_d, idx, gates, base, activation=activation, mask=mask)
+    return form(g, u, z_g, z_u, B_g, B_u, A_d, idx, gates, base_gate, activation=activation, mask=mask)

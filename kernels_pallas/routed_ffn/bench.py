@@ -23,23 +23,23 @@ def plain(g, u, *_):
     return jax.nn.silu(g) * u
 
 
-def naive(g, u, z_g, z_u, B_g, B_u, A_d, gates, base, idx):
+def naive(g, u, z_g, z_u, B_g, B_u, A_d, gates, base_gate, idx):
     spread = lambda z, B: jnp.einsum("tkr,tkrf->tkf", z, B[idx])  # noqa: E731
     h = jax.nn.silu(g[:, None] + spread(z_g, B_g)) * (u[:, None] + spread(z_u, B_u))
-    mix = base[:, None] * plain(g, u) + jnp.einsum("tk,tkf->tf", gates, h)
+    mix = base_gate[:, None] * plain(g, u) + jnp.einsum("tk,tkf->tf", gates, h)
     return mix, jnp.einsum("tkf,tkrf->tkr", h, A_d[idx])
 
 
 def form(name):
-    def op(g, u, z_g, z_u, B_g, B_u, A_d, gates, base, idx):
-        return api.routed_ffn(g, u, z_g, z_u, B_g, B_u, A_d, idx, gates, base, implementation=name)
+    def op(g, u, z_g, z_u, B_g, B_u, A_d, gates, base_gate, idx):
+        return api.routed_ffn(g, u, z_g, z_u, B_g, B_u, A_d, idx, gates, base_gate, implementation=name)
 
     return op
 
 
 def tiles_of(rows):
-    def op(g, u, z_g, z_u, B_g, B_u, A_d, gates, base, idx):
-        return tiled.routed_ffn(g, u, z_g, z_u, B_g, B_u, A_d, idx, gates, base, rows=rows)
+    def op(g, u, z_g, z_u, B_g, B_u, A_d, gates, base_gate, idx):
+        return tiled.routed_ffn(g, u, z_g, z_u, B_g, B_u, A_d, idx, gates, base_gate, rows=rows)
 
     return op
 

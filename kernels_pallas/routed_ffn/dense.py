@@ -3,7 +3,7 @@
 A slot's `dg_k = z_g[k] B_g[e_k]` is one product of width E*R with the other experts' columns at zero, so the cost of
 the rank-R products grows with E; the element-wise work does not. Where every expert has a slot (K == E) the slots are
 put in the experts' order first, and a product has width R (so a token must not name an expert twice). The backward
-forms each h_k again. A base of 0 keeps h_0 out even where it is not finite; its own dbase is then 0.
+forms each h_k again. A base_gate of 0 keeps h_0 out even where it is not finite; its own dbase_gate is then 0.
 
 T tokens, F FFN width, E experts, K slots, R rank.
 """
@@ -72,15 +72,15 @@ def _hidden(activation, g, u, z_g, z_u, B_g, B_u):
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _op(activation, g, u, z_g, z_u, B_g, B_u, A_d, idx, gates, base, mask):
-    return _forward(activation, g, u, z_g, z_u, B_g, B_u, A_d, idx, gates, base, mask)[0]
+def _op(activation, g, u, z_g, z_u, B_g, B_u, A_d, idx, gates, base_gate, mask):
+    return _forward(activation, g, u, z_g, z_u, B_g, B_u, A_d, idx, gates, base_gate, mask)[0]
 
 
 @jax.named_scope("experts")
-def _forward(activation, g, u, z_g, z_u, B_g, B_u, A_d, idx, gates, base, mask):
+def _forward(activation, g, u, z_g, z_u, B_g, B_u, A_d, idx, gates, base_gate, mask):
     E, dtype = B_g.shape[0], g.dtype
     A_all = jnp.broadcast_to(A_d, (E, *A_d.shape[1:]))
-    mix = gated(base[:, None], _activate(activation, g)[0] * u.astype(F32))
+    mix = gated(base_gate[:, None], _activate(activation, g)[0] * u.astype(F32))
     z_d = 0.0
     for slot in _slots(idx, E):
         zg, zu = slot.spread(z_g).astype(dtype), slot.spread(z_u).astype(dtype)
@@ -90,22 +90,22 @@ def _forward(activation, g, u, z_g, z_u, B_g, B_u, A_d, idx, gates, base, mask):
         mix = mix + gated(w, h)
         z_d = z_d + slot.collect(_dot(masked(h, mask).astype(dtype), slot.flat(A_all, dtype), NT))
     out = mix.astype(dtype), z_d.astype(dtype)
-    return out, (g, u, z_g, z_u, B_g, B_u, A_d, idx, gates, base, mask)
+    return out, (g, u, z_g, z_u, B_g, B_u, A_d, idx, gates, base_gate, mask)
 
 
 @jax.named_scope("experts")
 def _backward(activation, saved, cotangents):
-    g, u, z_g, z_u, B_g, B_u, A_d, idx, gates, base, mask = saved
+    g, u, z_g, z_u, B_g, B_u, A_d, idx, gates, base_gate, mask = saved
     dmix, dz_d = cotangents
     E, dtype = B_g.shape[0], g.dtype
     A_all = jnp.broadcast_to(A_d, (E, *A_d.shape[1:]))
     dmix32, u32 = dmix.astype(F32), u.astype(F32)
     a, da = _activate(activation, g)
-    dbase = None
-    if base.dtype != bool:
-        dbase = jnp.sum(dmix32 * a * u32, axis=-1)
-        dbase = jnp.where((base != 0) | jnp.isfinite(dbase), dbase, 0.0).astype(base.dtype)
-    dg, du = gated(base[:, None], dmix32 * da * u32), gated(base[:, None], dmix32 * a)
+    dbase_gate = None
+    if base_gate.dtype != bool:
+        dbase_gate = jnp.sum(dmix32 * a * u32, axis=-1)
+        dbase_gate = jnp.where((base_gate != 0) | jnp.isfinite(dbase_gate), dbase_gate, 0.0).astype(base_gate.dtype)
+    dg, du = gated(base_gate[:, None], dmix32 * da * u32), gated(base_gate[:, None], dmix32 * a)
     dz_g, dz_u, dgates = jnp.zeros(z_g.shape, F32), jnp.zeros(z_u.shape, F32), jnp.zeros(gates.shape, F32)
     dB_g, dB_u, dA = jnp.zeros(B_g.shape, F32), jnp.zeros(B_u.shape, F32), jnp.zeros(A_all.shape, F32)
     for slot in _slots(idx, E):
@@ -113,7 +113,7 @@ def _backward(activation, saved, cotangents):
         Bg, Bu, Ad = (slot.flat(x, dtype) for x in (B_g, B_u, A_all))
         a, da, u_k = _hidden(activation, g, u, zg, zu, Bg, Bu)
         mine, used = jnp.any(slot.hot, -1), slot.used[:, None]
-        # a padded slot's h is the base's, so its share must not reach g, u or a factor
+        # a padded slot's h is the base's, so its part must not reach g, u or a factor
         h = jnp.where(used, a * u_k, 0.0)
         w = jnp.sum(jnp.where(mine, gates, 0.0), axis=1)[:, None]
         dgates = dgates + jnp.where(mine, jnp.sum(dmix32 * h, axis=-1)[:, None], 0.0)
@@ -140,7 +140,7 @@ def _backward(activation, saved, cotangents):
         dA.astype(A_d.dtype),
         None,
         dgates.astype(gates.dtype),
-        dbase,
+        dbase_gate,
         None,
     )
 
@@ -148,5 +148,5 @@ def _backward(activation, saved, cotangents):
 _op.defvjp(_forward, _backward)
 
 
-def routed_ffn(g, u, z_g, z_u, B_g, B_u, A_d, idx, gates, base, *, activation="silu", mask=None):
-    return _op(activation, g, u, z_g, z_u, B_g, B_u, A_d, idx, gates, base, mask)
+def routed_ffn(g, u, z_g, z_u, B_g, B_u, A_d, idx, gates, base_gate, *, activation="silu", mask=None):
+    return _op(activation, g, u, z_g, z_u, B_g, B_u, A_d, idx, gates, base_gate, mask)

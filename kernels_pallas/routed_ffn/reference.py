@@ -16,7 +16,7 @@ ACTIVATIONS = {
 }
 
 
-def routed_ffn(g, u, z_g, z_u, B_g, B_u, A_d, idx, gates, base, *, activation="silu", mask=None):
+def routed_ffn(g, u, z_g, z_u, B_g, B_u, A_d, idx, gates, base_gate, *, activation="silu", mask=None):
     act = ACTIVATIONS[activation]
     E = B_g.shape[0]
     hot = jax.nn.one_hot(idx, E, dtype=jnp.float32)  # a padded slot is all zero
@@ -26,7 +26,7 @@ def routed_ffn(g, u, z_g, z_u, B_g, B_u, A_d, idx, gates, base, *, activation="s
     hk = act(g[:, None] + jnp.einsum("tke,tkr,erf->tkf", hot, z_g, B_g)) * (
         u[:, None] + jnp.einsum("tke,tkr,erf->tkf", hot, z_u, B_u)
     )
-    mix = base[:, None] * h0 + jnp.einsum("tk,tkf->tf", gates, hk)
+    mix = base_gate[:, None] * h0 + jnp.einsum("tk,tkf->tf", gates, hk)
     seen = hk if mask is None else hk * mask[:, None]
     shared = jnp.broadcast_to(A_d, (E, *A_d.shape[1:]))
     z_d = jnp.einsum("tke,tkf,erf->tkr", hot, seen, shared)

@@ -4,8 +4,8 @@
 
 Cost grows with the slots in use and not with E; nothing is dropped. Everything F-wide of a slot lives for one tile and
 stays in the cache: no `[T, K, F]`, forward or backward, which forms h again. One transcendental a slot and pass.
-A tile's empty rows may read anything, NaN included: `where`, never a product by zero. A base of 0 keeps h_0 out even
-where it is not finite; its own dbase is then 0.
+A tile's empty rows may read anything, NaN included: `where`, never a product by zero. A base_gate of 0 keeps h_0 out
+even where it is not finite; its own dbase_gate is then 0.
 
 T tokens, F FFN width, E experts, K slots, R rank, M rows of a tile.
 """
@@ -50,25 +50,25 @@ def _hidden(activation, g, u, z_g, z_u, B_g, B_u, token):
 _once = jax.lax.optimization_barrier
 
 
-def _base_rows(function, outs, g, u, base, *more):
-    """`function(g, u, base, *more)`, what h_0 adds to so many `[T, F]` arrays; with a bool base of those rows alone."""
-    if base.dtype != bool:
-        return function(g, u, base, *more)
-    return tiles.rows_where(base, function, (g, u, base, *more), tuple(tiles.zeros(*[g.shape] * outs)))
+def _base_rows(function, outs, g, u, base_gate, *more):
+    """`function(g, u, base_gate, *more)`, what h_0 adds to so many `[T, F]` arrays; of a bool one's rows alone."""
+    if base_gate.dtype != bool:
+        return function(g, u, base_gate, *more)
+    return tiles.rows_where(base_gate, function, (g, u, base_gate, *more), tuple(tiles.zeros(*[g.shape] * outs)))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _op(activation, g, u, z_g, z_u, B_g, B_u, A_d, gates, base, mask, schedule):
-    return _forward(activation, g, u, z_g, z_u, B_g, B_u, A_d, gates, base, mask, schedule)[0]
+def _op(activation, g, u, z_g, z_u, B_g, B_u, A_d, gates, base_gate, mask, schedule):
+    return _forward(activation, g, u, z_g, z_u, B_g, B_u, A_d, gates, base_gate, mask, schedule)[0]
 
 
-def _forward(activation, g, u, z_g, z_u, B_g, B_u, A_d, gates, base, mask, schedule):
-    saved = (g, u, z_g, z_u, *map(tiles.kept, (B_g, B_u, A_d)), gates, base, mask, schedule)
+def _forward(activation, g, u, z_g, z_u, B_g, B_u, A_d, gates, base_gate, mask, schedule):
+    saved = (g, u, z_g, z_u, *map(tiles.kept, (B_g, B_u, A_d)), gates, base_gate, mask, schedule)
     return tiles.one_by_one(functools.partial(_value, activation), *saved), saved
 
 
 @jax.named_scope("experts")
-def _value(activation, g, u, z_g, z_u, B_g, B_u, A_d, gates, base, mask, schedule):
+def _value(activation, g, u, z_g, z_u, B_g, B_u, A_d, gates, base_gate, mask, schedule):
     T, K, R = z_g.shape
     dtype = g.dtype
 
@@ -84,11 +84,11 @@ def _value(activation, g, u, z_g, z_u, B_g, B_u, A_d, gates, base, mask, schedul
         mix = tiles.add_rows(mix, to_token, gated(w, h))
         return mix, tiles.add_rows(z_d, to_slot, down)
 
-    def h_0(g, u, base):
+    def h_0(g, u, base_gate):
         g = g.astype(F32)
-        return (gated(base[:, None], pair(activation, g, core(activation, g))[0] * u.astype(F32)),)
+        return (gated(base_gate[:, None], pair(activation, g, core(activation, g))[0] * u.astype(F32)),)
 
-    (start,) = _base_rows(h_0, 1, g, u, base)
+    (start,) = _base_rows(h_0, 1, g, u, base_gate)
     mix, z_d = tiles.loop(schedule.count, step, (start, *tiles.zeros((T * K, R))))
     return mix.astype(dtype), z_d.reshape(T, K, R).astype(dtype)
 
@@ -98,7 +98,7 @@ def _backward(activation, saved, cotangents):
 
 
 @jax.named_scope("experts")
-def _gradients(activation, g, u, z_g, z_u, B_g, B_u, A_d, gates, base, mask, schedule, dmix, dz_d):
+def _gradients(activation, g, u, z_g, z_u, B_g, B_u, A_d, gates, base_gate, mask, schedule, dmix, dz_d):
     (T, K, R), dtype = z_g.shape, g.dtype
 
     def step(i, carry):
@@ -129,16 +129,16 @@ def _gradients(activation, g, u, z_g, z_u, B_g, B_u, A_d, gates, base, mask, sch
             tiles.add_at(dA_d, e if A_d.shape[0] > 1 else 0, _dot(dz, seen, TN)),
         )
 
-    def h_0(g, u, base, dmix):
+    def h_0(g, u, base_gate, dmix):
         g, u, dmix = g.astype(F32), u.astype(F32), dmix.astype(F32)
         a, da = pair(activation, g, _once(core(activation, g)))
-        d = gated(base[:, None], dmix * da * u), gated(base[:, None], dmix * a)
-        if base.dtype == bool:
+        d = gated(base_gate[:, None], dmix * da * u), gated(base_gate[:, None], dmix * a)
+        if base_gate.dtype == bool:
             return d
-        dbase = jax.lax.dot_general(dmix, a * u, (((1,), (1,)), ((0,), (0,))))
-        return *d, jnp.where((base != 0) | jnp.isfinite(dbase), dbase, 0.0).astype(base.dtype)
+        dbase_gate = jax.lax.dot_general(dmix, a * u, (((1,), (1,)), ((0,), (0,))))
+        return *d, jnp.where((base_gate != 0) | jnp.isfinite(dbase_gate), dbase_gate, 0.0).astype(base_gate.dtype)
 
-    dg0, du0, *dbase = _base_rows(h_0, 2, g, u, base, dmix)
+    dg0, du0, *dbase_gate = _base_rows(h_0, 2, g, u, base_gate, dmix)
     sums = tiles.zeros((T * K, R), (T * K, R), (T * K,), B_g.shape, B_u.shape, A_d.shape)
     dg, du, dz_g, dz_u, dgates, dB_g, dB_u, dA_d = tiles.loop(schedule.count, step, (dg0, du0, *sums))
     return (
@@ -150,7 +150,7 @@ def _gradients(activation, g, u, z_g, z_u, B_g, B_u, A_d, gates, base, mask, sch
         tiles.gradient(B_u, dB_u),
         tiles.gradient(A_d, dA_d),
         dgates.reshape(gates.shape).astype(gates.dtype),
-        *(dbase or (None,)),
+        *(dbase_gate or (None,)),
         None,
         None,
     )
@@ -159,7 +159,7 @@ def _gradients(activation, g, u, z_g, z_u, B_g, B_u, A_d, gates, base, mask, sch
 _op.defvjp(_forward, _backward)
 
 
-def routed_ffn(g, u, z_g, z_u, B_g, B_u, A_d, idx, gates, base, *, activation="silu", mask=None, rows=None):
-    """Shapes as in `api.routed_ffn`; `rows` of a tile, by default from the load."""
+def routed_ffn(g, u, z_g, z_u, B_g, B_u, A_d, idx, gates, base_gate, *, activation="silu", mask=None, rows=None):
+    """Shapes as in `api.routed_ffn`; `rows` of a tile, by default from the experts' load."""
     schedule = tiles.plan(idx, B_g.shape[0], rows)
-    return _op(activation, g, u, z_g, z_u, B_g, B_u, A_d, gates, base, mask, schedule)
+    return _op(activation, g, u, z_g, z_u, B_g, B_u, A_d, gates, base_gate, mask, schedule)

@@ -6,8 +6,8 @@ B_g, B_u in one product. The MXU contracts 128 or 256 deep whatever R is, so up 
     dg_k = zz_k B_g,  h_k = act(g + dg_k) * (u + zz_k' B_u),  mix = c h_0 + sum_k w_k h_k,  z_d[k] = A_d h_k at e_k
 
 The grid is (blocks of F, tiles of T): a block of the factors is fetched once, and the backward sums its gradient in
-VMEM while rows stream past. What is summed over F (z_d, dz_g, dz_u, dgates, dbase; rank-wide) leaves as one part a
-block. A slot that is not used, a base of 0, a row past the end: `where`, never a product by zero.
+VMEM while rows stream past. What is summed over F (z_d, dz_g, dz_u, dgates, dbase_gate; rank-wide) leaves as one part a
+block. A slot that is not used, a base_gate of 0, a row past the end: `where`, never a product by zero.
 
 T tokens, F FFN width, E experts, K slots, R rank.
 """
@@ -59,13 +59,13 @@ def _collect(k, hot, wide, Q, slot_of):
 
 
 def _forward_kernel(T, K, E, activation, has_mask, *refs):
-    g, u, z_g, z_u, idx, gates, base, expert_of, slot_of, Q, B_g, B_u, A_d = (r[...] for r in refs[:13])
+    g, u, z_g, z_u, idx, gates, base_gate, expert_of, slot_of, Q, B_g, B_u, A_d = (r[...] for r in refs[:13])
     mask = refs[13][...] if has_mask else None
     mix_ref, z_d_ref = refs[-2:]
     rows, dtype = g.shape[0], g.dtype
     real = row_mask(pl.program_id(1) * rows, rows, 0, T)
     g, u = g.astype(F32), u.astype(F32)
-    mix = gated(base, pair(activation, g, core(activation, g))[0] * u)
+    mix = gated(base_gate, pair(activation, g, core(activation, g))[0] * u)
     z_d = jnp.zeros(z_g.shape, F32)
     for k in range(K):
         hot, used, (zg, zu) = _slot(k, real, idx, (z_g, z_u), Q, expert_of, slot_of, E)
@@ -80,17 +80,17 @@ def _forward_kernel(T, K, E, activation, has_mask, *refs):
 
 
 def _backward_kernel(T, K, E, activation, has_mask, *refs):
-    g, u, z_g, z_u, idx, gates, base, expert_of, slot_of, Q, B_g, B_u, A_d = (r[...] for r in refs[:13])
+    g, u, z_g, z_u, idx, gates, base_gate, expert_of, slot_of, Q, B_g, B_u, A_d = (r[...] for r in refs[:13])
     mask = refs[13][...] if has_mask else None
     dmix, dz_d = (r[...] for r in refs[13 + has_mask : 15 + has_mask])
-    dg_ref, du_ref, dz_g_ref, dz_u_ref, dgates_ref, dbase_ref, dB_g_ref, dB_u_ref, dA_ref = refs[15 + has_mask :]
+    dg_ref, du_ref, dz_g_ref, dz_u_ref, dgates_ref, dbase_gate_ref, dB_g_ref, dB_u_ref, dA_ref = refs[15 + has_mask :]
     rows, dtype = g.shape[0], g.dtype
     real = row_mask(pl.program_id(1) * rows, rows, 0, T)
     g, u, dmix = g.astype(F32), u.astype(F32), dmix.astype(F32)
     a, da = pair(activation, g, core(activation, g))
-    dbase = jnp.sum(dmix * a * u, axis=1, keepdims=True)
-    dbase_ref[...] = jnp.where((base != 0) | (jnp.abs(dbase) < jnp.inf), dbase, 0.0)
-    dg, du = gated(base, dmix * da * u), gated(base, dmix * a)
+    dbase_gate = jnp.sum(dmix * a * u, axis=1, keepdims=True)
+    dbase_gate_ref[...] = jnp.where((base_gate != 0) | (jnp.abs(dbase_gate) < jnp.inf), dbase_gate, 0.0)
+    dg, du = gated(base_gate, dmix * da * u), gated(base_gate, dmix * a)
     dz_g = dz_u = jnp.zeros(z_g.shape, F32)
     dgates = jnp.zeros(gates.shape, F32)
     slot = jax.lax.broadcasted_iota(jnp.int32, gates.shape, 1)
@@ -129,7 +129,7 @@ def _flat(A, dtype):
 
 def _call(kernel, tiles, activation, arrays, extra, out, flops, interpret, device_kind):
     """`out`: ("wide" | "rank" | "factor", shape, dtype) of every output."""
-    g, u, z_g, z_u, B_g, B_u, A_d, idx, gates, base, mask = arrays
+    g, u, z_g, z_u, B_g, B_u, A_d, idx, gates, base_gate, mask = arrays
     (T, F), (_, K, R), E, dtype = g.shape, z_g.shape, B_g.shape[0], g.dtype
     rows, block = tiles
     wide = pl.BlockSpec((rows, block), lambda f, t: (t, f))
@@ -141,7 +141,7 @@ def _call(kernel, tiles, activation, arrays, extra, out, flops, interpret, devic
     Q = (lanes[:, None] % R == columns[None, :] % R).astype(dtype)
     tables = [(columns // R)[None, :], (lanes // R)[None, :], Q]
     flat = lambda z: z.reshape(T, K * R).astype(dtype)  # noqa: E731
-    inputs = [g, u, flat(z_g), flat(z_u), idx, gates.astype(F32), base.astype(F32)[:, None], *tables]
+    inputs = [g, u, flat(z_g), flat(z_u), idx, gates.astype(F32), base_gate.astype(F32)[:, None], *tables]
     inputs += [_flat(B, dtype) for B in (B_g, B_u, A_d)]
     specs = [wide, wide, narrow(K * R), narrow(K * R), narrow(K), narrow(K), narrow(1), *map(whole, tables)]
     specs += [factor] * 3
@@ -183,9 +183,9 @@ def _op(activation, interpret, device_kind, *arrays):
 def _padded(arrays, pad):
     if not pad:
         return arrays
-    g, u, z_g, z_u, B_g, B_u, A_d, idx, gates, base, mask = arrays
+    g, u, z_g, z_u, B_g, B_u, A_d, idx, gates, base_gate, mask = arrays
     wide = lambda a: None if a is None else jnp.pad(a, [(0, 0)] * (a.ndim - 1) + [(0, pad)])  # noqa: E731
-    return wide(g), wide(u), z_g, z_u, wide(B_g), wide(B_u), wide(A_d), idx, gates, base, wide(mask)
+    return wide(g), wide(u), z_g, z_u, wide(B_g), wide(B_u), wide(A_d), idx, gates, base_gate, wide(mask)
 
 
 def _forward(activation, interpret, device_kind, *arrays):
@@ -200,21 +200,22 @@ def _forward(activation, interpret, device_kind, *arrays):
 
 
 def _backward(activation, interpret, device_kind, arrays, cotangents):
-    g, u, z_g, z_u, B_g, B_u, A_d, idx, gates, base, mask = arrays
+    g, u, z_g, z_u, B_g, B_u, A_d, idx, gates, base_gate, mask = arrays
     dmix, dz_d = cotangents
     (T, F), (_, K, R), E = g.shape, z_g.shape, B_g.shape[0]
     tiles = tiles_that_fit(T, F, E * R, K * R, g.dtype.itemsize, True, device_kind)
     pad = _columns(F, tiles[1])
     out = [("wide", 0)] * 2 + [("rank", K * R)] * 2 + [("rank", K), ("rank", 1)] + [("factor", 0)] * 3
-    dg, du, dz_g, dz_u, dgates, dbase, dB_g, dB_u, dA = _call(
+    dg, du, dz_g, dz_u, dgates, dbase_gate, dB_g, dB_u, dA = _call(
         _backward_kernel, tiles, activation, _padded(arrays, pad), (jnp.pad(dmix, [(0, 0), (0, pad)]), dz_d), out, 16,
         interpret, device_kind,
     )  # fmt: skip
     total = lambda part, like: jnp.sum(part, axis=0).reshape(like.shape).astype(like.dtype)  # noqa: E731
     factor = lambda d, like: d[:, :F].reshape(like.shape).astype(like.dtype)  # noqa: E731
+    dbase_gate = None if base_gate.dtype == bool else total(dbase_gate, base_gate)
     return (
         dg[:, :F], du[:, :F], total(dz_g, z_g), total(dz_u, z_u), factor(dB_g, B_g), factor(dB_u, B_u),
-        factor(dA, A_d), None, total(dgates, gates), None if base.dtype == bool else total(dbase, base), None,
+        factor(dA, A_d), None, total(dgates, gates), dbase_gate, None,
     )  # fmt: skip
 
 
@@ -222,8 +223,9 @@ _op.defvjp(_forward, _backward)
 
 
 def routed_ffn(
-    g, u, z_g, z_u, B_g, B_u, A_d, idx, gates, base, *, activation="silu", mask=None, interpret=False, device_kind=None
-):
+    g, u, z_g, z_u, B_g, B_u, A_d, idx, gates, base_gate, *, activation="silu", mask=None, interpret=False,
+    device_kind=None,
+):  # fmt: skip
     """Shapes as in `api.routed_ffn`; `interpret` as in `pallas_call`; `device_kind` sizes the tiles."""
     A_d = jnp.broadcast_to(A_d, (B_g.shape[0], *A_d.shape[1:]))
-    return _op(activation, interpret, device_kind, g, u, z_g, z_u, B_g, B_u, A_d, idx, gates, base, mask)
+    return _op(activation, interpret, device_kind, g, u, z_g, z_u, B_g, B_u, A_d, idx, gates, base_gate, mask)

@@ -129,12 +129,12 @@ class Backbone:
         """Path (`embed`, `blocks/q/kernel`) -> leaf, in the order in which random values are drawn."""
         raise NotImplementedError
 
-    def forward(self, params: dict, batch: dict, run) -> Array:
-        """Hidden states `[B, S, D]` after the last norm. `run(stack, params, x)` runs a stack's layers."""
+    def forward(self, params: dict, batch: dict, runner) -> Array:
+        """Hidden states `[B, S, D]` after the last norm. `runner(stack, params, x)` runs a stack's layers."""
         with jax.named_scope("embed"):
-            x = run.constrain(self.embed(params, batch))
+            x = runner.constrain(self.embed(params, batch))
         for stack in self.stacks:
-            x = run(stack, params[stack.name], x)
+            x = runner(stack, params[stack.name], x)
         return self.norm(params, x)
 
     def embed(self, params: dict, batch: dict) -> Array:

@@ -110,11 +110,11 @@ class Bert(Backbone):
             return attend(heads(q), heads(k), heads(v), at.once["mask"], asked=at.attention, train=at.train)
 
         with jax.named_scope("attention"):
-            more = adapt.attention(x, weights_of(p, ("q", "k", "v", "o")), core)
-            x = self._normed(x + more, p["attn_norm"])
+            change = adapt.attention(x, weights_of(p, ("q", "k", "v", "o")), core)
+            x = self._normed(x + change, p["attn_norm"])
         with jax.named_scope("ffn"):
-            more = adapt.feed_forward(x, weights_of(p, ("up", "down")), self.activation)
-            x = self._normed(x + more, p["ffn_norm"])
+            change = adapt.feed_forward(x, weights_of(p, ("up", "down")), self.activation)
+            x = self._normed(x + change, p["ffn_norm"])
         return x, cache
 
     def _normed(self, x, p):

@@ -42,10 +42,10 @@ def compile_model(config, decoder: Backbone, *, max_segments: int = 0, tasks: tu
                 adapter=_member("adapters", ADAPTERS, rule.adapter),
                 router=_member("routers", ROUTERS, rule.router) if "router" in rule else None,
                 down=rule.down,
-                shrink=rule.shrink,
+                gates_scale_base=rule.shrink,
                 base_router=rule.get("base_router", "frozen"),  # not in runs of older versions
                 load=tuple(rule.load),
-                place=_member("placements", PLACEMENTS, rule.placement) if "placement" in rule else None,
+                placement=_member("placements", PLACEMENTS, rule.placement) if "placement" in rule else None,
             )
         )
     model = Model(

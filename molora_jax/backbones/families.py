@@ -22,8 +22,8 @@ class Family:
 
     `switches`: fields of the backbone beyond what config.json says; `defaults`: of fields that the file lacks;
     `windowed`: its sliding window is read, `gated` if `use_sliding_window` has to say so; `biased`: `attention_bias` is
-    read, for q, k, v and o; `reads`: fields that it alone reads; `more(config, number, where)`: fields of the backbone
-    that follow from those; `whole`: the backbone's own reader of a config, in place of Llama's.
+    read, for q, k, v and o; `reads`: fields that it alone reads; `derived(config, number, where)`: fields of the
+    backbone that follow from those; `whole`: the backbone's own reader of a config, in place of Llama's.
     """
 
     switches: dict = dataclasses.field(default_factory=dict)
@@ -32,7 +32,7 @@ class Family:
     gated: bool = True
     biased: bool = False
     reads: tuple[str, ...] = ()
-    more: Callable[..., dict[str, Any]] = lambda config, number, where: {}
+    derived: Callable[..., dict[str, Any]] = lambda config, number, where: {}
     backbone: type = Llama
     whole: Callable[..., Any] | None = None
 
@@ -63,14 +63,14 @@ FAMILIES = {
     "qwen3": Family(dict(qk_norm=True), _QWEN | dict(head_dim=128), windowed=True, biased=True),
     "smollm3": Family(
         defaults=dict(max_position_embeddings=32768, num_key_value_heads=4, rope_theta=2e6, tie_word_embeddings=True),
-        windowed=True, biased=True, reads=("no_rope_layers", "no_rope_layer_interval"), more=_unrotated,
+        windowed=True, biased=True, reads=("no_rope_layers", "no_rope_layer_interval"), derived=_unrotated,
     ),
     "mixtral": Family(
         defaults=dict(
             max_position_embeddings=131072, num_key_value_heads=8, num_local_experts=8, num_experts_per_tok=2,
             rms_norm_eps=1e-5, rope_theta=1e6,
         ),
-        windowed=True, gated=False, reads=(*_MOE, "router_jitter_noise"), more=moe.fields, backbone=Moe,
+        windowed=True, gated=False, reads=(*_MOE, "router_jitter_noise"), derived=moe.fields, backbone=Moe,
     ),
     "olmoe": Family(
         dict(qk_norm_all=True),
@@ -78,7 +78,7 @@ FAMILIES = {
             max_position_embeddings=4096, num_key_value_heads=16, num_experts=64, num_experts_per_tok=8,
             rms_norm_eps=1e-5,
         ),
-        reads=_MOE, more=moe.fields, backbone=Moe,
+        reads=_MOE, derived=moe.fields, backbone=Moe,
     ),
     "qwen2_moe": Family(
         defaults=dict(
@@ -86,7 +86,7 @@ FAMILIES = {
             num_experts=60, num_experts_per_tok=4, moe_intermediate_size=1408, shared_expert_intermediate_size=5632,
             qkv_bias=True,
         ),
-        windowed=True, reads=(*_MOE, "shared_expert_intermediate_size", "qkv_bias"), more=moe.fields, backbone=Moe,
+        windowed=True, reads=(*_MOE, "shared_expert_intermediate_size", "qkv_bias"), derived=moe.fields, backbone=Moe,
     ),
     "qwen3_moe": Family(
         dict(qk_norm=True),
@@ -94,7 +94,7 @@ FAMILIES = {
             max_position_embeddings=32768, num_key_value_heads=4, sliding_window=4096, max_window_layers=28,
             num_local_experts=128, num_experts_per_tok=8, moe_intermediate_size=768,
         ),
-        windowed=True, biased=True, reads=_MOE, more=moe.fields, backbone=Moe,
+        windowed=True, biased=True, reads=_MOE, derived=moe.fields, backbone=Moe,
     ),
     "bert": Family(
         reads=(

@@ -74,7 +74,7 @@ def from_hf(config: dict, *, where: str, note=lambda text: None) -> Backbone:
         rope_scaling=scaling,
         window=window if reached else None,
         sliding=sliding if reached else (),
-        **_biases(config, family, where) | family.more(config, number, where),
+        **_biases(config, family, where) | family.derived(config, number, where),
     )
 
 
@@ -118,9 +118,11 @@ def _biases(config, family, where) -> dict:
 def _window(config, family, number, where) -> tuple[int, tuple[int, ...]]:
     """The sliding window and the layers that slide, none where no layer does."""
     layers, kinds = number("num_hidden_layers"), config.get("layer_types")
-    known = ("full_attention", "sliding_attention")
-    if kinds is not None and (not isinstance(kinds, list) or any(kind not in known for kind in kinds)):
-        raise InputError(f"{where}: layer_types", got=hf_fields.shown(kinds), expected=f"a list of {', '.join(known)}")
+    kinds_read = ("full_attention", "sliding_attention")
+    if kinds is not None and (not isinstance(kinds, list) or any(kind not in kinds_read for kind in kinds)):
+        raise InputError(
+            f"{where}: layer_types", got=hf_fields.shown(kinds), expected=f"a list of {', '.join(kinds_read)}"
+        )
     if not family.windowed:  # transformers does not read it
         return 0, ()
     gated = family.gated
@@ -151,24 +153,25 @@ def to_hf(backbone: Backbone) -> dict:
     Raises:
       ValueError: a backbone with what this does not write (a scaled rotation, windows).
     """
-    one = backbone
     out = {
-        "model_type": one.family, "num_hidden_layers": one.layers, "hidden_size": one.width, "hidden_act": "silu",
-        "intermediate_size": one.ffn_width, "num_attention_heads": one.heads, "vocab_size": one.vocab,
-        "max_position_embeddings": one.context,
+        "model_type": backbone.family, "num_hidden_layers": backbone.layers, "hidden_size": backbone.width,
+        "hidden_act": "silu", "intermediate_size": backbone.ffn_width, "num_attention_heads": backbone.heads,
+        "vocab_size": backbone.vocab, "max_position_embeddings": backbone.context,
     }  # fmt: skip
-    if one.family == "bert":
-        more = {"type_vocab_size": one.token_types, "layer_norm_eps": one.norm_eps, "hidden_act": one.activation}
-        out |= more | {"architectures": ["BertModel"]}
+    if backbone.family == "bert":
+        out |= {
+            "type_vocab_size": backbone.token_types, "layer_norm_eps": backbone.norm_eps,
+            "hidden_act": backbone.activation, "architectures": ["BertModel"],
+        }  # fmt: skip
     else:
         out |= {
-            "num_key_value_heads": one.kv_heads, "head_dim": one.head_dim, "rms_norm_eps": one.norm_eps,
-            "rope_theta": one.rope_base, "tie_word_embeddings": one.tied,
+            "num_key_value_heads": backbone.kv_heads, "head_dim": backbone.head_dim, "rms_norm_eps": backbone.norm_eps,
+            "rope_theta": backbone.rope_base, "tie_word_embeddings": backbone.tied,
         }  # fmt: skip
-    if one.family == "mixtral":
-        out |= {"num_local_experts": one.experts, "num_experts_per_tok": one.active, "sliding_window": None}
-        out["intermediate_size"] = one.expert_width
-    named = {"llama": "Llama", "qwen3": "Qwen3", "mixtral": "Mixtral"}.get(one.family)
+    if backbone.family == "mixtral":
+        out |= {"num_local_experts": backbone.experts, "num_experts_per_tok": backbone.active, "sliding_window": None}
+        out["intermediate_size"] = backbone.expert_width
+    named = {"llama": "Llama", "qwen3": "Qwen3", "mixtral": "Mixtral"}.get(backbone.family)
     out |= {"architectures": [f"{named}ForCausalLM"]} if named else {}
     if from_hf(out, where="config.json") != backbone:
         raise ValueError(f"no config.json is written for {backbone}")

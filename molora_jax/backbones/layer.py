@@ -61,7 +61,7 @@ class Layer:
             if ctx.route == "task":
                 decision, carry, sums = routing_math.by_task(ctx, ctx.site.experts), ctx.carry, {}
             else:
-                x = ctx.signal[rule.name] if rule.router.SIGNAL else x
+                x = ctx.base_features[rule.name] if rule.router.INPUT else x
                 leaves = self.adapters[rule.name].get("router", {}).get(own, {})  # a router may have none of its own
                 where, shared = f"method.rules.{rule.name}.router", self.shared.get(rule.name, {})
                 decision, carry, sums = decide(rule.router, leaves, shared, x, ctx, where)
@@ -73,7 +73,7 @@ class Layer:
     def record(self, rule, scope, decision, sums, ctx):
         self.decisions[rule.name, scope] = decision
         self.stats.setdefault(rule.name, {})[scope] = {
-            "load": routing_math.sums(decision),
+            "expert_load": routing_math.sums(decision),
             "losses": {name: loss.stats(decision, ctx) for name, loss in self.losses},
             "router": sums,
         }
@@ -81,7 +81,7 @@ class Layer:
         if sums and rule.leaves_of(scope) != scope:  # a router that is asked again: its state sees all that it decided
             owner["router"] = jax.tree.map(jnp.add, owner["router"], sums)
         if self._counted(rule, decision.gates.shape[-1]):
-            self.stats[rule.name][scope]["load"] |= {"sent": jnp.float32(0), "dropped": jnp.float32(0)}
+            self.stats[rule.name][scope]["expert_load"] |= {"sent": jnp.float32(0), "dropped": jnp.float32(0)}
         if self.collect:
             self.routings.setdefault(rule.name, {})[scope] = decision.gates
 
@@ -100,11 +100,11 @@ class Layer:
         return bool(on.capacity) and on.moves_tokens and on.split(experts, rule.router is not None)
 
     def _count(self, acting, site: str, counts) -> None:
-        for (rule, experts), one in zip(acting, counts, strict=True):
-            if one is not None and self._counted(rule, experts):
+        for (rule, experts), count in zip(acting, counts, strict=True):
+            if count is not None and self._counted(rule, experts):
                 scope = rule.share if rule.share in rules_lib.SCOPES else site
-                load, total = self.stats[rule.name][scope]["load"], jax.lax.stop_gradient(one).sum(axis=0)
-                load["sent"], load["dropped"] = load["sent"] + total[0], load["dropped"] + total[1]
+                sums, total = self.stats[rule.name][scope]["expert_load"], jax.lax.stop_gradient(count).sum(axis=0)
+                sums["sent"], sums["dropped"] = sums["sent"] + total[0], sums["dropped"] + total[1]
 
     def project(self, site: str, W: Array, bias: Array | None, x: Array, rest: Array | None = None) -> Array:
         """A projection with every rule's change of it, plus `rest` (see `engines.project`).
@@ -164,8 +164,8 @@ class Layer:
         decision, `kernels` frozen by site: a `tiles.InStack` of `[L, E, D_in, D_out]`."""
         self.enter("ffn", x)
         flat, E, change = x.reshape(-1, x.shape[-1]), kernels["gate"].shape[0], {}
-        if not self.engine.alone:  # shares of a mesh are a layer's
-            kernels = {site: one.stack[one.layer] for site, one in kernels.items()}
+        if not self.engine.alone:  # shards of a mesh are a layer's
+            kernels = {site: of_all.stack[of_all.layer] for site, of_all in kernels.items()}
         for rule, _ in self._acting("experts"):  # one at most (`compile_model`)
             context = functools.partial(self._context, rule)
             change = dict(rule=rule, leaves=self.adapters[rule.name], shared=self.shared.get(rule.name, {}))
@@ -196,13 +196,13 @@ class Layer:
 
     def _beside(self, rule, experts, x):
         """What a rule adds to the block's output; each of its scopes' decisions is recorded as its own."""
-        place = placements.of(rule)
+        placement = placements.of(rule)
 
         def decide(t, z):
             if rule.router is None:
                 return None
             scope = rule.scopes[t]
-            first = self.decisions.get((rule.name, place.decided_by(scope)))
+            first = self.decisions.get((rule.name, placement.decided_by(scope)))
             if first is None:
                 return self._route(rule, experts, scope, z, iteration=t)
             self.record(rule, scope, first, {}, self._context(rule, scope))
@@ -215,4 +215,4 @@ class Layer:
             return y
 
         shared, ctx = self.shared.get(rule.name, {}), self._context(rule, "ffn")
-        return place.beside(rule, self.adapters[rule.name], shared, ctx, x, decide, meet)
+        return placement.beside(rule, self.adapters[rule.name], shared, ctx, x, decide, meet)

@@ -28,7 +28,7 @@ def init_adapters(config, rules, segments, key, params: dict, base_grad: dict | 
             for name in rule.projections:
                 site = rules_lib.site(config, name, segment, rule)
                 own[name] = _init_layers(rule.adapter, rule_key, site, config, params, base_grad)
-                own[name] = own[name] if rule.place is None else rule.place.kept(name, own[name])
+                own[name] = own[name] if rule.placement is None else rule.placement.kept(name, own[name])
             if rule.base_router == "trained":
                 own.setdefault("router", {})["base"] = {"W": _base_router(config, segment, params)}
             for scope in rule.router_scopes:
@@ -41,8 +41,8 @@ def init_adapters(config, rules, segments, key, params: dict, base_grad: dict | 
         if routers:
             shared |= rule.router.init_shared(jax.random.fold_in(rule_key, 1001), tuple(routers))
         if rule.share == "model":  # one router, whatever the layers
-            one = dataclasses.replace(routers[0], layers=routers[0].layers[:1])
-            shared["router"] = {"model": _init_layers(rule.router, rule_key, one)}
+            of_model = dataclasses.replace(routers[0], layers=routers[0].layers[:1])
+            shared["router"] = {"model": _init_layers(rule.router, rule_key, of_model)}
         if shared:
             out["shared"] = shared
         tree[rule.name] = _without_empty(out)
@@ -69,7 +69,7 @@ def _init_layers(member, key, site, config=None, params=None, base_grad=None):
     stack = None if params is None else config.stack_of(site.layers[0])
     kernel = None if params is None else params[stack.name].get(site.name)
 
-    def one(layer):
+    def of_layer(layer):
         layer_key = jax.random.fold_in(key, layer)
         if params is None:
             return member.init_leaves(layer_key, site, layer)
@@ -78,7 +78,7 @@ def _init_layers(member, key, site, config=None, params=None, base_grad=None):
         grad = None if kernel is None or base_grad is None else pick(base_grad[site.name])
         return member.init_leaves(layer_key, site, layer, base=base, base_grad=grad)
 
-    return jax.lax.map(one, jnp.array(site.layers))
+    return jax.lax.map(of_layer, jnp.array(site.layers))
 
 
 def init_router_state(config, rules, segments) -> dict:
@@ -86,14 +86,14 @@ def init_router_state(config, rules, segments) -> dict:
     for rule in rules:
         whole = rule.share == "model"
         for segment in segments:
-            place, layers = ("shared", 1) if whole else (segment.name, len(segment.layers))
-            if not rule.experts[segment.start] or place in tree.get(rule.name, {}):
+            owner, layers = ("shared", 1) if whole else (segment.name, len(segment.layers))
+            if not rule.experts[segment.start] or owner in tree.get(rule.name, {}):
                 continue
             for scope in rule.router_scopes:
                 state = rule.router.init_state(rules_lib.router_site(config, scope, segment, rule))
                 if state:
                     state = jax.tree.map(lambda x, n=layers: jnp.broadcast_to(x, (n, *x.shape)) + 0, state)
-                    scopes = tree.setdefault(rule.name, {}).setdefault(place, {}).setdefault("router", {})
+                    scopes = tree.setdefault(rule.name, {}).setdefault(owner, {}).setdefault("router", {})
                     scopes[scope] = state
     return tree
 

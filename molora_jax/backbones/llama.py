@@ -126,8 +126,8 @@ class Llama(Backbone):
 
     def block(self, p, x, at, adapt, cache):
         with jax.named_scope("attention"):
-            more, cache = self._attention(p, rms_norm(x, p["attn_norm"], self.norm_eps), at, adapt, cache)
-            x = x + more
+            change, cache = self._attention(p, rms_norm(x, p["attn_norm"], self.norm_eps), at, adapt, cache)
+            x = x + change
         with jax.named_scope("ffn"):
             x = x + self._feed_forward(p, rms_norm(x, p["ffn_norm"], self.norm_eps), at, adapt)
         return x, cache

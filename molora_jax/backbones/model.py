@@ -57,15 +57,15 @@ class Model:
         return leaves.frozen_patterns(self.rules)
 
     def init_cache(self, rows: int, slots: int, dtype) -> dict:
-        """Empty keys and values, of this model and of the base pass of a signal."""
+        """Empty keys and values, of this model and of the base's own pass."""
         needs_head(self.config, "generation", "base.source")
-        names = ("own", "base") if self._signalled else ("own",)
+        names = ("own", "base") if self._reading_base else ("own",)
         return {name: self.config.init_cache(rows, slots, dtype) for name in names}
 
     @property
-    def _signalled(self) -> tuple[rules_lib.Rule, ...]:
+    def _reading_base(self) -> tuple[rules_lib.Rule, ...]:
         """Rules whose routers read the frozen base's hidden state."""
-        return tuple(rule for rule in self.rules if rule.router is not None and rule.router.SIGNAL and not self.route)
+        return tuple(rule for rule in self.rules if rule.router is not None and rule.router.INPUT and not self.route)
 
     def hidden(
         self,
@@ -90,7 +90,7 @@ class Model:
             all `[B, S]` int32; optional `allowed [E] | [B, E]`.
           train: dropout and noise on (needs `key`), layers inside `jax.checkpoint`.
           mask: `[B, 1, S, S_k]` attention mask; by default the backbone's own, block-diagonal over `segment_ids`.
-          cache: `(buffers, write)`: those of `init_cache`, and what puts new keys or values in, see `stack.Run`.
+          cache: `(buffers, write)`: those of `init_cache`, and what puts new keys or values in (see `StackRunner`).
           collect: also return the gates.
 
         Returns:
@@ -123,23 +123,25 @@ class Model:
         }
         mask = self.config.mask(segment_ids) if mask is None else mask
         buffers, write = ({}, None) if cache is None else cache
-        signal, base_kv = self._signal(params, adapters, batch, ctx, mask, buffers.get("base"), write, constrain)
-        ctx = ctx.replace(signal=signal)
-        run = stack.Run(
+        features, base_kv = self._base_features(
+            params, adapters, batch, ctx, mask, buffers.get("base"), write, constrain
+        )
+        ctx = ctx.replace(base_features=features)
+        runner = stack.StackRunner(
             self, adapters, state, ctx, mask=mask, carry=carry, cache=(*buffers["own"], write) if buffers else None,
             route=lambda x: self._route_model(adapters, state, x, ctx, collect), collect=collect, constrain=constrain,
         )  # fmt: skip
-        x = self.config.forward(params, batch, run)
+        x = self.config.forward(params, batch, runner)
         if buffers:
-            buffers = {"own": run.cache[:2]} | ({} if base_kv is None else {"base": base_kv})
-        return x, run.stats, buffers or None, run.gates
+            buffers = {"own": runner.cache[:2]} | ({} if base_kv is None else {"base": base_kv})
+        return x, runner.stats, buffers or None, runner.gates
 
-    def _signal(self, params, adapters, batch, ctx, mask, kv, write, constrain):
-        """What routers with a SIGNAL read, by rule, and the base pass's own keys and values.
+    def _base_features(self, params, adapters, batch, ctx, mask, kv, write, constrain):
+        """What routers with an INPUT of the model read, by rule, and the base pass's own keys and values.
 
         One pass of the frozen base, without rules: no expert is computed and nothing is differentiated.
         """
-        if not self._signalled:
+        if not self._reading_base:
             return {}, kv
         cache = None if kv is None else ({"own": kv}, write)
         with jax.named_scope("base_hidden"):
@@ -147,11 +149,11 @@ class Model:
                 params, {}, {}, batch, mask=mask, cache=cache, constrain=constrain
             )
             h = jax.lax.stop_gradient(h)
-        signal = {}
-        for rule in self._signalled:
+        features = {}
+        for rule in self._reading_base:
             own = ctx.replace(key=None if ctx.key is None else jax.random.fold_in(ctx.key, rule.tag))
-            signal[rule.name] = rule.router.signal(adapters[rule.name].get("shared", {}), h, own)
-        return signal, None if buffers is None else buffers["own"]
+            features[rule.name] = rule.router.base_features(adapters[rule.name].get("shared", {}), h, own)
+        return features, None if buffers is None else buffers["own"]
 
     def _route_model(self, adapters, state, x, ctx, collect):
         """Rules with `share="model"`: one decision for all layers, on the embeddings. Sums lead with one "layer"."""
@@ -160,14 +162,14 @@ class Model:
             if rule.share != "model":
                 continue
             E, pick = max(rule.experts), lambda w: w[0]
-            where = next(s for s in self.segments if s.counts[r])
+            segment = next(s for s in self.segments if s.counts[r])
             shared = adapters[rule.name].get("shared", {})
             own = {"router": jax.tree.map(pick, shared.get("router", {}))}
             own_state = jax.tree.map(pick, state.get(rule.name, {}).get("shared", {}))
             trees = ({rule.name: own}, {rule.name: shared}, {rule.name: own_state})
             carry = {rule.name: rule.router.init_carry(*x.shape[:2])}
             layer = Layer(
-                self.config, where, [(rule, E)], self.losses, trees, carry, ctx.replace(layer=0), {}, collect,
+                self.config, segment, [(rule, E)], self.losses, trees, carry, ctx.replace(layer=0), {}, collect,
                 self.engine,
             )  # fmt: skip
             layer.enter("model", x)

@@ -107,9 +107,9 @@ class Moe(Llama):
         if self.shared_width:
             with jax.named_scope("shared_expert"):
                 g, u = (frozen_linear(p["shared"][site]["kernel"], h) for site in ("gate", "up"))
-                more = frozen_linear(p["shared"]["down"]["kernel"], ACTIVATIONS[self.activation](g) * u)
+                shared = frozen_linear(p["shared"]["down"]["kernel"], ACTIVATIONS[self.activation](g) * u)
                 open_ = jax.nn.sigmoid(frozen_linear(p["shared_gate"]["kernel"], h).astype(jnp.float32))
-                out = out + (open_ * more.astype(jnp.float32)).astype(out.dtype)
+                out = out + (open_ * shared.astype(jnp.float32)).astype(out.dtype)
         return out
 
     def route(self, W, x, valid) -> Routing:

@@ -1,6 +1,6 @@
 """Rotary frequencies: the kinds of scaling, and how a Hugging Face config says them.
 
-    angle(p, i) = p * base^(-i / half) * m_i        i = 0 .. half - 1, half = H_d / 2
+    angle(p, i) = p * theta^(-i / half) * m_i        i = 0 .. half - 1, half = H_d / 2
     cos, sin are multiplied by a (only yarn has a != 1), so scores by a^2
 
     linear   m_i = 1 / factor
@@ -31,7 +31,7 @@ _KEYS = {  # what each kind reads; another key that is set is refused
         "mscale_all_dim", "truncate",
     ),
 }  # fmt: skip
-_NOTES = ("rope_type", "type", "rope_theta", "finetuned")  # say nothing about the frequencies beyond kind and base
+_NOTES = ("rope_type", "type", "rope_theta", "finetuned")  # say nothing about the frequencies beyond kind and theta
 _NEUTRAL = {"partial_rotary_factor": (1,), "attn_factor": (1,), "extrapolation_factor": (1,)}
 
 
@@ -47,16 +47,16 @@ class RopeScaling:
     attention: float = 1.0
     truncate: bool = True
 
-    def multipliers(self, base: float, head_dim: int):
+    def multipliers(self, theta: float, head_dim: int):
         """`m [H_d / 2]`, float64."""
         half = head_dim // 2
         if self.kind == "linear":
             return np.full(half, 1 / self.factor)
         if self.kind == "llama3":
-            turns = self.context * base ** (-np.arange(half) / half) / (2 * math.pi)
+            turns = self.context * theta ** (-np.arange(half) / half) / (2 * math.pi)
             keep = np.clip((turns - self.low) / (self.high - self.low), 0.0, 1.0)
         else:
-            first, last = (self._pair(turns, base, head_dim) for turns in (self.high, self.low))
+            first, last = (self._pair(turns, theta, head_dim) for turns in (self.high, self.low))
             if self.truncate:
                 first, last = math.floor(first), math.ceil(last)
             first, last = max(first, 0), min(last, head_dim - 1)
@@ -64,9 +64,9 @@ class RopeScaling:
             keep = 1 - np.clip((np.arange(half) - first) / (last - first), 0.0, 1.0)
         return keep + (1 - keep) / self.factor
 
-    def _pair(self, turns, base, head_dim):
+    def _pair(self, turns, theta, head_dim):
         """The pair (a real number) that turns so many times in the original context."""
-        return head_dim * math.log(self.context / (turns * 2 * math.pi)) / (2 * math.log(base))
+        return head_dim * math.log(self.context / (turns * 2 * math.pi)) / (2 * math.log(theta))
 
 
 def read(config: dict, *, where: str, number) -> tuple[float, RopeScaling | None]:
@@ -96,23 +96,23 @@ def read(config: dict, *, where: str, number) -> tuple[float, RopeScaling | None
     def option(key, default=None):
         return number(key, default, kind=float, source=options, where=f"{where}: {at}.{key}")
 
-    base = option("rope_theta", number("rope_theta", 10000.0, kind=float))
-    if base <= 1:
-        raise InputError(f"{where}: rope_theta", got=str(base), expected="a number above 1")
+    theta = option("rope_theta", number("rope_theta", 10000.0, kind=float))
+    if theta <= 1:
+        raise InputError(f"{where}: rope_theta", got=str(theta), expected="a number above 1")
     if kind in ("default", "dynamic"):
-        return base, None
+        return theta, None
     context = number("max_position_embeddings")
     original = option("original_max_position_embeddings", float(context))
     if kind in ("llama3", "yarn"):  # outside wins here, as in transformers
         original = number("original_max_position_embeddings", original, kind=float)
     factor = option("factor", context / original if kind == "yarn" and original != context else None)
     if kind == "linear":
-        return base, None if factor == 1 else RopeScaling("linear", factor)
+        return theta, None if factor == 1 else RopeScaling("linear", factor)
     if kind == "llama3":
         low, high = option("low_freq_factor"), option("high_freq_factor")
         if low >= high:
             raise InputError(f"{where}: {at}.high_freq_factor", got=str(high), expected=f"more than {low}")
-        return base, RopeScaling("llama3", factor, low, high, original)
+        return theta, RopeScaling("llama3", factor, low, high, original)
     low, high = option("beta_slow", 1.0), option("beta_fast", 32.0)
     if low > high:
         raise InputError(f"{where}: {at}.beta_fast", got=str(high), expected=f"at least beta_slow, {low}")
@@ -120,7 +120,7 @@ def read(config: dict, *, where: str, number) -> tuple[float, RopeScaling | None
     if truncate not in (None, True, False):
         raise InputError(f"{where}: {at}.truncate", got=shown(truncate), expected="true or false")
     attention = option("attention_factor", _attention(factor, option("mscale", 0.0), option("mscale_all_dim", 0.0)))
-    return base, RopeScaling("yarn", factor, low, high, original, attention, truncate is not False)
+    return theta, RopeScaling("yarn", factor, low, high, original, attention, truncate is not False)
 
 
 def _attention(factor, mscale, all_dim):

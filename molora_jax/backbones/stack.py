@@ -33,8 +33,8 @@ REMAT = {
 }
 
 
-class Run:
-    """What `Backbone.forward` calls with each of its stacks: `run(stack, params, x) -> x`.
+class StackRunner:
+    """What `Backbone.forward` calls with each of its stacks: `runner(stack, params, x) -> x`.
 
     `adapters[rule][segment]`, `state` likewise. `carry` by rule goes through the layers; `cache` is `(k, v, write)`,
     `k, v [L, B, S_k, H_kv, H_d]` and `write(buffer [B, ...], new [B, S, ...])`, None without one; `route(x)` gives the

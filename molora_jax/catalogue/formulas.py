@@ -48,8 +48,8 @@ def ffn_experts(decoder: Backbone) -> int:
 
 def mola(decoder: Backbone) -> int:
     """`sum_l E_l (8 p(all) + d(all))`, E_l = 2, 4, 6, 8 by depth"""
-    one = low_rank(decoder, decoder.sites, 8) + inward(decoder, decoder.sites)
-    return one * sum(resolve_experts("2|4|6|8", decoder.layers))
+    expert = low_rank(decoder, decoder.sites, 8) + inward(decoder, decoder.sites)
+    return expert * sum(resolve_experts("2|4|6|8", decoder.layers))
 
 
 def mos(decoder: Backbone) -> int:

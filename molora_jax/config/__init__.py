@@ -52,8 +52,8 @@ def check_model(config, num_layers, dims=None, absent=None):
         needs = states("placements", placement_of(rule, sites), "NEEDS")
         missing = [site for site in sites if site in absent and "placement" not in rule]
         for need in (need for need in needs if need in absent):
-            place = rule["placement"]["name"]
-            problems.append(wrong(f"{where}.placement.name", repr(place), f"a base with {need}", absent[need]))
+            placement = rule["placement"]["name"]
+            problems.append(wrong(f"{where}.placement.name", repr(placement), f"a base with {need}", absent[need]))
         if missing:
             have = f"sites of this base, which has no {', '.join(missing)}"
             problems.append(wrong(f"{where}.sites", repr(rule["sites"]), have, absent[missing[0]]))

@@ -9,7 +9,7 @@ from molora_jax.config import fields as tables
 from molora_jax.config import objectives
 from molora_jax.config.data_checks import base_problems, data_problems, may_name_more, task_list, tasks_of
 from molora_jax.config.fields import MICRO_SHARDS, did_you_mean, one_of, wrong
-from molora_jax.config.members import attribute, known, loss_of, member_problem, members, options
+from molora_jax.config.members import attribute, is_member, loss_of, member_problem, members, options
 from molora_jax.config.regimes import regime_problems
 from molora_jax.config.resolve import at_fault, split_commas
 from molora_jax.config.rule_checks import rule_problems
@@ -50,7 +50,7 @@ def _losses(config):
         where = f"losses.{name}"
         yield from member_problems(where, loss, "losses", name=name)
         member = loss_of(name, loss)
-        if not isinstance(loss, dict) or not isinstance(member, str) or not known("losses", member):
+        if not isinstance(loss, dict) or not isinstance(member, str) or not is_member("losses", member):
             continue
         if attribute("losses", member, "ROUTING") is not False and not routed:
             yield wrong(where, "a loss on routing", "a rule with a router", "Remove the loss or add a router.")
@@ -179,7 +179,7 @@ def _schedule(config, *, valid):
         where = f"schedule.{name}"
         if not STAGE_NAME.fullmatch(str(name)):
             yield wrong(where, shown(name), "a stage named s00, s01, ...", "Stages run in the order of their names.")
-        yield from group_problems(where, stage, {**tables.STAGE, "set": {}}, more=("objective",))
+        yield from group_problems(where, stage, {**tables.STAGE, "set": {}}, elsewhere=("objective",))
         if stage.get("objective"):
             yield from member_problems(f"{where}.objective", stage["objective"], "objectives")
         elif "objective" in stage and not isinstance(stage["objective"], dict):

@@ -2,7 +2,7 @@
 
 import re
 
-from molora_jax.config import fields as known
+from molora_jax.config import fields as tables
 from molora_jax.config.fields import did_you_mean, one_of, wrong
 from molora_jax.config.resolve import resolve_fields, resolve_template_args, split_commas
 from molora_jax.config.values import path_of, shown, there
@@ -23,7 +23,7 @@ def base_problems(config):
     if form not in SOURCES or not name:
         yield wrong(where, shown(source), one_of(SOURCES.values()), did_you_mean(form, SOURCES) if colon else "")
     elif form in ("pkg", "random"):
-        names = known.BASE_PACKAGES if form == "pkg" else known.BASE_RANDOM
+        names = tables.BASE_PACKAGES if form == "pkg" else tables.BASE_RANDOM
         drawn = DRAW.fullmatch(name) if form == "random" else None
         name = drawn[1] if drawn else name
         if name not in names:
@@ -43,9 +43,9 @@ def data_problems(config):
     for name in names:
         if name.startswith("jsonl:"):
             yield from _file("data.tasks", name, r" (a comma in its path is written \,)")
-        elif name not in known.TASKS:
-            expected = f"jsonl:PATH or {one_of(known.TASKS)}"
-            yield wrong("data.tasks", shown(name), expected, did_you_mean(name, known.TASKS))
+        elif name not in tables.TASKS:
+            expected = f"jsonl:PATH or {one_of(tables.TASKS)}"
+            yield wrong("data.tasks", shown(name), expected, did_you_mean(name, tables.TASKS))
     if not names or len(names) != len(set(names)):
         yield wrong("data.tasks", shown(data.get("tasks")), "every task once, at least one (task names or jsonl:PATH)")
     valid = data.get("valid", "")
@@ -83,9 +83,11 @@ def may_name_more(tasks):
     return any(task.startswith("jsonl:") for task in tasks)
 
 
-def _file(where, entry, more=""):
+def _file(where, entry, beside=""):
     if not there(path_of(entry[6:]).is_file):
-        yield wrong(where, f"{entry[:200]!r} (no such file, or a folder)", f"an existing jsonl file{more}", "Check it.")
+        yield wrong(
+            where, f"{entry[:200]!r} (no such file, or a folder)", f"an existing jsonl file{beside}", "Check it."
+        )
 
 
 def _resolved(data, name, resolve):

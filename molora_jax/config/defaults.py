@@ -9,7 +9,7 @@ import inspect
 
 from molora_jax.config import shipped
 from molora_jax.config.fields import FIELDS, REQUIRED, WHOLE
-from molora_jax.config.members import known, loss_of, options
+from molora_jax.config.members import is_member, loss_of, options
 
 COMMON = shipped.folder("configs") / "common.py"
 MISSING = object()
@@ -108,5 +108,5 @@ def default_at(tree: dict, path: str):
 
 
 def _option(axis, name, option):
-    field = options(axis, name).get(option) if known(axis, name) else None
+    field = options(axis, name).get(option) if is_member(axis, name) else None
     return MISSING if field is None or field.default in (REQUIRED, None) else field.default

@@ -145,16 +145,16 @@ STAGE = {"steps": at_least(0), "tasks": TEXT, "freeze": TEXT, "route": choice(""
 WHOLE = dict(steps=0, tasks="", freeze="", set={}, route="", objective={})  # the one stage of a plain run
 
 
-def nearest(name, known):
-    """The known name most like `name`, or ""."""
+def nearest(name, names):
+    """The one of `names` most like `name`, or ""."""
     if not isinstance(name, str) or len(name) > 200:
         return ""
     cutoff = 0.6 if len(name) <= 4 else 0.5  # of few letters half are soon the same: "max" and "mean"
-    return next(iter(difflib.get_close_matches(name, [str(k) for k in known], n=1, cutoff=cutoff)), "")
+    return next(iter(difflib.get_close_matches(name, [str(k) for k in names], n=1, cutoff=cutoff)), "")
 
 
-def did_you_mean(name, known):
-    guess = nearest(name, known)
+def did_you_mean(name, names):
+    guess = nearest(name, names)
     return f"Did you mean {guess!r}?" if guess else ""
 
 

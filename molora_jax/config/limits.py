@@ -11,7 +11,7 @@ states the attribute `value` as true, or has `value` among its NEEDS. A conditio
 """
 
 from molora_jax.config.fields import wrong
-from molora_jax.config.members import attribute, known, members, options
+from molora_jax.config.members import attribute, is_member, members, options
 
 AXES = dict(adapter="adapters", router="routers", placement="placements")
 TESTS = {
@@ -38,7 +38,7 @@ def named(placement: str) -> bool:
 
 def states(axis: str, name: str, wanted: str):
     """A literal of a member's file, () where it has none."""
-    found = attribute(axis, name, wanted) if known(axis, name) else None
+    found = attribute(axis, name, wanted) if is_member(axis, name) else None
     return () if found is None else found
 
 

@@ -31,7 +31,7 @@ def members(axis):
     return tuple(sorted(_listed(axis) or _files(axis)))
 
 
-def known(axis, name) -> bool:
+def is_member(axis, name) -> bool:
     """Whether there is such a member, in the tree or outside."""
     if outside.is_path(name):
         try:
@@ -122,14 +122,14 @@ def attribute(axis, name, wanted):
     Of a file without such a class (an init is a function) the value at its top level.
     """
     if outside.is_path(name):
-        return outside.attribute(outside.load(axis, name, axis), wanted) if known(axis, name) else None
+        return outside.attribute(outside.load(axis, name, axis), wanted) if is_member(axis, name) else None
     return _attribute(axis, name, wanted)
 
 
 def stated_with(axis, name, wanted, method):
     """The same where it is stated beside `method` or below: who writes the method anew states it anew."""
     if outside.is_path(name):
-        return outside.stated_with(outside.load(axis, name, axis), wanted, method) if known(axis, name) else None
+        return outside.stated_with(outside.load(axis, name, axis), wanted, method) if is_member(axis, name) else None
     found = None
     for body in _bodies(axis, name) if name in members(axis) else ():
         found = None if any(isinstance(n, ast.FunctionDef) and n.name == method for n in body) else found
@@ -205,7 +205,7 @@ def _lineage(axis, name):
     lineage = [(path, public[-1])]
     while True:
         path, node = lineage[0]
-        wanted = {ast.unparse(base).rpartition(".")[2] for base in node.bases}
+        wanted = {ast.unparse(parent).rpartition(".")[2] for parent in node.bases}
         imports = [item for item in _module(path).body if isinstance(item, ast.ImportFrom)]
         stems = [
             item.module.rpartition(".")[2] for item in imports if item.module

@@ -1,7 +1,7 @@
 """Objectives and trained copies in a config: which members a run uses, the rows that they read, what excludes what."""
 
 from molora_jax.config.fields import did_you_mean, one_of, wrong
-from molora_jax.config.members import attribute, known
+from molora_jax.config.members import attribute, is_member
 
 PLAIN = {"name": "lm"}  # of a config without `objective`, as older versions wrote it
 COPIES = ("embed", "head", "norms", "all")
@@ -20,7 +20,7 @@ def used(config) -> dict[str, dict]:
 def _states(config, wanted) -> dict[str, object]:
     """A class attribute of every member used, where the config names one that exists."""
     names = {where: value.get("name") for where, value in used(config).items() if hasattr(value, "get")}
-    found = {w: n for w, n in names.items() if isinstance(n, str) and known("objectives", n)}
+    found = {w: n for w, n in names.items() if isinstance(n, str) and is_member("objectives", n)}
     return {where: attribute("objectives", name, wanted) for where, name in found.items()}
 
 

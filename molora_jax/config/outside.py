@@ -109,10 +109,10 @@ def _trusted(top, text, where):
         spec = importlib.util.find_spec(top)
     except (ImportError, ValueError):
         return  # its import says more
-    places = [] if spec is None else [spec.origin, *(spec.submodule_search_locations or ())]
-    for place in (pathlib.Path(p).resolve() for p in places if p and p not in ("built-in", "frozen")):
-        if any(place.is_relative_to(folder) for folder in NO_CODE):
-            got, expected = f"{text}, which lies inside a run's folder ({place})", "a package that you installed"
+    locations = [] if spec is None else [spec.origin, *(spec.submodule_search_locations or ())]
+    for location in (pathlib.Path(p).resolve() for p in locations if p and p not in ("built-in", "frozen")):
+        if any(location.is_relative_to(folder) for folder in NO_CODE):
+            got, expected = f"{text}, which lies inside a run's folder ({location})", "a package that you installed"
             raise wrong(where, got, expected, "Move it elsewhere, if you trust it.")
 
 
@@ -173,25 +173,25 @@ def _lacks(axis, found) -> tuple[str, str]:
     if axis == "engines":
         absent = [name for name in ENGINE if not hasattr(found, name)]
         return (f"which does not say {absent[0]}", "") if absent else ("", "")
-    base_name, methods = CONTRACTS[axis]
-    base = getattr(importlib.import_module(f"molora_jax.{axis}.base"), base_name)
-    if not (inspect.isclass(found) and issubclass(found, base)) or found is base:
-        other = axis_of(found) if inspect.isclass(found) and found is not base else ""
-        fix = f"It is one of the {other}." if other else f"Derive it from molora_jax.{axis}.base.{base_name}."
-        return f"which is no subclass of {base_name}", fix
+    class_name, methods = CONTRACTS[axis]
+    contract = getattr(importlib.import_module(f"molora_jax.{axis}.base"), class_name)
+    if not (inspect.isclass(found) and issubclass(found, contract)) or found is contract:
+        other = axis_of(found) if inspect.isclass(found) and found is not contract else ""
+        fix = f"It is one of the {other}." if other else f"Derive it from molora_jax.{axis}.base.{class_name}."
+        return f"which is no subclass of {class_name}", fix
     parameters = vars(found).get("__dataclass_params__")
     if parameters is None or not parameters.frozen:
         return "which is no frozen dataclass", "Write @dataclasses.dataclass(frozen=True) above the class."
     for method in methods:
-        if getattr(found, method) is getattr(base, method):
+        if getattr(found, method) is getattr(contract, method):
             return f"which has no method {method}", ""
-    for method, theirs in inspect.getmembers(base, inspect.isfunction):
+    for method, theirs in inspect.getmembers(contract, inspect.isfunction):
         own = inspect.getattr_static(found, method)
         if not method.startswith("_") and inspect.isfunction(own) and own is not theirs:
             asked = inspect.signature(theirs)
             if not _accepts(inspect.signature(own), asked):
                 return f"whose {method} cannot be called as {method}{asked}", f"Write {method}{asked}."
-    if axis == "placements" and found.part is base.part and found.beside is base.beside:
+    if axis == "placements" and found.part is contract.part and found.beside is contract.beside:
         return "which has no method part", ""
     if axis == "placements" and not (found.NAMED and found.NAME):
         return "which does not say NAME and NAMED", "Write NAME: ClassVar[str] and NAMED: ClassVar[bool] = True."

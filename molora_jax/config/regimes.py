@@ -2,7 +2,7 @@
 
 from molora_jax.config import fields as tables
 from molora_jax.config.fields import wrong
-from molora_jax.config.members import attribute, known, loss_of, members
+from molora_jax.config.members import attribute, is_member, loss_of, members
 from molora_jax.config.values import member_problems
 
 PLAIN = {"name": "stages"}  # of a config without `regime`, as older versions wrote it
@@ -17,7 +17,7 @@ def regime_problems(config):
     states = lambda wanted: attribute("regimes", value["name"], wanted)  # noqa: E731
     for name, loss in config["losses"].items():
         member = loss_of(name, loss)
-        penalty = known("losses", member) and attribute("losses", member, "PENALTY") is True
+        penalty = is_member("losses", member) and attribute("losses", member, "PENALTY") is True
         if penalty and not states("PENALTY"):
             able = [r for r in members("regimes") if attribute("regimes", r, "PENALTY")]
             expected = f"regime.name among {', '.join(able)} with a penalty on what earlier tasks left"

@@ -121,9 +121,9 @@ def resolve_mesh(mesh, num_devices, *, rows=None, unit=1):
 
 def at_fault(sizes, axes, total) -> str:
     """The names of the axes that do not divide `total`: each that alone does not, else all that are more than 1."""
-    more = [axis for axis in axes if sizes[axis] > 1]
-    alone = [axis for axis in more if total % sizes[axis]]
-    return " or ".join(f"mesh.{axis}" for axis in alone or more or axes[:1])
+    split = [axis for axis in axes if sizes[axis] > 1]
+    alone = [axis for axis in split if total % sizes[axis]]
+    return " or ".join(f"mesh.{axis}" for axis in alone or split or axes[:1])
 
 
 def scaled(counts, before, after):

@@ -2,7 +2,7 @@
 
 import re
 
-from molora_jax.config import fields as known
+from molora_jax.config import fields as tables
 from molora_jax.config import limits
 from molora_jax.config.fields import ATTENTION, FFN, wrong
 from molora_jax.config.members import attribute, member_problem, members, stated_with
@@ -15,7 +15,7 @@ NAME = re.compile(r"[a-z0-9_]+")
 
 def rule_problems(config):
     rules = config["method"].get("rules")
-    yield from group_problems("method", config["method"], {"rules": {}, "train_base": known.since(known.TEXT, "")})
+    yield from group_problems("method", config["method"], {"rules": {}, "train_base": tables.since(tables.TEXT, "")})
     for name, rule in rules.items() if isinstance(rules, dict) else ():
         where = f"method.rules.{name}"
         if not NAME.fullmatch(str(name)):
@@ -23,7 +23,7 @@ def rule_problems(config):
         if not isinstance(rule, dict):
             yield wrong(where, shown(rule), "a rule (see configs/common.py)")
             continue
-        found = list(group_problems(where, rule, known.RULE, more=("adapter", "router", "placement")))
+        found = list(group_problems(where, rule, tables.RULE, elsewhere=("adapter", "router", "placement")))
         found += member_problems(f"{where}.adapter", rule.get("adapter"), "adapters")
         if "router" in rule:
             found += member_problems(f"{where}.router", rule["router"], "routers")
@@ -63,7 +63,7 @@ def _rule(where, rule, *, start):
             return
     yield from check_start(where, rule)
     if sites:
-        yield from _placed(where, rule, sites, start=start)
+        yield from _at_sites(where, rule, sites, start=start)
     if counts:
         yield from check_counts(where, rule, counts)
 
@@ -89,8 +89,8 @@ def check_counts(where, rule, counts):
     """What a rule asks of its expert counts."""
     if "router" not in rule:
         if set(counts) != {1}:
-            place = rule["placement"]["name"] if "placement" in rule else ""
-            base_routes = bool(limits.states("placements", place, "BASE_ROUTER"))
+            placement = rule["placement"]["name"] if "placement" in rule else ""
+            base_routes = bool(limits.states("placements", placement, "BASE_ROUTER"))
             why = '"1": the base says how many experts it has' if base_routes else '"1" without a router'
             fix = "Leave experts out." if base_routes else "Add a router, or say 1."
             yield wrong(f"{where}.experts", shown(rule["experts"]), why, fix)
@@ -104,25 +104,25 @@ def check_counts(where, rule, counts):
         yield wrong(f"{where}.router.share", got, "equal counts in all layers", "Change experts or share.")
 
 
-def _placed(where, rule, sites, *, start):
+def _at_sites(where, rule, sites, *, start):
     """What the rule's placement asks of its sites, and what any of its members says that it cannot serve."""
-    place = limits.placement_of(rule, sites)
-    served = limits.states("placements", place, "SITES")
+    placement = limits.placement_of(rule, sites)
+    served = limits.states("placements", placement, "SITES")
     if not set(sites) <= set(served):
         fix = "Write other sites as another rule."
-        yield wrong(f"{where}.sites", shown(rule["sites"]), f"sites of a {place}: {','.join(served)}", fix)
-    if rule.get("base_router", "frozen") != "frozen" and not attribute("placements", place, "BASE_ROUTER"):
+        yield wrong(f"{where}.sites", shown(rule["sites"]), f"sites of a {placement}: {','.join(served)}", fix)
+    if rule.get("base_router", "frozen") != "frozen" and not attribute("placements", placement, "BASE_ROUTER"):
         able = [name for name in members("placements") if attribute("placements", name, "BASE_ROUTER")]
         expected = f"'frozen', or placement=dict(name='{able[0]}')"
         yield wrong(f"{where}.base_router", shown(rule["base_router"]), expected)
-    if rule["load"] and not attribute("placements", place, "LOADS"):
+    if rule["load"] and not attribute("placements", placement, "LOADS"):
         able = [name for name in members("placements") if attribute("placements", name, "LOADS")]
-        yield wrong(f"{where}.load", f"runs for a {place}", f"a rule whose placement reads runs: {', '.join(able)}")
+        yield wrong(f"{where}.load", f"runs for a {placement}", f"a rule whose placement reads runs: {', '.join(able)}")
     for group, axis in limits.AXES.items():
-        name = place if group == "placement" else rule[group]["name"] if group in rule else None
+        name = placement if group == "placement" else rule[group]["name"] if group in rule else None
         if name is not None:
             yield from limits.refused(where, rule, limits.states(axis, name, "REFUSES"), start=start)
-    if "router" in rule and not limits.named(place):
+    if "router" in rule and not limits.named(placement):
         yield from _share(f"{where}.router.share", limits.option(rule, "router.share") or "site", sites)
 
 

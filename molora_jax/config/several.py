@@ -53,17 +53,17 @@ def check_may_differ(name: str, where: str = "--runs"):
     if re.fullmatch(MAY_DIFFER, name):
         return
     reason = next(reason for pattern, reason in REASONS if re.match(pattern, name))
-    may = ("seed", "optim.learning_rate", "losses.NAME.weight", "data.tasks")
-    there, expected = _there(name), f"one of {', '.join(may)} or another field of data but seq_len"
+    accepted = ("seed", "optim.learning_rate", "losses.NAME.weight", "data.tasks")
+    there, expected = _there(name), f"one of {', '.join(accepted)} or another field of data but seq_len"
     got = "a field in which runs of one step may not differ" if there else "an unknown field"
-    fix = f"Start such runs one by one: {reason}." if there else _near(name, may)
+    fix = f"Start such runs one by one: {reason}." if there else _near(name, accepted)
     raise wrong(f"{where}, {name}", got, expected, fix)
 
 
 def _fields(group: str) -> tuple[str, ...]:
     """Names in a group of a config; () where they are those of rules, stages or members."""
     if group == "optim":
-        return ("name", *dict.fromkeys(option for one in members("optim") for option in options("optim", one)))
+        return ("name", *dict.fromkeys(option for member in members("optim") for option in options("optim", member)))
     own = FIELDS.get(group)
     return tuple(own) if isinstance(own, dict) else ()
 
@@ -76,11 +76,11 @@ def _there(name: str) -> bool:
     return bool(dot) and (not _fields(group) or field in _fields(group))
 
 
-def _near(name: str, may) -> str:
+def _near(name: str, accepted) -> str:
     """The nearest field: in the group that is named, else by the whole name or its last part."""
     group, _, field = name.rpartition(".")
-    every = [*may, *(f"{one}.{f}" for one in FIELDS for f in _fields(one))]
-    last = {one.rpartition(".")[2]: one for one in reversed(every)}
+    every = [*accepted, *(f"{own}.{f}" for own in FIELDS for f in _fields(own))]
+    last = {path.rpartition(".")[2]: path for path in reversed(every)}
     near = nearest(field, _fields(group))
     guess = f"{group}.{near}" if near else "" if _fields(group) else nearest(name, every)
     guess = guess or last.get(nearest(field, last), "")

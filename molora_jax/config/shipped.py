@@ -27,8 +27,8 @@ def put_up(name: str) -> None:
     """Makes the folder importable as the package `name`, unless one of that name is imported already."""
     if name in sys.modules:
         return
-    where = folder(name)
-    spec = importlib.util.spec_from_file_location(name, where / "__init__.py", submodule_search_locations=[str(where)])
+    home = folder(name)
+    spec = importlib.util.spec_from_file_location(name, home / "__init__.py", submodule_search_locations=[str(home)])
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module
     spec.loader.exec_module(module)

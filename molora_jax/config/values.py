@@ -5,7 +5,7 @@ import os
 import pathlib
 import re
 
-from molora_jax.config import fields as known
+from molora_jax.config import fields as tables
 from molora_jax.config import members as config_members
 from molora_jax.config.fields import did_you_mean, one_of, shown, wrong
 from molora_jax.errors import InputError
@@ -56,17 +56,17 @@ def _near(value, field):
     return did_you_mean(value, re.findall(r"'(\w+)'", field.expected)) if field.kind is str else ""
 
 
-def group_problems(where, values, fields, *, more=(), of=""):
-    """Problems of a group: unknown keys, missing keys, wrong values."""
+def group_problems(where, values, fields, *, elsewhere=(), of=""):
+    """Problems of a group: unknown keys, missing keys, wrong values. Keys `elsewhere` are checked by others."""
     dot = f"{where}." if where else ""
     for key in values:
-        if key not in fields and key not in more:
-            names = [*fields, *more]
+        if key not in fields and key not in elsewhere:
+            names = [*fields, *elsewhere]
             at = key if isinstance(key, str) and 0 < len(key) <= 200 else shown(key)
             yield wrong(f"{dot}{at}", "an unknown field", f"{of}{one_of(names)}", did_you_mean(key, names))
     for key, field in fields.items():
         if key not in values:
-            needed = key not in known.LATER if isinstance(field, dict) else field.default is known.REQUIRED
+            needed = key not in tables.LATER if isinstance(field, dict) else field.default is tables.REQUIRED
             if needed:
                 text = "a group of fields" if isinstance(field, dict) else str(field)
                 yield wrong(f"{dot}{key}", "nothing", text, "Add it, or start from configs/common.py.")
@@ -87,7 +87,7 @@ def member_problems(where, value, axis, *, name=""):
     if problem:
         return [problem]
     of = f"an option of {member}: "
-    return list(group_problems(where, value, config_members.options(axis, member), more=("name",), of=of))
+    return list(group_problems(where, value, config_members.options(axis, member), elsewhere=("name",), of=of))
 
 
 def path_of(text):

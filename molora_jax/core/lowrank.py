@@ -24,19 +24,19 @@ def frozen_linear(W: Array, x: Array) -> Array:
 
 @flax.struct.dataclass
 class Dropout:
-    """One dropout mask, as the key that it follows from: any share of its rows and columns can be made anywhere."""
+    """One dropout mask, as the key that it follows from: any shard of its rows and columns can be made anywhere."""
 
     key: Array
     rate: float = flax.struct.field(pytree_node=False)
 
     @jax.named_scope("dropout")
-    def mask(self, rows: Array, width: int, dtype, *, share=(0, 1)) -> Array:
-        """0 or 1/keep for `rows [T]` (rows of the global batch), the share `(index, of)` of `width` columns.
+    def mask(self, rows: Array, width: int, dtype, *, shard=(0, 1)) -> Array:
+        """0 or 1/keep for `rows [T]` (rows of the global batch), the shard `(index, of)` of `width` columns.
 
         A counter (row, column / 4) gives 64 random bits, hence four decisions: random bits are a visible part of a CPU
         step, and `jax.random.bits` would make twice as many.
         """
-        index, ways = share
+        index, ways = shard
         quarter = -(-width // 4)
         row = jnp.broadcast_to(rows.astype(jnp.uint32)[:, None], (len(rows), quarter))
         column = jnp.broadcast_to(jnp.arange(quarter, dtype=jnp.uint32), row.shape)
@@ -52,9 +52,9 @@ def dropout(key: Array | None, rate: float) -> Dropout | None:
     return None if key is None or rate == 0 else Dropout(key, rate)
 
 
-def dropped(x: Array, drop: Dropout | None, rows: Array, share=(0, 1)) -> Array:
-    """`x [T, D]` after dropout; `share`: which of how many shares of the columns x holds."""
-    return x if drop is None else x * drop.mask(rows, x.shape[1] * share[1], x.dtype, share=share)
+def dropped(x: Array, drop: Dropout | None, rows: Array, shard=(0, 1)) -> Array:
+    """`x [T, D]` after dropout; `shard`: which of how many of the columns x holds."""
+    return x if drop is None else x * drop.mask(rows, x.shape[1] * shard[1], x.dtype, shard=shard)
 
 
 @jax.named_scope("shrink")
@@ -122,9 +122,9 @@ def located(factors: Factors, own: dict, stack: tuple[dict, Array] | None) -> Fa
     """`factors` that know where they lie: `own` are their leaves, `stack` as in `Context`."""
     if stack is None:
         return factors
-    leaves, place = stack
+    leaves, layer = stack
     stacks = {name: leaves[name] for name in "AB" if name in own and getattr(factors, name) is own[name]}
-    return factors.replace(stacks=stacks, place=place)
+    return factors.replace(stacks=stacks, layer=layer)
 
 
 def combine(f: Array | None, gates: Array) -> Array | float:

@@ -30,11 +30,11 @@ class Private:
         norms = jnp.sqrt(
             sum(jnp.sum(g.astype(jnp.float32) ** 2, axis=range(1, g.ndim)) for g in jax.tree.leaves(grads))
         )
-        share = jnp.minimum(1.0, self.clip / jnp.maximum(norms, 1e-12))
+        factor = jnp.minimum(1.0, self.clip / jnp.maximum(norms, 1e-12))
 
         def summed(g):
             wide = (..., *[None] * (g.ndim - 1))
-            return jnp.sum(jnp.where(there[wide], g * share[wide], 0.0), axis=0)
+            return jnp.sum(jnp.where(there[wide], g * factor[wide], 0.0), axis=0)
 
         return jax.tree.map(summed, grads), norms
 

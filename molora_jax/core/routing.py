@@ -60,7 +60,7 @@ def top_k(score: Array, k: int) -> Array:
 def top_p(probs: Array, p: float, *, crossing: bool = True) -> Array:
     """The shortest prefix of experts, by falling probability, whose sum passes p: the crossing expert included.
 
-    `crossing=False` leaves it out: those whose sum, their own share included, is at most p; maybe none (DynMoLE).
+    `crossing=False` leaves it out: those whose sum, their own probability included, is at most p; maybe none (DynMoLE).
 
     Expert i is kept when the probability *before* it (of those ahead of it in the order) is at most p, so at least one
     is kept, and p >= 1 keeps all whatever the rounding. Ties: the lower index is ahead.
@@ -93,7 +93,7 @@ def finish(
     """Takes padding and shut-out experts out of a decision: at padding no expert, no gate, the base alone.
 
     `sums_to_one`: the router vouches that a token's gates sum to 1 (up to rounding) where it has any expert at all; it
-    then gives no `base` of its own.
+    then gives no `base` of its own, the frozen FFN's coefficient (`Routing.base_gate`).
     """
     B, S = ctx.valid.shape
     chex.assert_shape([gates, selected, z, probs], (B, S, None))
@@ -135,7 +135,7 @@ def slots(routing: Routing) -> tuple[Array, Array]:
 
 
 def sums(routing: Routing) -> dict[str, Array]:
-    """Global sums from which load statistics follow; padding excluded.
+    """Global sums from which statistics of expert load follow; padding excluded.
 
     `tokens`, `slots`, `entropy`, `clipped` scalars; `count`, `top1`, `prob [E]`.
     """
@@ -161,11 +161,11 @@ def sums(routing: Routing) -> dict[str, Array]:
     return jax.lax.stop_gradient(total)
 
 
-def load(total: dict[str, Array]) -> dict[str, Array]:
-    """Load statistics from `sums` (any leading axes): the metrics of the contract.
+def expert_load(total: dict[str, Array]) -> dict[str, Array]:
+    """Statistics of expert load from `sums` (any leading axes): the metrics of the contract.
 
     `load_max_over_mean` (1 is balanced, E is collapse), `entropy` (of the probabilities, nats a token), `top1_share`
-    (largest share of tokens whose strongest expert is the same), `active_experts` (a token), `clipped_share`;
+    (largest fraction of tokens whose strongest expert is the same), `active_experts` (a token), `clipped_share`;
     `dropped_share` of the slots that an engine with a capacity was asked to send.
     """
     tokens = jnp.maximum(total["tokens"], 1.0)

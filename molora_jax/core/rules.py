@@ -25,16 +25,16 @@ class Rule:
     adapter: Any
     router: Any = None
     down: str = "once"
-    shrink: bool = False
+    gates_scale_base: bool = False  # gates that do not sum to 1 scale the frozen FFN too (option `shrink`)
     load: tuple[str, ...] = ()  # workdirs of the runs whose adapters are the experts, frozen
     base_router: str = "frozen"  # of a base that routes itself: "frozen", or "trained", a copy of it
-    place: Any = None  # the placement, where the rule names one; else its sites say it (`placements.of`)
+    placement: Any = None  # the placement, where the rule names one; else its sites say it (`placements.of`)
 
     @property
     def projections(self) -> tuple[str, ...]:
         """The names under which the rule's factors lie: the sites listed; of a whole FFN gate, up and down."""
-        if self.place is not None and self.place.OWNS is not None:
-            return self.place.OWNS
+        if self.placement is not None and self.placement.OWNS is not None:
+            return self.placement.OWNS
         return FFN if self.sites == ("ffn",) else self.sites
 
     @property
@@ -42,8 +42,8 @@ class Rule:
         """Who shares a router ("": there is none). `site` on an FFN is the FFN; a chain's passes are its own."""
         if self.router is None:
             return ""
-        if self.place is not None and self.place.scopes(self) is not None:
-            return self.place.NAME
+        if self.placement is not None and self.placement.scopes(self) is not None:
+            return self.placement.NAME
         return "ffn" if self.sites == ("ffn",) and self.router.share == "site" else self.router.share
 
     @property
@@ -51,12 +51,12 @@ class Rule:
         """The decisions of one layer, by the name under which they are stored and reported."""
         if self.router is None:
             return ()
-        own = None if self.place is None else self.place.scopes(self)
+        own = None if self.placement is None else self.placement.scopes(self)
         return own or ((self.share,) if self.share in SCOPES else self.sites)
 
     def leaves_of(self, scope: str) -> str:
         """The scope whose leaves and state a decision uses: its own, unless the placement says another."""
-        return scope if self.place is None else self.place.leaves_of(scope)
+        return scope if self.placement is None else self.placement.leaves_of(scope)
 
     @property
     def router_scopes(self) -> tuple[str, ...]:
@@ -110,14 +110,14 @@ def site(config, name: str, segment: Segment, rule: Rule) -> Site:
     """A projection; or `attn`, `ffn`, `model`, `pass<t>`, which read a state of width D (in a chain, change it too)."""
     d_in, d_out = config.dims(name) if name in PROJECTIONS else (config.width, config.width)
     experts = rule.experts[segment.start]
-    experts = experts if rule.place is None else rule.place.experts(config, experts)
+    experts = experts if rule.placement is None else rule.placement.experts(config, experts)
     return Site(name, d_in, d_out, segment.layers, experts, rule.experts)
 
 
 def router_site(config, scope: str, segment: Segment, rule: Rule) -> Site:
-    """A router's scope; one that reads a signal of the model reads width D wherever it stands."""
+    """A router's scope; one with an INPUT of the model reads width D wherever it stands."""
     found = site(config, scope, segment, rule)
-    return dataclasses.replace(found, d_in=config.width) if rule.router.SIGNAL else found
+    return dataclasses.replace(found, d_in=config.width) if rule.router.INPUT else found
 
 
 def adapter_sites(config, rule: Rule, segments: tuple[Segment, ...]) -> tuple[Site, ...]:

@@ -39,7 +39,7 @@ class Factors:
     `1 + sum_e g_e (f_e - 1)`. `mid [E, R, R]` stands between A and B (LoRA-XS). `scale` multiplies the low-rank part,
     where it is smallest: at the gates or rank activations, never at B, which would be a copy of all experts a layer.
     The placement sets it, an adapter leaves it at 1. The placement also sets `stacks`, the leaves of all layers, for
-    those of "A" and "B" that are this layer's leaves unchanged, and `place`, the layer's index among them.
+    those of "A" and "B" that are this layer's leaves unchanged, and `layer`, its index among them.
     """
 
     A: Array
@@ -49,12 +49,12 @@ class Factors:
     inp: Array | None = None
     scale: float = flax.struct.field(pytree_node=False, default=1.0)
     stacks: dict[str, Array] = flax.struct.field(default_factory=dict)
-    place: Array | None = None
+    layer: Array | None = None
 
     def by_expert(self, name: str) -> "Array | InStack":
         """A or B for a product that reads the experts one by one."""
         A = getattr(self, name)
-        return InStack(A, self.stacks[name], self.place) if name in self.stacks else A
+        return InStack(A, self.stacks[name], self.layer) if name in self.stacks else A
 
 
 @flax.struct.dataclass
@@ -63,9 +63,10 @@ class Routing:
 
     `gates [B, S, E]` float32, 0 where not selected; `selected [B, S, E]` bool; `logits`, `probs [B, S, E]` float32,
     before the selection; `valid [B, S]` bool, False at padding (never routed, never counted); `clipped [B, S]` int32,
-    experts that the rule wanted beyond `k_max`; `base [B, S]` the frozen FFN's coefficient, None for `1 - sum gates`,
-    bool where that is always 0 or 1 (gates that sum to 1: the FFN's own hidden state is then not even formed);
-    `chosen [B, S, E]` bool, what a balance loss counts, None for `selected` (a dense router with one favourite: that).
+    experts that the rule wanted beyond `k_max`; `base_gate [B, S]` the frozen FFN's coefficient, None for
+    `1 - sum gates`, bool where that is always 0 or 1 (gates that sum to 1: the FFN's own hidden state is then not even
+    formed); `chosen [B, S, E]` bool, what a balance loss counts, None for `selected` (a dense router with one
+    favourite: that).
     Gates may be negative, exceed 1, or sum to anything: nothing downstream may assume otherwise.
     """
 
@@ -75,7 +76,7 @@ class Routing:
     probs: Array
     valid: Array
     clipped: Array | None = None
-    base: Array | None = None
+    base_gate: Array | None = None
     k_max: int = flax.struct.field(pytree_node=False, default=1)
     chosen: Array | None = None
 
@@ -87,11 +88,11 @@ class Context:
     `valid [B, S]` bool; `segment_ids`, `positions`, `task_ids`, `example_ids [B, S]` int32; `step`, `layer` int32
     scalars; `key` unique to the site call, `step_key` equal over layers and micro-steps (both None outside training);
     `allowed [E] | [B, E]` experts that may be chosen; `state` this router's mutable state; `carry` what the router
-    handed on from the layer before; `base` the site's frozen kernel `[D_in, D_out]`; `signal` by rule, a router's
-    declared model-level input `[B, S, *]`; `stack` the site's leaves of all layers and this layer's place among them,
-    None where an engine splits them; `iteration` the pass inside a chain; `route` how a stage routes in the
-    routers' place ("": it does not); `tasks` the names behind `task_ids` (entries of `data.tasks`); `dropout` the rate
-    of the rule's adapter, for a router that reads its dropped input.
+    handed on from the layer before; `base` the site's frozen kernel `[D_in, D_out]`; `base_features` by rule,
+    `[B, S, *]`, what a router reads that declares an INPUT of the model; `stack` the site's leaves of all layers and
+    this layer's place among them, None where an engine splits them; `iteration` the pass inside a chain; `route` how a
+    stage routes in the routers' place ("": it does not); `tasks` the names behind `task_ids` (entries of
+    `data.tasks`); `dropout` the rate of the rule's adapter, for a router that reads its dropped input.
     """
 
     valid: Array
@@ -107,7 +108,7 @@ class Context:
     state: Any = None
     carry: Any = None
     base: Any = None
-    signal: Any = None
+    base_features: Any = None
     stack: Any = None
     site: Site | None = flax.struct.field(pytree_node=False, default=None)
     train: bool = flax.struct.field(pytree_node=False, default=False)

@@ -2,8 +2,8 @@
 
     task        client k has the tasks k, k + N, ...
     iid         every task's (every class's) examples dealt out evenly
-    dirichlet   of every class a share p_k ~ Dirichlet(alpha) (Hsu, Qi, Brown 2019, arXiv 1909.06335)
-    skew        of class c the client c mod N has the share `skew`, the others the rest in equal parts
+    dirichlet   of every class a fraction p_k ~ Dirichlet(alpha) (Hsu, Qi, Brown 2019, arXiv 1909.06335)
+    skew        of class c the client c mod N has the fraction `skew`, the others the rest in equal parts
 
 The class of an example is its label, or its task where rows have none. A division is a function of the seed and the
 examples. What belongs together (a pair) stays together. N clients, B rows, S sequence.
@@ -43,13 +43,13 @@ def divide(
             here = np.flatnonzero(classes[members] == c)
             here = here[shuffled(seed_of("clients", seed, int(c)), len(here))]
             if how == "dirichlet":
-                shares = rng.dirichlet(np.full(clients, alpha))
+                fractions = rng.dirichlet(np.full(clients, alpha))
             elif how == "skew" and clients > 1:
-                shares = np.full(clients, (1 - skew) / (clients - 1))
-                shares[int(c) % clients] = skew
+                fractions = np.full(clients, (1 - skew) / (clients - 1))
+                fractions[int(c) % clients] = skew
             else:
-                shares = np.full(clients, 1 / clients)
-            ends = np.round(np.cumsum(shares) * len(here)).astype(np.int64)
+                fractions = np.full(clients, 1 / clients)
+            ends = np.round(np.cumsum(fractions) * len(here)).astype(np.int64)
             owner[here] = np.searchsorted(ends, np.arange(len(here)), side="right").clip(max=clients - 1)
     found = [members[owner == k] for k in range(clients)]
     for k, ids in enumerate(found):

@@ -63,9 +63,9 @@ def parse_tasks(tasks: str) -> tuple[str, ...]:
       InputError: none, one twice, or one that is neither a task nor `jsonl:PATH`.
     """
     entries = split_commas(tasks)
-    known = f"task names ({', '.join(SOURCES)}) or jsonl:PATH, separated by commas"
+    accepted = f"task names ({', '.join(SOURCES)}) or jsonl:PATH, separated by commas"
     if not entries:
-        raise InputError("data.tasks", got=repr(tasks), expected=known, fix="Name at least one task.")
+        raise InputError("data.tasks", got=repr(tasks), expected=accepted, fix="Name at least one task.")
     for entry in entries:
         if entries.count(entry) > 1:
             raise InputError("data.tasks", got=f"{entry!r} twice", expected="each task once", fix="Drop one.")
@@ -73,7 +73,7 @@ def parse_tasks(tasks: str) -> tuple[str, ...]:
             continue
         near = difflib.get_close_matches(entry, list(SOURCES), n=1, cutoff=0.5)
         fix = f"Did you mean {near[0]!r}?" if near else "For a file of your own write `jsonl:PATH`."
-        raise InputError("data.tasks", got=repr(entry), expected=known, fix=fix)
+        raise InputError("data.tasks", got=repr(entry), expected=accepted, fix=fix)
     return entries
 
 
@@ -204,8 +204,8 @@ class DataSet:
           InputError: an example longer than `seq_len`, or with more targets than `targets_per_row`.
         """
         limit = self.seq_len if targets_per_row is None else targets_per_row
-        lengths = [max(len(one.ids) for one in example.unit) - 1 for example in examples]
-        targets = [max(one.num_targets for one in example.unit) for example in examples]
+        lengths = [max(len(side.ids) for side in example.unit) - 1 for example in examples]
+        targets = [max(side.num_targets for side in example.unit) for example in examples]
         for example, length, target in zip(examples, lengths, targets, strict=True):
             if length > self.seq_len or target > limit:
                 raise InputError(

@@ -70,11 +70,11 @@ def load_tasks(
     arrays = cache.load(key) if digest else None
     if arrays is None:
         reads = read()
-        encoded = [_encode(one, tokenizer=tokenizer, options=options) for one in reads]
+        encoded = [_encode(task, tokenizer=tokenizer, options=options) for task in reads]
         if not any(encoded):
             raise reads[0].none_left()
-        encoded = [one for one in encoded if one is not None]
-        arrays = {f"{i}.{name}": array for i, one in enumerate(encoded) for name, array in one.items()}
+        encoded = [task for task in encoded if task is not None]
+        arrays = {f"{i}.{name}": array for i, task in enumerate(encoded) for name, array in task.items()}
         if digest:
             cache.save(key, arrays)
     tasks = []
@@ -148,25 +148,28 @@ def _encode(read: Read, *, tokenizer, options: Options) -> dict[str, np.ndarray]
         encoded = [labelled.both(*pair) for pair in zip(*sides, strict=True)]
     else:
         encoded = chat(read.examples)
-    refused = [(e, one) for e, one in zip(read.examples, encoded, strict=True) if isinstance(one, render.Refused)]
+    refused = [
+        (e, result) for e, result in zip(read.examples, encoded, strict=True) if isinstance(result, render.Refused)
+    ]
     read.leave_out(refused, bad_rows=options.bad_rows)
-    encoded = [one for one in encoded if not isinstance(one, render.Refused)]
+    encoded = [result for result in encoded if not isinstance(result, render.Refused)]
     encoded = traces.drop_untraced(read, encoded, system=options.system, bad_rows=options.bad_rows)
     if not encoded:
         return None
     examples = read.examples
-    asked = [one.asked for one in encoded if one.asked]
+    asked = [result.asked for result in encoded if result.asked]
     asked = [asked[0][:LONGEST_SHOWN], len(asked)] if asked else ["", 0]
     if options.reads == "pair":
-        same = [one.chosen.ids == one.rejected.ids for one in encoded]  # a template may write two answers alike
+        # a template may write two answers alike
+        same = [result.chosen.ids == result.rejected.ids for result in encoded]
         read.dropped["ties"] += sum(same)
         examples = [e for e, tie in zip(examples, same, strict=True) if not tie]
-        encoded = [one for one, tie in zip(encoded, same, strict=True) if not tie]
-        examples = [one for e in examples for one in (e, e.rejected)]
-        encoded = [side for one in encoded for side in (one.chosen, one.rejected)]
+        encoded = [result for result, tie in zip(encoded, same, strict=True) if not tie]
+        examples = [side for e in examples for side in (e, e.rejected)]
+        encoded = [side for result in encoded for side in (result.chosen, result.rejected)]
         if not encoded:
             return None
-    ids = np.concatenate([np.asarray(one.ids, np.int32) for one in encoded])
+    ids = np.concatenate([np.asarray(result.ids, np.int32) for result in encoded])
     if ids.min() < 0 or ids.max() >= tokenizer.vocab_size:
         raise InputError(
             f"data.tasks, {read.path or read.name}",
@@ -183,10 +186,10 @@ def _encode(read: Read, *, tokenizer, options: Options) -> dict[str, np.ndarray]
     )  # fmt: skip
     return dict(
         ids=ids,
-        mask=np.concatenate([np.asarray(one.loss_mask, np.uint8) for one in encoded]),
-        offsets=np.cumsum([0, *(len(one.ids) for one in encoded)]).astype(np.int64),
-        context=np.asarray([one.context for one in encoded], np.int32),
-        lead=np.asarray([one.lead for one in encoded], np.int32),
+        mask=np.concatenate([np.asarray(result.loss_mask, np.uint8) for result in encoded]),
+        offsets=np.cumsum([0, *(len(result.ids) for result in encoded)]).astype(np.int64),
+        context=np.asarray([result.context for result in encoded], np.int32),
+        lead=np.asarray([result.lead for result in encoded], np.int32),
         split=np.asarray([split_of(read.split_key, e.group, options.test_share) for e in examples], np.uint8),
         texts=cache.pack_json(texts),
         meta=cache.pack_json(meta),

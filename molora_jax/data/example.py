@@ -107,8 +107,8 @@ def split_of(task: str, group: str, test_share: float = 0.05) -> int:
     """0, 1 or 2: the index in SPLITS."""
     number = int.from_bytes(hashlib.sha256(f"{task}\0{group}".encode()).digest(), "big")
     place = number % 100 * 10_000 + number // 100 % 10_000  # in millionths; the first two digits are the older ones
-    left, share = 1_000_000 - place, round(test_share * 1_000_000)
-    return 2 if left <= share else 1 if left <= 2 * share else 0
+    left, held_out = 1_000_000 - place, round(test_share * 1_000_000)
+    return 2 if left <= held_out else 1 if left <= 2 * held_out else 0
 
 
 def distinct(examples, *, several_answers: bool = False):

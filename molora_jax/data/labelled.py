@@ -45,4 +45,4 @@ class Both:
 
 
 def both(chosen: Ids | Refused, rejected: Ids | Refused) -> Both | Refused:
-    return next((one for one in (chosen, rejected) if isinstance(one, Refused)), None) or Both(chosen, rejected)
+    return next((side for side in (chosen, rejected) if isinstance(side, Refused)), None) or Both(chosen, rejected)

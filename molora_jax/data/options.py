@@ -32,10 +32,10 @@ class Options:
     @classmethod
     def of(cls, config_data, reads: str = "text") -> "Options":
         """Raises InputError for a wrong value."""
-        known = FIELDS["data"]
-        values = {name: getattr(config_data, name, field.default) for name, field in known.items()}
+        fields = FIELDS["data"]
+        values = {name: getattr(config_data, name, field.default) for name, field in fields.items()}
         raise_all(
-            [problem for name, field in known.items() for problem in check_value(f"data.{name}", values[name], field)]
+            [problem for name, field in fields.items() for problem in check_value(f"data.{name}", values[name], field)]
             or list(raw_problems(values))
         )
         resolve_template_args(values["template_args"])

@@ -68,14 +68,14 @@ def encode_examples(
       train_on: the "last" assistant turn or "all" of them; an example's `weights` go before.
       template_args: the template's own arguments. longest: characters that a row may have.
     """
-    out, more = [], dict(system=system, train_on=train_on, template_args=template_args or {})
+    out, settings = [], dict(system=system, train_on=train_on, template_args=template_args or {})
     for first in range(0, len(examples), CHUNK):
         chunk = examples[first : first + CHUNK]
         results = [_too_long(example, longest) or _too_many(tokenizer, example, train_on) for example in chunk]
         for kind, work in ((True, _plain), (False, _chats)):
             indices = [i for i, e in enumerate(chunk) if results[i] is None and (e.text is not None) == kind]
             if indices:
-                options = {} if kind else dict(more, longest=longest)
+                options = {} if kind else dict(settings, longest=longest)
                 for i, result in zip(indices, work(tokenizer, [chunk[i] for i in indices], **options), strict=True):
                     results[i] = result
         out += results

@@ -2,7 +2,7 @@
 
 from molora_jax.data.example import HELD_OUT
 
-LARGE = 0.05  # share of a task's rows left out from which on a warning says what to change
+LARGE = 0.05  # fraction of a task's rows left out from which on a warning says what to change
 REMEDY = {
     "skipped": 'longer than data.seq_len: raise it, or set data.overlong="truncate"',
     "repeats": "the same question and answer as another row",
@@ -28,8 +28,8 @@ class Report(dict):
             out = {key: row.get(key.replace(" ", "_"), 0) for key in ("skipped", "truncated", *list(REMEDY)[1:])}
             shown = ", ".join(f"{count:,} {key}" for key, count in out.items() if count) or "-"
             counts = (f"{row[key]:,}" for key in ("rows", "kept", "train", "valid", "test"))
-            share = f"{row['share']:.3f}", f"{row['passes']:.2f}", f"{row['mean_tokens']:.1f}"
-            table.append((name, *counts, *share, f"{row['mean_targets']:.1f}", shown))
+            averages = f"{row['share']:.3f}", f"{row['passes']:.2f}", f"{row['mean_tokens']:.1f}"
+            table.append((name, *counts, *averages, f"{row['mean_targets']:.1f}", shown))
         widths = [max(len(row[i]) for row in table) for i in range(len(head))]
         lines = []
         for row in table:
@@ -57,12 +57,12 @@ def report(data) -> Report:
         left = {k: sum(data.splits[name].counts[task.name][k] for name in once) for k in ("skipped", "truncated")}
         dropped = {name: number for name, number in task.dropped.items() if number}
         kept = sum(count[name] for name in once)
-        share = data.train.shares.get(task_id, 0.0)
+        fraction = data.train.fractions.get(task_id, 0.0)
         length, targets = train.length[of["train"]], train.targets[of["train"]]
         row = tasks[task.name] = dict(
             count,
-            share=share,
-            passes=share * total / count["train"] if count["train"] else 0.0,
+            share=fraction,
+            passes=fraction * total / count["train"] if count["train"] else 0.0,
             mean_tokens=float(length.mean()) if len(length) else 0.0,
             mean_targets=float(targets.mean()) if len(targets) else 0.0,
             tokens=int(length.sum()),
@@ -75,8 +75,8 @@ def report(data) -> Report:
         warnings += _warnings(task, row, left["skipped"], dropped)
     rows = data.train.plan(0)
     used = sum(int(train.positions[i + k]) for row in rows for i in row for k in range(data.unit))
-    share = data.options.test_share
-    parts = f"{share:.1%} of the rows by a hash, as many for valid" if share else "none: data.test_share=0.0"
+    held_out = data.options.test_share
+    parts = f"{held_out:.1%} of the rows by a hash, as many for valid" if held_out else "none: data.test_share=0.0"
     return Report(
         tasks=tasks,
         padding=1.0 - used / (data.unit * len(rows) * data.seq_len),

@@ -157,14 +157,14 @@ def _read_turns(row, form, keys, given, task, number, options) -> Example | None
         weights = [None] * len(turns)
         for name, value, role in ((keys[0], asked, "user"), (keys[1], answer, "assistant")):
             if isinstance(value, list) and form == "prompt_completion":
-                more, theirs = read_messages(value, name)
+                added, theirs = read_messages(value, name)
             else:
-                more, theirs = [{"role": role, "content": _text(value, name)}], [None]
+                added, theirs = [{"role": role, "content": _text(value, name)}], [None]
             if name == keys[0] and "input" in given:
                 if isinstance(value, list):
                     raise BadRow("a field 'input' beside a list of turns", "the turns alone")
-                more[-1]["content"] += "\n" + _text(given["input"], "input")
-            turns, weights = turns + more, weights + theirs
+                added[-1]["content"] += "\n" + _text(given["input"], "input")
+            turns, weights = turns + added, weights + theirs
     if "system" in given:
         if turns and turns[0]["role"] == "system" and turns[0]["content"]:
             raise BadRow("a system turn and a field 'system'", "one of them")

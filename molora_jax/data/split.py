@@ -61,10 +61,10 @@ class Split:
 
     def example(self, example_id: int) -> Encoded:
         task = self.tasks[int(self.task_ids[example_id])]
-        one = self._one(example_id)
-        return one if task.unit == 1 else dataclasses.replace(one, rejected=self._one(example_id + 1))
+        encoded = self._text(example_id)
+        return encoded if task.unit == 1 else dataclasses.replace(encoded, rejected=self._text(example_id + 1))
 
-    def _one(self, example_id: int) -> Encoded:
+    def _text(self, example_id: int) -> Encoded:
         task_id = int(self.task_ids[example_id])
         task = self.tasks[task_id]
         prompt, target, group = task.texts[int(self.rows[example_id])]

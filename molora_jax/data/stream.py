@@ -5,7 +5,7 @@
 no row is left out. A window is one epoch when all tasks together have no more examples than that. To find a row far
 ahead, the windows before it are planned once for their row counts (10 to 40 ms each); the plan needs lengths only.
 
-**Mixture.** Of every window, task i gets the share p_i ~ n_i ** (1 / temperature) of the draws, counted so that no
+**Mixture.** Of every window, task i gets the fraction p_i ~ n_i ** (1 / temperature) of the draws, counted so that no
 rounding error grows: after w windows exactly floor(w * draws * p_i) examples of it have been used.
 
 **Epochs of a task.** A task's examples are used in the order of one permutation after another, each over all of its
@@ -28,7 +28,7 @@ from molora_jax.data.split import Split
 from molora_jax.errors import InputError
 
 WINDOW = 4096  # examples: enough for a tight packing, little enough for a start at once
-_ONE = 1 << 20  # fixed-point 1 for the shares
+_ONE = 1 << 20  # fixed-point 1 for the fractions
 
 
 class Stream:
@@ -52,9 +52,9 @@ class Stream:
         pad_id: int,
         unit: int = 1,
         only: dict[int, np.ndarray] | None = None,
-        shares: dict[int, float] | None = None,
+        fractions: dict[int, float] | None = None,
     ):
-        """`only`: of each task the examples that take part (of a unit: its first), by default all; `shares`: of the
+        """`only`: of each task the examples that take part (of a unit: its first), by default all; `fractions`: of the
         draws, by task, in place of those that the temperature gives."""
         self.split, self.task_ids, self.seed, self.temperature = split, task_ids, seed, temperature
         self.seq_len, self.batch_size, self.pad_id = seq_len, batch_size, pad_id
@@ -73,8 +73,10 @@ class Stream:
                 )
         sizes = np.array([len(members) for members in self._members.values()], np.float64)
         weights = sizes ** (1.0 / temperature)
-        self.shares = dict(zip(task_ids, (weights / weights.sum()).tolist(), strict=True)) if shares is None else shares
-        self._fixed = {i: max(1, round(share * _ONE)) for i, share in self.shares.items()}
+        self.fractions = fractions
+        if fractions is None:
+            self.fractions = dict(zip(task_ids, (weights / weights.sum()).tolist(), strict=True))
+        self._fixed = {i: max(1, round(fraction * _ONE)) for i, fraction in self.fractions.items()}
         self.size = self._total = int(sizes.sum())
         self._per_total = -(-self._total // WINDOW)
         self._ends = []  # rows in windows 0 .. w, for all w planned so far
@@ -125,19 +127,19 @@ class Stream:
         Raises:
           InputError: an unknown task.
         """
-        known: dict[str, set] = {}
+        ids_of: dict[str, set] = {}
         for i in self.task_ids:
             for name in {self.split.tasks[i].entry, self.split.tasks[i].name}:
-                known.setdefault(name, set()).add(i)
-        wanted = split_commas(tasks) or list(known)
+                ids_of.setdefault(name, set()).add(i)
+        wanted = split_commas(tasks) or list(ids_of)
         for name in wanted:
-            if name not in known:
+            if name not in ids_of:
                 raise InputError(
-                    "schedule.*.tasks", got=repr(name), expected=f"some of {', '.join(known)}", fix="Correct the name."
+                    "schedule.*.tasks", got=repr(name), expected=f"some of {', '.join(ids_of)}", fix="Correct the name."
                 )
         return Stream(
             self.split,
-            task_ids=tuple(sorted(set().union(*(known[name] for name in wanted)))),
+            task_ids=tuple(sorted(set().union(*(ids_of[name] for name in wanted)))),
             seq_len=self.seq_len,
             batch_size=self.batch_size,
             seed=self.seed,
@@ -148,13 +150,13 @@ class Stream:
             unit=self.unit,
         )
 
-    def among(self, only: dict[int, np.ndarray], *, seed: int | None = None, shares=None) -> "Stream":
+    def among(self, only: dict[int, np.ndarray], *, seed: int | None = None, fractions=None) -> "Stream":
         """The same kind of stream over some examples of some tasks, `{task id: ids}`; see `__init__`."""
         return Stream(
             self.split, task_ids=tuple(sorted(only)), seq_len=self.seq_len, batch_size=self.batch_size,
             seed=self.seed if seed is None else seed, temperature=self.temperature,
             targets_per_row=self.targets_per_row, max_segments=self.max_segments, pad_id=self.pad_id, unit=self.unit,
-            only=only, shares=shares,
+            only=only, fractions=fractions,
         )  # fmt: skip
 
     def members(self, task_id: int) -> np.ndarray:
@@ -225,8 +227,8 @@ class Stream:
         return np.concatenate(parts) if parts else members[:0]
 
     def _order(self, task_id: int, epoch: int) -> np.ndarray:
-        known = self._orders.get(task_id)
-        if known is None or known[0] != epoch:
+        last = self._orders.get(task_id)
+        if last is None or last[0] != epoch:
             order = shuffled(seed_of("order", self.seed, task_id, epoch), len(self._members[task_id]))
-            known = self._orders[task_id] = (epoch, order)
-        return known[1]
+            last = self._orders[task_id] = (epoch, order)
+        return last[1]

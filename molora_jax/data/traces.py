@@ -82,8 +82,8 @@ def drop_untraced(read, encoded: list, *, system: str, bad_rows: str) -> list:
       InputError: a bad row under `bad_rows="error"`; `data.system` for a template that writes no system turn.
     """
     refused, kept = [], []
-    for example, one in zip(read.examples, encoded, strict=True):
-        missing = getattr(one, "untraced", ())
+    for example, result in zip(read.examples, encoded, strict=True):
+        missing = getattr(result, "untraced", ())
         if system and (CONTENT, "system") in missing and example.conversation()[0]["role"] != "system":
             raise InputError(
                 "data.system", got=f"{system!r:.60}, of which the chat template writes nothing", expected='""',
@@ -93,7 +93,7 @@ def drop_untraced(read, encoded: list, *, system: str, bad_rows: str) -> list:
         if lost:
             refused.append((example, _bad(*lost[0])))
             continue
-        kept.append(one)
+        kept.append(result)
         read.unused.update(f"{name!r} of a turn" for _, name in missing)
     read.leave_out(refused, bad_rows=bad_rows)
     return kept

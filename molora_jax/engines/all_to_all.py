@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from molora_jax.engines import common
 
 MOVES = True  # whether tokens travel
-STORES = True  # whether experts are kept in shares
+STORES = True  # whether experts are kept in shards
 
 
 class Padded:
@@ -42,20 +42,21 @@ def trip(idx, experts: int, on, ids=None) -> common.Trip:
     return common.Trip(Padded(idx, experts, on), idx, experts, on, ids)
 
 
-def bytes_moved(load, on) -> tuple[float, float]:
-    """`(shipped, useful)` bytes of one device, layer and step; the useful rows are those of an even load."""
-    rows = on.peers * common.rows_to_a_peer(load.T, load.K, on.padded(load.E), on.peers, on.capacity)
-    return rows_moved(load, on, rows), load.K * load.T * 2 * (load.row_in + load.row_out) * (on.peers - 1) / on.peers
+def bytes_moved(traffic, on) -> tuple[float, float]:
+    """`(shipped, useful)` bytes of one device, layer and step; the useful rows are those of an even expert load."""
+    rows = on.peers * common.rows_to_a_peer(traffic.T, traffic.K, on.padded(traffic.E), on.peers, on.capacity)
+    there_and_back = traffic.K * traffic.T * (traffic.row_in + traffic.row_out)
+    return rows_moved(traffic, on, rows), there_and_back * 2 * (on.peers - 1) / on.peers
 
 
-def rows_moved(load, on, rows: int, line: int = 1) -> float:
+def rows_moved(traffic, on, rows: int, line: int = 1) -> float:
     """Bytes of `rows` rows (each in whole lines) exchanged in every pass, and of the gradients of what stays."""
-    there, back = load.passes + 1, 2 if load.last else load.passes + 1
-    sizes = {"row": load.sent, "gate": 4, "ids": load.ids}
-    row, gate, ids, out = (-(-size // line) * line for size in (*sizes.values(), load.row_out))
-    row = there * (row + gate) + back * out + load.passes * ids
+    there, back = traffic.passes + 1, 2 if traffic.last else traffic.passes + 1
+    sizes = {"row": traffic.sent, "gate": 4, "ids": traffic.ids}
+    row, gate, ids, out = (-(-size // line) * line for size in (*sizes.values(), traffic.row_out))
+    row = there * (row + gate) + back * out + traffic.passes * ids
     moved = rows * row * (on.peers - 1) / on.peers
-    if not on.stored(load.E):  # gradients of a leaf that is stored whole are gathered again
-        padded = sum(size for size, each, _ in load.leaves if each) * on.padded(load.E) / load.E
+    if not on.stored(traffic.E):  # gradients of a leaf that is stored whole are gathered again
+        padded = sum(size for size, each, _ in traffic.leaves if each) * on.padded(traffic.E) / traffic.E
         moved += padded * (on.peers - 1) / on.peers
-    return moved + load.shares(on) + load.sums(on, per_expert=False)
+    return moved + traffic.sharded(on) + traffic.sums(on, per_expert=False)

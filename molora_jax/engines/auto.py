@@ -17,7 +17,7 @@ from molora_jax import placements
 from molora_jax.adapters.base import Adapter
 from molora_jax.core import rules as rules_lib
 from molora_jax.core.types import Context
-from molora_jax.engines.base import ENGINES, Engine, Load
+from molora_jax.engines.base import ENGINES, Engine, Traffic
 from molora_jax.errors import InputError
 from molora_jax.placements.base import Axes
 from molora_jax.placements.base_experts import BaseExperts
@@ -42,12 +42,12 @@ def factor_shapes(model, rule, name: str, segment):
 
 
 @functools.cache  # of every site of every layout of layers, under every engine
-def _factor_shapes(adapter, place, at):
+def _factor_shapes(adapter, placement, at):
     W = jax.ShapeDtypeStruct((at.d_in, at.d_out), jnp.float32)
 
     def make(key, W):
         layers = jax.tree.map(lambda leaf: leaf[None], adapter.init_leaves(key, at, 0, base=W, base_grad=W))
-        leaves = jax.tree.map(lambda leaf: leaf[0], place.kept(at.name, layers))
+        leaves = jax.tree.map(lambda leaf: leaf[0], placement.kept(at.name, layers))
         shared = adapter.init_shared(key, (at,))
         zeros = jnp.zeros((1, 1), jnp.int32)
         ctx = Context(zeros > 0, zeros, zeros, zeros, zeros, base=W, site=at, key=key, step_key=key)
@@ -60,53 +60,55 @@ def routed(model):
     """`(rule, segment, E, site)` of every meeting of tokens and experts in a layer of every segment."""
     for r, rule in enumerate(model.rules):
         for segment in model.segments:
-            place = placements.of(rule)
-            experts = place.experts(model.config, segment.counts[r]) if segment.counts[r] else 0
-            if experts > 1 and place.slots(rule, experts, model.config):
-                for name in place.meetings(rule):
+            placement = placements.of(rule)
+            experts = placement.experts(model.config, segment.counts[r]) if segment.counts[r] else 0
+            if experts > 1 and placement.slots(rule, experts, model.config):
+                for name in placement.meetings(rule):
                     yield rule, segment, experts, name
 
 
-def load(model, rule, segment, experts: int, name: str, *, on: Engine, tokens: int, itemsize: int) -> Load:
-    """The load of one site of one layer. `tokens` on one device; `itemsize`: bytes of an activation's number."""
-    place, ways, leaves, rank = placements.of(rule), on.ways("tensor"), [], 0
-    for site in place.owns(rule, name):
+def traffic(model, rule, segment, experts: int, name: str, *, on: Engine, tokens: int, itemsize: int) -> Traffic:
+    """The traffic of one site of one layer. `tokens` on one device; `itemsize`: bytes of an activation's number."""
+    placement, ways, leaves, rank = placements.of(rule), on.ways("tensor"), [], 0
+    for site in placement.owns(rule, name):
         factors = factor_shapes(model, rule, site, segment)
-        rank, axes = factors.A.shape[1], place.axes(factors, site, on.rank_space, experts)
+        rank, axes = factors.A.shape[1], placement.axes(factors, site, on.rank_space, experts)
         for leaf, a in zip(jax.tree.leaves(factors), jax.tree.leaves(axes), strict=True):
             split = on.tensor(a)
             size = int(np.prod(leaf.shape)) * 4 // (ways if split else 1)
             leaves.append((size, a.names[0] == "expert", split))
-    row = [size // ways if on.tensor(Axes((axis,), name)) else size for size, axis in place.widths(model.config, name)]
-    sent = rank if on.rank_space and place.KEPT else row[0]
-    return Load(
-        T=tokens, K=place.slots(rule, experts, model.config), E=experts,
-        row_in=row[0] * itemsize, row_out=row[1] * itemsize, frozen=place.frozen(model.config, name) * itemsize / ways,
-        sent=sent * itemsize, ids=4 * place.IDS, leaves=tuple(leaves), passes=1 if model.remat == "none" else 2,
-        last=place.ends(rule, name), again=_met_before(place, rule, name),
+    widths = placement.widths(model.config, name)
+    row = [size // ways if on.tensor(Axes((axis,), name)) else size for size, axis in widths]
+    sent = rank if on.rank_space and placement.KEPT else row[0]
+    return Traffic(
+        T=tokens, K=placement.slots(rule, experts, model.config), E=experts,
+        row_in=row[0] * itemsize, row_out=row[1] * itemsize,
+        frozen=placement.frozen(model.config, name) * itemsize / ways,
+        sent=sent * itemsize, ids=4 * placement.IDS, leaves=tuple(leaves), passes=1 if model.remat == "none" else 2,
+        last=placement.ends(rule, name), again=_met_before(placement, rule, name),
     )  # fmt: skip
 
 
 def unchanged_experts(model, *, on: Engine, tokens: int, itemsize: int):
-    """`(layers, Load)` of a base's own experts where no rule changes them: tokens and kernels meet all the same."""
-    place, config = BaseExperts(), model.config
+    """`(layers, Traffic)` of a base's own experts where no rule changes them: tokens and kernels meet all the same."""
+    placement, config = BaseExperts(), model.config
     for segment in model.segments:
         active = [rule for rule, count in zip(model.rules, segment.counts, strict=True) if count]
         changed = any("experts" in placements.of(rule).NEEDS for rule in active)
         if config.stack_of(segment.start).by_expert and not changed:
-            yield len(segment.layers), Load(
+            yield len(segment.layers), Traffic(
                 T=tokens, K=config.active, E=config.experts, row_in=config.width * itemsize,
-                row_out=config.width * itemsize, sent=config.width * itemsize, ids=4 * place.IDS, leaves=(),
-                frozen=place.frozen(config, "ffn") * itemsize / on.ways("tensor"),
+                row_out=config.width * itemsize, sent=config.width * itemsize, ids=4 * placement.IDS, leaves=(),
+                frozen=placement.frozen(config, "ffn") * itemsize / on.ways("tensor"),
                 passes=1 if model.remat == "none" else 2, last=True,
             )  # fmt: skip
 
 
-def _met_before(place, rule, name: str) -> bool:
+def _met_before(placement, rule, name: str) -> bool:
     """Whether an earlier meeting in the layer is with the same factors."""
-    meetings = place.meetings(rule)
-    own = set(place.owns(rule, name))
-    return any(own & set(place.owns(rule, earlier)) for earlier in meetings[: meetings.index(name)])
+    meetings = placement.meetings(rule)
+    own = set(placement.owns(rule, name))
+    return any(own & set(placement.owns(rule, earlier)) for earlier in meetings[: meetings.index(name)])
 
 
 def refusal(model, on: Engine) -> str:
@@ -114,12 +116,12 @@ def refusal(model, on: Engine) -> str:
     if not on.moves_tokens:
         return ""
     for rule, segment, _, name in routed(model):
-        adapter, place = type(rule.adapter), placements.of(rule)
-        for site in place.owns(rule, name):
-            reason = place.stays(factor_shapes(model, rule, site, segment))
+        adapter, placement = type(rule.adapter), placements.of(rule)
+        for site in placement.owns(rule, name):
+            reason = placement.stays(factor_shapes(model, rule, site, segment))
             if adapter.latent is not Adapter.latent:
                 reason = "its rank activations are changed by leaves that do not travel"
-            elif on.rank_space and not place.KEPT:
+            elif on.rank_space and not placement.KEPT:
                 reason = "its experts need the whole row of width D, so rank_space has nothing to ship"
             if reason:
                 return f"{adapter.__name__} of rule {rule.name} on {name}: {reason}"
@@ -147,12 +149,12 @@ def table(model, on: Engine, *, tokens: int, itemsize: int) -> list[Row]:
         shipped = useful = 0.0
         for rule, segment, experts, site in routed(model):
             at = own if placements.of(rule).DROPS else dataclasses.replace(own, capacity=0.0)
-            one = load(model, rule, segment, experts, site, on=at, tokens=tokens, itemsize=itemsize)
-            a, b = own.module.bytes_moved(one, at)
+            asked = traffic(model, rule, segment, experts, site, on=at, tokens=tokens, itemsize=itemsize)
+            a, b = own.module.bytes_moved(asked, at)
             shipped, useful = shipped + a * len(segment.layers), useful + b * len(segment.layers)
         whole = dataclasses.replace(own, capacity=0.0, rank_space=False)  # a base drops no token
-        for layers, one in unchanged_experts(model, on=whole, tokens=tokens, itemsize=itemsize):
-            a, b = own.module.bytes_moved(one, whole)
+        for layers, asked in unchanged_experts(model, on=whole, tokens=tokens, itemsize=itemsize):
+            a, b = own.module.bytes_moved(asked, whole)
             shipped, useful = shipped + a * layers, useful + b * layers
         rows.append(Row(name, shipped, useful, refused))
     return rows

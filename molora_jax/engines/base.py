@@ -2,10 +2,10 @@
 
 An engine is a module of a few functions on local arrays, called inside `shard_map`; it knows no placement:
 
-    MOVES, STORES                  whether tokens travel; whether experts are kept in shares over `expert`
+    MOVES, STORES                  whether tokens travel; whether experts are kept in shards over `expert`
     fetch(leaf)                    `[E/P, ...]` -> `[E, ...]`, of one that STORES but does not move; differentiable
     trip(idx, experts, on, ids)    tokens to their experts and home (see `common.Trip`), of one that MOVES
-    bytes_moved(load, on)          bytes shipped and useful, see `Load`
+    bytes_moved(traffic, on)       bytes shipped and useful, see `Traffic`
 
 Another one is a file here and a row in ENGINES. T tokens a device, E experts, K slots, P devices on the axis `expert`.
 """
@@ -35,8 +35,8 @@ ROW_SITES = ("o", "down")  # row-parallel under `tensor`: their input is split, 
 class Engine:
     """Static: which engine runs, on which mesh, with which options.
 
-    `capacity`: rows a peer gets, as a multiple of the mean load; 0 is dropless. `rank_space`: an exchange ships rank-R
-    rows, because every device keeps all experts' A.
+    `capacity`: rows a peer gets, as a multiple of the mean expert load; 0 is dropless. `rank_space`: an exchange ships
+    rank-R rows, because every device keeps all experts' A.
     """
 
     name: str = "replicate"
@@ -74,11 +74,11 @@ class Engine:
         return -(-experts // self.peers) * self.peers
 
     def stored(self, experts: int) -> bool:
-        """Whether leaves `[L, E, ...]` of so many experts are kept in P shares (a dimension that P divides)."""
+        """Whether leaves `[L, E, ...]` of so many experts are kept in P shards (a dimension that P divides)."""
         return self.module.STORES and self.peers > 1 and experts % self.peers == 0 and experts > 1
 
     def split(self, experts: int, routed: bool) -> bool:
-        """Whether a device sees only its share of the experts. A single expert without a router is everywhere."""
+        """Whether a device sees only its shard of the experts. A single expert without a router is everywhere."""
         return self.stored(experts) or (self.moves_tokens and routed and experts > 1)
 
     def moves(self, part) -> bool:
@@ -99,9 +99,9 @@ class Engine:
         width = "in" if axes.site in ROW_SITES else "out"
         mesh = {"tokens": rows, width: "tensor", "sum": "tensor"}
         if part is not None and self.split(part.experts, part.routed):
-            mesh |= {"expert": "expert", "shares": "expert"}
+            mesh |= {"expert": "expert", "frozen_expert": "expert"}
         elif part is not None and part.experts % self.peers == 0:
-            mesh |= {"shares": "expert"}
+            mesh |= {"frozen_expert": "expert"}
         names = axes.names[1:] if axes.names[:1] == ("sum",) and self.ways("tensor") == 1 else axes.names
         return PartitionSpec(*(mesh.get(name) for name in names))
 
@@ -113,7 +113,7 @@ class Engine:
         def whole(leaf, a):
             if self.spec(a, (), part)[:1] != ("expert",):
                 return leaf
-            return (gather if a.names[:1] == ("shares",) else self.module).fetch(leaf)
+            return (gather if a.names[:1] == ("frozen_expert",) else self.module).fetch(leaf)
 
         return jax.tree.map(whole, part, axes)
 
@@ -126,11 +126,11 @@ ALONE = Engine()
 
 
 @dataclasses.dataclass(frozen=True)
-class Load:
-    """What one routed site of one layer asks of an engine in a step; one device's share throughout.
+class Traffic:
+    """What one routed site of one layer asks of an engine in a step, on one device throughout.
 
     `leaves`: `(bytes of all E experts, is it per expert, is it split over tensor)` of every factor; `frozen`: bytes of
-    stacked kernels of the base, which lie in shares under every engine. `row_in, row_out`: bytes of a token's row there
+    stacked kernels of the base, which lie in shards under every engine. `row_in, row_out`: bytes of a token's row there
     and back; `sent` of what really goes (rank activations, in rank space), `ids` of the integers with it. `passes`:
     forward passes, 2 where the stack is recomputed; `last`: nothing in the layer comes after the site, so its output is
     not recomputed; `again`: an earlier meeting of the layer has fetched the leaves.
@@ -163,8 +163,8 @@ class Load:
                 total += 2 * size * (n - 1) / n
         return total
 
-    def shares(self, on: Engine) -> float:
-        """The same of leaves of which a device on `expert` holds one share, the others having the same."""
+    def sharded(self, on: Engine) -> float:
+        """The same of leaves of which a device on `expert` holds one shard, the others having the same."""
         total = 0.0
         for size, each, split in self.leaves:
             if each:

@@ -58,22 +58,22 @@ def collectives(text: str, num_devices: int) -> list[Collective]:
         for line in bodies[name]:
             found = LINE.search(line)
             if found:
-                one = _collective(line, found[1], found, num_devices, times, loop)
-                if one.kind == "ragged-all-to-all":
+                collective = _collective(line, found[1], found, num_devices, times, loop)
+                if collective.kind == "ragged-all-to-all":
                     operand = next(text for text in bodies[name] if f"%{found[4]} = " in text).split(" = ")[1]
                     sent = _collective(line, operand.split(" ")[0], found, num_devices, times, loop)
-                    one = min(one, sent, key=lambda c: c.bytes)
-                out.append(one)
+                    collective = min(collective, sent, key=lambda c: c.bytes)
+                out.append(collective)
             elif "calls=" in line and " fusion(" in line:
                 continue  # no collective inside
             else:
                 inside = " while(" in line
                 trips = TRIPS.search(line)
-                more = int(trips[1]) if inside and trips else 1
+                repeats = int(trips[1]) if inside and trips else 1
                 called = CALL.findall(line) + [b.strip(" %") for g in BRANCHES.findall(line) for b in g.split(",")]
                 for callee in called:
                     if callee in bodies:
-                        walk(callee, times * more, loop or inside)
+                        walk(callee, times * repeats, loop or inside)
 
     walk(entry, 1, False)
     return out

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from molora_jax.engines import all_to_all, common
 
 MOVES = True  # whether tokens travel
-STORES = True  # whether experts are kept in shares
+STORES = True  # whether experts are kept in shards
 
 LINE = 512  # bytes: 128 numbers of float32, 256 of bfloat16
 
@@ -87,7 +87,10 @@ def trip(idx, experts: int, on, ids=None) -> common.Trip:
     return common.Trip(Ragged(idx, experts, on), idx, experts, on, ids)
 
 
-def bytes_moved(load, on) -> tuple[float, float]:
-    """`(shipped, useful)` bytes of one device, layer and step, at an even load; on TPU (the emulation gathers all)."""
-    useful = all_to_all.bytes_moved(load, on)[1]
-    return all_to_all.rows_moved(load, on, load.T * load.K, LINE), useful
+def bytes_moved(traffic, on) -> tuple[float, float]:
+    """`(shipped, useful)` bytes of one device, layer and step, at an even expert load, on TPU.
+
+    (The emulation gathers all.)
+    """
+    useful = all_to_all.bytes_moved(traffic, on)[1]
+    return all_to_all.rows_moved(traffic, on, traffic.T * traffic.K, LINE), useful

@@ -6,7 +6,7 @@ T tokens a device, E experts, N devices.
 """
 
 MOVES = False  # whether tokens travel
-STORES = False  # whether experts are kept in shares
+STORES = False  # whether experts are kept in shards
 
 
 def fetch(leaf):
@@ -14,6 +14,6 @@ def fetch(leaf):
     return leaf
 
 
-def bytes_moved(load, on) -> tuple[float, float]:
+def bytes_moved(traffic, on) -> tuple[float, float]:
     """`(shipped, useful)` bytes of one device, layer and step."""
-    return (load.whole(on) + load.sums(on),) * 2
+    return (traffic.whole(on) + traffic.sums(on),) * 2

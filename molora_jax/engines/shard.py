@@ -92,11 +92,11 @@ def meet(on: Engine, region: Region, arrays: dict, parts):
         parts = [on.fetch(part, a) for part, a in zip(parts, axes, strict=True)]
         arrays, out = region.start(arrays, [part for part, far in zip(parts, away, strict=True) if not far], at)
         counts = []
-        for part, far, known in zip(parts, away, early, strict=True):
+        for part, far, formed in zip(parts, away, early, strict=True):
             if far:
                 out, count = _travel(on, part, arrays, out, at)
             else:
-                out, count = part.here(arrays, out, at, known), None
+                out, count = part.here(arrays, out, at, formed), None
             counts.append(count)
         out = region.close(arrays, out, len(parts))
         if ways > 1:
@@ -117,10 +117,10 @@ def _travel(on, part, arrays, out, at):
     idx, gates = part.decision
     x = part.sends(arrays, at, on.rank_space)
     with jax.named_scope("dispatch"):
-        trip = on.trip(idx, part.experts, at.rows if part.place.IDS > 1 else None)
+        trip = on.trip(idx, part.experts, at.rows if part.placement.IDS > 1 else None)
         received = trip.slots(gates)
         row = trip.slots(x) if x.ndim == 3 else trip.tokens(x)
-    back = part.there(arrays, Rows(row, trip.expert, received, trip.ids, x.ndim == 3), at.share)
+    back = part.there(arrays, Rows(row, trip.expert, received, trip.ids, x.ndim == 3), at.shard)
     with jax.named_scope("combine"):
         back = trip.home(back)
     return part.stay(arrays, out, back, trip.lost(gates)), trip.counts
@@ -165,10 +165,10 @@ def _rows(axes, num_tokens):
 
 def _padded(part, on):
     """A part whose experts the axis `expert` does not divide, with masked experts (zeros) at its end."""
-    more = on.padded(part.experts) - part.experts
-    if not more or not on.split(part.experts, part.routed):
+    masked = on.padded(part.experts) - part.experts
+    if not masked or not on.split(part.experts, part.routed):
         return part
-    grow = lambda leaf: jnp.pad(leaf, [(0, more)] + [(0, 0)] * (leaf.ndim - 1))  # noqa: E731
+    grow = lambda leaf: jnp.pad(leaf, [(0, masked)] + [(0, 0)] * (leaf.ndim - 1))  # noqa: E731
     axes = part.axes(on.rank_space)
-    split = lambda a: a.names[:1] in (("expert",), ("shares",))  # noqa: E731
+    split = lambda a: a.names[:1] in (("expert",), ("frozen_expert",))  # noqa: E731
     return jax.tree.map(lambda leaf, a: grow(leaf) if split(a) else leaf, part, axes)

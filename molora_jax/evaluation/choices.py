@@ -1,6 +1,6 @@
 """Numbers of a run that chooses, on held-out items: classes of labelled texts, pairs of answers.
 
-    accuracy         share of items with the right class, or with the chosen answer before the rejected (a draw is 1/2)
+    accuracy         the fraction with the right class, or with the chosen answer before the rejected (a draw is 1/2)
     start            the untrained start: the base without adapters, with a fresh head
     majority         of classes: what the most frequent class of the training rows gets; of pairs: a half
     nll              -log p(right class), or -log sigmoid(difference), in nats an item
@@ -61,13 +61,13 @@ def tasks(run, examples, start: dict, tuned: dict) -> dict:
         items = np.flatnonzero(ids == task)
         if not len(items):
             continue
-        one = np.ones(len(items))
+        ones = np.ones(len(items))
         accuracy = lambda sums, at=items: intervals.wilson(float(sums["right"][at].sum()), len(at))  # noqa: E731
         out[name] = {
             "items": len(items),
-            "nll": intervals.ratio(tuned["nll"][items], one),
-            "nll_start": intervals.ratio(start["nll"][items], one),
-            "nll_change": intervals.ratio_change(start["nll"][items], tuned["nll"][items], one),
+            "nll": intervals.ratio(tuned["nll"][items], ones),
+            "nll_start": intervals.ratio(start["nll"][items], ones),
+            "nll_change": intervals.ratio_change(start["nll"][items], tuned["nll"][items], ones),
             "accuracy": accuracy(tuned),
             "accuracy_start": accuracy(start),
             "majority": majority(run, task, [examples[i] for i in items]),

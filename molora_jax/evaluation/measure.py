@@ -60,7 +60,7 @@ def nll(run, prompts: list[str], answers: list[str]) -> np.ndarray:
     if len(prompts) != len(answers):
         raise InputError("answer", got=f"{len(answers)} texts", expected=f"one for each of {len(prompts)} prompts")
     encoded = [_encoded(run, *pair) for pair in zip(prompts, answers, strict=True)]
-    longest = max((len(one.ids) - 1 for one in encoded), default=0)
+    longest = max((len(pair.ids) - 1 for pair in encoded), default=0)
     if longest > run.model.config.context:
         raise InputError("prompt", got=f"{longest} tokens", expected=f"at most {run.model.config.context}")
     rows = max(1, min(len(encoded), run.config.eval.batch_size))
@@ -68,9 +68,9 @@ def nll(run, prompts: list[str], answers: list[str]) -> np.ndarray:
     for first in range(0, len(encoded), rows):
         batch = empty_batch(rows, size, pad_id=run.tokenizer.pad_id)
         batch["example_index"] = np.full((rows, size), -1, np.int32)
-        for row, one in enumerate(encoded[first : first + rows]):
-            ids = np.asarray(one.ids, np.int32)
-            write_segment(batch, row, 0, 1, ids=ids, mask=one.loss_mask, task_id=0, example_id=first + row)
+        for row, pair in enumerate(encoded[first : first + rows]):
+            ids = np.asarray(pair.ids, np.int32)
+            write_segment(batch, row, 0, 1, ids=ids, mask=pair.loss_mask, task_id=0, example_id=first + row)
             batch["example_index"][row] = first + row
         batches.append(batch)
     sums = example_nll(

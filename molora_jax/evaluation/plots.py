@@ -78,7 +78,7 @@ def plot_routing(routing: dict, experts: dict, path) -> pathlib.Path:
     With few scopes a second row shows how each task differs from the mean of the tasks.
 
     Args:
-      routing: `{rule: {scope: {task: [L][E]}}}`, shares that sum to 1 over a layer's experts.
+      routing: `{rule: {scope: {task: [L][E]}}}`, fractions that sum to 1 over a layer's experts.
       experts: `{rule: experts of each layer}`; what is beyond is left grey.
     """
     scopes = [(rule, scope, by_task) for rule, scopes in routing.items() for scope, by_task in scopes.items()]
@@ -87,12 +87,12 @@ def plot_routing(routing: dict, experts: dict, path) -> pathlib.Path:
         say(ax, "This run has no router: every token uses the same adapter.")
         return save(fig, path)
     tasks = list(scopes[0][2])
-    shares = [_masked(by_task, experts[rule], scope) for rule, scope, by_task in scopes]
+    fractions = [_masked(by_task, experts[rule], scope) for rule, scope, by_task in scopes]
     names = [rule if scope in (rule, "site") else f"{rule}: {scope}" for rule, scope, _ in scopes]
-    top = max(float(np.nanpercentile(x, 99.5)) for x in shares)
-    rows = [(f"{n}\nlayer", x, dict(cmap="magma_r", vmin=0, vmax=top)) for n, x in zip(names, shares, strict=True)]
+    top = max(float(np.nanpercentile(x, 99.5)) for x in fractions)
+    rows = [(f"{n}\nlayer", x, dict(cmap="magma_r", vmin=0, vmax=top)) for n, x in zip(names, fractions, strict=True)]
     if len(scopes) <= 2 and len(tasks) > 1:
-        for name, x in zip(names, shares, strict=True):
+        for name, x in zip(names, fractions, strict=True):
             change = x - np.mean(x, axis=0)
             most = max(1e-3, float(np.nanpercentile(np.abs(change), 99.5)))
             rows.append((f"{name}, minus mean\nlayer", change, dict(cmap=signed(), vmin=-most, vmax=most)))
@@ -129,8 +129,8 @@ def _dress(axes, label, x):
 
 def _masked(by_task, counts, scope):
     """`[tasks, L, E]`, NaN where there is no expert."""
-    share = np.array(list(by_task.values()), float)
+    fractions = np.array(list(by_task.values()), float)
     counts = [max(counts)] if scope == "model" else counts
     for layer, count in enumerate(counts):
-        share[:, layer, count:] = np.nan
-    return share
+        fractions[:, layer, count:] = np.nan
+    return fractions

@@ -2,10 +2,10 @@
 
     {"step": N, "tasks": {NAME: {"items", "answer_tokens", "nll", "nll_base", "exact", "exact_base", ...}}, ...}
 
-`nll` is per answer token (nats, end token included), `exact` the share of generated answers that equal the target; each
-is `[value, low, high]` with a 95 % interval (`intervals.py`). More keys: `nll_change` (tuned minus base, paired),
+`nll` is per answer token (nats, end token included), `exact` the fraction of generated answers that equal the target;
+each is `[value, low, high]` with a 95 % interval (`intervals.py`). More keys: `nll_change` (tuned minus base, paired),
 `generated` (items with a generated answer), `too_long` (of these, targets that do not fit into `eval.max_new_tokens`,
-which count as wrong); `routing`: `{rule: {scope: {task: [L][E]}}}`, the mean share of the gates.
+which count as wrong); `routing`: `{rule: {scope: {task: [L][E]}}}`, the mean fraction of the gates.
 A run that learns classes or pairs has other keys (`choices.py`).
 """
 
@@ -71,9 +71,9 @@ def evaluate(run, *, phases=None) -> dict:
 
 def no_items(data) -> InputError:
     """The error of a run without a held-out item."""
-    valid, share = data.get("valid", ""), data.get("test_share", 0.05)
-    if valid or share:
-        got = f"no row of {valid}" if valid else f"no test item ({share:.1%} of the rows, by a hash of their text,"
+    valid, held_out = data.get("valid", ""), data.get("test_share", 0.05)
+    if valid or held_out:
+        got = f"no row of {valid}" if valid else f"no test item ({held_out:.1%} of the rows, by a hash of their text,"
         return InputError(
             "data.valid" if valid else "data.tasks", got=f"{got} that fits into data.seq_len{'' if valid else ')'}",
             expected="at least one", fix="Add rows, or raise data.seq_len if the report counts too long ones.",
@@ -145,12 +145,12 @@ def _right(run, example) -> set[str]:
 
 
 def routing(run, gates: dict, present: set) -> dict:
-    """Shares that sum to 1 over a layer's experts; all zeros in a layer where the rule does not act."""
+    """Fractions that sum to 1 over a layer's experts; all zeros in a layer where the rule does not act."""
     out: dict = {}
     for rule, scopes in gates.items():
         for scope, total in scopes.items():
-            share = total / np.maximum(total.sum(-1, keepdims=True), 1e-9)
-            named = {n: share[t].round(5).tolist() for t, n in enumerate(run.data.task_names) if t in present}
+            fractions = total / np.maximum(total.sum(-1, keepdims=True), 1e-9)
+            named = {n: fractions[t].round(5).tolist() for t, n in enumerate(run.data.task_names) if t in present}
             out.setdefault(rule, {})[scope] = named
     return out
 

@@ -134,8 +134,8 @@ class Run:
         Raises:
           InputError: an empty or too long prompt, a bad number.
         """
-        one = isinstance(prompt, str) or _is_conversation(prompt)
-        prompts = [prompt] if one else prompt
+        single = isinstance(prompt, str) or _is_conversation(prompt)
+        prompts = [prompt] if single else prompt
         if not isinstance(prompts, (list, tuple)):
             raise InputError("prompt", got=repr(prompt)[:80], expected="text, turns, or a list of them")
         stop = (stop,) if isinstance(stop, str) else tuple(stop)
@@ -151,7 +151,7 @@ class Run:
             seed=seed, cache=cache,
         )  # fmt: skip
         texts = [_before(self.text(ids), stop) for ids in answers]
-        return texts[0] if one else texts
+        return texts[0] if single else texts
 
     def _say_where_answers_end(self, prompts, max_new_tokens, stop) -> None:
         """A line to the log where an answer may end otherwise than its caller would expect."""
@@ -219,14 +219,16 @@ class Run:
         Raises:
           InputError: an empty or too long text, lists of different lengths, a base without a head.
         """
-        one = isinstance(prompt, str)
+        single = isinstance(prompt, str)
         for where, value in (("prompt", prompt), ("answer", answer)):
-            if isinstance(value, str) != one or not isinstance(value, (str, list, tuple, np.ndarray)):
+            if isinstance(value, str) != single or not isinstance(value, (str, list, tuple, np.ndarray)):
                 expected = "a text, or a list of texts"
-                expected = expected if where == "prompt" else "a text, as prompt is" if one else "a list, as prompt is"
+                expected = (
+                    expected if where == "prompt" else "a text, as prompt is" if single else "a list, as prompt is"
+                )
                 raise InputError(where, got=f"{value!r:.60} (a {type(value).__name__})", expected=expected)
-        found = measure.nll(self, [prompt] if one else list(prompt), [answer] if one else list(answer))
-        return float(found[0]) if one else found
+        found = measure.nll(self, [prompt] if single else list(prompt), [answer] if single else list(answer))
+        return float(found[0]) if single else found
 
     def metrics(self) -> list[dict]:
         """The rows of `metrics.jsonl`, one an optimizer step; [] without any. NaN and infinities are floats."""
@@ -265,7 +267,7 @@ def _turns(prompt) -> list[dict]:
 
 
 def _before(text: str, stop) -> str:
-    return text[: min((text.find(one) for one in stop if one in text), default=len(text))]
+    return text[: min((text.find(end) for end in stop if end in text), default=len(text))]
 
 
 @functools.partial(jax.jit, static_argnames="model")

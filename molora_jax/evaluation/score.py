@@ -59,7 +59,7 @@ def score(run, examples, *, base: bool, phases) -> Scores:
             max_new_tokens=options.max_new_tokens, eos_id=run.tokenizer.end_ids, batch_size=options.batch_size,
             done=phases.advance,
         )  # fmt: skip
-        for i, one in zip(picked, ids, strict=True):
-            answers[i] = run.text(one)
+        for i, answer in zip(picked, ids, strict=True):
+            answers[i] = run.text(answer)
         phases.end()
     return Scores(sums["nll"], sums["tokens"], answers, sums.get("gates", {}))

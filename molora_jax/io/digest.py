@@ -30,7 +30,7 @@ def to_text(total: int) -> str:
 
 
 def shard_sum(block: np.ndarray, index: tuple[slice, ...] | None = None, shape: tuple[int, ...] | None = None) -> int:
-    """The share of one block in the digest of an array.
+    """The part of one block in the digest of an array.
 
     Args:
       block: the values of `array[index]`.
@@ -51,10 +51,10 @@ def shard_sum(block: np.ndarray, index: tuple[slice, ...] | None = None, shape: 
     ramp = np.arange(min(run, BLOCK), dtype=np.uint64) * np.uint64(INDEX)
     total = 0
     if run >= BLOCK:
-        for row, base in zip(words, rows.tolist(), strict=True):
+        for row, offset in zip(words, rows.tolist(), strict=True):
             for at in range(0, run, BLOCK):
                 part = row[at : at + BLOCK]
-                total += _mixed(part, ramp[: len(part)] + np.uint64((base + at * INDEX) & MASK))
+                total += _mixed(part, ramp[: len(part)] + np.uint64((offset + at * INDEX) & MASK))
     else:
         step = BLOCK // run
         for at in range(0, len(rows), step):

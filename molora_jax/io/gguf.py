@@ -115,12 +115,12 @@ def files(path: str | pathlib.Path) -> list[pathlib.Path]:
         check_magic(path)
         return [path]
     parts = [path.with_name(f"{part[1]}-{i + 1:05d}-of-{count:05d}.gguf") for i in range(count)]
-    for i, one in enumerate(parts):
+    for i, file in enumerate(parts):
         try:
-            check_magic(one)
+            check_magic(file)
         except InputError as error:
             raise InputError(
-                f"{one}: part {i + 1} of {count}", got=error.got, expected="all parts in one folder",
+                f"{file}: part {i + 1} of {count}", got=error.got, expected="all parts in one folder",
                 fix="Fetch the missing parts of this split GGUF.",
             ) from None  # fmt: skip
     return parts
@@ -133,7 +133,7 @@ def read(path: str | pathlib.Path) -> Gguf:
       InputError: not a GGUF file, truncated, an unknown tensor type, sizes that do not fit the file, parts that do not
         belong together.
     """
-    parts = [_read_one(str(one)) for one in files(path)]
+    parts = [_read_one(str(file)) for file in files(path)]
     whole, entries = parts[0], {}
     for i, part in enumerate(parts):
         said = tuple(part.metadata.get(f"split.{key}", default) for key, default in (("no", 0), ("count", 1)))

@@ -307,8 +307,8 @@ def tokenizer(gguf: Gguf) -> Tokenizer:
         return None if index is None else tokens[index]
 
     ends = [special_id(role) for role in ("eos", "eot", "eom")]  # of the text, of a turn, of a message
-    more = gguf.metadata.get("tokenizer.ggml.eos_token_ids", [])
-    for index in more if isinstance(more, (list, np.ndarray)) else [more]:
+    listed = gguf.metadata.get("tokenizer.ggml.eos_token_ids", [])
+    for index in listed if isinstance(listed, (list, np.ndarray)) else [listed]:
         if not isinstance(index, (int, np.integer)) or not 0 <= index < len(tokens):
             expected = f"ids below {len(tokens)}"
             raise InputError(f"{gguf.path}: eos_token_ids", got=repr(index)[:80], expected=expected)

@@ -58,7 +58,7 @@ class Worker:
 
     def render(self, template, day, conversations) -> list[dict]:
         packed = [_packed(conversation) for conversation in conversations]
-        good = [one for one in packed if isinstance(one, bytes)]
+        good = [text for text in packed if isinstance(text, bytes)]
         answers, careful = [], False
         with self._lock:
             while len(answers) < len(good):
@@ -80,7 +80,7 @@ class Worker:
                     rest = len(good) - len(answers)
                     answers += [{"error": f"not tried: {why} on an earlier row"}] * rest
         rendered = iter(answers)
-        return [next(rendered) if isinstance(one, bytes) else one for one in packed]
+        return [next(rendered) if isinstance(text, bytes) else text for text in packed]
 
     def close(self):
         """Ends the child, whatever it does."""

@@ -175,7 +175,7 @@ class Tokenizer:
             return templates.render(self.template, conversations, day=self.day)
         results = [{}] * len(conversations)
         for template, with_tools in ((self.template, False), (self.tool_template, True)):
-            chosen = [i for i, one in enumerate(conversations) if bool(one.get("tools")) == with_tools]
+            chosen = [i for i, turns in enumerate(conversations) if bool(turns.get("tools")) == with_tools]
             rendered = templates.render(template, [conversations[i] for i in chosen], day=self.day)
             for i, result in zip(chosen, rendered, strict=True):
                 results[i] = result

@@ -28,6 +28,6 @@ class Ewc(Penalty):
 
     def remember(self, memory, trainable, squares):
         fisher = jax.tree.map(jnp.add, memory["fisher"], squares)
-        share = jax.tree.map(lambda own, F: own / jnp.where(F > 0, F, 1.0), squares, fisher)
-        anchor = jax.tree.map(lambda a, x, s: a + s * (x - a), memory["anchor"], trainable, share)
+        part = jax.tree.map(lambda own, F: own / jnp.where(F > 0, F, 1.0), squares, fisher)
+        anchor = jax.tree.map(lambda a, x, s: a + s * (x - a), memory["anchor"], trainable, part)
         return {"fisher": fisher, "anchor": anchor}

@@ -31,7 +31,7 @@ class RoutedFFN(Routed):
       experts, adapter, router, engine, mesh: as of `RoutedLoRA`.
       activation: `silu`, `gelu`, ... of the block.
       down, shrink: as in a config's rule: `per_expert` for adapters with row factors (DoRA); whether gates that do not
-        sum to 1 shrink the frozen block too.
+        sum to 1 scale the frozen block too.
 
     >>> import jax, jax.numpy as jnp, molora_jax as mj
     >>> layer = mj.RoutedFFN(experts=4, adapter=mj.Lora(rank=2), router=mj.SoftmaxTopK(k=2))
@@ -74,12 +74,12 @@ class RoutedFFN(Routed):
         valid, train: as of `RoutedLoRA`.
         """
         made, kernels, biases = self.made(), {"gate": gate, "up": up, "down": down}, dict(biases or {})
-        check_arrays(self.place(), x=x, **kernels, **{f"biases[{name!r}]": b for name, b in biases.items()})
+        check_arrays(self.module_path(), x=x, **kernels, **{f"biases[{name!r}]": b for name, b in biases.items()})
         x = floating(x, gate)
         self.reached(made)
         sites = self._sites(made, x, kernels)
         leaves, shared = self.leaves(made, sites, kernels)
-        ctx = self.context(made, batched(x), batched_valid(valid, x, self.place()), train)
+        ctx = self.context(made, batched(x), batched_valid(valid, x, self.module_path()), train)
         routed = self.route(made, Site("ffn", *[x.shape[-1]] * 2, (0,), made.experts, (made.experts,)), batched(x), ctx)
 
         def context(name):
@@ -103,7 +103,7 @@ class RoutedFFN(Routed):
         F = shapes["gate"][-1]
         for name, wanted in zip(SITES, ((D, F), (D, F), (F, D)), strict=True):
             if shapes[name] != wanted:
-                raise wrong(f"{self.place()}, {name}", f"shape {shapes[name]}", f"{wanted} for x of width {D}")
+                raise wrong(f"{self.module_path()}, {name}", f"shape {shapes[name]}", f"{wanted} for x of width {D}")
         sites = {name: Site(name, *shapes[name], (0,), made.experts, (made.experts,)) for name in SITES}
-        made.adapter.check(f"{self.place()}.adapter", tuple(sites.values()))
+        made.adapter.check(f"{self.module_path()}.adapter", tuple(sites.values()))
         return sites

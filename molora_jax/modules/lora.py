@@ -92,10 +92,10 @@ class RoutedLoRA(Routed):
         valid: bool, of x's leading axes: False at padding, which is not routed and not counted.
         train: dropout and noise are on; needs `rngs={"dropout": key}` where there is any.
         """
-        check_arrays(self.place(), x=x, kernel=kernel, bias=bias)
+        check_arrays(self.module_path(), x=x, kernel=kernel, bias=bias)
         if jnp.shape(kernel) != (x.shape[-1], self.features):
             raise wrong(
-                f"{self.place()}, kernel", f"shape {jnp.shape(kernel)}",
+                f"{self.module_path()}, kernel", f"shape {jnp.shape(kernel)}",
                 f"{(x.shape[-1], self.features)}, the width of x and features",
             )  # fmt: skip
         x = floating(x, kernel)
@@ -113,14 +113,15 @@ class RoutedLoRA(Routed):
         made, x = self.made(), floating(x, kernel)
         self.reached(made)
         site = Site(SITE, x.shape[-1], self.features, (0,), made.experts, (made.experts,))
-        made.adapter.check(f"{self.place()}.adapter", (site,))
+        made.adapter.check(f"{self.module_path()}.adapter", (site,))
         leaves, shared = self.leaves(made, {SITE: site}, {SITE: kernel})
-        ctx = self.context(made, batched(x), batched_valid(valid, x, self.place()), train).replace(site=site)
+        ctx = self.context(made, batched(x), batched_valid(valid, x, self.module_path()), train).replace(site=site)
         routed = self.route(made, site, batched(x), ctx)
         decision = None if routed is None else routed[0]
-        place = Projection()
+        placement = Projection()
         part = projection.part(
-            made.rule, leaves[SITE], shared, decision, ctx.replace(base=kernel), x.reshape(-1, x.shape[-1]), place=place
+            made.rule, leaves[SITE], shared, decision, ctx.replace(base=kernel), x.reshape(-1, x.shape[-1]),
+            placement=placement,
         )  # fmt: skip
-        serves(made.engine, place, part.factors, self.place())
+        serves(made.engine, placement, part.factors, self.module_path())
         return part, lambda counts: self.put(made, routed, counts)

@@ -108,7 +108,7 @@ def described_as(axis: str, value) -> dict:
     """A member as a config has it; without a name where a config could not name its class."""
     name = next((name for name, kind in TABLES[axis][0].items() if type(value) is kind), None)
     path = f"{type(value).__module__}:{type(value).__qualname__}"
-    name = path if name is None and config_members.known(axis, path) else name
+    name = path if name is None and config_members.is_member(axis, path) else name
     options = {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
     return options | ({} if name is None else {"name": name})
 
@@ -131,7 +131,7 @@ def engine_of(engine, mesh: Mesh | None) -> Engine:
     if mesh is None:
         if engine != "replicate":
             fix = 'Pass one: mesh=jax.make_mesh((8,), ("expert",)).'
-            raise wrong("mesh", f"none, with engine {engine!r}", "the mesh whose axis expert shares the experts", fix)
+            raise wrong("mesh", f"none, with engine {engine!r}", "the mesh whose axis expert divides the experts", fix)
         return ALONE if given is None else given
     return Engine(engine, _whole(mesh)) if given is None else dataclasses.replace(given, mesh=_whole(mesh))
 
@@ -156,21 +156,21 @@ def _whole(mesh: Mesh) -> Mesh:
 
 def made(
     where: str, placement: str, sites: tuple[str, ...], experts, adapter, router, engine, mesh, down="once",
-    shrink=False,
+    gates_scale_base=False,
 ) -> Made:  # fmt: skip
     """All of a module's parts, checked together as a config's rule is.
 
     Raises:
       InputError: whatever is wrong with them; `where` names the module.
     """
-    adapter, router = (freeze(dict(one)) if isinstance(one, Mapping) else one for one in (adapter, router))
-    for name, value in dict(down=down, shrink=shrink).items():
+    adapter, router = (freeze(dict(value)) if isinstance(value, Mapping) else value for value in (adapter, router))
+    for name, value in dict(down=down, shrink=gates_scale_base).items():
         raise_all(check_value(f"{where}.{name}", value, RULE[name]))
     if not isinstance(engine, (str, Engine)) or not isinstance(mesh, (Mesh, type(None))):
         engine_of(engine, mesh)
     for name, value in dict(experts=experts, adapter=adapter, router=router).items():
         _check_hash(f"{where}.{name}", value, {"adapter": "adapters", "router": "routers"}.get(name))
-    return _made(where, placement, sites, experts, adapter, router, engine, mesh, down, shrink)
+    return _made(where, placement, sites, experts, adapter, router, engine, mesh, down, gates_scale_base)
 
 
 def _check_hash(where: str, value, axis: str | None) -> None:
@@ -185,7 +185,7 @@ def _check_hash(where: str, value, axis: str | None) -> None:
 
 
 @functools.lru_cache(maxsize=1024)
-def _made(where, placement, sites, experts, adapter, router, engine, mesh, down, shrink) -> Made:
+def _made(where, placement, sites, experts, adapter, router, engine, mesh, down, gates_scale_base) -> Made:
     adapter = member("adapters", adapter, f"{where}.adapter")
     router = None if router is None else member("routers", router, f"{where}.router")
     count = int(experts) if isinstance(experts, str) and experts.isdigit() else experts
@@ -205,13 +205,13 @@ def _made(where, placement, sites, experts, adapter, router, engine, mesh, down,
     if all("name" in described[axis] for axis in ("adapter", "router") if axis in described):  # others say no limits
         raise_all(list(check_counts(where, described, (count,))))
         raise_all(list(limits.refused(where, described, limits.states("placements", placement, "REFUSES"), start="")))
-    return Made(Rule(where, sites, (count,), adapter, router, down, shrink), engine_of(engine, mesh))
+    return Made(Rule(where, sites, (count,), adapter, router, down, gates_scale_base), engine_of(engine, mesh))
 
 
 def _stands_alone(where: str, router: Router) -> None:
     """Raises InputError for a router that needs more than the layer that it stands in."""
     need = ""
-    if router.SIGNAL:
+    if router.INPUT:
         need = "the frozen base's last hidden state"
     elif jax.tree.leaves(jax.eval_shape(lambda: router.init_carry(1, 1))):
         need = "what it handed on from the layer before"

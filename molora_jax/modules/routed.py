@@ -24,7 +24,7 @@ from molora_jax.routers.asked import check_slots, decide
 class Routed(nn.Module):
     """A module with experts. Subclasses have the fields `experts, adapter, router, engine, mesh`."""
 
-    def place(self) -> str:
+    def module_path(self) -> str:
         """The module's path, for messages."""
         return "/".join(self.path) or type(self).__name__
 
@@ -73,9 +73,14 @@ class Routed(nn.Module):
         state = self._held("router_state", jax.eval_shape(fresh), fresh)
         x = jnp.where(ctx.valid[..., None], x, 0)  # a row that nobody wrote may hold NaN
         with jax.named_scope("route"):
-            check_slots(router, site, f"{self.place()}.router")
+            check_slots(router, site, f"{self.module_path()}.router")
             decision, _, sums = decide(
-                router, own.get("router", {}), {}, x, ctx.replace(site=site, state=state), f"{self.place()}.router"
+                router,
+                own.get("router", {}),
+                {},
+                x,
+                ctx.replace(site=site, state=state),
+                f"{self.module_path()}.router",
             )
         return decision, sums
 
@@ -106,7 +111,9 @@ class Routed(nn.Module):
             fix = 'Pass rngs={"dropout": key}, or train=False.'
             if _lifted(self):
                 fix = f'Add "dropout": True to split_rngs of the transform around it ({self.scope.path_text}).'
-            raise wrong(f"{self.place()}, train=True", "no rng named dropout", f"one, for {', '.join(random)}", fix)
+            raise wrong(
+                f"{self.module_path()}, train=True", "no rng named dropout", f"one, for {', '.join(random)}", fix
+            )
 
     def _start(self) -> Array:
         """The key of fresh leaves."""
@@ -150,7 +157,7 @@ class Routed(nn.Module):
             return
         if not self.scope.is_mutable_collection(collection):
             raise InputError(
-                f"variable_axes of the nn.scan or nn.vmap around {self.place()}", got=f"no entry {collection!r}",
+                f"variable_axes of the nn.scan or nn.vmap around {self.module_path()}", got=f"no entry {collection!r}",
                 expected=f"{{{collection!r}: 0}} among them: without it what the layer writes there is lost",
                 fix=_how(collection, self),
             )  # fmt: skip

@@ -84,8 +84,8 @@ def routing_loss(sown, loss, *, segment_ids=None, task_ids=None, tasks: tuple[st
     """
     loss: Loss = member("losses", loss, "loss")
     stats: dict = {}
-    for path, one in entries(sown):
-        shape = one.decision.valid.shape[one.stacked :]
+    for path, entry in entries(sown):
+        shape = entry.decision.valid.shape[entry.stacked :]
         ids = {"segment_ids": segment_ids, "task_ids": task_ids}
         for name, value in ids.items():
             if value is not None and jnp.shape(value) != shape:
@@ -101,7 +101,7 @@ def routing_loss(sown, loss, *, segment_ids=None, task_ids=None, tasks: tuple[st
 
         layer, scope = "/".join(path[:-2]), "/".join(path[-2:])  # the module that holds the Dense, and the Dense
         own = stats.setdefault("", {}).setdefault(layer, {})
-        new = one.over_layers(sums, one.decision)
+        new = entry.over_layers(sums, entry.decision)
         own[scope] = jax.tree.map(lambda a, b: jnp.concatenate([a, b]), own[scope], new) if scope in own else new
     return value_of(loss, stats, "loss")
 
@@ -152,15 +152,15 @@ def update_routers(router_state: dict, *sown) -> dict:
         return router_state
     sums: dict = {}
     for tree in sown:
-        for path, one in entries(tree):
-            if one.sums:
+        for path, entry in entries(tree):
+            if entry.sums:
                 old = sums.get(path)
-                sums[path] = one if old is None else one.replace(sums=jax.tree.map(jnp.add, old.sums, one.sums))
+                sums[path] = entry if old is None else entry.replace(sums=jax.tree.map(jnp.add, old.sums, entry.sums))
 
     def walk(tree, path):
         if path in sums:
-            one = sums.pop(path)
-            new = one.over_layers(one.router.update, tree, one.sums)
+            entry = sums.pop(path)
+            new = entry.over_layers(entry.router.update, tree, entry.sums)
             return jax.tree.map(lambda n, o: n.reshape(o.shape), new, tree)
         if not isinstance(tree, dict):
             raise wrong(f"sown: {'/'.join(path)}", "nothing", "what that router decided", "Pass all that was sown.")
@@ -170,7 +170,7 @@ def update_routers(router_state: dict, *sown) -> dict:
 
 
 def routing_metrics(sown) -> dict[str, dict[str, Array]]:
-    """Load statistics by router: `load_max_over_mean` (1 is balanced, E collapse), `entropy`, `active_experts`, ...
+    """Statistics of expert load by router: `load_max_over_mean` (1 is balanced, E collapse), `entropy`, ...
 
     Returns:
       `{path: {statistic: scalar}}`, `[L]` under `nn.scan`; the statistics are those of a run's `metrics.jsonl`.
@@ -183,14 +183,14 @@ def routing_metrics(sown) -> dict[str, dict[str, Array]]:
     2.0
     """
     out: dict = {}
-    for path, one in entries(sown):
-        total = one.over_layers(routing_math.sums, one.decision)
-        if one.counts is not None:
-            counts = one.counts.reshape(-1, 2)
+    for path, entry in entries(sown):
+        total = entry.over_layers(routing_math.sums, entry.decision)
+        if entry.counts is not None:
+            counts = entry.counts.reshape(-1, 2)
             total |= {"sent": counts[:, 0], "dropped": counts[:, 1]}
-        found = routing_math.load(total)
+        found = routing_math.expert_load(total)
         name = "/".join(path)
         while name in out:  # a module that was called again
             name += "'"
-        out[name] = found if one.stacked else jax.tree.map(lambda x: x[0], found)
+        out[name] = found if entry.stacked else jax.tree.map(lambda x: x[0], found)
     return out

@@ -101,9 +101,11 @@ class Walk:
         others = self.not_covered(params)
         for rule in self.rules:
             for pattern in rule.patterns:
-                one = dataclasses.replace(rule, patterns=(pattern,))
-                meant = {p: kind for p, kind in others.items() if one.matches(p) or one.matches(p.rpartition("/")[0])}
-                if not any(map(one.matches, self.covered)):
+                single = dataclasses.replace(rule, patterns=(pattern,))
+                meant = {
+                    p: kind for p, kind in others.items() if single.matches(p) or single.matches(p.rpartition("/")[0])
+                }
+                if not any(map(single.matches, self.covered)):
                     self._unmatched(rule.name, pattern, meant)
                 meant = {p: kind for p, kind in meant.items() if kind not in NOT_LINEAR}
                 if meant:

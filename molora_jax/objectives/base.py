@@ -91,12 +91,12 @@ class Objective:
         raise NotImplementedError
 
     def loss(self, forward: Forward, heads: dict, fixed: dict[str, Frozen], batch: dict, norm: Array):
-        """`(scalar, metrics)`: shares of the whole batch's, so that micro-steps add up."""
+        """`(scalar, metrics)`: parts of the whole batch's, so that micro-steps add up."""
         raise NotImplementedError
 
     def score(self, forward: Forward, heads: dict, fixed: dict[str, Frozen], batch: dict):
-        """`(nll, weight, right, where)`, each `[B, N]` for N places a row: nats, what counts (0: no place), whether the
-        answer is the right one (0 to 1), and a position inside the example that it belongs to."""
+        """`(nll, weight, right, places)`, each `[B, N]` for N places a row: nats, what counts (0: no place), whether
+        the answer is the right one (0 to 1), and a position inside the example that it belongs to."""
         raise NotImplementedError
 
 

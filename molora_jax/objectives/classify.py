@@ -38,20 +38,20 @@ class Classify(Objective):
         return loss, {"class_loss": loss, "accuracy": jnp.sum(right * weight) / norm}
 
     def score(self, forward, heads, fixed, batch):
-        where = at_targets(batch, forward.targets_per_row)
-        weight, label = (jnp.take_along_axis(batch[name], where, axis=1) for name in ("loss_weight", "targets"))
+        places = at_targets(batch, forward.targets_per_row)
+        weight, label = (jnp.take_along_axis(batch[name], places, axis=1) for name in ("loss_weight", "targets"))
         label = jnp.where(weight > 0, label, 0)
         with jax.named_scope("loss"):
-            logits = self.pooled(forward.hidden(batch), batch, where) @ heads["kernel"] + heads["bias"]
+            logits = self.pooled(forward.hidden(batch), batch, places) @ heads["kernel"] + heads["bias"]
             nll = -jnp.take_along_axis(jax.nn.log_softmax(logits), label[..., None], axis=-1)[..., 0]
             right = jnp.argmax(jax.lax.stop_gradient(logits), axis=-1) == label
-        return jnp.where(weight > 0, nll, 0.0), weight, right, where
+        return jnp.where(weight > 0, nll, 0.0), weight, right, places
 
-    def pooled(self, hidden: Array, batch: dict, where: Array) -> Array:
-        """`[B, S, D]` -> float32 `[B, M, D]`, of the examples that end at the positions `where [B, M]`."""
+    def pooled(self, hidden: Array, batch: dict, places: Array) -> Array:
+        """`[B, S, D]` -> float32 `[B, M, D]`, of the examples that end at the positions `places [B, M]`."""
         hidden = hidden.astype(jnp.float32)
         if self.pooling == "last":
-            return jnp.take_along_axis(hidden, where[..., None], axis=1)
-        segment = jnp.take_along_axis(batch["segment_ids"], where, axis=1)
+            return jnp.take_along_axis(hidden, places[..., None], axis=1)
+        segment = jnp.take_along_axis(batch["segment_ids"], places, axis=1)
         own = (segment[:, :, None] == batch["segment_ids"][:, None, :]).astype(jnp.float32)  # [B, M, S]
         return jnp.einsum("bms,bsd->bmd", own, hidden) / jnp.sum(own, axis=-1, keepdims=True)

@@ -41,10 +41,10 @@ class Distill(Objective):
         return weight_of(batch)
 
     def loss(self, forward, heads, fixed, batch, norm):
-        teacher, where = fixed["teacher"], at_targets(batch, forward.targets_per_row)
-        pick = lambda hidden: jnp.take_along_axis(hidden, where[..., None], axis=1)  # noqa: E731
+        teacher, places = fixed["teacher"], at_targets(batch, forward.targets_per_row)
+        pick = lambda hidden: jnp.take_along_axis(hidden, places[..., None], axis=1)  # noqa: E731
         own, theirs = pick(forward.hidden(batch)), pick(forward.frozen(teacher, batch))
-        weight = jnp.take_along_axis(batch["loss_weight"], where, axis=1)
+        weight = jnp.take_along_axis(batch["loss_weight"], places, axis=1)
 
         def divergence(logits_of, own, theirs):
             log_q = jax.nn.log_softmax(logits_of(own) / self.temperature)

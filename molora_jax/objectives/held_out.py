@@ -29,13 +29,13 @@ def _batch_nll(
         return out
 
     forward = Forward(model, own, hidden, targets_per_row, constrain)
-    nll, weight, right, where = objective.score(forward, modules.get(head, {}), fixed, batch)
-    index = jnp.take_along_axis(batch["example_index"], where, axis=1)
+    nll, weight, right, places = objective.score(forward, modules.get(head, {}), fixed, batch)
+    index = jnp.take_along_axis(batch["example_index"], places, axis=1)
     if not num_tasks:
         return (nll, weight, right, index), {}
     tasks = jax.nn.one_hot(jnp.where(batch["segment_ids"] > 0, batch["task_ids"], -1), num_tasks)  # [B, S, tasks]
-    share = lambda g: jnp.einsum("lbse,bst->tle", jnp.abs(g), tasks)  # noqa: E731  (a gate may be negative)
-    return (nll, weight, right, index), jax.tree.map(share, by_layer(model, gates))
+    by_task = lambda g: jnp.einsum("lbse,bst->tle", jnp.abs(g), tasks)  # noqa: E731  (a gate may be negative)
+    return (nll, weight, right, index), jax.tree.map(by_task, by_layer(model, gates))
 
 
 def example_nll(

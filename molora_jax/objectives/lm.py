@@ -22,14 +22,14 @@ def at_targets(batch: dict, targets_per_row: int) -> Array:
 
 
 def token_nll(model, params: dict, hidden: Array, batch: dict, targets_per_row: int):
-    """`(nll [B, M], weight [B, M], right [B, M] bool, where [B, M])`: `right` is "the target is the argmax"."""
-    where = at_targets(batch, targets_per_row)
-    pick = lambda x: jnp.take_along_axis(x, where, axis=1)  # noqa: E731
-    hidden = jnp.take_along_axis(hidden, where[..., None], axis=1)
+    """`(nll [B, M], weight [B, M], right [B, M] bool, places [B, M])`: `right` is "the target is the argmax"."""
+    places = at_targets(batch, targets_per_row)
+    pick = lambda x: jnp.take_along_axis(x, places, axis=1)  # noqa: E731
+    hidden = jnp.take_along_axis(hidden, places[..., None], axis=1)
     targets, weight = pick(batch["targets"]), pick(batch["loss_weight"])
     with jax.named_scope("loss"):
         nll, right = by_token(nll_of, model, params, hidden, targets)
-    return jnp.where(weight > 0, nll, 0.0), weight, right, where
+    return jnp.where(weight > 0, nll, 0.0), weight, right, places
 
 
 def nll_of(logits_of, hidden: Array, targets: Array):

@@ -116,6 +116,6 @@ def _last(batch, most: int):
 
 def _log_likelihood(forward, params, model, hidden, batch, most: int) -> Array:
     """Of each answer, summed over its tokens: `[B, G]`."""
-    nll, weight, _, where = token_nll(model, params, hidden, batch, forward.targets_per_row)
-    segment = jnp.take_along_axis(batch["segment_ids"], where, axis=1)
+    nll, weight, _, places = token_nll(model, params, hidden, batch, forward.targets_per_row)
+    segment = jnp.take_along_axis(batch["segment_ids"], places, axis=1)
     return -jnp.sum(jnp.where(_members(segment, most), (nll * weight)[:, None, :], 0.0), axis=-1)

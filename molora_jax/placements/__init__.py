@@ -17,6 +17,6 @@ UNNAMED = tuple(member() for member in PLACEMENTS.values() if not member.NAMED)
 
 def of(rule) -> Placement:
     """The placement of a rule: the one that it names, or the one of its sites."""
-    if rule.place is not None:
-        return rule.place
+    if rule.placement is not None:
+        return rule.placement
     return next(member for member in UNNAMED if set(rule.sites) <= set(member.SITES))

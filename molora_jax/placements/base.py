@@ -32,7 +32,7 @@ from molora_jax.core.types import Array, Factors
 class Axes:
     """What each dimension of an array is.
 
-    `tokens`; `expert`; `shares`, the experts of frozen kernels, which lie in shares under every engine; `rank`; `in`
+    `tokens`; `expert`; `frozen_expert`, of frozen kernels, which lie in shards under every engine; `rank`; `in`
     and `out`, the widths of the projection `site` (tensor parallelism splits one of them); `width`, D, which is never
     split; `sum` in front: partial sums over what splits the region, absent where nothing does. None is any other
     dimension.
@@ -43,11 +43,11 @@ class Axes:
 
 
 class At(NamedTuple):
-    """`rows [T]`: the tokens' places in the global batch (for dropout). `share (index, of)`: which share of the inner
+    """`rows [T]`: the tokens' places in the global batch (for dropout). `shard (index, of)`: which shard of the inner
     width (see `Region.inner`) the arrays hold; outputs are then partial sums."""
 
     rows: Array
-    share: tuple
+    shard: tuple
 
 
 class Rows(NamedTuple):
@@ -64,7 +64,7 @@ class Rows(NamedTuple):
 class Part:
     """One rule's experts at one meeting: a `flax.struct` dataclass of arrays, with at least
 
-    `place`, its placement; `experts`, E; `routed`, whether a router chose; `decision`, `(idx [T, K], gates [T, K])`
+    `placement`, its placement; `experts`, E; `routed`, whether a router chose; `decision`, `(idx [T, K], gates [T, K])`
     where it did; and
     """
 
@@ -88,7 +88,7 @@ class Part:
         """A row a token, `[T, D]`, or a row a slot, `[T, K, R]`."""
         raise NotImplementedError
 
-    def there(self, arrays: dict, rows: Rows, share) -> Array:
+    def there(self, arrays: dict, rows: Rows, shard) -> Array:
         """What goes back, `[M, D_out]`, gate included; self holds the experts of one device."""
         raise NotImplementedError
 

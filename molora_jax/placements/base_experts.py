@@ -10,7 +10,7 @@ The base's router is frozen, or a copy of it trains (the rule's `base_router="tr
 losses on routing read its decisions.
 
 Kernels `[E, D, F]`, `[E, F, D]` are read by expert: on one device from the stack of all layers (`tiles.InStack`), on a
-mesh in shares over `expert`, gathered or met by travelling tokens as the engine says, together with their factors. A
+mesh in shards over `expert`, gathered or met by travelling tokens as the engine says, together with their factors. A
 base drops no token, whatever the engine's capacity. T tokens, D width, F FFN width, E experts, K slots, R rank.
 """
 
@@ -26,19 +26,18 @@ from molora_jax.config.fields import FFN as SITES
 from molora_jax.core import lowrank
 from molora_jax.core import routing as routing_math
 from molora_jax.core.types import Array, Factors
-from molora_jax.placements import base
-from molora_jax.placements.base import Axes, Placement
+from molora_jax.placements.base import At, Axes, Part, Placement, Region, replicated
 
 
 @dataclasses.dataclass(frozen=True)
-class Experts(base.Region):
+class Experts(Region):
     """A feed-forward block of experts: `x [T, D]` -> `[T, D]`, a partial sum where F is split."""
 
     inner: ClassVar[Axes | None] = Axes(("in",), "down")
 
 
 @flax.struct.dataclass
-class Part(base.Part):
+class BaseExpertsPart(Part):
     """The base's experts: frozen `kernels` by site, `factors` (with the scale set) and dropout by site where a rule
     changes them (else empty), `idx, gates [T, K]`."""
 
@@ -49,7 +48,7 @@ class Part(base.Part):
     gates: Array
     activation: str = flax.struct.field(pytree_node=False)
     experts: int = flax.struct.field(pytree_node=False)
-    place: Placement = flax.struct.field(pytree_node=False)
+    placement: Placement = flax.struct.field(pytree_node=False)
     routed: bool = flax.struct.field(pytree_node=False, default=True)
 
     @property
@@ -58,11 +57,12 @@ class Part(base.Part):
 
     def axes(self, rank_space):
         tokens = Axes(("tokens", None))
-        kernels = {s: Axes(("shares", "width", "out") if s != "down" else ("shares", "in", "width"), s) for s in SITES}
+        widths = {"gate": ("width", "out"), "up": ("width", "out"), "down": ("in", "width")}
+        kernels = {site: Axes(("frozen_expert", *widths[site]), site) for site in SITES}
         E = self.kernels["gate"].shape[0]  # with masked ones
-        factors = {site: self.place.axes(f, site, rank_space, E) for site, f in self.factors.items()}
+        factors = {site: self.placement.axes(f, site, rank_space, E) for site, f in self.factors.items()}
         return self.replace(
-            kernels=kernels, factors=factors, dropout=base.replicated(self.dropout), idx=tokens, gates=tokens
+            kernels=kernels, factors=factors, dropout=replicated(self.dropout), idx=tokens, gates=tokens
         )
 
     def here(self, arrays, out, at, early=None):
@@ -75,7 +75,7 @@ class Part(base.Part):
             seen = lowrank.dropped(x, self.dropout[site], at.rows)
             z.append((f[site].scale * slots(seen, f[site], self.idx, kernels[0].shape[0])).astype(x.dtype))
         drop, width = self.dropout["down"], kernels[0].shape[2]
-        mask = None if drop is None else drop.mask(at.rows, width * at.share[1], x.dtype, share=at.share)
+        mask = None if drop is None else drop.mask(at.rows, width * at.shard[1], x.dtype, shard=at.shard)
         low = (*z, f["gate"].by_expert("B"), f["up"].by_expert("B"), f["down"].by_expert("A"))
         y, z_d = moe_ffn(x, *kernels, low, self.idx, self.gates, activation=self.activation, mask=mask)
         gates = f["down"].scale * self.gates
@@ -87,9 +87,9 @@ class Part(base.Part):
     def sends(self, arrays, at, rank_space):
         return arrays["x"]
 
-    def there(self, arrays, rows, share):
-        one = self.replace(idx=rows.expert[:, None], gates=rows.gates[:, None])
-        return one.here({"x": rows.x}, None, base.At(rows.ids, share))
+    def there(self, arrays, rows, shard):
+        part = self.replace(idx=rows.expert[:, None], gates=rows.gates[:, None])
+        return part.here({"x": rows.x}, None, At(rows.ids, shard))
 
     def stay(self, arrays, out, back, lost):
         return back
@@ -161,8 +161,8 @@ def part(kernels: dict, routing, activation: str, experts: int, *, rule=None, le
     factors, dropout = {}, {}
     for site in SITES if rule is not None else ():
         own, ctx = leaves.get(site, {}), context(site)
-        known = lowrank.located(rule.adapter.factors(own, shared, ctx), own, ctx.stack)
-        factors[site] = known.replace(scale=rule.adapter.scale())
+        found = lowrank.located(rule.adapter.factors(own, shared, ctx), own, ctx.stack)
+        factors[site] = found.replace(scale=rule.adapter.scale())
         dropout[site] = lowrank.dropout(ctx.keyed(), rule.adapter.dropout)
-    place = BaseExperts() if rule is None else rule.place
-    return Part(jax.lax.stop_gradient(kernels), factors, dropout, idx, gates, activation, experts, place)
+    placement = BaseExperts() if rule is None else rule.placement
+    return BaseExpertsPart(jax.lax.stop_gradient(kernels), factors, dropout, idx, gates, activation, experts, placement)

@@ -24,8 +24,8 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
-from molora_jax.placements import base, projection
-from molora_jax.placements.base import Placement
+from molora_jax.placements import projection
+from molora_jax.placements.base import At, Placement
 
 NONLINEARITIES = {"silu": jax.nn.silu, "gelu": jax.nn.gelu, "relu": jax.nn.relu}
 
@@ -41,7 +41,7 @@ def chain(x, experts, iterations: int, residual: str = "inner"):
 
 
 @flax.struct.dataclass
-class Part(projection.Part):
+class ChainPart(projection.ProjectionPart):
     """The experts of one pass: a change without a frozen product."""
 
     def here(self, arrays, out, at, early=None):
@@ -119,18 +119,18 @@ def apply(rule, p: dict, shared: dict, ctx, x, decide, meet=None):
       p: the leaves of site `ffn`. x: `[B, S, D]`. decide: `(t, z [B, S, D]) -> Routing | None`.
       meet: `(t, part, z [T, D]) -> [T, D]` under an engine; None: all experts are here.
     """
-    place, phi = rule.place, NONLINEARITIES.get(rule.place.nonlinearity)
+    placement, phi = rule.placement, NONLINEARITIES.get(rule.placement.nonlinearity)
 
     def experts(t, z):
         flat = z.reshape(-1, z.shape[-1])
         with jax.named_scope(f"pass{t}"):
             at = ctx.replace(key=ctx.keyed(t), iteration=t)
-            one = projection.part(rule, p, shared, decide(t, z), at, flat, place=place, kind=Part)
+            part = projection.part(rule, p, shared, decide(t, z), at, flat, placement=placement, kind=ChainPart)
             if phi is not None:
-                own = one.latent
-                one = one.replace(latent=phi if own is None else lambda a: phi(own(a)))
+                own = part.latent
+                part = part.replace(latent=phi if own is None else lambda a: phi(own(a)))
             if meet is None:
-                return one.here({"x": flat}, None, base.At(jnp.arange(len(flat)), (0, 1))).reshape(z.shape)
-            return meet(t, one, flat).reshape(z.shape)
+                return part.here({"x": flat}, None, At(jnp.arange(len(flat)), (0, 1))).reshape(z.shape)
+            return meet(t, part, flat).reshape(z.shape)
 
-    return chain(x, experts, place.iterations, place.residual)
+    return chain(x, experts, placement.iterations, placement.residual)

@@ -16,12 +16,11 @@ from molora_jax.adapters.base import Adapter
 from molora_jax.core import lowrank
 from molora_jax.core import routing as routing_math
 from molora_jax.core.types import Array, Context, Factors
-from molora_jax.placements import base
-from molora_jax.placements.base import Axes, Placement
+from molora_jax.placements.base import Axes, Part, Placement, Region, replicated
 
 
 @dataclasses.dataclass(frozen=True)
-class Linear(base.Region):
+class Linear(Region):
     """A frozen projection: `x [T, D_in]`, `W [D_in, D_out]`, maybe `bias`, and a `rest [T, D_out]` to add."""
 
     site: str
@@ -41,9 +40,9 @@ class Linear(base.Region):
 
     def start(self, arrays, parts, at):
         x = scaled = arrays["x"]
-        for one in parts:
-            more = one.scales(x)
-            scaled = scaled if more is None else scaled + more
+        for part in parts:
+            change = part.scales(x)
+            scaled = scaled if change is None else scaled + change
         y = lowrank.frozen_linear(arrays["W"], scaled)
         return arrays | {"base": y}, y
 
@@ -55,8 +54,8 @@ class Linear(base.Region):
 
 
 @flax.struct.dataclass
-class Part(base.Part):
-    """One rule's share in one projection: `factors` with the scale set, `gates [T, E]`, its dropout.
+class ProjectionPart(Part):
+    """One rule's experts in one projection: `factors` with the scale set, `gates [T, E]`, its dropout.
 
     `slots` are `(idx [T, K], gates [T, K])`, None without a router.
     """
@@ -68,7 +67,7 @@ class Part(base.Part):
     latent: object = flax.struct.field(pytree_node=False)
     experts: int = flax.struct.field(pytree_node=False)
     site: str = flax.struct.field(pytree_node=False)
-    place: Placement = flax.struct.field(pytree_node=False)
+    placement: Placement = flax.struct.field(pytree_node=False)
 
     @property
     def routed(self) -> bool:
@@ -81,8 +80,8 @@ class Part(base.Part):
     def axes(self, rank_space):
         tokens = Axes(("tokens", None))
         return self.replace(
-            factors=self.place.axes(self.factors, self.site, rank_space), gates=tokens,
-            slots=None if self.slots is None else (tokens, tokens), dropout=base.replicated(self.dropout),
+            factors=self.placement.axes(self.factors, self.site, rank_space), gates=tokens,
+            slots=None if self.slots is None else (tokens, tokens), dropout=replicated(self.dropout),
         )  # fmt: skip
 
     def scales(self, x):
@@ -97,18 +96,18 @@ class Part(base.Part):
 
     def change(self, arrays, at, slots):
         """The low-rank part, `[T, D_out]`."""
-        seen = lowrank.dropped(arrays["x"], self.dropout, at.rows, at.share)
+        seen = lowrank.dropped(arrays["x"], self.dropout, at.rows, at.shard)
         return lowrank.low_rank(seen, self.factors, self.gates, self.latent, slots)
 
     def sends(self, arrays, at, rank_space):
-        x = lowrank.dropped(arrays["x"], self.dropout, at.rows, at.share)
+        x = lowrank.dropped(arrays["x"], self.dropout, at.rows, at.shard)
         if not rank_space:
             return x
         A = self.factors.A
         z = jnp.dot(x, A.reshape(-1, A.shape[-1]).T.astype(x.dtype), preferred_element_type=jnp.float32)
         return lowrank.to_slots(z.reshape(len(x), *A.shape[:2]), self.slots[0]).astype(x.dtype)
 
-    def there(self, arrays, rows, share):
+    def there(self, arrays, rows, shard):
         factors, (x, expert, gates, *_) = self.factors, rows
         weight = jnp.where(expert[:, None] == jnp.arange(factors.B.shape[0]), gates[:, None], 0.0)
         if not rows.rank:
@@ -148,10 +147,12 @@ class Projection(Placement):
         return None
 
     def part(self, rule, site, p, shared, routing, context, x):
-        return part(rule, p.get(site, {}), shared, routing, context(site), x, place=self)
+        return part(rule, p.get(site, {}), shared, routing, context(site), x, placement=self)
 
 
-def part(rule, p: dict, shared: dict, routing, ctx: Context, x: Array, *, place=Projection(), kind=Part) -> Part:
+def part(
+    rule, p: dict, shared: dict, routing, ctx: Context, x: Array, *, placement=Projection(), kind=ProjectionPart
+) -> ProjectionPart:
     """`x [T, D_in]` only gives the shape; without a router every token uses the one expert with weight 1."""
     adapter = rule.adapter
     factors = lowrank.located(adapter.factors(p, shared, ctx), p, ctx.stack).replace(scale=adapter.scale())
@@ -160,4 +161,4 @@ def part(rule, p: dict, shared: dict, routing, ctx: Context, x: Array, *, place=
     slots = None if routing is None else routing_math.slots(routing)
     dropout = lowrank.dropout(ctx.keyed(), adapter.dropout)
     site = "" if ctx.site is None else ctx.site.name
-    return kind(factors, gates, slots, dropout, latent_of(adapter, p, ctx), E, site, place)
+    return kind(factors, gates, slots, dropout, latent_of(adapter, p, ctx), E, site, placement)

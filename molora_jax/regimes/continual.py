@@ -85,9 +85,9 @@ class Continual(Regime):
                 rows = stream.members(i)
                 chosen = shuffled(seed_of("replay", config.seed, i), len(rows))[: self.replay]
                 kept[i] = rows[np.sort(chosen)]
-        new = {i: share * (1 - self.replay_share) for i, share in own.shares.items()}
-        shares = new | {i: self.replay_share / len(kept) for i in kept}
-        return data.train.among(members | kept, shares=shares)
+        new = {i: fraction * (1 - self.replay_share) for i, fraction in own.fractions.items()}
+        fractions = new | {i: self.replay_share / len(kept) for i in kept}
+        return data.train.among(members | kept, fractions=fractions)
 
     # ---- memory ----------------------------------------------------------------------------------------------------
 

@@ -159,8 +159,8 @@ class Federated(Regime):
     # ---- rounds ----------------------------------------------------------------------------------------------------
 
     def weights(self, sizes) -> np.ndarray:
-        share = np.asarray(sizes, np.float64) if self.average == "examples" else np.ones(len(sizes))
-        return (share / share.sum()).astype(np.float32)
+        weights = np.asarray(sizes, np.float64) if self.average == "examples" else np.ones(len(sizes))
+        return (weights / weights.sum()).astype(np.float32)
 
     def knobs(self, knobs):
         """Of every client, stacked: random keys of its own."""

@@ -81,5 +81,5 @@ def _selected(router: Router, site: Site) -> np.ndarray:
         max_segments=1,
     )  # fmt: skip
     shared = router.init_shared(keys[1], (site,))
-    x = router.signal(shared, x, ctx) if router.SIGNAL else x
+    x = router.base_features(shared, x, ctx) if router.INPUT else x
     return np.asarray(router.route(router.init_leaves(keys[2], site, 0), shared, x, ctx)[0].selected)

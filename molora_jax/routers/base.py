@@ -2,7 +2,7 @@
 
 `route(p, shared, x, ctx) -> (Routing, carry, sums)`: `x [B, S, D]`, `p` this layer's leaves, `shared` leaves common to
 the layers of the rule, `ctx.state` its mutable state, `ctx.carry` what the layer before handed on.
-A router that declares a SIGNAL gets that in place of x, and its leaves are made for the model's width D.
+A router that declares an INPUT gets that in place of x, and its leaves are made for the model's width D.
 `share="model"` has one set of leaves, `adapters/<rule>/shared/router/model/...`, and one decision for all layers.
 Build the decision with `core.routing.finish(gates, selected, z, probs, ctx, k_max=...)`; say `sums_to_one=True` where a
 token's gates do by construction: a routed FFN then need not form the hidden state without experts. `probs [B, S, E]`
@@ -33,7 +33,7 @@ class Router:
 
     FROZEN: ClassVar[tuple[str, ...]] = ()  # leaf names that never train
     RANDOM: ClassVar[tuple[str, ...]] = ()  # fields that make training random, off at 0 (the battery sets them so)
-    SIGNAL: ClassVar[str] = ""  # "base_hidden": the frozen base's last hidden state in place of the site's input
+    INPUT: ClassVar[str] = ""  # "base_hidden": the frozen base's last hidden state in place of the site's input
 
     def k_max(self, experts: int) -> int:
         """Most experts that one token may use, static."""
@@ -50,8 +50,8 @@ class Router:
     def init_shared(self, key: Array, sites: tuple[Site, ...]) -> dict[str, Array]:
         return {}
 
-    def signal(self, shared: dict, h: Array, ctx: Context) -> Array:
-        """What `route` gets as x of a declared SIGNAL `h [B, S, D]`: computed once a pass, for all layers."""
+    def base_features(self, shared: dict, h: Array, ctx: Context) -> Array:
+        """What `route` gets as x of a declared INPUT `h [B, S, D]`: computed once a pass, for all layers."""
         return h
 
     def init_state(self, site: Site) -> dict[str, Array]:

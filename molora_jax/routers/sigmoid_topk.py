@@ -19,7 +19,7 @@ from molora_jax.core import lowrank, routing
 from molora_jax.routers.base import Router
 
 
-def share(h):
+def normalised(h):
     """`h [..., E]` over its sum; 0 where all experts are shut out."""
     total = jnp.sum(h, axis=-1, keepdims=True)
     return h / jnp.where(total == 0, 1.0, total)
@@ -56,8 +56,8 @@ class SigmoidTopK(Router):
         q = score + ctx.state["b"]
         selected = routing.top_k(jnp.where(mask, q, routing.NEG_INF), self.k) & mask
         h = jnp.where(selected, q if self.bias_in_gate else score, 0.0)
-        gates = jnp.sum(selected, axis=-1, keepdims=True) * share(h)
-        probs = share(score)  # for statistics and losses: a distribution
+        gates = jnp.sum(selected, axis=-1, keepdims=True) * normalised(h)
+        probs = normalised(score)  # for statistics and losses: a distribution
         decision = routing.finish(gates, selected, z, probs, ctx, k_max=self.k_max(z.shape[-1]))
         return decision, ctx.carry, {"count": jnp.sum(decision.selected, axis=(0, 1), dtype=jnp.float32)}
 

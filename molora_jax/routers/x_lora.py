@@ -44,7 +44,7 @@ class XLora(Router):
     bias: bool = True
     gain: float = 1.0
 
-    SIGNAL: ClassVar[str] = "base_hidden"
+    INPUT: ClassVar[str] = "base_hidden"
     LIMITS: ClassVar = {
         "temperature": (0, None, "()"), "top_k": (0, None), "depth": (1, None), "width": (1, None),
         "dropout": (0, 1, "[)"),
@@ -67,7 +67,7 @@ class XLora(Router):
             }
         }
 
-    def signal(self, shared, h, ctx):
+    def base_features(self, shared, h, ctx):
         for i in range(self.depth - 1):
             p = shared["trunk"][str(i)]
             h = jax.nn.relu(routing.logits(p["W"], h, p["b"]))

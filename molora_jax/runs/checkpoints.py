@@ -321,7 +321,7 @@ class Checkpoints:
             if not valid:
                 raise InputError(str(folder), got=reason, expected="files as they were written", fix=manifests.DAMAGED)
         loaded = load(folder, manifest, list(template))
-        return {item: jax.tree.map(_place, tree, from_plain(loaded[item], tree)) for item, tree in template.items()}
+        return {item: jax.tree.map(_as_leaf, tree, from_plain(loaded[item], tree)) for item, tree in template.items()}
 
 
 def _match(where, saved, wanted):
@@ -379,7 +379,7 @@ def _stub(leaf):
     return np.broadcast_to(np.zeros((), jnp.dtype(leaf["dtype"])), leaf["shape"])  # no memory behind it
 
 
-def _place(leaf, value):
+def _as_leaf(leaf, value):
     """A numpy array as what the template's leaf is."""
     if isinstance(leaf, (jax.Array, jax.ShapeDtypeStruct)):
         if leaf.sharding is not None:

@@ -169,10 +169,10 @@ class Lines:
                 line = self._waiting[0]
                 done = os.write(self._handle, line)
                 while done < len(line):
-                    more = os.write(self._handle, line[done:])
-                    if not more:
+                    written = os.write(self._handle, line[done:])
+                    if not written:
                         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-                    done += more
+                    done += written
                 self._end += len(line)
                 self._waiting.popleft()
         except OSError as error:

@@ -36,7 +36,7 @@ class Workdir:
 
     def __init__(self, path, *, writer: bool = True):
         self.path, self.writer = pathlib.Path(path).expanduser().absolute(), writer
-        self._lock, self._place = None, None
+        self._lock, self._inode = None, None
         self.identity = None  # the dict, once it is checked
         if not writer:
             return
@@ -77,7 +77,7 @@ class Workdir:
             os.ftruncate(self._lock, 0)
             os.pwrite(self._lock, f"process {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
         here = os.stat(self.path)
-        self._place = here.st_dev, here.st_ino
+        self._inode = here.st_dev, here.st_ino
         sweep(self.path)  # what a killed start left, now that no other one writes
         sweep(self.path / "report", older=3600.0)  # an evaluation takes no lock
         # A forked data worker that outlives us must not keep the lock. Closing its copy does not unlock ours.
@@ -102,7 +102,7 @@ class Workdir:
         """Raises InputError where the folder was removed, moved or put in another's place since this start."""
         try:
             now = os.stat(self.path)
-            gone = (now.st_dev, now.st_ino) != self._place
+            gone = (now.st_dev, now.st_ino) != self._inode
             # `rm -r` under a running writer leaves what was written in that moment, and the folder with it
             gone |= not any((self.path / name).exists() for name in ("lock", "config.json"))
         except (FileNotFoundError, NotADirectoryError):

@@ -84,7 +84,7 @@ def write(workdir, *, config, items: dict, facts: dict, backbone=None, base: Bas
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         fetch.sweep(target.parent)
-        with Workdir(part) as place:
+        with Workdir(part) as workdir:
             files = {}
             if base is not None:
                 written = _write_base(part / saved.BASE, base)
@@ -94,9 +94,9 @@ def write(workdir, *, config, items: dict, facts: dict, backbone=None, base: Bas
                 facts = facts | {"base_digest": own.digest, "base": base_facts(own, day=day)}
                 files = {"base_files": describe_files(part / saved.BASE)}
             plain = config_lib.to_dict(config)
-            place.write_config(plain)
-            digest = place.check_identity(plain, facts)
-            meta = {"samples": 0, "config": plain, "identity": digest, "run": place.identity, **files}
+            workdir.write_config(plain)
+            digest = workdir.check_identity(plain, facts)
+            meta = {"samples": 0, "config": plain, "identity": digest, "run": workdir.identity, **files}
             _save(part, items, meta | ({"parents": list(parents)} if parents else {}))
         free(target)  # nobody was faster
         os.rename(part, target)

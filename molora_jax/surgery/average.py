@@ -15,7 +15,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 from molora_jax import config as config_lib
 from molora_jax.core import factorise
-from molora_jax.surgery import base
+from molora_jax.surgery import base as contract
 from molora_jax.surgery.base import Result, Surgery, weights_of
 
 FREE = ("dropout", "init")  # of an adapter: what two runs may differ in and still have leaves that mean the same
@@ -35,7 +35,7 @@ class Average(Surgery):
     def check(self, parents):
         weights_of(self.weights, len(parents), 1 / len(parents))
         if self.of == "product":
-            base.same_sites(parents, ranks=True)
+            contract.same_sites(parents, ranks=True)
         else:
             _same_methods(parents)
 
@@ -43,13 +43,13 @@ class Average(Surgery):
         w = weights_of(self.weights, len(parents), 1 / len(parents))
         if self.of == "factors":
             items = {name: _mean(parents, name, w) for name in ("adapters", "router_state", "modules")}
-            views = (base.View(items[name]) for name in ("adapters", "router_state"))
+            views = (contract.View(items[name]) for name in ("adapters", "router_state"))
             leaves, state = views
             return Result(parents[0].config, leaves, state=state, modules=items["modules"])
-        ranks = base.merged_ranks(parents, self.rank)
-        config, leaves = base.plain_config(parents, ranks), {}
-        for at, pairs in base.sites(parents):
-            leaves |= base.pair(at, *factorise.truncated(*base.stacked(pairs, w), ranks[at[0]]))
+        ranks = contract.merged_ranks(parents, self.rank)
+        config, leaves = contract.plain_config(parents, ranks), {}
+        for at, pairs in contract.sites(parents):
+            leaves |= contract.pair(at, *factorise.truncated(*contract.stacked(pairs, w), ranks[at[0]]))
         return Result(config, leaves)
 
 

@@ -20,7 +20,7 @@ import numpy as np
 
 from molora_jax.core.clustering import kmeans
 from molora_jax.errors import InputError
-from molora_jax.surgery import base
+from molora_jax.surgery import base as contract
 from molora_jax.surgery.base import Result, Surgery
 
 TINY = 1e-12  # of a cluster's mean norm: what is left of units that cancel has no direction
@@ -46,8 +46,8 @@ class LoraLego(Surgery):
     LIMITS: ClassVar[dict] = {"rank": (0, None), "starts": (1, 1000), "seed": (0, 2147483647)}
 
     def check(self, parents):
-        base.same_sites(parents, ranks=False)
-        pool = min(sum(ranks) for every in base.ranks_of(parents).values() for ranks in every)
+        contract.same_sites(parents, ranks=False)
+        pool = min(sum(ranks) for every in contract.ranks_of(parents).values() for ranks in every)
         if self.rank > pool:
             raise InputError(
                 "surgery.rank", got=str(self.rank), expected=f"at most {pool}, the ranks of the inputs together",
@@ -55,10 +55,10 @@ class LoraLego(Surgery):
             )  # fmt: skip
 
     def apply(self, parents):
-        ranks = base.merged_ranks(parents, self.rank)
-        config, leaves = base.plain_config(parents, ranks), {}
-        for at, pairs in base.sites(parents):
-            leaves |= base.pair(at, *self.merged(pairs, ranks[at[0]]))
+        ranks = contract.merged_ranks(parents, self.rank)
+        config, leaves = contract.plain_config(parents, ranks), {}
+        for at, pairs in contract.sites(parents):
+            leaves |= contract.pair(at, *self.merged(pairs, ranks[at[0]]))
         return Result(config, leaves)
 
     def merged(self, pairs: list[tuple[np.ndarray, np.ndarray]], k: int) -> tuple[np.ndarray, np.ndarray]:

@@ -15,7 +15,7 @@ from typing import ClassVar, Literal
 import numpy as np
 
 from molora_jax.core import factorise
-from molora_jax.surgery import base
+from molora_jax.surgery import base as contract
 from molora_jax.surgery.base import Result, Surgery, weights_of
 
 
@@ -31,28 +31,28 @@ class TaskArithmetic(Surgery):
 
     def check(self, parents):
         weights_of(self.weights, len(parents), 1.0)
-        base.same_sites(parents, ranks=self.form == "linear")
+        contract.same_sites(parents, ranks=self.form == "linear")
 
     def apply(self, parents):
         w = weights_of(self.weights, len(parents), 1.0)
-        ranks = base.merged_ranks(parents, self.rank if self.form == "svd" else 0)
+        ranks = contract.merged_ranks(parents, self.rank if self.form == "svd" else 0)
         if self.form == "cat":
-            ranks = {rule: max(map(sum, every)) for rule, every in base.ranks_of(parents).items()}
-        config, leaves = base.plain_config(parents, ranks), {}
-        for at, pairs in base.sites(parents):
+            ranks = {rule: max(map(sum, every)) for rule, every in contract.ranks_of(parents).items()}
+        config, leaves = contract.plain_config(parents, ranks), {}
+        for at, pairs in contract.sites(parents):
             if self.form == "linear":
                 s = np.array([parent.scale(at[0]) for parent in parents])
                 root = np.sqrt(np.abs(w) * s)
                 A = sum(r * A.astype(np.float64) for r, (A, _) in zip(root * np.sign(w), pairs, strict=True))
                 B = sum(r * B.astype(np.float64) for r, (_, B) in zip(root / s, pairs, strict=True))
             else:
-                A, B = base.stacked(pairs, w)
+                A, B = contract.stacked(pairs, w)
                 A, B = (A, B) if self.form == "cat" else factorise.truncated(A, B, ranks[at[0]])
-            leaves |= base.pair(at, *_padded(A, B, ranks[at[0]]))
+            leaves |= contract.pair(at, *_padded(A, B, ranks[at[0]]))
         return Result(config, leaves)
 
 
 def _padded(A, B, rank):
     """Zero rows where a site has fewer than the rule's others: they add nothing."""
-    more = rank - len(A)
-    return (A, B) if not more else tuple(np.pad(x, ((0, more), (0, 0))) for x in (A, B))
+    absent = rank - len(A)
+    return (A, B) if not absent else tuple(np.pad(x, ((0, absent), (0, 0))) for x in (A, B))

@@ -15,7 +15,7 @@ from typing import ClassVar, Literal
 import numpy as np
 
 from molora_jax.core import factorise
-from molora_jax.surgery import base
+from molora_jax.surgery import base as contract
 from molora_jax.surgery.base import Result, Surgery, weights_of
 
 
@@ -33,22 +33,22 @@ class Ties(Surgery):
 
     def check(self, parents):
         weights_of(self.weights, len(parents), 1.0)
-        base.same_sites(parents, ranks=self.of == "factors")
+        contract.same_sites(parents, ranks=self.of == "factors")
 
     def apply(self, parents):
         w = weights_of(self.weights, len(parents), 1.0)
-        ranks = base.merged_ranks(parents, 0 if self.of == "factors" else self.rank)
-        config, leaves = base.plain_config(parents, ranks), {}
-        for at, pairs in base.sites(parents):
+        ranks = contract.merged_ranks(parents, 0 if self.of == "factors" else self.rank)
+        config, leaves = contract.plain_config(parents, ranks), {}
+        for at, pairs in contract.sites(parents):
             if self.of == "product":
                 merged = ties([factorise.update(A, B) for A, B in pairs], w, self.density)
-                leaves |= base.pair(at, *factorise.factors_of(merged, ranks[at[0]]))
+                leaves |= contract.pair(at, *factorise.factors_of(merged, ranks[at[0]]))
             else:
                 s = [parent.scale(at[0]) for parent in parents]
                 root = np.sqrt(np.abs(w) * s)
                 A = ties([A for A, _ in pairs], root * np.sign(w), self.density)
                 B = ties([B / sj for sj, (_, B) in zip(s, pairs, strict=True)], root, self.density)
-                leaves |= base.pair(at, A, B)
+                leaves |= contract.pair(at, A, B)
         return Result(config, leaves)
 
 

@@ -35,11 +35,11 @@ class Devices:
         join = jax.make_array_from_single_device_arrays
         return jax.tree.map(lambda *x: join((self.count, *x[0].shape[1:]), self.each, list(x)), *trees_)
 
-    def once(self, function, places=None):
+    def once(self, function, shardings=None):
         """`function` of arrays that all devices hold, computed by one device of each process and copied to its others.
 
         Everything that makes arrays of the run's state outside the step goes through this: its program is one device's.
-        `places` has no say: all devices hold what it makes.
+        `shardings` has no say: all devices hold what it makes.
         """
         function = jax.jit(function)
 

@@ -38,7 +38,7 @@ from molora_jax.losses.base import value_of
 from molora_jax.objectives.lm import lm, token_nll
 from molora_jax.sharding import ROWS
 from molora_jax.training.devices import Devices
-from molora_jax.training.step import loss_sums, make_update, micro_batches, own_weights, part
+from molora_jax.training.step import decision_sums, loss_sums, make_update, micro_batches, own_weights
 
 
 class ExactStep:
@@ -65,16 +65,16 @@ class ExactStep:
         """Compiles every program for these arrays; nothing runs."""
         on, programs = self.on, {}
 
-        def over_mesh(name, function, where, *arguments, donate=()):
-            lowered = jax.jit(function, out_shardings=where, donate_argnums=donate).lower(*arguments)
+        def over_mesh(name, function, shardings, *arguments, donate=()):
+            lowered = jax.jit(function, out_shardings=shardings, donate_argnums=donate).lower(*arguments)
             programs[name] = lowered.compile()
-            return _shapes(lowered.out_info, where)
+            return _shapes(lowered.out_info, shardings)
 
         def by_device(name, function, *arguments, donate=()):
             program = jax.jit(function, donate_argnums=donate)
             lowered = [program.lower(*_shapes(arguments, SingleDeviceSharding(device))) for _, device in on.own]
             with ThreadPoolExecutor(os.cpu_count()) as pool:  # an executable is a device's own
-                programs[name] = list(pool.map(lambda one: one.compile(), lowered))
+                programs[name] = list(pool.map(lambda program: program.compile(), lowered))
             return lowered[0].out_info
 
         def lead(tree):  # one `[1, ...]` of each device, as one array
@@ -113,9 +113,9 @@ class ExactStep:
         each = zip(state, self._base[1], batch, knobs, strict=True)
         given = [(s.adapters, s.router_state, s.step, base, rows, own) for s, base, rows, own in each]
 
-        def turn(name, which, *more):
-            parts = zip(run[name], given, which, *more, strict=True)
-            return on.side_by_side([program(*given, one, *m) for program, given, one, *m in parts])
+        def turn(name, which, *rest):
+            parts = zip(run[name], given, which, *rest, strict=True)
+            return on.side_by_side([program(*given, index, *own) for program, given, index, *own in parts])
 
         values = slopes = [{}] * len(on.own)
         if self.losses:
@@ -137,15 +137,15 @@ class ExactStep:
         return jax.tree.map(lambda x: x.reshape(self.accumulate, MICRO_SHARDS, *x.shape[1:]), joined)
 
     def _zero(self, like):
-        """Totals of `[N, ...]`: flat, padded to N shares."""
-        share = -(-like.size // like.shape[0] // self.on.count)
-        return jnp.zeros(share * self.on.count, like.dtype)
+        """Totals of `[N, ...]`: flat, padded to N shards."""
+        shard = -(-like.size // like.shape[0] // self.on.count)
+        return jnp.zeros(shard * self.on.count, like.dtype)
 
     def _adder(self):
-        """`total + shard 0 + shard 1 ...`, each device its share of the numbers; additions in this order on any N."""
+        """`total + shard 0 + shard 1 ...`, each device its part of the numbers; additions in this order on any N."""
         N = self.on.count
 
-        def one(total, own):
+        def added(total, own):
             flat = jnp.pad(own.reshape(-1), (0, len(total) * N - own.size)).reshape(N, -1)
             if N > 1:
                 flat = jax.lax.all_to_all(flat, ROWS, 0, 0)
@@ -153,7 +153,7 @@ class ExactStep:
                 total = total + flat[other]
             return total
 
-        local = lambda total, own: jax.tree.map(one, total, own)  # noqa: E731
+        local = lambda total, own: jax.tree.map(added, total, own)  # noqa: E731
         return jax.shard_map(local, mesh=self.on.mesh, in_specs=(P(ROWS), P(ROWS)), out_specs=P(ROWS), check_vma=False)
 
     # ---- programs of one device --------------------------------------------------------------------------------------
@@ -204,7 +204,7 @@ class ExactStep:
                 own = jax.tree.map(lambda s: s.reshape(-1, *s.shape[2:])[which], slope)
                 products = jax.tree.map(lambda a, b: jnp.sum(a * b), own, loss_sums(stats, name))
                 total = total + weights[name] * sum(jax.tree.leaves(products))
-            sums = {"load": part(stats, "load"), "router": part(stats, "router")}
+            sums = {"expert_load": decision_sums(stats, "expert_load"), "router": decision_sums(stats, "router")}
             return total, {"objective": nll, "metrics": {"lm_loss": nll}, **sums}
 
         return _leading(jax.grad(objective, has_aux=True)(trainable))
@@ -219,8 +219,8 @@ def alone(model):
     return dataclasses.replace(model, engine=ALONE)
 
 
-def _shapes(tree, where):
-    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where), tree)
+def _shapes(tree, sharding):
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), tree)
 
 
 def _leading(tree):
@@ -240,8 +240,8 @@ class ExactNLL:
 
     def forward(self, params, adapters, router_state, rows):
         hidden, _, _, _ = self.model.hidden(params, adapters, router_state, rows)
-        nll, weight, right, where = token_nll(self.model, params, hidden, rows, self.targets_per_row)
-        return _leading((nll, weight, right, jnp.take_along_axis(rows["example_index"], where, axis=1)))
+        nll, weight, right, places = token_nll(self.model, params, hidden, rows, self.targets_per_row)
+        return _leading((nll, weight, right, jnp.take_along_axis(rows["example_index"], places, axis=1)))
 
     def __call__(self, params, adapters, router_state, batch):
         on = self.on

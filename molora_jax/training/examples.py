@@ -40,7 +40,7 @@ def of_examples(run, stage):
     if compiled.squares is None:
         model, frozen = dataclasses.replace(program.model, engine=ALONE), compiled.frozen
 
-        def one(trainable, still, params, state, row, fixed):
+        def of_row(trainable, still, params, state, row, fixed):
             rows = jax.tree.map(lambda x: x[None], row)
 
             def loss(trainable):
@@ -57,7 +57,7 @@ def of_examples(run, stage):
         def summed(state, params, rows, fixed):
             trainable, still = trees.split(state.leaves, frozen)
             with side_by_side():
-                squares = jax.vmap(one, in_axes=(None, None, None, None, 0, None))(
+                squares = jax.vmap(of_row, in_axes=(None, None, None, None, 0, None))(
                     trainable, still, params, state, rows, fixed
                 )
             return jax.tree.map(lambda x: jnp.sum(x, axis=0), squares)

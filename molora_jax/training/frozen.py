@@ -61,7 +61,7 @@ def load_frozen(
 
 def _same_vocabulary(other: Base, base: Base, source: str, where: str):
     """Distributions over tokens can only be compared where the tokens are the same."""
-    theirs, ours = (one.tokenizer.inner.get_vocab(with_added_tokens=True) for one in (other, base))
+    theirs, ours = (model_base.tokenizer.inner.get_vocab(with_added_tokens=True) for model_base in (other, base))
     if other.config.vocab == base.config.vocab and theirs == ours:
         return
     got = f"{source}, with {other.config.vocab:,} tokens"

@@ -33,7 +33,7 @@ from molora_jax.training import many, summary
 from molora_jax.training.loop import MAX_SKIPPED, Result, not_finite, peak_bytes, row
 from molora_jax.training.loss_picture import plot_loss, plot_losses
 from molora_jax.training.programs import Program
-from molora_jax.training.run import Run
+from molora_jax.training.run import TrainingRun
 from molora_jax.training.signals import StopRequest
 
 
@@ -68,12 +68,12 @@ def train_together(configs: dict, folder, *, note=None) -> dict[str, Result]:
     with contextlib.ExitStack() as held:
         stop = held.enter_context(StopRequest())
         held.enter_context(obstacles(folder))
-        places = {name: held.enter_context(Workdir(folder / name)) for name in configs}
+        workdirs = {name: held.enter_context(Workdir(folder / name)) for name in configs}
         runs = {}
-        for name, place in places.items():
+        for name, workdir in workdirs.items():
             told = lambda text, name=name: note(f"{name}: {text}")  # noqa: E731
             beside = next(iter(runs.values()), None)
-            runs[name] = Run(place.followed(configs[name], told), place, note=told, beside=beside)
+            runs[name] = TrainingRun(workdir.followed(configs[name], told), workdir, note=told, beside=beside)
         group = Group(runs, folder, progress, note)
         for run in runs.values():
             held.enter_context(run.checkpoints)
@@ -83,7 +83,7 @@ def train_together(configs: dict, folder, *, note=None) -> dict[str, Result]:
 class Group:
     """Runs of one program, and where they stand."""
 
-    def __init__(self, runs: dict[str, Run], folder, progress: Progress, note):
+    def __init__(self, runs: dict[str, TrainingRun], folder, progress: Progress, note):
         self.names, self.runs = tuple(runs), tuple(runs.values())
         self.folder, self.progress, self.note = folder, progress, note
         self.first = self.runs[0]
@@ -97,12 +97,12 @@ class Group:
         """`(step, take, frozen models)` of a stage: compiled at its first use, the step's state donated."""
         program = self.first.programs[stage.name]
         if program not in self._steps:
-            one = self.first.compiled(stage)
+            compiled = self.first.compiled(stage)
             fixed, axes = many.shared_or_stacked([run.fixed(program.objective) for run in self.runs])
-            places, whole = many.shardings(one.shardings), sharding.replicated(self.first.mesh)
-            step = jax.jit(many.over_runs(one.plain, axes), donate_argnums=0, out_shardings=(places, whole))
-            stack = jax.jit(lambda *states: many.stack(states), out_shardings=places)
-            self._steps[program] = step, jax.jit(many.take, out_shardings=one.shardings), stack, fixed
+            shardings, whole = many.shardings(compiled.shardings), sharding.replicated(self.first.mesh)
+            step = jax.jit(many.over_runs(compiled.plain, axes), donate_argnums=0, out_shardings=(shardings, whole))
+            stack = jax.jit(lambda *states: many.stack(states), out_shardings=shardings)
+            self._steps[program] = step, jax.jit(many.take, out_shardings=compiled.shardings), stack, fixed
         return self._steps[program]
 
     def apart(self, stage, state) -> list:
@@ -257,11 +257,11 @@ class Group:
             loss = "-" if result.loss is None else f"{result.loss:.4f}"
             rows.append((name, f"{start} -> {result.step}", loss, f"{run.checkpoints.directory}/{result.step}"))
         self.note(table(rows))
-        one, tokens = results[0], sum(result.tokens for result in results)
-        rate = tokens / one.seconds if one.step > start else 0.0
+        first, tokens = results[0], sum(result.tokens for result in results)
+        rate = tokens / first.seconds if first.step > start else 0.0
         self.note(
-            f"together: {rate:,.0f} tokens/s with compile, {duration(one.seconds)}, "
-            f"peak memory {one.peak_bytes / 1e9:.2f} GB"
+            f"together: {rate:,.0f} tokens/s with compile, {duration(first.seconds)}, "
+            f"peak memory {first.peak_bytes / 1e9:.2f} GB"
         )
         for run in self.runs:
             with contextlib.suppress(OSError, ValueError, KeyError, TypeError):  # not worth an error
@@ -273,8 +273,8 @@ class Group:
         self.note(f"loss curves: {path}")
         if self.config.stop_after and start >= self.config.stop_after:
             self.note(f"nothing to do: the runs are at step {start}, train.stop_after is {self.config.stop_after}")
-        if one.signal is not None:
-            self.note(f"stopped by signal {one.signal} after step {one.step}: the same command goes on from there")
+        if first.signal is not None:
+            self.note(f"stopped by signal {first.signal} after step {first.step}: the same command goes on from there")
 
 
 class _Log:
@@ -290,7 +290,7 @@ class _Log:
         self.metrics.write(row(step, values, seconds) | extra)
 
 
-def agree(runs: dict[str, Run]):
+def agree(runs: dict[str, TrainingRun]):
     """Gives all runs one program a stage, with the larger of their bounds.
 
     Raises:
@@ -312,9 +312,9 @@ def agree(runs: dict[str, Run]):
             run.programs[stage] = _common(name, program, segments, same_names)
     for name, run in others:
         for stage, program in run.programs.items():
-            own, one = (vars(p) for p in (program, first.programs[stage]))
+            own, theirs = (vars(p) for p in (program, first.programs[stage]))
             for field in own:
-                if own[field] != one[field]:
+                if own[field] != theirs[field]:
                     raise InputError(
                         f"--runs, {name}", got=f"another {field} of the step than {first_name}",
                         expected="runs of one program (equal shapes, equal numbers of classes)",
@@ -335,7 +335,7 @@ def _common(name: str, program: Program, segments: int, same_names: bool) -> Pro
     return dataclasses.replace(program, model=model)
 
 
-def align(runs: dict[str, Run], note):
+def align(runs: dict[str, TrainingRun], note):
     """Sets every run to the newest step that all have: where a kill came between their saves, one save back.
 
     Raises:

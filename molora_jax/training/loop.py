@@ -28,7 +28,7 @@ from molora_jax.runs.workdir import Workdir
 from molora_jax.text import table
 from molora_jax.training import many, summary
 from molora_jax.training.loss_picture import plot_loss
-from molora_jax.training.run import Run
+from molora_jax.training.run import TrainingRun
 from molora_jax.training.signals import StopRequest
 
 RETRY_SECONDS = 10.0  # from a failed save to the next try, doubled each time; the steps of save_every try anyway
@@ -66,8 +66,8 @@ def train(config, workdir: str, *, profile: bool = False, note=None) -> Result:
     writer = jax.process_index() == 0
     progress = Progress(config.train.steps, log_every=config.train.log_every)
     note = note or (progress.note if writer else lambda text: None)
-    with Workdir(workdir, writer=writer) as place, StopRequest() as stop, obstacles(workdir):
-        run = Run(place.followed(config, note), place, note=note)
+    with Workdir(workdir, writer=writer) as folder, StopRequest() as stop, obstacles(workdir):
+        run = TrainingRun(folder.followed(config, note), folder, note=note)
         steps = run.config.train.steps
         if steps != config.train.steps and not config.train.get("epochs", 0.0):
             note(f"train.steps: {config.train.steps} asked for, {steps} made: whole turns of {run.turn} clients")
@@ -128,7 +128,7 @@ def _loop(run, state, start, last, stop, progress, note, profile, writer) -> Res
                     source = run.source(stage)
                     rows = None if run.regime.side_by_side else sharding.rows_of_process(config.batch_size)
                     batches = source.iterate(step // turn, rows=rows)
-                more = run.arguments(stage)
+                arguments = run.arguments(stage)
             if step == trace[0]:
                 tracing = True
                 jax.profiler.start_trace(str(pathlib.Path(run.workdir) / "profile"))
@@ -136,8 +136,8 @@ def _loop(run, state, start, last, stop, progress, note, profile, writer) -> Res
                 note("compiling the step (seconds to a minute, cached for the next start)")
             _, batch = next(batches)
             batch = run.put(batch)
-            compiled.compile_together(state, run.params, batch, *more, step=step)
-            state, values = compiled.step(state, run.params, batch, *more)
+            compiled.compile_together(state, run.params, batch, *arguments, step=step)
+            state, values = compiled.step(state, run.params, batch, *arguments)
             step = run.step_now = step + turn
             due = lambda every, step=step: bool(every) and step // every > (step - turn) // every  # noqa: E731
             flush(pending)

@@ -46,9 +46,9 @@ def take(tree, run):
     return jax.tree.map(lambda leaf: jax.lax.dynamic_index_in_dim(leaf, run, 0, keepdims=False), tree)
 
 
-def shardings(places):
+def shardings(of_one):
     """Of N runs' arrays, where one run's have these: the axis of runs in front, not sharded."""
-    return jax.tree.map(lambda one: NamedSharding(one.mesh, P(None, *one.spec)), places)
+    return jax.tree.map(lambda own: NamedSharding(own.mesh, P(None, *own.spec)), of_one)
 
 
 def put_batches(batches: list[dict], mesh) -> dict[str, jax.Array]:
@@ -58,8 +58,8 @@ def put_batches(batches: list[dict], mesh) -> dict[str, jax.Array]:
 
 def put_stacked(batch: dict, mesh) -> dict[str, jax.Array]:
     """Rows `[N, B, S]` on the host -> as of `put_batches`."""
-    place = NamedSharding(mesh, P(None, ROWS))
-    return {name: jax.device_put(value, place) for name, value in batch.items()}
+    sharding = NamedSharding(mesh, P(None, ROWS))
+    return {name: jax.device_put(value, sharding) for name, value in batch.items()}
 
 
 def shared_or_stacked(trees):

@@ -26,7 +26,7 @@ from molora_jax.runs.modules import Modules, compile_modules
 from molora_jax.training import many
 from molora_jax.training.devices import Devices
 from molora_jax.training.exact import ExactStep
-from molora_jax.training.setup import place
+from molora_jax.training.setup import with_engine
 from molora_jax.training.step import Knobs, fresh, make_step
 
 START_KEY = 0x5EED  # folded into the run's seed: of the first state
@@ -71,7 +71,7 @@ def program_of(run, stage) -> Program:
     if config_lib.to_dict(config.method) != config_lib.to_dict(run.config.method):
         config_lib.check_model(config, run.base.config.layers, run.base.config.dims, run.base.config.ABSENT)
         model = compile_model(config, run.base.config, max_segments=model.max_segments, tasks=model.tasks)
-        model, _ = place(config, model, run.mesh)
+        model, _ = with_engine(config, model, run.mesh)
         modules = compile_modules(config, run.params, width=modules.width, classes=modules.classes)
     optimizer, value = compile_optimizer(config), config.get("objective") or objectives_config.PLAIN
     frozen = model.frozen_patterns() + modules.frozen_in(value["name"]) + stage.freeze
@@ -115,7 +115,7 @@ def _compiled_step(program, shapes, mesh, accumulate, targets_per_row, exact):
 
 
 class CompiledStep:
-    """A program's optimizer, its state's shapes and places, and its step, compiled at its first use; no arrays.
+    """A program's optimizer, its state's shapes and shardings, and its step, compiled at its first use; no arrays.
 
     `params`: of shapes. `shapes`, `shardings` are of one run; `loop_shapes`, `loop_shardings` of what the loop carries:
     with runs side by side their axis is in front.
@@ -135,12 +135,12 @@ class CompiledStep:
         shapes = jax.eval_shape(self.start, params, 0)
         self.shardings = sharding.state_shardings(shapes, self.model, mesh)
         self.shapes = jax.tree.map(
-            lambda s, where: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=where), shapes, self.shardings
+            lambda s, own: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=own), shapes, self.shardings
         )
         self.loop_shapes, self.loop_shardings, N = self.shapes, self.shardings, program.side_by_side
         if N:
             self.loop_shardings = many.shardings(self.shardings)
-            wide = lambda s, where: jax.ShapeDtypeStruct((N, *s.shape), s.dtype, sharding=where)  # noqa: E731
+            wide = lambda s, own: jax.ShapeDtypeStruct((N, *s.shape), s.dtype, sharding=own)  # noqa: E731
             self.loop_shapes = jax.tree.map(wide, self.shapes, self.loop_shardings)
         options = dict(
             frozen=self.frozen, accumulate=accumulate, clip=program.clip, targets_per_row=targets_per_row, rated=rated
@@ -153,9 +153,9 @@ class CompiledStep:
             constrain = sharding.constrain(mesh) if program.each is None else lambda x: x
             self.plain = make_step(*parts, constrain=constrain, **own, **options)  # for `many.over_runs`
             step = many.over_runs(self.plain) if N else self.plain
-            places = self.loop_shardings, sharding.replicated(mesh)
-            self.step = jax.jit(step, donate_argnums=0, out_shardings=places)
-        made = Devices(mesh).once if exact else lambda function, places: jax.jit(function, out_shardings=places)
+            shardings = self.loop_shardings, sharding.replicated(mesh)
+            self.step = jax.jit(step, donate_argnums=0, out_shardings=shardings)
+        made = Devices(mesh).once if exact else lambda function, shardings: jax.jit(function, out_shardings=shardings)
         self.make_start = made(self.start, self.shardings)  # as `start`, on the mesh
         self.make_opt = made(self.optimizer.init, self.shardings.opt)
         self.ready = False
@@ -194,15 +194,15 @@ class CompiledStep:
 
     def _remembered(self, penalty):
         """Where a penalty's memory lies: each leaf as the leaf that it is about."""
-        places = trees.split(self.shardings.leaves, self.frozen)[0]
+        shardings = trees.split(self.shardings.leaves, self.frozen)[0]
         shapes = jax.eval_shape(penalty.fresh, self._trainable)
-        of = dict(zip(sharding.paths(places), jax.tree.leaves(places), strict=True))
+        of = dict(zip(sharding.paths(shardings), jax.tree.leaves(shardings), strict=True))
 
-        def one(path, _):
+        def of_leaf(path, _):
             names = [str(k.key) for k in path]
             return next(of["/".join(names[i:])] for i in range(len(names)) if "/".join(names[i:]) in of)
 
-        return jax.tree_util.tree_map_with_path(one, shapes)
+        return jax.tree_util.tree_map_with_path(of_leaf, shapes)
 
     def compile_together(self, *arguments, step: int) -> None:
         """With several processes: the first step of a program starts when all have compiled it."""

@@ -40,10 +40,10 @@ from molora_jax.training.step import TrainState
 LEARNED = ("adapters", "router_state", "modules")  # items of a state beside its optimizer's
 
 
-class Run:
+class TrainingRun:
     """The loop's state: what `setup` made, the workdir, and where it stands."""
 
-    def __init__(self, config, workdir: Workdir, *, note, beside: "Run | None" = None):
+    def __init__(self, config, workdir: Workdir, *, note, beside: "TrainingRun | None" = None):
         """`beside`: another run of the same base and mesh; this one shares its base."""
         self.workdir, self.note = workdir, note
         recorded = workdir.recorded(saved_lib.manifest_of(workdir, "latest"))
@@ -136,8 +136,10 @@ class Run:
         compiled, sizes = self.compiled(stage), self.source(stage).sizes
         if self._server is None:
             average = lambda s: self.regime.server(s, self.regime.weights(sizes), compiled.frozen)  # noqa: E731
-            places = compiled.shardings
-            self._server = jax.jit(average, out_shardings=(places.adapters, places.router_state, places.modules))
+            shardings = compiled.shardings
+            self._server = jax.jit(
+                average, out_shardings=(shardings.adapters, shardings.router_state, shardings.modules)
+            )
         adapters, router_state, modules = self._server(state)
         return dataclasses.replace(state, adapters=adapters, router_state=router_state, modules=modules)
 

@@ -33,13 +33,13 @@ def settle(config, data):
     if steps != config.train.steps:
         with config.unlocked():
             config.train.steps = steps
-    known = {name for task in data.tasks[: data.num_trained] for name in (task.name, task.entry)}
+    trained = {name for task in data.tasks[: data.num_trained] for name in (task.name, task.entry)}
     mentioned = set()
     for where, names in _mentioned(config):
         for name in names:
-            if name not in known:
+            if name not in trained:
                 raise InputError(
-                    where, got=repr(name), expected=f"some of {', '.join(sorted(known))}", fix="Correct the name."
+                    where, got=repr(name), expected=f"some of {', '.join(sorted(trained))}", fix="Correct the name."
                 )
             mentioned.add(name)
     return config, data.labels(mentioned)

@@ -76,7 +76,7 @@ def setup(config, *, devices=None, recorded: dict | None = None, beside: Setup |
         )  # fmt: skip
     base, day = pinned(base, day)
     config_lib.check_model(config, base.config.layers, base.config.dims, base.config.ABSENT)
-    places = sharding.param_shardings(base.config, base.params, mesh)  # refuses a mesh that does not divide the base
+    shardings = sharding.param_shardings(base.config, base.params, mesh)  # refuses a mesh that does not divide the base
     if config.data.seq_len > base.config.context:
         raise InputError(
             "data.seq_len", got=str(config.data.seq_len), expected=f"at most {base.config.context}, the model's context"
@@ -87,11 +87,11 @@ def setup(config, *, devices=None, recorded: dict | None = None, beside: Setup |
     )  # fmt: skip
     config, tasks = settle(config, data)
     model = compile_model(config, base.config, max_segments=data.train.max_segments, tasks=tasks)
-    model, engines = place(config, model, mesh)
+    model, engines = with_engine(config, model, mesh)
     if config.train.get("exact", False):  # not in runs of older versions
-        places = sharding.replicated(mesh)
+        shardings = sharding.replicated(mesh)
     modules = compile_modules(config, base.params, width=base.config.width, classes=len(data.classes))
-    params = sharding.put(base.params, places) if beside is None else beside.params
+    params = sharding.put(base.params, shardings) if beside is None else beside.params
     frozen, digests = ({}, {}) if beside is None else (dict(beside.frozen), dict(beside.digests))
     for where, value in objectives_config.used(config).items():
         for name, source in compile_objective(value, where=where).frozen().items():
@@ -110,7 +110,7 @@ def _recorded(identity: dict) -> tuple[list[str], str | None]:
     return [digest for digest in digests if isinstance(digest, str)], base.get("day")
 
 
-def place(config, model: Model, mesh) -> tuple[Model, str | None]:
+def with_engine(config, model: Model, mesh) -> tuple[Model, str | None]:
     """The model with the config's engine, and the table of engines to print.
 
     With `train.exact` a device computes alone: no engine moves anything, and there is no table.

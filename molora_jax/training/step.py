@@ -67,7 +67,7 @@ def fresh(model, optimizer, params, frozen, key, init_modules=lambda key, params
 
 
 def micro_batches(batch: dict, n: int, unit: int = 1) -> dict:
-    """`[B, S] -> [n, B/n, S]`, units of rows dealt in turn so that every device keeps a share of each micro-batch."""
+    """`[B, S] -> [n, B/n, S]`, units of rows dealt in turn so that every device keeps a part of each micro-batch."""
 
     def deal(x):
         units = x.reshape(x.shape[0] // (n * unit), n, unit, *x.shape[1:]).swapaxes(0, 1)
@@ -81,8 +81,8 @@ def loss_sums(stats: dict, name: str) -> dict:
     return {r: {s: {k: v["losses"][name] for k, v in sc.items()} for s, sc in seg.items()} for r, seg in stats.items()}
 
 
-def part(stats: dict, name: str) -> dict:
-    """`load` or `router`: the statistics, or the sums that a router's own update asks for, of every decision."""
+def decision_sums(stats: dict, name: str) -> dict:
+    """`expert_load` or `router`: the statistics, or the sums that a router's own update asks for, of every decision."""
     return {r: {s: {k: v[name] for k, v in sc.items()} for s, sc in seg.items()} for r, seg in stats.items()}
 
 
@@ -114,7 +114,7 @@ def make_gradient(
         step_key = jax.random.fold_in(jax.random.key(seed if knobs is None else knobs.seed), state.step)
         trainable, still = trees.split(state.leaves, frozen)
         norm = objective.norm(batch) if batched else None
-        parts = accumulate if batched else 1  # of which a loss is a share
+        parts = accumulate if batched else 1  # of which a loss is one
 
         def forward(trainable, i):
             """The model of this step for micro-step i, and where its one pass leaves the layers' sums."""
@@ -175,7 +175,11 @@ def make_gradient(
                 else:
                     aux[name] = value_of(loss, sums, f"losses.{name}") / parts
                     total = total + weights[name] * aux[name]
-            sums = {"aux": aux, "load": part(stats, "load"), "router": part(stats, "router")}
+            sums = {
+                "aux": aux,
+                "expert_load": decision_sums(stats, "expert_load"),
+                "router": decision_sums(stats, "router"),
+            }
             return total, {"objective": own, "metrics": metrics, **sums}
 
         grad = jax.grad(whole_loss, has_aux=True)
@@ -201,10 +205,10 @@ def of_examples(grad, each, trainable: dict, micro: dict, i):
     """
     rows = len(micro["tokens"])
 
-    def one(row, number):
+    def of_example(row, number):
         return grad(trainable, jax.tree.map(lambda x: x[None], row), number)
 
-    grads, out = jax.vmap(one)(micro, i * rows + jnp.arange(rows))
+    grads, out = jax.vmap(of_example)(micro, i * rows + jnp.arange(rows))
     there = jnp.any(micro["loss_weight"] > 0, axis=1)
     grads, norms = each.clipped(grads, there)
     out["metrics"] |= {"clipped": norms > each.clip}
@@ -291,7 +295,7 @@ def make_update(model, optimizer, schedule, *, clip: float, frozen, rated=None):
             "lr": jnp.asarray(rate(state.step - 1), jnp.float32),
             "tokens": jnp.sum(segment_ids > 0),
             "skipped": state.skipped,
-            "site": site_metrics(model, out["load"]),
+            "site": site_metrics(model, out["expert_load"]),
         }
         return state, metrics
 
@@ -320,13 +324,13 @@ def update_routers(model, state: dict, sums: dict) -> dict:
     return new
 
 
-def site_metrics(model, load: dict) -> dict:
+def site_metrics(model, sums: dict) -> dict:
     """`{rule/scope: {statistic: [layers]}}` in the order of layers."""
     out = {}
     for rule in model.rules:
         for scope in (*rule.scopes, "base"):  # base: of a base's own router that the rule trains
-            segments = [scopes for _, scopes in sorted(load.get(rule.name, {}).items()) if scope in scopes]
-            parts = [routing.load(scopes[scope]) for scopes in segments]
+            segments = [scopes for _, scopes in sorted(sums.get(rule.name, {}).items()) if scope in scopes]
+            parts = [routing.expert_load(scopes[scope]) for scopes in segments]
             if parts:
                 out[f"{rule.name}/{scope}"] = jax.tree.map(lambda *x: jnp.concatenate(x), *parts)
     return out

@@ -186,7 +186,7 @@ def test_acceptance_6_cost_is_that_of_one_pass_with_C_times_K(monkeypatch):
     for C, K in ((2, 1), (1, 2)):
         model, params, adapters = build(rule(C, k=K))
         _, sums, _ = run(model, params, adapters, batch())
-        slots = sum(np.asarray(s["load"]["slots"]) for s in sums["mix"]["000-002"].values())
+        slots = sum(np.asarray(s["expert_load"]["slots"]) for s in sums["mix"]["000-002"].values())
         np.testing.assert_array_equal(slots, 2 * (batch()["segment_ids"] > 0).sum())
 
 

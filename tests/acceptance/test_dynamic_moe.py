@@ -107,15 +107,15 @@ def test_acceptance_5_padded_form_equals_dense_and_clips_are_counted(sites):
 
     clipped = model(sites, 6, ("top_p", dict(p=0.6, max_experts=2)))
     _, stats, _, gates = clipped.hidden(base(ONE), adapters, {}, BATCH, collect=True)
-    load = {"mix": {s: {k: v["load"] for k, v in sc.items()} for s, sc in stats["mix"].items()}}
+    sums = {"mix": {s: {k: v["expert_load"] for k, v in sc.items()} for s, sc in stats["mix"].items()}}
     for scope in clipped.rules[0].scopes[:1]:  # the later site's input follows the clipped one
         d = decisions[0, "mix", scope]
         t = d.selected[VALID].sum(-1)
         cut = np.maximum(t - 2, 0).sum()
         assert cut > 0
-        shares = site_metrics(clipped, load)[f"mix/{scope}"]
-        np.testing.assert_allclose(shares["clipped_share"], [cut / t.sum()], rtol=1e-6)
-        np.testing.assert_allclose(shares["active_experts"], [np.minimum(t, 2).mean()], rtol=1e-6)
+        metrics = site_metrics(clipped, sums)[f"mix/{scope}"]
+        np.testing.assert_allclose(metrics["clipped_share"], [cut / t.sum()], rtol=1e-6)
+        np.testing.assert_allclose(metrics["active_experts"], [np.minimum(t, 2).mean()], rtol=1e-6)
         kept = np.asarray(gates["mix"]["000-000"][scope])[0][VALID]
         assert (kept > 0).sum(-1).max() == 2
         np.testing.assert_allclose(kept.max(-1), d.probs[VALID].max(-1), rtol=1e-5, err_msg="the strongest are kept")
@@ -136,8 +136,8 @@ def test_the_frozen_ffn_keeps_what_is_not_kept_and_shrink_gives_it_up():
     silent = edit(noisy(made), B=lambda x, s: 0 * x)
     frozen = output(made.without_rules(), {})
     np.testing.assert_allclose(output(made, silent), frozen, atol=1e-5)
-    shrunk = dataclasses.replace(made, rules=(dataclasses.replace(made.rules[0], shrink=True),))
-    assert np.abs(output(shrunk, silent) - frozen).max() > 0.01
+    scaled = dataclasses.replace(made, rules=(dataclasses.replace(made.rules[0], gates_scale_base=True),))
+    assert np.abs(output(scaled, silent) - frozen).max() > 0.01
     d = reference.forward(np, made, *map(reference.as_float64, (base(ONE), silent)), BATCH)[1][0, "mix", "ffn"]
     assert d.gates[VALID].sum(-1).max() < 1
 
@@ -145,7 +145,7 @@ def test_the_frozen_ffn_keeps_what_is_not_kept_and_shrink_gives_it_up():
 @pytest.mark.parametrize("router", [("top_p", dict(p=0.4)), ("softmax_topk", dict(renormalise=False))])
 def test_shrink_against_float64(router):
     made = model(("ffn",), 4, router)
-    made = dataclasses.replace(made, rules=(dataclasses.replace(made.rules[0], shrink=True),))
+    made = dataclasses.replace(made, rules=(dataclasses.replace(made.rules[0], gates_scale_base=True),))
     leaves = noisy(made)
     wanted = reference.forward(np, made, *map(reference.as_float64, (base(ONE), leaves)), BATCH)[0]
     np.testing.assert_allclose(output(made, leaves), wanted[VALID], atol=2e-5)

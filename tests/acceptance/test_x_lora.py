@@ -97,21 +97,21 @@ def test_acceptance_3_gradient_reaches_the_head_alone_and_dies_with_the_experts(
     assert trees.flatten_dict(trainable, sep="/").keys() == flat.keys(), "load freezes the experts"
 
 
-def signal(model, params, adapters, data):
+def features(model, params, adapters, data):
     """What the head's slices read, `[B, S, D | H]`."""
     data = {k: jnp.asarray(v) for k, v in data.items()}
     names = ("segment_ids", "positions", "task_ids", "example_ids")
     ctx = Context(data["segment_ids"] > 0, *(data[name] for name in names))
     mask = causal_mask(data["segment_ids"])
-    return model._signal(params, adapters, data, ctx, mask, None, None, lambda x: x)[0]["mix"]
+    return model._base_features(params, adapters, data, ctx, mask, None, None, lambda x: x)[0]["mix"]
 
 
 def test_acceptance_4_the_first_pass_knows_no_adapter_and_no_gradient(monkeypatch):
     model, params, adapters = made()
-    got = signal(model, params, adapters, batch())
-    np.testing.assert_array_equal(got, signal(model, params, randomised(adapters, seed=9), batch()))
+    got = features(model, params, adapters, batch())
+    np.testing.assert_array_equal(got, features(model, params, randomised(adapters, seed=9), batch()))
     np.testing.assert_allclose(got, hidden(model.without_rules(), params, {}, batch()), atol=1e-5)
-    slopes = jax.grad(lambda e: jnp.sum(signal(model, params | {"embed": e}, adapters, batch())))(params["embed"])
+    slopes = jax.grad(lambda e: jnp.sum(features(model, params | {"embed": e}, adapters, batch())))(params["embed"])
     np.testing.assert_array_equal(slopes, 0.0)
 
     passes, plain = [], Model.hidden
@@ -170,7 +170,7 @@ def test_the_temperature_belongs_to_the_softmax_and_the_choice_to_the_logits():
         wanted = np.where(z[site] >= second, z[site], 0.0)
         np.testing.assert_array_equal(two[site][:, KEEP], wanted[:, KEEP])
         count = (z[site] >= second)[:, KEEP].sum(axis=1)
-        np.testing.assert_array_equal(chosen[site]["load"]["count"], count)
+        np.testing.assert_array_equal(chosen[site]["expert_load"]["count"], count)
 
 
 def test_acceptance_6_the_second_sample_does_not_alter_the_first():

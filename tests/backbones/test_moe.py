@@ -18,7 +18,7 @@ from molora_jax.core import trees
 from molora_jax.engines import ENGINES, Engine
 from molora_jax.errors import InputError
 from molora_jax.io.random_init import random_params
-from molora_jax.training.step import part, site_metrics
+from molora_jax.training.step import decision_sums, site_metrics
 
 SMALL = dataclasses.replace(
     TINY_MOE, layers=2, width=16, heads=2, kv_heads=1, head_dim=8, vocab=32, experts=4, expert_width=12, shared_width=8,
@@ -129,7 +129,7 @@ def test_gradients_of_adapters_and_router_are_those_of_einsums(factors):
     with jax.default_matmul_precision("highest"):
         close(loss_of(model, weight)(adapters, params, batch), reference(model, weight)(adapters, params, batch))
     stats = jax.eval_shape(lambda: model.hidden(params, adapters, {}, batch)[1])
-    site = jax.eval_shape(lambda stats: site_metrics(model, part(stats, "load")), stats)
+    site = jax.eval_shape(lambda stats: site_metrics(model, decision_sums(stats, "expert_load")), stats)
     assert site["moe/base"]["entropy"].shape == (model.config.layers,), "its decisions are in the metrics"
 
 
@@ -157,7 +157,7 @@ QUICK = [("all_to_all", dict(expert=2, fsdp=2, tensor=2))]
     ("engine", "sizes"), [pytest.param(*m, marks=() if m in QUICK else SLOW) for m in MESHES], ids=str
 )
 def test_eight_devices_under_every_engine(engine, sizes, factors):
-    """Values and every gradient are those of one device; the base's kernels lie in shares over `expert`."""
+    """Values and every gradient are those of one device; the base's kernels lie in shards over `expert`."""
     config = config_of(factors, base_router="trained", adapter=common.adapter(rank=4, dropout=0.2))
     model = checked(config)
     params, adapters, batch, weight = problem(model)

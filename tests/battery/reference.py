@@ -18,8 +18,8 @@ import numpy as np
 
 from tests.battery import members
 
-# [B, S, E] but valid, rows, base [B, S]
-Decision = collections.namedtuple("Decision", "probs selected gates valid rows logits base", defaults=(None, None))
+# [B, S, E] but valid, rows, base_gate [B, S]
+Decision = collections.namedtuple("Decision", "probs selected gates valid rows logits base_gate", defaults=(None,) * 2)
 
 
 def as_float64(tree):
@@ -107,8 +107,8 @@ def forward(xp, model, params, adapters, batch):
     batch = {name: np.asarray(value) for name, value in batch.items()}
     x = params["embed"][batch["tokens"]]
     routers = members.Routers(model, adapters, batch)
-    reads = any(rule.router is not None and rule.router.SIGNAL for rule in model.rules)
-    signal = forward(xp, model.without_rules(), params, {}, batch)[0] if reads else None
+    reads = any(rule.router is not None and rule.router.INPUT for rule in model.rules)
+    features = forward(xp, model.without_rules(), params, {}, batch)[0] if reads else None
     for layer in range(c.layers):
         block = jax.tree.map(lambda w, layer=layer: w[layer], params["blocks"])
         acting = []
@@ -124,7 +124,7 @@ def forward(xp, model, params, adapters, batch):
             key = (layer, rule.name, scope) if scope != "model" else (0, rule.name, scope)
             if key not in decisions:
                 x = params["embed"][batch["tokens"]] if scope == "model" else x
-                x = signal if rule.router.SIGNAL else x
+                x = features if rule.router.INPUT else x
                 if type(rule.router).__name__ in ("SoftmaxTopK", "TopP"):
                     own = routers.leaves(rule, leaves, scope)
                     decisions[key] = route(xp, rule.router, own, x, batch)
@@ -165,7 +165,7 @@ def forward(xp, model, params, adapters, batch):
         x = x + project("o", a.reshape(*h.shape[:2], -1), h)
 
         h = rms(xp, x, block["ffn_norm"], c.norm_eps)
-        whole = [(rule, leaves) for rule, leaves in acting if rule.place is None and rule.sites == ("ffn",)]
+        whole = [(rule, leaves) for rule, leaves in acting if rule.placement is None and rule.sites == ("ffn",)]
         if whole:
             base = ffn(h)
             y = base
@@ -180,17 +180,18 @@ def forward(xp, model, params, adapters, batch):
                     if rule.router
                     else None
                 )
-                own = d is not None and d.base is not None and d.base.dtype != bool  # bool: must equal 1 - sum g
-                if d is not None and (rule.shrink or own):  # the base's coefficient is not 1 - sum g
-                    c_0 = d.base if own else xp.where(xp.any(d.selected, axis=-1), 0.0, 1.0)
+                # bool: must equal 1 - sum g
+                own = d is not None and d.base_gate is not None and d.base_gate.dtype != bool
+                if d is not None and (rule.gates_scale_base or own):  # the base's coefficient is not 1 - sum g
+                    c_0 = d.base_gate if own else xp.where(xp.any(d.selected, axis=-1), 0.0, 1.0)
                     y = y + (c_0 - (1 - xp.sum(g, axis=-1)))[..., None] * base
         else:
             g, u = project("gate", h, h), project("up", h, h)
             y = project("down", g / (1 + xp.exp(-g)) * u, h)
         for rule, leaves in acting:
-            if rule.place is not None:  # a chain
+            if rule.placement is not None:  # a chain
                 z = h
-                for t in range(rule.place.iterations):
+                for t in range(rule.placement.iterations):
                     g = decide(rule, leaves, f"pass{t}", z)
                     pair = leaves["ffn"]["A"], leaves["ffn"]["B"]
                     z = z + rule.adapter.alpha / rule.adapter.rank * xp.einsum("bse,bsd,erd,ero->bso", g, z, *pair)

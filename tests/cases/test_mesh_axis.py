@@ -99,7 +99,7 @@ def test_a_table_is_split_whatever_the_vocabulary(vocab, sizes):
     made = sharding.param_shardings(PLAIN, shapes(tied=False, V=vocab), mesh)
     split = sizes.get("fsdp", 1) * sizes.get("tensor", 1)
     for leaf, shape in ((made["embed"], (vocab, 8)), (made["head"], (8, vocab))):
-        assert np.prod(leaf.shard_shape(shape)) * split == np.prod(shape), "each device holds its share"
+        assert np.prod(leaf.shard_shape(shape)) * split == np.prod(shape), "each device holds its shard"
 
 
 @pytest.mark.parametrize("sizes", [dict(data=4, tensor=2), dict(data=2, fsdp=2, tensor=2)], ids=str)

@@ -112,7 +112,7 @@ def test_a_router_of_zeros(name):
 
     def total(some, x):
         own, shared = back(some)
-        made = router.route(own, shared, router.signal(shared, x, ctx) if router.SIGNAL else x, ctx)[0]
+        made = router.route(own, shared, router.base_features(shared, x, ctx) if router.INPUT else x, ctx)[0]
         return jnp.sum(made.gates * jnp.arange(6.0)) + jnp.sum(made.probs**2)
 
     for x in (jnp.zeros((1, S, 8)), jnp.ones((1, S, 8))):

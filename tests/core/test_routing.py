@@ -1,4 +1,4 @@
-"""Selections, slots, masks and load statistics, against loops in numpy."""
+"""Selections, slots, masks and statistics of expert load, against loops in numpy."""
 
 import dataclasses
 import itertools
@@ -50,8 +50,8 @@ def made(name, experts, d_in, /, **options):
 def decide(router, leaves, shared, x, ctx):
     """A router's decision at the start of its state and its carry."""
     site = Site("q", x.shape[-1], x.shape[-1], (0,), ctx.allowed.shape[-1] if ctx.allowed is not None else 6)
-    if router.SIGNAL:
-        x = router.signal(shared, x, ctx)
+    if router.INPUT:
+        x = router.base_features(shared, x, ctx)
     ctx = ctx.replace(state=router.init_state(site), carry=router.init_carry(*x.shape[:2]))
     return router.route(leaves, shared, x, ctx)[0]
 
@@ -185,7 +185,7 @@ def variants(name):
 
 @pytest.mark.parametrize("name", ROUTERS)
 def test_a_router_that_says_its_gates_sum_to_one_is_right(name):
-    """With any options, with padding, some or all experts shut out, and cold logits: a bool base is what they leave."""
+    """With any options, with padding, some or all experts shut out, and cold logits: a bool base_gate is the rest."""
     x = jax.random.normal(jax.random.key(0), (2, 5, 8))
     valid = np.array([[1, 1, 1, 1, 0], [1, 1, 0, 0, 0]], bool)
     for options in variants(name):
@@ -195,10 +195,10 @@ def test_a_router_that_says_its_gates_sum_to_one_is_right(name):
             for scale in (0.0, 1.0, 50.0):
                 scaled = jax.tree.map(lambda v, scale=scale: scale * v, leaves)
                 decision = decide(router, scaled, shared, x, context(valid, allowed=allowed))
-                said.add(decision.base is not None and decision.base.dtype == bool)
-                if decision.base is not None and decision.base.dtype == bool:
+                said.add(decision.base_gate is not None and decision.base_gate.dtype == bool)
+                if decision.base_gate is not None and decision.base_gate.dtype == bool:
                     left = 1 - decision.gates.sum(-1)
-                    np.testing.assert_allclose(decision.base, left, atol=1e-5, err_msg=f"{name} {options}")
+                    np.testing.assert_allclose(decision.base_gate, left, atol=1e-5, err_msg=f"{name} {options}")
             assert len(said) == 1, "what a router says depends on its options alone"
 
 
@@ -229,14 +229,14 @@ def test_routers_say_where_a_routed_ffn_needs_no_hidden_state_of_the_base(name, 
     """What these lines say was measured (docs/performance.md); a router that is not among them need not be."""
     router, leaves, shared = made(name, 6, 8, **options)
     decision = decide(router, leaves, shared, jnp.ones((1, 2, 8)), context(np.ones((1, 2), bool)))
-    assert (decision.base is not None and decision.base.dtype == bool) == said
+    assert (decision.base_gate is not None and decision.base_gate.dtype == bool) == said
 
 
 def test_a_base_keeps_its_dtype_and_is_one_at_padding():
     probs, valid = jnp.full((1, 2, 3), 0.2), np.array([[1, 0]], bool)
     for base, dtype in ((jnp.zeros((1, 2), bool), bool), (jnp.full((1, 2), 0.5), jnp.float32)):
         made = routing.finish(probs, probs > 0, probs, probs, context(valid), k_max=3, base=base)
-        assert made.base.dtype == dtype and made.base[0, 1] == 1 and made.base[0, 0] == base[0, 0]
+        assert made.base_gate.dtype == dtype and made.base_gate[0, 1] == 1 and made.base_gate[0, 0] == base[0, 0]
     with pytest.raises(AssertionError, match="sum to one"):
         routing.finish(probs, probs > 0, probs, probs, context(valid), k_max=3, base=base, sums_to_one=True)
 
@@ -258,7 +258,7 @@ def test_load_of_hand_made_sums():
     total = dict(tokens=10.0, slots=20.0, entropy=5.0, clipped=5.0,
                  count=np.array([12.0, 6.0, 2.0, 0.0]), top1=np.array([7.0, 3.0, 0.0, 0.0]))  # fmt: skip
     wanted = dict(load_max_over_mean=2.4, entropy=0.5, top1_share=0.7, active_experts=2.0, clipped_share=0.2)
-    got = routing.load({k: jnp.asarray(v) for k, v in total.items()})
+    got = routing.expert_load({k: jnp.asarray(v) for k, v in total.items()})
     assert got.keys() == wanted.keys()
     for name, value in wanted.items():
         np.testing.assert_allclose(got[name], value, rtol=1e-6)

@@ -32,11 +32,20 @@ def mesh(**sizes):
 
 
 def rule(
-    sites, experts, *, adapter="lora", router="softmax_topk", rank=4, dropout=0.0, down="once", place=None, **options
+    sites,
+    experts,
+    *,
+    adapter="lora",
+    router="softmax_topk",
+    rank=4,
+    dropout=0.0,
+    down="once",
+    placement=None,
+    **options,
 ):
     return Rule(
         name="r", sites=sites, experts=(experts,), adapter=ADAPTERS[adapter](rank=rank, alpha=8.0, dropout=dropout),
-        router=None if router is None else ROUTERS[router](**options), down=down, place=place,
+        router=None if router is None else ROUTERS[router](**options), down=down, placement=placement,
     )  # fmt: skip
 
 

@@ -12,7 +12,7 @@ from molora_jax.backbones.compile import compile_model
 from molora_jax.backbones.families import TINY
 from molora_jax.engines import Engine, auto
 from molora_jax.errors import InputError
-from molora_jax.training.setup import place
+from molora_jax.training.setup import with_engine
 from molora_jax.training.step import fresh
 from tests import tiny
 from tests.engines.problems import mesh
@@ -52,8 +52,8 @@ def test_the_design_s_example():
 
 def test_auto_takes_the_fewest_bytes_and_says_so():
     config, model = model_of(dict(a=common.rule("ffn", experts="8", adapter=common.adapter(), router=ROUTER)))
-    placed, text = place(config, model, mesh(data=2, expert=4))
-    assert placed.engine.name == "replicate"
+    made, text = with_engine(config, model, mesh(data=2, expert=4))
+    assert made.engine.name == "replicate"
     for word in ("replicate", "gather", "all_to_all", "ragged_all_to_all", "MB useful", "fewest bytes"):
         assert word in text
     # very many experts of high rank and few tokens: tokens travel
@@ -83,10 +83,10 @@ def test_auto_has_rank_space_only_where_tokens_travel(monkeypatch):
 
 def test_one_device_or_nothing_to_place_prints_nothing():
     config, model = model_of(dict(a=common.rule("q", adapter=common.adapter())))
-    assert place(config, model, mesh(data=2, expert=4))[1] is None
+    assert with_engine(config, model, mesh(data=2, expert=4))[1] is None
     config, model = model_of(dict(a=common.rule("ffn", experts="4", adapter=common.adapter(), router=ROUTER)))
-    placed, text = place(config, model, mesh())
-    assert placed.engine.alone and text is None
+    made, text = with_engine(config, model, mesh())
+    assert made.engine.alone and text is None
 
 
 @pytest.mark.parametrize(
@@ -112,11 +112,11 @@ def test_one_device_or_nothing_to_place_prints_nothing():
 def test_an_engine_that_cannot_serve_is_refused_by_name_and_passed_over_by_auto(rules, options, expected):
     config, model = model_of(rules, engine="all_to_all", **options)
     with pytest.raises(InputError, match=expected) as caught:
-        place(config, model, mesh(data=2, expert=4))
+        with_engine(config, model, mesh(data=2, expert=4))
     assert caught.value.where == "engine" and "gather" in caught.value.fix
     config.engine = "auto"
-    placed, text = place(config, model, mesh(data=2, expert=4))
-    assert placed.engine.name in ("replicate", "gather") and "cannot: " in text and expected in text
+    made, text = with_engine(config, model, mesh(data=2, expert=4))
+    assert made.engine.name in ("replicate", "gather") and "cannot: " in text and expected in text
 
 
 def test_options_of_an_exchange_without_one():
@@ -132,10 +132,10 @@ def test_state_lies_where_the_experts_lie():
     where = mesh(data=2, expert=4)
     model = dataclasses.replace(model, engine=Engine("gather", where))
     shapes = jax.eval_shape(lambda p: fresh(model, optax.adam(1e-3), p, (), jax.random.key(0)), params)
-    placed = sharding.state_shardings(shapes, model, where)
-    for tree in (placed.adapters, placed.opt[0].mu, placed.opt[0].nu):
+    made = sharding.state_shardings(shapes, model, where)
+    for tree in (made.adapters, made.opt[0].mu, made.opt[0].nu):
         for path, leaf in zip(sharding.paths(tree), jax.tree.leaves(tree), strict=True):
             split = leaf.spec == jax.sharding.PartitionSpec(None, "expert")
             whole = "router" in path or path.split("/")[1] in ("000-000", "002-002")  # 2 and 6 experts
             assert split == (not whole), path
-    assert placed.opt[0].count.spec == placed.step.spec == jax.sharding.PartitionSpec()
+    assert made.opt[0].count.spec == made.step.spec == jax.sharding.PartitionSpec()

@@ -32,11 +32,11 @@ def test_the_layer_scan_ships_what_the_formula_says(name, factors):
     params, adapters, batch, _ = moe.problem(model)
     on = Engine(name, mesh(data=2, expert=4))
     model = dataclasses.replace(model, engine=on, remat="dots")
-    place = {"params": sharding.param_shardings(model.config, params, on.mesh)}
-    place["adapters"] = sharding.adapter_shardings(adapters, model, on.mesh)
-    place["batch"] = {field: sharding.row_sharding(on.mesh) for field in batch}
+    shardings = {"params": sharding.param_shardings(model.config, params, on.mesh)}
+    shardings["adapters"] = sharding.adapter_shardings(adapters, model, on.mesh)
+    shardings["batch"] = {field: sharding.row_sharding(on.mesh) for field in batch}
     shapes = {
-        group: jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(np.shape(x), x.dtype, sharding=s), tree, place[group])
+        group: jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(np.shape(x), x.dtype, sharding=s), tree, shardings[group])
         for group, tree in (("params", params), ("adapters", adapters), ("batch", batch))
     }
 
@@ -48,7 +48,7 @@ def test_the_layer_scan_ships_what_the_formula_says(name, factors):
         return jnp.sum(hidden**2)
 
     wrt = (0, 1) if factors else (1,)  # sums of an unrouted rule's gradients are not in the table
-    out = tuple((place["adapters"], place["params"]["embed"])[i] for i in wrt)
+    out = tuple((shardings["adapters"], shardings["params"]["embed"])[i] for i in wrt)
     grad = jax.jit(jax.grad(loss, wrt), out_shardings=out)
     lowered = grad.lower(shapes["adapters"], shapes["params"]["embed"], shapes["params"], shapes["batch"])
     found = [c for c in hlo.collectives(lowered.compile().as_text(), 8) if c.loop and c.devices > 1]

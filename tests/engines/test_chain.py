@@ -24,7 +24,7 @@ def nan_buffers(monkeypatch):
 def by_hand(one, tree, base, x):
     """`FFN(x) + z(C) - z(0)`, every expert applied to every token, top-k of a softmax, padding without experts."""
     z, valid = x, jnp.ones(x.shape[:2], bool).at[0, -2:].set(False)[..., None]
-    for t in range(one.place.iterations):
+    for t in range(one.placement.iterations):
         probs = jax.nn.softmax(z @ tree["router"][f"pass{t}"]["W"].T)
         kth = jnp.sort(probs, axis=-1)[..., -one.router.k, None]
         gates = jnp.where((probs >= kth) & valid, probs, 0.0)
@@ -46,7 +46,7 @@ def grid():
 @pytest.mark.parametrize("name, sizes", grid())
 def test_equals_the_passes_as_they_read(name, sizes):
     sizes, experts = SIZES[sizes], 8 if sizes == "data" else 6  # 6 experts on 4 devices are padded, or whole
-    one, base, x = rule(("ffn",), experts, k=2, place=Chain(), renormalise=True), weights(), tokens()
+    one, base, x = rule(("ffn",), experts, k=2, placement=Chain(), renormalise=True), weights(), tokens()
     tree = leaves(one, base)
     y, grads, stats = value_and_grads(Engine(name, mesh(**sizes)), one)(tree, base, x)
 
@@ -56,9 +56,9 @@ def test_equals_the_passes_as_they_read(name, sizes):
 
     (_, wanted), expected = jax.jit(jax.value_and_grad(loss, (0, 1), has_aux=True))(x, tree)
     close((y, grads), (wanted, expected), 5e-6)
-    assert [float(stats["r"][t]["load"]["slots"]) for t in ("pass0", "pass1")] == [2 * (B * S - 2)] * 2
+    assert [float(stats["r"][t]["expert_load"]["slots"]) for t in ("pass0", "pass1")] == [2 * (B * S - 2)] * 2
     if name != "replicate" and experts == 8:
-        assert all(g.addressable_shards[0].data.shape[0] == 2 for g in grads[1]["ffn"].values()), "in shares"
+        assert all(g.addressable_shards[0].data.shape[0] == 2 for g in grads[1]["ffn"].values()), "in shards"
 
 
 FORMS = {
@@ -75,7 +75,7 @@ FORMS = {
 )
 def test_forms_equal_one_device(form):
     options, engine = FORMS[form]
-    one, base, x = rule(("ffn",), 4, k=2, dropout=0.3, place=Chain(**options)), weights(), tokens()
+    one, base, x = rule(("ffn",), 4, k=2, dropout=0.3, placement=Chain(**options)), weights(), tokens()
     tree = leaves(one, base)
     alone = value_and_grads(ALONE, one, key=3)(tree, base, x)
     on = Engine("all_to_all", mesh(data=2, expert=2, tensor=2), **engine)
@@ -83,11 +83,11 @@ def test_forms_equal_one_device(form):
 
 
 def test_a_capacity_drops_changes_of_a_pass_and_counts_them():
-    one, base, x = rule(("ffn",), 8, k=2, place=Chain(iterations=1)), weights(), tokens()
+    one, base, x = rule(("ffn",), 8, k=2, placement=Chain(iterations=1)), weights(), tokens()
     tree = leaves(one, base, skew=30.0)  # experts 0 and 1, on one of four peers
     y, grads, stats = value_and_grads(Engine("all_to_all", mesh(data=2, expert=4), capacity=1.0), one)(tree, base, x)
-    load = stats["r"]["pass0"]["load"]
-    assert float(load["sent"]) == 2 * (B * S - 2) and float(load["dropped"]) == 6 * 7 + 2
+    sums = stats["r"]["pass0"]["expert_load"]
+    assert float(sums["sent"]) == 2 * (B * S - 2) and float(sums["dropped"]) == 6 * 7 + 2
     full = value_and_grads(ALONE, one)(tree, base, x)[0]
     close(y[:, :1], full[:, :1])
     close(y[:, 1:], ((jax.nn.silu(x @ base["gate"]) * (x @ base["up"])) @ base["down"])[:, 1:])
@@ -97,11 +97,11 @@ def test_a_capacity_drops_changes_of_a_pass_and_counts_them():
 def test_the_table_counts_every_pass():
     from configs import common as configs
 
-    place = dict(name="chain", iterations=2, gating="independent", residual="inner", nonlinearity="none")
+    placement = dict(name="chain", iterations=2, gating="independent", residual="inner", nonlinearity="none")
     rows = {}
     for passes in (1, 2):
         rules = dict(a=configs.rule("ffn", experts="8", adapter=configs.adapter(), router=ROUTER,
-                                    placement=place | dict(iterations=passes)))  # fmt: skip
+                                    placement=placement | dict(iterations=passes)))  # fmt: skip
         _, model = model_of(rules)
         table = auto.table(model, Engine("replicate", mesh(expert=8)), tokens=64, itemsize=4)
         rows[passes] = {row.name: row for row in table}

@@ -38,9 +38,9 @@ def test_equals_the_einsum(name, case):
         y, grads, stats = run(tree, base, x)
         expected = value_and_grads(ALONE, one, reference=True)(tree, base, x)
         close((y, grads), expected[:2])
-        load = stats["r"][one.scopes[0]]["load"]
-        assert float(load["tokens"]) == B * S - 2
-        assert (np.count_nonzero(load["count"]) < experts) == bool(skew)
+        sums = stats["r"][one.scopes[0]]["expert_load"]
+        assert float(sums["tokens"]) == B * S - 2
+        assert (np.count_nonzero(sums["count"]) < experts) == bool(skew)
     if name != "replicate" and experts == 8:
         for part in jax.tree.leaves({k: v for k, v in grads[1].items() if k != "router"}):
             assert part.addressable_shards[0].data.shape[0] == experts // 4, "gradients lie where the experts lie"
@@ -87,10 +87,10 @@ def test_capacity_drops_and_counts(name, sites):
     tree = leaves(one, base, skew=30.0)  # experts 0 and 1, on one of four peers
     run = value_and_grads(Engine(name, mesh(data=2, expert=4), capacity=1.0), one)
     y, grads, stats = run(tree, base, x)
-    load = stats["r"][one.scopes[0]]["load"]
+    sums = stats["r"][one.scopes[0]]["expert_load"]
     # 4 tokens a device, 8 slots for one peer, room for 1.0 * 4 * 2 / 4 = 2; the first token keeps its two
-    assert float(load["sent"]) == 2 * (B * S - 2)
-    assert float(load["dropped"]) == 6 * 7 + 2  # device 0 has two tokens of padding
+    assert float(sums["sent"]) == 2 * (B * S - 2)
+    assert float(sums["dropped"]) == 6 * 7 + 2  # device 0 has two tokens of padding
     full = value_and_grads(ALONE, one)(tree, base, x)[0]
     plain = x @ base["q"] if sites == ("q",) else (jax.nn.silu(x @ base["gate"]) * (x @ base["up"])) @ base["down"]
     close(y[:, :1], full[:, :1])
@@ -102,5 +102,5 @@ def test_capacity_with_room_drops_nothing():
     one, base, x = rule(("q",), 8, k=2), weights(), inputs(("q",))
     tree = leaves(one, base)
     y, grads, stats = value_and_grads(Engine("all_to_all", mesh(data=2, expert=4), capacity=4.0), one)(tree, base, x)
-    assert float(stats["r"]["q"]["load"]["dropped"]) == 0
+    assert float(stats["r"]["q"]["expert_load"]["dropped"]) == 0
     close((y, grads), value_and_grads(ALONE, one)(tree, base, x)[:2])

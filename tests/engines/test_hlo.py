@@ -61,16 +61,16 @@ def everywhere(model, adapters, engine):
 def number(model, adapters, engine):
     """Collectives by kind in all layers, as docs/parallelism.md counts them."""
     passes, count = 1 if model.remat == "none" else 2, collections.Counter()
-    places = sharding.adapter_shardings(adapters, model, engine.mesh)
+    shardings = sharding.adapter_shardings(adapters, model, engine.mesh)
     rules = {rule.name: rule for rule in model.rules}
-    leaves = zip(sharding.paths(adapters), jax.tree.leaves(adapters), jax.tree.leaves(places), strict=True)
-    for path, leaf, place in leaves:
+    leaves = zip(sharding.paths(adapters), jax.tree.leaves(adapters), jax.tree.leaves(shardings), strict=True)
+    for path, leaf, own in leaves:
         name, _, site, *_ = path.split("/")
         rule, layers = rules[name], leaf.shape[0]
         at = placements.of(rule)
         times = layers * max(sum(site in at.owns(rule, m) for m in at.meetings(rule)), 1)  # a chain's passes
         count["all-reduce"] += times
-        if engine.name == "gather" and "expert" in place.spec:
+        if engine.name == "gather" and "expert" in own.spec:
             count.update({"all-gather": passes * layers, "reduce-scatter": times})
     for rule, segment, _, site in auto.routed(model):
         if engine.moves_tokens:

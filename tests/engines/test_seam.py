@@ -24,10 +24,10 @@ def rows(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "sites, place", [(("o",), None), (("ffn",), None), (("ffn",), Chain())], ids=["projection", "ffn", "chain"]
+    "sites, placement", [(("o",), None), (("ffn",), None), (("ffn",), Chain())], ids=["projection", "ffn", "chain"]
 )
-def test_an_engine_in_one_file_serves_every_placement(sites, place):
-    one, base, x = rule(sites, 6, k=2, dropout=0.2, place=place), weights(), tokens()
+def test_an_engine_in_one_file_serves_every_placement(sites, placement):
+    one, base, x = rule(sites, 6, k=2, dropout=0.2, placement=placement), weights(), tokens()
     tree = leaves(one, base)
     alone = value_and_grads(ALONE, one, key=3)(tree, base, x)
     close(value_and_grads(Engine("toy", mesh(expert=4, tensor=2)), one, key=3)(tree, base, x), alone, 5e-6)
@@ -36,7 +36,7 @@ def test_an_engine_in_one_file_serves_every_placement(sites, place):
 @pytest.mark.parametrize("experts, sizes", [(8, dict(data=2, expert=4)), (6, dict(expert=4, tensor=2))])
 @pytest.mark.parametrize("name", ["replicate", "gather", "all_to_all", "ragged_all_to_all", "toy"])
 def test_a_placement_in_one_file_is_served_by_every_engine(name, experts, sizes):
-    one = rule(("ffn",), experts, router=None, place=ToyExperts(experts))
+    one = rule(("ffn",), experts, router=None, placement=ToyExperts(experts))
     tree, x = leaves(one, {}), tokens().reshape(B * S, D)
     rng = np.random.default_rng(5)
     kernels = jnp.asarray(rng.standard_normal((experts, D, D)) / 4, jnp.float32)
@@ -70,7 +70,7 @@ def test_a_placement_in_one_file_is_served_by_every_engine(name, experts, sizes)
 def test_storage_and_the_table_follow_from_what_it_says():
     from molora_jax.backbones.model import Model
 
-    one = dataclasses.replace(rule(("ffn",), 8, router=None, place=ToyExperts(8)))
+    one = dataclasses.replace(rule(("ffn",), 8, router=None, placement=ToyExperts(8)))
     on = Engine("gather", mesh(data=2, expert=4))
     model = Model(CONFIG, (one,), engine=on)
     adapters = {"r": {"000-000": jax.tree.map(lambda a: a[None], leaves(one, {}))}}
@@ -78,7 +78,7 @@ def test_storage_and_the_table_follow_from_what_it_says():
     assert all(leaf.spec == jax.sharding.PartitionSpec(None, "expert") for leaf in placed)
     table = {row.name: row for row in auto.table(model, on, tokens=4, itemsize=4)}
     own, frozen = 8 * 4 * 2 * D * 4, 8 * D * D * 4
-    shares = 2 * own / 4 * (8 // 4 - 1) / (8 // 4)
-    assert table["gather"].shipped == pytest.approx((3 * own + 2 * frozen) * 3 / 4 + shares)
+    sharded = 2 * own / 4 * (8 // 4 - 1) / (8 // 4)
+    assert table["gather"].shipped == pytest.approx((3 * own + 2 * frozen) * 3 / 4 + sharded)
     assert table["replicate"].shipped == pytest.approx(2 * frozen * 3 / 4 + 2 * own * 7 / 8)
     assert not table["all_to_all"].refused and "toy" in table

@@ -32,7 +32,7 @@ def test_ragged_all_to_all_on_tpu(v5e, sites):
     def put(x, *spec):
         return jax.ShapeDtypeStruct(np.shape(x), jnp.float32, sharding=NamedSharding(v5e, PartitionSpec(*spec)))
 
-    place = {
+    shardings = {
         k: jax.tree.map(lambda x, k=k: put(x, *(("expert",) if k != "router" else ())), v) for k, v in tree.items()
     }
     x = put(problems.tokens(), ("data", "fsdp", "expert"))
@@ -40,7 +40,7 @@ def test_ragged_all_to_all_on_tpu(v5e, sites):
     def loss(tree, base, x):
         return jnp.sum(problems.apply(on, one, tree, base, x)[0] ** 2)
 
-    text = jax.jit(jax.grad(loss, (0, 2))).lower(place, jax.tree.map(put, base), x).compile().as_text()
+    text = jax.jit(jax.grad(loss, (0, 2))).lower(shardings, jax.tree.map(put, base), x).compile().as_text()
     found = [c for c in hlo.collectives(text, 8) if c.kind == "ragged-all-to-all"]
     # there: ids, gates, rows; back: rows; then the gradients of rows, gates and of what came back
     assert len(found) == 7, [(c.kind, c.shapes) for c in found]
@@ -56,8 +56,8 @@ def test_the_layer_scan_ships_what_the_formula_says(v5e, method, rank_space, mon
     model, _, found = test_hlo.compiled(method, on)
     tokens, expected = test_hlo.ROWS * test_hlo.LENGTH // 8, 0.0
     for *which, site in auto.routed(model):
-        load = auto.load(model, *which, site, on=on, tokens=tokens, itemsize=4)
-        expected += bytes_moved(load, on)[0] - load.shares(on) - load.sums(on, per_expert=False)
+        traffic = auto.traffic(model, *which, site, on=on, tokens=tokens, itemsize=4)
+        expected += bytes_moved(traffic, on)[0] - traffic.sharded(on) - traffic.sums(on, per_expert=False)
     moved = [c.bytes_moved for c in found if c.kind == "ragged-all-to-all"]  # of a layer: no trip count on TPU
     assert sum(moved) == pytest.approx(expected, rel=0.05)
     assert len(moved) == test_hlo.number(model, {}, on)["all-to-all"] / model.config.layers

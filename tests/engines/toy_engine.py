@@ -47,6 +47,6 @@ def trip(idx, experts, on, ids=None):
     return Trip(idx, experts, on, ids)
 
 
-def bytes_moved(load, on):
-    rows = load.passes * (load.sent + load.row_out) * load.T * (on.peers - 1)
-    return rows + load.shares(on), rows
+def bytes_moved(traffic, on):
+    rows = traffic.passes * (traffic.sent + traffic.row_out) * traffic.T * (on.peers - 1)
+    return rows + traffic.sharded(on), rows

@@ -2,7 +2,7 @@
 
     y = sum_k w_k (W_e + s B_e A_e) x,   e = idx_k, w_k the base's own decision
 
-No router of the rule; kernels `W [E, D, D]` and factors lie together, in shares under the engines that have them.
+No router of the rule; kernels `W [E, D, D]` and factors lie together, in shards under the engines that have them.
 """
 
 import dataclasses
@@ -13,27 +13,26 @@ import jax.numpy as jnp
 
 from molora_jax.core import lowrank
 from molora_jax.core.types import Array, Factors
-from molora_jax.placements import base
-from molora_jax.placements.base import Axes, Placement
+from molora_jax.placements.base import Axes, Part, Placement
 
 
 @flax.struct.dataclass
-class Part(base.Part):
+class ToyPart(Part):
     kernels: Array
     factors: Factors
     idx: Array
     gates: Array
-    place: Placement = flax.struct.field(pytree_node=False)
+    placement: Placement = flax.struct.field(pytree_node=False)
     routed: bool = flax.struct.field(pytree_node=False, default=True)
 
-    experts = property(lambda self: self.place.base_experts)
+    experts = property(lambda self: self.placement.base_experts)
     decision = property(lambda self: (self.idx, self.gates))
 
     def axes(self, rank_space):
         tokens = Axes(("tokens", None))
         return self.replace(
-            kernels=Axes(("shares", "width", "width")), factors=self.place.axes(self.factors, "", rank_space),
-            idx=tokens, gates=tokens,
+            kernels=Axes(("frozen_expert", "width", "width")),
+            factors=self.placement.axes(self.factors, "", rank_space), idx=tokens, gates=tokens,
         )  # fmt: skip
 
     def _mixed(self, x, idx, gates):
@@ -47,7 +46,7 @@ class Part(base.Part):
     def sends(self, arrays, at, rank_space):
         return arrays["x"]
 
-    def there(self, arrays, rows, share):
+    def there(self, arrays, rows, shard):
         return self._mixed(rows.x, rows.expert[:, None], rows.gates[:, None])
 
     def stay(self, arrays, out, back, lost):
@@ -77,4 +76,4 @@ class ToyExperts(Placement):
     def part(self, rule, site, p, shared, routing, context, x):
         idx, gates, kernels = routing
         factors = rule.adapter.factors(p["ffn"], shared, context(site)).replace(scale=rule.adapter.scale())
-        return Part(kernels, factors, idx, gates, self)
+        return ToyPart(kernels, factors, idx, gates, self)

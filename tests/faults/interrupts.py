@@ -27,7 +27,7 @@ def struck(place: str, nth: int, number: int):
         if here == place and left[0] == 0:
             os.kill(os.getpid(), number)
 
-    reached, put_batch, valid_nll = Checkpoints.reached, loop.sharding.put_batch, loop.Run.valid_nll
+    reached, put_batch, valid_nll = Checkpoints.reached, loop.sharding.put_batch, loop.TrainingRun.valid_nll
     together = programs.CompiledStep.compile_together
 
     def checkpoint(self, point):
@@ -51,7 +51,10 @@ def struck(place: str, nth: int, number: int):
     if place == "compile":
         programs._compiled_step.cache_clear()  # else the program of the run before serves this one too
     with changed(Checkpoints, reached=checkpoint), changed(loop.sharding, put_batch=batch):
-        with changed(programs.CompiledStep, compile_together=compile_together), changed(loop.Run, valid_nll=evaluate):
+        with (
+            changed(programs.CompiledStep, compile_together=compile_together),
+            changed(loop.TrainingRun, valid_nll=evaluate),
+        ):
             yield
 
 

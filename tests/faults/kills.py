@@ -65,7 +65,7 @@ def publish(self, step, staging, function=Checkpoints._publish):
 Checkpoints.reached, Checkpoints._publish = reached, publish
 before(Checkpoints, "_sweep", "sweep")
 before(MetricsWriter, "write", "metrics")
-before(loop.Run, "valid_nll", "evaluation")
+before(loop.TrainingRun, "valid_nll", "evaluation")
 print("ready", flush=True)
 start(kills.config(int(sys.argv[4])), workdir)
 print("done", flush=True)

@@ -14,7 +14,7 @@ from molora_jax import config as config_lib
 from molora_jax.runs.checkpoints import Checkpoints, read_manifest
 from molora_jax.runs.obstacles import obstacles
 from molora_jax.runs.workdir import Workdir
-from molora_jax.training.loop import Run
+from molora_jax.training.loop import TrainingRun
 from tests.faults.common import arrays_digest
 
 MATTER = ("method", "losses", "optim", "schedule", "seed", "base", "data")  # sections that numbers depend on
@@ -62,7 +62,7 @@ def resumed(config, workdir) -> tuple[dict, list[str]]:
     """What a start would go on from, and what it said."""
     notes = []
     with obstacles(workdir), Workdir(str(workdir)) as place:  # as `train` does
-        run = Run(config, place, note=notes.append)
+        run = TrainingRun(config, place, note=notes.append)
         state = run.restore_or_start()
         run.checkpoints.close()
     return {

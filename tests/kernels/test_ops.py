@@ -146,7 +146,7 @@ def test_routed_ffn_with_a_base_of_true_and_false(name, kind):
     base = (args[7] == 4).all(axis=1)
     args[9] = base.astype(np.float32)
     wanted = both(form("routed_ffn", "reference"), list(map(jnp.asarray, args)), jax.tree.map(jnp.asarray, cotangents))
-    del wanted[-1]  # dbase
+    del wanted[-1]  # dbase_gate
     compare(form("routed_ffn", name), form("routed_ffn", "reference"), [*args[:9], base], cotangents)
     got = both(form("routed_ffn", name), [*map(jnp.asarray, args[:9]), base], jax.tree.map(jnp.asarray, cotangents))
     for a, b in zip(got, wanted, strict=True):

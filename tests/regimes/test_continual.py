@@ -41,8 +41,8 @@ def whole(data, tmp_path_factory):
 
 
 def opened(made, folder):
-    with Workdir(folder) as place:
-        return loop.Run(made, place, note=lambda text: None)
+    with Workdir(folder) as workdir:
+        return loop.TrainingRun(made, workdir, note=lambda text: None)
 
 
 def test_transfer_and_forgetting_are_the_papers():

@@ -119,7 +119,7 @@ def test_a_best_step_that_was_not_saved_is_not_the_one_to_beat(config, tmp_path,
     from molora_jax.training import loop
 
     values = iter([1.0, 2.0, 3.0])
-    monkeypatch.setattr(loop.Run, "valid_nll", lambda *_: next(values))
+    monkeypatch.setattr(loop.TrainingRun, "valid_nll", lambda *_: next(values))
     failing(monkeypatch, manifest, "write", lambda n: n == 2)  # step 1, the best
     train(config, str(tmp_path), note=lambda text: None)
     assert Checkpoints(tmp_path / "checkpoints", keep=2).best() == 2
@@ -133,7 +133,7 @@ def test_a_best_step_that_is_saved_at_last_is_the_best(config, tmp_path, monkeyp
     from molora_jax.training import loop
 
     values = iter([2.0, 1.0])
-    monkeypatch.setattr(loop.Run, "valid_nll", lambda *_: next(values))
+    monkeypatch.setattr(loop.TrainingRun, "valid_nll", lambda *_: next(values))
     failing(monkeypatch, manifest, "write", lambda n: n in (3, 4))  # step 2, the best and the last
     train(config, str(tmp_path), note=lambda text: None)
     checkpoints = Checkpoints(tmp_path / "checkpoints", keep=2)
@@ -196,12 +196,12 @@ def test_a_resume_cuts_metrics_without_room_for_a_copy(tmp_path, monkeypatch):
 
 def test_a_start_waits_for_room_and_leaves_no_temporaries(tmp_path, monkeypatch):
     failed = failing(monkeypatch, files.os, "fsync", lambda n: n in (1, 2))
-    with Workdir(tmp_path) as place:
-        place.write_config({"a": 1})
+    with Workdir(tmp_path) as workdir:
+        workdir.write_config({"a": 1})
     assert failed == [1, 2] and json.loads((tmp_path / "config.json").read_text()) == {"a": 1}
     failing(monkeypatch, files.os, "fsync", lambda n: True)
-    with Workdir(tmp_path) as place, pytest.raises(OSError, match="No space left"):
-        place.write_config({"a": 2})
+    with Workdir(tmp_path) as workdir, pytest.raises(OSError, match="No space left"):
+        workdir.write_config({"a": 2})
     assert {p.name for p in tmp_path.iterdir()} == {"lock", "config.json"}
 
 

@@ -47,8 +47,8 @@ def data(tmp_path_factory):
 
 def opened(made, folder):
     """The loop's state before anything is compiled."""
-    with Workdir(folder) as place:
-        return loop.Run(made, place, note=lambda text: None)
+    with Workdir(folder) as workdir:
+        return loop.TrainingRun(made, workdir, note=lambda text: None)
 
 
 def test_runs_that_differ_in_arguments_share_a_program_and_its_text(data, tmp_path):

@@ -21,7 +21,7 @@ from molora_jax.evaluation.run import load_run
 from molora_jax.runs import warm_start
 from molora_jax.runs.checkpoints import Checkpoints, read_manifest
 from molora_jax.runs.workdir import Workdir
-from molora_jax.training.loop import Run, train
+from molora_jax.training.loop import TrainingRun, train
 from tests.data.fakes import numbered
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -249,8 +249,8 @@ def test_router_state_passes_over_evaluations_stops_and_meshes(evaluated, tmp_pa
     one = load_run(str(evaluated))  # on one device
     config = biased()
     config.mesh.update(data=2, fsdp=4)
-    with Workdir(str(evaluated), writer=True) as place:
-        other = Run(config, place, note=lambda text: None).restore_or_start()
+    with Workdir(str(evaluated), writer=True) as workdir:
+        other = TrainingRun(config, workdir, note=lambda text: None).restore_or_start()
     for tree in (one.router_state, other.router_state):
         restored = load_bias(tree)
         assert restored.keys() == saved.keys()

@@ -94,16 +94,16 @@ def test_a_run_from_before_these_fields_is_the_same_run():
 
 def test_a_run_that_began_with_one_task_a_file_goes_on_so(tmp_path):
     config, lines = common.get_config(), []
-    with Workdir(tmp_path / "run") as place:
-        assert place.followed(config, lines.append).data.file_tasks is True and not lines
+    with Workdir(tmp_path / "run") as workdir:
+        assert workdir.followed(config, lines.append).data.file_tasks is True and not lines
         (tmp_path / "run" / "checkpoints" / "4").mkdir(parents=True)
         for saved, want in (({}, False), ({"file_tasks": False}, False), ({"file_tasks": True}, True)):
             (tmp_path / "run" / "config.json").write_text(json.dumps({"data": saved}))
-            assert place.followed(config, lines.append).data.file_tasks is want
+            assert workdir.followed(config, lines.append).data.file_tasks is want
         assert len(lines) == 2 and "file_tasks" in lines[0]
         for damage in ("", "[]", '{"data": 3}', "{"):
             (tmp_path / "run" / "config.json").write_text(damage)
-            assert place.followed(config, lines.append).data.file_tasks is True
+            assert workdir.followed(config, lines.append).data.file_tasks is True
 
 
 @pytest.mark.parametrize(
