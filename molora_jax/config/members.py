@@ -252,12 +252,10 @@ def _of_value(where, annotation, default):
     if typing.get_origin(annotation) is typing.Literal:
         return _choice(typing.get_args(annotation), default)
     kind = typing.get_origin(annotation) or annotation
-    if (
-        default is not REQUIRED
-        and kind in KINDS.values()
-        and not isinstance(default, (kind, int if kind is float else kind))
-    ):
-        raise wrong(where, repr(default), f"a default that is a {kind.__name__}", '0 or "" may say that it is off.')
+    kinds = (int, float) if kind is float else kind
+    if kind in KINDS.values() and default is not REQUIRED and not isinstance(default, kinds):
+        fix = 'A value that means "off" is 0 or "".'
+        raise wrong(where, repr(default), f"a default of type {kind.__name__}", fix)
     return _plain(where, getattr(kind, "__name__", ""), str(getattr(annotation, "__name__", annotation)), default)
 
 

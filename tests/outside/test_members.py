@@ -167,7 +167,7 @@ WRONG = {  # changes of mixlora -> the field that is named, and words of the mes
     "an option of another type": ({f"{ROUTER}.name": "mypackage.wrong:Odd"}, f"{ROUTER}.name", "int, float, bool"),
     "LIMITS that are none": ({f"{ROUTER}.name": "mypackage.wrong:Limits"}, f"{ROUTER}.name", "(low, high)"),
     "LIMITS of no field": ({f"{ROUTER}.name": "mypackage.wrong:Misspelt"}, f"{ROUTER}.name", "Did you mean 'tau'?"),
-    "a default of no type": ({f"{ROUTER}.name": "mypackage.wrong:Absent"}, f"{ROUTER}.name", "a default that is a float"),
+    "a default of no type": ({f"{ROUTER}.name": "mypackage.wrong:Absent"}, f"{ROUTER}.name", "a default of type float"),
     "an import that fails": ({f"{ROUTER}.name": "mypackage.broken:All"}, f"{ROUTER}.name", "ZeroDivisionError"),
     "an import that ends": ({f"{ROUTER}.name": "mypackage.ends:All"}, f"{ROUTER}.name", "SystemExit"),
     "a broken line": ({f"{ROUTER}.name": "mypackage.torn:All"}, f"{ROUTER}.name", "torn.py, line 2: def half("),
