@@ -1,8 +1,8 @@
 """Defaults of every run. A method's config starts from `get_config()` and changes what the method is about.
 
 Fields that may be one number or a list are strings (`experts="8"`, `"2|4|6|8"`, `"2*8,4*22"`), because a ConfigDict
-holds one type a field; 0 (or "") means "off" where a field is optional. `molora_jax/config.py` documents and checks
-every field.
+holds one type a field; 0 (or "") means "off" where a field is optional. `molora_jax/config/fields.py`
+documents and checks every field.
 """
 
 from ml_collections import ConfigDict

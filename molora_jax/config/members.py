@@ -106,14 +106,14 @@ def options(axis, name):
         return {} if axis in ("inits", "engines") else options_of(member, name)
     limits, where = _limits(axis, name), f"molora_jax/{axis}/{name}.py"
     found = {o: _field(f"{where}, field {o}", *f) for o, f in _annotations(axis, name).items()}
-    return {option: _limited(f"{where}, LIMITS of {option}", f, limits.get(option)) for option, f in found.items()}
+    return _with_limits(where, found, limits)
 
 
 def options_of(member, where):
     """The same of a class that was imported; `where` names it."""
     limits = outside.limits(member)
     found = {option: _of_value(f"{where}, field {option}", *f) for option, f in outside.fields(member, where).items()}
-    return {option: _limited(f"{where}, LIMITS of {option}", f, limits.get(option)) for option, f in found.items()}
+    return _with_limits(where, found, limits)
 
 
 def attribute(axis, name, wanted):
@@ -252,11 +252,24 @@ def _of_value(where, annotation, default):
     if typing.get_origin(annotation) is typing.Literal:
         return _choice(typing.get_args(annotation), default)
     kind = typing.get_origin(annotation) or annotation
+    kinds = (int, float) if kind is float else kind
+    if kind in KINDS.values() and default is not REQUIRED and not isinstance(default, kinds):
+        fix = 'A value that means "off" is 0 or "".'
+        raise wrong(where, repr(default), f"a default of type {kind.__name__}", fix)
     return _plain(where, getattr(kind, "__name__", ""), str(getattr(annotation, "__name__", annotation)), default)
 
 
 def _choice(allowed, default):
     return dataclasses.replace(choice(*allowed), kind=type(allowed[0]), default=default)
+
+
+def _with_limits(where, found, limits):
+    """The options `found`, each with its entry of LIMITS; an entry of no option is a mistake."""
+    for option in limits:
+        if option not in found:
+            fix = did_you_mean(option, found) or "Take the entry out, or write the field."
+            raise wrong(f"{where}, LIMITS", repr(option), f"a field: {', '.join(found)}", fix)
+    return {option: _limited(f"{where}, LIMITS of {option}", f, limits.get(option)) for option, f in found.items()}
 
 
 def _plain(where, kind, text, default):

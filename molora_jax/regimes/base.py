@@ -3,14 +3,29 @@
     stages(config, data)                       every step of the run, cut into stages
     source(data, config, stage)                the rows of a stage
     each(config)                               what is done to every example's gradient; None: they are summed
-    memory(run), between(run, stage, ...)      what is remembered beside the training state; the work at a stage's end
+    memory(run), begin(run, state, memory)     what is remembered beside the training state: its shapes, its first value
+    between(run, stage, state, memory)         the work at a stage's end
 
-`run` is the training loop's. A stage is compiled by what it is made of, never by its name: 20 rounds are one program.
-The memory is an item of every checkpoint, so that a killed run goes on from the same bits.
+A stage is compiled by what it is made of, never by its name: 20 rounds are one program. The memory is an item of every
+checkpoint, so that a killed run goes on from the same bits; its leaves keep their shapes. `run` is the training loop's
+(`training/run.py`); a regime may read
+
+    run.config, run.data, run.stages, run.workdir
+    run.compiled(stage)      .shapes (a state's, as jax.ShapeDtypeStruct), .frozen (patterns), .program.model
+    run.source(stage)        what `source` gave
+    run.measured(run.compiled(stage).program, state, tasks)     {task: {accuracy, nll}} on held-out items
+    run.fresh_moments(run.compiled(stage), state)               the state with an optimizer state that begins anew
+
+`state.leaves` are adapters and modules; `trees.split(state.leaves, compiled.frozen)` is `(what trains, what does not)`.
 """
 
 import dataclasses
 from typing import Any, ClassVar
+
+import numpy as np
+from flax.traverse_util import flatten_dict
+
+from molora_jax.errors import InputError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,8 +82,15 @@ class Regime:
         """Of `core.privacy.Private`, hashable; or None."""
 
     def memory(self, run) -> dict:
-        """What the run remembers before its first step, as a nested dict of arrays; {} for nothing."""
+        """What the run remembers before its first step, as a nested dict of arrays; {} for nothing.
+
+        Asked too when a run goes on: then its leaves say what the checkpoint holds.
+        """
         return {}
+
+    def begin(self, run, state, memory: dict) -> dict:
+        """The memory with what it keeps of the state before the first step (after `train.init_from`)."""
+        return memory
 
     def between(self, run, stage: Stage, state, memory: dict):
         """`(state, memory, row)` at the end of a stage: `row` is added to the metrics of its last step."""
@@ -77,6 +99,54 @@ class Regime:
     def report(self, run, memory: dict) -> str:
         """Writes its own files below `run.workdir/report` and says what the run came to, "" for nothing."""
         return ""
+
+
+def checked(stages: tuple[Stage, ...], steps: int) -> tuple[Stage, ...]:
+    """The stages of a regime, one after the other from 0 to `steps`, each of a name of its own.
+
+    Raises:
+      InputError: others.
+    """
+    stages = tuple(stages)
+    names = [stage.name for stage in stages]
+    twice = next((name for i, name in enumerate(names) if name in names[:i]), None)
+    if twice is not None:
+        raise _unfit(f"two stages {twice!r}", "a name of its own for each")
+    at = 0
+    for stage in stages:
+        if stage.start != at or stage.stop < at:
+            raise _unfit(f"a stage {stage.name!r} of steps {stage.start} to {stage.stop} after step {at}", "no gap")
+        at = stage.stop
+    if at != steps:
+        raise _unfit(f"stages that end at step {at}", f"train.steps={steps} as the end of the last one")
+    return stages
+
+
+def remembered(before: dict, after: dict) -> None:
+    """Raises InputError where a memory lost, gained or reshaped a leaf: no checkpoint of it could be gone on from."""
+    old, new = ({path: _form(leaf) for path, leaf in flatten_dict(m, sep="/").items()} for m in (before, after))
+    path = next((path for path in sorted(old | new) if old.get(path) != new.get(path)), None)
+    if path is not None:
+        got, expected = (m.get(path, "no such leaf") for m in (new, old))
+        raise _unfit(f"{got} as memory/{path}", f"{expected}, as memory(run) says")
+
+
+def three(left) -> tuple:
+    """What `between` returned, `(state, memory, row)`. Raises InputError for anything else."""
+    if not (isinstance(left, tuple) and len(left) == 3 and isinstance(left[1], dict) and isinstance(left[2], dict)):
+        got = f"{len(left)} values" if isinstance(left, tuple) else f"a {type(left).__name__}"
+        raise _unfit(f"{got} of `between`", "(state, memory, row), the last two dicts")
+    return left
+
+
+def _form(leaf) -> str:
+    leaf = leaf if hasattr(leaf, "dtype") else np.asarray(leaf)
+    return f"{leaf.dtype}{list(leaf.shape)}"
+
+
+def _unfit(got: str, expected: str) -> InputError:
+    fix = "Mend the regime (its contract: molora_jax/regimes/base.py)."
+    return InputError("regime.name", got=f"a regime that gives {got}", expected=expected, fix=fix)
 
 
 def one_stage(config, name: str, start: int, stop: int, tasks: str = "") -> Stage:

@@ -22,6 +22,7 @@ from molora_jax.io import disk
 from molora_jax.io.files import write_atomically
 from molora_jax.objectives import Frozen, Objective
 from molora_jax.objectives.held_out import example_nll
+from molora_jax.regimes import base as regimes
 from molora_jax.regimes import compile_regime, stage_at
 from molora_jax.runs import expert_runs, warm_start
 from molora_jax.runs import saved as saved_lib
@@ -87,7 +88,7 @@ class TrainingRun:
                 fix="Its rows and what it measures between its stages are formed by one process.",
             )  # fmt: skip
         self.regime.check(config, self.data, self.model)
-        self.stages = self.regime.stages(config, self.data)
+        self.stages = regimes.checked(self.regime.stages(config, self.data), config.train.steps)
         self.turn = self.regime.side_by_side or 1  # optimizer steps that a turn of the loop makes
         self.memory, self.step_now, self._sources = {}, self.newest or 0, {}
         self.best = self.best_saved = float("inf")
@@ -181,6 +182,7 @@ class TrainingRun:
                 state = dataclasses.replace(state, adapters=sharding.put(new, stage.shardings.adapters))
             if self.looks_back:
                 self.keep_start(_learned(state))
+            self._remember(self.regime.begin(self, state, self.memory), state)
             return stage.spread(state)
         shapes, clients = stage.shapes, bool(self.regime.side_by_side)
         template = {
@@ -282,10 +284,17 @@ class TrainingRun:
 
     def leave(self, stage, state: TrainState) -> tuple[TrainState, dict]:
         """`(state, row)` after a stage's last step: the regime's own work, then the next stage's optimizer state."""
-        state, self.memory, row = self.regime.between(self, stage, state, self.memory)
+        state, memory, row = regimes.three(self.regime.between(self, stage, state, self.memory))
+        self._remember(memory, state)
         if self.regime.SCHEDULE and stage is not self.stages[-1]:
             state = self.enter(stage_at(self.stages, stage.stop), state)
         return state, row
+
+    def _remember(self, memory: dict, state: TrainState):
+        """Takes a regime's memory. The next step reuses the state's buffers: leaves that are the state's are copied."""
+        regimes.remembered(self.memory, memory)
+        own = {id(leaf) for leaf in jax.tree.leaves(state)}
+        self.memory = jax.tree.map(lambda leaf: jnp.copy(leaf) if id(leaf) in own else leaf, memory)
 
     def fresh_moments(self, compiled: CompiledStep, state: TrainState) -> TrainState:
         """A fresh optimizer state; the learning rate is the step's in any case."""

@@ -166,6 +166,8 @@ WRONG = {  # changes of mixlora -> the field that is named, and words of the mes
     "no dataclass": ({f"{ROUTER}.name": "mypackage.wrong:Bare"}, f"{ROUTER}.name", "no frozen dataclass"),
     "an option of another type": ({f"{ROUTER}.name": "mypackage.wrong:Odd"}, f"{ROUTER}.name", "int, float, bool"),
     "LIMITS that are none": ({f"{ROUTER}.name": "mypackage.wrong:Limits"}, f"{ROUTER}.name", "(low, high)"),
+    "LIMITS of no field": ({f"{ROUTER}.name": "mypackage.wrong:Misspelt"}, f"{ROUTER}.name", "Did you mean 'tau'?"),
+    "a default of no type": ({f"{ROUTER}.name": "mypackage.wrong:Absent"}, f"{ROUTER}.name", "a default of type float"),
     "an import that fails": ({f"{ROUTER}.name": "mypackage.broken:All"}, f"{ROUTER}.name", "ZeroDivisionError"),
     "an import that ends": ({f"{ROUTER}.name": "mypackage.ends:All"}, f"{ROUTER}.name", "SystemExit"),
     "a broken line": ({f"{ROUTER}.name": "mypackage.torn:All"}, f"{ROUTER}.name", "torn.py, line 2: def half("),
@@ -209,6 +211,8 @@ def mistakes(package):
     text += f"\n\nclass Bare(Router):\n    k: int = 1\n{whole}"
     text += f"{made}class Odd(Router):\n    table: dict = None\n{whole}"
     text += f"{made}class Limits(Router):\n    k: int = 1\n    LIMITS: ClassVar = {{'k': 3}}\n{whole}"
+    text += f"{made}class Misspelt(Router):\n    tau: float = 1.0\n    LIMITS: ClassVar = {{'tua': (0, 1)}}\n{whole}"
+    text += f"{made}class Absent(Router):\n    tau: float = None\n{whole}"
     (package / "mypackage" / "wrong.py").write_text(text)
     (package / "mypackage" / "broken.py").write_text("1 / 0\n")
     (package / "mypackage" / "torn.py").write_text("import json\ndef half(\n")
