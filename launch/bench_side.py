@@ -8,10 +8,12 @@ import time
 
 
 def main():
+    from molora_jax import runtime
+
+    runtime.keep_memory()
     message = json.loads(sys.stdin.readline())
     config, args = message["config"], message["args"]
     answers, sys.stdout = sys.stdout, sys.stderr
-    from molora_jax import runtime
     from molora_jax.errors import InputError
 
     runtime.configure()

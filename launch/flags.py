@@ -90,6 +90,7 @@ def main(function):
     Ctrl-C ends the process where it is: as an exception it would be swallowed, or come out as another error, inside the
     imports of large packages. What has to be put away first takes the signal for itself (`StopRequest`).
     """
+    runtime.keep_memory()
     signal.signal(signal.SIGINT, _interrupted)
     try:
         status = function(sys.argv[1:])

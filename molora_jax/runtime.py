@@ -1,6 +1,9 @@
 """Process-wide settings of the launchers: quiet logs, a persistent compilation cache, several processes."""
 
 import contextlib
+import ctypes
+import importlib.metadata
+import importlib.util
 import os
 import pathlib
 import re
@@ -8,7 +11,55 @@ import sys
 
 from molora_jax.errors import InputError
 
+# For the C library's allocator: memory that is freed stays with the process, in pages of 2 MB, and one heap holds it.
+KEEP = (
+    "glibc.malloc.arena_max=1:glibc.malloc.hugetlb=1:glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold=274877906944"
+)
+_kept = False  # whether this process keeps memory
 GONE = re.compile(r"gloo|connection (closed|reset)|heartbeat|unhealthy|coordination service", re.IGNORECASE)
+
+
+def keep_memory() -> None:
+    """Starts this process once more, so that it keeps the memory of a step for the next one.
+
+    XLA on a CPU asks for the activations of a step anew each time. The C library gives so large a piece back to the
+    system at once, which then hands it out page by page and set to zero: 0.57 of 2.55 s of a step of SmolLM2
+    (docs/performance.md). The library reads such settings at the start of a process alone, hence the second one: the
+    same process to its parent, 0.3 s later.
+
+    Nothing happens where an accelerator does the work, on other systems, once jax is loaded (tests, notebooks: set
+    `GLIBC_TUNABLES` before you start them), where the user has set `GLIBC_TUNABLES`, or with `MOLORA_KEEP_MEMORY=0`.
+    """
+    global _kept
+    if os.environ.get("MOLORA_KEEP_MEMORY") == "kept":  # the second process: its children decide for themselves
+        _kept = True
+        del os.environ["MOLORA_KEEP_MEMORY"], os.environ["GLIBC_TUNABLES"]
+        return
+    wanted = os.environ.get("MOLORA_KEEP_MEMORY") != "0" and "GLIBC_TUNABLES" not in os.environ
+    if not wanted or "jax" in sys.modules or not _is_glibc() or _has_accelerator():
+        return
+    sys.stdout.flush()
+    sys.stderr.flush()
+    settings = {"MOLORA_KEEP_MEMORY": "kept", "GLIBC_TUNABLES": KEEP}
+    os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], {**os.environ, **settings})
+
+
+def release_memory() -> None:
+    """Gives back what `keep_memory` keeps, between two programs: the next one may fit into none of the pieces."""
+    if _kept:
+        ctypes.CDLL(None).malloc_trim(0)
+
+
+def _is_glibc() -> bool:
+    return "CS_GNU_LIBC_VERSION" in getattr(os, "confstr_names", {})
+
+
+def _has_accelerator() -> bool:
+    """As `kernels_pallas.platform.may_accelerate`, before jax is loaded."""
+    if os.environ.get("JAX_PLATFORMS") == "cpu":
+        return False
+    plugins = importlib.metadata.entry_points(group="jax_plugins")
+    return bool(plugins) or importlib.util.find_spec("libtpu") is not None
 
 
 def environment() -> None:

@@ -1,5 +1,6 @@
 """The command line: typed overrides, and one clear message with exit status 2 for every mistake."""
 
+import os
 import pathlib
 import subprocess
 import sys
@@ -244,6 +245,41 @@ def test_exit_status(argv, status, text):
     assert "Traceback" not in run.stderr
     if status == 2:
         assert run.stderr.startswith("error: ") and not run.stdout
+
+
+FAULTS = """
+import os, resource, sys
+from molora_jax import runtime
+
+runtime.keep_memory()
+with open("starts", "a") as starts:
+    starts.write(f"{os.getpid()}\\n")
+faults = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_minflt  # page faults
+for _ in range(2):  # as two steps that need the same memory
+    before, size = faults(), 64 << 20
+    block = bytearray(size)
+    block[:] = b"x" * size
+    del block
+print(faults() - before, [name for name in os.environ if "KEEP_MEMORY" in name or "GLIBC" in name], sys.argv[1:])
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="settings of glibc")
+@pytest.mark.parametrize("wanted", ["1", "0"])
+def test_a_launcher_keeps_memory_between_steps(tmp_path, wanted):
+    script = tmp_path / "script.py"
+    script.write_text(FAULTS)
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "MOLORA_KEEP_MEMORY": wanted, "PYTHONPATH": str(ROOT)}
+    environment.pop("GLIBC_TUNABLES", None)
+    command = [sys.executable, str(script), "an argument"]
+    run = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, env=environment, check=True)
+    faults, rest = run.stdout.split(maxsplit=1)
+    if wanted == "1":
+        assert int(faults) < 100
+        assert rest.strip() == "[] ['an argument']"  # children start as the user has it
+    else:
+        assert int(faults) > 1000
+    assert len((tmp_path / "starts").read_text().split()) == 1
 
 
 def test_a_surgery_may_be_named_by_flags():

@@ -349,6 +349,7 @@ class TrainingRun:
     def _held_out(self, program: Program, state: TrainState):
         """`(examples, sums)` as of `example_nll`."""
         model = program.model
+        runtime.release_memory()
         examples = self.data.heldout("valid", self.config.eval.num_items)
         rows = self.config.train.batch_size // self.config.train.accumulate
         targets, forward = self.data.train.targets_per_row, None
@@ -361,6 +362,7 @@ class TrainingRun:
             mesh=self.mesh, targets_per_row=targets, constrain=self.constrain, forward=forward,
             objective=program.objective, modules=state.modules, head=program.head, fixed=self.fixed(program.objective),
         )  # fmt: skip
+        runtime.release_memory()
         return examples, sums
 
 
