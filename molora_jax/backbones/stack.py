@@ -2,8 +2,8 @@
 
 Base parameters stay stacked `[L, ...]` and are indexed inside the body (slicing the stack into segments outside would
 copy it); what a stack names as `by_expert` stays whole and is read by expert. `remat` picks what the backward keeps:
-`none` all activations, `dots` the matrix products (those by experts too), `full` nothing; a layer's base weights are
-never kept: a sharded base is gathered a layer at a time, twice.
+`none` every activation that is not cheap to form again, `dots` the matrix products (those by experts too), `full`
+nothing; a layer's base weights are never kept: a sharded base is gathered a layer at a time, twice.
 """
 
 import jax
@@ -18,10 +18,22 @@ from molora_jax.core.types import Context
 _policies = jax.checkpoint_policies
 
 
+CHEAP = frozenset(
+    "mul neg select_n logistic convert_element_type broadcast_in_dim reshape squeeze transpose concatenate split slice "
+    "and or not xor eq ne lt le gt ge shift_right_logical shift_left".split()
+)
+
+
 def _activations(prim, *avals, **params) -> bool:
-    """Everything but a layer's base weights, neither under their name nor as the slice that the name is given to."""
+    """Everything but what costs less than the memory traffic of keeping it, and a layer's base weights.
+
+    CHEAP operations are fused into whatever reads them, so forming them again is nearly free: a dropout mask, a norm's
+    product, the factors of a gated activation. Not those on int32, which decisions are made of: a search or a sort
+    would run again for them. Base weights go by their name and by the slice that the name is given to.
+    """
     sliced = prim.name in ("dynamic_slice", "squeeze") or (prim.name == "name" and params["name"] == "base")
-    return not sliced
+    decision = any(getattr(aval, "dtype", None) == jnp.int32 for aval in avals)
+    return not sliced and (decision or prim.name not in CHEAP)
 
 
 REMAT = {

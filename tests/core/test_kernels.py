@@ -165,20 +165,36 @@ def test_low_rank_with_a_core_equals_its_experts():
 
 
 @pytest.mark.parametrize("rate", [0.05, 0.5])
-@pytest.mark.parametrize("width", [64, 65])
-def test_dropout_mask(rate, width):
-    """0 or 1 / keep; the share is the rate, in each half of the random words and between neighbours."""
-    mask = np.asarray(lowrank.Dropout(jax.random.key(1), rate).mask(jnp.arange(2000), width, jnp.float32))
-    assert mask.shape == (2000, width) and len(np.unique(mask)) == 2
-    kept = mask > 0
-    np.testing.assert_allclose(mask[kept], 1 / (1 - rate), rtol=1e-4)
-    sigma = (rate * (1 - rate) / kept.size) ** 0.5
-    assert abs(1 - kept.mean() - rate) < 5 * sigma
-    half = (width + 1) // 2
-    both = (~kept[:, : width - half] & ~kept[:, half:]).mean()
-    assert abs(both - rate**2) < 6 * (rate**2 / kept.size * 2) ** 0.5, "the two halves of a word are independent"
+def test_dropout_mask(rate):
+    """0 or 1 / keep; the part that is dropped is the rate, also of pairs: of neighbours, of four in a square (rows and
+    columns meet by xor), of two keys."""
+    made = [
+        lowrank.dropped(jnp.ones((2000, 65)), lowrank.Dropout(jax.random.key(k), rate), jnp.arange(2000))
+        for k in (1, 2)
+    ]
+    gone, other = (np.asarray(mask) == 0 for mask in made)
+    np.testing.assert_allclose(made[0][~gone], 1 / (1 - rate), rtol=1e-6)
+
+    def near(gone, expected):
+        sigma = (expected * (1 - expected) / gone.size) ** 0.5
+        assert abs(gone.mean() - expected) < 5 * sigma
+
+    near(gone, rate)
+    near(gone[:, 1:] & gone[:, :-1], rate**2)
+    near(gone[1:] & gone[:-1], rate**2)
+    near(gone & other, rate**2)
+    odd = gone[1:, 1:] ^ gone[1:, :-1] ^ gone[:-1, 1:] ^ gone[:-1, :-1]
+    near(odd, (1 - (1 - 2 * rate) ** 4) / 2)
     assert lowrank.dropout(None, rate) is None
     assert lowrank.dropout(jax.random.key(1), 0.0) is None
+
+
+def test_dropout_scales_in_float32():
+    """1 / keep of bfloat16 would be 0.2 % too large in every entry."""
+    x = jnp.full((256, 256), 1.5, jnp.bfloat16)
+    out = lowrank.dropped(x, lowrank.Dropout(jax.random.key(1), 0.05), jnp.arange(256))
+    assert out.dtype == jnp.bfloat16
+    np.testing.assert_array_equal(np.unique(out.astype(np.float32)), [0.0, jnp.bfloat16(1.5 / 0.95)])
 
 
 def test_dropout_is_made_in_shares():
