@@ -22,6 +22,7 @@ import sys
 import time
 
 from launch import flags
+from molora_jax import runtime
 from molora_jax.config import shipped
 
 FLAGS = [
@@ -39,8 +40,7 @@ FLAGS = [
     ("--json", dict(action="store_true", help="one JSON on stdout instead of a table")),
 ]
 NEW_TOKENS = 32
-SIDE = ("-c", "from molora_jax.config import shipped; shipped.put_up('launch'); "
-              "from launch import bench_side; bench_side.main()")  # fmt: skip
+SIDE = "from molora_jax.config import shipped; shipped.put_up('launch'); from launch import {0}; {0}.main()"
 
 
 def run(argv):
@@ -171,16 +171,23 @@ def table(result, args) -> str:
 class Child:
     """One side: a process that answers `start`, `step` and `end` with a line of JSON each."""
 
-    def __init__(self, config: dict, args: dict, tree: str | None = None):
+    def __init__(self, config: dict, args: dict, tree: str | None = None, side: str = "bench_side", keep=False):
         environment = {"XLA_PYTHON_CLIENT_PREALLOCATE": "false", **os.environ}  # two sides share an accelerator
         if args.get("devices", 1) > 1:
             force = f"--xla_force_host_platform_device_count={args['devices']}"
             environment["XLA_FLAGS"] = f"{environment.get('XLA_FLAGS', '')} {force}"
         if tree:
             environment["PYTHONPATH"] = tree
-        side = SIDE if shipped.installed() and not tree else ("-m", "launch.bench_side")
+        if keep:  # of a side that does not know `runtime.keep_memory`
+            environment["GLIBC_TUNABLES"] = runtime.KEEP
+        module = ("-c", SIDE.format(side)) if shipped.installed() and not tree else ("-m", f"launch.{side}")
         self.process = subprocess.Popen(
-            [sys.executable, *side], env=environment, text=True, cwd=tree, stdin=subprocess.PIPE, stdout=subprocess.PIPE
+            [sys.executable, *module],
+            env=environment,
+            text=True,
+            cwd=tree,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
         )
         self.started = {}
         self._send({"config": config, "args": args, "born": time.time()})

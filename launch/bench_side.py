@@ -96,6 +96,8 @@ def start(tree, args):
     began = time.monotonic()
     work()
     answer["done"] = time.monotonic()
+    if hasattr(work, "loss"):
+        answer["loss"] = float(np.mean(work.loss))  # of the first step
     answer["compile"] = answer["done"] - began  # compile (or the cache's answer) and the warm-up step
     return work, answer
 
@@ -162,6 +164,7 @@ def training(config, args, model, base, params, mesh, frozen, rng):
         for _ in range(1 if side_by_side else runs):  # of runs one after the other the memory is that of one
             state, values = step(state, params, batch, {}, knobs)
             jax.block_until_ready((state, values))
+        work.loss = values["loss"]
         return 1
 
     # for `launch.profile`: the compiled program, whose instructions carry the names of the stages

@@ -1,5 +1,6 @@
 """`launch.bench`: what it refuses before anything is compiled, and one pair measured."""
 
+import importlib.util
 import json
 import os
 import subprocess
@@ -8,7 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from launch import bench, flags
+from launch import bench, bench_peers, flags
 from molora_jax.errors import InputError
 
 TINY = [f"--config={flags.ROOT / 'configs/mixlora.py'}", "--config.base.source=random:tiny"]
@@ -91,3 +92,52 @@ def test_a_pair_is_measured():
     assert result["a"]["trainable"] > result["b"]["trainable"]  # eight experts and their routers
     assert result["ratio"]["min"] <= result["ratio"]["median"] <= result["ratio"]["max"]
     assert {"batch": 2, "seq": 16, "threads": 1, "clock": "cpu"}.items() <= result["machine"].items()
+
+
+PEERS = [
+    (["--config=mixlora"], "--config", "overrides alone"),
+    (["--steps=0"], "--steps", ">= 1"),
+    (["--config.train.stepz=3"], "config.train.stepz", "unknown"),
+    ([], "the extra peers", "no no_such_package"),
+]
+
+
+@pytest.mark.parametrize(("argv", "where", "text"), PEERS, ids=[" ".join(argv) for argv, *_ in PEERS])
+def test_peers_are_refused_before_a_side_starts(argv, where, text, monkeypatch):
+    monkeypatch.setattr(bench_peers, "measure", lambda *_: pytest.fail("a side was started"))
+    monkeypatch.setattr(bench_peers, "PACKAGES", ("json", "no_such_package"))
+    with pytest.raises(InputError) as caught:
+        bench_peers.run(argv)
+    assert where in str(caught.value) and text in str(caught.value)
+
+
+def test_ratios_to_peers_are_formed_round_by_round():
+    args = SimpleNamespace(batch=2, seq=16, threads=1, dtype="float32")
+    seconds = [
+        {"peft": 4.0, "peft kept": 3.0, "lora": 2.0, "mixlora": 2.5},
+        {"peft": 6.0, "peft kept": 3.0, "lora": 1.0, "mixlora": 1.5},
+    ]
+    rows = [{name: {"cpu": value} for name, value in row.items()} for row in seconds]
+    started = {name: {"trainable": 5, "loss": 1.5} for name in rows[0]} | {
+        "peft": {"trainable": 5, "loss": 1.5, "versions": {"torch": "2"}}
+    }
+    result = bench_peers.summary(rows, started, {name: {"peak_rss_mb": 10.0} for name in rows[0]}, args)
+    assert result["ratios"]["lora over peft"] == {
+        "median": pytest.approx(1 / 3),
+        "min": pytest.approx(1 / 6),
+        "max": 0.5,
+    }
+    assert result["ratios"]["mixlora over lora"]["max"] == 1.5 and result["machine"]["torch"] == "2"
+    text = bench_peers.table(result)
+    assert "lora over peft: 0.333 (0.167 to 0.500)" in text and "peft kept  3.000, 3.000, 3.000" in text
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not all(map(importlib.util.find_spec, bench_peers.PACKAGES)), reason="needs the extra peers")
+def test_peers_start_from_one_loss():
+    command = [sys.executable, "-m", "launch.bench_peers", "--config.base.source=random:tiny", "--steps=1", "--json"]
+    sides = json.loads(subprocess.run(command, cwd=flags.ROOT, capture_output=True, text=True, check=True).stdout)[
+        "sides"
+    ]
+    assert sides["peft"]["loss"] == pytest.approx(sides["lora"]["loss"], abs=1e-4)
+    assert sides["peft"]["trainable"] == sides["lora"]["trainable"]
