@@ -3,7 +3,7 @@
 python -m launch.bench_peers [--config.X=V] [--batch=4 --seq=128 --dtype=float32 --threads=1 --steps=5] [--json]
 
 Needs the extra `peers` (torch, transformers, peft): pip install -e ".[peers]". `peft` is peft's LoRA on transformers'
-Llama with the weights of `base.source`; rank, alpha and dropout of configs/lora.py on the same seven projections, AdamW,
+Llama with the weights of `base.source`; rank, alpha and dropout of configs/lora.py on the same projections, AdamW,
 the gradient's norm clipped, `sdpa` attention, not compiled. `peft kept` is the same with the allocator settings that
 our launchers take for themselves (`runtime.keep_memory`). `lora` and `mixlora` are configs/lora.py and
 configs/mixlora.py with train.remat=none, since peft keeps its activations too. Overrides count for both of ours.

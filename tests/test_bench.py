@@ -136,8 +136,7 @@ def test_ratios_to_peers_are_formed_round_by_round():
 @pytest.mark.skipif(not all(map(importlib.util.find_spec, bench_peers.PACKAGES)), reason="needs the extra peers")
 def test_peers_start_from_one_loss():
     command = [sys.executable, "-m", "launch.bench_peers", "--config.base.source=random:tiny", "--steps=1", "--json"]
-    sides = json.loads(subprocess.run(command, cwd=flags.ROOT, capture_output=True, text=True, check=True).stdout)[
-        "sides"
-    ]
+    run = subprocess.run(command, cwd=flags.ROOT, capture_output=True, text=True, check=True)
+    sides = json.loads(run.stdout)["sides"]
     assert sides["peft"]["loss"] == pytest.approx(sides["lora"]["loss"], abs=1e-4)
     assert sides["peft"]["trainable"] == sides["lora"]["trainable"]
