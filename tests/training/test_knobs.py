@@ -5,6 +5,7 @@ import dataclasses
 import jax
 import numpy as np
 import pytest
+from jax import monitoring
 
 from configs import common
 from molora_jax import config as config_lib
@@ -60,7 +61,6 @@ def test_runs_that_differ_in_arguments_share_a_program_and_its_text(data, tmp_pa
     assert knobs[1].seed == 7 and knobs[1].weights == {"balance": np.float32(0.5)}
     texts = []
     for run in runs:
-        run.targets_per_row = 64  # the packer's bound may follow from the order of the data
         compiled = run.compiled(run.stages[0])
         state = jax.eval_shape(compiled.start, run.params, 0)
         rows = run.data.train.batch(0)
@@ -68,6 +68,22 @@ def test_runs_that_differ_in_arguments_share_a_program_and_its_text(data, tmp_pa
     assert texts[0] == texts[1]
     other = opened(config(data, **{"optim.b2": 0.99}), tmp_path / "other")
     assert other.programs["s00"] != programs[0]
+
+
+def test_another_rate_seed_or_weight_compiles_nothing(data, tmp_path):
+    """What XLA compiles is counted, over whole runs: for the second one, nothing."""
+    counts = []
+    monitoring.register_event_duration_secs_listener(
+        lambda event, *_, **__: counts.append(1) if event.endswith("backend_compile_duration") else None
+    )
+    changes = {"seed": 7, "optim.learning_rate": 3e-3, "losses.balance.weight": 0.5}
+    try:
+        for i, fields in enumerate(({}, changes, {"optim.b2": 0.99})):
+            before = len(counts)
+            loop.train(config(data, **fields), tmp_path / str(i), note=lambda text: None)
+            assert bool(len(counts) - before) == (i != 1), f"run {i} compiled {len(counts) - before} programs"
+    finally:
+        monitoring.clear_event_listeners()
 
 
 @pytest.mark.parametrize("decay", ["constant", "linear", "cosine"])
