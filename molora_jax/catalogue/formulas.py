@@ -20,9 +20,19 @@ def inward(decoder: Backbone, sites) -> int:
     return sum(decoder.dims(site)[0] for site in sites)
 
 
+def outward(decoder: Backbone, sites) -> int:
+    """`sum of D_out` over the sites of a layer."""
+    return sum(decoder.dims(site)[1] for site in sites)
+
+
 def lora(decoder: Backbone) -> int:
     """`16 L p(all)`"""
     return decoder.layers * low_rank(decoder, decoder.sites, 16)
+
+
+def lora_fa(decoder: Backbone) -> int:
+    """`16 L o(all)`"""
+    return decoder.layers * 16 * outward(decoder, decoder.sites)
 
 
 def fedit(decoder: Backbone) -> int:

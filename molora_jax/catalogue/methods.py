@@ -210,6 +210,16 @@ METHODS = {
         params=formulas.llava_mole,
         own=("routers/top1.py",),
     ),
+    "lora_fa": Method(
+        config="configs/lora_fa.py",
+        title="LoRA-FA",
+        paper="2308.03303",
+        axes="adapter `lora_fa`: A frozen; an A for each expert",
+        equation="y = W x + s B A_0 x; option: G_B <- (1 / s^2) (A A^T + 1e-8 I)^-1 G_B",
+        differs="the option (peft's) acts where the gradient is formed, before clipping",
+        params=formulas.lora_fa,
+        own=("adapters/lora_fa.py",),
+    ),
 }
 
 
