@@ -26,6 +26,12 @@ RIDGE = 1e-8
 class LoraFA(Lora):
     precondition: bool = False
 
+    REFUSES: ClassVar[tuple] = (
+        (
+            "adapter.precondition", (("adapter.precondition", "is", True), ("placement.factors", "is", "shared_outer")),
+            "False: a B that all experts share belongs to no one A", "Or use factors='own'.",
+        ),
+    )  # fmt: skip
     FROZEN: ClassVar[tuple[str, ...]] = ("A", "A0", "B0")
     SUBTRACTS: ClassVar[bool] = True  # through Lora's
 

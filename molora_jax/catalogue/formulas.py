@@ -35,6 +35,16 @@ def lora_fa(decoder: Backbone) -> int:
     return decoder.layers * 16 * outward(decoder, decoder.sites)
 
 
+def vera(decoder: Backbone) -> int:
+    """`L (7 * 256 + o(all))`"""
+    return decoder.layers * (256 * len(decoder.sites) + outward(decoder, decoder.sites))
+
+
+def ia3(decoder: Backbone) -> int:
+    """`L (o(k,v) + d(down))`"""
+    return decoder.layers * (outward(decoder, ("k", "v")) + inward(decoder, ("down",)))
+
+
 def fedit(decoder: Backbone) -> int:
     """`8 L p(q,v)`; a client sends as many a round"""
     return decoder.layers * low_rank(decoder, ("q", "v"), 8)

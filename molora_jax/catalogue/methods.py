@@ -220,6 +220,25 @@ METHODS = {
         params=formulas.lora_fa,
         own=("adapters/lora_fa.py",),
     ),
+    "vera": Method(
+        config="configs/vera.py",
+        title="VeRA",
+        paper="2310.11454",
+        axes="adapter `vera`: A and B frozen, shared by all layers and experts; vectors d, b of each expert train",
+        equation="y = W x + b * (B (d * (A x)))",
+        differs="bases follow from `seed` by a counter, not from torch's generator",
+        params=formulas.vera,
+        own=("adapters/vera.py", "core/random_bases.py"),
+    ),
+    "ia3": Method(
+        config="configs/ia3.py",
+        title="(IA)3",
+        paper="2205.05638",
+        axes="adapter `ia3`: no product, a scaling vector of each expert",
+        equation="y = l * (W x + b) at k and v, y = W (l * x) + b at down",
+        params=formulas.ia3,
+        own=("adapters/ia3.py",),
+    ),
 }
 
 

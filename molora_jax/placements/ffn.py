@@ -238,7 +238,8 @@ class FFN(Placement):
     IDS: ClassVar[int] = 2
     REFUSES: ClassVar[tuple] = (
         (
-            "down", (("router.name", "given", True), ("down", "is", "once"), ("adapter.name", "states", "ROW_FACTORS")),
+            "down", (("router.name", "given", True), ("down", "is", "once"), ("adapter.name", "states", "ROW_FACTORS"),
+             ("adapter.name", "states", "AFTER_DOWN")),
             "'per_expert'",
             "The row factor sits after W_d (the down projection) and differs between experts, so W_d cannot be applied "
             'once for all: write down="per_expert" ({where}.down; W_d is then applied K times).',

@@ -39,9 +39,10 @@ def base():
         return read_folder(pathlib.Path(folder) / "base", np.float32)
 
 
-def logits(adapter, sites, leaves, shared=None, **options):
+def logits(adapter, sites, leaves, shared=None, params=None, **options):
     """Of `ids`, with one expert at every site: `leaves(site) -> {leaf: [L, 1, ...]}`."""
-    backbone, params = base()
+    backbone, own = base()
+    params = own if params is None else params
     rule = Rule("all", sites, (1,) * len(LAYERS), ADAPTERS[adapter](dropout=0.0, **options))
     model, ids = Model(backbone, (rule,), (), "none", 1), jnp.asarray(PEFT["ids"])[None]
     tree = {"all": {"000-001": {site: leaves(site) for site in sites}} | ({"shared": shared} if shared else {})}
