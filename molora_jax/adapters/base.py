@@ -60,6 +60,10 @@ class Adapter:
         """Changes the rank activations `z [T, 1|E, R]` before the gates; the identity here."""
         return z
 
+    def same_bases(self, leaves: dict) -> bool:
+        """Whether bases that are made from a seed are those that these leaves (numpy) were trained with."""
+        return True
+
     def update_mask(self, updates: dict, step: Array) -> dict:
         """Changes the rule's updates (stacked tree) after the optimizer and its decay; the identity here."""
         return updates

@@ -36,7 +36,7 @@ class Vera(Adapter):
 
     def init_shared(self, key, sites):
         rows, widths = jnp.arange(self.rank), (max(s.d_in for s in sites), max(s.d_out for s in sites))
-        A, B = (random_bases.uniform(self.seed, rows + i * self.rank, width) for i, width in enumerate(widths))
+        A, B = (random_bases.uniform(self.seed, rows, width, stream=i) for i, width in enumerate(widths))
         return {"basis_A": (6 / widths[0]) ** 0.5 * A, "basis_B": (6 / self.rank) ** 0.5 * B}
 
     def init_leaves(self, key, site, layer, *, base=None, base_grad=None):

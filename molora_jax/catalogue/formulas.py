@@ -45,6 +45,11 @@ def ia3(decoder: Backbone) -> int:
     return decoder.layers * (outward(decoder, ("k", "v")) + inward(decoder, ("down",)))
 
 
+def nola(decoder: Backbone) -> int:
+    """`7 L (128 + 128)`, whatever rank and widths"""
+    return decoder.layers * len(decoder.sites) * (128 + 128)
+
+
 def fedit(decoder: Backbone) -> int:
     """`8 L p(q,v)`; a client sends as many a round"""
     return decoder.layers * low_rank(decoder, ("q", "v"), 8)

@@ -239,6 +239,16 @@ METHODS = {
         params=formulas.ia3,
         own=("adapters/ia3.py",),
     ),
+    "nola": Method(
+        config="configs/nola.py",
+        title="NOLA",
+        paper="2310.02556",
+        axes="adapter `nola`: bases made from a seed inside the step, shared by experts; coefficients of each train",
+        equation="A = A_off + (1 / sqrt k) sum_i alpha_i A_i, B = (1 / sqrt l) sum_j beta_j B_j",
+        differs="A_off and the roots as in the code (the paper's formula has neither); a check of the bases is saved",
+        params=formulas.nola,
+        own=("adapters/nola.py", "core/random_bases.py", "runs/bases.py"),
+    ),
 }
 
 

@@ -57,9 +57,9 @@ MORE_ROUTERS |= {
     for name, member in ROUTERS_OF.items()
     if name not in {*ROUTERS, *MORE_ROUTERS, "x_lora"}
 }
-VECTORS = ("vera", "ia3")  # what scales frozen things wants ten times the rate of factors, as in the papers
+VECTORS = ("vera", "ia3", "nola")  # what scales frozen things wants ten times the rate of factors, as in the papers
 # adapters of single methods, with the start that they have: by shapes with a router, the rest with `--all`
-LATER = tuple(itertools.product(("lora_fa", "vera", "ia3"), ROUTERS, PLACEMENTS, ("kaiming",)))
+LATER = tuple(itertools.product(("lora_fa", "vera", "ia3", "nola"), ROUTERS, PLACEMENTS, ("kaiming",)))
 WIDE = PRODUCT + tuple(itertools.product(ADAPTERS, MORE_ROUTERS, PLACEMENTS, INITS))
 
 
