@@ -6,6 +6,7 @@ from molora_jax.adapters.lora import Lora
 from molora_jax.adapters.lora_fa import LoraFA
 from molora_jax.adapters.mos import Mos
 from molora_jax.adapters.nola import Nola
+from molora_jax.adapters.randlora import RandLora
 from molora_jax.adapters.rslora import RsLora
 from molora_jax.adapters.vera import Vera
 
@@ -18,4 +19,5 @@ ADAPTERS = {
     "vera": Vera,
     "ia3": Ia3,
     "nola": Nola,
+    "randlora": RandLora,
 }

@@ -27,6 +27,7 @@ class Adapter:
     # Whether `factors` takes off the start A0, B0 of an init that says AWAY; of the class that writes `factors` itself.
     SUBTRACTS: ClassVar[bool] = False
     LOADS: ClassVar[bool] = False  # whether its leaves are A and B of a product alone, to be filled from a run
+    DENSE: ClassVar[bool] = False  # whether its inner width is near the widths of a site: there is no rank to stay in
     RANK_BOUND: ClassVar[bool] = True  # whether a rank above both widths of a site is a mistake
     ROW_FACTORS: ClassVar[bool] = False  # whether it has `Factors.out` or `inp`, which multiply the frozen product
     AFTER_DOWN: ClassVar[bool] = True  # whether one of them multiplies what W_d (the down projection) gives

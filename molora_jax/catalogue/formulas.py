@@ -50,6 +50,12 @@ def nola(decoder: Backbone) -> int:
     return decoder.layers * len(decoder.sites) * (128 + 128)
 
 
+def randlora(decoder: Backbone) -> int:
+    """`L sum over all of N (d + 32)`, d = min(D_in, D_out), N = ceil(d / 32)"""
+    smaller = [min(decoder.dims(site)) for site in decoder.sites]
+    return decoder.layers * sum(-(-d // 32) * (d + 32) for d in smaller)
+
+
 def fedit(decoder: Backbone) -> int:
     """`8 L p(q,v)`; a client sends as many a round"""
     return decoder.layers * low_rank(decoder, ("q", "v"), 8)

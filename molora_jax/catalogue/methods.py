@@ -249,6 +249,16 @@ METHODS = {
         params=formulas.nola,
         own=("adapters/nola.py", "core/random_bases.py", "runs/bases.py"),
     ),
+    "randlora": Method(
+        config="configs/randlora.py",
+        title="RandLoRA",
+        paper="2502.00987",
+        axes="adapter `randlora`: A, B_j frozen, shared by all layers and experts; diagonals of each expert train",
+        equation="y = W x + (alpha / R) sum_j B_j diag(lambda_j) A diag(gamma_j) x, of full rank",
+        differs="bases follow from `seed` by a counter, in float32 (peft: bfloat16); peft's pairing is `order=peft`",
+        params=formulas.randlora,
+        own=("adapters/randlora.py", "core/random_bases.py"),
+    ),
 }
 
 

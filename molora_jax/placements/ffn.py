@@ -238,6 +238,12 @@ class FFN(Placement):
     IDS: ClassVar[int] = 2
     REFUSES: ClassVar[tuple] = (
         (
+            "adapter.name", (("adapter.name", "states", "DENSE"),),
+            "factors of low rank: [T, K] rows of an inner width near D are as large as what W_d (the down projection) "
+            "gives each expert, which applying it once is to save",
+            "List gate,up,down as sites.",
+        ),
+        (
             "down", (("router.name", "given", True), ("down", "is", "once"), ("adapter.name", "states", "ROW_FACTORS"),
              ("adapter.name", "states", "AFTER_DOWN")),
             "'per_expert'",

@@ -60,6 +60,7 @@ MORE_ROUTERS |= {
 VECTORS = ("vera", "ia3", "nola")  # what scales frozen things wants ten times the rate of factors, as in the papers
 # adapters of single methods, with the start that they have: by shapes with a router, the rest with `--all`
 LATER = tuple(itertools.product(("lora_fa", "vera", "ia3", "nola"), ROUTERS, PLACEMENTS, ("kaiming",)))
+LATER += tuple(itertools.product(("randlora",), ROUTERS, ("projection",), ("kaiming",)))
 WIDE = PRODUCT + tuple(itertools.product(ADAPTERS, MORE_ROUTERS, PLACEMENTS, INITS))
 
 
@@ -172,6 +173,7 @@ def random_adapters(model, params, *, seed=3):
     for path, shape in sorted(shapes.items()):
         leaf, noise = path.rpartition("/")[2], rng.standard_normal(shape.shape).astype(np.float32)
         width = dict(A=shape.shape[-1] ** -0.5, B=0.3 / scales[path.split("/")[0]], W=2 * shape.shape[-1] ** -0.5)
+        width["lambda"] = width["B"]
         if leaf in ("A0", "B0") or shape.dtype == np.int32:
             out[path] = np.asarray(start[path])
         elif leaf == "m":
