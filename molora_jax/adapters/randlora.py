@@ -58,8 +58,8 @@ class RandLora(Adapter):
     def _drawn(self, stream, rows, columns, d):
         x = random_bases.uniform(self.seed, jnp.arange(rows), columns, stream=stream)
         if self.basis != "uniform":
-            share = 1 / 3 if self.basis == "sparse" else d**-0.5  # of entries that are not 0
-            x = jnp.where(jnp.abs(x) > 1 - share, jnp.sign(x), 0.0)
+            fraction = 1 / 3 if self.basis == "sparse" else d**-0.5  # of entries that are not 0
+            x = jnp.where(jnp.abs(x) > 1 - fraction, jnp.sign(x), 0.0)
         return x / jnp.std(x)
 
     def init_leaves(self, key, site, layer, *, base=None, base_grad=None):
