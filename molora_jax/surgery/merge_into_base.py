@@ -52,7 +52,7 @@ class MergeIntoBase(Surgery):
         for (stack, name, i), rules in _meetings(parent).items():  # one kernel at a time is held in float64
             kernel, bias = (params[stack][name].get(leaf) for leaf in ("kernel", "bias"))
             adapters = [(r, site, *parent.leaves_at(r.name, layer, site.name)) for r, layer, site in rules]
-            kernel[i], gain = _merged(kernel[i], adapters)
+            kernel[i], gain = merged_kernel(kernel[i], adapters)
             if bias is not None:
                 bias[i] *= gain
         config = parent.config.copy_and_resolve_references()
@@ -74,7 +74,7 @@ def _meetings(parent) -> dict:
     return found
 
 
-def _merged(W: np.ndarray, adapters: list) -> tuple[np.ndarray, np.ndarray]:
+def merged_kernel(W: np.ndarray, adapters: list) -> tuple[np.ndarray, np.ndarray]:
     """A kernel `[D_in, D_out]` with `(rule, site, own leaves, shared leaves)` of each adapter in it, float64, and the
     factor `[D_out]` of its bias."""
     change, inp, out, gain = np.zeros(W.shape), *(np.ones(n) for n in (*W.shape, W.shape[1]))

@@ -12,7 +12,7 @@ from molora_jax import config as schema
 from molora_jax.adapters.ia3 import Ia3
 from molora_jax.core.types import Site
 from molora_jax.errors import InputError
-from molora_jax.surgery.merge_into_base import _merged
+from molora_jax.surgery.merge_into_base import merged_kernel
 from tests.acceptance.baselines import PEFT, base, logits, stacked
 from tests.acceptance.blocks import ONE, model, noisy, output
 from tests.battery import cases
@@ -43,7 +43,7 @@ def test_merged_kernels_and_biases_have_the_same_logits():
         for layer in (0, 1):
             own = jax.tree.map(lambda x, layer=layer: x[layer], leaves(site))
             rule = dataclasses.make_dataclass("Rule", ["adapter"])(Ia3())
-            kernel, gain = _merged(blocks[site]["kernel"][layer], [(rule, at, own, {})])
+            kernel, gain = merged_kernel(blocks[site]["kernel"][layer], [(rule, at, own, {})])
             blocks[site]["kernel"][layer] = kernel
             if "bias" in blocks[site]:
                 blocks[site]["bias"][layer] *= gain

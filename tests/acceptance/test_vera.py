@@ -10,6 +10,7 @@ from flax.traverse_util import flatten_dict
 from molora_jax.adapters.vera import Vera
 from molora_jax.core import random_bases, trees
 from molora_jax.core.types import Site
+from molora_jax.training import summary
 from tests.acceptance.baselines import PEFT, logits, stacked
 from tests.acceptance.blocks import ALL, ONE, model, noisy
 from tests.battery.cases import SMALL
@@ -44,6 +45,8 @@ def test_acceptance_7_bases_are_one_pair_for_all_layers_and_never_train():
         layer, site = path.split("/")[1:3]
         E, (_, d_out) = {"000-000": 2, "001-001": 4}[layer], SMALL.dims(site)
         assert leaf.shape == (1, E, 3 if path.endswith("/d") else d_out)
+    table = summary.rules_table(made, noisy(made), made.frozen_patterns(), 1000).splitlines()
+    assert table[0].split()[-1] == "frozen" and table[2].endswith("1.2 kB float32"), "two of 3 x 48 numbers"
     assert sum(leaf.size for leaf in own.values()) == 6 * sum(SMALL.dims(site)[1] + 3 for site in ALL)
 
 
