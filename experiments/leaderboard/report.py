@@ -51,18 +51,19 @@ class Row:
         return [run[name] for run in self.runs.values() if run[name] is not None]
 
 
-def write(folder, tree: dict, plan: dict):
-    """Both files, of what there is so far."""
+def write(folder, tree: dict, plan: dict, *, head=None, picture=None):
+    """Both files, of what there is so far. `head(tree)` gives other first lines than the leaderboard's, `picture` draws
+    another picture than `draw`."""
     rows = {table: sorted((Row(e, tree) for e in es), key=lambda row: row.mean) for table, es in plan.items()}
-    write_atomically(pathlib.Path(folder) / "results.md", text(tree, rows))
-    draw(rows, tree, pathlib.Path(folder) / "results.png")
+    write_atomically(pathlib.Path(folder) / "results.md", text(tree, rows, head or _head))
+    (picture or draw)(rows, tree, pathlib.Path(folder) / "results.png")
 
 
 # ---- text
 
 
-def text(tree: dict, rows: dict) -> str:
-    parts = ["# Leaderboard\n", *_head(tree)]
+def text(tree: dict, rows: dict, head) -> str:
+    parts = [*head(tree)]
     for table, group in rows.items():
         lora = next((row for row in group if row.entry.method == "lora"), None)
         seen = [row for row in group if row.runs]
@@ -78,14 +79,13 @@ def text(tree: dict, rows: dict) -> str:
 
 
 def _head(tree):
-    setting, runs = tree["setting"], tree["runs"]
+    setting = tree["setting"]
+    yield "# Leaderboard\n"
     changes = "".join(f" --config.{field}={value}" for field, value in setting["config"].items())
     budget, items = setting["budget"], setting["items"]
     yield f"Made by `python -m experiments.leaderboard --budget={budget} --items={items}{changes}` (more runs with"
     yield "`--methods` and `--seeds`; what is finished is kept). Lower is better.\n"
-    machines = {(m["processor"], m["threads"], m["jax"], m["dtype"]) for m in (run["machine"] for run in runs)}
-    for processor, threads, jax, dtype in sorted(machines):
-        yield f"- runs on {processor}, {threads} thread{'s' * (threads > 1)}, jax {jax}, base in {dtype}"
+    yield from machines(tree)
     yield "- a budget is optimizer steps x tokens a step, padding included, whatever a step costs; X-LoRA spends half"
     yield "  of its steps on experts apart (s00), half on its head (s01), where a step passes the base once more"
     yield "- sites are those of the shipped configs: DynMoLE, LoRAMoE and Chain of Experts leave attention alone,"
@@ -93,6 +93,13 @@ def _head(tree):
     yield "- \u00b1 is the 95 % t-interval over n seeds; items and base are the same for all"
     yield "- step: CPU time over that of plain LoRA in turn, median of pairs (`launch.bench`; X-LoRA with experts and"
     yield "  head training at once); memory: peak of the training process, base included"
+
+
+def machines(tree):
+    """A line for each machine that runs were made on."""
+    found = {tuple(run["machine"][name] for name in ("processor", "threads", "jax", "dtype")) for run in tree["runs"]}
+    for processor, threads, jax, dtype in sorted(found):
+        yield f"- runs on {processor}, {threads} thread{'s' * (threads > 1)}, jax {jax}, base in {dtype}"
 
 
 def _summary(group, lora):

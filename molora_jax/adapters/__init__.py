@@ -1,8 +1,23 @@
 """How is the weight change of expert e parameterised?"""
 
 from molora_jax.adapters.dora import Dora
+from molora_jax.adapters.ia3 import Ia3
 from molora_jax.adapters.lora import Lora
+from molora_jax.adapters.lora_fa import LoraFA
 from molora_jax.adapters.mos import Mos
+from molora_jax.adapters.nola import Nola
+from molora_jax.adapters.randlora import RandLora
 from molora_jax.adapters.rslora import RsLora
+from molora_jax.adapters.vera import Vera
 
-ADAPTERS = {"lora": Lora, "rslora": RsLora, "dora": Dora, "mos": Mos}
+ADAPTERS = {
+    "lora": Lora,
+    "rslora": RsLora,
+    "dora": Dora,
+    "mos": Mos,
+    "lora_fa": LoraFA,
+    "vera": Vera,
+    "ia3": Ia3,
+    "nola": Nola,
+    "randlora": RandLora,
+}

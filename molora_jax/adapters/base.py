@@ -27,7 +27,10 @@ class Adapter:
     # Whether `factors` takes off the start A0, B0 of an init that says AWAY; of the class that writes `factors` itself.
     SUBTRACTS: ClassVar[bool] = False
     LOADS: ClassVar[bool] = False  # whether its leaves are A and B of a product alone, to be filled from a run
+    DENSE: ClassVar[bool] = False  # whether its inner width is near the widths of a site: there is no rank to stay in
+    RANK_BOUND: ClassVar[bool] = True  # whether a rank above both widths of a site is a mistake
     ROW_FACTORS: ClassVar[bool] = False  # whether it has `Factors.out` or `inp`, which multiply the frozen product
+    AFTER_DOWN: ClassVar[bool] = True  # whether one of them multiplies what W_d (the down projection) gives
 
     def scale(self) -> float:
         """`s` of `s B A x`; leaves are stored unscaled."""
@@ -57,6 +60,10 @@ class Adapter:
     def latent(self, z: Array, p: dict, ctx: Context) -> Array:
         """Changes the rank activations `z [T, 1|E, R]` before the gates; the identity here."""
         return z
+
+    def same_bases(self, leaves: dict) -> bool:
+        """Whether bases that are made from a seed are those that these leaves (numpy) were trained with."""
+        return True
 
     def update_mask(self, updates: dict, step: Array) -> dict:
         """Changes the rule's updates (stacked tree) after the optimizer and its decay; the identity here."""

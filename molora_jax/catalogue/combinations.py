@@ -54,7 +54,7 @@ def config_of(point: Point, defaults, *, down: str = "once"):
     rule = dict(
         sites=",".join(PLACEMENTS[point.placement].SITES), layers="all",
         experts="1" if point.router == "none" else str(EXPERTS), load=(),
-        adapter=dict(name=point.adapter, rank=4, alpha=8.0, dropout=0.0), down=down, shrink=False,
+        adapter=dict(name=point.adapter, **small(point.adapter), dropout=0.0), down=down, shrink=False,
     )  # fmt: skip
     if point.router != "none":
         rule["router"] = dict(name=point.router)
@@ -66,6 +66,12 @@ def config_of(point: Point, defaults, *, down: str = "once"):
         config.engine = point.engine
         config.base.source = "random:tiny-moe" if PLACEMENTS[point.placement].NEEDS else "random:tiny"
     return config
+
+
+def small(adapter: str, **options) -> dict:
+    """Rank and scale of a small adapter, without those that it does not have (their default is 0)."""
+    own, options = ADAPTERS[adapter](), {"rank": 4, "alpha": 8.0} | options
+    return {field: value for field, value in options.items() if getattr(own, field)}
 
 
 def decoder_of(point: Point):

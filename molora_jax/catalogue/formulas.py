@@ -20,9 +20,40 @@ def inward(decoder: Backbone, sites) -> int:
     return sum(decoder.dims(site)[0] for site in sites)
 
 
+def outward(decoder: Backbone, sites) -> int:
+    """`sum of D_out` over the sites of a layer."""
+    return sum(decoder.dims(site)[1] for site in sites)
+
+
 def lora(decoder: Backbone) -> int:
     """`16 L p(all)`"""
     return decoder.layers * low_rank(decoder, decoder.sites, 16)
+
+
+def lora_fa(decoder: Backbone) -> int:
+    """`16 L o(all)`"""
+    return decoder.layers * 16 * outward(decoder, decoder.sites)
+
+
+def vera(decoder: Backbone) -> int:
+    """`L (7 * 256 + o(all))`"""
+    return decoder.layers * (256 * len(decoder.sites) + outward(decoder, decoder.sites))
+
+
+def ia3(decoder: Backbone) -> int:
+    """`L (o(k,v) + d(down))`"""
+    return decoder.layers * (outward(decoder, ("k", "v")) + inward(decoder, ("down",)))
+
+
+def nola(decoder: Backbone) -> int:
+    """`7 L (128 + 128)`, whatever rank and widths"""
+    return decoder.layers * len(decoder.sites) * (128 + 128)
+
+
+def randlora(decoder: Backbone) -> int:
+    """`L sum over all of N (d + 32)`, d = min(D_in, D_out), N = ceil(d / 32)"""
+    smaller = [min(decoder.dims(site)) for site in decoder.sites]
+    return decoder.layers * sum(-(-d // 32) * (d + 32) for d in smaller)
 
 
 def fedit(decoder: Backbone) -> int:

@@ -66,7 +66,8 @@ def check_model(config, num_layers, dims=None, absent=None):
                 continue
             rank, widths = rule["adapter"].get("rank"), dims and (dims[site] if isinstance(dims, dict) else dims(site))
             most = widths and (min(widths) if smaller else max(widths))
-            if widths and rank and rank > most:
+            bound = states("adapters", rule["adapter"]["name"], "RANK_BOUND")
+            if widths and rank and bound and rank > most:
                 expected = f"<= {most}, the {'smaller' if smaller else 'larger'} width of {site}"
                 problems.append(wrong(f"{where}.adapter.rank", rank, expected, "Lower the rank."))
     raise_all(problems)

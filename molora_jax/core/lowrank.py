@@ -123,6 +123,8 @@ def low_rank(x: Array, factors: Factors, gates: Array, latent=None, slots=None) 
     E, R, _ = factors.B.shape
     chex.assert_shape(gates, (len(x), E))
     chex.assert_shape(factors.A, ({1, E}, R, x.shape[-1]))
+    if R == 0:
+        return jnp.zeros((len(x), factors.B.shape[2]), x.dtype)
     A, B, gates = factors.A, factors.B, factors.scale * gates
     if latent is not None or factors.mid is not None:
         return expand(shrink(x, factors, latent), B, gates, x.dtype)

@@ -34,12 +34,13 @@ class Site:
 class Factors:
     """How E experts change one projection `W`; rank-major.
 
-    `A [1|E, R, D_in]`, `B [1|E, R, D_out]`: the low-rank part `B_e A_e x`.
+    `A [1|E, R, D_in]`, `B [1|E, R, D_out]`: the low-rank part `B_e A_e x`; with R = 0 there is none.
     `out [E, D_out]` multiplies `W x` (DoRA), `inp [E, D_in]` multiplies `x`; both are combined over experts as
-    `1 + sum_e g_e (f_e - 1)`. `mid [E, R, R]` stands between A and B (LoRA-XS). `scale` multiplies the low-rank part,
-    where it is smallest: at the gates or rank activations, never at B, which would be a copy of all experts a layer.
-    The placement sets it, an adapter leaves it at 1. The placement also sets `stacks`, the leaves of all layers, for
-    those of "A" and "B" that are this layer's leaves unchanged, and `layer`, its index among them.
+    `1 + sum_e g_e (f_e - 1)`; `with_bias`: `out` multiplies the projection's bias too ((IA)3). `mid [E, R, R]` stands
+    between A and B (LoRA-XS). `scale` multiplies the low-rank part, where it is smallest: at the gates or rank
+    activations, never at B, which would be a copy of all experts a layer. The placement sets it, an adapter leaves it
+    at 1. The placement also sets `stacks`, the leaves of all layers, for those of "A" and "B" that are this layer's
+    leaves unchanged, and `layer`, its index among them.
     """
 
     A: Array
@@ -47,6 +48,7 @@ class Factors:
     mid: Array | None = None
     out: Array | None = None
     inp: Array | None = None
+    with_bias: bool = flax.struct.field(pytree_node=False, default=False)
     scale: float = flax.struct.field(pytree_node=False, default=1.0)
     stacks: dict[str, Array] = flax.struct.field(default_factory=dict)
     layer: Array | None = None

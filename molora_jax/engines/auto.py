@@ -121,6 +121,8 @@ def refusal(model, on: Engine) -> str:
             reason = placement.stays(factor_shapes(model, rule, site, segment))
             if adapter.latent is not Adapter.latent:
                 reason = "its rank activations are changed by leaves that do not travel"
+            elif on.rank_space and adapter.DENSE:
+                reason = "its inner width is near D, so a row in rank space is no narrower than the token itself"
             elif on.rank_space and not placement.KEPT:
                 reason = "its experts need the whole row of width D, so rank_space has nothing to ship"
             if reason:

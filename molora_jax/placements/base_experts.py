@@ -121,8 +121,8 @@ class BaseExperts(Placement):
             "Leave it out; base_router='trained' trains the base's.",
         ),
         (
-            "adapter.name", (("adapter.name", "not in", ("lora", "rslora")),),
-            "lora or rslora: factors of a base's expert are a pair A, B", "Use lora.",
+            "adapter.name", (("adapter.name", "not in", ("lora", "rslora", "lora_fa")),),
+            "lora, rslora or lora_fa: factors of a base's expert are a pair A, B", "Use lora.",
         ),
         ("adapter.init", (("adapter.init", "needs", "base"),), "a start that reads no base weight", "Use kaiming."),
     )  # fmt: skip

@@ -73,6 +73,10 @@ class Chain(Placement):
             "adapter.name", (("adapter.name", "states", "ROW_FACTORS"),),
             "an adapter without row factors: they scale a base weight, and a chain has none", "Use lora.",
         ),
+        (
+            "adapter.name", (("adapter.name", "states", "DENSE"),),
+            "factors of low rank: a pass with an inner width near D is a dense layer of its own", "Use lora.",
+        ),
         ("adapter.init", (("adapter.init", "needs", "base"),), "a start that needs no base weight", "Use kaiming."),
         (
             "placement.residual",

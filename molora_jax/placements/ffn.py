@@ -238,7 +238,14 @@ class FFN(Placement):
     IDS: ClassVar[int] = 2
     REFUSES: ClassVar[tuple] = (
         (
-            "down", (("router.name", "given", True), ("down", "is", "once"), ("adapter.name", "states", "ROW_FACTORS")),
+            "adapter.name", (("adapter.name", "states", "DENSE"),),
+            "factors of low rank: [T, K] rows of an inner width near D are as large as what W_d (the down projection) "
+            "gives each expert, which applying it once is to save",
+            "List gate,up,down as sites.",
+        ),
+        (
+            "down", (("router.name", "given", True), ("down", "is", "once"), ("adapter.name", "states", "ROW_FACTORS"),
+             ("adapter.name", "states", "AFTER_DOWN")),
             "'per_expert'",
             "The row factor sits after W_d (the down projection) and differs between experts, so W_d cannot be applied "
             'once for all: write down="per_expert" ({where}.down; W_d is then applied K times).',

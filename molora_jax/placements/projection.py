@@ -1,6 +1,6 @@
 """A mixture inside one projection (MoLA, LoRAMoE, SMoRA ...): linear in the experts, so gated in rank space.
 
-    y = W x (1 + sum_e g_e (f_e - 1)) + s sum_e g_e B_e A_e x          f_e: DoRA's row factor, absent otherwise
+    y = W x (1 + sum_e g_e (f_e - 1)) + s sum_e g_e B_e A_e x          f_e: a row factor (DoRA, (IA)3), else absent
 
 Several rules on one projection add their changes. Where tokens travel, x goes (or A x in rank space), the change of y
 comes back and the frozen product stays at home. T tokens, D width, E experts, K slots, R rank.
@@ -90,7 +90,10 @@ class ProjectionPart(Part):
 
     def here(self, arrays, y, at, early=None):
         if self.factors.out is not None:
-            y = y + (arrays["base"] * lowrank.combine(self.factors.out, self.gates)).astype(y.dtype)
+            base = arrays["base"]
+            if self.factors.with_bias and "bias" in arrays:  # once in the sum over the shards of the inner width
+                base = base + (arrays["bias"] / at.shard[1]).astype(base.dtype)
+            y = y + (base * lowrank.combine(self.factors.out, self.gates)).astype(y.dtype)
         slots = self.slots if self.routed and self.slots[0].shape[1] < self.experts else None
         return y + self.change(arrays, at, slots)
 

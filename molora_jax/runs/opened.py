@@ -15,6 +15,7 @@ from molora_jax.errors import InputError
 from molora_jax.io.base import load_base
 from molora_jax.io.base_facts import base_facts, pinned
 from molora_jax.runs import folders, identity, parents, saved
+from molora_jax.runs.bases import check_bases
 from molora_jax.runs.checkpoints import Checkpoints, read_manifest
 from molora_jax.runs.modules import Modules, compile_modules
 from molora_jax.runs.warm_start import check_finite
@@ -81,6 +82,7 @@ def open_run(workdir, step="best", *, config=None, warn) -> Opened:
     stubs = jax.tree.map(lambda s: np.broadcast_to(np.zeros((), s.dtype), s.shape), shapes)  # no memory behind them
     items = checkpoints.restore(step, stubs)
     check_finite(items, where="workdir", of=f"{folder}, step {step}")
+    check_bases(model.rules, items["adapters"], where="workdir", of=f"{folder}, step {step}")
     told = recorded or manifest.get("run") or {}
     facts = {
         "base_digest": base.digest, "data_fingerprint": (told.get("data") or {}).get("fingerprint"),

@@ -9,6 +9,7 @@ from molora_jax.adapters import ADAPTERS
 from molora_jax.config import outside
 from molora_jax.errors import InputError
 from molora_jax.runs import identity
+from molora_jax.runs.bases import check_bases
 from molora_jax.runs.checkpoints import Checkpoints, read_manifest
 from molora_jax.runs.folders import no_run, runs_in
 from molora_jax.runs.view import View, cut, keys_of
@@ -32,7 +33,9 @@ def start(run: str, shapes: dict, *, base_digest: str, rules=(), where: str = "t
     for item, new in shapes.items():
         cut(View(stubs[item], where=where), new, where=where, dry=True)
     values = _read(run, folder, step, manifest, tuple(shapes), where)
-    return {item: cut(View(values[item], where=where), new, where=where) for item, new in shapes.items()}
+    found = {item: cut(View(values[item], where=where), new, where=where) for item, new in shapes.items()}
+    check_bases(rules, found.get("adapters", {}), where=where, of=f"{run}, step {step}")
+    return found
 
 
 def _check_scales(run: str, manifest: dict, rules, where: str):

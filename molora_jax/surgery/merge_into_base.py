@@ -2,9 +2,10 @@
 
     W'_ = (1 + sum (i - 1)) W (1 + sum (o - 1)) + sum A^T M^T s B        W [D_in, D_out], sums over rules on the site
 
-i `[D_in]` and o `[D_out]` are an adapter's factors of the frozen product (DoRA's), M `[R, R]` what stands between A and
-B. Trained copies of base leaves (`method.train_base`) take their leaves' places; a trained head stays a module of the
-run. A routed rule cannot be merged: what it adds depends on the token. Weights are written as float32.
+i `[D_in]` and o `[D_out]` are an adapter's factors of the frozen product (DoRA's; (IA)3's o scales the bias too), M
+`[R, R]` what stands between A and B. Trained copies of base leaves (`method.train_base`) take their leaves' places; a
+trained head stays a module of the run. A routed rule cannot be merged: what it adds depends on the token. Weights are
+written as float32.
 """
 
 import dataclasses
@@ -49,9 +50,11 @@ class MergeIntoBase(Surgery):
         opened, modules = parent.opened, parent.opened.items.get("modules", {})
         params = _copied(in_place(opened.base.params, modules))
         for (stack, name, i), rules in _meetings(parent).items():  # one kernel at a time is held in float64
-            kernel = params[stack][name]["kernel"]
+            kernel, bias = (params[stack][name].get(leaf) for leaf in ("kernel", "bias"))
             adapters = [(r, site, *parent.leaves_at(r.name, layer, site.name)) for r, layer, site in rules]
-            kernel[i] = _merged(kernel[i], adapters)
+            kernel[i], gain = merged_kernel(kernel[i], adapters)
+            if bias is not None:
+                bias[i] *= gain
         config = parent.config.copy_and_resolve_references()
         with config.unlocked():
             config.method.rules, config.losses, config.method.train_base = {}, {}, ""
@@ -71,9 +74,10 @@ def _meetings(parent) -> dict:
     return found
 
 
-def _merged(W: np.ndarray, adapters: list) -> np.ndarray:
-    """A kernel `[D_in, D_out]` with `(rule, site, own leaves, shared leaves)` of each adapter in it, float64."""
-    change, inp, out = np.zeros(W.shape), np.ones(W.shape[0]), np.ones(W.shape[1])
+def merged_kernel(W: np.ndarray, adapters: list) -> tuple[np.ndarray, np.ndarray]:
+    """A kernel `[D_in, D_out]` with `(rule, site, own leaves, shared leaves)` of each adapter in it, float64, and the
+    factor `[D_out]` of its bias."""
+    change, inp, out, gain = np.zeros(W.shape), *(np.ones(n) for n in (*W.shape, W.shape[1]))
     for rule, site, own, shared in adapters:
         ctx = Context(None, None, None, None, None, base=jnp.asarray(W), site=site)
         f = rule.adapter.factors(own, shared, ctx)
@@ -82,7 +86,8 @@ def _merged(W: np.ndarray, adapters: list) -> np.ndarray:
         change += rule.adapter.scale() * A.T @ B
         inp += 0 if f.inp is None else np.asarray(f.inp[0], np.float64) - 1
         out += 0 if f.out is None else np.asarray(f.out[0], np.float64) - 1
-    return inp[:, None] * W.astype(np.float64) * out[None, :] + change
+        gain += np.asarray(f.out[0], np.float64) - 1 if f.with_bias else 0
+    return inp[:, None] * W.astype(np.float64) * out[None, :] + change, gain
 
 
 def _copied(tree):

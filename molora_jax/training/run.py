@@ -26,6 +26,7 @@ from molora_jax.regimes import base as regimes
 from molora_jax.regimes import compile_regime, stage_at
 from molora_jax.runs import expert_runs, warm_start
 from molora_jax.runs import saved as saved_lib
+from molora_jax.runs.bases import check_bases
 from molora_jax.runs.checkpoints import Checkpoints, read_manifest
 from molora_jax.runs.modules import in_place
 from molora_jax.runs.obstacles import not_saved
@@ -206,6 +207,7 @@ class TrainingRun:
                 str(self.checkpoints.directory / str(step)), got=f"the state of step {int(items['train']['step'])}",
                 expected=f"that of step {step}", fix="Delete the step's folder: an older step will be used.",
             )  # fmt: skip
+        check_bases(self.model.rules, items["adapters"], where="workdir", of=f"{self.workdir.path}, step {step}")
         self.best = self.best_saved = float(items["train"]["best"])
         if self.looks_back:
             self.keep_start(items["start"])

@@ -1,4 +1,4 @@
-"""What a run is, as a table: rules with their sites, layers, experts, rank and trainable parameters."""
+"""What a run is, as a table: rules with their sites, layers, experts, rank, what trains and what is frozen."""
 
 import numpy as np
 from flax.traverse_util import flatten_dict
@@ -8,26 +8,48 @@ from molora_jax.text import table
 
 
 def rules_table(model, adapters, frozen: tuple[str, ...], num_base: int, modules: dict | None = None) -> str:
-    """One row a rule and a trained module, then the sum; `share` is of base plus what is beside it (shapes will do)."""
+    """One row a rule and a trained module, then the sum; `share` is of base plus what is beside it (shapes will do).
+
+    `frozen`: memory and dtype of the rule's leaves that do not train, such as random bases.
+    """
     modules = modules or {}
-    trainable = flatten_dict(trees.split(trees.joined(adapters, modules), frozen)[0], sep="/")
+    parts = trees.split(trees.joined(adapters, modules), frozen)
+    trainable, still = (flatten_dict(part, sep="/") for part in parts)
     total = num_base + trees.count(adapters) + trees.count({n: m for n, m in modules.items() if n != "base"})
-    rows = [("rule", "sites", "layers", "experts", "rank", "adapter", "router", "trainable", "share")]
+    rows = [("rule", "sites", "layers", "experts", "rank", "adapter", "router", "trainable", "share", "frozen")]
     for rule in model.rules:
         own = sum(int(np.prod(x.shape)) for path, x in trainable.items() if path.startswith(rule.name + "/"))
+        kept = memory([x for path, x in still.items() if path.startswith(rule.name + "/")])
         router = "-" if rule.router is None else f"{type(rule.router).__name__} ({rule.share})"
         rows.append(
             (rule.name, ",".join(rule.sites), runs([i for i, n in enumerate(rule.experts) if n]), experts(rule.experts),
-             str(rule.adapter.rank), type(rule.adapter).__name__, router, f"{own:,}", f"{own / total:.2%}")
+             str(rule.adapter.rank), type(rule.adapter).__name__, router, f"{own:,}", f"{own / total:.2%}", kept)
         )  # fmt: skip
     for name in modules:
         own = {path: x for path, x in trainable.items() if path.startswith(f"modules/{name}/")}
         count = sum(int(np.prod(x.shape)) for x in own.values())
         what = "copies of base leaves" if name == "base" else "head"
-        rows.append((f"modules/{name}", what, "", "", "", "", "", f"{count:,}", f"{count / total:.2%}"))
+        rows.append((f"modules/{name}", what, "", "", "", "", "", f"{count:,}", f"{count / total:.2%}", "-"))
     own = sum(int(np.prod(x.shape)) for x in trainable.values())
-    rows.append(("total", "", "", "", "", "", "", f"{own:,}", f"{own / total:.2%}"))
+    rows.append(("total", "", "", "", "", "", "", f"{own:,}", f"{own / total:.2%}", memory(still.values())))
     return table(rows, right=(7, 8))
+
+
+def memory(leaves) -> str:
+    """`"3.1 MB float32"`, by dtype; "-" where there are none."""
+    sizes: dict[str, int] = {}
+    for leaf in leaves:
+        sizes[str(leaf.dtype)] = (
+            sizes.get(str(leaf.dtype), 0) + int(np.prod(leaf.shape)) * np.dtype(leaf.dtype).itemsize
+        )
+    return ", ".join(f"{_bytes(size)} {dtype}" for dtype, size in sorted(sizes.items())) or "-"
+
+
+def _bytes(size: int) -> str:
+    for unit, name in ((1e9, "GB"), (1e6, "MB"), (1e3, "kB")):
+        if size >= unit:
+            return f"{size / unit:.1f} {name}"
+    return f"{size} B"
 
 
 def runs(layers: list[int]) -> str:

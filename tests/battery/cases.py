@@ -18,8 +18,10 @@ from configs import common
 from launch import flags
 from molora_jax import config as schema
 from molora_jax import sharding
+from molora_jax.adapters import ADAPTERS as ADAPTERS_OF
 from molora_jax.backbones.compile import compile_model
 from molora_jax.backbones.families import TINY
+from molora_jax.catalogue.combinations import small
 from molora_jax.catalogue.methods import METHODS
 from molora_jax.core import trees
 from molora_jax.engines import ALONE, Engine
@@ -55,6 +57,10 @@ MORE_ROUTERS |= {
     for name, member in ROUTERS_OF.items()
     if name not in {*ROUTERS, *MORE_ROUTERS, "x_lora"}
 }
+VECTORS = ("vera", "ia3", "nola")  # what scales frozen things wants ten times the rate of factors, as in the papers
+# adapters of single methods, with the start that they have: by shapes with a router, the rest with `--all`
+LATER = tuple(itertools.product(("lora_fa", "vera", "ia3", "nola"), ROUTERS, PLACEMENTS, ("kaiming",)))
+LATER += tuple(itertools.product(("randlora",), ROUTERS, ("projection",), ("kaiming",)))
 WIDE = PRODUCT + tuple(itertools.product(ADAPTERS, MORE_ROUTERS, PLACEMENTS, INITS))
 
 
@@ -112,10 +118,10 @@ def base_hidden(model, dtype):
 
 def combination(adapter, router, placement, init, **changes):
     """The config of one point of the product; `changes` are dotted fields."""
-    options = (ROUTERS | MORE_ROUTERS)[router]
+    options, rank = (ROUTERS | MORE_ROUTERS)[router], 3 if ADAPTERS_OF[adapter].RANK_BOUND else 16
     rule = common.rule(
         PLACEMENTS[placement],
-        adapter=common.adapter(adapter, rank=3, alpha=6.0, dropout=0.0, init=init),
+        adapter=dict(name=adapter, **small(adapter, rank=rank, alpha=6.0), dropout=0.0, init=init),
         experts="4" if options else "1",
         router=options and dict(options),
         down="per_expert" if adapter == "dora" and placement == "ffn" else "once",
@@ -156,7 +162,7 @@ def changed(config, changes):
 
 def random_adapters(model, params, *, seed=3):
     """Every leaf away from its start and from zero; router logits of order 1, changes a part of the base's outputs."""
-    scales = {rule.name: rule.adapter.scale() * rule.adapter.rank**0.5 for rule in model.rules}
+    scales = {rule.name: rule.adapter.scale() * max(rule.adapter.rank, 1) ** 0.5 for rule in model.rules}
     shapes = jax.eval_shape(model.init_adapters, jax.random.key(0), params)
     shapes, drawn = flatten_dict(shapes, sep="/"), ("A", "B", "W")
     start = {}
@@ -167,6 +173,7 @@ def random_adapters(model, params, *, seed=3):
     for path, shape in sorted(shapes.items()):
         leaf, noise = path.rpartition("/")[2], rng.standard_normal(shape.shape).astype(np.float32)
         width = dict(A=shape.shape[-1] ** -0.5, B=0.3 / scales[path.split("/")[0]], W=2 * shape.shape[-1] ** -0.5)
+        width["lambda"] = width["B"]
         if leaf in ("A0", "B0") or shape.dtype == np.int32:
             out[path] = np.asarray(start[path])
         elif leaf == "m":
@@ -199,7 +206,8 @@ class Case:
         self.params, self.dtype = base(decoder, dtype), dtype
         shapes = jax.eval_shape(self.model.init_adapters, jax.random.key(0), self.params)
         self.shapes = shapes
-        made = dict(config.optim) | dict(learning_rate=1e-2, decay="constant")
+        vectors = any(rule.adapter.name in VECTORS for rule in config.method.rules.values())
+        made = dict(config.optim) | dict(learning_rate=1e-1 if vectors else 1e-2, decay="constant")
         member = OPTIMIZERS[made.pop("name")](**made)
         inner = member.make(100, trees.pairs(self.model, trees.split(shapes, self.frozen)[0]))
         self.optimizer = optax.chain(record(), inner)

@@ -14,7 +14,7 @@ from molora_jax.core import trees
 from tests.battery import reference
 from tests.battery.cases import BATCH
 
-TABLES = ("I_A", "I_B")  # index tables are the only leaves that are not float32
+TABLES = ("I_A", "I_B", "seed", "check")  # the only leaves that are not float32
 
 
 def matches(a, b, *, rtol, atol=0.0):

@@ -10,7 +10,7 @@ from molora_jax.backbones.model import Model
 from molora_jax.core.rules import Rule
 from molora_jax.losses import LOSSES
 from molora_jax.routers import ROUTERS
-from tests.battery import members, reference
+from tests.battery import cases, members, reference
 from tests.battery.cases import BATCH, SMALL, base, random_adapters
 
 
@@ -29,7 +29,7 @@ def renamed(member):
         pytest.param(("q", "down"), "site", id="q,down-site", marks=pytest.mark.slow),
     ],
 )
-@pytest.mark.parametrize("adapter", ADAPTERS)
+@pytest.mark.parametrize("adapter", [*cases.ADAPTERS, "mos"])  # later ones are asked anyway
 def test_later_members_equal_those_written_out(adapter, sites, share):
     router = ROUTERS["top_p"](p=0.6, share=share)
     rule = Rule("mix", sites, (3, 4), ADAPTERS[adapter](rank=2, alpha=4.0, dropout=0.0, init="pissa"), router)

@@ -12,7 +12,7 @@ from molora_jax.core import trees
 from molora_jax.errors import InputError
 from molora_jax.training.step import fresh
 from tests.battery import reference
-from tests.battery.cases import BATCH, PRODUCT, SMALL, WIDE, Case, combination, mesh8, random_adapters
+from tests.battery.cases import BATCH, LATER, PRODUCT, SMALL, WIDE, Case, combination, mesh8, random_adapters
 from tests.battery.checks import check_gradients, check_step, check_tree, same_step
 
 
@@ -31,10 +31,13 @@ def pairwise(product):
 
 
 COVER = pairwise(PRODUCT)
-every = pytest.mark.parametrize("point", WIDE, ids="-".join)
-covered = pytest.mark.parametrize(
-    "point", [pytest.param(p, marks=[] if p in COVER else [pytest.mark.slow], id="-".join(p)) for p in WIDE]
+RUN = {*COVER, ("vera", "softmax_topk", "projection", "kaiming")}  # of the later ones that whose experts share factors
+of = lambda fast: pytest.mark.parametrize(  # noqa: E731
+    "point",
+    [pytest.param(p, marks=[] if fast(p) else [pytest.mark.slow], id="-".join(p)) for p in WIDE + LATER],
 )
+every = of(lambda p: p in WIDE or p[1] == "softmax_topk")
+covered = of(lambda p: p in RUN)
 
 
 def test_the_cover_is_one():
