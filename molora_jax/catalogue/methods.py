@@ -91,6 +91,16 @@ METHODS = {
         params=formulas.lora,
         own=("optim/lora_plus.py",),
     ),
+    "lora_pro": Method(
+        config="configs/lora_pro.py",
+        title="LoRA-Pro",
+        paper="2407.18242",
+        axes="optimizer `lora_pro`",
+        equation="s (B a + b A) = P_B g + g P_A - P_B g P_A, in Adam's direction of it; (a, b) nearest to LoRA's",
+        differs="s is the adapter's, not 2; Adam's bias correction counts from 1; a ridge relative to B^T B and A A^T",
+        params=formulas.lora,
+        own=("optim/lora_pro.py", "core/tangent.py", "core/eigen.py"),
+    ),
     "mixlora": Method(
         config="configs/mixlora.py",
         title="MixLoRA",
