@@ -1,8 +1,9 @@
 """How is the weight change of expert e parameterised?"""
 
+from molora_jax.adapters.allora import Allora
 from molora_jax.adapters.dora import Dora
 from molora_jax.adapters.lora import Lora
 from molora_jax.adapters.mos import Mos
 from molora_jax.adapters.rslora import RsLora
 
-ADAPTERS = {"lora": Lora, "rslora": RsLora, "dora": Dora, "mos": Mos}
+ADAPTERS = {"lora": Lora, "rslora": RsLora, "dora": Dora, "mos": Mos, "allora": Allora}

@@ -101,6 +101,16 @@ METHODS = {
         params=formulas.lora,
         own=("optim/lora_pro.py", "core/tangent.py", "core/eigen.py"),
     ),
+    "allora": Method(
+        config="configs/allora.py",
+        title="ALLoRA",
+        paper="2410.09692",
+        axes="adapter `allora`",
+        equation="y = W x + B A x; dB = diag(c) G A^T, dA = B^T diag(c) G, c_i = (||(B A)_i|| + 1 / eta^2)^(-1/2)",
+        differs="no public code; c acts before the optimizer, as the paper writes it",
+        params=formulas.lora,
+        own=("adapters/allora.py",),
+    ),
     "mixlora": Method(
         config="configs/mixlora.py",
         title="MixLoRA",

@@ -50,7 +50,7 @@ def _factor_shapes(adapter, placement, at):
         leaves = jax.tree.map(lambda leaf: leaf[0], placement.kept(at.name, layers))
         shared = adapter.init_shared(key, (at,))
         zeros = jnp.zeros((1, 1), jnp.int32)
-        ctx = Context(zeros > 0, zeros, zeros, zeros, zeros, base=W, site=at, key=key, step_key=key)
+        ctx = Context(zeros > 0, zeros, zeros, zeros, zeros, base=W, site=at, key=key, step_key=key, train=True)
         return adapter.factors(leaves, shared, ctx)
 
     return jax.eval_shape(make, jax.random.key(0), W)
