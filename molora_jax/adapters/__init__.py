@@ -2,8 +2,9 @@
 
 from molora_jax.adapters.allora import Allora
 from molora_jax.adapters.dora import Dora
+from molora_jax.adapters.dylora import DyLora
 from molora_jax.adapters.lora import Lora
 from molora_jax.adapters.mos import Mos
 from molora_jax.adapters.rslora import RsLora
 
-ADAPTERS = {"lora": Lora, "rslora": RsLora, "dora": Dora, "mos": Mos, "allora": Allora}
+ADAPTERS = {"lora": Lora, "rslora": RsLora, "dora": Dora, "mos": Mos, "allora": Allora, "dylora": DyLora}

@@ -1,4 +1,4 @@
-"""ALLoRA (Huang & Balestriero 2024, arXiv 2410.09692): LoRA without scale or dropout; a row's gradient has its own rate.
+"""ALLoRA (Huang & Balestriero 2024, arXiv 2410.09692): LoRA without scale or dropout; every row has its own rate.
 
     y = W x + B A x,   c_i = 1 / sqrt(||(B A)_i|| + 1 / eta^2)                        i: an output row of the change
     dB = diag(c) G A^T,   dA = B^T diag(c) G,   dx = (W + B A)^T dy                   G: the gradient of B A

@@ -58,6 +58,10 @@ class Adapter:
         """Changes the rank activations `z [T, 1|E, R]` before the gates; the identity here."""
         return z
 
-    def update_mask(self, updates: dict, step: Array) -> dict:
-        """Changes the rule's updates (stacked tree) after the optimizer and its decay; the identity here."""
+    def update_mask(self, updates: dict, step: Array, step_key: Array) -> dict:
+        """Changes the rule's updates (stacked tree) after the optimizer and its decay; the identity here.
+
+        `step` is the number of updates before this one, `step_key` what `Context` has under that name in its forward
+        pass: a choice that a step makes at random is drawn again.
+        """
         return updates

@@ -111,6 +111,16 @@ METHODS = {
         params=formulas.lora,
         own=("adapters/allora.py",),
     ),
+    "dylora": Method(
+        config="configs/dylora.py",
+        title="DyLoRA",
+        paper="2210.07558",
+        axes="adapter `dylora`, surgery `truncate`",
+        equation="y = W x + (alpha / b) B_{1:b} A_{1:b} x, b drawn once a step; kept: any b",
+        differs="updates are masked, not gradients alone; one b for all devices; `update=frozen` is the code's mode",
+        params=formulas.lora,
+        own=("adapters/dylora.py", "surgery/truncate.py"),
+    ),
     "mixlora": Method(
         config="configs/mixlora.py",
         title="MixLoRA",
@@ -321,6 +331,13 @@ SURGERIES = {
         paper="2212.04089",
         equation="B A = sum_j w_j s_j B_j A_j, exact (rank sum_j R_j), by SVD, or peft's `linear`",
         takes="one or more of plain adapters; `form=linear`: of one rank",
+    ),
+    "truncate": Operation(
+        config="configs/truncate.py",
+        title="Truncate",
+        paper="2210.07558",
+        equation="A_{1:b}, B_{1:b} of every pair; the scale is alpha / b after `dylora`, else what it was",
+        takes="one whose adapters are pairs A, B, routed ones too",
     ),
     "merge_into_base": Operation(
         config="configs/merge_into_base.py",

@@ -38,7 +38,7 @@ from molora_jax.losses.base import value_of
 from molora_jax.objectives.lm import lm, token_nll
 from molora_jax.sharding import ROWS
 from molora_jax.training.devices import Devices
-from molora_jax.training.step import decision_sums, loss_sums, make_update, micro_batches, own_weights
+from molora_jax.training.step import decision_sums, key_of, loss_sums, make_update, micro_batches, own_weights
 
 
 class ExactStep:
@@ -58,7 +58,7 @@ class ExactStep:
         self.seed, self.accumulate, self.targets_per_row = seed, accumulate, targets_per_row
         self.rounds = MICRO_SHARDS * accumulate // self.on.count
         self.losses = dict(self.model.losses)
-        self._update = make_update(self.model, optimizer, schedule, clip=clip, frozen=frozen, rated=rated)
+        self._update = make_update(self.model, optimizer, schedule, clip=clip, frozen=frozen, rated=rated, seed=seed)
         self._programs, self._base = None, (None, None)
 
     def compile(self, state, params, batch, fixed=None, knobs=None) -> "ExactStep":
@@ -162,8 +162,7 @@ class ExactStep:
         """Micro-shard `which % 8` of micro-step `which // 8`: `(rows, hidden, sums)`."""
         micros = micro_batches(batch, self.accumulate)
         rows = jax.tree.map(lambda x: x.reshape(self.accumulate * MICRO_SHARDS, -1, *x.shape[2:])[which], micros)
-        seed = self.seed if knobs is None else knobs.seed
-        step_key = jax.random.fold_in(jax.random.key(seed), step)
+        step_key = key_of(self.seed, knobs, step)
         key = jax.random.fold_in(jax.random.fold_in(step_key, which // MICRO_SHARDS + 1), which % MICRO_SHARDS)
         hidden, stats, _, _ = self.model.hidden(
             params, adapters, router_state, rows, train=True, key=key, step_key=step_key, step=step

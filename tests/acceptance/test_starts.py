@@ -11,7 +11,7 @@ from molora_jax.training.loop import train
 from tests.tiny import write_task
 
 QUICK = ("x_lora", "smora")  # stages, and a state of the router: the others' starts are asked with --all
-NAMES = ("mos", "coe", "x_lora", "dynmole", "smora", "loramoe", "rmoe", "llava_mole", "lora_pro", "allora")
+NAMES = ("mos", "coe", "x_lora", "dynmole", "smora", "loramoe", "rmoe", "llava_mole", "lora_pro", "allora", "dylora")
 
 
 @pytest.mark.parametrize("name", [pytest.param(n, marks=[] if n in QUICK else pytest.mark.slow) for n in NAMES])
