@@ -26,6 +26,7 @@ class Adapter:
     FROZEN: ClassVar[tuple[str, ...]] = ("A0", "B0")  # leaf names that never train (the start of PiSSA)
     # Whether `factors` takes off the start A0, B0 of an init that says AWAY; of the class that writes `factors` itself.
     SUBTRACTS: ClassVar[bool] = False
+    PAIRED: ClassVar[bool] = True  # whether its leaves A and B add s B A, so that an optimizer may move them together
     LOADS: ClassVar[bool] = False  # whether its leaves are A and B of a product alone, to be filled from a run
     ROW_FACTORS: ClassVar[bool] = False  # whether it has `Factors.out` or `inp`, which multiply the frozen product
 

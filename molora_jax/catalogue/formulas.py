@@ -25,6 +25,11 @@ def lora(decoder: Backbone) -> int:
     return decoder.layers * low_rank(decoder, decoder.sites, 16)
 
 
+def adalora(decoder: Backbone) -> int:
+    """`L (12 p(all) + 12 * 7)`; 8 of 12 triplets stay"""
+    return decoder.layers * (low_rank(decoder, decoder.sites, 12) + 12 * len(decoder.sites))
+
+
 def fedit(decoder: Backbone) -> int:
     """`8 L p(q,v)`; a client sends as many a round"""
     return decoder.layers * low_rank(decoder, ("q", "v"), 8)

@@ -121,6 +121,16 @@ METHODS = {
         params=formulas.lora,
         own=("adapters/dylora.py", "surgery/truncate.py"),
     ),
+    "adalora": Method(
+        config="configs/adalora.py",
+        title="AdaLoRA",
+        paper="2303.10512",
+        axes="adapter `adalora`, optimizer `adalora`, loss `orthogonal`",
+        equation="y = W x + s B diag(lam) A x; lam = 0 for the b0 - b(t) triplets of the lowest score",
+        differs="as peft; experts are ranked too; the schedule is a fraction of the steps; ties by lam",
+        params=formulas.adalora,
+        own=("adapters/adalora.py", "optim/adalora.py", "losses/orthogonal.py"),
+    ),
     "mixlora": Method(
         config="configs/mixlora.py",
         title="MixLoRA",

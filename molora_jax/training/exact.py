@@ -38,7 +38,15 @@ from molora_jax.losses.base import value_of
 from molora_jax.objectives.lm import lm, token_nll
 from molora_jax.sharding import ROWS
 from molora_jax.training.devices import Devices
-from molora_jax.training.step import decision_sums, key_of, loss_sums, make_update, micro_batches, own_weights
+from molora_jax.training.step import (
+    decision_sums,
+    key_of,
+    loss_sums,
+    make_update,
+    micro_batches,
+    own_weights,
+    penalised,
+)
 
 
 class ExactStep:
@@ -52,12 +60,12 @@ class ExactStep:
 
     def __init__(
         self, model, optimizer, schedule, *, mesh, clip: float, frozen, accumulate: int, targets_per_row: int,
-        seed: int = 0, rated=None,
+        seed: int = 0, rated=None, penalties=(),
     ):  # fmt: skip
         self.model, self.on, self.frozen = alone(model), Devices(mesh), frozen
         self.seed, self.accumulate, self.targets_per_row = seed, accumulate, targets_per_row
         self.rounds = MICRO_SHARDS * accumulate // self.on.count
-        self.losses = dict(self.model.losses)
+        self.losses, self.penalties = dict(self.model.losses), penalties
         self._update = make_update(self.model, optimizer, schedule, clip=clip, frozen=frozen, rated=rated, seed=seed)
         self._programs, self._base = None, (None, None)
 
@@ -210,7 +218,10 @@ class ExactStep:
 
     def update(self, state, total, values, segment_ids, knobs):
         grads, out = total
-        return self._update(state, grads, out | {"aux": values}, segment_ids, knobs)
+        trainable, _ = trees.split(state.adapters, self.frozen)
+        weights = own_weights(self.model) if knobs is None else knobs.weights
+        grads, out = penalised(grads, out | {"aux": dict(values)}, self.penalties, trainable, weights, None)
+        return self._update(state, grads, out, segment_ids, knobs)
 
 
 def alone(model):

@@ -100,7 +100,8 @@ def make_gradient(
       targets_per_row: the packer's bound M.
       constrain: pins activations to the mesh.
       each: what is done to every example's gradient (`core.privacy`): rows then hold one example each, or none.
-      penalties: `(name, loss)` on the trainable leaves, given `memory[name]` (`losses.base.Penalty`).
+      penalties: `(name, loss)` on the trainable leaves, given `memory[name]` where they remember something
+        (`losses.base.Penalty`).
     """
     batched = each is None
     exact = [name for name, loss in model.losses if batched and accumulate > 1 and loss.accumulate == "exact"]
@@ -189,13 +190,18 @@ def make_gradient(
         grads, out = function(batch, 0) if accumulate == 1 else over_micros(function)
         if each is not None:
             grads, out = each.noised(grads, step_key), mean_of_examples(out)
-        for name, loss in penalties:
-            value, slope = jax.value_and_grad(loss.penalty)(trainable, memory[name])
-            grads = jax.tree.map(lambda g, s, w=weights[name]: g + w * s, grads, slope)
-            out["aux"][name] = value
-        return grads, out
+        return penalised(grads, out, penalties, trainable, weights, memory)
 
     return gradient
+
+
+def penalised(grads: dict, out: dict, penalties, trainable: dict, weights: dict, memory: dict | None):
+    """`(grads, out)` with the slopes and values of the losses on parameters, once a step."""
+    for name, loss in penalties:
+        value, slope = jax.value_and_grad(loss.penalty)(trainable, (memory or {}).get(name, {}))
+        grads = jax.tree.map(lambda g, s, w=weights[name]: g + w * s, grads, slope)
+        out["aux"][name] = value
+    return grads, out
 
 
 def of_examples(grad, each, trainable: dict, micro: dict, i):
