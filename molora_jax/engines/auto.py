@@ -113,6 +113,12 @@ def _met_before(placement, rule, name: str) -> bool:
 
 def refusal(model, on: Engine) -> str:
     """Why the engine cannot serve the model's rules, "" where it can."""
+    for rule in model.rules if on.ways("tensor") > 1 else ():
+        segment = next(s for s in model.segments if rule.experts[s.start])
+        if factor_shapes(model, rule, rule.projections[0], segment).form is not None:
+            return (
+                f"rule {rule.name}: its experts are no products (adapter.form), of whole rows alone: set mesh.tensor=1"
+            )
     if not on.moves_tokens:
         return ""
     for rule, segment, _, name in routed(model):

@@ -16,6 +16,7 @@ from molora_jax import config as config_lib
 from molora_jax.adapters.dylora import DyLora
 from molora_jax.errors import InputError
 from molora_jax.surgery.base import Result, Surgery
+from molora_jax.surgery.merge_into_base import formed
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,6 +37,10 @@ class Truncate(Surgery):
                 name = f"{key.site}/{key.leaf} of the rule {key.rule}"
                 raise parent.refuse(f"which has {name}", "adapters that are pairs A, B (lora, rslora, allora, dylora)")
         for rule in parent.model.rules:
+            if formed(parent, rule):
+                raise parent.refuse(
+                    f"whose rule {rule.name} has experts that are no products (adapter.form)", "pairs A, B"
+                )
             if self.rank > rule.adapter.rank:
                 raise InputError(
                     "surgery.rank", got=str(self.rank), fix="Lower it.",

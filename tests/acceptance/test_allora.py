@@ -15,6 +15,8 @@ from molora_jax.adapters import ADAPTERS
 from molora_jax.adapters.allora import Allora, rates, row_norms
 from molora_jax.core.rules import Rule
 from molora_jax.core.types import Routing
+from molora_jax.engines import auto
+from molora_jax.errors import InputError
 from molora_jax.placements import projection
 from tests.acceptance import small
 from tests.battery.cases import Case, combination, random_adapters
@@ -30,10 +32,10 @@ LEAVES = {"A": normal(E, R, D_IN), "B": normal(E, R, D_OUT)}
 GATES = np.where(RNG.random((T, E)) < 0.6, RNG.random((T, E)), 0).astype(np.float32)
 
 
-def make(eta_squared=2.0, name="allora", rank=R):
+def make(eta_squared=2.0, name="allora", rank=R, form="rows"):
     if name == "lora":
         return ADAPTERS["lora"](rank=rank, alpha=float(rank), dropout=0.0)
-    return Allora(rank=rank, eta_squared=eta_squared)
+    return Allora(rank=rank, eta_squared=eta_squared, form=form)
 
 
 def output(adapter, leaves, x=X, train=True):
@@ -106,6 +108,64 @@ def test_acceptance_6_it_merges_into_the_base_and_is_summed_as_lora_is(tmp_path)
     view, W = run.view(), run.params["blocks"]["q"]["kernel"][1]
     change = np.einsum("erd,ero->do", *(view["all", 1, "q", k] for k in "AB"))
     np.testing.assert_allclose(merged.params["blocks"]["q"]["kernel"][1], W + change, atol=1e-5)
+
+
+def test_acceptance_6_asf_lora_refuses_to_merge(tmp_path):
+    made = new_run(tmp_path / "run", lora_rules(rank=3, name="allora", form="forward"))
+    for name, options, words in (
+        ("merge_into_base", {}, "whose adapter Allora is not linear"), ("truncate", dict(rank=1), "no products"),
+        ("task_arithmetic", {}, "whose adapter is Allora"),
+    ):  # fmt: skip
+        with pytest.raises(InputError, match=words):
+            mj.perform(config_of(name, made, **options), tmp_path / "none")
+
+
+@pytest.mark.parametrize("form", ["outputs", "forward"])
+def test_the_ablations_are_what_they_say(form):
+    """OD: the value is LoRA's, every token's own c in the gradients of A and B; ASF: the value itself is bent."""
+    adapter, A, B = make(2.0, form=form), *(np.float64(LEAVES[k]) for k in "AB")
+    y = np.einsum("td,erd,ero->teo", X, A, B)
+    c = 1 / np.sqrt(np.abs(y) + 0.5)
+    own, dx = jax.jit(jax.grad(lambda p, x: jnp.sum(output(adapter, p, x) * DY), argnums=(0, 1)))(LEAVES, X)
+    said = np.einsum("te,teo->to", GATES, y * c if form == "forward" else y)
+    np.testing.assert_allclose(output(adapter, LEAVES), X @ W + said, rtol=1e-4, atol=1e-4)
+    if form == "forward":
+        c = c - 0.5 * np.abs(y) * c**3  # d (y c) / dy
+    seen = GATES[:, :, None] * DY[:, None] * c
+    np.testing.assert_allclose(own["B"], np.einsum("teo,td,erd->ero", seen, X, A), rtol=1e-3, atol=1e-3)
+    np.testing.assert_allclose(own["A"], np.einsum("teo,ero,td->erd", seen, B, X), rtol=1e-3, atol=1e-3)
+    below = seen if form == "forward" else GATES[:, :, None] * DY[:, None]
+    wanted = DY @ W.T + np.einsum("teo,ero,erd->td", below, B, A)
+    np.testing.assert_allclose(dx, wanted, rtol=1e-3, atol=1e-3)
+
+
+def test_the_ablations_are_refused_where_rows_are_split_or_travel():
+    config = combination("allora", "softmax_topk", "projection", "kaiming", **{"method.rules.mix.sites": "q"})
+    with config.unlocked():
+        config.method.rules.mix.adapter = dict(config.method.rules.mix.adapter, form="forward")
+    model = Case(config).model
+    for name, sizes, words in (
+        ("all_to_all", dict(expert=2), "no products of rank R"),
+        ("replicate", dict(tensor=2), "set mesh.tensor=1"),
+    ):
+        assert words in auto.refusal(model, engines.Engine(name, mesh(**(dict(data=4) | sizes))))
+    assert auto.refusal(model, engines.Engine("gather", mesh(data=4, expert=2))) == ""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("form", ["outputs", "forward"])
+@pytest.mark.parametrize("placement", ["ffn", "projection"])
+def test_the_ablations_train_in_every_placement(form, placement):
+    config = combination("allora", "softmax_topk", placement, "kaiming")
+    with config.unlocked():
+        config.method.rules.mix.adapter = dict(config.method.rules.mix.adapter, form=form)
+    case = Case(config)
+    state, losses = case.start(), []
+    np.testing.assert_allclose(case.hidden(state.adapters), case.hidden({}), atol=1e-5)
+    for _ in range(15):
+        state, metrics, _ = case.run(state)
+        losses.append(float(metrics["lm_loss"]))
+    assert losses[-1] < 0.8 * losses[0]
 
 
 def test_acceptance_7_the_rank_leaves_no_scale_behind():
