@@ -93,7 +93,7 @@ def test_acceptance_5_ranks_are_uniform_and_one_for_all_devices_and_micro_steps(
 
 
 @pytest.mark.parametrize(
-    "options", [pytest.param(dict(mesh=True), id="eight devices"),
+    "options", [pytest.param(dict(mesh=True), id="eight devices", marks=pytest.mark.slow),
                 pytest.param(dict(accumulate=4), id="micro-steps", marks=pytest.mark.slow)],
 )  # fmt: skip
 def test_acceptance_5_a_step_is_the_same(options):
@@ -117,7 +117,7 @@ def test_acceptance_6_the_start_changes_nothing_at_any_rank():
         assert not np.any(product(ADAPTER, dict(leaves, B=0 * leaves["B"]), key))
 
 
-@pytest.mark.parametrize("b", [1, 3])
+@pytest.mark.parametrize("b", [pytest.param(1, marks=pytest.mark.slow), 3])
 def test_acceptance_7_a_truncated_run_is_plain_lora_of_rank_b(tmp_path, b):
     made = new_run(tmp_path / "run", lora_rules(rank=4, name="dylora"))
     parent = mj.load_run(made)
