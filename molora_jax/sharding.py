@@ -21,6 +21,7 @@ if jax.__version__ == "0.11.2":
 
 AXES = ("data", "fsdp", "expert", "tensor")
 ROWS = ("data", "fsdp", "expert")
+CHANGE = "change"  # an optimizer's leaf of what a pair A, B does to its whole kernel: `rule/segment/site/change`
 
 
 def make_mesh(sizes: dict[str, int], devices=None) -> Mesh:
@@ -142,7 +143,8 @@ def adapter_shardings(adapters, model, mesh: Mesh):
 def state_shardings(state, model, mesh: Mesh):
     """Shardings of a training state (shapes): the optimizer's leaves lie where the leaves lie that they belong to.
 
-    An optimizer keeps trees of the adapters' structure: a leaf belongs to the adapter whose path its own ends with.
+    An optimizer keeps trees of the adapters' structure: a leaf belongs to the adapter whose path its own ends with. A
+    `CHANGE [L, E, D_in, D_out]` lies over `expert` as its pair's B does, its widths as the kernel's that it changes.
     """
     modules = module_shardings(model.config, state.modules, mesh)
     of = {}
@@ -155,6 +157,10 @@ def state_shardings(state, model, mesh: Mesh):
 
     def of_leaf(path, leaf):
         names = [str(k.key) for k in path if isinstance(k, jax.tree_util.DictKey)]
+        if names[-1:] == [CHANGE]:
+            _, of_B = of["/".join((*names[-4:-1], "B"))]
+            layer, expert = (*of_B.spec, None, None)[:2]
+            return NamedSharding(mesh, P(layer, expert, *_widths(model.config, names[-2])))
         for i in range(len(names)):
             shape, sharding = of.get("/".join(names[i:]), (None, None))
             if shape == leaf.shape:
@@ -162,6 +168,12 @@ def state_shardings(state, model, mesh: Mesh):
         return replicated(mesh)
 
     return jax.tree_util.tree_map_with_path(of_leaf, state).replace(modules=modules)
+
+
+def _widths(backbone, site: str) -> tuple:
+    """The mesh axes of a kernel's `D_in, D_out`; none where the base has no such kernel (a chain's state)."""
+    kernels = (leaf.specs[-1] for path, leaf in backbone.shapes().items() if path.endswith(f"/{site}/kernel"))
+    return tuple(next(kernels, (None, None)))[-2:]
 
 
 def module_shardings(backbone, modules, mesh: Mesh):

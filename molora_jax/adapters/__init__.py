@@ -1,6 +1,9 @@
 """How is the weight change of expert e parameterised?"""
 
+from molora_jax.adapters.adalora import AdaLora
+from molora_jax.adapters.allora import Allora
 from molora_jax.adapters.dora import Dora
+from molora_jax.adapters.dylora import DyLora
 from molora_jax.adapters.ia3 import Ia3
 from molora_jax.adapters.lora import Lora
 from molora_jax.adapters.lora_fa import LoraFA
@@ -20,4 +23,7 @@ ADAPTERS = {
     "ia3": Ia3,
     "nola": Nola,
     "randlora": RandLora,
+    "allora": Allora,
+    "dylora": DyLora,
+    "adalora": AdaLora,
 }

@@ -26,6 +26,7 @@ class Adapter:
     FROZEN: ClassVar[tuple[str, ...]] = ("A0", "B0")  # leaf names that never train (the start of PiSSA)
     # Whether `factors` takes off the start A0, B0 of an init that says AWAY; of the class that writes `factors` itself.
     SUBTRACTS: ClassVar[bool] = False
+    PAIRED: ClassVar[bool] = True  # whether its leaves A and B add s B A, so that an optimizer may move them together
     LOADS: ClassVar[bool] = False  # whether its leaves are A and B of a product alone, to be filled from a run
     DENSE: ClassVar[bool] = False  # whether its inner width is near the widths of a site: there is no rank to stay in
     RANK_BOUND: ClassVar[bool] = True  # whether a rank above both widths of a site is a mistake
@@ -65,6 +66,10 @@ class Adapter:
         """Whether bases that are made from a seed are those that these leaves (numpy) were trained with."""
         return True
 
-    def update_mask(self, updates: dict, step: Array) -> dict:
-        """Changes the rule's updates (stacked tree) after the optimizer and its decay; the identity here."""
+    def update_mask(self, updates: dict, step: Array, step_key: Array) -> dict:
+        """Changes the rule's updates (stacked tree) after the optimizer and its decay; the identity here.
+
+        `step` is the number of updates before this one, `step_key` what `Context` has under that name in its forward
+        pass: a choice that a step makes at random is drawn again.
+        """
         return updates

@@ -56,6 +56,11 @@ def randlora(decoder: Backbone) -> int:
     return decoder.layers * sum(-(-d // 32) * (d + 32) for d in smaller)
 
 
+def adalora(decoder: Backbone) -> int:
+    """`L (12 p(all) + 12 * 7)`; 8 of 12 triplets stay"""
+    return decoder.layers * (low_rank(decoder, decoder.sites, 12) + 12 * len(decoder.sites))
+
+
 def fedit(decoder: Backbone) -> int:
     """`8 L p(q,v)`; a client sends as many a round"""
     return decoder.layers * low_rank(decoder, ("q", "v"), 8)

@@ -175,9 +175,13 @@ def _schedule(config, *, valid):
     if not stages or not all(isinstance(stage, dict) for stage in stages.values()):
         yield wrong("schedule", shown(stages), "at least one stage: s00=dict(steps, tasks, freeze, set, route)")
         return
+    other = [name for name in stages if not isinstance(name, str)]
+    if other:  # a number may have more digits than Python prints
+        yield wrong("schedule", shown(other[0]), "stages named s00, s01, ...", "They run in the order of their names.")
+        return
     for name, stage in stages.items():
         where = f"schedule.{name}"
-        if not STAGE_NAME.fullmatch(str(name)):
+        if not STAGE_NAME.fullmatch(name):
             yield wrong(where, shown(name), "a stage named s00, s01, ...", "Stages run in the order of their names.")
         yield from group_problems(where, stage, {**tables.STAGE, "set": {}}, elsewhere=("objective",))
         if stage.get("objective"):

@@ -126,6 +126,8 @@ def low_rank(x: Array, factors: Factors, gates: Array, latent=None, slots=None) 
     if R == 0:
         return jnp.zeros((len(x), factors.B.shape[2]), x.dtype)
     A, B, gates = factors.A, factors.B, factors.scale * gates
+    if factors.form is not None:
+        return jnp.einsum("te,teo->to", gates, factors.form(x.astype(F32), A, B)).astype(x.dtype)
     if latent is not None or factors.mid is not None:
         return expand(shrink(x, factors, latent), B, gates, x.dtype)
     if slots is not None and _groups(*B.shape[:2], slots[0].shape[1]):

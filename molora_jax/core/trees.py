@@ -42,11 +42,17 @@ def pairs(model, trainable: dict) -> dict[tuple[str, str], float]:
     flat = flatten_dict(trainable, sep="/")
     out = {}
     for rule in model.rules:
-        for path in flat:
+        for path in flat if rule.adapter.PAIRED else ():
             head, _, leaf = path.rpartition("/")
             if path.startswith(rule.name + "/") and leaf == "B" and "/router/" not in path:
                 out[f"{head}/A", path] = rule.adapter.scale()
     return out
+
+
+def triplets(flat: dict) -> list[tuple[str, str, str]]:
+    """The paths `(A, B, lam)` of every site that has all three (AdaLoRA's), of leaves by path `a/b/c`."""
+    heads = [path.removesuffix("/lam") for path in flat if path.endswith("/lam")]
+    return [(f"{h}/A", f"{h}/B", f"{h}/lam") for h in heads if {f"{h}/A", f"{h}/B"} <= flat.keys()]
 
 
 def repeated(tree, n: int):

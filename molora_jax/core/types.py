@@ -4,6 +4,7 @@ B batch, S sequence, T = B*S tokens, D width, E experts, K active experts, R ran
 """
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import flax.struct
@@ -37,10 +38,13 @@ class Factors:
     `A [1|E, R, D_in]`, `B [1|E, R, D_out]`: the low-rank part `B_e A_e x`; with R = 0 there is none.
     `out [E, D_out]` multiplies `W x` (DoRA), `inp [E, D_in]` multiplies `x`; both are combined over experts as
     `1 + sum_e g_e (f_e - 1)`; `with_bias`: `out` multiplies the projection's bias too ((IA)3). `mid [E, R, R]` stands
-    between A and B (LoRA-XS). `scale` multiplies the low-rank part, where it is smallest: at the gates or rank
-    activations, never at B, which would be a copy of all experts a layer. The placement sets it, an adapter leaves it
-    at 1. The placement also sets `stacks`, the leaves of all layers, for those of "A" and "B" that are this layer's
-    leaves unchanged, and `layer`, its index among them.
+    between A and B (LoRA-XS). `form(x [T, D_in], A, B) -> [T, E, D_out]` is what the experts say where that is no
+    product `B_e A_e x` (ALLoRA's ablations): nothing of it commutes with gates or with sums over shards, so all experts
+    are formed, on whole rows.
+    `scale` multiplies the low-rank part, where it is smallest: at the gates or rank activations, never at B, which
+    would be a copy of all experts a layer. The placement sets it, an adapter leaves it at 1. The placement also sets
+    `stacks`, the leaves of all layers, for those of "A" and "B" that are this layer's leaves unchanged, and `layer`,
+    its index among them.
     """
 
     A: Array
@@ -50,6 +54,7 @@ class Factors:
     inp: Array | None = None
     with_bias: bool = flax.struct.field(pytree_node=False, default=False)
     scale: float = flax.struct.field(pytree_node=False, default=1.0)
+    form: Callable | None = flax.struct.field(pytree_node=False, default=None)
     stacks: dict[str, Array] = flax.struct.field(default_factory=dict)
     layer: Array | None = None
 

@@ -50,7 +50,7 @@ def _factor_shapes(adapter, placement, at):
         leaves = jax.tree.map(lambda leaf: leaf[0], placement.kept(at.name, layers))
         shared = adapter.init_shared(key, (at,))
         zeros = jnp.zeros((1, 1), jnp.int32)
-        ctx = Context(zeros > 0, zeros, zeros, zeros, zeros, base=W, site=at, key=key, step_key=key)
+        ctx = Context(zeros > 0, zeros, zeros, zeros, zeros, base=W, site=at, key=key, step_key=key, train=True)
         return adapter.factors(leaves, shared, ctx)
 
     return jax.eval_shape(make, jax.random.key(0), W)
@@ -113,6 +113,12 @@ def _met_before(placement, rule, name: str) -> bool:
 
 def refusal(model, on: Engine) -> str:
     """Why the engine cannot serve the model's rules, "" where it can."""
+    for rule in model.rules if on.ways("tensor") > 1 else ():
+        segment = next(s for s in model.segments if rule.experts[s.start])
+        if factor_shapes(model, rule, rule.projections[0], segment).form is not None:
+            return (
+                f"rule {rule.name}: its experts are no products (adapter.form), of whole rows alone: set mesh.tensor=1"
+            )
     if not on.moves_tokens:
         return ""
     for rule, segment, _, name in routed(model):

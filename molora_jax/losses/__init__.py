@@ -4,6 +4,10 @@ from molora_jax.losses.balance import Balance
 from molora_jax.losses.entropy import Entropy
 from molora_jax.losses.ewc import Ewc
 from molora_jax.losses.localized_balance import LocalizedBalance
+from molora_jax.losses.orthogonal import Orthogonal
 from molora_jax.losses.z_loss import ZLoss
 
-LOSSES = {"balance": Balance, "z_loss": ZLoss, "entropy": Entropy, "localized_balance": LocalizedBalance, "ewc": Ewc}
+LOSSES = {
+    "balance": Balance, "z_loss": ZLoss, "entropy": Entropy, "localized_balance": LocalizedBalance, "ewc": Ewc,
+    "orthogonal": Orthogonal,
+}  # fmt: skip

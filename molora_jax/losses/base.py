@@ -43,7 +43,10 @@ class Loss:
 
 @dataclasses.dataclass(frozen=True)
 class Penalty(Loss):
-    """On the trainable leaves, not on routing, given what the run remembers (a regime with `PENALTY` keeps it)."""
+    """On the trainable leaves, not on routing, given what the run remembers (a regime with `PENALTY` keeps it).
+
+    One that remembers nothing says `PENALTY = False` and serves under every regime: its `memory` is empty.
+    """
 
     ROUTING: ClassVar[bool] = False
     PENALTY: ClassVar[bool] = True

@@ -196,7 +196,8 @@ def batched_valid(valid, x: Array, where: str) -> Array | None:
 
 def serves(on: Engine, placement, factors, where: str) -> None:
     """Raises InputError where tokens travel and the experts cannot serve them away from home."""
-    why = placement.stays(factors) if on.moves_tokens else None
+    whole = factors.form is not None and on.ways("tensor") > 1
+    why = placement.stays(factors) if on.moves_tokens or whole else None
     if why:
         raise wrong(f"{where}.engine", repr(on.name), "gather or replicate", f"With these adapters {why}.")
 

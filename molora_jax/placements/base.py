@@ -202,7 +202,7 @@ class Placement:
 
     def stays(self, factors) -> str | None:
         """Why experts with such factors (of shapes) cannot serve rows away from home; None where they can."""
-        return None
+        return "its experts are no products of rank R (adapter.form)" if factors.form is not None else None
 
     def axes(self, factors: Factors, site: str, rank_space: bool, experts: int = 0) -> Factors:
         """`factors` of so many experts (0: those of B) with `Axes` for arrays. What they share is on every device."""

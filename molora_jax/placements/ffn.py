@@ -184,8 +184,9 @@ def low_rank_down(z_d: Array, part: FFNPart, dtype) -> Array:
 
 
 def is_plain(part: FFNPart) -> bool:
-    """True where the fused form holds: no row or column factors, W_d applied once."""
-    return not part.per_expert and all(f.out is None and f.inp is None for f in part.factors.values())
+    """True where the fused form holds: products alone, no row or column factors, W_d applied once."""
+    plain = (f.out is None and f.inp is None and f.form is None for f in part.factors.values())
+    return not part.per_expert and all(plain)
 
 
 def per_slot(x: Array, g: Array, u: Array, part: FFNPart, activation: str, down, rows, shard) -> tuple[Array, Array]:

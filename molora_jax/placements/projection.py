@@ -147,7 +147,7 @@ class Projection(Placement):
     def stays(self, factors):
         if factors.out is not None or factors.inp is not None:
             return "its row or column factors multiply the frozen product, which stays at home while the experts do not"
-        return None
+        return super().stays(factors)
 
     def part(self, rule, site, p, shared, routing, context, x):
         return part(rule, p.get(site, {}), shared, routing, context(site), x, placement=self)

@@ -42,7 +42,7 @@ def _product(adapter, site, own: dict, shared: dict, refuse, where):
         shapes = jax.eval_shape(adapter.factors, own, shared, blank.replace(base=base))
     except (KeyError, TypeError, AttributeError):
         raise refuse(f"without the leaves of {where}", "what its config says") from None
-    if any(part is not None for part in (shapes.mid, shapes.out, shapes.inp)):
+    if any(part is not None for part in (shapes.mid, shapes.out, shapes.inp, shapes.form)):
         name = type(adapter).__name__
         raise refuse(f"whose adapter is {name}", "adapters that are a product B A: others do not mix linearly")
     f = adapter.factors(own, shared, blank)

@@ -5,8 +5,9 @@ from molora_jax.surgery.lora_lego import LoraLego
 from molora_jax.surgery.merge_into_base import MergeIntoBase
 from molora_jax.surgery.task_arithmetic import TaskArithmetic
 from molora_jax.surgery.ties import Ties
+from molora_jax.surgery.truncate import Truncate
 
 SURGERIES = {
     "average": Average, "lora_lego": LoraLego, "merge_into_base": MergeIntoBase, "task_arithmetic": TaskArithmetic,
-    "ties": Ties,
+    "ties": Ties, "truncate": Truncate,
 }  # fmt: skip

@@ -11,6 +11,7 @@ written as float32.
 import dataclasses
 from typing import ClassVar
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -39,7 +40,7 @@ class MergeIntoBase(Surgery):
                     f"whose rule {rule.name} changes no kernel of the base ({placements.of(rule).NAME})",
                     "rules on projections",
                 )  # fmt: skip
-            if type(rule.adapter).latent is not Adapter.latent:
+            if type(rule.adapter).latent is not Adapter.latent or formed(parent, rule):
                 name = type(rule.adapter).__name__
                 raise parent.refuse(f"whose adapter {name} is not linear in its input", "a linear adapter")
         if not parent.model.rules and not parent.opened.items.get("modules", {}).get("base"):
@@ -61,6 +62,15 @@ class MergeIntoBase(Surgery):
         heads = {name: leaves for name, leaves in modules.items() if name != "base"}
         base = dataclasses.replace(opened.base, params=params)
         return Result(config, {}, base=base, modules=heads)
+
+
+def formed(parent, rule) -> bool:
+    """Whether a rule's experts are no product B A (`Factors.form`)."""
+    site = adapter_sites(parent.model.config, rule, parent.model.segments)[0]
+    own, shared = parent.leaves_at(rule.name, site.layers[0], site.name)
+    base = jax.ShapeDtypeStruct((site.d_in, site.d_out), np.float32)
+    ctx = Context(None, None, None, None, None, site=site, base=base)
+    return jax.eval_shape(rule.adapter.factors, own, shared, ctx).form is not None
 
 
 def _meetings(parent) -> dict:

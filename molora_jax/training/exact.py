@@ -38,7 +38,15 @@ from molora_jax.losses.base import value_of
 from molora_jax.objectives.lm import lm, token_nll
 from molora_jax.sharding import ROWS
 from molora_jax.training.devices import Devices
-from molora_jax.training.step import decision_sums, loss_sums, make_update, micro_batches, own_weights
+from molora_jax.training.step import (
+    decision_sums,
+    key_of,
+    loss_sums,
+    make_update,
+    micro_batches,
+    own_weights,
+    penalised,
+)
 
 
 class ExactStep:
@@ -52,13 +60,13 @@ class ExactStep:
 
     def __init__(
         self, model, optimizer, schedule, *, mesh, clip: float, frozen, accumulate: int, targets_per_row: int,
-        seed: int = 0, rated=None,
+        seed: int = 0, rated=None, penalties=(),
     ):  # fmt: skip
         self.model, self.on, self.frozen = alone(model), Devices(mesh), frozen
         self.seed, self.accumulate, self.targets_per_row = seed, accumulate, targets_per_row
         self.rounds = MICRO_SHARDS * accumulate // self.on.count
-        self.losses = dict(self.model.losses)
-        self._update = make_update(self.model, optimizer, schedule, clip=clip, frozen=frozen, rated=rated)
+        self.losses, self.penalties = dict(self.model.losses), penalties
+        self._update = make_update(self.model, optimizer, schedule, clip=clip, frozen=frozen, rated=rated, seed=seed)
         self._programs, self._base = None, (None, None)
 
     def compile(self, state, params, batch, fixed=None, knobs=None) -> "ExactStep":
@@ -162,8 +170,7 @@ class ExactStep:
         """Micro-shard `which % 8` of micro-step `which // 8`: `(rows, hidden, sums)`."""
         micros = micro_batches(batch, self.accumulate)
         rows = jax.tree.map(lambda x: x.reshape(self.accumulate * MICRO_SHARDS, -1, *x.shape[2:])[which], micros)
-        seed = self.seed if knobs is None else knobs.seed
-        step_key = jax.random.fold_in(jax.random.key(seed), step)
+        step_key = key_of(self.seed, knobs, step)
         key = jax.random.fold_in(jax.random.fold_in(step_key, which // MICRO_SHARDS + 1), which % MICRO_SHARDS)
         hidden, stats, _, _ = self.model.hidden(
             params, adapters, router_state, rows, train=True, key=key, step_key=step_key, step=step
@@ -211,7 +218,10 @@ class ExactStep:
 
     def update(self, state, total, values, segment_ids, knobs):
         grads, out = total
-        return self._update(state, grads, out | {"aux": values}, segment_ids, knobs)
+        trainable, _ = trees.split(state.adapters, self.frozen)
+        weights = own_weights(self.model) if knobs is None else knobs.weights
+        grads, out = penalised(grads, out | {"aux": dict(values)}, self.penalties, trainable, weights, None)
+        return self._update(state, grads, out, segment_ids, knobs)
 
 
 def alone(model):

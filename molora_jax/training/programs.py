@@ -147,7 +147,7 @@ class CompiledStep:
         )
         parts = self.model, self.optimizer, None
         if self.exact:
-            self.step = ExactStep(*parts, mesh=mesh, **options)
+            self.step = ExactStep(*parts, mesh=mesh, penalties=program.penalties, **options)
         else:
             own = dict(objective=program.objective, head=program.head, penalties=program.penalties, each=program.each)
             constrain = sharding.constrain(mesh) if program.each is None else lambda x: x

@@ -123,7 +123,8 @@ class TrainingRun:
         if self.regime.side_by_side:
             knobs = sharding.put(self.regime.knobs(jax.device_get(knobs)), sharding.replicated(self.mesh))
         own = self.fixed(program.objective), knobs
-        return (*own, self.memory["penalties"]) if program.penalties else own
+        kept = program.penalties and "penalties" in self.memory  # a penalty may remember nothing
+        return (*own, self.memory["penalties"]) if kept else own
 
     def put(self, batch: dict):
         """A turn's rows on the mesh."""

@@ -100,7 +100,8 @@ def make_gradient(
       targets_per_row: the packer's bound M.
       constrain: pins activations to the mesh.
       each: what is done to every example's gradient (`core.privacy`): rows then hold one example each, or none.
-      penalties: `(name, loss)` on the trainable leaves, given `memory[name]` (`losses.base.Penalty`).
+      penalties: `(name, loss)` on the trainable leaves, given `memory[name]` where they remember something
+        (`losses.base.Penalty`).
     """
     batched = each is None
     exact = [name for name, loss in model.losses if batched and accumulate > 1 and loss.accumulate == "exact"]
@@ -111,7 +112,7 @@ def make_gradient(
         memory: dict | None = None,
     ):  # fmt: skip
         weights = own_weights(model) if knobs is None else knobs.weights
-        step_key = jax.random.fold_in(jax.random.key(seed if knobs is None else knobs.seed), state.step)
+        step_key = key_of(seed, knobs, state.step)
         trainable, still = trees.split(state.leaves, frozen)
         norm = objective.norm(batch) if batched else None
         parts = accumulate if batched else 1  # of which a loss is one
@@ -189,13 +190,18 @@ def make_gradient(
         grads, out = function(batch, 0) if accumulate == 1 else over_micros(function)
         if each is not None:
             grads, out = each.noised(grads, step_key), mean_of_examples(out)
-        for name, loss in penalties:
-            value, slope = jax.value_and_grad(loss.penalty)(trainable, memory[name])
-            grads = jax.tree.map(lambda g, s, w=weights[name]: g + w * s, grads, slope)
-            out["aux"][name] = value
-        return grads, out
+        return penalised(grads, out, penalties, trainable, weights, memory)
 
     return gradient
+
+
+def penalised(grads: dict, out: dict, penalties, trainable: dict, weights: dict, memory: dict | None):
+    """`(grads, out)` with the slopes and values of the losses on parameters, once a step."""
+    for name, loss in penalties:
+        value, slope = jax.value_and_grad(loss.penalty)(trainable, (memory or {}).get(name, {}))
+        grads = jax.tree.map(lambda g, s, w=weights[name]: g + w * s, grads, slope)
+        out["aux"][name] = value
+    return grads, out
 
 
 def of_examples(grad, each, trainable: dict, micro: dict, i):
@@ -235,7 +241,8 @@ def make_step(model, optimizer, schedule, *, clip: float, frozen, rated=None, **
       options: of `make_gradient`.
     """
     gradient = make_gradient(model, frozen=frozen, **options)
-    update = make_update(model, optimizer, schedule, clip=clip, frozen=frozen, rated=rated)
+    seed = options.get("seed", 0)
+    update = make_update(model, optimizer, schedule, clip=clip, frozen=frozen, rated=rated, seed=seed)
 
     def train_step(
         state: TrainState, params: dict, batch: dict, fixed: dict | None = None, knobs: Knobs | None = None,
@@ -252,7 +259,12 @@ def own_weights(model) -> dict:
     return {name: loss.weight for name, loss in model.losses}
 
 
-def make_update(model, optimizer, schedule, *, clip: float, frozen, rated=None):
+def key_of(seed: int, knobs: Knobs | None, step: Array) -> Array:
+    """The key of one step's randomness; `seed` where no knobs are given."""
+    return jax.random.fold_in(jax.random.key(seed if knobs is None else knobs.seed), step)
+
+
+def make_update(model, optimizer, schedule, *, clip: float, frozen, rated=None, seed: int = 0):
     """`update(state, grads, out, segment_ids, knobs) -> (state, metrics)`: all that follows the gradient of a step.
 
     `grads, out` as from `make_gradient`; `segment_ids` of the batch, of which the metrics count what is not padding.
@@ -268,9 +280,10 @@ def make_update(model, optimizer, schedule, *, clip: float, frozen, rated=None):
             scale = jnp.minimum(1.0, clip / jnp.maximum(norm, 1e-12)) if clip else 1.0
             before = at_step(state.opt, state.step)
             updates, opt = moves.update(jax.tree.map(lambda g: g * scale, grads), before, trainable)
+            step_key = key_of(seed, knobs, state.step)
             for rule in model.rules:
                 if rule.name in updates:
-                    updates[rule.name] = rule.adapter.update_mask(updates[rule.name], state.step)
+                    updates[rule.name] = rule.adapter.update_mask(updates[rule.name], state.step, step_key)
             # of a finite gradient Adam's update is finite (the config bounds what it is multiplied by), so nothing here
             # waits for the updates: one pass over the state
             finite = jnp.isfinite(norm) & jnp.isfinite(loss)

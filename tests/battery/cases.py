@@ -141,6 +141,8 @@ def method(name, decoder=SMALL, **changes):
         if "router" in value:
             fixed |= {f"method.rules.{rule}.router.{field}": 0.0 for field in ROUTERS_OF[value.router.name].RANDOM}
         fixed[f"method.rules.{rule}.experts"] = "|".join(value.experts.split("|")[: decoder.layers])
+        if value.adapter.name == "dylora":  # the naive form has all ranks
+            fixed[f"method.rules.{rule}.adapter.lowest"] = value.adapter.rank
         if value.adapter.name == "mos":  # the pool has a part for each layer, and a table takes no row twice
             mos = value.adapter
             most = mos.private + (mos.budget - mos.private) * decoder.layers

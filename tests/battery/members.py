@@ -55,7 +55,9 @@ def expert_weights(xp, adapter, leaves, W, shared, ctx):
     cast = lambda tree: jax.tree.map(  # noqa: E731  (index tables stay integers)
         lambda v: jnp.asarray(v, jnp.int32 if jnp.issubdtype(v.dtype, jnp.integer) else jnp.float32), tree
     )
-    f = adapter.factors(cast(leaves), cast(shared), ctx.replace(base=jnp.asarray(W, jnp.float32)))
+    # `train`: where a gradient is not that of the value (ALLoRA), it is the one that is asked for
+    ctx = ctx.replace(base=jnp.asarray(W, jnp.float32), train=True, step_key=jax.random.key(0))
+    f = adapter.factors(cast(leaves), cast(shared), ctx)
     f = f if xp is jnp else jax.tree.map(lambda v: np.asarray(v, np.float64), f)
     E = len(f.B)
     A = xp.broadcast_to(f.A, (E, *f.A.shape[1:]))
