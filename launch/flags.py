@@ -33,7 +33,7 @@ PATHS = ("DIR", "FILE", "NAME|FILE")  # metavars of flags that are paths: `~` in
 OVERRIDE = re.compile(r"--?config\.([^=]*)(=.*)?", re.DOTALL)
 AXES = dict(
     adapter="adapters", router="routers", placement="placements", optim="optim", objective="objectives",
-    surgery="surgery", regime="regimes",
+    surgery="surgery", regime="regimes", init="inits",
 )  # fmt: skip
 BOOLS = {"true": True, "false": False, "1": True, "0": False, "yes": True, "no": False}
 
@@ -240,8 +240,14 @@ def _scale_stages(config, before, given):
 
 
 def _switch_on(config, paths):
-    """Adds the losses that overrides name and the file leaves out: `--config.losses.z_loss.weight=1e-3`."""
+    """Adds what overrides name and the file leaves out: losses (`--config.losses.z_loss.weight=1e-3`), and the router
+    of a rule that has none (`--config.method.rules.all.router.name=softmax_topk`)."""
     losses = config.get("losses")
+    for keys in paths:
+        if len(keys) == 5 and keys[:2] == ["method", "rules"] and keys[3:] == ["router", "name"]:
+            rule = config.method.rules.get(keys[2]) if "method" in config else None
+            if isinstance(rule, ConfigDict) and "router" not in rule:
+                rule.router = ConfigDict()
     named = {keys[1] for keys in paths if len(keys) == 3 and keys[0] == "losses" and keys[2] == "name"}
     for keys in paths:
         if len(keys) == 3 and keys[0] == "losses" and isinstance(losses, ConfigDict) and keys[1] not in losses:

@@ -2,7 +2,8 @@
 
 from molora_jax.adapters.dora import Dora
 from molora_jax.adapters.lora import Lora
+from molora_jax.adapters.lora_xs import LoraXs
 from molora_jax.adapters.mos import Mos
 from molora_jax.adapters.rslora import RsLora
 
-ADAPTERS = {"lora": Lora, "rslora": RsLora, "dora": Dora, "mos": Mos}
+ADAPTERS = {"lora": Lora, "rslora": RsLora, "dora": Dora, "mos": Mos, "lora_xs": LoraXs}

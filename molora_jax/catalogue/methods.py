@@ -91,6 +91,17 @@ METHODS = {
         params=formulas.lora,
         own=("optim/lora_plus.py",),
     ),
+    "lora_xs": Method(
+        config="configs/lora_xs.py",
+        title="LoRA-XS",
+        paper="2405.17604",
+        axes="adapter `lora_xs`, init `lora_xs`",
+        equation="y = W x + s B C A x; A = S_R V_R^T, B = U_R of W, frozen; C (R x R) trains",
+        differs="exact SVD; A and B are shared by the experts of a layer",
+        params=formulas.lora_xs,
+        zero_init=False,  # the core starts near zero
+        own=("adapters/lora_xs.py", "inits/lora_xs.py"),
+    ),
     "mixlora": Method(
         config="configs/mixlora.py",
         title="MixLoRA",
