@@ -102,6 +102,17 @@ METHODS = {
         zero_init=False,  # the core starts near zero
         own=("adapters/lora_xs.py", "inits/lora_xs.py"),
     ),
+    "lora_sb": Method(
+        config="configs/lora_sb.py",
+        title="LoRA-SB",
+        paper="2411.19557",
+        axes="adapter `lora_xs`, init `lora_sb`",
+        equation="y = W x + s B C A x; s B C A = rank-R part of -eta sign(dL/dW) at the start; C (R x R) trains",
+        differs="exact SVD in float32; eta is given, not counted in batches of the estimate; no decay",
+        params=formulas.lora_xs,
+        own=("inits/lora_sb.py", "training/probe.py", "backbones/tap.py"),
+        zero_init=False,
+    ),
     "mixlora": Method(
         config="configs/mixlora.py",
         title="MixLoRA",

@@ -3,10 +3,17 @@
 from molora_jax.config import outside
 from molora_jax.inits import kaiming, pissa
 from molora_jax.inits.base import Start
+from molora_jax.inits.lora_sb import SbStart
 from molora_jax.inits.lora_xs import XsStart
 from molora_jax.inits.orthonormal import Orthonormal
 
-INITS = {"kaiming": kaiming.init, "pissa": pissa.init, "lora_xs": XsStart, "orthonormal": Orthonormal}
+INITS = {
+    "kaiming": kaiming.init,
+    "pissa": pissa.init,
+    "lora_xs": XsStart,
+    "lora_sb": SbStart,
+    "orthonormal": Orthonormal,
+}
 
 
 def made(value):
@@ -16,6 +23,11 @@ def made(value):
     options = {"name": value} if isinstance(value, str) else dict(value)
     member = outside.member("inits", INITS, options.pop("name"))
     return member(**options) if isinstance(member, type) else member
+
+
+def needs(start) -> tuple[str, ...]:
+    """What a start reads: "base", "base_grad"."""
+    return outside.attribute(start, "NEEDS") or ()
 
 
 def name_of(start: Start) -> str:

@@ -74,6 +74,7 @@ class Chain(Placement):
             "an adapter without row factors: they scale a base weight, and a chain has none", "Use lora.",
         ),
         ("adapter.init", (("adapter.init", "needs", "base"),), "a start that needs no base weight", "Use kaiming."),
+        ("adapter.init", (("adapter.init", "needs", "base_grad"),), "a start that reads no gradient", "Use kaiming."),
         (
             "placement.residual",
             (
