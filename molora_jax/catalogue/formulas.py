@@ -25,6 +25,11 @@ def lora(decoder: Backbone) -> int:
     return decoder.layers * low_rank(decoder, decoder.sites, 16)
 
 
+def lora_ga(decoder: Backbone) -> int:
+    """`8 L p(all)`"""
+    return decoder.layers * low_rank(decoder, decoder.sites, 8)
+
+
 def lora_xs(decoder: Backbone) -> int:
     """`16^2 * 7 L`, whatever the widths"""
     return decoder.layers * len(decoder.sites) * 16**2

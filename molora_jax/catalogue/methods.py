@@ -91,6 +91,16 @@ METHODS = {
         params=formulas.lora,
         own=("optim/lora_plus.py",),
     ),
+    "lora_ga": Method(
+        config="configs/lora_ga.py",
+        title="LoRA-GA",
+        paper="2407.05000",
+        axes="init `lora_ga`",
+        equation="y = W x + s (B A - B0 A0) x; A0 = c V_R^T, B0 = c U_{R:2R} of dL/dW at the start",
+        differs="W is not altered: the start is saved and subtracted; exact SVD; peft's B = U S is an option",
+        params=formulas.lora_ga,
+        own=("inits/lora_ga.py",),
+    ),
     "lora_xs": Method(
         config="configs/lora_xs.py",
         title="LoRA-XS",

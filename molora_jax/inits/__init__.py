@@ -3,6 +3,7 @@
 from molora_jax.config import outside
 from molora_jax.inits import kaiming, pissa
 from molora_jax.inits.base import Start
+from molora_jax.inits.lora_ga import GaStart
 from molora_jax.inits.lora_sb import SbStart
 from molora_jax.inits.lora_xs import XsStart
 from molora_jax.inits.orthonormal import Orthonormal
@@ -10,6 +11,7 @@ from molora_jax.inits.orthonormal import Orthonormal
 INITS = {
     "kaiming": kaiming.init,
     "pissa": pissa.init,
+    "lora_ga": GaStart,
     "lora_xs": XsStart,
     "lora_sb": SbStart,
     "orthonormal": Orthonormal,

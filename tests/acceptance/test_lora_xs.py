@@ -13,6 +13,7 @@ from molora_jax.adapters import ADAPTERS
 from molora_jax.core.types import Site
 from molora_jax.errors import InputError
 from molora_jax.inits._singular import singular
+from molora_jax.runs.products import products
 from tests.acceptance import small
 from tests.acceptance.blocks import model, noisy, output
 from tests.battery.cases import SMALL, Case, method
@@ -113,6 +114,16 @@ def test_randomised_singular_vectors_span_those_of_the_exact_ones():
         cosines = np.linalg.svd(np.linalg.qr(own)[0].T @ exact)[1]
         assert np.sqrt(1 - min(1.0, cosines.min()) ** 2) < 1e-3
     np.testing.assert_allclose(near[1], 0.7 ** np.arange(4), rtol=1e-4)
+
+
+def test_a_run_of_it_is_a_product_for_merges():
+    """`runs/products.py`: B core A as `A [R, D_in]`, `s B [R, D_out]`, the core folded into A."""
+    made = model(("q",), 1, None, adapter="lora_xs", init="orthonormal")
+    adapters = jax.device_get(noisy(made))
+    refuse = lambda got, expected: InputError("run", got=got, expected=expected)  # noqa: E731
+    A, B = products(made, adapters, refuse=refuse)["mix", 0, "q"]
+    own = {name: x[0, 0].astype(np.float64) for name, x in adapters["mix"]["000-000"]["q"].items()}
+    np.testing.assert_allclose(B.T @ A, 2.0 * own["B"].T @ own["core"] @ own["A"], atol=1e-5)
 
 
 def test_a_layer_of_ones_own_takes_it():
