@@ -264,8 +264,8 @@ ORGANISED = {
         axes='regime `federated` with `freeze="*/A"`, DP-SGD',
         equation="B <- sum_k (n_k / n) B_k, A = A_0; g = (sum_i clip_C(g_i) + N(0, s^2 C^2)) / b",
         params=formulas.ffa_lora,
-        differs="Poisson samples as the accountant assumes them",
-        own=("core/privacy.py", "core/accountant.py"),
+        differs="Poisson samples as the accountant assumes them; experts may share A (adapter `lora_shared_a`)",
+        own=("core/privacy.py", "core/accountant.py", "adapters/lora_shared_a.py"),
     ),
     "sequential_lora": Method(
         config="configs/sequential_lora.py",
