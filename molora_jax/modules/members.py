@@ -223,6 +223,9 @@ def _check_start(where: str, adapter: Adapter) -> None:
         raise wrong(where, repr(init), expected, 'Use init="kaiming".')
     if bool(limits.states("inits", init, "CORE")) != bool(states("CORE")):
         raise wrong(where, repr(init), f"a start {'with' if states('CORE') else 'without'} a core, for {name}")
+    if "base_grad" in (limits.states("inits", init, "NEEDS") or ()):
+        fix = "That gradient is taken by a run of this library (`python -m launch.train`), not by a single layer."
+        raise wrong(where, repr(init), "a start that reads no gradient of the base", fix)
 
 
 def _stands_alone(where: str, router: Router) -> None:

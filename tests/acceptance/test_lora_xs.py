@@ -8,6 +8,7 @@ from flax.traverse_util import flatten_dict
 
 import molora_jax as mj
 from configs import common
+from launch import flags
 from molora_jax import config as schema
 from molora_jax.adapters import ADAPTERS
 from molora_jax.core.types import Site
@@ -81,6 +82,9 @@ def test_a_start_with_a_core_and_an_adapter_that_has_one_belong_together():
             schema.validate(config)
         with pytest.raises(InputError, match="a core"):
             mj.RoutedLoRA(8, experts=1, adapter=dict(name=name, init=init)).init(jax.random.key(0), jnp.ones((1, 2, 8)))
+    with pytest.raises(InputError, match="a start that reads no gradient of the base.*by a run of this library"):
+        layer = mj.RoutedLoRA(10, experts=1, adapter=dict(name="lora", init="lora_ga"))
+        layer.init(jax.random.key(0), jnp.ones((1, 2, 12)), kernel=jnp.asarray(W))
 
 
 def test_options_of_a_start_are_checked_like_those_of_any_member():
@@ -96,6 +100,20 @@ def test_options_of_a_start_are_checked_like_those_of_any_member():
         with pytest.raises(InputError, match=told):
             schema.validate(config)
     assert hash(ADAPTERS["lora_xs"](init=dict(name="lora_xs", deviation=0.5))) != hash(ADAPTERS["lora_xs"]())
+
+
+def test_a_start_with_options_may_come_from_outside():
+    path = "tests.outside.mypackage.more:Narrow"
+    made = [
+        ADAPTERS["lora"](rank=2, init=dict(name=path, by=by)).init_leaves(jax.random.key(0), SITE, 0)["A"]
+        for by in (0.1, 0.2)
+    ]
+    np.testing.assert_allclose(made[1], 2 * made[0], rtol=1e-6)
+    start = "--config.method.rules.all.adapter.init"
+    parsed = lambda by: flags.parse("", [], ["--config=lora", f"{start}={path}", f"{start}.by={by}"])[0]  # noqa: E731
+    assert parsed(0.3).method.rules.all.adapter.init.to_dict() == dict(name=path, by=0.3)
+    with pytest.raises(InputError, match="init.by: got 2.0"):
+        parsed(2.0)
 
 
 def test_the_largest_rank_is_the_smaller_width():
