@@ -97,7 +97,8 @@ METHODS = {
         paper="2407.05000",
         axes="init `lora_ga`",
         equation="y = W x + s (B A - B0 A0) x; A0 = c V_R^T, B0 = c U_{R:2R} of dL/dW at the start",
-        differs="W is not altered: the start is saved and subtracted; exact SVD; peft's B = U S is an option",
+        differs="W is not altered: the start is saved and subtracted; experts start alike; exact SVD; "
+        "peft's B = U S is an option",
         params=formulas.lora_ga,
         own=("inits/lora_ga.py",),
     ),
@@ -118,7 +119,7 @@ METHODS = {
         paper="2411.19557",
         axes="adapter `lora_xs`, init `lora_sb`",
         equation="y = W x + s B C A x; s B C A = rank-R part of -eta sign(dL/dW) at the start; C (R x R) trains",
-        differs="exact SVD in float32; eta is given, not counted in batches of the estimate; no decay",
+        differs="exact SVD in float32; eta is given, not counted in estimating batches; no decay; experts start alike",
         params=formulas.lora_xs,
         own=("inits/lora_sb.py", "training/probe.py", "backbones/tap.py"),
         zero_init=False,
