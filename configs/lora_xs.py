@@ -8,6 +8,9 @@ the outer factors, and each has a core:
 
     --config.method.rules.all.experts=4 --config.method.rules.all.router.name=softmax_topk \\
     --config.method.rules.all.router.k=2
+
+Measured on a decoder of width 64 (experiments/starts, two seeds, 300 steps): held-out NLL 2.311, 2.302; random outer
+factors 2.348, 2.361; LoRA of rank 4, with 2.3 times the parameters, 2.235, 2.231.
 """
 
 from configs import common
