@@ -6,6 +6,14 @@ B and the head alone train, are averaged and sent: mean(B_k) A_0 = mean(B_k A_0)
 matrices, and noise on B stays linear. As shipped the clients' steps are DP-SGD at (epsilon 6, delta 1e-5) of one
 example; `--config.regime.dp_clip=0.0 --config.regime.dp_epsilon=0.0` trains without. With SGD, alpha needs no tuning:
 (alpha, rate) and (c alpha, rate / c^2) are the same run.
+
+With several experts A is frozen too, one each or, with the adapter `lora_shared_a`, one for all of a layer:
+
+    --config.method.rules.all.experts=4 --config.method.rules.all.router.name=softmax_topk \\
+    --config.method.rules.all.router.k=2 --config.method.rules.all.adapter.name=lora_shared_a
+
+The average is exact for each expert's B A. Routers train and are averaged as well; gates differ between clients within
+a round, so for the mixture it is exact only where they stay: `--config.schedule.s00.freeze="*/A,*/router/*"`.
 """
 
 from configs import fedit

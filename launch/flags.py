@@ -33,7 +33,7 @@ PATHS = ("DIR", "FILE", "NAME|FILE")  # metavars of flags that are paths: `~` in
 OVERRIDE = re.compile(r"--?config\.([^=]*)(=.*)?", re.DOTALL)
 AXES = dict(
     adapter="adapters", router="routers", placement="placements", optim="optim", objective="objectives",
-    surgery="surgery", regime="regimes",
+    surgery="surgery", regime="regimes", init="inits",
 )  # fmt: skip
 BOOLS = {"true": True, "false": False, "1": True, "0": False, "yes": True, "no": False}
 
@@ -177,7 +177,9 @@ def override(config, overrides):
         _switch_on(config, [path.split(".") for path, _ in overrides])
         for path, text in overrides:
             group, key = _find(config, path)
-            if key in group:
+            if key == "init" and isinstance(group.get(key), ConfigDict):  # another start has other options
+                group[key] = ConfigDict(dict(name=text))
+            elif key in group:
                 group[key] = _typed(f"config.{path}", text, group[key])
             else:
                 later.append((path, text))  # an option that the file leaves out: after a change of `name`
@@ -241,8 +243,18 @@ def _scale_stages(config, before, given):
 
 
 def _switch_on(config, paths):
-    """Adds the losses that overrides name and the file leaves out: `--config.losses.z_loss.weight=1e-3`."""
+    """Adds what overrides name and the file leaves out: losses (`--config.losses.z_loss.weight=1e-3`), the router of a
+    rule that has none (`--config.method.rules.all.router.name=softmax_topk`), options of its start."""
     losses = config.get("losses")
+    for _, _, name, *keys in (keys for keys in paths if len(keys) > 4 and keys[:2] == ["method", "rules"]):
+        rule = config.method.rules.get(name) if "method" in config else None
+        if not isinstance(rule, ConfigDict):
+            continue
+        if keys == ["router", "name"] and "router" not in rule:
+            rule.router = ConfigDict()
+        if keys[:2] == ["adapter", "init"] and len(keys) == 3 and isinstance(rule.adapter.get("init"), str):
+            with rule.adapter.ignore_type():
+                rule.adapter.init = ConfigDict(dict(name=rule.adapter.init))
     named = {keys[1] for keys in paths if len(keys) == 3 and keys[0] == "losses" and keys[2] == "name"}
     for keys in paths:
         if len(keys) == 3 and keys[0] == "losses" and isinstance(losses, ConfigDict) and keys[1] not in losses:

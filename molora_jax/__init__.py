@@ -43,7 +43,18 @@ _HOMES = {  # public name -> the module that is imported when it is asked for
     "Engine": "molora_jax.engines",
 }
 _MODULES = {"data": "molora_jax.data", "errors": "molora_jax.errors", "nnx": "molora_jax.modules.nnx"}
-_AXES = ("adapters", "routers", "placements", "losses", "optim", "objectives", "backbones", "regimes", "surgery")
+_AXES = (
+    "adapters",
+    "inits",
+    "routers",
+    "placements",
+    "losses",
+    "optim",
+    "objectives",
+    "backbones",
+    "regimes",
+    "surgery",
+)
 __all__ = [*_HOMES, *_MODULES]
 
 

@@ -350,16 +350,19 @@ def test_the_nearest_name_of_a_short_word_is_near(name, near):
 
 
 def test_every_start_away_from_zero_says_so():
-    """AWAY is what keeps it from adapters that do not take it off: of each init that gives A0, and of no other."""
+    """AWAY is what keeps it from adapters that do not take it off: of each init that gives A0, and of no other. CORE is
+    what keeps a core from adapters that have none."""
     import jax
 
     from molora_jax.core.types import Site
-    from molora_jax.inits import INITS
+    from molora_jax.inits import INITS, made
 
-    for name, init in INITS.items():
-        leaves = init(jax.random.key(0), Site("q", 8, 8, (0,), 2), 2, scale=1.0, base=jax.numpy.eye(8))
-        away = "A0" in leaves or bool(jax.numpy.any(leaves["B"]))
+    given = dict(base=jax.numpy.eye(8), base_grad=jax.numpy.eye(8))
+    for name in INITS:
+        leaves = made(name)(jax.random.key(0), Site("q", 8, 8, (0,), 2), 2, scale=1.0, **given)
+        away = "A0" in leaves or "core" not in leaves and bool(jax.numpy.any(leaves["B"]))
         assert bool(config_members.attribute("inits", name, "AWAY")) == away, name
+        assert bool(config_members.attribute("inits", name, "CORE")) == ("core" in leaves), name
 
 
 @pytest.mark.parametrize("name", sorted(config_members.members("adapters")))

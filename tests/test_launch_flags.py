@@ -57,6 +57,22 @@ def test_an_option_that_the_file_leaves_out():
     assert config.optim.ratio == 4.0 and config.method.rules.ffn.router.jitter == 0.1
 
 
+def test_a_router_and_a_start_with_options_that_the_file_leaves_out():
+    rule = "--config.method.rules.all"
+    routed, _ = parse("--config=lora", f"{rule}.experts=4", f"{rule}.router.k=1", f"{rule}.router.name=softmax_topk")
+    assert routed.method.rules.all.router.to_dict() == dict(name="softmax_topk", k=1)
+    start = f"{rule}.adapter.init"
+    for argv, wanted in (
+        (["lora", f"{start}=lora_ga", f"{start}.gamma=4"], dict(name="lora_ga", gamma=4.0)),
+        (["lora_ga", f"{start}=pissa"], dict(name="pissa")),
+        (["lora_xs", f"{start}.deviation=0.5"], dict(name="lora_xs", deviation=0.5, svd="exact")),
+    ):
+        config, _ = parse(f"--config={argv[0]}", *argv[1:])
+        assert config.method.rules.all.adapter.init.to_dict() == wanted
+    with pytest.raises(InputError, match="adapter.init.gama: got an unknown field; .*Did you mean 'gamma'"):
+        parse("--config=lora_ga", f"{start}.gama=4")
+
+
 def test_a_loss_that_the_file_leaves_out_is_switched_on():
     config, _ = parse(
         f"--config={MIXLORA}", "--config.losses.z_loss.weight=0.25", "--config.losses.soft.counts=soft",

@@ -40,6 +40,8 @@ AS_SHIPPED = {
         "vera": "its R would be far above the widths",
         "ia3": "it has a vector a projection",
         "nola": "random matrices for so many coefficients would cost more than full fine-tuning",
+        "lora_xs": "a core of so many parameters would be far wider than the kernel",
+        "lora_sb": "a core of so many parameters would be far wider than the kernel",
     },
 }
 FALLING = ("randlora",)  # trains less the larger R is, about as 1 / R

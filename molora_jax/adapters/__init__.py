@@ -7,6 +7,8 @@ from molora_jax.adapters.dylora import DyLora
 from molora_jax.adapters.ia3 import Ia3
 from molora_jax.adapters.lora import Lora
 from molora_jax.adapters.lora_fa import LoraFA
+from molora_jax.adapters.lora_shared_a import LoraSharedA
+from molora_jax.adapters.lora_xs import LoraXs
 from molora_jax.adapters.mos import Mos
 from molora_jax.adapters.nola import Nola
 from molora_jax.adapters.randlora import RandLora
@@ -26,4 +28,6 @@ ADAPTERS = {
     "allora": Allora,
     "dylora": DyLora,
     "adalora": AdaLora,
+    "lora_xs": LoraXs,
+    "lora_shared_a": LoraSharedA,
 }

@@ -15,7 +15,10 @@ from molora_jax.errors import InputError
 
 @dataclasses.dataclass(frozen=True)
 class Adapter:
-    """Fields that every adapter has. `dropout` acts on the adapter's input: one mask a site call for all experts."""
+    """Fields that every adapter has. `dropout` acts on the adapter's input: one mask a site call for all experts.
+
+    `init`: a start's name, or `dict(name=..., options)`, of which the field then holds the `Start`.
+    """
 
     rank: int = 16
     alpha: float = 32.0
@@ -27,11 +30,22 @@ class Adapter:
     # Whether `factors` takes off the start A0, B0 of an init that says AWAY; of the class that writes `factors` itself.
     SUBTRACTS: ClassVar[bool] = False
     PAIRED: ClassVar[bool] = True  # whether its leaves A and B add s B A, so that an optimizer may move them together
+    # Whether it has a core between frozen A and B, so that its start is one that says CORE; likewise.
+    CORE: ClassVar[bool] = False
     LOADS: ClassVar[bool] = False  # whether its leaves are A and B of a product alone, to be filled from a run
     DENSE: ClassVar[bool] = False  # whether its inner width is near the widths of a site: there is no rank to stay in
     RANK_BOUND: ClassVar[bool] = True  # whether a rank above both widths of a site is a mistake
     ROW_FACTORS: ClassVar[bool] = False  # whether it has `Factors.out` or `inp`, which multiply the frozen product
     AFTER_DOWN: ClassVar[bool] = True  # whether one of them multiplies what W_d (the down projection) gives
+
+    def __post_init__(self):
+        if hasattr(self.init, "items"):  # a config holds a dict; a member is hashed
+            object.__setattr__(self, "init", inits.made(self.init))
+
+    @property
+    def start(self):
+        """Where its factors start: a function or a `Start` (`inits/base.py`)."""
+        return inits.made(self.init)
 
     def scale(self) -> float:
         """`s` of `s B A x`; leaves are stored unscaled."""
@@ -43,8 +57,7 @@ class Adapter:
     def init_leaves(
         self, key: Array, site: Site, layer: Array, *, base: Array | None = None, base_grad: Array | None = None
     ) -> dict[str, Array]:
-        init = outside.member("inits", inits.INITS, self.init)
-        leaves = init(key, site, self.rank, scale=self.scale(), base=base, base_grad=base_grad)
+        leaves = self.start(key, site, self.rank, scale=self.scale(), base=base, base_grad=base_grad)
         if "A0" in leaves and not outside.stated_with(type(self), "SUBTRACTS", "factors"):
             raise InputError(
                 "adapter.init", got=f"{self.init!r}, whose start is not zero",

@@ -11,11 +11,13 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
+from molora_jax import inits
 from molora_jax.core import rules as rules_lib
 
 
-def init_adapters(config, rules, segments, key, params: dict, base_grad: dict | None = None) -> dict:
-    """Traceable; a leaf's key folds rule, site and absolute layer."""
+def init_adapters(config, rules, segments, key, params: dict) -> dict:
+    """Traceable; a leaf's key folds rule, site and absolute layer. Starts that read the base's gradient are those of a
+    gradient of zeros, until `begun_anew` has one."""
     tree: dict = {}
     for rule in rules:
         out: dict = {}
@@ -27,7 +29,7 @@ def init_adapters(config, rules, segments, key, params: dict, base_grad: dict | 
             own = out.setdefault(segment.name, {})
             for name in rule.projections:
                 site = rules_lib.site(config, name, segment, rule)
-                own[name] = _init_layers(rule.adapter, rule_key, site, config, params, base_grad)
+                own[name] = _init_layers(rule.adapter, rule_key, site, config, params)
                 own[name] = own[name] if rule.placement is None else rule.placement.kept(name, own[name])
             if rule.base_router == "trained":
                 own.setdefault("router", {})["base"] = {"W": _base_router(config, segment, params)}
@@ -49,6 +51,34 @@ def init_adapters(config, rules, segments, key, params: dict, base_grad: dict | 
     return tree
 
 
+def begun_anew(config, rules, segments, key, params: dict, adapters: dict, layer, base_grad: dict) -> dict:
+    """`adapters` of which the leaves at one layer start from the base's gradient there, where their start reads it.
+
+    Traceable, `layer` (absolute) too; `segments` hold the one that it lies in. `key`, `params` as of `init_adapters`;
+    `base_grad`: site -> `[D_in, D_out]`.
+    """
+    (segment,) = segments
+    stack = config.stack_of(segment.start)
+    for rule in rules:
+        rule_key = jax.random.fold_in(key, rule.tag)
+        for name in rule.projections if reads_gradient(rule) and rule.experts[segment.start] else ():
+            site = rules_lib.site(config, name, segment, rule)
+            leaf_key = jax.random.fold_in(jax.random.fold_in(rule_key, rules_lib.site_tag(name)), layer)
+            base = jax.lax.dynamic_index_in_dim(params[stack.name][name]["kernel"], layer - stack.start, 0, False)
+            new = rule.adapter.init_leaves(leaf_key, site, layer, base=base, base_grad=base_grad[name])
+            own = adapters[rule.name][segment.name]
+            put = jax.tree.map(
+                lambda old, new: jax.lax.dynamic_update_index_in_dim(old, new, layer - segment.start, 0), own[name], new
+            )
+            adapters = adapters | {rule.name: adapters[rule.name] | {segment.name: own | {name: put}}}
+    return adapters
+
+
+def reads_gradient(rule) -> bool:
+    """Whether a rule's factors start from the base's gradient."""
+    return "base_grad" in inits.needs(rule.adapter.start)
+
+
 def _base_router(config, segment, params):
     """A copy of the base's own router, `[L_segment, E, D]` float32."""
     stack = config.stack_of(segment.start)
@@ -62,7 +92,7 @@ def _without_empty(tree: dict) -> dict:
     return {k: v for k, v in below.items() if not isinstance(v, dict) or v}
 
 
-def _init_layers(member, key, site, config=None, params=None, base_grad=None):
+def _init_layers(member, key, site, config=None, params=None):
     """One layer at a time, with a key of the absolute layer: regrouping layers changes nothing. No params: a router."""
     key = jax.random.fold_in(key, rules_lib.site_tag(site.name) + (100 if params is None else 0))
     # a chain changes a state and no projection: there is no base weight
@@ -75,7 +105,7 @@ def _init_layers(member, key, site, config=None, params=None, base_grad=None):
             return member.init_leaves(layer_key, site, layer)
         pick = lambda w: jax.lax.dynamic_index_in_dim(w, layer - stack.start, 0, False)  # noqa: E731
         base = None if kernel is None else pick(kernel["kernel"])
-        grad = None if kernel is None or base_grad is None else pick(base_grad[site.name])
+        grad = None if base is None else jnp.zeros(base.shape)
         return member.init_leaves(layer_key, site, layer, base=base, base_grad=grad)
 
     return jax.lax.map(of_layer, jnp.array(site.layers))

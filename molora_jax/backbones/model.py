@@ -17,6 +17,7 @@ import jax.numpy as jnp
 from molora_jax.backbones import leaves, stack
 from molora_jax.backbones.base import Backbone, needs_head
 from molora_jax.backbones.layer import Layer
+from molora_jax.backbones.tap import Tap
 from molora_jax.core import rules as rules_lib
 from molora_jax.core.types import Array, Context
 from molora_jax.engines import ALONE, Engine
@@ -45,9 +46,17 @@ class Model:
         """The frozen base alone."""
         return dataclasses.replace(self, rules=(), losses=())
 
-    def init_adapters(self, key: Array, params: dict, base_grad: dict | None = None) -> dict:
+    def init_adapters(self, key: Array, params: dict) -> dict:
         """Fresh leaves, float32 (tables int32). `params` is read by inits that start from the base."""
-        return leaves.init_adapters(self.config, self.rules, self.segments, key, params, base_grad)
+        return leaves.init_adapters(self.config, self.rules, self.segments, key, params)
+
+    def begun_anew(self, key: Array, params: dict, adapters: dict, layer: Array, base_grad: dict) -> dict:
+        """`adapters`, whose leaves of one layer start from the base's gradient there (site -> `[D_in, D_out]`).
+
+        `layer` may be traced where one segment holds all layers; only rules whose start reads the gradient change.
+        """
+        segments = self.segments if len(self.segments) == 1 else [s for s in self.segments if layer in s.layers]
+        return leaves.begun_anew(self.config, self.rules, segments, key, params, adapters, layer, base_grad)
 
     def init_router_state(self) -> dict:
         return leaves.init_router_state(self.config, self.rules, self.segments)
@@ -82,6 +91,7 @@ class Model:
         cache=None,
         collect: bool = False,
         constrain=identity,
+        tap: Tap | None = None,
     ):
         """Final hidden states, after the last norm.
 
@@ -92,6 +102,7 @@ class Model:
           mask: `[B, 1, S, S_k]` attention mask; by default the backbone's own, block-diagonal over `segment_ids`.
           cache: `(buffers, write)`: those of `init_cache`, and what puts new keys or values in (see `StackRunner`).
           collect: also return the gates.
+          tap: a zero on kernels of one layer, for the gradient of these (`tap.zeros` are then what came out).
 
         Returns:
           `(hidden [B, S, D], sums {rule: {segment: {scope: ...}}}, buffers, gates likewise [L_segment, B, S, E])`.
@@ -130,6 +141,7 @@ class Model:
         runner = stack.StackRunner(
             self, adapters, state, ctx, mask=mask, carry=carry, cache=(*buffers["own"], write) if buffers else None,
             route=lambda x: self._route_model(adapters, state, x, ctx, collect), collect=collect, constrain=constrain,
+            tap=tap,
         )  # fmt: skip
         x = self.config.forward(params, batch, runner)
         if buffers:

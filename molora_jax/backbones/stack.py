@@ -50,16 +50,19 @@ class StackRunner:
 
     `adapters[rule][segment]`, `state` likewise. `carry` by rule goes through the layers; `cache` is `(k, v, write)`,
     `k, v [L, B, S_k, H_kv, H_d]` and `write(buffer [B, ...], new [B, S, ...])`, None without one; `route(x)` gives the
-    decisions that are taken once for all layers, from what enters the first: `(given, stats, gates)`.
+    decisions that are taken once for all layers, from what enters the first: `(given, stats, gates)`; `tap` as of
+    `Model.hidden`.
 
     Afterwards `cache` is the new one, and `stats`, `gates` `{rule: {segment: ...}}` hold what left the layers, each
     leading with the segment's layers.
     """
 
-    def __init__(self, model, adapters, state, ctx: Context, *, mask, carry, cache, route, collect, constrain):
+    def __init__(
+        self, model, adapters, state, ctx: Context, *, mask, carry, cache, route, collect, constrain, tap=None
+    ):
         self.model, self.adapters, self.state, self.ctx = model, adapters, state, ctx
         self.mask, self.carry, self.cache, self.route = mask, carry, cache, route
-        self.collect, self.constrain = collect, constrain
+        self.collect, self.constrain, self.tap = collect, constrain, tap
         self.given, self.once = None, None
         self.stats, self.gates = {}, {}
 
@@ -75,7 +78,7 @@ class StackRunner:
         return x
 
     def _segment(self, stack, segment, params, x):
-        model, config, ctx, cache = self.model, self.model.config, self.ctx, self.cache
+        model, config, ctx, cache, tap = self.model, self.model.config, self.ctx, self.cache, self.tap
         active = [(rule, E) for rule, E in zip(model.rules, segment.counts, strict=True) if E]
         names = [rule.name for rule, _ in active]
         shared = {name: self.adapters[name].get("shared", {}) for name in names}
@@ -86,12 +89,12 @@ class StackRunner:
         arrays = {name: jnp.array(values) for name, values in stack.arrays}
 
         def body(loop, xs):
-            x, carry, kv = loop
+            x, carry, kv, zeros = loop
             index, own, own_state = xs
             place = index - stack.start if stack.start else index
-            base = jax.tree.map(
-                lambda w: checkpoint_name(jax.lax.dynamic_index_in_dim(w, place, 0, False), "base"), sliced
-            )
+            base = jax.tree.map(lambda w: jax.lax.dynamic_index_in_dim(w, place, 0, False), sliced)
+            base, zeros = (base, zeros) if tap is None else tap.kernels(index, base, zeros)
+            base = jax.tree.map(lambda w: checkpoint_name(w, "base"), base)
             base |= jax.tree.map(lambda w: InStack(None, w, place), experts)
             adapt = Layer(
                 config, segment, active, model.losses, (own, shared, own_state), carry,
@@ -111,13 +114,16 @@ class StackRunner:
             here = {name: values[place] for name, values in arrays.items()}
             at = At(self.once, here, ctx.valid, ctx.train, model.attention)
             x, kv = config.block(base, x, at, adapt, store)
-            return (self.constrain(x), adapt.carry, kv), (adapt.stats, adapt.routings)
+            return (self.constrain(x), adapt.carry, kv, zeros), (adapt.stats, adapt.routings)
 
         body = jax.checkpoint(body, policy=REMAT[model.remat], prevent_cse=False) if ctx.train else body
         own_state = {name: self.state.get(name, {}).get(segment.name, {}) for name in names}
         xs = (jnp.arange(segment.start, segment.stop), own, own_state)
         kv = None if cache is None else cache[:2]
-        (x, self.carry, kv), (stats, gates) = jax.lax.scan(body, (x, self.carry, kv), xs)
+        zeros = {} if tap is None else {site: tap.zeros[site] for site in stack.sites if site in tap.zeros}
+        (x, self.carry, kv, zeros), (stats, gates) = jax.lax.scan(body, (x, self.carry, kv, zeros), xs)
+        if tap is not None:
+            tap.zeros = tap.zeros | zeros
         self.cache = None if cache is None else (*kv, cache[2])
         for name in names:
             for all_of, new in ((self.stats, stats), (self.gates, gates)):

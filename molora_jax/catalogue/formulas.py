@@ -61,6 +61,16 @@ def adalora(decoder: Backbone) -> int:
     return decoder.layers * (low_rank(decoder, decoder.sites, 12) + 12 * len(decoder.sites))
 
 
+def lora_ga(decoder: Backbone) -> int:
+    """`8 L p(all)`"""
+    return decoder.layers * low_rank(decoder, decoder.sites, 8)
+
+
+def lora_xs(decoder: Backbone) -> int:
+    """`16^2 * 7 L`, whatever the widths"""
+    return decoder.layers * len(decoder.sites) * 16**2
+
+
 def fedit(decoder: Backbone) -> int:
     """`8 L p(q,v)`; a client sends as many a round"""
     return decoder.layers * low_rank(decoder, ("q", "v"), 8)

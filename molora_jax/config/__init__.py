@@ -8,7 +8,7 @@ mistakes are reported together. Fields and ranges: `config/fields.py`; options o
 from molora_jax.config import checks as config_checks
 from molora_jax.config import objectives
 from molora_jax.config.fields import PROJECTIONS, wrong
-from molora_jax.config.limits import placement_of, states
+from molora_jax.config.limits import option, placement_of, states
 from molora_jax.config.resolve import resolve_experts, resolve_layers, resolve_mesh, resolve_sites
 from molora_jax.config.rule_checks import check_counts, covered
 from molora_jax.config.values import plain, raise_all
@@ -59,16 +59,16 @@ def check_model(config, num_layers, dims=None, absent=None):
             problems.append(wrong(f"{where}.sites", repr(rule["sites"]), have, absent[missing[0]]))
             continue
         owned = states("placements", placement_of(rule, sites), "OWNS") or sites
-        smaller = states("inits", rule["adapter"].get("init"), "RANK") == "smaller"
+        bound = states("inits", option(rule, "adapter.init"), "RANK") or "larger"
         for site in (name for name in owned if name in PROJECTIONS):
             if isinstance(dims, dict) and site not in dims:
                 problems.append(wrong(f"{where}.sites", repr(site), f"a projection of this model: {', '.join(dims)}"))
                 continue
             rank, widths = rule["adapter"].get("rank"), dims and (dims[site] if isinstance(dims, dict) else dims(site))
-            most = widths and (min(widths) if smaller else max(widths))
-            bound = states("adapters", rule["adapter"]["name"], "RANK_BOUND")
-            if widths and rank and bound and rank > most:
-                expected = f"<= {most}, the {'smaller' if smaller else 'larger'} width of {site}"
+            most = widths and {"smaller": min(widths), "half": min(widths) // 2}.get(bound, max(widths))
+            if widths and rank and rank > most and states("adapters", rule["adapter"]["name"], "RANK_BOUND"):
+                whose = "half the smaller" if bound == "half" else f"the {bound}"
+                expected = f"<= {most}, {whose} width of {site}"
                 problems.append(wrong(f"{where}.adapter.rank", rank, expected, "Lower the rank."))
     raise_all(problems)
 

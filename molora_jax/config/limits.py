@@ -51,7 +51,8 @@ def option(rule: dict, path: str):
         return None
     member = rule[group]["name"]
     field = options(AXES[group], member).get(name)
-    return rule[group].get(name, None if field is None else field.default)
+    found = rule[group].get(name, None if field is None else field.default)
+    return found.get("name") if isinstance(found, dict) else found  # of a start with options its name
 
 
 def refused(where: str, rule: dict, rows, *, start: str):

@@ -103,7 +103,7 @@ def options(axis, name):
     """
     if outside.is_path(name):
         member = outside.load(axis, name, name)
-        return {} if axis in ("inits", "engines") else options_of(member, name)
+        return options_of(member, name) if isinstance(member, type) else {}
     limits, where = _limits(axis, name), f"molora_jax/{axis}/{name}.py"
     found = {o: _field(f"{where}, field {o}", *f) for o, f in _annotations(axis, name).items()}
     return _with_limits(where, found, limits)

@@ -146,8 +146,7 @@ def _fault(home: str, error: BaseException) -> str:
 
 
 def _contract(axis) -> str:
-    file = "inits/kaiming.py" if axis == "inits" else f"{axis}/base.py"
-    return f"The contract is molora_jax/{file}."
+    return f"The contract is molora_jax/{axis}/base.py."
 
 
 def lacks(axis, found) -> tuple[str, str]:
@@ -159,15 +158,16 @@ def lacks(axis, found) -> tuple[str, str]:
 def axis_of(kind: type) -> str:
     """The axis of whose contract a class is made, "" for none."""
     homes = {(f"molora_jax.{axis}.base", base): axis for axis, (base, _) in CONTRACTS.items()}
+    homes["molora_jax.inits.base", "Start"] = "inits"
     found = (homes.get((cls.__module__, cls.__name__), "") for cls in inspect.getmro(kind))
     return next(filter(None, found), "")
 
 
 def _lacks(axis, found) -> tuple[str, str]:
     if axis == "inits":
-        if not inspect.isfunction(found):
-            return "which is no function", ""
-        names = inspect.signature(found).parameters
+        if not inspect.isfunction(found) and axis_of(found) != "inits":
+            return "which is no function, and no Start", ""
+        names = inspect.signature(found if inspect.isfunction(found) else found.__call__).parameters
         absent = [name for name in INIT if name not in names]
         return (f"which has no argument {absent[0]}", f"Write init({', '.join(INIT)}).") if absent else ("", "")
     if axis == "engines":

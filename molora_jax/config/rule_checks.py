@@ -24,12 +24,21 @@ def rule_problems(config):
             yield wrong(where, shown(rule), "a rule (see configs/common.py)")
             continue
         found = list(group_problems(where, rule, tables.RULE, elsewhere=("adapter", "router", "placement")))
-        found += member_problems(f"{where}.adapter", rule.get("adapter"), "adapters")
+        found += adapter_problems(f"{where}.adapter", rule.get("adapter"))
         if "router" in rule:
             found += member_problems(f"{where}.router", rule["router"], "routers")
         if "placement" in rule:
             found += _placement(f"{where}.placement", rule["placement"])
         yield from found or _rule(where, rule, start=config["train"].get("init_from"))
+
+
+def adapter_problems(where, value):
+    """Of an adapter's options; its start may have options too, `init=dict(name=..., option=...)`."""
+    start = value.get("init") if isinstance(value, dict) else None
+    if not isinstance(start, dict):
+        return member_problems(where, value, "adapters")
+    found = member_problems(f"{where}.init", start, "inits")
+    return found or member_problems(where, value | {"init": start["name"]}, "adapters")
 
 
 def _placement(where, value):
@@ -55,7 +64,7 @@ def _rule(where, rule, *, start):
             yield wrong(f"{where}.load", shown(path), "paths that exist", "Check the path.")
     if rule["load"]:
         yield from _load(where, rule, counts)
-    init = rule["adapter"].get("init")
+    init = limits.option(rule, "adapter.init")
     if init is not None:
         strange = member_problem(f"{where}.adapter.init", "inits", init)
         if strange:
@@ -77,11 +86,16 @@ def covered(where, rule, num_layers=None):
 
 
 def check_start(where, rule):
-    """What a start away from B A = 0 asks of the adapter."""
+    """What a start away from B A = 0, or one with a core, asks of the adapter."""
     adapter, init = rule["adapter"]["name"], limits.option(rule, "adapter.init")
     if limits.states("inits", init, "AWAY") and not stated_with("adapters", adapter, "SUBTRACTS", "factors"):
         able = [name for name in members("adapters") if stated_with("adapters", name, "SUBTRACTS", "factors")]
         expected = f"a start of B A = 0: {adapter} does not take a start off, which {', '.join(able)} do"
+        yield wrong(f"{where}.adapter.init", shown(init), expected, "Choose another init or adapter.")
+    core = bool(stated_with("adapters", adapter, "CORE", "factors"))
+    if core != bool(limits.states("inits", init, "CORE")):
+        able = [name for name in members("inits") if bool(limits.states("inits", name, "CORE")) == core]
+        expected = f"a start {'with' if core else 'without'} a core for {adapter}: {', '.join(able)}"
         yield wrong(f"{where}.adapter.init", shown(init), expected, "Choose another init or adapter.")
 
 
@@ -140,7 +154,7 @@ def _load(where, rule, counts):
     if set(counts) != {number}:
         yield wrong(f"{where}.experts", shown(rule["experts"]), f'"{number}", one for each of the runs in load')
     init = limits.option(rule, "adapter.init")
-    if not attribute("adapters", adapter["name"], "LOADS") or "base" in limits.states("inits", init, "NEEDS"):
+    if not attribute("adapters", adapter["name"], "LOADS") or limits.states("inits", init, "NEEDS"):
         able = " or ".join(name for name in members("adapters") if attribute("adapters", name, "LOADS"))
         starts = " or ".join(repr(name) for name in members("inits") if not limits.states("inits", name, "NEEDS"))
         got = f"{adapter['name']!r} with init {init!r}"

@@ -8,15 +8,16 @@ from typing import NamedTuple
 
 import jax
 import numpy as np
-from flax.core import freeze
+from flax.core import freeze, unfreeze
 from jax.sharding import AxisType, Mesh
 
+from molora_jax import inits
 from molora_jax.adapters import ADAPTERS
 from molora_jax.adapters.base import Adapter
 from molora_jax.config import limits, outside
 from molora_jax.config import members as config_members
 from molora_jax.config.fields import RULE, shown, wrong
-from molora_jax.config.rule_checks import check_counts
+from molora_jax.config.rule_checks import adapter_problems, check_counts
 from molora_jax.config.values import check_value, member_problems, raise_all
 from molora_jax.core.rules import Rule
 from molora_jax.engines import ALONE, Engine
@@ -65,13 +66,17 @@ def member(axis: str, value, where: str):
     if isinstance(value, contract):
         _keeps_contract(axis, value, where)
         described = described_as(axis, value)
-        raise_all(member_problems(where, described, axis) if "name" in described else _own_limits(value, where))
+        raise_all(_problems(where, described, axis) if "name" in described else _own_limits(value, where))
         return value
     if not isinstance(value, (str, Mapping)):
         raise _no_member(axis, value, where)
-    options = {"name": value} if isinstance(value, str) else dict(value)
-    raise_all(member_problems(where, options, axis))
+    options = {"name": value} if isinstance(value, str) else unfreeze(value)
+    raise_all(_problems(where, options, axis))
     return outside.member(axis, table, options.pop("name"))(**options)
+
+
+def _problems(where: str, options: dict, axis: str) -> list[InputError]:
+    return adapter_problems(where, options) if axis == "adapters" else member_problems(where, options, axis)
 
 
 def _keeps_contract(axis: str, value, where: str) -> None:
@@ -110,6 +115,10 @@ def described_as(axis: str, value) -> dict:
     path = f"{type(value).__module__}:{type(value).__qualname__}"
     name = path if name is None and config_members.is_member(axis, path) else name
     options = {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
+    if isinstance(options.get("init"), inits.Start):
+        start = options["init"]
+        options["init"] = {f.name: getattr(start, f.name) for f in dataclasses.fields(start)}
+        options["init"]["name"] = inits.name_of(start)
     return options | ({} if name is None else {"name": name})
 
 
@@ -191,13 +200,7 @@ def _made(where, placement, sites, experts, adapter, router, engine, mesh, down,
     count = int(experts) if isinstance(experts, str) and experts.isdigit() else experts
     if not isinstance(count, int) or isinstance(count, bool) or count < 1:
         raise wrong(f"{where}.experts", shown(experts), "an integer >= 1")
-    init = config_members.member_problem(f"{where}.adapter.init", "inits", adapter.init)
-    if init:
-        raise init
-    if limits.states("inits", adapter.init, "AWAY") and not outside.stated_with(type(adapter), "SUBTRACTS", "factors"):
-        name = type(adapter).__name__
-        expected = f"a start of B A = 0: {name}.factors does not say that it takes A0, B0 off (SUBTRACTS)"
-        raise wrong(f"{where}.adapter.init", repr(adapter.init), expected, 'Use init="kaiming".')
+    _check_start(f"{where}.adapter.init", adapter)
     described = {"experts": str(count), "down": down, "adapter": described_as("adapters", adapter)}
     if router is not None:
         described["router"] = described_as("routers", router)
@@ -206,6 +209,23 @@ def _made(where, placement, sites, experts, adapter, router, engine, mesh, down,
         raise_all(list(check_counts(where, described, (count,))))
         raise_all(list(limits.refused(where, described, limits.states("placements", placement, "REFUSES"), start="")))
     return Made(Rule(where, sites, (count,), adapter, router, down, gates_scale_base), engine_of(engine, mesh))
+
+
+def _check_start(where: str, adapter: Adapter) -> None:
+    """Raises InputError for a start that the adapter cannot take, or one that only a run can give."""
+    init = inits.name_of(adapter.init) if isinstance(adapter.init, inits.Start) else adapter.init
+    strange = config_members.member_problem(where, "inits", init)
+    if strange:
+        raise strange
+    name, states = type(adapter).__name__, lambda wanted: outside.stated_with(type(adapter), wanted, "factors")
+    if limits.states("inits", init, "AWAY") and not states("SUBTRACTS"):
+        expected = f"a start of B A = 0: {name}.factors does not say that it takes A0, B0 off (SUBTRACTS)"
+        raise wrong(where, repr(init), expected, 'Use init="kaiming".')
+    if bool(limits.states("inits", init, "CORE")) != bool(states("CORE")):
+        raise wrong(where, repr(init), f"a start {'with' if states('CORE') else 'without'} a core, for {name}")
+    if "base_grad" in (limits.states("inits", init, "NEEDS") or ()):
+        fix = "That gradient is taken by a run of this library (`python -m launch.train`), not by a single layer."
+        raise wrong(where, repr(init), "a start that reads no gradient of the base", fix)
 
 
 def _stands_alone(where: str, router: Router) -> None:

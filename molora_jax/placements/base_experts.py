@@ -125,6 +125,7 @@ class BaseExperts(Placement):
             "lora, rslora or lora_fa: factors of a base's expert are a pair A, B", "Use lora.",
         ),
         ("adapter.init", (("adapter.init", "needs", "base"),), "a start that reads no base weight", "Use kaiming."),
+        ("adapter.init", (("adapter.init", "needs", "base_grad"),), "a start that reads no gradient", "Use kaiming."),
     )  # fmt: skip
 
     def acts(self, rule):

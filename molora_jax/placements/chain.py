@@ -78,6 +78,7 @@ class Chain(Placement):
             "factors of low rank: a pass with an inner width near D is a dense layer of its own", "Use lora.",
         ),
         ("adapter.init", (("adapter.init", "needs", "base"),), "a start that needs no base weight", "Use kaiming."),
+        ("adapter.init", (("adapter.init", "needs", "base_grad"),), "a start that reads no gradient", "Use kaiming."),
         (
             "placement.residual",
             (

@@ -22,6 +22,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from molora_jax.backbones.leaves import reads_gradient
 from molora_jax.core import accountant, trees
 from molora_jax.core.privacy import Private
 from molora_jax.data import clients as clients_lib
@@ -93,6 +94,11 @@ class Federated(Regime):
         sizes = self.source(data, config, None).sizes  # raises for a client without rows
         if not self.private:
             return
+        for rule in filter(reads_gradient, model.rules):
+            raise InputError(
+                f"method.rules.{rule.name}.adapter.init", got="a start that reads the base's gradient, with DP-SGD",
+                expected="one that reads no rows", fix="That gradient is of the clients' rows, without noise.",
+            )  # fmt: skip
         if data.unit > 1:
             raise InputError(
                 "regime.dp_clip", got="an objective whose examples are several rows", expected="0.0 with it",

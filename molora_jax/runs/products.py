@@ -1,6 +1,7 @@
 """The plain adapters of a run as products, whatever parameterises them: `s B A` of each rule, layer and site.
 
-PiSSA's start, MoS's pools and every scale are written out: `A [R, D_in]`, `s B [R, D_out]`, numpy. Zero rows stay.
+PiSSA's start, LoRA-XS's core, MoS's pools and every scale are written out: `A [R, D_in]`, `s B [R, D_out]`, numpy. Rows
+of zeros stay.
 """
 
 import jax
@@ -38,15 +39,19 @@ def _product(adapter, site, own: dict, shared: dict, refuse, where):
         raise refuse(f"without float32 leaves of {where}", "what its config says")
     blank = Context(None, None, None, None, None, site=site)
     base = jax.ShapeDtypeStruct((site.d_in, site.d_out), np.float32)
+    init = lambda W: adapter.init_leaves(jax.random.key(0), site, site.layers[0], base=W, base_grad=W)  # noqa: E731
     try:
+        if jax.eval_shape(init, base).keys() - own:  # a start A0, B0 that is lost would be one of zero
+            raise KeyError
         shapes = jax.eval_shape(adapter.factors, own, shared, blank.replace(base=base))
     except (KeyError, TypeError, AttributeError):
         raise refuse(f"without the leaves of {where}", "what its config says") from None
-    if any(part is not None for part in (shapes.mid, shapes.out, shapes.inp, shapes.form)):
+    if any(part is not None for part in (shapes.out, shapes.inp, shapes.form)):
         name = type(adapter).__name__
         raise refuse(f"whose adapter is {name}", "adapters that are a product B A: others do not mix linearly")
     f = adapter.factors(own, shared, blank)
-    A, B = np.asarray(f.A[0]), np.float32(adapter.scale()) * np.asarray(f.B[0])
+    A = np.asarray(f.A[0] if f.mid is None else f.mid[0] @ f.A[0])
+    B = np.float32(adapter.scale()) * np.asarray(f.B[0])
     if A.shape != (len(B), site.d_in) or B.shape[1:] != (site.d_out,) or A.dtype != np.float32:
         got = f"with {A.dtype} A {list(A.shape)} and B {list(B.shape)} at {where}"
         raise refuse(got, f"float32 [R, {site.d_in}] and [R, {site.d_out}]")

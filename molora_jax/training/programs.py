@@ -162,9 +162,14 @@ class CompiledStep:
         self._once, self.squares = {}, None
 
     def start(self, params, seed):
-        """The state of a run's step 0."""
-        key = jax.random.fold_in(jax.random.key(seed), START_KEY)
-        return fresh(self.model, self.optimizer, params, self.frozen, key, self.program.modules.init)
+        """The state of a run's step 0, but for starts that read the base's gradient (`training.probe`)."""
+        own = self.program.modules.init
+        return fresh(self.model, self.optimizer, params, self.frozen, self.start_key(seed), own)
+
+    @staticmethod
+    def start_key(seed):
+        """The random key of a run's start."""
+        return jax.random.fold_in(jax.random.key(seed), START_KEY)
 
     def spread(self, state):
         """One run's state as that of all runs side by side."""

@@ -31,7 +31,7 @@ from molora_jax.runs.checkpoints import Checkpoints, read_manifest
 from molora_jax.runs.modules import in_place
 from molora_jax.runs.obstacles import not_saved
 from molora_jax.runs.workdir import Workdir
-from molora_jax.training import many
+from molora_jax.training import many, probe
 from molora_jax.training.exact import ExactNLL
 from molora_jax.training.examples import mean_squares
 from molora_jax.training.frozen import START
@@ -169,7 +169,10 @@ class TrainingRun:
         stage = self.compiled(stage_at(self.stages, step or 0))
         self.memory = self.regime.memory(self)
         if step is None:
-            state = stage.make_start(self.params, self.knobs[self.stages[0].name].seed)
+            first = self.stages[0]
+            state = stage.make_start(self.params, self.knobs[first.name].seed)
+            if not self.config.train.init_from:  # else every factor is another run's
+                state = probe.begin(self, first, state)
             if self.config.train.init_from:
                 shapes = {item: getattr(stage.shapes, item) for item in warm_start.ITEMS}
                 new = warm_start.start(
@@ -318,7 +321,7 @@ class TrainingRun:
     def _carried(self, stage, compiled, state: TrainState) -> TrainState:
         """What the stage before trained, where a leaf (by absolute layer) still has its shape; others start anew."""
         seed = self.knobs[stage.name].seed
-        new = jax.device_get(compiled.make_start(self.params, seed))
+        new = jax.device_get(probe.begin(self, stage, compiled.make_start(self.params, seed)))
         put = {}
         for item in ("adapters", "router_state"):
             tree, anew = warm_start.carried(jax.device_get(getattr(state, item)), getattr(new, item))

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 from flax.traverse_util import flatten_dict
 
+from molora_jax import config as config_lib
 from molora_jax.backbones.compile import compile_model
 from molora_jax.catalogue.methods import ORGANISED
 from molora_jax.core import accountant, trees
@@ -250,3 +251,50 @@ def test_7_the_shipped_config_freezes_A_and_spends_what_it_says():
     assert made.regime.dp_epsilon == 6.0 and made.regime.dp_clip > 0 and S
     fedit = importlib.import_module("configs.fedit").get_config()
     assert not fedit.schedule.s00.freeze and fedit.regime.name == "federated"
+
+
+# ---- routed experts ------------------------------------------------------------------------------------------------
+
+
+def routed(data, adapter, freeze, **regime):
+    """Four experts at q, two of them a token, by three clients."""
+    made = small.config(data, regime=FED | dict(average="equal") | regime, freeze=freeze, steps=6)
+    with made.unlocked():
+        made.method.rules.all.update(experts="4", router=dict(name="softmax_topk", k=2, share="site"))
+        made.method.rules.all.adapter.name = adapter
+    config_lib.validate(made)
+    return made
+
+
+@pytest.mark.parametrize(
+    ("adapter", "shape", "freeze", "dp"),
+    [
+        ("lora_shared_a", (4, 1), "*/A", {}),
+        pytest.param("lora_shared_a", (4, 1), "*/A,*/router/*", small.DP, marks=pytest.mark.slow),
+        pytest.param("lora", (4, 4), "*/A", small.DP, marks=pytest.mark.slow),
+    ],
+)
+def test_routed_A_stays_and_every_experts_average_is_exact(data, tmp_path, adapter, shape, freeze, dp):
+    """A for all experts or one each, as it began on all clients; B of every expert, routers and head are sent."""
+    small.start(routed(data, adapter, freeze, **dp), tmp_path)
+    begun, path = small.arrays(tmp_path, 0), "all/000-003/q"
+    clients, mean = small.arrays(tmp_path, 3, "clients"), small.arrays(tmp_path, 3)
+    assert begun[f"{path}/A"].shape[:2] == shape and mean[f"{path}/B"].shape[:2] == (4, 4)
+    for k in range(3):
+        np.testing.assert_array_equal(clients[f"adapters/{path}/A"][k], begun[f"{path}/A"])
+    spread = {name: np.broadcast_to(x, (3, 4, 4, *x.shape[3:])) if name.endswith("q/A") else x
+              for name, x in clients.items()}  # fmt: skip
+    _, of_products = products(spread, np.ones(3) / 3)
+    A, B = (np.broadcast_to(mean[f"{path}/{leaf}"], (4, 4, *mean[f"{path}/{leaf}"].shape[2:])) for leaf in "AB")
+    saved = np.einsum("lerd,lero->ledo", A.astype(np.float64), B)
+    np.testing.assert_allclose(saved, of_products, atol=1e-6 * np.abs(of_products).max())
+    scale = np.abs(of_products).max(axis=(-1, -2))
+    assert (scale > 0).all(), "every expert of every layer moved"
+    trains = "router" not in freeze
+    router = "all/000-003/router/q/W"
+    assert np.array_equal(small.arrays(tmp_path, 6)[router], begun[router]) != trains, (
+        "from B = 0 the second step moves it"
+    )
+    head = sum(x.size for x in small.arrays(tmp_path, 6, "modules").values())
+    sent = mean[f"{path}/B"].size + head + trains * mean[router].size
+    assert [row["bytes_up"] for row in small.rows(tmp_path) if "bytes_up" in row][0] == 4 * sent

@@ -32,7 +32,7 @@ def renamed(member):
 @pytest.mark.parametrize("adapter", [*cases.ADAPTERS, "mos"])  # later ones are asked anyway
 def test_later_members_equal_those_written_out(adapter, sites, share):
     router = ROUTERS["top_p"](p=0.6, share=share)
-    init = "pissa" if ADAPTERS[adapter].SUBTRACTS else "kaiming"
+    init = "orthonormal" if ADAPTERS[adapter].CORE else "pissa" if ADAPTERS[adapter].SUBTRACTS else "kaiming"
     rule = Rule("mix", sites, (3, 4), ADAPTERS[adapter](rank=2, alpha=4.0, dropout=0.0, init=init), router)
     model = Model(SMALL, (rule,), (), "dots", 3)
     later = dataclasses.replace(rule, adapter=renamed(rule.adapter), router=renamed(router))

@@ -10,6 +10,7 @@ import pytest
 
 from molora_jax.adapters import ADAPTERS
 from molora_jax.adapters.dora import row_norm
+from molora_jax.config.members import attribute
 from molora_jax.core import routing
 from molora_jax.core.types import Context, Routing, Site
 from molora_jax.inits import INITS
@@ -47,15 +48,14 @@ def floats(tree):
     return [v for v, r in zip(leaves, real, strict=True) if r], back
 
 
-def accepts(cls, **options):
-    """Options that the class has, and whether its annotation allows `init`."""
+def accepts(cls, init):
+    """Whether the class's annotation allows this start, and whether both have a core or neither."""
     field = {f.name: f for f in dataclasses.fields(cls)}
-    allowed = getattr(field["init"].type, "__args__", INITS)
-    return options["init"] in allowed
+    return init in getattr(field["init"].type, "__args__", INITS) and cls.CORE == bool(attribute("inits", init, "CORE"))
 
 
 KERNELS = {"one row": [0], "half": range(D_OUT // 2), "all": range(D_OUT)}
-PAIRS = [(a, i) for a, i in itertools.product(ADAPTERS, INITS) if accepts(ADAPTERS[a], init=i)]
+PAIRS = [(a, i) for a, i in itertools.product(ADAPTERS, INITS) if accepts(ADAPTERS[a], i)]
 
 
 @pytest.mark.parametrize("rows", KERNELS)
@@ -64,7 +64,7 @@ def test_an_adapter_on_a_kernel_with_rows_of_zeros(name, init, rows):
     W = normal(0, D_IN, D_OUT)
     W[:, list(KERNELS[rows])] = 0
     adapter = ADAPTERS[name](rank=4, alpha=8.0, dropout=0.0, init=init)
-    own = adapter.init_leaves(jax.random.key(0), SITE, 0, base=jnp.asarray(W))
+    own = adapter.init_leaves(jax.random.key(0), SITE, 0, base=jnp.asarray(W), base_grad=jnp.asarray(W))
     shared = adapter.init_shared(jax.random.key(1), (SITE,))
     start, back = floats((own, shared))
     x, dy = normal(1, S, D_IN), normal(2, E, S, D_OUT)
@@ -74,6 +74,7 @@ def test_an_adapter_on_a_kernel_with_rows_of_zeros(name, init, rows):
         f = adapter.factors(p, common, CTX.replace(base=jnp.asarray(W)))
         y = (x if f.inp is None else x * f.inp[:, None]) @ W * (1.0 if f.out is None else f.out[:, None])
         low = jnp.einsum("sd,erd->esr", x, jnp.broadcast_to(f.A, (E, *f.A.shape[1:])))
+        low = low if f.mid is None else jnp.einsum("esr,eqr->esq", low, f.mid)
         return jnp.sum(dy * (y + adapter.scale() * jnp.einsum("esr,ero->eso", low, f.B)))
 
     for moved in (0.0, 0.1):  # at the start, and after a step

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import optax
 
 from molora_jax.adapters.lora import Lora
+from molora_jax.inits.base import Start
 from molora_jax.losses.base import Loss, leaves
 from molora_jax.objectives.lm import LM
 from molora_jax.optim.base import Optimizer
@@ -81,6 +82,19 @@ def narrow(key, site, rank, *, scale, base=None, base_grad=None):
     """A tenth of LoRA's own start."""
     A = 0.1 * site.d_in**-0.5 * jax.random.normal(key, (site.experts, rank, site.d_in))
     return {"A": A, "B": jnp.zeros((site.experts, rank, site.d_out))}
+
+
+@dataclasses.dataclass(frozen=True)
+class Narrow(Start):
+    """The same by an option: `init=dict(name="mypackage.more:Narrow", by=0.1)`."""
+
+    by: float = 0.1
+
+    LIMITS: ClassVar = {"by": (0, 1)}
+
+    def __call__(self, key, site, rank, *, scale, base=None, base_grad=None):
+        found = narrow(key, site, rank, scale=scale)
+        return found | {"A": 10 * self.by * found["A"]}
 
 
 def away(key, site, rank, *, scale, base=None, base_grad=None):

@@ -1,0 +1,156 @@
+"""The gradient of the frozen kernels at the start of a run, for starts that read it, a layer at a time.
+
+    G_l = (1 / N) sum_n d L(batch n) / d W_l,  l = 0, 1, ...;    leaves of layer l = start(W_l, G_l);    G_l is dropped
+
+L is the stage's objective of the base alone, in its training form; the batches are the first N of the run's own
+training rows (of clients, N of each), so that all follows from the run's seed and data. Nothing of the base, the
+optimizer or the random keys is touched. One pass gives one layer (`backbones.tap`): the gradient of the others is never
+kept, so beside what a step of the base holds there is one array of a layer's kernels, in float32. What is paid is L
+passes in place of one. A run saves what it started from: nobody who resumes comes here.
+"""
+
+import dataclasses
+import time
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from molora_jax import sharding
+from molora_jax.backbones import leaves
+from molora_jax.backbones.tap import Tap
+from molora_jax.engines import ALONE
+from molora_jax.objectives import Forward, Frozen
+from molora_jax.training.devices import Devices
+from molora_jax.training.frozen import START
+from molora_jax.training.step import micro_batches
+
+
+def make_gradient(model, *, objective, accumulate: int, targets_per_row: int, constrain):
+    """`gradient(sums, params, heads, fixed, batch, micro, layer, part) -> sums`, to be jitted with `sums` donated.
+
+    sums: site -> `[D_in, D_out]`, float32, to which `part` times the gradient of the `micro`-th micro-step of the
+    batch's loss is added; `layer`: absolute, traced. model: without rules; `heads`: the objective's leaves.
+    """
+
+    def gradient(sums, params, heads, fixed, batch, micro, layer, part):
+        norm = objective.norm(batch)
+        rows = jax.tree.map(lambda x: x[micro], micro_batches(batch, accumulate, objective.UNIT))
+
+        def loss(zeros):
+            tap = Tap(layer, zeros)
+            hidden = lambda rows: model.hidden(params, {}, {}, rows, train=True, constrain=constrain, tap=tap)[0]  # noqa: E731
+            forward = Forward(model, params, hidden, targets_per_row, constrain)
+            return objective.loss(forward, heads, fixed, rows, norm)[0], tap.zeros
+
+        value, back = jax.vjp(loss, jax.tree.map(jnp.zeros_like, sums))
+        (total,) = back((part.astype(value[0].dtype), sums))
+        return total
+
+    return gradient
+
+
+def begin(run, stage, state):
+    """The state of a stage's start, with the factors that start from the base's gradient; `state` where none do."""
+    compiled, program = run.compiled(stage), run.programs[stage.name]
+    rules = [rule for rule in program.model.rules if leaves.reads_gradient(rule)]
+    if not rules:
+        return state
+    began, probe = time.monotonic(), Probe(run, stage, rules, state)
+    adapters = state.adapters
+    layers = [n for n in range(program.model.config.layers) if any(rule.experts[n] for rule in rules)]
+    for layer in layers:
+        adapters = probe.begun(adapters, layer)
+    jax.block_until_ready(adapters)
+    run.note(f"gradient of the base: {len(layers)} layers, {probe.count} batches, {time.monotonic() - began:.0f} s")
+    return run.fresh_moments(compiled, dataclasses.replace(state, adapters=adapters))
+
+
+class Probe:
+    """A run's gradients by layer, and what the rules begin with there."""
+
+    def __init__(self, run, stage, rules, state):
+        program, config = run.programs[stage.name], run.config.train
+        self.run, self.program, self.rules = run, program, rules
+        self.exact, self.model = run.exact, program.model
+        if self.exact:
+            self.model = dataclasses.replace(self.model, engine=ALONE)
+        self.base = self.model.without_rules()
+        self.count = min(max(rule.adapter.start.batches for rule in rules), max(1, config.steps // run.turn))
+        self.batches = list(self._batches(stage))
+        self.accumulate = config.accumulate if program.each is None else 1
+        self.heads = state.modules.get(program.head, {})
+        self.fixed = {
+            name: Frozen(run.params, {}, {}, self.base) if source == START else run.frozen[source]
+            for name, source in program.objective.frozen().items()
+        }  # the run as it begins is, for its own start, the base
+        self.key = run.compiled(stage).start_key(run.knobs[stage.name].seed)
+        self.shardings = run.compiled(stage).shardings.adapters
+        constrain = (lambda x: x) if self.exact else run.constrain
+        self._function = make_gradient(
+            self.base, objective=program.objective, accumulate=self.accumulate, targets_per_row=run.targets_per_row,
+            constrain=constrain,
+        )  # fmt: skip
+        self._gradients, self._starts = {}, {}
+
+    def _batches(self, stage):
+        """The first training batches, on the mesh; clients' rows one client after the other."""
+        run, source = self.run, self.run.source(stage)
+        own = None if run.regime.side_by_side else sharding.rows_of_process(run.config.train.batch_size)
+        for number in range(self.count):
+            batch = source.batch(number, own)
+            clients = range(run.turn) if run.regime.side_by_side else ()
+            for rows in [{name: x[k] for name, x in batch.items()} for k in clients] or [batch]:
+                if self.exact:
+                    yield sharding.put(rows, sharding.replicated(run.mesh))
+                else:
+                    yield sharding.put_batch(rows, run.mesh, run.config.train.batch_size)
+
+    def sites(self, layer: int) -> tuple[str, ...]:
+        """Projections of a layer whose gradient is asked for."""
+        wanted = {name for rule in self.rules if rule.experts[layer] for name in rule.projections}
+        return tuple(site for site in self.base.config.stack_of(layer).sites if site in wanted)
+
+    def gradient(self, layer: int) -> dict:
+        """Site -> `[D_in, D_out]`, float32, placed as the kernels."""
+        config, params, sites = self.base.config, self.run.params, self.sites(layer)
+        stack = config.stack_of(layer)
+        kernels = {site: params[stack.name][site]["kernel"] for site in sites}
+        if (stack, sites) not in self._gradients:
+            places = {site: _of_layer(kernel) for site, kernel in kernels.items()}
+            self._gradients[stack, sites] = self._made(self._function, places, donate=0), places
+        function, places = self._gradients[stack, sites]
+        sums = {site: jax.device_put(jnp.zeros(w.shape[1:], jnp.float32), places[site]) for site, w in kernels.items()}
+        for batch in self.batches:
+            for micro in range(self.accumulate):
+                given = self._given(jnp.int32(micro), jnp.int32(layer), jnp.float32(1 / len(self.batches)))
+                sums = function(sums, params, self.heads, self.fixed, batch, *given)
+        return sums
+
+    def begun(self, adapters: dict, layer: int) -> dict:
+        """`adapters`, whose leaves at one layer begin anew; the old ones are given up."""
+        (segment,) = [s for s in self.model.segments if layer in s.layers]
+        if segment not in self._starts:
+
+            def start(adapters, params, key, layer, gradient, segment=segment):
+                model = self.model
+                return leaves.begun_anew(model.config, self.rules, (segment,), key, params, adapters, layer, gradient)
+
+            self._starts[segment] = self._made(start, self.shardings, donate=0)
+        key, number = self._given(self.key, jnp.int32(layer))
+        return self._starts[segment](adapters, self.run.params, key, number, self.gradient(layer))
+
+    def _made(self, function, shardings, donate):
+        if self.exact:
+            return Devices(self.run.mesh).once(function)
+        return jax.jit(function, out_shardings=shardings, donate_argnums=donate)
+
+    def _given(self, *scalars):
+        return jax.device_put(scalars, sharding.replicated(self.run.mesh))
+
+
+def _of_layer(kernel) -> NamedSharding:
+    """Where one layer of a stacked kernel lies."""
+    mesh = kernel.sharding.mesh
+    return NamedSharding(mesh, P(*kernel.sharding.spec[1:]))
