@@ -49,7 +49,21 @@ def preconditioned(B: Array, A: Array, scale: float) -> Array:
 
 def _backward(scale, A, g):
     gram = jnp.einsum("erd,eqd->erq", A, A) + RIDGE * jnp.eye(A.shape[1], dtype=A.dtype)
-    return jnp.linalg.solve(gram, g) / scale**2, jnp.zeros_like(A)
+    return _solved(gram, g) / scale**2, jnp.zeros_like(A)
+
+
+def _solved(G: Array, y: Array) -> Array:
+    """`G^-1 y` of symmetric positive `G [E, R, R]`, `y [E, R, D]`, by elimination.
+
+    Arithmetic alone: a call of LAPACK, as `jnp.linalg.solve` is on a CPU, is not split by a mesh.
+    """
+
+    def eliminate(i, rows):
+        row = rows[:, i] / rows[:, i, i, None]
+        return (rows - rows[:, :, i, None] * row[:, None]).at[:, i].set(row)
+
+    both = jnp.concatenate([jnp.broadcast_to(G, (len(y), *G.shape[1:])), y], axis=-1)
+    return jax.lax.fori_loop(0, y.shape[1], eliminate, both)[..., y.shape[1] :]
 
 
 preconditioned.defvjp(lambda B, A, scale: (B, A), _backward)
