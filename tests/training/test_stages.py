@@ -1,6 +1,7 @@
 """Objectives, modules and stages in the loop: what is compiled once, what a step holds, how a run goes on and opens."""
 
 import json
+import types
 
 import jax
 import numpy as np
@@ -188,3 +189,22 @@ def test_an_objective_of_a_stage_and_its_head_alone(tmp_path):
     first, last = (read_manifest(folder / str(n))["config"]["objective"] for n in (0, 4))
     assert first["pooling" if "pooling" in first else "name"] in ("last", "classify") and last["pooling"] == "mean"
     assert load_run(tmp_path / "run", "latest").objective.pooling == "mean"
+
+
+def test_patterns_that_freeze_nothing_are_refused_and_a_run_that_began_with_them_goes_on(tmp_path, monkeypatch):
+    data = write(tmp_path / "d.jsonl", "text")
+    made = config(data, schedule=dict(s00=stage(freeze="*/routr/*")))
+    words = r"schedule.s00.freeze: got \*/routr/\*, which no leaf matches; expected paths such as all/000-003/q/A, all/"
+    with pytest.raises(InputError, match=words):
+        start(made, tmp_path / "run")
+    with monkeypatch.context() as older:
+        older.setattr(programs, "_check_freeze", lambda *_, **__: None)
+        start(config(data, schedule=made.schedule, stop_after=2), tmp_path / "run")
+    _, notes = start(made, tmp_path / "run")
+    assert sum("warning: schedule.s00.freeze" in note for note in notes) == 1
+    assert digests(tmp_path / "run", 4)
+    told = []
+    run = types.SimpleNamespace(newest=None, note=told.append)
+    programs._check_freeze(run, ("*/A", "*/routr/*"), {"all": {"q": {"A": 0, "B": 0}}}, field="f")
+    got, expected = "got */routr/*, which no leaf matches", "expected paths such as all/q/A, all/q/B"
+    assert told == [f"warning: f: {got}; {expected}. Mend the pattern, or leave it out."]
