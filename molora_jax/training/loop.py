@@ -157,8 +157,7 @@ def _loop(run, state, start, last, stop, progress, note, profile, writer) -> Res
             best = False
             if due(config.eval_every):
                 valid = run.valid_nll(compiled.program, run.server(stage, state))
-                run.settle()
-                best, run.best = valid < run.best, min(valid, run.best)
+                best = run.is_best(valid)
                 pending[2]["valid_nll"] = valid
                 note(f"step {step}: valid NLL {valid:.4f}{' (best)' if best else ''}")
             if best or step >= last or due(config.save_every):

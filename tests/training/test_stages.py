@@ -18,6 +18,7 @@ from molora_jax.runs.checkpoints import load, read_manifest
 from molora_jax.runs.verify import verify
 from molora_jax.training import programs
 from molora_jax.training.loop import train
+from molora_jax.training.setup import setup
 
 
 def write(path, kind, number=60):
@@ -94,6 +95,8 @@ def test_distillation_moves_towards_the_teacher_and_needs_its_vocabulary(tmp_pat
     data = write(tmp_path / "d.jsonl", "text")
     start(config(data), tmp_path / "teacher")
     made = config(data, objective=dict(name="distill", teacher=str(tmp_path / "teacher")))
+    prepared = setup(made)
+    assert prepared.frozen[str(tmp_path / "teacher")].params is prepared.params, "one base: one copy"
     start(made, tmp_path / "run")
     kl = [json.loads(line)["kl"] for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert kl[-1] < kl[0] and all(value > 0 for value in kl)
