@@ -8,6 +8,7 @@ B batch, S sequence, T = B*S tokens, D width, L layers, V vocabulary, H heads, H
 """
 
 import dataclasses
+import math
 from typing import Any, ClassVar
 
 import jax
@@ -58,6 +59,16 @@ class Leaf:
             yield self.name.format(*index), index
 
 
+def projection(layers: int, d_in: int, d_out: int, name: str, *, inward: bool) -> Leaf:
+    """The kernels of one projection in every layer.
+
+    Those that lead back (`inward`) are drawn smaller: the residual stream keeps its size over layers.
+    """
+    scale = d_in**-0.5 / (math.sqrt(2 * layers) if inward else 1.0)
+    specs = (P(None, "tensor", "fsdp"),) if inward else (P(None, "fsdp", "tensor"),)
+    return Leaf((layers, d_in, d_out), specs, f"{name}.weight", stacked=1, turned=True, scale=scale)
+
+
 @dataclasses.dataclass(frozen=True)
 class Stack:
     """Layers `start` to `stop - 1`, all alike: their parameters are `params[name]`, stacked `[layers, ...]`.
@@ -76,7 +87,7 @@ class Stack:
 
 
 @dataclasses.dataclass
-class At:
+class BlockContext:
     """Where a block stands in a trace.
 
     `once`: what `Backbone.once` made before the stack; `arrays`: the stack's arrays at this layer; `valid
@@ -151,7 +162,7 @@ class Backbone:
         """What all layers share, formed before the stack. `mask [B, 1, S, S_k]`; `cached`: slots are positions."""
         return {"mask": mask}
 
-    def block(self, p: dict, x: Array, at: At, adapt, cache):
+    def block(self, p: dict, x: Array, at: BlockContext, adapt, cache):
         """`x [B, S, D] -> (x, cache)`. `p`: this layer's parameters; `cache` maps new `(k, v) [B, S, H_kv, H_d]` to
         all that may be seen and the new cache, None without one."""
         raise NotImplementedError

@@ -12,7 +12,6 @@ B batch, S sequence, D width, F FFN width, L layers, V vocabulary, P positions, 
 """
 
 import dataclasses
-import math
 from typing import ClassVar
 
 import jax
@@ -20,8 +19,8 @@ from jax.sharding import PartitionSpec as P
 
 from molora_jax.backbones import hf_fields
 from molora_jax.backbones.attention import attend, layer_norm, mask_both_ways
-from molora_jax.backbones.base import TABLES, WHOLE, Backbone, Leaf, Stack, needs_head
-from molora_jax.backbones.llama import COLUMNS, ROWS, weights_of
+from molora_jax.backbones.base import TABLES, WHOLE, Backbone, Leaf, Stack, needs_head, projection
+from molora_jax.backbones.llama import weights_of
 from molora_jax.errors import InputError
 
 AT = "encoder.layer.{}."
@@ -84,9 +83,7 @@ class Bert(Backbone):
                 out[f"blocks/{norm}/{part}"] = Leaf((self.layers, d), WHOLE, name, 1, fill=fill)
         for site in self.sites:
             (d_in, d_out), inward, name = self.dims(site), site in ("o", "down"), AT + NAMES[site]
-            scale = d_in**-0.5 / (math.sqrt(2 * self.layers) if inward else 1.0)
-            shape, specs = (self.layers, d_in, d_out), (ROWS if inward else COLUMNS,)
-            out[f"blocks/{site}/kernel"] = Leaf(shape, specs, f"{name}.weight", 1, True, scale)
+            out[f"blocks/{site}/kernel"] = projection(self.layers, d_in, d_out, name, inward=inward)
             specs = WHOLE if inward else (P(None, "tensor"),)
             out[f"blocks/{site}/bias"] = Leaf((self.layers, d_out), specs, f"{name}.bias", 1, fill=0.0)
         return out

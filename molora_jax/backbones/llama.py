@@ -10,7 +10,6 @@ B batch, S sequence, D width, F FFN width, H heads, H_d head size, L layers, V v
 """
 
 import dataclasses
-import math
 from typing import ClassVar
 
 import jax
@@ -19,9 +18,8 @@ from jax.sharding import PartitionSpec as P
 
 from molora_jax.backbones import rope
 from molora_jax.backbones.attention import attend, rms_norm, rotary, rotate, window_mask
-from molora_jax.backbones.base import TABLES, WHOLE, Backbone, Leaf, Stack
+from molora_jax.backbones.base import TABLES, WHOLE, Backbone, Leaf, Stack, projection
 
-COLUMNS, ROWS = P(None, "fsdp", "tensor"), P(None, "tensor", "fsdp")  # of kernels split by output, by input
 AT = "model.layers.{}."
 NAMES = {  # ours -> Hugging Face's, inside a layer
     "attn_norm": "input_layernorm",
@@ -103,11 +101,7 @@ class Llama(Backbone):
         for site in self.sites:
             (d_in, d_out), name = self.dims(site), AT + NAMES[site]
             inward = site in ("o", "down")
-            # the residual stream keeps its size over layers
-            scale = d_in**-0.5 / (math.sqrt(2 * self.layers) if inward else 1.0)
-            out[f"blocks/{site}/kernel"] = Leaf(
-                (self.layers, d_in, d_out), (ROWS if inward else COLUMNS,), f"{name}.weight", 1, True, scale
-            )
+            out[f"blocks/{site}/kernel"] = projection(self.layers, d_in, d_out, name, inward=inward)
             if self.biased(site):
                 specs = WHOLE if inward else (P(None, "tensor"),)
                 out[f"blocks/{site}/bias"] = Leaf((self.layers, d_out), specs, f"{name}.bias", 1, fill=0.0)

@@ -21,8 +21,8 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
 from molora_jax.backbones.attention import rms_norm
-from molora_jax.backbones.base import WHOLE, Leaf, Stack
-from molora_jax.backbones.llama import AT, COLUMNS, ROWS, Llama
+from molora_jax.backbones.base import WHOLE, Leaf, Stack, projection
+from molora_jax.backbones.llama import AT, Llama
 from molora_jax.config.fields import ATTENTION, FFN
 from molora_jax.core import routing as routing_math
 from molora_jax.core.lowrank import frozen_linear
@@ -75,14 +75,8 @@ class Moe(Llama):
             for site, name in zip(FFN, theirs, strict=True):
                 inward = site == "down"
                 d_in, d_out = (self.shared_width, D) if inward else (D, self.shared_width)
-                scale = d_in**-0.5 / (math.sqrt(2 * L) if inward else 1.0)
-                out[f"blocks/shared/{site}/kernel"] = Leaf(
-                    (L, d_in, d_out),
-                    (ROWS if inward else COLUMNS,),
-                    f"{at}.shared_expert.{name}.weight",
-                    1,
-                    True,
-                    scale,
+                out[f"blocks/shared/{site}/kernel"] = projection(
+                    L, d_in, d_out, f"{at}.shared_expert.{name}", inward=inward
                 )
             out["blocks/shared_gate/kernel"] = Leaf(
                 (L, D, 1), WHOLE, f"{at}.shared_expert_gate.weight", 1, True, D**-0.5

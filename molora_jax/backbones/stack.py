@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from kernels_pallas.tiles import PRODUCT, InStack
-from molora_jax.backbones.base import At, Stack
+from molora_jax.backbones.base import BlockContext, Stack
 from molora_jax.backbones.layer import Layer
 from molora_jax.core.types import Context
 
@@ -112,7 +112,7 @@ class StackRunner:
                     return k_new, v_new, (put(k_all, k_new, index, 0), put(v_all, v_new, index, 0))
 
             here = {name: values[place] for name, values in arrays.items()}
-            at = At(self.once, here, ctx.valid, ctx.train, model.attention)
+            at = BlockContext(self.once, here, ctx.valid, ctx.train, model.attention)
             x, kv = config.block(base, x, at, adapt, store)
             return (self.constrain(x), adapt.carry, kv, zeros), (adapt.stats, adapt.routings)
 

@@ -15,10 +15,9 @@ import numpy as np
 
 from molora_jax import sharding
 from molora_jax.evaluation import intervals
-from molora_jax.objectives import Frozen
 from molora_jax.objectives.held_out import example_nll
-from molora_jax.runs.modules import in_place
 from molora_jax.text import table
+from molora_jax.training.frozen import own_reference
 from molora_jax.training.programs import START_KEY
 
 
@@ -26,7 +25,7 @@ def score(run, examples, *, start: bool, phases) -> dict:
     """`nll`, `right` (an entry an item) and `gates` of the run, or of its untrained start."""
     model = dataclasses.replace(run.model, max_segments=run.data.train.max_segments)
     objective, head = run.objective, run.config.objective.name
-    fixed = {name: _frozen(run, source, model) for name, source in objective.frozen().items()}
+    fixed = {n: own_reference(source, run.base_params, run.start, model) for n, source in objective.frozen().items()}
     modules, adapters, state = run.modules, run.adapters, run.router_state
     if start:
         key = jax.random.fold_in(jax.random.key(run.config.seed), START_KEY)
@@ -43,15 +42,6 @@ def score(run, examples, *, start: bool, phases) -> dict:
     )  # fmt: skip
     phases.end()
     return sums
-
-
-def _frozen(run, source: str, model) -> Frozen:
-    """The reference of a run, from its own checkpoint and base."""
-    if source == "start":
-        start = run.start
-        params = in_place(run.base_params, start.get("modules", {}))
-        return Frozen(params, start["adapters"], start["router_state"], model)
-    return Frozen(run.base_params, {}, {}, model.without_rules())
 
 
 def tasks(run, examples, start: dict, tuned: dict) -> dict:

@@ -159,7 +159,7 @@ class Routed(nn.Module):
             raise InputError(
                 f"variable_axes of the nn.scan or nn.vmap around {self.module_path()}", got=f"no entry {collection!r}",
                 expected=f"{{{collection!r}: 0}} among them: without it what the layer writes there is lost",
-                fix=_how(collection, self),
+                fix=_entries(self),
             )  # fmt: skip
 
 
@@ -226,7 +226,12 @@ def _lifted(module) -> bool:
 def _how(collection: str, module) -> str:
     outer = _outermost()
     if _lifted(module) and (outer is None or collection in outer.variables):
-        entries = "variable_axes=dict(params=0, adapters=0, router_state=0, frozen=0, routing=0)"
-        where = f"Give the transform ({module.scope.path_text}) these entries, beside its own: {entries}"
-        return f"{where}; where it has params in variable_broadcast (nn.RNN does), all but routing go there."
+        return _entries(module)
     return f"`init`, or mj.init_adapters for params that are there, makes them; pass {collection!r} to `apply`."
+
+
+def _entries(module) -> str:
+    """What a lifted transform around the module has to be told."""
+    entries = "variable_axes=dict(params=0, adapters=0, router_state=0, frozen=0, routing=0)"
+    where = f"Give the transform ({module.scope.path_text}) these entries, beside its own: {entries}"
+    return f"{where}; where it has params in variable_broadcast (nn.RNN does), all but routing go there."

@@ -7,7 +7,7 @@ from molora_jax.regimes.continual import Continual
 from molora_jax.regimes.federated import Federated
 from molora_jax.regimes.stages import Stages, stage_at
 
-__all__ = ["REGIMES", "Regime", "Stage", "compile_regime", "stage_at"]
+__all__ = ["REGIMES", "Regime", "Stage", "Stages", "compile_regime", "stage_at"]
 
 REGIMES = {"stages": Stages, "federated": Federated, "continual": Continual}
 

@@ -16,6 +16,12 @@ checkpoint, so that a killed run goes on from the same bits; its leaves keep the
     run.measured(run.compiled(stage).program, state, tasks)     {task: {accuracy, nll}} on held-out items
     run.fresh_moments(run.compiled(stage), state)               the state with an optimizer state that begins anew
 
+and of `data` (`data/dataset.py`)
+
+    data.task_names[: data.num_trained]      the tasks that have rows to train on
+    data.train.for_tasks("a,b")              their rows; a stage's `tasks` are such a list
+    data.heldout_of(name, "valid", n)        up to n held-out items of a task
+
 `state.leaves` are adapters and modules; `trees.split(state.leaves, compiled.frozen)` is `(what trains, what does not)`.
 """
 
@@ -93,7 +99,7 @@ class Regime:
         return memory
 
     def between(self, run, stage: Stage, state, memory: dict):
-        """`(state, memory, row)` at the end of a stage: `row` is added to the metrics of its last step."""
+        """`(state, memory, row)` at the end of a stage: `row`, of new names, joins the metrics of its last step."""
         return state, memory, {}
 
     def report(self, run, memory: dict) -> str:
@@ -137,6 +143,14 @@ def three(left) -> tuple:
         got = f"{len(left)} values" if isinstance(left, tuple) else f"a {type(left).__name__}"
         raise _unfit(f"{got} of `between`", "(state, memory, row), the last two dicts")
     return left
+
+
+def added(row: dict, own: dict) -> dict:
+    """A row of metrics with a regime's `own` entries. Raises InputError where one would replace another's."""
+    twice = sorted(row.keys() & own.keys())
+    if twice:
+        raise _unfit(f"{twice[0]!r} in the row of `between`", "a name that no metric of a step has")
+    return row | own
 
 
 def _form(leaf) -> str:

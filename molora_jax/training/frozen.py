@@ -21,6 +21,17 @@ from molora_jax.runs.opened import open_run
 START = "start"  # of the run: its adapters before the first step
 
 
+def own_reference(source: str, params: dict, start: dict, model) -> Frozen:
+    """A run's own model as it was: "base", without its rules, or "start", before the first step.
+
+    `params`: the base's; `start`: the adapters, router state and (where it has them) modules that it began with.
+    """
+    if source == START:
+        params = in_place(params, start.get("modules", {}))
+        return Frozen(params, start["adapters"], start["router_state"], model)
+    return Frozen(params, {}, {}, model.without_rules())
+
+
 def load_frozen(
     source: str, config, base: Base, params: dict, model, mesh, *, where: str, known=()
 ) -> tuple[Frozen, str]:  # fmt: skip
@@ -33,7 +44,7 @@ def load_frozen(
       InputError: no such run or base, or one of another vocabulary.
     """
     if source == "base":
-        return Frozen(params, {}, {}, model.without_rules()), base.digest
+        return own_reference(source, params, {}, model), base.digest
     adapters, state, whole = {}, {}, sharding.replicated(mesh)
     folder = pathlib.Path(source).expanduser()
     if (folder / "config.json").is_file() and (folder / "checkpoints").is_dir():
@@ -55,7 +66,11 @@ def load_frozen(
             expected=f"at least data.seq_len={config.data.seq_len}",
         )  # fmt: skip
     frozen_model = dataclasses.replace(frozen_model, max_segments=model.max_segments, tasks=model.tasks)
-    own = sharding.put(own, sharding.param_shardings(other.config, own, mesh))
+    same = (other.digest, other.config) == (base.digest, base.config) and own["embed"].dtype == params["embed"].dtype
+    if same and own is other.params:  # no trained copies: the arrays that are there
+        own = params
+    else:
+        own = sharding.put(own, sharding.param_shardings(other.config, own, mesh))
     return Frozen(own, sharding.put(adapters, whole), sharding.put(state, whole), frozen_model), digest
 
 

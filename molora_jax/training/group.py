@@ -4,8 +4,9 @@ data.
 Every run keeps its own folder, config, manifest, checkpoints and metrics; they share the base, the mesh and the
 compiled step (`many.over_runs`). A run of the group is an ordinary run: it opens, is evaluated, can go on by itself.
 
-All runs stand at one step. Whoever saves, all save, so that after a kill there is a step which all have; the group goes
-on from the newest such step, and from there every bit is as if it had not been killed.
+All runs stand at one step. Whoever saves, all save, each once all have the step before, and each keeps at least two
+steps: so after a kill there is a step which all have. The group goes on from the newest such step, and from there every
+bit is as if it had not been killed.
 """
 
 import contextlib
@@ -23,7 +24,7 @@ from molora_jax.core import trees
 from molora_jax.errors import InputError
 from molora_jax.io import disk
 from molora_jax.io.files import write_atomically
-from molora_jax.regimes import compile_regime, stage_at
+from molora_jax.regimes import Stages, compile_regime, stage_at
 from molora_jax.runs.folders import GROUP
 from molora_jax.runs.metrics import MetricsWriter, Progress, duration
 from molora_jax.runs.obstacles import not_saved, obstacles
@@ -53,7 +54,7 @@ def train_together(configs: dict, folder, *, note=None) -> dict[str, Result]:
             "--runs", got=f"{jax.process_count()} processes", expected="one process (of any number of devices)",
             fix="Start the runs one by one.",
         )  # fmt: skip
-    if not compile_regime(first).SCHEDULE:
+    if type(compile_regime(first)) is not Stages:
         raise InputError(
             "--runs", got=f"regime.name={first.regime.name!r}", expected="'stages'",
             fix="What such a regime does between its stages is one run's: start them one by one.",
@@ -91,6 +92,8 @@ class Group:
         self.stages = self.first.stages
         agree(runs)
         align(runs, note)
+        for run in self.runs:  # the step before stays until all have the next one
+            run.checkpoints.keep = max(run.checkpoints.keep, 2)
         self._steps: dict[Program, tuple] = {}
 
     def step(self, stage):
@@ -172,7 +175,7 @@ class Group:
                     stage = current = now
                     for stream in batches:
                         stream.close()
-                    batches = [self._stream(run, stage).iterate(step) for run in self.runs]
+                    batches = [run.source(stage).iterate(step) for run in self.runs]
                     knobs = many.stack([run.knobs[stage.name] for run in self.runs])
                     if self.first.programs[stage.name] not in self._steps or step == start:
                         self.note("compiling the step (seconds to a minute, cached for the next start)")
@@ -214,9 +217,6 @@ class Group:
                 raise InputError(f"{name}: {error.where}", got=error.got, expected=error.expected, fix=error.fix)
         return dict(zip(self.names, results, strict=True))
 
-    def _stream(self, run, stage):
-        return run.data.train.for_tasks(stage.tasks) if stage.tasks else run.data.train
-
     def _at(self, step):
         return stage_at(self.stages, step)
 
@@ -231,13 +231,14 @@ class Group:
             return best
         for n, (run, own) in enumerate(zip(self.runs, self.apart(self._at(step), state), strict=True)):
             extra[n]["valid_nll"] = valid = run.valid_nll(run.programs[stage.name], own)
-            run.settle()
-            best[n], run.best = valid < run.best, min(valid, run.best)
+            best[n] = run.is_best(valid)
         told = "  ".join(f"{e['valid_nll']:.4f}{' (best)' if b else ''}" for e, b in zip(extra, best, strict=True))
         self.note(f"step {step}: valid NLL {told}")
         return best
 
     def _save(self, step, state, best):
+        for run in self.runs:  # none is two saves ahead of another: a kill would leave no step that all have
+            run.checkpoints.wait()
         for run, own, is_best in zip(self.runs, self.apart(self._at(step), state), best, strict=True):
             run.save(own, step, best=is_best)
 

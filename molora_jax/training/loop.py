@@ -21,6 +21,7 @@ from molora_jax import config as config_lib
 from molora_jax import sharding
 from molora_jax.core import trees
 from molora_jax.errors import InputError
+from molora_jax.regimes import base as regimes
 from molora_jax.regimes import stage_at
 from molora_jax.runs.metrics import MetricsWriter, Progress, duration
 from molora_jax.runs.obstacles import not_saved, obstacles, stop_trace
@@ -102,14 +103,14 @@ def _loop(run, state, start, last, stop, progress, note, profile, writer) -> Res
         nonlocal clock, tokens, loss, skipped
         if entry is None:
             return
-        number, values, extra = entry
+        number, values, measured, own = entry
         values = jax.device_get(values)
         values = many.as_one(values) if run.regime.side_by_side else values
         now, before = time.monotonic(), clock
         clock, loss, count = now, float(values["loss"]), int(values["tokens"])
         tokens += count
         if writer:
-            metrics.write(row(number, values, now - before) | extra)
+            metrics.write(regimes.added(row(number, values, now - before) | measured, own))
         progress.update(number, loss=loss, tokens=count) if writer else None
         skipped = int(values["skipped"])
         if skipped >= MAX_SKIPPED:
@@ -141,7 +142,7 @@ def _loop(run, state, start, last, stop, progress, note, profile, writer) -> Res
             step = run.step_now = step + turn
             due = lambda every, step=step: bool(every) and step // every > (step - turn) // every  # noqa: E731
             flush(pending)
-            pending = (step, values, {})
+            pending = (step, values, {}, {})
             if step == trace[1]:
                 jax.block_until_ready(values)
                 tracing = False
@@ -151,13 +152,12 @@ def _loop(run, state, start, last, stop, progress, note, profile, writer) -> Res
                     )
                 )
             if step >= stage.stop:
-                state, extra = run.leave(stage, state)
-                pending[2].update(extra)
+                state, own = run.leave(stage, state)
+                pending[3].update(own)
             best = False
             if due(config.eval_every):
                 valid = run.valid_nll(compiled.program, run.server(stage, state))
-                run.settle()
-                best, run.best = valid < run.best, min(valid, run.best)
+                best = run.is_best(valid)
                 pending[2]["valid_nll"] = valid
                 note(f"step {step}: valid NLL {valid:.4f}{' (best)' if best else ''}")
             if best or step >= last or due(config.save_every):

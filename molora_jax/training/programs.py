@@ -66,7 +66,7 @@ def knobs_of(config) -> Knobs:
 
 
 def program_of(run, stage) -> Program:
-    """Raises InputError for a stage that trains nothing, or one that this base does not fit."""
+    """Raises InputError for a stage that trains nothing, that freezes nothing of what it says, or of another base."""
     config, model, modules = stage.config, run.model, run.modules
     if config_lib.to_dict(config.method) != config_lib.to_dict(run.config.method):
         config_lib.check_model(config, run.base.config.layers, run.base.config.dims, run.base.config.ABSENT)
@@ -76,11 +76,12 @@ def program_of(run, stage) -> Program:
     optimizer, value = compile_optimizer(config), config.get("objective") or objectives_config.PLAIN
     frozen = model.frozen_patterns() + modules.frozen_in(value["name"]) + stage.freeze
     shapes = jax.eval_shape(lambda p: model.init_adapters(jax.random.key(0), p), run.params)
-    trainable, _ = trees.split(trees.joined(shapes, modules.shapes(run.params)), frozen)
+    leaves = trees.joined(shapes, modules.shapes(run.params))
+    field = f"schedule.{stage.name if run.regime.SCHEDULE else next(iter(config.schedule))}.freeze"
+    _check_freeze(run, stage.freeze, leaves, field=field)
+    trainable, _ = trees.split(leaves, frozen)
     if not trainable:
-        raise InputError(
-            f"schedule.{stage.name}.freeze", got="patterns that freeze every leaf", expected="something to train"
-        )
+        raise InputError(field, got="patterns that freeze every leaf", expected="something to train")
     losses = tuple((name, dataclasses.replace(loss, weight=1.0)) for name, loss in compile_losses(config))
     losses, penalties = apart(losses)
     each = run.regime.each(config, run.data)
@@ -99,6 +100,22 @@ def program_of(run, stage) -> Program:
         each=each,
         side_by_side=run.regime.side_by_side,
     )
+
+
+def _check_freeze(run, patterns: tuple[str, ...], leaves: dict, *, field: str):
+    """Says which patterns freeze nothing: what they mean trains.
+
+    Where all of a stage's do, a new run is refused. One among others may be for leaves that some options have.
+    """
+    idle = [pattern for pattern in patterns if not trees.split(leaves, (pattern,))[1]]
+    if not idle:
+        return
+    paths = ", ".join(sorted(flatten_dict(leaves, sep="/"))[:2])
+    got, fix = f"{', '.join(idle)}, which no leaf matches", "Mend the pattern, or leave it out."
+    error = InputError(field, got=got, expected=f"paths such as {paths}", fix=fix)
+    if len(idle) == len(patterns) and run.newest is None:
+        raise error
+    run.note(f"warning: {error}")
 
 
 def compiled_step(run, program: Program) -> "CompiledStep":

@@ -28,13 +28,12 @@ from molora_jax.runs import expert_runs, warm_start
 from molora_jax.runs import saved as saved_lib
 from molora_jax.runs.bases import check_bases
 from molora_jax.runs.checkpoints import Checkpoints, read_manifest
-from molora_jax.runs.modules import in_place
 from molora_jax.runs.obstacles import not_saved
 from molora_jax.runs.workdir import Workdir
 from molora_jax.training import many, probe
 from molora_jax.training.exact import ExactNLL
 from molora_jax.training.examples import mean_squares
-from molora_jax.training.frozen import START
+from molora_jax.training.frozen import START, own_reference
 from molora_jax.training.programs import CompiledStep, Program, compiled_step, knobs_of, program_of
 from molora_jax.training.setup import setup
 from molora_jax.training.step import TrainState
@@ -159,8 +158,7 @@ class TrainingRun:
         """`start`: adapters, router_state, modules, as the run began; copies, as a step reuses its buffers."""
         self.start = jax.tree.map(jnp.copy, start)
         program = self.programs[self.stages[0].name]
-        own = in_place(self.params, self.start["modules"])
-        self.frozen[START] = Frozen(own, self.start["adapters"], self.start["router_state"], program.model)
+        self.frozen[START] = own_reference(START, self.params, self.start, program.model)
 
     # ---- state -----------------------------------------------------------------------------------------------------
 
@@ -341,6 +339,12 @@ class TrainingRun:
         tasks = np.array([e.task_id for e in examples])
         each = [sums["nll"][tasks == t].sum() / sums["tokens"][tasks == t].sum() for t in np.unique(tasks)]
         return float(np.mean(each))
+
+    def is_best(self, valid: float) -> bool:
+        """Takes a held-out NLL, and says whether it is the run's lowest."""
+        self.settle()
+        best, self.best = valid < self.best, min(valid, self.best)
+        return best
 
     def measured(self, program: Program, state: TrainState, names) -> dict[str, dict]:
         """`{task: accuracy, nll}` on held-out items (split "valid"); names as in `Stream.for_tasks`."""

@@ -10,7 +10,7 @@ import pytest
 from configs import common, moe_lora
 from molora_jax import config as config_lib
 from molora_jax import sharding
-from molora_jax.backbones.base import At
+from molora_jax.backbones.base import BlockContext
 from molora_jax.backbones.compile import compile_model
 from molora_jax.backbones.families import TINY_MOE
 from molora_jax.backbones.llama import Llama
@@ -98,7 +98,7 @@ def reference(model, weight):
         x, pick = params["embed"][batch["tokens"]], lambda tree, i: jax.tree.map(lambda a: a[i], tree)
         once = config.once(batch["positions"], config.mask(batch["segment_ids"]), cached=False)
         for i in range(config.layers):
-            at = At(once, {}, batch["segment_ids"] > 0, False, "xla")
+            at = BlockContext(once, {}, batch["segment_ids"] > 0, False, "xla")
             adapt = Einsums(model, pick(adapters[rule.name]["000-001"], i), rule.adapter.scale())
             x, _ = config.block(pick(params["blocks"], i), x, at, adapt, None)
         return jnp.sum(jnp.where(batch["segment_ids"][..., None] > 0, config.norm(params, x) * weight, 0.0))

@@ -31,6 +31,8 @@ ROWS = (
         "kills:at_random_moments", 1, 36, seconds=300, each=9),
     Row("kills.points", "kill -9 at every named point of a save, an evaluation, a row of metrics: the same",
         "kills:at_named_points", 0, 20, seconds=300, each=9),
+    Row("kills.group", "kill -9 of runs in one step (--runs): they go on from a step that all have, bit for bit",
+        "kills:of_a_group", 0, 20, seconds=300, each=12),
     Row("peers.dead", "a peer that dies ends the others with an error, and what was saved is valid", "peers:dead",
         0, 3, seconds=330, each=60),
     Row("configs", "a wrong config is refused by name, before jax is imported", "configs:from_schema",

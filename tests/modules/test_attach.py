@@ -85,6 +85,19 @@ def test_a_missing_entry_of_a_scan_is_named(missing):
         jax.eval_shape(lambda v: short.apply(v, X), variables)  # nothing is lost
 
 
+def test_a_scan_over_time_is_told_of_broadcast():
+    """nn.RNN: one cell for all steps, so one set of adapters; the first call, which makes them, already says where."""
+    cell = nn.GRUCell(D)
+    routed = lambda **entries: mj.attach(nn.RNN(cell, **entries), [dict(sites="*/h*", **ROUTED)])  # noqa: E731
+    with pytest.raises(InputError, match="'adapters'.*variable_broadcast .nn.RNN does., all but routing go there"):
+        jax.eval_shape(routed().init, jax.random.key(0), X)
+    given = dict(variable_axes=dict(routing=0), variable_broadcast=("params", "adapters"))
+    shapes = jax.eval_shape(routed(**given).init, jax.random.key(0), X)
+    assert flatten_dict(shapes["adapters"], sep="/")["cell/hr/rule0/A"].shape == (E, R, D)
+    sown = jax.eval_shape(lambda v: routed(**given).apply(v, X, mutable=["routing"])[1], shapes)
+    assert all(m["entropy"].shape == (5,) for m in jax.eval_shape(mj.routing_metrics, sown).values())
+
+
 def test_a_layer_in_a_scan_of_ones_own_names_what_is_missing_too():
     scanned = lambda *axes: Own(axes=("params", *axes))  # noqa: E731
     make = lambda module: jax.eval_shape(module.init, jax.random.key(0), X)  # noqa: E731

@@ -63,9 +63,17 @@ class Pair(Whole):
         return state, memory
 
 
+@dataclasses.dataclass(frozen=True)
+class Replaces(Whole):
+    def between(self, run, stage, state, memory):
+        return state, memory, {"loss": 0.0, "mine": 1.0}
+
+
 @pytest.mark.parametrize(
-    "name, words", [("Grows", "float64[2] as memory/seen; expected float64[1]"), ("Pair", "2 values of `between`")]
-)
+    "name, words",
+    [("Grows", "float64[2] as memory/seen; expected float64[1]"), ("Pair", "2 values of `between`"),
+     ("Replaces", "'loss' in the row of `between`")],
+)  # fmt: skip
 def test_what_is_no_end_of_a_stage_is_named(tmp_path, name, words):
     """Before it is saved: a checkpoint with a memory of another shape could not be gone on from."""
     made = config(write(tmp_path), regime=dict(name=f"tests.regimes.test_toy:{name}"), steps=1)

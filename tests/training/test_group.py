@@ -18,6 +18,7 @@ from molora_jax.runs.checkpoints import load, read_manifest
 from molora_jax.runs.verify import verify
 from molora_jax.training.group import train_together
 from molora_jax.training.loop import train
+from tests.faults import kills
 from tests.training.test_stages import config as base_config
 from tests.training.test_stages import stage, write
 
@@ -31,7 +32,7 @@ def data(tmp_path_factory):
 
 def configs(data, lists=LISTS, **fields):
     plain = base_config(data, **{"save_every": 2, "eval_every": 2, "keep": 4} | fields)
-    plain.optim.learning_rate = 1e-3  # Adam makes steps of the rate out of gradients that are rounding
+    plain.optim.update(learning_rate=1e-3, eps=1e-5)  # a smaller eps makes whole steps of gradients that are rounding
     out = {name: flags.override(plain, changes) for name, changes in several.product(several.lists(lists)).items()}
     for one in out.values():
         config_lib.validate(one)
@@ -138,6 +139,13 @@ def test_a_group_that_was_killed_between_two_saves_and_a_run_that_goes_on_by_its
     shutil.rmtree(parts / first)
     with pytest.raises(InputError, match=r"steps of their own.*0.*4.*one step that all have"):
         together(made, parts)
+
+
+@pytest.mark.slow
+def test_killed_at_random_steps_each_run_ends_with_its_own_bits(tmp_path, monkeypatch):
+    """More of the kind: `python -m tests.faults --full --only=kills.group`."""
+    monkeypatch.setenv("MOLORA_FAULTS", str(tmp_path))
+    assert kills.at_random_moments(1, 4, group=2) == []
 
 
 @pytest.mark.slow

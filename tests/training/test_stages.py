@@ -1,6 +1,7 @@
 """Objectives, modules and stages in the loop: what is compiled once, what a step holds, how a run goes on and opens."""
 
 import json
+import types
 
 import jax
 import numpy as np
@@ -17,6 +18,7 @@ from molora_jax.runs.checkpoints import load, read_manifest
 from molora_jax.runs.verify import verify
 from molora_jax.training import programs
 from molora_jax.training.loop import train
+from molora_jax.training.setup import setup
 
 
 def write(path, kind, number=60):
@@ -93,6 +95,8 @@ def test_distillation_moves_towards_the_teacher_and_needs_its_vocabulary(tmp_pat
     data = write(tmp_path / "d.jsonl", "text")
     start(config(data), tmp_path / "teacher")
     made = config(data, objective=dict(name="distill", teacher=str(tmp_path / "teacher")))
+    prepared = setup(made)
+    assert prepared.frozen[str(tmp_path / "teacher")].params is prepared.params, "one base: one copy"
     start(made, tmp_path / "run")
     kl = [json.loads(line)["kl"] for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert kl[-1] < kl[0] and all(value > 0 for value in kl)
@@ -188,3 +192,22 @@ def test_an_objective_of_a_stage_and_its_head_alone(tmp_path):
     first, last = (read_manifest(folder / str(n))["config"]["objective"] for n in (0, 4))
     assert first["pooling" if "pooling" in first else "name"] in ("last", "classify") and last["pooling"] == "mean"
     assert load_run(tmp_path / "run", "latest").objective.pooling == "mean"
+
+
+def test_patterns_that_freeze_nothing_are_refused_and_a_run_that_began_with_them_goes_on(tmp_path, monkeypatch):
+    data = write(tmp_path / "d.jsonl", "text")
+    made = config(data, schedule=dict(s00=stage(freeze="*/routr/*")))
+    words = r"schedule.s00.freeze: got \*/routr/\*, which no leaf matches; expected paths such as all/000-003/q/A, all/"
+    with pytest.raises(InputError, match=words):
+        start(made, tmp_path / "run")
+    with monkeypatch.context() as older:
+        older.setattr(programs, "_check_freeze", lambda *_, **__: None)
+        start(config(data, schedule=made.schedule, stop_after=2), tmp_path / "run")
+    _, notes = start(made, tmp_path / "run")
+    assert sum("warning: schedule.s00.freeze" in note for note in notes) == 1
+    assert digests(tmp_path / "run", 4)
+    told = []
+    run = types.SimpleNamespace(newest=None, note=told.append)
+    programs._check_freeze(run, ("*/A", "*/routr/*"), {"all": {"q": {"A": 0, "B": 0}}}, field="f")
+    got, expected = "got */routr/*, which no leaf matches", "expected paths such as all/q/A, all/q/B"
+    assert told == [f"warning: f: {got}; {expected}. Mend the pattern, or leave it out."]
