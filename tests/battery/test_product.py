@@ -1,4 +1,4 @@
-"""adapter x router x placement x init: the whole product by shapes, a pairwise cover run, the rest with `--all`."""
+"""adapter x router x placement x init: pairwise covers, one traced by shapes and one run; every point with `--all`."""
 
 import itertools
 
@@ -30,24 +30,28 @@ def pairwise(product):
     return tuple(chosen)
 
 
-COVER = pairwise(PRODUCT)
-every = pytest.mark.parametrize("point", WIDE, ids="-".join)
-covered = pytest.mark.parametrize(
-    "point", [pytest.param(p, marks=[] if p in COVER else [pytest.mark.slow], id="-".join(p)) for p in WIDE]
-)
+def points(ordinary):
+    """Of the whole product; those outside `ordinary` are left to `--all`."""
+    slow = lambda point: [] if point in ordinary else [pytest.mark.slow]  # noqa: E731
+    return pytest.mark.parametrize("point", [pytest.param(p, marks=slow(p), id="-".join(p)) for p in WIDE])
 
 
-def test_the_cover_is_one():
+COVER, WIDE_COVER = pairwise(PRODUCT), pairwise(WIDE)
+every, covered, widely_covered = points(WIDE), points(COVER), points(WIDE_COVER)
+
+
+@pytest.mark.parametrize(("cover", "product"), [(COVER, PRODUCT), (WIDE_COVER, WIDE)])
+def test_the_cover_is_one(cover, product):
     for i, j in itertools.combinations(range(4), 2):
-        assert {(p[i], p[j]) for p in COVER} == {(p[i], p[j]) for p in PRODUCT}
-    assert len(COVER) < len(PRODUCT) / 2
+        assert {(p[i], p[j]) for p in cover} == {(p[i], p[j]) for p in product}
+    assert len(cover) < len(product) / 2
 
 
-@every
+@widely_covered
 def test_shapes_of_every_combination(point, request):
     """Init and step trace; the state keeps its shapes; metrics are float32 scalars and lists over layers.
 
-    An ordinary run has two of the seven projections: they are traced alike.
+    An ordinary run has a cover in which every two members of different axes meet, and two of the seven projections: they are traced alike.
     """
     few = point[2] == "projection" and not request.config.getoption("--all")
     case = Case(combination(*point, **({"method.rules.mix.sites": "q,down"} if few else {})))
