@@ -45,6 +45,7 @@ def from_probs(router, probs, **changes):
     return router.route({"W": jnp.eye(E)}, {}, x, context(1, len(probs), **changes))[0]
 
 
+@functools.partial(jax.jit, static_argnums=0)
 def change(adapter, leaves, gates, x):
     """What one routed projection adds to W x = 0: `x [T, D_in]`, `gates [T, E]` -> `[T, D_out]`, as the model does."""
     rule = Rule("r", ("q",), (1,), adapter, router=object())

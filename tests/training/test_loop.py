@@ -16,8 +16,10 @@ from flax.traverse_util import flatten_dict
 
 import launch.train
 from molora_jax import config as config_lib
+from molora_jax.backbones.compile import compile_model
 from molora_jax.errors import InputError
 from molora_jax.evaluation.run import load_run
+from molora_jax.io.base import load_base
 from molora_jax.runs import warm_start
 from molora_jax.runs.checkpoints import Checkpoints, read_manifest
 from molora_jax.runs.workdir import Workdir
@@ -198,19 +200,40 @@ def test_logits_are_of_tokens_and_a_step_is_said_once(whole):
         load_run(f"{whole[0]}@6", step=2)
 
 
-def test_warm_start_recuts_segments(whole, tmp_path):
+def test_warm_start_recuts_segments(whole):
     """Another grouping of the layers starts from the same values, layer by layer."""
-    config = tiny(init_from=str(whole[0]), steps=1)
+    config = tiny()
     config.method.rules.attn.layers = "1-3"
-    config.optim.learning_rate = 1e-30  # moves nothing
-    start(config, tmp_path)
-    old, new = warm_start.load_adapters(str(whole[0])), warm_start.load_adapters(str(tmp_path))
+
+    def started():
+        base = load_base("random:tiny")
+        model = compile_model(config, base.config)
+        shapes = {"adapters": jax.eval_shape(model.init_adapters, jax.random.key(0), base.params)}
+        return warm_start.start(str(whole[0]), shapes, base_digest=base.digest, rules=model.rules)["adapters"]
+
+    recut(warm_start.load_adapters(str(whole[0])), started())
+    config.method.rules.attn.adapter.rank = 4
+    with pytest.raises(InputError, match="train.init_from"):
+        started()
+
+
+def recut(old, new):
+    """`attn` on layers 1 to 3 alone divides what the rule `ffn` has in one piece."""
     assert set(new["ffn"]) == {"000-000", "001-003"} and set(new["attn"]) == {"001-003"}
     np.testing.assert_array_equal(new["ffn"]["001-003"]["up"]["B"], old["ffn"]["000-003"]["up"]["B"][1:])
     np.testing.assert_array_equal(new["attn"]["001-003"]["q"]["A"], old["attn"]["000-003"]["q"]["A"][1:])
     np.testing.assert_array_equal(
         new["ffn"]["000-000"]["router"]["ffn"]["W"], old["ffn"]["000-003"]["router"]["ffn"]["W"][:1]
     )
+
+
+@pytest.mark.slow
+def test_a_run_starts_from_recut_segments(whole, tmp_path):
+    config = tiny(init_from=str(whole[0]), steps=1)
+    config.method.rules.attn.layers = "1-3"
+    config.optim.learning_rate = 1e-30  # moves nothing
+    start(config, tmp_path)
+    recut(warm_start.load_adapters(str(whole[0])), warm_start.load_adapters(str(tmp_path)))
     config.method.rules.attn.adapter.rank = 4
     with pytest.raises(InputError, match="train.init_from"):
         start(config, tmp_path / "other")
