@@ -109,6 +109,7 @@ def batch(seed=0):
     )  # fmt: skip
 
 
+@functools.partial(jax.jit, static_argnames="model")
 def lm_loss(model, params, adapters, state, data):
     hidden, stats, _, _ = model.hidden(params, adapters, state, data)
     return lm(model, params, hidden, data, S) / jnp.sum(data["loss_weight"]), stats

@@ -123,9 +123,9 @@ def test_acceptance_5_gathered_rows_equal_the_masked_dense_form():
         return jnp.sum(weight * jnp.einsum("tk,tkd->td", g * z, B[idx]))
 
     args = x, leaves["A"], leaves["B"], W
-    value, gradients = jax.value_and_grad(gathered, argnums=(0, 1, 2, 3))(*args)
+    value, gradients = jax.jit(jax.value_and_grad(gathered, argnums=(0, 1, 2, 3)))(*args)
     for form in (dense, grouped):
-        got, own = jax.value_and_grad(form, argnums=(0, 1, 2, 3))(*args)
+        got, own = jax.jit(jax.value_and_grad(form, argnums=(0, 1, 2, 3)))(*args)
         np.testing.assert_allclose(got, value, rtol=1e-5)
         for a, b in zip(own, gradients, strict=True):
             np.testing.assert_allclose(a, b, rtol=0, atol=2e-6 * np.abs(b).max())
