@@ -144,6 +144,23 @@ def method(name, decoder=SMALL, **changes):
     )
 
 
+FEW = {"q,k,v,o,gate,up,down": "q,o,down", "q,k,v,o": "q,o"}  # what enters attention, what leaves it, and `down`
+
+
+def shortened(name):
+    """Changes of a method's config for an ordinary run: few of the projections, four experts in place of eight.
+
+    LoRA keeps all of its projections.
+    """
+    changes = {}
+    for rule, value in flags.load(ROOT / METHODS[name].config).method.rules.items():
+        if name != "lora" and value.sites in FEW:
+            changes[f"method.rules.{rule}.sites"] = FEW[value.sites]
+        if value.experts == "8":
+            changes[f"method.rules.{rule}.experts"] = "4"
+    return changes
+
+
 def changed(config, changes):
     config.unlock()
     for path, value in changes.items():

@@ -12,7 +12,7 @@ from molora_jax.core import trees
 from molora_jax.errors import InputError
 from molora_jax.training.step import fresh
 from tests.battery import reference
-from tests.battery.cases import BATCH, PRODUCT, SMALL, WIDE, Case, combination, mesh8, random_adapters
+from tests.battery.cases import BATCH, FEW, PLACEMENTS, PRODUCT, SMALL, WIDE, Case, combination, mesh8, random_adapters
 from tests.battery.checks import check_gradients, check_step, check_tree, same_step
 
 
@@ -75,11 +75,11 @@ def test_shapes_of_every_combination(point, request):
 def test_combination(point, request):
     """The start is the base; value, loss, statistics and gradients are the naive form's; the loss falls.
 
-    An ordinary run has three of the seven projections here (what enters attention, what leaves it, and `down`): all
-    seven are run against the naive form in `test_methods`.
+    An ordinary run has few of the seven projections here: all seven are run against the naive form in `test_methods`
+    (LoRA).
     """
     few = point[2] == "projection" and not request.config.getoption("--all")
-    case = Case(combination(*point, **({"method.rules.mix.sites": "q,o,down"} if few else {})))
+    case = Case(combination(*point, **({"method.rules.mix.sites": FEW[PLACEMENTS["projection"]]} if few else {})))
     state = case.start()
     np.testing.assert_allclose(case.hidden(state.adapters), case.hidden({}), atol=1e-5)
 
