@@ -9,6 +9,7 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # Programs of tests run once or twice: compiling is nearly all of their time. What users run, commands and notebook in
 # processes of their own, compiles as shipped.
 FLAGS = ["--xla_force_host_platform_device_count=8", "--xla_backend_optimization_level=0"]
+FLAGS.append("--xla_cpu_parallel_codegen_split_count=1")  # one LLVM module a program: a tenth less time
 if importlib.metadata.version("jax") < "0.11":  # later ones do not know the flag
     FLAGS.append("--xla_cpu_use_fusion_emitters=false")
 os.environ["XLA_FLAGS"] = " ".join([os.environ.get("XLA_FLAGS", ""), *FLAGS])

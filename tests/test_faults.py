@@ -15,8 +15,10 @@ SMALL = [row for row in ROWS if row.tries]
 
 
 @pytest.fixture(scope="module")
-def results():
-    return {result.row.name: result for result in runner.run(SMALL)}
+def results(request):
+    """One worker in an ordinary run: a second one pays the imports and the first compiles again."""
+    workers = 2 if request.config.getoption("--all") else 1
+    return {result.row.name: result for result in runner.run(SMALL, workers=workers)}
 
 
 @pytest.mark.parametrize("name", [row.name for row in SMALL])

@@ -15,6 +15,7 @@ from molora_jax.core import trees
 from molora_jax.io.random_init import random_params
 from molora_jax.objectives.lm import lm
 from molora_jax.training.step import loss_sums
+from tests.battery.cases import fresh_adapters
 
 SMALL = dataclasses.replace(TINY, layers=3, width=32, ffn_width=48, heads=2, kv_heads=1, head_dim=16, vocab=64)
 B, S = 2, 12
@@ -56,7 +57,7 @@ def build(rules, losses=None, decoder=SMALL, **fields):
     config = rules_config(rules, losses, **fields)
     schema.check_model(config, decoder.layers, decoder.dims, decoder.ABSENT)
     model = compile_model(config, decoder, max_segments=3)
-    return model, base(decoder), jax.jit(model.init_adapters)(jax.random.key(3), base(decoder))
+    return model, base(decoder), fresh_adapters(model, jax.random.key(3), base(decoder))
 
 
 def randomised(adapters, seed=5, scale=0.2):

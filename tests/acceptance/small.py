@@ -45,6 +45,7 @@ def from_probs(router, probs, **changes):
     return router.route({"W": jnp.eye(E)}, {}, x, context(1, len(probs), **changes))[0]
 
 
+@functools.partial(jax.jit, static_argnums=0)
 def change(adapter, leaves, gates, x):
     """What one routed projection adds to W x = 0: `x [T, D_in]`, `gates [T, E]` -> `[T, D_out]`, as the model does."""
     rule = Rule("r", ("q",), (1,), adapter, router=object())
@@ -108,6 +109,7 @@ def batch(seed=0):
     )  # fmt: skip
 
 
+@functools.partial(jax.jit, static_argnames="model")
 def lm_loss(model, params, adapters, state, data):
     hidden, stats, _, _ = model.hidden(params, adapters, state, data)
     return lm(model, params, hidden, data, S) / jnp.sum(data["loss_weight"]), stats

@@ -111,7 +111,8 @@ def test_acceptance_4_the_first_pass_knows_no_adapter_and_no_gradient(monkeypatc
     got = features(model, params, adapters, batch())
     np.testing.assert_array_equal(got, features(model, params, randomised(adapters, seed=9), batch()))
     np.testing.assert_allclose(got, hidden(model.without_rules(), params, {}, batch()), atol=1e-5)
-    slopes = jax.grad(lambda e: jnp.sum(features(model, params | {"embed": e}, adapters, batch())))(params["embed"])
+    summed = lambda e: jnp.sum(features(model, params | {"embed": e}, adapters, batch()))  # noqa: E731
+    slopes = jax.jit(jax.grad(summed))(params["embed"])
     np.testing.assert_array_equal(slopes, 0.0)
 
     passes, plain = [], Model.hidden
@@ -241,7 +242,8 @@ def test_acceptance_8_prefixes_keep_their_gates_and_a_cache_changes_nothing(opti
 
 def test_dropout_of_the_head_needs_a_key_and_is_off_in_evaluation():
     model, params, adapters = made(depth=2, width=64)
-    go = lambda train, key: model.hidden(params, adapters, {}, batch(), train=train, key=key)[0]  # noqa: E731
+    hidden_of = lambda train, key: model.hidden(params, adapters, {}, batch(), train=train, key=key)[0]  # noqa: E731
+    go = jax.jit(hidden_of, static_argnums=0)
     keys = [jax.random.key(i) for i in (0, 1)]
     plain, first, again, other = go(False, None), go(True, keys[0]), go(True, keys[0]), go(True, keys[1])
     np.testing.assert_array_equal(first, again)

@@ -61,6 +61,8 @@ VECTORS = ("vera", "ia3", "nola")  # what scales frozen things wants ten times t
 # adapters of single methods, with the start that they have: by shapes with a router, the rest with `--all`
 LATER = tuple(itertools.product(("lora_fa", "vera", "ia3", "nola"), ROUTERS, PLACEMENTS, ("kaiming",)))
 LATER += tuple(itertools.product(("randlora",), ROUTERS, ("projection",), ("kaiming",)))
+LATER += tuple(itertools.product(("allora", "dylora", "adalora", "lora_shared_a"), ROUTERS, PLACEMENTS, ("kaiming",)))
+LATER += tuple(itertools.product(("lora_xs",), ROUTERS, PLACEMENTS, ("orthonormal",)))
 WIDE = PRODUCT + tuple(itertools.product(ADAPTERS, MORE_ROUTERS, PLACEMENTS, INITS))
 
 
@@ -150,6 +152,23 @@ def method(name, decoder=SMALL, **changes):
     return changed(
         config, {"base.source": "random:tiny", "optim.warmup": 0, **fixed, **METHODS[name].overrides, **changes}
     )
+
+
+FEW = {"q,k,v,o,gate,up,down": "q,o,down", "q,k,v,o": "q,o"}  # what enters attention, what leaves it, and `down`
+
+
+def shortened(name):
+    """Changes of a method's config for an ordinary run: few of the projections, four experts in place of eight.
+
+    LoRA keeps all of its projections.
+    """
+    changes = {}
+    for rule, value in flags.load(ROOT / METHODS[name].config).method.rules.items():
+        if name != "lora" and value.sites in FEW:
+            changes[f"method.rules.{rule}.sites"] = FEW[value.sites]
+        if value.experts == "8":
+            changes[f"method.rules.{rule}.experts"] = "4"
+    return changes
 
 
 def changed(config, changes):

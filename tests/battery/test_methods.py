@@ -10,20 +10,27 @@ from molora_jax.backbones.families import SMOLLM2
 from molora_jax.backbones.sizes import num_trainable
 from molora_jax.catalogue.methods import METHODS, methods_table
 from tests.battery import reference
-from tests.battery.cases import BATCH, DEEP, ROOT, Case, mesh8, method, random_adapters
+from tests.battery.cases import BATCH, DEEP, ROOT, Case, mesh8, method, random_adapters, shortened
 from tests.battery.checks import check_gradients, check_step, check_tree, same_step
 
 every = pytest.mark.parametrize("name", METHODS)
 
 
 @pytest.fixture(scope="module")
-def cases():
+def config_of(request):
+    """A method's config; an ordinary run has it with few projections and experts."""
+    whole = request.config.getoption("--all")
+    return lambda name: method(name, **({} if whole else shortened(name)))
+
+
+@pytest.fixture(scope="module")
+def cases(config_of):
     """One case a method, compiled once for all tests of this file."""
     made = {}
 
     def get(name):
         if name not in made:
-            made[name] = Case(method(name))
+            made[name] = Case(config_of(name))
         return made[name]
 
     return get
@@ -69,8 +76,8 @@ few = lambda names: pytest.mark.parametrize(  # noqa: E731
 
 
 @few(MESHED)
-def test_eight_devices_equal_one(cases, name):
-    one, eight = cases(name), Case(method(name), mesh=mesh8())
+def test_eight_devices_equal_one(cases, config_of, name):
+    one, eight = cases(name), Case(config_of(name), mesh=mesh8())
     adapters = random_adapters(one.model, one.params)
     _, metrics, gradients = one.run(one.start(adapters))
     _, metrics8, gradients8 = eight.run(one.start(adapters))
@@ -89,8 +96,8 @@ def test_loss_falls_on_a_small_batch(cases, name):
 
 
 @few(HALF)
-def test_bfloat16_base_is_finite(name):
-    case = Case(method(name), dtype="bfloat16")
+def test_bfloat16_base_is_finite(config_of, name):
+    case = Case(config_of(name), dtype="bfloat16")
     adapters = random_adapters(case.model, case.params)
     state, metrics, gradients = case.run(case.start(adapters))
     assert all(np.isfinite(x).all() for x in jax.tree.leaves((metrics, gradients, jax.device_get(state.adapters))))

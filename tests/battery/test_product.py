@@ -1,4 +1,4 @@
-"""adapter x router x placement x init: the whole product by shapes, a pairwise cover run, the rest with `--all`."""
+"""adapter x router x placement x init: pairwise covers, one traced by shapes and one run; every point with `--all`."""
 
 import itertools
 
@@ -12,7 +12,19 @@ from molora_jax.core import trees
 from molora_jax.errors import InputError
 from molora_jax.training.step import fresh
 from tests.battery import reference
-from tests.battery.cases import BATCH, LATER, PRODUCT, SMALL, WIDE, Case, combination, mesh8, random_adapters
+from tests.battery.cases import (
+    BATCH,
+    FEW,
+    LATER,
+    PLACEMENTS,
+    PRODUCT,
+    SMALL,
+    WIDE,
+    Case,
+    combination,
+    mesh8,
+    random_adapters,
+)
 from tests.battery.checks import check_gradients, check_step, check_tree, same_step
 
 
@@ -30,27 +42,31 @@ def pairwise(product):
     return tuple(chosen)
 
 
-COVER = pairwise(PRODUCT)
-RUN = {*COVER, ("vera", "softmax_topk", "projection", "kaiming")}  # of the later ones that whose experts share factors
-of = lambda fast: pytest.mark.parametrize(  # noqa: E731
-    "point",
-    [pytest.param(p, marks=[] if fast(p) else [pytest.mark.slow], id="-".join(p)) for p in WIDE + LATER],
-)
-every = of(lambda p: p in WIDE or p[1] == "softmax_topk")
-covered = of(lambda p: p in RUN)
+def points(ordinary):
+    """Of the whole product and the later adapters; those outside `ordinary` are left to `--all`."""
+    slow = lambda point: [] if point in ordinary else [pytest.mark.slow]  # noqa: E731
+    return pytest.mark.parametrize("point", [pytest.param(p, marks=slow(p), id="-".join(p)) for p in WIDE + LATER])
 
 
-def test_the_cover_is_one():
+COVER, WIDE_COVER = pairwise(PRODUCT), pairwise(WIDE)
+LATER_ONCE = {point for point in LATER if point[1:3] == ("softmax_topk", "projection")}
+every, widely_covered = points({*WIDE, *LATER_ONCE}), points({*WIDE_COVER, *LATER_ONCE})
+covered = points({*COVER, ("vera", "softmax_topk", "projection", "kaiming")})  # whose experts share factors
+
+
+@pytest.mark.parametrize(("cover", "product"), [(COVER, PRODUCT), (WIDE_COVER, WIDE)])
+def test_the_cover_is_one(cover, product):
     for i, j in itertools.combinations(range(4), 2):
-        assert {(p[i], p[j]) for p in COVER} == {(p[i], p[j]) for p in PRODUCT}
-    assert len(COVER) < len(PRODUCT) / 2
+        assert {(p[i], p[j]) for p in cover} == {(p[i], p[j]) for p in product}
+    assert len(cover) < len(product) / 2
 
 
-@every
+@widely_covered
 def test_shapes_of_every_combination(point, request):
     """Init and step trace; the state keeps its shapes; metrics are float32 scalars and lists over layers.
 
-    An ordinary run has two of the seven projections: they are traced alike.
+    An ordinary run has a cover in which every two members of different axes meet, and two of the seven projections:
+    they are traced alike.
     """
     few = point[2] == "projection" and not request.config.getoption("--all")
     case = Case(combination(*point, **({"method.rules.mix.sites": "q,down"} if few else {})))
@@ -73,11 +89,11 @@ def test_shapes_of_every_combination(point, request):
 def test_combination(point, request):
     """The start is the base; value, loss, statistics and gradients are the naive form's; the loss falls.
 
-    An ordinary run has three of the seven projections here (what enters attention, what leaves it, and `down`): all
-    seven are run against the naive form in `test_methods`.
+    An ordinary run has few of the seven projections here: all seven are run against the naive form in `test_methods`
+    (LoRA).
     """
     few = point[2] == "projection" and not request.config.getoption("--all")
-    case = Case(combination(*point, **({"method.rules.mix.sites": "q,o,down"} if few else {})))
+    case = Case(combination(*point, **({"method.rules.mix.sites": FEW[PLACEMENTS["projection"]]} if few else {})))
     state = case.start()
     np.testing.assert_allclose(case.hidden(state.adapters), case.hidden({}), atol=1e-5)
 

@@ -77,8 +77,9 @@ def test_an_adapter_on_a_kernel_with_rows_of_zeros(name, init, rows):
         low = low if f.mid is None else jnp.einsum("esr,eqr->esq", low, f.mid)
         return jnp.sum(dy * (y + adapter.scale() * jnp.einsum("esr,ero->eso", low, f.B)))
 
+    both = jax.jit(jax.value_and_grad(out))
     for moved in (0.0, 0.1):  # at the start, and after a step
-        value, g = jax.value_and_grad(out)([v + moved * normal(3, *v.shape) for v in start])
+        value, g = both([v + moved * normal(3, *v.shape) for v in start])
         finite((value, g))
 
 
@@ -116,8 +117,9 @@ def test_a_router_of_zeros(name):
         made = router.route(own, shared, router.base_features(shared, x, ctx) if router.INPUT else x, ctx)[0]
         return jnp.sum(made.gates * jnp.arange(6.0)) + jnp.sum(made.probs**2)
 
+    both = jax.jit(jax.value_and_grad(total, argnums=(0, 1)))
     for x in (jnp.zeros((1, S, 8)), jnp.ones((1, S, 8))):
-        finite(jax.value_and_grad(total, argnums=(0, 1))(start, x))
+        finite(both(start, x))
 
 
 MORE = {"entropy": [dict(kind=k, q=q, eps=0.0) for k in ("shannon", "tsallis", "renyi") for q in (0.5, 1.5)],

@@ -1,6 +1,7 @@
 """Selections, slots, masks and statistics of expert load, against loops in numpy."""
 
 import dataclasses
+import functools
 import itertools
 import typing
 
@@ -140,8 +141,9 @@ def test_allowed_experts_take_all_of_the_probability(name, shape):
         decision = decide(router, leaves, shared, x, ctx)
         return jnp.sum(decision.gates * probe), decision
 
-    (_, whole), g = jax.value_and_grad(weighted, has_aux=True)(leaves, masked, probe)
-    (_, few), g_few = jax.value_and_grad(weighted, has_aux=True)(kept(leaves), small, probe[keep])
+    both = jax.jit(jax.value_and_grad(weighted, has_aux=True))
+    (_, whole), g = both(leaves, masked, probe)
+    (_, few), g_few = both(kept(leaves), small, probe[keep])
     for field in ("gates", "selected", "probs"):
         np.testing.assert_allclose(getattr(whole, field)[..., keep], getattr(few, field), atol=1e-6)
         assert not np.any(getattr(whole, field)[..., ~allowed])
@@ -160,7 +162,7 @@ def test_an_example_without_any_expert_takes_the_base_and_stays_finite(name):
         decision = decide(router, leaves, shared, x, ctx)
         return jnp.sum(decision.gates), decision
 
-    (value, decision), g = jax.value_and_grad(total, has_aux=True)(leaves)
+    (value, decision), g = jax.jit(jax.value_and_grad(total, has_aux=True))(leaves)
     assert value == 0 and not np.any(decision.selected)
     assert all(np.isfinite(v).all() for v in jax.tree.leaves(g))
 
@@ -245,7 +247,7 @@ def test_a_base_keeps_its_dtype_and_is_one_at_padding():
 def test_padding_is_never_routed_nor_counted(name):
     x = jax.random.normal(jax.random.key(0), (2, 4, 8))
     valid = np.array([[1, 1, 1, 0], [1, 0, 0, 0]], bool)
-    decision = decide(*made(name, 6, 8), x, context(valid))
+    decision = jax.jit(functools.partial(decide, *made(name, 6, 8)))(x, context(valid))
     gates, selected = np.asarray(decision.gates), np.asarray(decision.selected)
     assert not np.any(gates[~valid]) and not np.any(selected[~valid])
     total = routing.sums(decision)

@@ -1,5 +1,8 @@
 """launch.evaluate on a tiny run: the report, its pictures, its numbers; bad command lines."""
 
+import contextlib
+import dataclasses
+import io
 import json
 import subprocess
 import sys
@@ -9,7 +12,7 @@ import numpy as np
 import pytest
 
 import molora_jax
-from launch import flags
+from launch import evaluate, flags
 from molora_jax import pictures
 from molora_jax.decode.generate import generate
 from molora_jax.evaluation import plots
@@ -17,18 +20,30 @@ from molora_jax.objectives.held_out import example_nll
 from molora_jax.training.loss_picture import plot_loss
 
 
-def launch(module, *arguments):
-    return subprocess.run(
-        [sys.executable, "-m", f"launch.{module}", *map(str, arguments)],
-        cwd=flags.ROOT, capture_output=True, text=True, timeout=1500, check=False,
-    )  # fmt: skip
+@dataclasses.dataclass
+class Printed:
+    stdout: str
+    stderr: str
 
 
 @pytest.fixture(scope="module")
 def evaluated(tiny_run):
-    done = launch("evaluate", f"--workdir={tiny_run}", "--config.eval.num_items=6")
+    """In this process: a start of jax and compiling anew would be half of the file's time."""
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.chdir(flags.ROOT), contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        evaluate.run([f"--workdir={tiny_run}", "--config.eval.num_items=6"])
+    return Printed(out.getvalue(), err.getvalue()), json.loads((tiny_run / "report" / "report.json").read_text())
+
+
+@pytest.mark.slow
+def test_the_command_is_that_function(evaluated, tiny_run):
+    command = [sys.executable, "-m", "launch.evaluate", f"--workdir={tiny_run}", "--config.eval.num_items=6"]
+    done = subprocess.run(command, cwd=flags.ROOT, capture_output=True, text=True, timeout=1500, check=False)
     assert done.returncode == 0, done.stderr
-    return done, json.loads((tiny_run / "report" / "report.json").read_text())
+    assert [line.split()[:2] for line in done.stdout.splitlines()] == [
+        line.split()[:2] for line in evaluated[0].stdout.splitlines()
+    ]
+    assert "tuned: NLL of 12 answers" in done.stderr and "\r" not in done.stderr
 
 
 def test_report_has_every_field_of_every_task(evaluated, tiny_run):

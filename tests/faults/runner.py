@@ -47,6 +47,7 @@ class Result:
 def environment(folder: pathlib.Path, devices: int) -> dict:
     """As tests/conftest.py: forced CPU devices, quick compiles, a compilation cache; and caches of its own."""
     flags = [f"--xla_force_host_platform_device_count={devices}", "--xla_backend_optimization_level=0"]
+    flags.append("--xla_cpu_parallel_codegen_split_count=1")
     keep = {k: v for k, v in os.environ.items() if k not in ("XLA_FLAGS", "PYTEST_CURRENT_TEST")}
     return {
         "JAX_COMPILATION_CACHE_DIR": str(ROOT / ".jax_cache"), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.1",

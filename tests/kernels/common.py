@@ -47,9 +47,8 @@ def float64(function, args, cotangents):
     """Value and gradients of `function(*args)` in float64, as numpy; integer arguments get no gradient."""
     with jax.enable_x64(True):
         up = [jnp.asarray(a, jnp.float64 if np.issubdtype(a.dtype, np.floating) else a.dtype) for a in args]
-        return [
-            np.asarray(a) for a in both(function, up, jax.tree.map(lambda c: jnp.asarray(c, jnp.float64), cotangents))
-        ]
+        down = jax.tree.map(lambda c: jnp.asarray(c, jnp.float64), cotangents)
+        return [np.asarray(a) for a in compiled(function)(up, down)]
 
 
 def both(function, args, cotangents):
@@ -73,7 +72,7 @@ def compare(function, reference, args, cotangents, tolerance=2e-6, dtype=jnp.flo
     """
     low = [a.astype(dtype) if i in WIDE(args) else jnp.asarray(a) for i, a in enumerate(map(jnp.asarray, args))]
     cotangents = jax.tree.map(lambda c: jnp.asarray(c, dtype), cotangents)
-    got = _compiled(function)(low, cotangents)
+    got = compiled(function)(low, cotangents)
     rounded = [
         np.asarray(a.astype(jnp.float32)) if jnp.issubdtype(a.dtype, jnp.floating) else np.asarray(a) for a in low
     ]
@@ -86,7 +85,8 @@ def compare(function, reference, args, cotangents, tolerance=2e-6, dtype=jnp.flo
 
 
 @functools.cache
-def _compiled(function):
+def compiled(function):
+    """`(args, cotangents) -> both(function, args, cotangents)`, as one program."""
     return jax.jit(lambda args, cotangents: both(function, args, cotangents))
 
 

@@ -48,7 +48,7 @@ def test_gradients_equal_those_of_the_einsum():
     def ours(adapters, x, W):
         return jnp.sum(weight * layer().apply({"adapters": adapters}, x, kernel=W))
 
-    expected = jax.grad(lambda leaves, x, W: jnp.sum(weight * mixture(x, W, None, leaves)), (0, 1, 2))
+    expected = jax.jit(jax.grad(lambda leaves, x, W: jnp.sum(weight * mixture(x, W, None, leaves)), (0, 1, 2)))
     got = jax.jit(jax.grad(ours, (0, 1, 2)))(variables["adapters"], x, W)
     for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(expected(variables["adapters"], x, W)), strict=True):
         np.testing.assert_allclose(a, b, atol=3e-5, rtol=3e-5)
@@ -293,10 +293,10 @@ def test_no_token_gives_no_row(lead):
         (layer(), dict(kernel=W, bias=BIAS), F), (ffn, kernels, D), (routed, {}, F),
         (layer(engine="all_to_all", mesh=mesh), dict(kernel=W, valid=jnp.ones(lead, bool)), F),
     ):  # fmt: skip
-        variables = one.init(jax.random.key(0), x, **more)
-        y, sown = one.apply(variables, x, **more, mutable=["routing"])
+        variables = jax.jit(one.init)(jax.random.key(0), x, **more)
+        y, sown = call(one, variables, x, **more, mutable=["routing"])
         assert y.shape == (*lead, width) and np.isfinite(mj.balance(sown)), type(one).__name__
-        grads = jax.grad(lambda v, one=one, more=more: one.apply(v, x, **more).sum())(variables)
+        grads = jax.jit(jax.grad(lambda v, one=one, more=more: one.apply(v, x, **more).sum()))(variables)
         assert not any(np.any(leaf) for leaf in jax.tree.leaves(grads["adapters"]))
 
 
@@ -361,12 +361,13 @@ def test_padding_may_hold_nan():
     layer, W = mj.RoutedLoRA(3, experts=2, adapter=mj.Lora(rank=2), router=mj.SoftmaxTopK(k=1)), jnp.ones((4, 3))
     valid = jnp.array([[True, True, False]])
     x = jnp.ones((1, 3, 4))
-    variables = layer.init(jax.random.key(0), x, kernel=W)
+    variables = jax.jit(layer.init)(jax.random.key(0), x, kernel=W)
     broken = jnp.where(valid[..., None], x, jnp.nan)
 
     def loss(adapters, x):
         y = layer.apply(variables | {"adapters": adapters}, x, kernel=W, valid=valid)
         return jnp.sum(jnp.where(valid[..., None], y, 0.0) ** 2)
 
-    wanted, got = (jax.grad(loss)(variables["adapters"], x) for x in (x, broken))
+    gradient = jax.jit(jax.grad(loss))
+    wanted, got = (gradient(variables["adapters"], x) for x in (x, broken))
     jax.tree.map(np.testing.assert_array_equal, got, wanted)

@@ -134,7 +134,7 @@ def test_value_and_slope_are_the_formulas(name, options, formula):
         return objective.loss(forward(hidden), heads, fixed, rows, objective.norm(rows))[0]
 
     with jax.enable_x64(True):
-        value, (slope, head_slopes) = jax.value_and_grad(loss, argnums=(0, 1))(jnp.asarray(HIDDEN), heads)
+        value, (slope, head_slopes) = jax.jit(jax.value_and_grad(loss, argnums=(0, 1)))(jnp.asarray(HIDDEN), heads)
         np.testing.assert_allclose(value, formula(HIDDEN, heads, rows, options), rtol=1e-6)
         for _ in range(3):
             way, e = RNG.standard_normal(HIDDEN.shape), 1e-5
@@ -169,12 +169,12 @@ def test_chunks_of_the_vocabularys_distribution_change_nothing(monkeypatch, name
 
     with jax.enable_x64(True):
         point = jnp.asarray(HIDDEN), jnp.asarray(TABLE)
-        want = jax.value_and_grad(loss, argnums=(0, 1))(*point)
+        want = jax.jit(jax.value_and_grad(loss, argnums=(0, 1)))(*point)
         monkeypatch.setattr(vocabulary, "CHUNK_BYTES", 4 * B * V * positions)
         assert vocabulary.count(B, M, V) == -(-M // positions)
-        got = jax.value_and_grad(loss, argnums=(0, 1))(*point)
+        got = jax.jit(jax.value_and_grad(loss, argnums=(0, 1)))(*point)
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-12, atol=1e-14), got, want)
-        np.testing.assert_allclose(jax.grad(loss)(*point), want[1][0], rtol=1e-12, atol=1e-14)  # a frozen head
+        np.testing.assert_allclose(jax.jit(jax.grad(loss))(*point), want[1][0], rtol=1e-12, atol=1e-14)  # a frozen head
 
 
 def test_no_array_of_all_logits_is_kept(monkeypatch):

@@ -54,7 +54,10 @@ def rows(folder):
 
 
 def near(a, b, step):
-    """Two folders of one run: losses and adapters to 1e-5."""
+    """Two folders of one run: losses to 1e-5, adapters to a twentieth of one step of the rate 1e-3.
+
+    Adam divides a gradient that is all rounding by itself: an entry was 1.7e-5 apart on one machine.
+    """
     for one, other in zip(rows(a), rows(b), strict=True):
         assert one.keys() == other.keys()
         np.testing.assert_allclose(one["loss"], other["loss"], rtol=1e-5)
@@ -63,7 +66,7 @@ def near(a, b, step):
         at = folder / "checkpoints" / str(step)
         side["adapters"] = load(at, read_manifest(at), ["adapters"])["adapters"]
     for x, y in zip(leaves(left), leaves(right), strict=True):
-        np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-5)
+        np.testing.assert_allclose(x, y, rtol=1e-5, atol=5e-5)
 
 
 def leaves(value):

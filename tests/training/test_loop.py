@@ -16,8 +16,10 @@ from flax.traverse_util import flatten_dict
 
 import launch.train
 from molora_jax import config as config_lib
+from molora_jax.backbones.compile import compile_model
 from molora_jax.errors import InputError
 from molora_jax.evaluation.run import load_run
+from molora_jax.io.base import load_base
 from molora_jax.runs import warm_start
 from molora_jax.runs.checkpoints import Checkpoints, read_manifest
 from molora_jax.runs.workdir import Workdir
@@ -29,7 +31,10 @@ FIELDS = {"step", "loss", "lm_loss", "aux/balance", "grad_norm", "lr", "tokens",
 
 
 def tiny(name="mixlora", *, tasks="math", steps=6, **train_fields):
-    """A shipped config on the random model with one cheap task; dropout and packing stay on."""
+    """A shipped config on the random model with one cheap task; dropout and packing stay on.
+
+    Runs of as many steps share their compiled step, so a test that may has six.
+    """
     config = importlib.import_module(f"configs.{name}").get_config()
     config.base.source = "random:tiny"
     config.data.update(tasks=tasks, seq_len=96)
@@ -155,22 +160,22 @@ def test_another_identity_is_refused_with_the_difference(whole):
 
 
 def test_a_damaged_step_is_skipped_by_name(tmp_path):
-    config = tiny(steps=4, keep=3)
-    config.train.save_every = 2
+    config = tiny(keep=3)
+    config.train.save_every = 3
     start(config, tmp_path)
-    (tmp_path / "checkpoints" / "4" / "manifest.json").write_text("{")
+    (tmp_path / "checkpoints" / "6" / "manifest.json").write_text("{")
     result, notes = start(config, tmp_path)
-    assert any("checkpoint 4 is skipped" in note for note in notes) and "resumed at step 2" in notes
-    assert result.step == 4 and [r["step"] for r in rows(tmp_path)] == [1, 2, 3, 4]
+    assert any("checkpoint 6 is skipped" in note for note in notes) and "resumed at step 3" in notes
+    assert result.step == 6 and [r["step"] for r in rows(tmp_path)] == [1, 2, 3, 4, 5, 6]
 
 
 def test_best_step_is_kept(tmp_path):
-    config = tiny(steps=4, eval_every=1, keep=1)
+    config = tiny(eval_every=1, keep=1)
     config.eval.num_items = 4
     start(config, tmp_path)
     values = [r["valid_nll"] for r in rows(tmp_path)]
     checkpoints = Checkpoints(tmp_path / "checkpoints", keep=1)
-    assert len(values) == 4 and checkpoints.best() == 1 + int(np.argmin(values))
+    assert len(values) == 6 and checkpoints.best() == 1 + int(np.argmin(values))
 
 
 def test_a_warm_start_of_another_scale_is_refused(whole, tmp_path):
@@ -195,19 +200,40 @@ def test_logits_are_of_tokens_and_a_step_is_said_once(whole):
         load_run(f"{whole[0]}@6", step=2)
 
 
-def test_warm_start_recuts_segments(whole, tmp_path):
+def test_warm_start_recuts_segments(whole):
     """Another grouping of the layers starts from the same values, layer by layer."""
-    config = tiny(init_from=str(whole[0]), steps=1)
+    config = tiny()
     config.method.rules.attn.layers = "1-3"
-    config.optim.learning_rate = 1e-30  # moves nothing
-    start(config, tmp_path)
-    old, new = warm_start.load_adapters(str(whole[0])), warm_start.load_adapters(str(tmp_path))
+
+    def started():
+        base = load_base("random:tiny")
+        model = compile_model(config, base.config)
+        shapes = {"adapters": jax.eval_shape(model.init_adapters, jax.random.key(0), base.params)}
+        return warm_start.start(str(whole[0]), shapes, base_digest=base.digest, rules=model.rules)["adapters"]
+
+    recut(warm_start.load_adapters(str(whole[0])), started())
+    config.method.rules.attn.adapter.rank = 4
+    with pytest.raises(InputError, match="train.init_from"):
+        started()
+
+
+def recut(old, new):
+    """`attn` on layers 1 to 3 alone divides what the rule `ffn` has in one piece."""
     assert set(new["ffn"]) == {"000-000", "001-003"} and set(new["attn"]) == {"001-003"}
     np.testing.assert_array_equal(new["ffn"]["001-003"]["up"]["B"], old["ffn"]["000-003"]["up"]["B"][1:])
     np.testing.assert_array_equal(new["attn"]["001-003"]["q"]["A"], old["attn"]["000-003"]["q"]["A"][1:])
     np.testing.assert_array_equal(
         new["ffn"]["000-000"]["router"]["ffn"]["W"], old["ffn"]["000-003"]["router"]["ffn"]["W"][:1]
     )
+
+
+@pytest.mark.slow
+def test_a_run_starts_from_recut_segments(whole, tmp_path):
+    config = tiny(init_from=str(whole[0]), steps=1)
+    config.method.rules.attn.layers = "1-3"
+    config.optim.learning_rate = 1e-30  # moves nothing
+    start(config, tmp_path)
+    recut(warm_start.load_adapters(str(whole[0])), warm_start.load_adapters(str(tmp_path)))
     config.method.rules.attn.adapter.rank = 4
     with pytest.raises(InputError, match="train.init_from"):
         start(config, tmp_path / "other")

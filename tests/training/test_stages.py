@@ -108,8 +108,9 @@ def test_distillation_moves_towards_the_teacher_and_needs_its_vocabulary(tmp_pat
         start(made, tmp_path / "other")
 
 
-def test_stages_of_equal_programs_compile_once(tmp_path, monkeypatch):
-    """Five stages: A B A B A; A and B differ in what they freeze. Two programs are made, each compiled once."""
+@pytest.mark.parametrize("number", [3, pytest.param(5, marks=pytest.mark.slow)])
+def test_stages_of_equal_programs_compile_once(tmp_path, monkeypatch, number):
+    """Stages A B A, and A B A B A; A and B differ in what they freeze. Two programs are made, each compiled once."""
     data = write(tmp_path / "d.jsonl", "text")
     made, compiled = [], programs.CompiledStep
 
@@ -120,14 +121,18 @@ def test_stages_of_equal_programs_compile_once(tmp_path, monkeypatch):
 
     monkeypatch.setattr(programs, "CompiledStep", Counted)
     programs._compiled_step.cache_clear()  # of other tests
-    stages = {f"s{i:02d}": stage(steps=1, freeze="" if i % 2 else "*/A", tasks="d" if i == 4 else "") for i in range(5)}
-    start(_five(data, stages), tmp_path / "run")
+    last = number - 1
+    stages = {
+        f"s{i:02d}": stage(steps=1, freeze="" if i % 2 else "*/A", tasks="d" if i == last else "")
+        for i in range(number)
+    }
+    start(_scheduled(data, stages), tmp_path / "run")
     assert len(made) == 2 and [one.step._cache_size() for one in made] == [1, 1]
 
 
-def _five(data, stages):
+def _scheduled(data, stages):
     out = config(data)
-    out.train.steps = 5
+    out.train.steps = len(stages)
     with out.unlocked():
         out.schedule = stages
     config_lib.validate(out)
