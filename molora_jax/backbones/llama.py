@@ -139,7 +139,8 @@ class Llama(Backbone):
             mask = at.once["mask"]
             if "slides" in at.arrays:
                 mask = jnp.where(at.arrays["slides"], at.once["narrow"], mask)
-            return attend(q, k, v, mask, asked=at.attention, train=at.train and cache is None)
+            alone = cache is None
+            return attend(q, k, v, mask, asked=at.attention, train=at.train and alone, causal=alone)
 
         return adapt.attention(h, weights_of(p, ("q", "k", "v", "o")), core), cache
 

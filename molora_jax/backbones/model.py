@@ -99,7 +99,8 @@ class Model:
           batch: `tokens`, `segment_ids` (0 = padding), `positions`, and for routing analysis `task_ids`, `example_ids`,
             all `[B, S]` int32; optional `allowed [E] | [B, E]`.
           train: dropout and noise on (needs `key`), layers inside `jax.checkpoint`.
-          mask: `[B, 1, S, S_k]` attention mask; by default the backbone's own, block-diagonal over `segment_ids`.
+          mask: `[B, 1, S, S_k]` attention mask over a cache's slots; without a cache the backbone's own is used,
+            block-diagonal over `segment_ids`.
           cache: `(buffers, write)`: those of `init_cache`, and what puts new keys or values in (see `StackRunner`).
           collect: also return the gates.
           tap: a zero on kernels of one layer, for the gradient of these (`tap.zeros` are then what came out).
@@ -110,6 +111,8 @@ class Model:
         missing = [name for name in self.config.FIELDS if name not in batch]
         if missing:
             raise InputError("batch", got=f"no {', '.join(missing)}", expected=f"what {self.config.family} reads")
+        if (mask is None) != (cache is None):
+            raise InputError("mask", got="one of mask and cache", expected="both or neither", fix="Leave it out.")
         tokens, segment_ids = batch["tokens"], batch["segment_ids"]
         zeros = jnp.zeros_like(tokens)
         ctx = Context(
@@ -158,7 +161,7 @@ class Model:
         cache = None if kv is None else ({"own": kv}, write)
         with jax.named_scope("base_hidden"):
             h, _, buffers, _ = self.without_rules().hidden(
-                params, {}, {}, batch, mask=mask, cache=cache, constrain=constrain
+                params, {}, {}, batch, mask=None if cache is None else mask, cache=cache, constrain=constrain
             )
             h = jax.lax.stop_gradient(h)
         features = {}
