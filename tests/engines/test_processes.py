@@ -52,6 +52,43 @@ def test_two_processes_run_the_same_program(tmp_path, engine, sizes):
     assert done.returncode == 0, done.stdout + done.stderr
 
 
+LABELLED = ({"text": f"number {i}", "label": "odd" if i % 2 else "even"} for i in range(80))
+PAIRS = ({"prompt": f"Double {i}", "chosen": str(2 * i), "rejected": str(2 * i + 1)} for i in range(80))
+OBJECTIVES = {
+    "classify": ("minilm_classify", "random:tiny-bert", LABELLED),
+    "preference": ("preference", "random:tiny", PAIRS),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_an_objective_of_two_processes_has_the_losses_of_one(tmp_path, name):
+    """Classes and pairs (which no process tears) on eight devices, held-out numbers too; resumed by two, by one."""
+    config, base, rows = OBJECTIVES[name]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    common = [
+        "-m", "launch.train", f"--config=configs/{config}.py", f"--config.base.source={base}",
+        f"--config.data.tasks=jsonl:{tmp_path / 'rows.jsonl'}", "--config.data.test_share=0.2",
+        "--config.train.steps=4", "--config.train.batch_size=16", "--config.train.eval_every=2",
+        "--config.eval.num_items=8", "--config.train.log_every=1",
+    ]  # fmt: skip
+    two, one = tmp_path / "two", tmp_path / "one"
+    for stop in (2, 3):
+        done = launch(*common, f"--workdir={two}", f"--config.train.stop_after={stop}", processes=2, devices=8)
+        assert done.returncode == 0, done.stdout + done.stderr
+    for folder in (two, one):
+        done = launch(*common, f"--workdir={folder}", devices=8)
+        assert done.returncode == 0, done.stdout + done.stderr
+    found, wanted = (
+        [json.loads(line) for line in (at / "metrics.jsonl").read_text().splitlines()] for at in (two, one)
+    )
+    assert len(found) == len(wanted) == 4
+    for key in ("loss", "accuracy", "valid_nll"):
+        values = [[row[key] for row in rows if key in row] for rows in (found, wanted)]
+        assert len(values[1]) == (2 if key == "valid_nll" else 4)
+        np.testing.assert_allclose(*values, rtol=2e-5, err_msg=key)
+
+
 def test_local_says_what_its_processes_say_and_nothing_else():
     """Processes that end one after the other; the first that fails gives the status and ends the others."""
     code = (
