@@ -148,6 +148,22 @@ def test_with_exact_the_start_has_the_same_bits_on_other_devices(tmp_path):
 
 
 @pytest.mark.slow
+def test_leaves_that_a_later_stage_makes_anew_start_from_the_gradient_too(tmp_path):
+    """A stage of another rank: two gradients, and a core of two singular values that is not zero."""
+    out = config(tmp_path)
+    with out.unlocked():
+        stage = dict(out.schedule.s00)
+        changes = dict(method=dict(rules=dict(mix=dict(adapter=dict(rank=2)))))
+        out.schedule = dict(s00=stage | dict(steps=1), s01=stage | dict(steps=0, set=changes))
+    schema.validate(out)
+    notes = []
+    train(out, str(tmp_path / "run"), note=notes.append)
+    assert sum(note.startswith("gradient of the base: 4 layers") for note in notes) == 2
+    core = leaves(tmp_path / "run", 2)["mix/000-001/q/core"]
+    assert core.shape[-2:] == (2, 2) and np.abs(np.diagonal(core, axis1=-2, axis2=-1)).min() > 1e-3
+
+
+@pytest.mark.slow
 def test_clients_of_a_federated_run_share_the_start_and_dp_refuses_it(tmp_path):
     """A, B frozen and common: the server's core is the mean of the clients'. A head trains beside it (classify)."""
     tasks, regime = small.write(tmp_path), dict(name="federated", clients=3, local_steps=2, average="equal")
