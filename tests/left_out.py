@@ -179,6 +179,5 @@ LEFT_OUT = (
     "backbones/test_families.py::test_a_family[[]qwen2, tied-*",  # llama and qwen3, tied
     "backbones/test_families.py::test_a_family[[]mistral, tied-*",
     "backbones/test_families.py::test_a_kind[[]rope llama3]",  # as a GGUF file
-    "modules/test_attach.py::test_plain_lora_equals_*'layers': 1, 'remat': True}]",  # in a scan
     "acceptance/test_x_lora.py::test_acceptance_8_*[[]options2]",  # a router for each site, and one for the model
 )  # fmt: skip

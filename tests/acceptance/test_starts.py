@@ -13,7 +13,20 @@ from tests.tiny import write_task
 
 QUICK = ("x_lora", "smora")  # stages, and a state of the router: the others' starts are asked with --all
 NAMES = ("mos", "coe", "x_lora", "dynmole", "smora", "loramoe", "rmoe", "llava_mole")
-NAMES += ("lora_pro", "allora", "dylora", "adalora")
+NAMES += (
+    "lora_pro",
+    "allora",
+    "dylora",
+    "adalora",
+    "lora_fa",
+    "vera",
+    "ia3",
+    "nola",
+    "randlora",
+    "lora_xs",
+    "lora_sb",
+    "lora_ga",
+)
 SCHEDULED = ("adalora", "dylora", "lora_pro")  # a budget, a rank that is drawn, moments in a form of their own
 
 

@@ -191,7 +191,7 @@ def test_patterns_mean_the_sites_of_attention():
 
 REFUSED = {
     "a router": (dict(router=dict(name="softmax_topk", k=2), experts="4"), "router"),
-    "an adapter": (dict(adapter=common.adapter("dora")), "lora or rslora"),
+    "an adapter": (dict(adapter=common.adapter("dora")), "lora, rslora or lora_fa"),
     "experts": (dict(experts="4"), "the base says how many experts it has. Leave experts out"),
     "a start": (dict(adapter=common.adapter(init="pissa")), "reads no base weight"),
 }

@@ -11,6 +11,7 @@ import pytest
 from molora_jax.adapters import ADAPTERS
 from molora_jax.adapters.dora import row_norm
 from molora_jax.config.members import attribute
+from molora_jax.config.outside import stated_with
 from molora_jax.core import routing
 from molora_jax.core.types import Context, Routing, Site
 from molora_jax.inits import INITS
@@ -49,8 +50,11 @@ def floats(tree):
 
 
 def accepts(cls, init):
-    """Whether the class's annotation allows this start, and whether both have a core or neither."""
+    """Whether the class's annotation allows this start, both have a core or neither, and a start that is not zero is
+    taken off again."""
     field = {f.name: f for f in dataclasses.fields(cls)}
+    if attribute("inits", init, "AWAY") and not stated_with(cls, "SUBTRACTS", "factors"):
+        return False
     return init in getattr(field["init"].type, "__args__", INITS) and cls.CORE == bool(attribute("inits", init, "CORE"))
 
 

@@ -66,7 +66,7 @@ def near(a, b, step):
         at = folder / "checkpoints" / str(step)
         side["adapters"] = load(at, read_manifest(at), ["adapters"])["adapters"]
     for x, y in zip(leaves(left), leaves(right), strict=True):
-        np.testing.assert_allclose(x, y, rtol=1e-5, atol=5e-5)
+        np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-5)
 
 
 def leaves(value):
