@@ -36,7 +36,7 @@ class Budgeted(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True)
-class AdaLora(AdamW):
+class AdaLoraOptimizer(AdamW):
     """`target`: the mean rank in the end. `initial_fraction`, `final_fraction`: t_i / T and t_f / T. `every`: steps
     between two choices. `beta1`, `beta2`: of I~ and U."""
 

@@ -44,7 +44,7 @@ def tree(suffix=""):
 def peft_like(**changes):
     options = dict(learning_rate=RATE, weight_decay=DECAY, decay="constant", target=TARGET, every=2,
                    initial_fraction=2 / T, final_fraction=3 / T)  # fmt: skip
-    return adalora.AdaLora(**options | changes)
+    return adalora.AdaLoraOptimizer(**options | changes)
 
 
 def test_acceptance_1_the_start_changes_nothing():
@@ -112,7 +112,7 @@ def routed():
 
 def test_acceptance_8_after_the_schedule_the_budget_is_met_exactly(routed):
     """Real steps of a mixture: triplets are ranked across sites, layers and experts."""
-    case, member = routed, adalora.AdaLora(**SHORT)
+    case, member = routed, adalora.AdaLoraOptimizer(**SHORT)
     state, kept = case.start(), []
     for _ in range(7):
         state, metrics, _ = case.run(state)
@@ -142,13 +142,13 @@ def test_the_budget_is_the_papers_for_any_number_of_steps():
     shapes = [(2, 3, 12), (1, 1, 12)]
     b0, bT = 7 * 12, 7 * 8
     for steps in (1, 2, 3, 10, 200, 1000):
-        member = adalora.AdaLora()
+        member = adalora.AdaLoraOptimizer()
         fallen = member.fallen(steps, shapes)
         first, end = int(0.1 * steps), steps - int(0.3 * steps)
         assert len(fallen) == steps + 1 and (fallen[: first + 1] == 0).all() and (fallen[end:] == b0 - bT).all()
         for t in range(first + 1, end):
             assert fallen[t] == b0 - int((b0 - bT) * (1 - (t - first) / (end - first)) ** 3 + bT)
-    every = adalora.AdaLora(every=5).fallen(100, shapes)
+    every = adalora.AdaLoraOptimizer(every=5).fallen(100, shapes)
     assert set(np.flatnonzero(every)) == set(range(15, 70, 5)) | set(range(70, 101))
     scores = [jnp.array([[0.0, 3.0], [0.0, 1.0]]), jnp.array([2.0, 0.0])]
     size = [jnp.array([[1.0, 0.0], [0.0, 9.0]]), jnp.array([0.0, 5.0])]
@@ -230,9 +230,9 @@ def test_traps_what_is_no_triplet_is_refused_by_name():
     pair = {"all": {"000-000": {"q": {k: jnp.ones((1, 1, 3, 4)) for k in "AB"}}}}
     triplet = {"all": {"000-000": {"q": pair["all"]["000-000"]["q"] | {"lam": jnp.ones((1, 1, 3))}}}}
     for ask, words in (
-        (lambda: adalora.AdaLora().make(9, {}).init(pair), "'adalora' where no A, B and lam train"),
-        (lambda: adalora.AdaLora(target=5).make(9, {}).init(triplet), "optim.target: got 5; .*at most .* 3 of all"),
-        (lambda: adalora.AdaLora(initial_fraction=0.7).make(9, {}), "initial_fraction . final_fraction < 1"),
+        (lambda: adalora.AdaLoraOptimizer().make(9, {}).init(pair), "'adalora' where no A, B and lam train"),
+        (lambda: adalora.AdaLoraOptimizer(target=5).make(9, {}).init(triplet), "optim.target: got 5; .*at most .* 3 of all"),
+        (lambda: adalora.AdaLoraOptimizer(initial_fraction=0.7).make(9, {}), "initial_fraction . final_fraction < 1"),
         (lambda: Orthogonal().penalty(pair, {}), "losses.orthogonal: got no A, B and lam"),
         (lambda: lora_pro.LoraPro().make(9, trees.pairs(Case(method("adalora")).model, triplet)).init(triplet),
          "no A and B of one product"),
