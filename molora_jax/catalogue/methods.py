@@ -283,6 +283,16 @@ METHODS = {
         params=formulas.llava_mole,
         own=("routers/top1.py",),
     ),
+    "deepseek_moe": Method(
+        config="configs/deepseek_moe.py",
+        title="DeepSeekMoE",
+        paper="2401.06066",
+        axes="router `biased_topk`, loss `device_balance`; shared experts are a rule without a router",
+        equation="y = W x + s B_0 A_0 x + s sum_{i in top K} p_i B_i A_i x, p = softmax(U u) over the routed experts",
+        differs="LoRA experts on the frozen FFN; balance over the batch (the code's is by sequence: `per_example`)",
+        params=formulas.deepseek_moe,
+        own=("routers/biased_topk.py", "losses/device_balance.py"),
+    ),
     "lora_fa": Method(
         config="configs/lora_fa.py",
         title="LoRA-FA",

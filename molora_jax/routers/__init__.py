@@ -1,5 +1,6 @@
 """Which experts does a token use, with what weight?"""
 
+from molora_jax.routers.biased_topk import BiasedTopK
 from molora_jax.routers.entropy_hybrid import EntropyHybrid
 from molora_jax.routers.recurrent import Recurrent
 from molora_jax.routers.sigmoid_topk import SigmoidTopK
@@ -16,4 +17,5 @@ ROUTERS = {
     "recurrent": Recurrent,
     "top1": Top1,
     "x_lora": XLora,
+    "biased_topk": BiasedTopK,
 }
