@@ -293,6 +293,16 @@ METHODS = {
         params=formulas.deepseek_moe,
         own=("routers/biased_topk.py", "losses/device_balance.py"),
     ),
+    "stelocoder": Method(
+        config="configs/stelocoder.py",
+        title="SteloCoder",
+        paper="2310.15539",
+        axes="router `sequence_gate`: one for the model; stages: a curriculum of experts by task, then the gate",
+        equation="y = W x + s sum_e w_e B_e A_e x, w = softmax(max_t W_g x_t); in use the prompt's argmax",
+        differs="q, k and v have an A each; no position in the gate's input; no padding in the maximum",
+        params=formulas.stelocoder,
+        own=("routers/sequence_gate.py",),
+    ),
     "lora_fa": Method(
         config="configs/lora_fa.py",
         title="LoRA-FA",

@@ -3,6 +3,7 @@
 from molora_jax.routers.biased_topk import BiasedTopK
 from molora_jax.routers.entropy_hybrid import EntropyHybrid
 from molora_jax.routers.recurrent import Recurrent
+from molora_jax.routers.sequence_gate import SequenceGate
 from molora_jax.routers.sigmoid_topk import SigmoidTopK
 from molora_jax.routers.softmax_topk import SoftmaxTopK
 from molora_jax.routers.top1 import Top1
@@ -18,4 +19,5 @@ ROUTERS = {
     "top1": Top1,
     "x_lora": XLora,
     "biased_topk": BiasedTopK,
+    "sequence_gate": SequenceGate,
 }
