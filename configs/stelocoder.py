@@ -4,9 +4,8 @@
 
 The claim: code translation from several languages by one model that is not told which, nearly as good as the expert of
 each. Stage s00 trains the experts on short pairs, each task its own, s01 on whole programs; s02 freezes them and trains
-the gate, from the loss of the language model alone. Experts sit at attention and at `down`, the scale is 8. A stage
-starts with a fresh optimizer at a constant rate of its own (the paper's for a first epoch; its rate falls again in a
-second one, and by a cosine and a warm-up of each stage).
+the gate, from the loss of the language model alone. Experts sit at attention and at `down`, the scale is 8. Each
+stage has a fresh optimizer and a schedule of its own (`restart`), at the paper's rate for its first epoch.
 
 Translation pairs are yours to give, a file a language and level, the same languages in the same order:
 
@@ -43,7 +42,7 @@ def get_config(snippets=STAND_INS, programs=()):
             router=dict(name="sequence_gate", share="model", init="kaiming", hard="eval", pool_padding=False),
         )
     )
-    config.optim.update(decay="constant", warmup=0, weight_decay=0.05)
+    config.optim.update(dict(restart=True, decay="cosine", warmup=10, weight_decay=0.05))
     experts = dict(freeze="*/router/*", route="task")
     config.schedule = dict(
         s00=stage(snippets, RATES[0], **experts),

@@ -7,6 +7,7 @@ import types
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from configs import stelocoder
 from molora_jax import config as schema
@@ -15,6 +16,9 @@ from molora_jax.core import trees
 from molora_jax.decode import generate as decoding
 from molora_jax.regimes.stages import stages
 from molora_jax.routers import ROUTERS
+from molora_jax.training.loop import train
+from molora_jax.training.programs import compile_optimizer, knobs_of
+from molora_jax.training.setup import setup
 from tests.acceptance import small
 
 GATE = ROUTERS["sequence_gate"]
@@ -169,7 +173,7 @@ def write(path, rows):
     return f"jsonl:{path}"
 
 
-def test_acceptance_8_snippets_before_programs_before_the_gate(tmp_path):
+def curriculum(tmp_path):
     files = {
         name: write(tmp_path / f"{name}.jsonl", [(f"{name} {i}", str(i)) for i in range(30)])
         for name in ("cpp", "java", "cpp_long", "java_long")
@@ -177,6 +181,11 @@ def test_acceptance_8_snippets_before_programs_before_the_gate(tmp_path):
     config = stelocoder.get_config(snippets=(files["cpp"], files["java"]),
                                    programs=(files["cpp_long"], files["java_long"]))  # fmt: skip
     config.base.source, config.train.steps = "random:tiny", 30
+    return config, files
+
+
+def test_acceptance_8_snippets_before_programs_before_the_gate(tmp_path):
+    config, files = curriculum(tmp_path)
     schema.validate(config)
     first, second, gate = stages(config)
     assert (first.tasks, second.tasks, gate.tasks) == (
@@ -187,3 +196,28 @@ def test_acceptance_8_snippets_before_programs_before_the_gate(tmp_path):
     assert (first.route, second.route, gate.route) == ("task", "task", "")
     experts = [i % 2 for i, _ in enumerate(config.data.tasks.split(","))]
     assert experts == [0, 1, 0, 1], "both levels of a language have one expert"
+    rates = []
+    for part in (first, second, gate):
+        optimizer, knobs = compile_optimizer(part.config), knobs_of(part.config, part.start)
+        rate = dataclasses.replace(optimizer, learning_rate=1.0).at(knobs.rates).schedule(part.stop - part.start)
+        rates.append([float(rate(step)) / part.config.optim.learning_rate for step in range(part.start, part.stop)])
+    np.testing.assert_allclose(rates, [np.arange(1, 11) / 10] * 3, rtol=1e-5, err_msg="a warm-up in each stage")
+
+
+@pytest.mark.slow
+def test_acceptance_8_a_run_sees_no_program_in_its_first_stage_and_restarts_its_rate(tmp_path):
+    config, files = curriculum(tmp_path)
+    config.optim.warmup = 1
+    config.train.update(steps=12, batch_size=8, save_every=0, log_every=1)
+    prepared = setup(config)
+    for part, own in zip(stages(config), ({0, 1}, {2, 3}, {0, 1, 2, 3}), strict=True):
+        source = prepared.data.train.for_tasks(part.tasks) if part.tasks else prepared.data.train
+        rows = [source.batch(step) for step in range(4)]
+        seen = np.concatenate([row["task_ids"][row["segment_ids"] > 0] for row in rows])
+        assert set(np.unique(seen)) <= own and len(np.unique(seen)) > 1
+    train(config, str(tmp_path / "run"), note=lambda text: None)
+    lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    lr = np.array([json.loads(line)["lr"] for line in lines]).reshape(3, 4)
+    np.testing.assert_allclose(lr[:, 0], [9e-5, 5e-5, 5e-5], rtol=1e-5)
+    np.testing.assert_allclose(lr / lr[:, :1], np.repeat(lr[:1] / lr[0, 0], 3, 0), rtol=1e-5)
+    assert (np.diff(lr[:, 1:], axis=1) < 0).all()
