@@ -60,6 +60,8 @@ class Layer:
         with jax.named_scope("route"):
             if ctx.route == "task":
                 decision, carry, sums = routing_math.by_task(ctx, ctx.site.experts), ctx.carry, {}
+            elif ctx.settled is not None:
+                decision, carry, sums = routing_math.settled(ctx, rule.router.k_max(ctx.site.experts)), ctx.carry, {}
             else:
                 x = ctx.base_features[rule.name] if rule.router.INPUT else x
                 leaves = self.adapters[rule.name].get("router", {}).get(own, {})  # a router may have none of its own

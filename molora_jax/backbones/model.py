@@ -76,6 +76,17 @@ class Model:
         """Rules whose routers read the frozen base's hidden state."""
         return tuple(rule for rule in self.rules if rule.router is not None and rule.router.INPUT and not self.route)
 
+    def settle(self, params: dict, adapters: dict, state: dict, batch: dict) -> dict:
+        """What prompts decide for their answers, `{rule: gates [B, E]}`: `batch["settled"]` of `hidden` in decoding.
+
+        Of rules whose router says SETTLES; each row of the batch is one prompt.
+        """
+        rules = [r for r in self.rules if r.router is not None and r.router.SETTLES and not self.route]
+        if not rules:
+            return {}
+        gates = self.hidden(params, adapters, state, batch, collect=True)[3]
+        return {rule.name: jnp.max(gates[rule.name]["model"]["model"][0], axis=1) for rule in rules}
+
     def hidden(
         self,
         params: dict,
@@ -97,7 +108,7 @@ class Model:
 
         Args:
           batch: `tokens`, `segment_ids` (0 = padding), `positions`, and for routing analysis `task_ids`, `example_ids`,
-            all `[B, S]` int32; optional `allowed [E] | [B, E]`.
+            all `[B, S]` int32; optional `allowed [E] | [B, E]`, `settled` (see `settle`).
           train: dropout and noise on (needs `key`), layers inside `jax.checkpoint`.
           mask: `[B, 1, S, S_k]` attention mask over a cache's slots; without a cache the backbone's own is used,
             block-diagonal over `segment_ids`.
@@ -141,10 +152,10 @@ class Model:
             params, adapters, batch, ctx, mask, buffers.get("base"), write, constrain
         )
         ctx = ctx.replace(base_features=features)
+        route = functools.partial(self._route_model, adapters, state, batch.get("settled", {}), ctx, collect)
         runner = stack.StackRunner(
             self, adapters, state, ctx, mask=mask, carry=carry, cache=(*buffers["own"], write) if buffers else None,
-            route=lambda x: self._route_model(adapters, state, x, ctx, collect), collect=collect, constrain=constrain,
-            tap=tap,
+            route=route, collect=collect, constrain=constrain, tap=tap,
         )  # fmt: skip
         x = self.config.forward(params, batch, runner)
         if buffers:
@@ -170,7 +181,7 @@ class Model:
             features[rule.name] = rule.router.base_features(adapters[rule.name].get("shared", {}), h, own)
         return features, None if buffers is None else buffers["own"]
 
-    def _route_model(self, adapters, state, x, ctx, collect):
+    def _route_model(self, adapters, state, settled, ctx, collect, x):
         """Rules with `share="model"`: one decision for all layers, on the embeddings. Sums lead with one "layer"."""
         given, stats, gates = {}, {}, {}
         for r, rule in enumerate(self.rules):
@@ -183,10 +194,10 @@ class Model:
             own_state = jax.tree.map(pick, state.get(rule.name, {}).get("shared", {}))
             trees = ({rule.name: own}, {rule.name: shared}, {rule.name: own_state})
             carry = {rule.name: rule.router.init_carry(*x.shape[:2])}
+            own_ctx = ctx.replace(layer=0, settled=settled.get(rule.name))
             layer = Layer(
-                self.config, segment, [(rule, E)], self.losses, trees, carry, ctx.replace(layer=0), {}, collect,
-                self.engine,
-            )  # fmt: skip
+                self.config, segment, [(rule, E)], self.losses, trees, carry, own_ctx, {}, collect, self.engine
+            )
             layer.enter("model", x)
             given[rule.name] = layer.decisions[rule.name, "model"]
             lead = lambda tree: jax.tree.map(lambda v: v[None], tree)  # noqa: E731

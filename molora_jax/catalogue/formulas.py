@@ -147,3 +147,15 @@ def llava_mole(decoder: Backbone) -> int:
     """`L (32 p(attn) + 3 (32 p(ffn) + D + 1))`"""
     ffn = 3 * (low_rank(decoder, decoder.ffn_sites, 32) + decoder.width + 1)
     return decoder.layers * (low_rank(decoder, decoder.attention_sites, 32) + ffn)
+
+
+def deepseek_moe(decoder: Backbone) -> int:
+    """`L (16 p(ffn) + 28 (4 p(ffn) + D))`"""
+    routed = 28 * (low_rank(decoder, decoder.ffn_sites, 4) + decoder.width)
+    return decoder.layers * (low_rank(decoder, decoder.ffn_sites, 16) + routed)
+
+
+def stelocoder(decoder: Backbone) -> int:
+    """`5 L 4 p(q,k,v,o,down) + 5 D`, one gate for the model"""
+    sites = (*decoder.attention_sites, "down")
+    return 5 * decoder.layers * low_rank(decoder, sites, 4) + 5 * decoder.width

@@ -117,6 +117,12 @@ def by_task(ctx: Context, experts: int) -> Routing:
     return finish(p, hot, jnp.where(hot, 0.0, NEG_INF), p, ctx, k_max=1, sums_to_one=True)
 
 
+def settled(ctx: Context, k_max: int) -> Routing:
+    """The gates that a prompt has decided, `ctx.settled [B, E]`, for every token of its answer."""
+    gates = jnp.broadcast_to(ctx.settled[:, None], (*ctx.valid.shape, ctx.settled.shape[-1]))
+    return finish(gates, gates != 0, gates, gates, ctx, k_max=k_max)
+
+
 def slots(routing: Routing) -> tuple[Array, Array]:
     """`(idx [T, K] int32 padded with E, gates [T, K] float32)`, experts in rising order.
 

@@ -96,7 +96,8 @@ class Context:
     scalars; `key` unique to the site call, `step_key` equal over layers and micro-steps (both None outside training);
     `allowed [E] | [B, E]` experts that may be chosen; `state` this router's mutable state; `carry` what the router
     handed on from the layer before; `base` the site's frozen kernel `[D_in, D_out]`; `base_features` by rule,
-    `[B, S, *]`, what a router reads that declares an INPUT of the model; `stack` the site's leaves of all layers and
+    `[B, S, *]`, what a router reads that declares an INPUT of the model; `settled [B, E]` the gates of a whole answer,
+    decided by its prompt; `stack` the site's leaves of all layers and
     this layer's place among them, None where an engine splits them; `iteration` the pass inside a chain; `route` how a
     stage routes in the routers' place ("": it does not); `tasks` the names behind `task_ids` (entries of
     `data.tasks`); `dropout` the rate of the rule's adapter, for a router that reads its dropped input.
@@ -116,6 +117,7 @@ class Context:
     carry: Any = None
     base: Any = None
     base_features: Any = None
+    settled: Array | None = None
     stack: Any = None
     site: Site | None = flax.struct.field(pytree_node=False, default=None)
     train: bool = flax.struct.field(pytree_node=False, default=False)

@@ -198,7 +198,13 @@ def _machine(
     B = tokens.shape[0]
     rows = jnp.arange(B)
     filters = filters or {}
-    hidden = functools.partial(model.hidden, params, adapters, router_state)
+    whole = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
+    settled = model.settle(params, adapters, router_state, _batch(tokens, whole, whole < lengths[:, None]))
+
+    def with_settled(params, adapters, state, batch, **options):
+        return model.hidden(params, adapters, state, batch | {"settled": settled}, **options)
+
+    hidden = functools.partial(with_settled, params, adapters, router_state)
     prefill, advance = (_cached if cache else _uncached)(hidden, model, tokens, lengths, size)
 
     def choose(out, t, h, done, seen):

@@ -1,6 +1,7 @@
 """What keeps routing healthy?"""
 
 from molora_jax.losses.balance import Balance
+from molora_jax.losses.device_balance import DeviceBalance
 from molora_jax.losses.entropy import Entropy
 from molora_jax.losses.ewc import Ewc
 from molora_jax.losses.localized_balance import LocalizedBalance
@@ -9,5 +10,5 @@ from molora_jax.losses.z_loss import ZLoss
 
 LOSSES = {
     "balance": Balance, "z_loss": ZLoss, "entropy": Entropy, "localized_balance": LocalizedBalance, "ewc": Ewc,
-    "orthogonal": Orthogonal,
+    "orthogonal": Orthogonal, "device_balance": DeviceBalance,
 }  # fmt: skip

@@ -1,7 +1,9 @@
 """Which experts does a token use, with what weight?"""
 
+from molora_jax.routers.biased_topk import BiasedTopK
 from molora_jax.routers.entropy_hybrid import EntropyHybrid
 from molora_jax.routers.recurrent import Recurrent
+from molora_jax.routers.sequence_gate import SequenceGate
 from molora_jax.routers.sigmoid_topk import SigmoidTopK
 from molora_jax.routers.softmax_topk import SoftmaxTopK
 from molora_jax.routers.top1 import Top1
@@ -16,4 +18,6 @@ ROUTERS = {
     "recurrent": Recurrent,
     "top1": Top1,
     "x_lora": XLora,
+    "biased_topk": BiasedTopK,
+    "sequence_gate": SequenceGate,
 }

@@ -60,9 +60,9 @@ def compile_optimizer(config) -> Optimizer:
     return outside.member("optim", OPTIMIZERS, options.pop("name"))(**options)
 
 
-def knobs_of(config) -> Knobs:
-    """Of a stage's config; on the host."""
-    return Knobs.of(config.seed, compile_optimizer(config), compile_losses(config))
+def knobs_of(config, start: int = 0) -> Knobs:
+    """Of a stage's config; on the host. `start`: the updates before the stage."""
+    return Knobs.of(config.seed, compile_optimizer(config).begun(start), compile_losses(config))
 
 
 def program_of(run, stage) -> Program:
@@ -93,7 +93,7 @@ def program_of(run, stage) -> Program:
         objective=compile_objective(value, where=f"schedule.{stage.name}: objective"),
         head=value["name"],
         optimizer=dataclasses.replace(optimizer, learning_rate=1.0),
-        total=config.train.steps // (run.regime.side_by_side or 1),
+        total=(stage.stop - stage.start if optimizer.restart else config.train.steps) // (run.regime.side_by_side or 1),
         frozen=frozen,
         clip=config.train.clip,
         penalties=penalties,

@@ -95,9 +95,13 @@ class TrainingRun:
         self._best_pending = None
         self.programs, self.knobs, made, whole = {}, {}, {}, sharding.replicated(self.mesh)
         for stage in self.stages:  # rounds of equal stages are one program
-            key = id(stage.config), stage.freeze, stage.route
+            begins = (
+                stage.start if stage.config.optim.get("restart") else 0
+            )  # a schedule of its own is another argument
+            key = id(stage.config), stage.freeze, stage.route, begins
             if key not in made:
-                made[key] = program_of(self, stage), sharding.put(knobs_of(stage.config), whole)
+                knobs = knobs_of(stage.config, begins // self.turn)
+                made[key] = program_of(self, stage), sharding.put(knobs, whole)
             self.programs[stage.name], self.knobs[stage.name] = made[key]
         self._compiled: dict[Program, CompiledStep] = {}
         self._server = None

@@ -51,11 +51,11 @@ MORE_ROUTERS = {  # of single methods: in the product by shapes, and run with `-
     "recurrent": dict(name="recurrent", k=2, hidden=5),
     "top1": dict(name="top1", gated=True),
 }
-# a later router is here with its defaults; x_lora decides once for the whole model and has tests of its own
+# a later router is here with its defaults; x_lora and sequence_gate are for whole models and have tests of their own
 MORE_ROUTERS |= {
     name: dict(name=name, **dict.fromkeys(member.RANDOM, 0.0))
     for name, member in ROUTERS_OF.items()
-    if name not in {*ROUTERS, *MORE_ROUTERS, "x_lora"}
+    if name not in {*ROUTERS, *MORE_ROUTERS, "x_lora", "sequence_gate"}
 }
 VECTORS = ("vera", "ia3", "nola")  # what scales frozen things wants ten times the rate of factors, as in the papers
 # adapters of single methods, with the start that they have: by shapes with a router, the rest with `--all`;
@@ -143,6 +143,8 @@ def method(name, decoder=SMALL, **changes):
     for rule, value in config.method.rules.items():
         if "router" in value:
             fixed |= {f"method.rules.{rule}.router.{field}": 0.0 for field in ROUTERS_OF[value.router.name].RANDOM}
+        if "hard" in value.get("router", {}):  # the naive form evaluates what is trained
+            fixed[f"method.rules.{rule}.router.hard"] = "never"
         fixed[f"method.rules.{rule}.experts"] = "|".join(value.experts.split("|")[: decoder.layers])
         if value.adapter.name == "dylora":  # the naive form has all ranks
             fixed[f"method.rules.{rule}.adapter.lowest"] = value.adapter.rank
