@@ -147,3 +147,10 @@ def llava_mole(decoder: Backbone) -> int:
     """`L (32 p(attn) + 3 (32 p(ffn) + D + 1))`"""
     ffn = 3 * (low_rank(decoder, decoder.ffn_sites, 32) + decoder.width + 1)
     return decoder.layers * (low_rank(decoder, decoder.attention_sites, 32) + ffn)
+
+
+def ld_mole(decoder: Backbone) -> int:
+    """`8 L (8 p(all) + d(all)) + sum over distinct D_in of 128 (D_in + 2) + 1`"""
+    widths = {decoder.dims(site)[0] for site in decoder.sites}
+    experts = 8 * decoder.layers * (low_rank(decoder, decoder.sites, 8) + inward(decoder, decoder.sites))
+    return experts + sum(128 * (width + 2) + 1 for width in widths)

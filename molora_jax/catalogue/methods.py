@@ -283,6 +283,16 @@ METHODS = {
         params=formulas.llava_mole,
         own=("routers/top1.py",),
     ),
+    "ld_mole": Method(
+        config="configs/ld_mole.py",
+        title="LD-MoLE",
+        paper="2509.25684",
+        axes="router `sparsegen`, whose lambda an MLP shared by the layers predicts; losses `sparsity`, `balance`",
+        equation="y = W x + s sum_i p_i B_i A_i x, p = argmin |p - W_g x|^2 - lambda(x) |p|^2 over the simplex",
+        differs="padding is in no loss; the sparsity loss is on (the script's weight is 0)",
+        params=formulas.ld_mole,
+        own=("routers/sparsegen.py", "losses/sparsity.py"),
+    ),
     "lora_fa": Method(
         config="configs/lora_fa.py",
         title="LoRA-FA",

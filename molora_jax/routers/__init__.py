@@ -4,6 +4,7 @@ from molora_jax.routers.entropy_hybrid import EntropyHybrid
 from molora_jax.routers.recurrent import Recurrent
 from molora_jax.routers.sigmoid_topk import SigmoidTopK
 from molora_jax.routers.softmax_topk import SoftmaxTopK
+from molora_jax.routers.sparsegen import Sparsegen
 from molora_jax.routers.top1 import Top1
 from molora_jax.routers.top_p import TopP
 from molora_jax.routers.x_lora import XLora
@@ -16,4 +17,5 @@ ROUTERS = {
     "recurrent": Recurrent,
     "top1": Top1,
     "x_lora": XLora,
+    "sparsegen": Sparsegen,
 }
