@@ -6,6 +6,7 @@ from molora_jax.adapters.dora import Dora
 from molora_jax.adapters.dylora import DyLora
 from molora_jax.adapters.ia3 import Ia3
 from molora_jax.adapters.lora import Lora
+from molora_jax.adapters.lora_aligned import LoraAligned
 from molora_jax.adapters.lora_fa import LoraFA
 from molora_jax.adapters.lora_shared_a import LoraSharedA
 from molora_jax.adapters.lora_xs import LoraXs
@@ -30,4 +31,5 @@ ADAPTERS = {
     "adalora": AdaLora,
     "lora_xs": LoraXs,
     "lora_shared_a": LoraSharedA,
+    "lora_aligned": LoraAligned,
 }

@@ -154,3 +154,8 @@ def ld_mole(decoder: Backbone) -> int:
     widths = {decoder.dims(site)[0] for site in decoder.sites}
     experts = 8 * decoder.layers * (low_rank(decoder, decoder.sites, 8) + inward(decoder, decoder.sites))
     return experts + sum(128 * (width + 2) + 1 for width in widths)
+
+
+def goat(decoder: Backbone) -> int:
+    """`8 L (2 p(all) + d(all))`"""
+    return 8 * decoder.layers * (low_rank(decoder, decoder.sites, 2) + inward(decoder, decoder.sites))

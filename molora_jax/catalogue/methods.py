@@ -293,6 +293,17 @@ METHODS = {
         params=formulas.ld_mole,
         own=("routers/sparsegen.py", "losses/sparsity.py"),
     ),
+    "goat": Method(
+        config="configs/goat.py",
+        title="GOAT",
+        paper="2502.16894",
+        axes="init `goat`, router `softmax_topk`; the theory's scale as adapter `lora_aligned`",
+        equation="y = W x + s sum_{top 2} w_i B_i A_i x - (s / 8) sum_i B0_i A0_i x, s B0_i A0_i = U_i S_i V_i^T / 10",
+        differs="W is not altered: the start is saved and subtracted; rank is an expert's; padding is not counted",
+        params=formulas.goat,
+        own=("inits/goat.py", "adapters/lora_aligned.py"),
+        zero_init=False,  # the base's function in expectation over routers
+    ),
     "lora_fa": Method(
         config="configs/lora_fa.py",
         title="LoRA-FA",
