@@ -2,6 +2,7 @@
 
 from molora_jax.adapters.adalora import AdaLora
 from molora_jax.adapters.allora import Allora
+from molora_jax.adapters.comol import Comol
 from molora_jax.adapters.dora import Dora
 from molora_jax.adapters.dylora import DyLora
 from molora_jax.adapters.ia3 import Ia3
@@ -32,4 +33,5 @@ ADAPTERS = {
     "lora_xs": LoraXs,
     "lora_shared_a": LoraSharedA,
     "lora_aligned": LoraAligned,
+    "comol": Comol,
 }

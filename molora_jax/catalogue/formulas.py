@@ -159,3 +159,9 @@ def ld_mole(decoder: Backbone) -> int:
 def goat(decoder: Backbone) -> int:
     """`8 L (2 p(all) + d(all))`"""
     return 8 * decoder.layers * (low_rank(decoder, decoder.sites, 2) + inward(decoder, decoder.sites))
+
+
+def comol(decoder: Backbone) -> int:
+    """`L (16 p(q,k,v,o,down) + 5 (8 * 16^2 + 8 * 16))`"""
+    sites = (*decoder.attention_sites, "down")
+    return decoder.layers * (low_rank(decoder, sites, 16) + len(sites) * 8 * (16**2 + 16))

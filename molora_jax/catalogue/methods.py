@@ -304,6 +304,16 @@ METHODS = {
         own=("inits/goat.py", "adapters/lora_aligned.py"),
         zero_init=False,  # the base's function in expectation over routers
     ),
+    "comol": Method(
+        config="configs/comol.py",
+        title="CoMoL",
+        paper="2603.00573",
+        axes="adapter `comol`: one A and B, R x R cores as experts; router `core_space` on A x",
+        equation="y = W x + s B (z^T sum_i g_i M_i)^T, z = A x, g = softmax(V z)",
+        differs="no dropout on the merged cores, which are never formed; the loss is on answers only",
+        params=formulas.comol,
+        own=("adapters/comol.py", "routers/core_space.py"),
+    ),
     "lora_fa": Method(
         config="configs/lora_fa.py",
         title="LoRA-FA",

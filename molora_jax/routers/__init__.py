@@ -1,5 +1,6 @@
 """Which experts does a token use, with what weight?"""
 
+from molora_jax.routers.core_space import CoreSpace
 from molora_jax.routers.entropy_hybrid import EntropyHybrid
 from molora_jax.routers.recurrent import Recurrent
 from molora_jax.routers.sigmoid_topk import SigmoidTopK
@@ -18,4 +19,5 @@ ROUTERS = {
     "top1": Top1,
     "x_lora": XLora,
     "sparsegen": Sparsegen,
+    "core_space": CoreSpace,
 }

@@ -45,7 +45,8 @@ class Routers:
         state = self.state.get(rule.name, {}).get(where, {}).get("router", {}).get(scope, {})
         ctx = self.context(rule, scope, layer, state=jax.tree.map(lambda v: v[at], state), carry=self.carry[rule.name])
         own, shared = self.leaves(rule, leaves, scope), self.adapters[rule.name].get("shared", {})
-        made, self.carry[rule.name], _ = rule.router.route(own, shared, jnp.asarray(x, jnp.float32), ctx)
+        x = rule.router.input_of(jnp.asarray(x, jnp.float32), leaves.get(scope, {}), ctx)
+        made, self.carry[rule.name], _ = rule.router.route(own, shared, x, ctx)
         out = (made.probs, made.selected, made.gates, made.valid, made.logits, made.base_gate, made.sparsity)
         return tuple(None if v is None else np.asarray(v) for v in out) if xp is np else out
 

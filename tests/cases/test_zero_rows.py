@@ -49,7 +49,7 @@ def floats(tree):
 
 
 def accepts(cls, init):
-    """Whether the class's annotation allows this start, it takes off one away from zero, and both have a core or none."""
+    """Whether the annotation allows this start, it takes off one away from zero, and both have a core or neither."""
     field = {f.name: f for f in dataclasses.fields(cls)}
     if attribute("inits", init, "AWAY") and not cls.SUBTRACTS:
         return False
