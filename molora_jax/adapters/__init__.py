@@ -2,10 +2,12 @@
 
 from molora_jax.adapters.adalora import AdaLora
 from molora_jax.adapters.allora import Allora
+from molora_jax.adapters.comol import Comol
 from molora_jax.adapters.dora import Dora
 from molora_jax.adapters.dylora import DyLora
 from molora_jax.adapters.ia3 import Ia3
 from molora_jax.adapters.lora import Lora
+from molora_jax.adapters.lora_aligned import LoraAligned
 from molora_jax.adapters.lora_fa import LoraFA
 from molora_jax.adapters.lora_shared_a import LoraSharedA
 from molora_jax.adapters.lora_xs import LoraXs
@@ -30,4 +32,6 @@ ADAPTERS = {
     "adalora": AdaLora,
     "lora_xs": LoraXs,
     "lora_shared_a": LoraSharedA,
+    "lora_aligned": LoraAligned,
+    "comol": Comol,
 }

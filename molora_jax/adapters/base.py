@@ -51,13 +51,17 @@ class Adapter:
         """`s` of `s B A x`; leaves are stored unscaled."""
         return self.alpha / self.rank
 
+    def scale_at(self, site: Site) -> float:
+        """The whole factor of B A at a site, of which `factors` may put a part into A: what a start reads."""
+        return self.scale()
+
     def check(self, where: str, sites: tuple[Site, ...]) -> None:
         """Raises InputError where this model's widths or layers do not fit; `where` is the field of the config."""
 
     def init_leaves(
         self, key: Array, site: Site, layer: Array, *, base: Array | None = None, base_grad: Array | None = None
     ) -> dict[str, Array]:
-        leaves = self.start(key, site, self.rank, scale=self.scale(), base=base, base_grad=base_grad)
+        leaves = self.start(key, site, self.rank, scale=self.scale_at(site), base=base, base_grad=base_grad)
         if "A0" in leaves and not outside.stated_with(type(self), "SUBTRACTS", "factors"):
             raise InputError(
                 "adapter.init", got=f"{self.init!r}, whose start is not zero",

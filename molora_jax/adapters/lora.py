@@ -23,6 +23,7 @@ class Lora(Adapter):
     def factors(self, p, shared, ctx):
         A, B = p["A"], p["B"]
         if "A0" in p:
-            A = jnp.concatenate([A, jnp.broadcast_to(p["A0"], A.shape)], axis=1)
-            B = jnp.concatenate([B, jnp.broadcast_to(-p["B0"], B.shape)], axis=1)
+            every = lambda x: jnp.broadcast_to(x, (len(B), *x.shape[1:]))  # noqa: E731  (its rank may be another)
+            A = jnp.concatenate([every(A), every(p["A0"])], axis=1)
+            B = jnp.concatenate([B, every(-p["B0"])], axis=1)
         return Factors(A, B)

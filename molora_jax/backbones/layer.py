@@ -64,6 +64,7 @@ class Layer:
                 decision, carry, sums = routing_math.settled(ctx, rule.router.k_max(ctx.site.experts)), ctx.carry, {}
             else:
                 x = ctx.base_features[rule.name] if rule.router.INPUT else x
+                x = rule.router.input_of(x, self.adapters[rule.name].get(scope, {}), ctx)
                 leaves = self.adapters[rule.name].get("router", {}).get(own, {})  # a router may have none of its own
                 where, shared = f"method.rules.{rule.name}.router", self.shared.get(rule.name, {})
                 decision, carry, sums = decide(rule.router, leaves, shared, x, ctx, where)

@@ -159,3 +159,21 @@ def stelocoder(decoder: Backbone) -> int:
     """`5 L 4 p(q,k,v,o,down) + 5 D`, one gate for the model"""
     sites = (*decoder.attention_sites, "down")
     return 5 * decoder.layers * low_rank(decoder, sites, 4) + 5 * decoder.width
+
+
+def ld_mole(decoder: Backbone) -> int:
+    """`8 L (8 p(all) + d(all)) + sum over distinct D_in of 128 (D_in + 2) + 1`"""
+    widths = {decoder.dims(site)[0] for site in decoder.sites}
+    experts = 8 * decoder.layers * (low_rank(decoder, decoder.sites, 8) + inward(decoder, decoder.sites))
+    return experts + sum(128 * (width + 2) + 1 for width in widths)
+
+
+def goat(decoder: Backbone) -> int:
+    """`8 L (2 p(all) + d(all))`"""
+    return 8 * decoder.layers * (low_rank(decoder, decoder.sites, 2) + inward(decoder, decoder.sites))
+
+
+def comol(decoder: Backbone) -> int:
+    """`L (16 p(q,k,v,o,down) + 5 (8 * 16^2 + 8 * 16))`"""
+    sites = (*decoder.attention_sites, "down")
+    return decoder.layers * (low_rank(decoder, sites, 16) + len(sites) * 8 * (16**2 + 16))

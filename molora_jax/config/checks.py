@@ -6,7 +6,7 @@ Single values: `values.py`; base and data: `data_checks.py`; rules: `rule_checks
 import re
 
 from molora_jax.config import fields as tables
-from molora_jax.config import objectives
+from molora_jax.config import objectives, outside
 from molora_jax.config.data_checks import base_problems, data_problems, may_name_more, task_list, tasks_of
 from molora_jax.config.fields import MICRO_SHARDS, did_you_mean, one_of, wrong
 from molora_jax.config.members import attribute, is_member, loss_of, member_problem, members, options
@@ -54,7 +54,19 @@ def _losses(config):
             continue
         if attribute("losses", member, "ROUTING") is not False and not routed:
             yield wrong(where, "a loss on routing", "a rule with a router", "Remove the loss or add a router.")
+        yield from _read_by(where, member, rules)
         yield from _task_names(where, member, loss, tasks_of(config))
+
+
+def _read_by(where, name, rules):
+    """A loss that reads what single routers say names them (`ROUTERS`); one from outside may say it too."""
+    known = attribute("losses", name, "ROUTERS") or ()
+    found = [
+        rule["router"].get("name") for rule in rules if isinstance(rule, dict) and isinstance(rule.get("router"), dict)
+    ]
+    if known and found and not any(router in known or outside.is_path(router) for router in found):
+        got = f"a loss beside {', '.join(map(repr, dict.fromkeys(found)))}"
+        yield wrong(where, got, f"a rule whose router is {one_of(known)}", "Remove the loss or name that router.")
 
 
 def _task_names(where, name, loss, tasks):

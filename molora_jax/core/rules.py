@@ -115,8 +115,10 @@ def site(config, name: str, segment: Segment, rule: Rule) -> Site:
 
 
 def router_site(config, scope: str, segment: Segment, rule: Rule) -> Site:
-    """A router's scope; one with an INPUT of the model reads width D wherever it stands."""
+    """A router's scope; one with an INPUT of the model reads width D wherever it stands, one IN_RANK R."""
     found = site(config, scope, segment, rule)
+    if rule.router.IN_RANK:
+        return dataclasses.replace(found, d_in=rule.adapter.rank)
     return dataclasses.replace(found, d_in=config.width) if rule.router.INPUT else found
 
 

@@ -6,9 +6,10 @@ from molora_jax.losses.entropy import Entropy
 from molora_jax.losses.ewc import Ewc
 from molora_jax.losses.localized_balance import LocalizedBalance
 from molora_jax.losses.orthogonal import Orthogonal
+from molora_jax.losses.sparsity import Sparsity
 from molora_jax.losses.z_loss import ZLoss
 
 LOSSES = {
     "balance": Balance, "z_loss": ZLoss, "entropy": Entropy, "localized_balance": LocalizedBalance, "ewc": Ewc,
-    "orthogonal": Orthogonal, "device_balance": DeviceBalance,
+    "orthogonal": Orthogonal, "device_balance": DeviceBalance, "sparsity": Sparsity,
 }  # fmt: skip

@@ -24,6 +24,7 @@ class Loss:
     accumulate: Literal["micro", "exact"] = dataclasses.field(default="micro", kw_only=True)
 
     LIMITS: ClassVar = {"weight": (0, None)}
+    ROUTERS: ClassVar[tuple[str, ...]] = ()  # of a loss that reads what these alone say (`Routing.sparsity`)
 
     def stats(self, routing: Routing, ctx: Context) -> dict[str, Array]:
         raise NotImplementedError

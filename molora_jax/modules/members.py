@@ -235,6 +235,8 @@ def _stands_alone(where: str, router: Router) -> None:
         need = "the frozen base's last hidden state"
     elif jax.tree.leaves(jax.eval_shape(lambda: router.init_carry(1, 1))):
         need = "what it handed on from the layer before"
+    elif router.IN_RANK:
+        need = "the rank activations of an adapter"
     if need:
         raise InputError(
             f"{where}.router", got=f"{type(router).__name__}, which reads {need}",

@@ -1,11 +1,13 @@
 """Which experts does a token use, with what weight?"""
 
 from molora_jax.routers.biased_topk import BiasedTopK
+from molora_jax.routers.core_space import CoreSpace
 from molora_jax.routers.entropy_hybrid import EntropyHybrid
 from molora_jax.routers.recurrent import Recurrent
 from molora_jax.routers.sequence_gate import SequenceGate
 from molora_jax.routers.sigmoid_topk import SigmoidTopK
 from molora_jax.routers.softmax_topk import SoftmaxTopK
+from molora_jax.routers.sparsegen import Sparsegen
 from molora_jax.routers.top1 import Top1
 from molora_jax.routers.top_p import TopP
 from molora_jax.routers.x_lora import XLora
@@ -20,4 +22,6 @@ ROUTERS = {
     "x_lora": XLora,
     "biased_topk": BiasedTopK,
     "sequence_gate": SequenceGate,
+    "sparsegen": Sparsegen,
+    "core_space": CoreSpace,
 }

@@ -36,6 +36,8 @@ class Router:
     SETTLES: ClassVar[bool] = False  # of `share="model"`: in decoding the prompt decides once, for the whole answer
     INPUT: ClassVar[str] = ""  # "base_hidden": the frozen base's last hidden state in place of the site's input
 
+    IN_RANK: ClassVar[bool] = False  # it reads `input_of`, of width R; its leaves are made for that
+
     def k_max(self, experts: int) -> int:
         """Most experts that one token may use, static."""
         raise NotImplementedError
@@ -54,6 +56,10 @@ class Router:
     def base_features(self, shared: dict, h: Array, ctx: Context) -> Array:
         """What `route` gets as x of a declared INPUT `h [B, S, D]`: computed once a pass, for all layers."""
         return h
+
+    def input_of(self, x: Array, leaves: dict, ctx: Context) -> Array:
+        """What `route` gets as x, of the site's input `x [B, S, D]` and the leaves of the adapter there."""
+        return x
 
     def init_state(self, site: Site) -> dict[str, Array]:
         return {}

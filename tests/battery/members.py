@@ -39,14 +39,15 @@ class Routers:
         return leaves.get("router", {}).get(scope, {})
 
     def route(self, xp, rule, leaves, scope, x, layer):
-        """`(probs, selected, gates, valid, logits, base_gate)`."""
+        """`(probs, selected, gates, valid, logits, base_gate, sparsity)`."""
         segment = self._segment(layer)
         where, at = ("shared", 0) if scope == "model" else (segment.name, layer - segment.start)
         state = self.state.get(rule.name, {}).get(where, {}).get("router", {}).get(scope, {})
         ctx = self.context(rule, scope, layer, state=jax.tree.map(lambda v: v[at], state), carry=self.carry[rule.name])
         own, shared = self.leaves(rule, leaves, scope), self.adapters[rule.name].get("shared", {})
-        made, self.carry[rule.name], _ = rule.router.route(own, shared, jnp.asarray(x, jnp.float32), ctx)
-        out = (made.probs, made.selected, made.gates, made.valid, made.logits, made.base_gate)
+        x = rule.router.input_of(jnp.asarray(x, jnp.float32), leaves.get(scope, {}), ctx)
+        made, self.carry[rule.name], _ = rule.router.route(own, shared, x, ctx)
+        out = (made.probs, made.selected, made.gates, made.valid, made.logits, made.base_gate, made.sparsity)
         return tuple(None if v is None else np.asarray(v) for v in out) if xp is np else out
 
 
@@ -75,6 +76,7 @@ def loss(model, member, decisions, batch):
     for (layer, rule, scope), d in decisions.items():
         row = next(r for r in model.rules if r.name == rule)
         made = Routing(*(jnp.asarray(v) for v in (d.gates, d.selected, d.logits, d.probs, d.valid)), k_max=1)
+        made = made.replace(sparsity=d.sparsity)
         sums = member.stats(made, routers.context(row, scope, layer))
         segment = "model" if scope == "model" else f"{layer:03d}-{layer:03d}"
         stats.setdefault(rule, {}).setdefault(segment, {})[scope] = jax.tree.map(lambda v: v[None], sums)

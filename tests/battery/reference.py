@@ -19,7 +19,9 @@ import numpy as np
 from tests.battery import members
 
 # [B, S, E] but valid, rows, base_gate [B, S]
-Decision = collections.namedtuple("Decision", "probs selected gates valid rows logits base_gate", defaults=(None,) * 2)
+Decision = collections.namedtuple(
+    "Decision", "probs selected gates valid rows logits base_gate sparsity", defaults=(None,) * 3
+)
 
 
 def as_float64(tree):

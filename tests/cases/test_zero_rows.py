@@ -67,7 +67,7 @@ PAIRS = [(a, i) for a, i in itertools.product(ADAPTERS, INITS) if accepts(ADAPTE
 def test_an_adapter_on_a_kernel_with_rows_of_zeros(name, init, rows):
     W = normal(0, D_IN, D_OUT)
     W[:, list(KERNELS[rows])] = 0
-    adapter = ADAPTERS[name](rank=4, alpha=8.0, dropout=0.0, init=init)
+    adapter = ADAPTERS[name](rank=3, alpha=8.0, dropout=0.0, init=init)
     own = adapter.init_leaves(jax.random.key(0), SITE, 0, base=jnp.asarray(W), base_grad=jnp.asarray(W))
     shared = adapter.init_shared(jax.random.key(1), (SITE,))
     start, back = floats((own, shared))
