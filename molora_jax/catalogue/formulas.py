@@ -147,3 +147,9 @@ def llava_mole(decoder: Backbone) -> int:
     """`L (32 p(attn) + 3 (32 p(ffn) + D + 1))`"""
     ffn = 3 * (low_rank(decoder, decoder.ffn_sites, 32) + decoder.width + 1)
     return decoder.layers * (low_rank(decoder, decoder.attention_sites, 32) + ffn)
+
+
+def hydralora(decoder: Backbone) -> int:
+    """`L (4 d(ffn) + 4 * 4 o(ffn) + 4 d(ffn))`, the router's last"""
+    sites = decoder.ffn_sites
+    return decoder.layers * (4 * inward(decoder, sites) + 16 * outward(decoder, sites) + 4 * inward(decoder, sites))

@@ -332,6 +332,16 @@ METHODS = {
         params=formulas.randlora,
         own=("adapters/randlora.py", "core/random_bases.py"),
     ),
+    "hydralora": Method(
+        config="configs/hydralora.py",
+        title="HydraLoRA",
+        paper="2404.19245",
+        axes="adapter `lora_shared_a`, router `softmax_topk` with k=0 (dense)",
+        equation="y = W x + s sum_i g_i B_i A x, g = softmax(W_g x)",
+        differs="one dropout mask for all B's, padding is not routed",
+        params=formulas.hydralora,
+        own=("adapters/lora_shared_a.py",),
+    ),
 }
 
 
