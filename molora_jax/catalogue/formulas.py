@@ -177,3 +177,16 @@ def comol(decoder: Backbone) -> int:
     """`L (16 p(q,k,v,o,down) + 5 (8 * 16^2 + 8 * 16))`"""
     sites = (*decoder.attention_sites, "down")
     return decoder.layers * (low_rank(decoder, sites, 16) + len(sites) * 8 * (16**2 + 16))
+
+
+def hydralora(decoder: Backbone) -> int:
+    """`L (4 d(ffn) + 4 * 4 o(ffn) + 4 d(ffn))`, the router's last"""
+    sites = decoder.ffn_sites
+    return decoder.layers * (4 * inward(decoder, sites) + 16 * outward(decoder, sites) + 4 * inward(decoder, sites))
+
+
+def adamole(decoder: Backbone) -> int:
+    """`L (8 (4 p(attn) + d(attn)) + d(attn) + 4)`"""
+    sites = decoder.attention_sites
+    threshold = inward(decoder, sites) + len(sites)
+    return decoder.layers * (8 * (low_rank(decoder, sites, 4) + inward(decoder, sites)) + threshold)

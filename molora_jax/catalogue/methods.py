@@ -383,6 +383,27 @@ METHODS = {
         params=formulas.randlora,
         own=("adapters/randlora.py", "core/random_bases.py"),
     ),
+    "hydralora": Method(
+        config="configs/hydralora.py",
+        title="HydraLoRA",
+        paper="2404.19245",
+        axes="adapter `lora_shared_a`, router `softmax_topk` with k=0 (dense)",
+        equation="y = W x + s sum_i g_i B_i A x, g = softmax(W_g x)",
+        differs="one dropout mask for all B's, padding is not routed",
+        params=formulas.hydralora,
+        own=("adapters/lora_shared_a.py",),
+    ),
+    "adamole": Method(
+        config="configs/adamole.py",
+        title="AdaMoLE",
+        paper="2405.00361",
+        axes="router `learned_threshold`, loss `balance` on p - tau",
+        equation="y = W x + s sum_i g_i B_i A_i x, g = max(p - tau, 0) / sum max(p - tau, 0), "
+        "tau = (1 / E) sigmoid(w x + b)",
+        differs="padding is neither routed nor in the loss; one dropout mask for all experts",
+        params=formulas.adamole,
+        own=("routers/learned_threshold.py",),
+    ),
 }
 
 

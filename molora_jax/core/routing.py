@@ -88,6 +88,7 @@ def finish(
     clipped: Array | None = None,
     base: Array | None = None,
     chosen: Array | None = None,
+    averaged: Array | None = None,
     sums_to_one: bool = False,
 ) -> Routing:
     """Takes padding and shut-out experts out of a decision: at padding no expert, no gate, the base alone.
@@ -107,7 +108,7 @@ def finish(
         base = jnp.where(ctx.valid, base, jnp.ones((), base.dtype))
     if chosen is not None:
         chosen = chosen & selected
-    return Routing(gates, selected, z, probs, ctx.valid, clipped, base, k_max, chosen)
+    return Routing(gates, selected, z, probs, ctx.valid, clipped, base, k_max, chosen, averaged)
 
 
 def by_task(ctx: Context, experts: int) -> Routing:

@@ -73,7 +73,8 @@ class Routing:
     experts that the rule wanted beyond `k_max`; `base_gate [B, S]` the frozen FFN's coefficient, None for
     `1 - sum gates`, bool where that is always 0 or 1 (gates that sum to 1: the FFN's own hidden state is then not even
     formed); `chosen [B, S, E]` bool, what a balance loss counts, None for `selected` (a dense router with one
-    favourite: that); `sparsity [B, S]`, what a router predicts of its own sparsity (Sparsegen's lambda), for a loss.
+    favourite: that); `averaged [B, S, E]` float32, what it averages, None for `probs`; `sparsity [B, S]`, what a router
+    predicts of its own sparsity (Sparsegen's lambda), for a loss.
     Gates may be negative, exceed 1, or sum to anything: nothing downstream may assume otherwise.
     """
 
@@ -87,6 +88,7 @@ class Routing:
     k_max: int = flax.struct.field(pytree_node=False, default=1)
     chosen: Array | None = None
     sparsity: Array | None = None
+    averaged: Array | None = None
 
 
 @flax.struct.dataclass

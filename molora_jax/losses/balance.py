@@ -33,7 +33,7 @@ class Balance(Loss):
         picked = routing.selected if routing.chosen is None else routing.chosen
         chosen = routing.gates if self.counts == "soft" else picked
         count = jnp.where(valid, chosen.astype(jnp.float32), 0.0)
-        prob = jnp.where(valid, routing.probs, 0.0)
+        prob = jnp.where(valid, routing.probs if routing.averaged is None else routing.averaged, 0.0)
         tokens = routing.valid.astype(jnp.float32)
         slots = jnp.sum(picked & valid, axis=-1).astype(jnp.float32)
         E = routing.probs.shape[-1]

@@ -3,6 +3,7 @@
 from molora_jax.routers.biased_topk import BiasedTopK
 from molora_jax.routers.core_space import CoreSpace
 from molora_jax.routers.entropy_hybrid import EntropyHybrid
+from molora_jax.routers.learned_threshold import LearnedThreshold
 from molora_jax.routers.recurrent import Recurrent
 from molora_jax.routers.sequence_gate import SequenceGate
 from molora_jax.routers.sigmoid_topk import SigmoidTopK
@@ -24,4 +25,5 @@ ROUTERS = {
     "sequence_gate": SequenceGate,
     "sparsegen": Sparsegen,
     "core_space": CoreSpace,
+    "learned_threshold": LearnedThreshold,
 }

@@ -39,15 +39,15 @@ class Routers:
         return leaves.get("router", {}).get(scope, {})
 
     def route(self, xp, rule, leaves, scope, x, layer):
-        """`(probs, selected, gates, valid, logits, base_gate, sparsity)`."""
+        """`(probs, selected, gates, valid, logits, base_gate, sparsity, averaged)`."""
         segment = self._segment(layer)
         where, at = ("shared", 0) if scope == "model" else (segment.name, layer - segment.start)
         state = self.state.get(rule.name, {}).get(where, {}).get("router", {}).get(scope, {})
         ctx = self.context(rule, scope, layer, state=jax.tree.map(lambda v: v[at], state), carry=self.carry[rule.name])
         own, shared = self.leaves(rule, leaves, scope), self.adapters[rule.name].get("shared", {})
         x = rule.router.input_of(jnp.asarray(x, jnp.float32), leaves.get(scope, {}), ctx)
-        made, self.carry[rule.name], _ = rule.router.route(own, shared, x, ctx)
-        out = (made.probs, made.selected, made.gates, made.valid, made.logits, made.base_gate, made.sparsity)
+        m, self.carry[rule.name], _ = rule.router.route(own, shared, x, ctx)
+        out = (m.probs, m.selected, m.gates, m.valid, m.logits, m.base_gate, m.sparsity, m.averaged)
         return tuple(None if v is None else np.asarray(v) for v in out) if xp is np else out
 
 

@@ -20,7 +20,7 @@ from tests.battery import members
 
 # [B, S, E] but valid, rows, base_gate [B, S]
 Decision = collections.namedtuple(
-    "Decision", "probs selected gates valid rows logits base_gate sparsity", defaults=(None,) * 3
+    "Decision", "probs selected gates valid rows logits base_gate sparsity averaged", defaults=(None,) * 4
 )
 
 
@@ -217,7 +217,8 @@ def balance(xp, decisions, option):
         E = d.probs.shape[-1]
         key = dict(all=E, layer=(layer, E), site=(layer, rule, scope))[option.over]
         keep = np.asarray(d.valid)
-        groups[key].append((d.probs[keep], (d.gates if option.counts == "soft" else d.selected)[keep],
+        averaged = d.probs if d.averaged is None else d.averaged
+        groups[key].append((averaged[keep], (d.gates if option.counts == "soft" else d.selected)[keep],
                             d.selected[keep], d.rows[keep]))  # fmt: skip
     values = []
     for parts in groups.values():
