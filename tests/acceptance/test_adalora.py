@@ -231,7 +231,7 @@ def test_traps_what_is_no_triplet_is_refused_by_name():
     triplet = {"all": {"000-000": {"q": pair["all"]["000-000"]["q"] | {"lam": jnp.ones((1, 1, 3))}}}}
     for ask, words in (
         (lambda: adalora.AdaLoraOptimizer().make(9, {}).init(pair), "'adalora' where no A, B and lam train"),
-        (lambda: adalora.AdaLoraOptimizer(target=5).make(9, {}).init(triplet), "optim.target: got 5; .*most .* 3 of all"),
+        (lambda: adalora.AdaLoraOptimizer(target=5).make(9, {}).init(triplet), "target: got 5; .*at most .* 3 of all"),
         (lambda: adalora.AdaLoraOptimizer(initial_fraction=0.7).make(9, {}), "initial_fraction . final_fraction < 1"),
         (lambda: Orthogonal().penalty(pair, {}), "losses.orthogonal: got no A, B and lam"),
         (lambda: lora_pro.LoraPro().make(9, trees.pairs(Case(method("adalora")).model, triplet)).init(triplet),
