@@ -6,6 +6,9 @@ The claim: what a mixture of LoRA experts can adapt to at about LoRA's number of
 projection). Values of the paper: R=16, alpha=R, E=8, a constant rate after 200 steps of warm-up (10 here, for short
 runs). Not as there: no dropout on cores; the loss is on answers only. Its ablation without core routing is
 `router.name=softmax_topk` with `router.k=0`; `adapter.cores=identity` starts near plain LoRA.
+
+As it stands, with `--config.train.steps=30 --config.train.batch_size=4` (CPU): mean loss of the first five steps 5.39,
+of the last five 4.70.
 """
 
 from configs import common
