@@ -8,6 +8,7 @@ from molora_jax.adapters.ia3 import Ia3
 from molora_jax.adapters.lora import Lora
 from molora_jax.adapters.lora_fa import LoraFA
 from molora_jax.adapters.lora_shared_a import LoraSharedA
+from molora_jax.adapters.lora_sparse_a import LoraSparseA
 from molora_jax.adapters.lora_xs import LoraXs
 from molora_jax.adapters.mos import Mos
 from molora_jax.adapters.nola import Nola
@@ -30,4 +31,5 @@ ADAPTERS = {
     "adalora": AdaLora,
     "lora_xs": LoraXs,
     "lora_shared_a": LoraSharedA,
+    "lora_sparse_a": LoraSparseA,
 }

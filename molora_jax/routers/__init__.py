@@ -5,6 +5,7 @@ from molora_jax.routers.learned_threshold import LearnedThreshold
 from molora_jax.routers.recurrent import Recurrent
 from molora_jax.routers.sigmoid_topk import SigmoidTopK
 from molora_jax.routers.softmax_topk import SoftmaxTopK
+from molora_jax.routers.sparse_projection import SparseProjection
 from molora_jax.routers.top1 import Top1
 from molora_jax.routers.top_p import TopP
 from molora_jax.routers.x_lora import XLora
@@ -18,4 +19,5 @@ ROUTERS = {
     "top1": Top1,
     "x_lora": XLora,
     "learned_threshold": LearnedThreshold,
+    "sparse_projection": SparseProjection,
 }

@@ -61,7 +61,11 @@ VECTORS = ("vera", "ia3", "nola")  # what scales frozen things wants ten times t
 # adapters of single methods, with the start that they have: by shapes with a router, the rest with `--all`
 LATER = tuple(itertools.product(("lora_fa", "vera", "ia3", "nola"), ROUTERS, PLACEMENTS, ("kaiming",)))
 LATER += tuple(itertools.product(("randlora",), ROUTERS, ("projection",), ("kaiming",)))
-LATER += tuple(itertools.product(("allora", "dylora", "adalora", "lora_shared_a"), ROUTERS, PLACEMENTS, ("kaiming",)))
+LATER += tuple(
+    itertools.product(
+        ("allora", "dylora", "adalora", "lora_shared_a", "lora_sparse_a"), ROUTERS, PLACEMENTS, ("kaiming",)
+    )
+)
 LATER += tuple(itertools.product(("lora_xs",), ROUTERS, PLACEMENTS, ("orthonormal",)))
 WIDE = PRODUCT + tuple(itertools.product(ADAPTERS, MORE_ROUTERS, PLACEMENTS, INITS))
 
