@@ -10,6 +10,7 @@ from molora_jax.adapters.lora import Lora
 from molora_jax.adapters.lora_aligned import LoraAligned
 from molora_jax.adapters.lora_fa import LoraFA
 from molora_jax.adapters.lora_shared_a import LoraSharedA
+from molora_jax.adapters.lora_sparse_a import LoraSparseA
 from molora_jax.adapters.lora_xs import LoraXs
 from molora_jax.adapters.mos import Mos
 from molora_jax.adapters.nola import Nola
@@ -34,4 +35,5 @@ ADAPTERS = {
     "lora_shared_a": LoraSharedA,
     "lora_aligned": LoraAligned,
     "comol": Comol,
+    "lora_sparse_a": LoraSparseA,
 }

@@ -190,3 +190,8 @@ def adamole(decoder: Backbone) -> int:
     sites = decoder.attention_sites
     threshold = inward(decoder, sites) + len(sites)
     return decoder.layers * (8 * (low_rank(decoder, sites, 4) + inward(decoder, sites)) + threshold)
+
+
+def flylora(decoder: Backbone) -> int:
+    """`32 L o(all)`: B alone"""
+    return decoder.layers * 32 * outward(decoder, decoder.sites)

@@ -404,6 +404,16 @@ METHODS = {
         params=formulas.adamole,
         own=("routers/learned_threshold.py",),
     ),
+    "flylora": Method(
+        config="configs/flylora.py",
+        title="FlyLoRA",
+        paper="2510.08396",
+        axes="adapter `lora_sparse_a`, router `sparse_projection`: one frozen matrix; a load bias as state",
+        equation="y = W x + (alpha / r) sum_{i in I} h_i b_i, h = A x, I = top k of |h + d|",
+        differs="the load is counted once a step, without padding; gradients reach x (`input_grad=False`: none)",
+        params=formulas.flylora,
+        own=("adapters/lora_sparse_a.py", "routers/sparse_projection.py", "core/sparse_projection.py"),
+    ),
 }
 
 

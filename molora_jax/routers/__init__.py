@@ -8,6 +8,7 @@ from molora_jax.routers.recurrent import Recurrent
 from molora_jax.routers.sequence_gate import SequenceGate
 from molora_jax.routers.sigmoid_topk import SigmoidTopK
 from molora_jax.routers.softmax_topk import SoftmaxTopK
+from molora_jax.routers.sparse_projection import SparseProjection
 from molora_jax.routers.sparsegen import Sparsegen
 from molora_jax.routers.top1 import Top1
 from molora_jax.routers.top_p import TopP
@@ -26,4 +27,5 @@ ROUTERS = {
     "sparsegen": Sparsegen,
     "core_space": CoreSpace,
     "learned_threshold": LearnedThreshold,
+    "sparse_projection": SparseProjection,
 }

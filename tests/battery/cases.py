@@ -62,7 +62,8 @@ VECTORS = ("vera", "ia3", "nola")  # what scales frozen things wants ten times t
 # not dylora, whose training draws a rank: its acceptance list holds it
 LATER = tuple(itertools.product(("lora_fa", "vera", "ia3", "nola"), ROUTERS, PLACEMENTS, ("kaiming",)))
 LATER += tuple(itertools.product(("randlora",), ROUTERS, ("projection",), ("kaiming",)))
-LATER += tuple(itertools.product(("allora", "adalora", "lora_shared_a"), ROUTERS, PLACEMENTS, ("kaiming",)))
+PAIRED = ("allora", "adalora", "lora_shared_a", "lora_sparse_a")
+LATER += tuple(itertools.product(PAIRED, ROUTERS, PLACEMENTS, ("kaiming",)))
 LATER += tuple(itertools.product(("lora_xs",), ROUTERS, PLACEMENTS, ("orthonormal",)))
 WIDE = PRODUCT + tuple(itertools.product(ADAPTERS, MORE_ROUTERS, PLACEMENTS, INITS))
 
