@@ -108,7 +108,7 @@ def finish(
         base = jnp.where(ctx.valid, base, jnp.ones((), base.dtype))
     if chosen is not None:
         chosen = chosen & selected
-    return Routing(gates, selected, z, probs, ctx.valid, clipped, base, k_max, chosen, averaged)
+    return Routing(gates, selected, z, probs, ctx.valid, clipped, base, k_max, chosen, averaged=averaged)
 
 
 def by_task(ctx: Context, experts: int) -> Routing:
