@@ -50,6 +50,7 @@ MORE_ROUTERS = {  # of single methods: in the product by shapes, and run with `-
     "sigmoid_topk": dict(name="sigmoid_topk", k=2, bias_rate=1e-3),
     "recurrent": dict(name="recurrent", k=2, hidden=5),
     "top1": dict(name="top1", gated=True),
+    "sparse_projection": dict(name="sparse_projection", k=2),
 }
 # a later router is here with its defaults; those for whole models and those that read A x have tests of their own
 MORE_ROUTERS |= {

@@ -31,7 +31,7 @@ FILL = {
     "multiplied text": "{{ 'x' * 10**10 }}",
     "doubled text": "{% set ns = namespace(x='x') %}{% for i in range(99) %}{% set ns.x = ns.x ~ ns.x %}{% endfor %}",
     "center": "{{ 'x' | center(10**10) }}",
-    "indent": "{{ ('\n' * 10**7) | indent(10**4) }}",
+    "indent": "{{ ('\n' * 10**7) | indent(10**4, blank=true) }}",
     "a format width": "{{ '%1000000000d' % 3 }}",
     "a format call": "{{ '{:>1000000000}'.format(3) }}",
     "the format filter": "{{ '%*d' | format(10**10, 3) }}",
