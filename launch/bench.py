@@ -24,6 +24,7 @@ import time
 from launch import flags
 from molora_jax import runtime
 from molora_jax.config import shipped
+from molora_jax.text import columns
 
 FLAGS = [
     ("--against", dict(metavar="NAME|FILE.py", help="a second config, stepped in turn with the first")),
@@ -88,19 +89,27 @@ def check(args):
 def measure(sides, args) -> dict:
     from molora_jax import config as config_lib
 
+    made = {}
+    for name, config in sides.items():
+        tree = getattr(args, "tree", None) if name == "b" else None
+        made[name] = (config_lib.to_dict(config), vars(args) | {"together": name == "a"}, tree)
+    return summary(*in_turn(made, args.steps), args)
+
+
+def in_turn(made: dict, steps: int):
+    """`(rows, started, ends)` of sides that step in turn; `made`: what `Child` gets, by name."""
     children = {}
     try:
-        for name, config in sides.items():
-            tree = getattr(args, "tree", None) if name == "b" else None
-            children[name] = Child(config_lib.to_dict(config), vars(args) | {"together": name == "a"}, tree)
+        for name, given in made.items():
+            children[name] = Child(*given)
         for child in children.values():  # one after the other: a compile beside a step would disturb both
             child.ask("start")
-        rows = [{name: child.ask("step") for name, child in children.items()} for _ in range(args.steps)]
+        rows = [{name: child.ask("step") for name, child in children.items()} for _ in range(steps)]
         ends = {name: child.ask("end") for name, child in children.items()}
     finally:
         for child in children.values():
             child.close()
-    return summary(rows, {name: child.started for name, child in children.items()}, ends, args)
+    return rows, {name: child.started for name, child in children.items()}, ends
 
 
 def summary(rows, started, ends, args) -> dict:
@@ -158,8 +167,7 @@ def table(result, args) -> str:
                          f"{r['tokens_per_cpu_second']:.1f}", f"{r['peak_rss_mb']:.0f}",
                          "-" if device is None else f"{device:.0f}", f"{r['compile_seconds']:.1f}",
                          f"{r['trainable']:,}"))  # fmt: skip
-    widths = [max(len(row[c]) for row in rows) for c in range(len(rows[0]))]
-    lines = ["  ".join(x.ljust(w) for x, w in zip(row, widths, strict=True)).rstrip() for row in rows]
+    lines = columns(rows)
     runs = getattr(args, "runs", 1)
     if runs > 1:
         lines.append(f"a: a step of {runs} runs together; b: a step of each of {runs} runs, one after the other")

@@ -21,10 +21,11 @@ import sys
 import tempfile
 
 from launch import flags
-from launch.bench import FLAGS, Child, check, machine, spread
+from launch.bench import FLAGS, check, in_turn, machine, spread
+from molora_jax.text import columns
 
 OURS = ("lora", "mixlora")
-PEERS = {"peft": {}, "peft kept": {"keep": True}}
+PEERS = {"peft": False, "peft kept": True}  # whether it keeps memory
 RATIOS = (("lora", "peft"), ("lora", "peft kept"), ("mixlora", "lora"), ("mixlora", "peft"))
 OWN = ("--batch", "--seq", "--dtype", "--threads", "--steps", "--json")
 PACKAGES = ("torch", "transformers", "peft")
@@ -61,21 +62,10 @@ def measure(configs, args) -> dict:
         peer = dict(folder=folder, rank=adapter.rank, alpha=adapter.alpha, dropout=adapter.get("dropout", 0.05))
         peer |= dict(learning_rate=configs["lora"].optim.learning_rate, clip=configs["lora"].train.clip)
         write_base(configs["lora"].base.source, pathlib.Path(folder))
-        children = {}
-        try:
-            plain = vars(args) | {"generate": False, "no_update": False, "devices": 1, "runs": 1, "together": True}
-            for name, options in PEERS.items():
-                children[name] = Child(peer, plain, side="bench_peers_side", keep=options.get("keep", False))
-            for name, config in configs.items():
-                children[name] = Child(config_lib.to_dict(config), plain)
-            for child in children.values():  # one after the other: a compile beside a step would disturb both
-                child.ask("start")
-            rows = [{name: child.ask("step") for name, child in children.items()} for _ in range(args.steps)]
-            ends = {name: child.ask("end") for name, child in children.items()}
-        finally:
-            for child in children.values():
-                child.close()
-    return summary(rows, {name: child.started for name, child in children.items()}, ends, args)
+        plain = vars(args) | {"generate": False, "no_update": False, "devices": 1, "runs": 1, "together": True}
+        made = {name: (peer, plain, None, "bench_peers_side", keep) for name, keep in PEERS.items()}
+        made |= {name: (config_lib.to_dict(config), plain) for name, config in configs.items()}
+        return summary(*in_turn(made, args.steps), args)
 
 
 def summary(rows, started, ends, args) -> dict:
@@ -103,8 +93,7 @@ def table(result) -> str:
     for name, side in result["sides"].items():
         seconds = ", ".join(f"{side['cpu_seconds'][k]:.3f}" for k in ("median", "min", "max"))
         rows.append((name, seconds, f"{side['peak_rss_mb']:.0f}", f"{side['trainable']:,}", f"{side['loss']:.4f}"))
-    widths = [max(len(row[c]) for row in rows) for c in range(len(rows[0]))]
-    lines = ["  ".join(x.ljust(w) for x, w in zip(row, widths, strict=True)).rstrip() for row in rows]
+    lines = columns(rows)
     for name, ratio in result["ratios"].items():
         lines.append("{}: {median:.3f} ({min:.3f} to {max:.3f})".format(name, **ratio))
     return "\n".join([*lines, ", ".join(f"{k} {v}" for k, v in result["machine"].items())])

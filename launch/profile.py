@@ -19,6 +19,7 @@ import time
 
 from launch import flags
 from launch.bench import FLAGS, check
+from molora_jax.text import columns
 
 STAGES = {
     "route": "scores, top-k, the sums of losses and statistics",
@@ -119,8 +120,7 @@ def table(spent, steps) -> str:
         fraction = f"{(ahead + back) / total:.1%}"
         rows.append((stage, f"{ahead / steps / 1e6:.1f}", f"{back / steps / 1e6:.1f}", fraction, STAGES[stage]))
     rows.append(("a step", *(f"{sum(spent[s, b] for s in stages) / steps / 1e6:.1f}" for b in (False, True)), "", ""))
-    widths = [max(len(row[c]) for row in rows) for c in range(5)]
-    return "\n".join("  ".join(x.ljust(w) for x, w in zip(row, widths, strict=True)).rstrip() for row in rows)
+    return "\n".join(columns(rows))
 
 
 if __name__ == "__main__":

@@ -111,6 +111,22 @@ def finish(
     return Routing(gates, selected, z, probs, ctx.valid, clipped, base, k_max, chosen, averaged=averaged)
 
 
+def normalised(h: Array) -> Array:
+    """`h [..., E]` over its sum; 0 where all experts are shut out."""
+    total = jnp.sum(h, axis=-1, keepdims=True)
+    return h / jnp.where(total == 0, 1.0, total)
+
+
+def counts(routing: Routing) -> Array:
+    """`[E]` float32: the tokens that chose each expert, of which a load bias follows."""
+    return jnp.sum(routing.selected, axis=(0, 1), dtype=jnp.float32)
+
+
+def with_load(bias: Array, count: Array, rate: float) -> Array:
+    """A load bias `[E]` after a step: up by `rate` where fewer than the mean chose, else down (arXiv 2408.15664)."""
+    return bias + rate * jnp.sign(jnp.mean(count) - count)
+
+
 def by_task(ctx: Context, experts: int) -> Routing:
     """Hard routing by the batch's task ids: expert `task_id mod E` alone, with weight 1."""
     hot = (ctx.task_ids % experts)[..., None] == jnp.arange(experts)

@@ -17,7 +17,6 @@ import jax.numpy as jnp
 
 from molora_jax.core import routing
 from molora_jax.routers.base import Router
-from molora_jax.routers.sigmoid_topk import normalised
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,16 +43,15 @@ class BiasedTopK(Router):
             score = probs = routing.softmax(z, ctx.allowed)
         else:
             score = jnp.where(mask, jax.nn.sigmoid(z), 0.0)
-            probs = normalised(score)  # for statistics and losses: a distribution
+            probs = routing.normalised(score)  # for statistics and losses: a distribution
         selected = routing.top_k(jnp.where(mask, score + ctx.state["b"], routing.NEG_INF), self.k) & mask
         gates = jnp.where(selected, score, 0.0)
         if self.renormalise:
-            gates = normalised(gates)
+            gates = routing.normalised(gates)
         decision = routing.finish(
             gates, selected, z, probs, ctx, k_max=self.k_max(z.shape[-1]), sums_to_one=self.renormalise
         )
-        return decision, ctx.carry, {"count": jnp.sum(decision.selected, axis=(0, 1), dtype=jnp.float32)}
+        return decision, ctx.carry, {"count": routing.counts(decision)}
 
     def update(self, state, sums):
-        count = sums["count"]
-        return {"b": state["b"] + self.bias_rate * jnp.sign(jnp.mean(count) - count)}
+        return {"b": routing.with_load(state["b"], sums["count"], self.bias_rate)}

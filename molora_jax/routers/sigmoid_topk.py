@@ -19,12 +19,6 @@ from molora_jax.core import lowrank, routing
 from molora_jax.routers.base import Router
 
 
-def normalised(h):
-    """`h [..., E]` over its sum; 0 where all experts are shut out."""
-    total = jnp.sum(h, axis=-1, keepdims=True)
-    return h / jnp.where(total == 0, 1.0, total)
-
-
 @dataclasses.dataclass(frozen=True)
 class SigmoidTopK(Router):
     """`bias_rate` is u. `bias_in_gate`: h = q as in SMoRA's code; False leaves b to the choice alone (DeepSeek-V3).
@@ -56,11 +50,10 @@ class SigmoidTopK(Router):
         q = score + ctx.state["b"]
         selected = routing.top_k(jnp.where(mask, q, routing.NEG_INF), self.k) & mask
         h = jnp.where(selected, q if self.bias_in_gate else score, 0.0)
-        gates = jnp.sum(selected, axis=-1, keepdims=True) * normalised(h)
-        probs = normalised(score)  # for statistics and losses: a distribution
+        gates = jnp.sum(selected, axis=-1, keepdims=True) * routing.normalised(h)
+        probs = routing.normalised(score)  # for statistics and losses: a distribution
         decision = routing.finish(gates, selected, z, probs, ctx, k_max=self.k_max(z.shape[-1]))
-        return decision, ctx.carry, {"count": jnp.sum(decision.selected, axis=(0, 1), dtype=jnp.float32)}
+        return decision, ctx.carry, {"count": routing.counts(decision)}
 
     def update(self, state, sums):
-        count = sums["count"]
-        return {"b": state["b"] + self.bias_rate * jnp.sign(jnp.mean(count) - count)}
+        return {"b": routing.with_load(state["b"], sums["count"], self.bias_rate)}

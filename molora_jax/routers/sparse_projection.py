@@ -52,8 +52,7 @@ class SparseProjection(Router):
         probs = routing.softmax(score, ctx.allowed)  # for statistics and losses
         gates = selected.astype(jnp.float32)
         decision = routing.finish(gates, selected, h, probs, ctx, k_max=self.k_max(h.shape[-1]))
-        return decision, ctx.carry, {"count": jnp.sum(decision.selected, axis=(0, 1), dtype=jnp.float32)}
+        return decision, ctx.carry, {"count": routing.counts(decision)}
 
     def update(self, state, sums):
-        count = sums["count"]
-        return {"d": state["d"] + self.bias_rate * jnp.sign(jnp.mean(count) - count)}
+        return {"d": routing.with_load(state["d"], sums["count"], self.bias_rate)}
