@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from kernels_pallas import order
 from kernels_pallas.mosaic import F32, NN, NT, TN, dot, fit, params, row_mask, visits
 from kernels_pallas.zeros import gated
 
@@ -135,40 +136,6 @@ def _backward(interpret, device_kind, saved, dy):
 _sorted.defvjp(_forward, _backward)
 
 
-@jax.custom_vjp
-def _spread(x, token, place, used):
-    """Rows in sorted order, `x [T, D]` -> `[N, D]`; its derivative is the same permutation read the other way."""
-    return x[token]
-
-
-def _spread_backward(saved, dy):
-    place, used = saved
-    return _sum(dy, place, used).astype(dy.dtype), None, None, None
-
-
-_spread.defvjp(lambda x, token, place, used: (x[token], (place, used)), _spread_backward)
-
-
-def _sum(y, place, used):
-    """`sum_k y[place_tk]` over the slots in use, in token order, float32."""
-    total = 0.0
-    for k in range(place.shape[1]):
-        total = total + jnp.where(used[:, k, None], y[place[:, k]].astype(F32), 0.0)
-    return total
-
-
-@jax.custom_vjp
-def _combine(y, token, place, used):
-    return _sum(y, place, used).astype(y.dtype)
-
-
-def _combine_backward(token, dy):
-    return dy[token], None, None, None
-
-
-_combine.defvjp(lambda y, token, place, used: (_combine(y, token, place, used), token), _combine_backward)
-
-
 def _ranks(A):
     """Rank padded with zeros to a whole sublane tile of 8, which it takes up in VMEM anyway."""
     return jnp.pad(A, ((0, 0), (0, -A.shape[1] % 8), (0, 0)))
@@ -176,13 +143,9 @@ def _ranks(A):
 
 def grouped_lora(x, A, B, idx, gates, *, interpret=False, device_kind=None):
     """Shapes as in `api.grouped_lora`; `interpret` as in `pallas_call`; `device_kind` sizes the tiles."""
-    (T, K), E = idx.shape, B.shape[0]
+    E = B.shape[0]
     A, B = (_ranks(jnp.broadcast_to(M, (E, *M.shape[1:]))) for M in (A, B))
-    expert, slot = jax.lax.sort((idx.reshape(-1), jnp.arange(T * K, dtype=jnp.int32)), num_keys=1)
-    place = jax.lax.sort((slot, jnp.arange(T * K, dtype=jnp.int32)), num_keys=1)[1].reshape(T, K)
-    bounds = jnp.searchsorted(expert, jnp.arange(E + 1, dtype=expert.dtype)).astype(jnp.int32)
-    used, token = idx < E, slot // K
-    w = jnp.where(used, gates, 0.0).astype(F32).reshape(-1)
-    w = _spread(w[:, None], slot, place.reshape(-1, 1), jnp.ones((T * K, 1), bool))
-    y = _sorted(interpret, device_kind, _spread(x, token, place, used), w, A, B, bounds[1:] - bounds[:-1])
-    return _combine(y, token, place, used)
+    rows = order.by_expert(idx, E)
+    w = order.arrange(jnp.where(rows.used, gates, 0.0).astype(F32)[..., None], rows)
+    y = _sorted(interpret, device_kind, order.spread(x, rows), w, A, B, rows.sizes)
+    return order.combine(y, rows)

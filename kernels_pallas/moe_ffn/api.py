@@ -3,12 +3,23 @@
 import jax.numpy as jnp
 
 from kernels_pallas.check import agree
-from kernels_pallas.moe_ffn import reference, tiled
+from kernels_pallas.moe_ffn import ragged, reference, tiled
 from kernels_pallas.pick import pick
+from kernels_pallas.platform import is_side_by_side, platform_of
 from kernels_pallas.routed_ffn.activations import PAIRS
 from kernels_pallas.tiles import plain
 
-IMPLEMENTATIONS = {"reference": reference.moe_ffn, "tiled": tiled.moe_ffn}
+IMPLEMENTATIONS = {"reference": reference.moe_ffn, "ragged": ragged.moe_ffn, "tiled": tiled.moe_ffn}
+
+
+def choose(*, platform: str | None = None) -> tuple[str, str]:
+    """The implementation, and why: only the platform counts."""
+    platform = platform_of(platform)
+    if platform != "tpu":
+        return "tiled", f"{platform}: jax.lax.ragged_dot would multiply every slot with every expert"
+    if is_side_by_side():
+        return "tiled", "tpu: several runs under vmap, each with groups of its own"
+    return "ragged", "tpu: grouped products are kernels of the compiler's own"
 
 
 def check(x, gate, up, down, low, idx, gates, *, activation, mask) -> dict[str, int]:
@@ -38,7 +49,7 @@ def moe_ffn(
       gates: `[T, K]` float32, with a gradient.
       activation: `silu`, `gelu` (exact), `gelu_tanh` or `relu`.
       mask: `[T, F]` dropout mask (already divided by its keep rate) on the input of A_d, or None.
-      implementation: `reference` or `tiled`, None to choose.
+      implementation: `reference`, `ragged`, `tiled`, or None to choose.
 
     Returns:
       `y [T, D]` and `z_d [T, K, R] = A_d[e_k] (mask * h_k)`, 0 at unused slots; None without `low`.
@@ -52,7 +63,7 @@ def moe_ffn(
     [[8.0, 8.0]]
     """
     sizes = check(x, gate, up, down, low, idx, gates, activation=activation, mask=mask)
-    name = implementation or "tiled"
+    name = choose(platform=platform)[0] if implementation is None else implementation
     form = pick("moe_ffn", IMPLEMENTATIONS, {}, name, refused={}, platform=platform, no_kernel=lambda: None)
     if sizes["T"] == 0:
         return jnp.zeros_like(x), None if low is None else jnp.zeros(low[0].shape, x.dtype)

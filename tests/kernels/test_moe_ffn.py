@@ -47,6 +47,7 @@ def test_values_and_gradients(shared, activation):
     wanted = run("reference", False)
     close(run("tiled", True), wanted)
     close(run("tiled", False), wanted)
+    close(run("ragged", True), wanted)
 
 
 def test_the_frozen_block_alone():
@@ -59,7 +60,9 @@ def test_the_frozen_block_alone():
         )(x, gates)
 
     with jax.default_matmul_precision("highest"):
-        close(run("tiled"), run("reference"))
+        wanted = run("reference")
+        close(run("tiled"), wanted)
+        close(run("ragged"), wanted)
 
 
 def test_no_layer_is_copied_out_of_the_stack():

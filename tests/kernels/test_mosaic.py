@@ -8,6 +8,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from kernels_pallas.grouped_lora import shapes as grouped_shapes
 from kernels_pallas.grouped_lora import tpu as grouped
+from kernels_pallas.moe_ffn import ragged
 from kernels_pallas.mosaic import MIB, vmem_bytes
 from kernels_pallas.rank_gated import shapes as gated_shapes
 from kernels_pallas.rank_gated import tpu as gated
@@ -86,3 +87,17 @@ def test_routed_ffn(chip, name, dtype):
         return ffn.routed_ffn(g, u, z_g, z_u, B_g, B_u, A_d, idx, gates, base, device_kind=chip.device_kind)
 
     compiled(chip, op, arguments, 9)
+
+
+def test_moe_ffn_multiplies_a_slot_with_its_own_expert_only(chip):
+    """`jax.lax.ragged_dot` written out would cost E products a slot; the hidden states are formed twice, no more."""
+    T, D, F, E, K, R, half = 512, 256, 512, 16, 2, 8, jnp.bfloat16
+    arguments = [((T, D), half), ((T, K), jnp.float32), *[((T, K, R), half)] * 2, *[((E, R, F), jnp.float32)] * 3]
+    arguments += [((E, D, F), half), ((E, D, F), half), ((E, F, D), half), ((T, K), jnp.int32)]
+
+    def op(x, gates, z_g, z_u, B_g, B_u, A_d, *frozen):
+        *kernels, idx = frozen
+        return ragged.moe_ffn(x, *kernels, (z_g, z_u, B_g, B_u, A_d), idx, gates)
+
+    flops = compiled(chip, op, arguments, 7).cost_analysis()["flops"]
+    assert 9 <= flops / (2 * T * K * D * F) <= 14  # forward, again, and for x: three products each

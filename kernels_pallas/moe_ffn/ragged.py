@@ -1,0 +1,80 @@
+"""The routed FFN of a base by experts: rows in the order of their experts, grouped products of `jax.lax.ragged_dot`.
+
+For a TPU, where that is a kernel of the compiler's own. Everywhere else it is written out as one product with all
+experts for each slot. The kernels are frozen: they get no gradient. Only the inputs are kept for the backward, which
+forms the hidden states `[N, F]` again.
+
+T tokens, K slots of a token, N = T*K slots, D width, F FFN width, E experts, R rank.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+
+from kernels_pallas import order
+from kernels_pallas.routed_ffn.activations import core, pair
+from kernels_pallas.tiles import PRODUCT
+from kernels_pallas.zeros import gated, masked
+
+F32 = jnp.float32
+
+
+def _activate(activation, x):
+    return pair(activation, x, core(activation, x))[0]
+
+
+@jax.custom_vjp
+def _weigh(w, y):
+    """`w y`; 0 where w is 0, which still has its gradient. `w [N, 1]`, `y [N, D]`."""
+    return gated(w, y)
+
+
+_weigh.defvjp(
+    lambda w, y: (gated(w, y), (w, y)),
+    lambda saved, d: (jnp.sum(d * saved[1], axis=1, keepdims=True), gated(saved[0], d)),
+)
+
+
+class _Rows:
+    """Products of sorted rows with what their expert has; rows past the last expert are exactly zero."""
+
+    def __init__(self, order_):
+        self.sizes = order_.sizes
+        self.used = (jnp.arange(len(order_.slot)) < jnp.sum(order_.sizes))[:, None]
+
+    def only(self, x):
+        return jnp.where(self.used, x, 0)
+
+    def dot(self, x, W):
+        """`x [N, A]`, `W [1|E, A, B]` -> `[N, B]` float32."""
+        x, W = self.only(x), W.astype(x.dtype)
+        if W.shape[0] == 1 and len(self.sizes) > 1:
+            return jnp.dot(x, W[0], preferred_element_type=F32)
+        return self.only(jax.lax.ragged_dot(x, W, self.sizes, preferred_element_type=F32))
+
+
+@functools.partial(jax.checkpoint, static_argnums=(0,))
+@jax.named_scope("base_experts")
+def _block(activation, x, kernels, low, rows, gates, mask):
+    own, dtype = _Rows(rows), x.dtype
+    x = order.spread(x, rows)
+    g, u = own.dot(x, kernels[0]), own.dot(x, kernels[1])
+    if low is not None:
+        z_g, z_u = (order.arrange(z.astype(dtype), rows) for z in low[:2])
+        g, u = g + own.dot(z_g, low[2]), u + own.dot(z_u, low[3])
+    h = _activate(activation, g) * u
+    w = own.only(order.arrange(gates.astype(F32)[..., None], rows))
+    y = order.combine(_weigh(w, own.dot(h.astype(dtype), kernels[2])), rows).astype(dtype)
+    if low is None:
+        return y, None
+    seen = masked(h, None if mask is None else order.spread(mask, rows))
+    z_d = own.dot(seen.astype(dtype), jnp.swapaxes(low[4], 1, 2))
+    return y, order.restore(z_d, rows).astype(dtype)
+
+
+def moe_ffn(x, gate, up, down, low, idx, gates, *, activation="silu", mask=None):
+    kernels = jax.lax.stop_gradient((gate, up, down))
+    out = _block(activation, x, kernels, low, order.by_expert(idx, gate.shape[0]), gates, mask)
+    return jax.tree.map(lambda made: checkpoint_name(made, PRODUCT), out)
