@@ -156,6 +156,6 @@ def test_a_real_run(tmp_path):
     assert start(tmp_path, *argv) == 0
     tree = json.loads((tmp_path / "out" / "results.json").read_text())
     (run,), (cost,) = tree["runs"], tree["costs"]
-    assert run["nll"].keys() == tree["base"]["nll"].keys() == {"task"}
+    assert run["nll"].keys() == tree["base"]["nll"].keys() == {"double", "even"}
     assert run["active_experts"] == 2 and run["peak_mb"] > 100 and cost["ratio"]["median"] > 0
     assert not list((tmp_path / "work").glob("mixlora*")), "the row is what is kept"

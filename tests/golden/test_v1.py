@@ -53,8 +53,9 @@ def test_it_goes_on_on_another_mesh(golden, name):
     assert sum("older version" in note for note in notes) == 1, "recorded: said once"
     assert verify(name)["ok"] and molora_jax.load_run(name).step == 8
     rows = [json.loads(line) for line in pathlib.Path(name, "metrics.jsonl").read_text().splitlines()]
-    for row in rows:
-        assert row["loss"] == pytest.approx(golden[name]["losses"][str(row["step"])], rel=1e-5)
+    for row in rows:  # what it goes on with draws other dropout masks: the same mean, other bits
+        same = 1e-5 if row["step"] <= 6 else 3e-3
+        assert row["loss"] == pytest.approx(golden[name]["losses"][str(row["step"])], rel=same)
 
 
 def test_its_config_is_read_and_its_adapters_are_a_start(golden):
