@@ -101,6 +101,7 @@ def get_config():
                 log_every=10,
                 remat="dots",  # none, dots, full
                 attention="xla",  # or fused: cuDNN's on one NVIDIA GPU in half precision, else the same as xla
+                hang_seconds=3600.0,  # so long without a step or a save: the process writes its stacks and ends; 0: off
                 exact=False,  # the same bits on 1, 2, 4 and 8 devices (docs/parallelism.md says at what cost)
                 init_from="",
             ),

@@ -1,6 +1,7 @@
 """Evaluates a run on held-out items, before (the base model) and after training: a table, report.json and pictures.
 
-python -m launch.evaluate --workdir=runs/quickstart [--step=best|latest|N] [--config.eval.num_items=32 ...]
+python -m launch.evaluate --workdir=runs/quickstart [--step=best|latest|N] [--mesh=fsdp:8]
+    [--config.eval.num_items=32 ...]
 """
 
 import sys
@@ -11,6 +12,7 @@ from molora_jax.errors import InputError
 FLAGS = [
     ("--workdir", dict(required=True, metavar="DIR", help="the folder of a run")),
     ("--step", dict(default="best", help="best, latest or a number (default: best)")),
+    flags.MESH,
 ]
 
 
@@ -24,6 +26,7 @@ def run(argv):
     config, args = flags.parse(__doc__, FLAGS, argv, need_config=False, defaults=saved_config)
     if args.config:
         raise InputError("--config", got=args.config, expected="nothing: a run has its own config", fix="Leave it out.")
+    mesh = flags.mesh(args.mesh)
     from molora_jax import runtime
 
     runtime.configure()
@@ -33,7 +36,7 @@ def run(argv):
 
     phases = Phases()
     phases.start("run and base model", 1)
-    loaded = load_run(args.workdir, args.step, config=config, warn=phases.note)
+    loaded = load_run(args.workdir, args.step, config=config, mesh=mesh, warn=phases.note)
     phases.end()
     report = reports.evaluate(loaded, phases=phases)
     what = "an item" if reports.chooses(report) else "an answer token"

@@ -38,6 +38,23 @@ AXES = dict(
 BOOLS = {"true": True, "false": False, "1": True, "0": False, "yes": True, "no": False}
 
 
+MESH = (
+    "--mesh",
+    dict(metavar="AXIS:N,...", help="split the base over devices of this host, as in fsdp:8 or fsdp:4,tensor:2"),
+)
+
+
+def mesh(text: str | None) -> dict[str, int] | None:
+    """`fsdp:4,tensor:2` -> `{"fsdp": 4, "tensor": 2}`; the axes and sizes are checked where the mesh is made."""
+    if text is None:
+        return None
+    parts = [part.strip().partition(":")[::2] for part in text.split(",")]
+    names = [axis for axis, _ in parts]
+    if not all(axis and size.isdigit() for axis, size in parts) or len(set(names)) < len(names):
+        raise wrong("--mesh", repr(text), "AXIS:N, several by commas", "Write for instance --mesh=fsdp:8.")
+    return {axis: int(size) for axis, size in parts}
+
+
 def parse(description, flags, argv=None, need_config=True, defaults=None, need_rules=True):
     """Reads a command line.
 

@@ -30,6 +30,7 @@ FLAGS = [
     ("--stop", dict(action="append", default=[], metavar="TEXT", help="end the answer before TEXT; may be repeated")),
     ("--seed", dict(type=int, default=0, metavar="N", help="of the draws at a temperature above 0")),
     ("--no_cache", dict(action="store_true", help="recompute everything for each token (slow, the same answer)")),
+    flags.MESH,
 ]
 
 
@@ -86,13 +87,16 @@ def default_config(args):
 def run(argv):
     config, args = flags.parse(__doc__, FLAGS, argv, need_config=False, defaults=default_config)
     check(args)
+    mesh = flags.mesh(args.mesh)
     prompt, tools = (args.prompt, None) if args.messages is None else read_messages(args.messages)
     from molora_jax import runtime
 
     runtime.configure()
     from molora_jax.evaluation.run import load_base_run, load_run
 
-    loaded = load_base_run(config) if args.base else load_run(args.workdir, args.step, config=config)
+    loaded = (
+        load_base_run(config, mesh=mesh) if args.base else load_run(args.workdir, args.step, config=config, mesh=mesh)
+    )
     text = loaded.generate(
         prompt, max_new_tokens=args.max_new_tokens, temperature=args.temperature, top_p=args.top_p, top_k=args.top_k,
         min_p=args.min_p, repetition_penalty=args.repetition_penalty, stop=args.stop, seed=args.seed,

@@ -26,7 +26,7 @@ def run(argv):
     configs = None if args.runs is None else together(config, args)
     from molora_jax import runtime
 
-    runtime.configure()
+    runtime.configure(several=True)
     from molora_jax.training.group import train_together
     from molora_jax.training.loop import train
 

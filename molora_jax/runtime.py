@@ -9,6 +9,7 @@ import pathlib
 import re
 import sys
 
+from molora_jax import cluster
 from molora_jax.errors import InputError
 
 # For the C library's allocator: memory that is freed stays with the process, in pages of 2 MB, and one heap holds it.
@@ -71,18 +72,54 @@ def environment() -> None:
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 
 
-def configure() -> None:
-    """Before jax is used."""
+def configure(*, several: bool = False) -> None:
+    """Before jax is used.
+
+    Args:
+      several: whether the command runs as several processes; the others are refused where the environment has some.
+
+    Raises:
+      InputError: variables of a cluster that do not fit each other, peers that do not answer.
+    """
     environment()
     import absl.logging
 
     absl.logging.set_verbosity(absl.logging.ERROR)
-    if os.environ.get("MOLORA_COORDINATOR"):  # host:port; with MOLORA_PROCESSES and MOLORA_PROCESS
-        import jax
+    found = cluster.find(os.environ)
+    if found is not None and not several and (found.processes or 1) > 1:
+        raise InputError(
+            "processes", got=f"{found.processes} ({found.kind})", expected="one: only training runs as several",
+            fix="Start this command once (--mesh splits the model over the devices of its host).",
+        )  # fmt: skip
+    if several:
+        join(found)
 
-        jax.distributed.initialize(
-            os.environ["MOLORA_COORDINATOR"], int(os.environ["MOLORA_PROCESSES"]), int(os.environ["MOLORA_PROCESS"])
-        )
+
+def join(found: cluster.Cluster | None) -> None:
+    """Joins the processes of a cluster; nothing for a process by itself.
+
+    Raises:
+      InputError: the others do not answer.
+    """
+    if found is None:
+        return
+    import jax
+
+    arguments = {}
+    if found.coordinator is not None:
+        arguments = dict(
+            coordinator_address=found.coordinator, num_processes=found.processes, process_id=found.process,
+            local_device_ids=found.devices, cluster_detection_method="deactivate",
+        )  # fmt: skip
+    try:
+        jax.distributed.initialize(**arguments)
+    except (RuntimeError, ValueError) as error:
+        at = "" if found.coordinator is None else f" at {found.coordinator}"
+        raise InputError(
+            f"processes ({found.kind})", got=f"no answer{at}: {str(error).splitlines()[0][:200]}",
+            expected=f"{found.processes or 'all'} processes that find each other",
+            fix="See that all of them started and that the address can be reached from each host.",
+        ) from error  # fmt: skip
 
 
 @contextlib.contextmanager

@@ -31,6 +31,50 @@ def make_mesh(sizes: dict[str, int], devices=None) -> Mesh:
     return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
 
 
+def local_mesh(sizes: dict[str, int] | None) -> Mesh:
+    """A mesh of some of this process's devices for a model that is asked, not trained; None is the first device.
+
+    Args:
+      sizes: of some axes, such as `dict(fsdp=8)`; those left out are 1.
+
+    Raises:
+      InputError: an axis that is none, a size that is no number from 1 on, more devices than there are.
+    """
+    sizes, devices = sizes or {}, jax.local_devices()
+    for axis, size in sizes.items():
+        if axis not in AXES:
+            raise InputError("mesh", got=repr(axis), expected="axes " + ", ".join(AXES), fix="Write dict(fsdp=8).")
+        if isinstance(size, bool) or not isinstance(size, int) or size < 1:
+            raise InputError(f"mesh.{axis}", got=repr(size), expected="a number from 1 on")
+    count = int(np.prod(list(sizes.values())))
+    if count > len(devices):
+        raise InputError(
+            "mesh", got=f"{' x '.join(f'{a}={n}' for a, n in sizes.items())}, {count} devices",
+            expected=f"at most {len(devices)}, which this process has", fix="Choose a smaller axis.",
+        )  # fmt: skip
+    return make_mesh({axis: sizes.get(axis, 1) for axis in AXES}, devices[:count])
+
+
+def fits(params: dict, shardings, mesh: Mesh) -> None:
+    """Checks, where the device says how much memory it has, that the base has room on it.
+
+    Raises:
+      InputError: it has not; the message says what it needs.
+    """
+    stats = mesh.devices.flat[0].memory_stats() or {}
+    limit = stats.get("bytes_limit")
+    if limit is None:
+        return
+    split = lambda leaf, sharding: int(np.prod(sharding.shard_shape(leaf.shape))) * leaf.dtype.itemsize  # noqa: E731
+    need = sum(jax.tree.leaves(jax.tree.map(split, params, shardings)))
+    if need > limit - stats.get("bytes_in_use", 0):
+        raise InputError(
+            "mesh", got=f"{need / 1e9:.1f} GB of the base for a device with {limit / 1e9:.1f} GB (of {mesh.size})",
+            expected="room for the base", fix=f"Split it, as in mesh=dict(fsdp={2 * -(-need // limit)}) "
+            "(launchers: --mesh=fsdp:N), or take base.dtype=bfloat16.",
+        )  # fmt: skip
+
+
 def ways(mesh: Mesh, axes) -> int:
     """The devices along some axes together."""
     return int(np.prod([mesh.shape[a] for a in axes]))
@@ -86,24 +130,36 @@ def row_sharding(mesh: Mesh) -> NamedSharding:
 
 @functools.cache  # one function a mesh: programs are compiled for it
 def constrain(mesh: Mesh):
-    """Pins activations `[B, ...]` to the batch's rows."""
-    sharding = row_sharding(mesh)
-    return lambda x: jax.lax.with_sharding_constraint(x, sharding)
+    """Pins activations `[B, ...]` to the batch's rows; as they are where the mesh does not divide the rows."""
+    sharding, count = row_sharding(mesh), ways(mesh, ROWS)
+    return lambda x: jax.lax.with_sharding_constraint(x, sharding) if len(x) % count == 0 else x
 
 
-def rows_of_process(num_rows: int) -> slice:
-    """The rows of a global batch that this process feeds."""
-    each = num_rows // jax.process_count()
-    return slice(jax.process_index() * each, (jax.process_index() + 1) * each)
+def _of_rows(num_rows: int, mesh: Mesh) -> NamedSharding:
+    return replicated(mesh) if num_rows % ways(mesh, ROWS) else row_sharding(mesh)
+
+
+def rows_of_process(num_rows: int, mesh: Mesh) -> np.ndarray:
+    """The rows of a global batch that lie on this process's devices, rising.
+
+    The sharding says which, not the process's number: processes that split `tensor` between them have the same rows.
+    """
+    places = _of_rows(num_rows, mesh).addressable_devices_indices_map((num_rows,)).values()
+    return np.array(sorted({row for (rows,) in places for row in range(*rows.indices(num_rows))}), np.int64)
 
 
 def put_batch(batch: dict[str, np.ndarray], mesh: Mesh, num_rows: int) -> dict[str, jax.Array]:
-    """This process's rows `[B_local, S]` as global arrays `[B, S]`."""
-    sharding = row_sharding(mesh)
-    return {
-        name: jax.make_array_from_process_local_data(sharding, value, (num_rows, *value.shape[1:]))
-        for name, value in batch.items()
-    }
+    """This process's rows `[B_local, S]` as global arrays `[B, S]`; on all devices where the mesh does not divide B."""
+    sharding, own = _of_rows(num_rows, mesh), rows_of_process(num_rows, mesh)
+
+    def put(value):
+        def part(index):
+            rows = index[0] if index else slice(None)
+            return value[np.searchsorted(own, np.arange(*rows.indices(num_rows)))]
+
+        return jax.make_array_from_callback((num_rows, *value.shape[1:]), sharding, part)
+
+    return {name: put(value) for name, value in batch.items()}
 
 
 def put(tree, shardings):

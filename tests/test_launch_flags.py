@@ -302,3 +302,10 @@ def test_a_surgery_may_be_named_by_flags():
     named = ["--config.surgery.name=average", "--config.surgery.inputs=a,b@3", "--config.surgery.of=product"]
     config, _ = parse(f"--config={MIXLORA}", *named)
     assert config.surgery.to_dict() == {"name": "average", "inputs": ("a", "b@3"), "of": "product"}
+
+
+def test_a_mesh_on_the_command_line():
+    assert flags.mesh("fsdp:4,tensor:2") == {"fsdp": 4, "tensor": 2} and flags.mesh(None) is None
+    for text in ("fsdp", "fsdp:x", "fsdp:2,fsdp:4", "", ":2", "fsdp:-1"):
+        with pytest.raises(InputError, match="--mesh"):
+            flags.mesh(text)

@@ -119,6 +119,7 @@ FIELDS = {
         "log_every": at_least(1),
         "remat": choice("none", "dots", "full"),
         "attention": choice("xla", "fused"),
+        "hang_seconds": since(within(0.0, 1e7), 0.0),
         "exact": Field(bool, default=False),
         "init_from": TEXT,
     },

@@ -5,7 +5,7 @@
     >>> run.routing("A sad film.")["ffn"]["ffn"].shape      # [layers, tokens, experts]
 
 Only the run's folder and its base model are needed; the task data are read when `run.data` is first asked for. The
-model sits on one device (the first): what a notebook and a report need.
+model sits on one device, the first, or on a mesh that splits its base: `load_run(DIR, mesh=dict(fsdp=8))`.
 """
 
 import dataclasses
@@ -48,7 +48,8 @@ class Run:
     `router_state` (nested dicts of arrays), `tokenizer`, `step` (None: the base alone), `workdir` (None likewise).
 
     `base_params`: the base as it was; `modules`: trained heads and copies, as `module_spec` makes them; `labels`: names
-    of the classes; `start`: the run as it began, where its objective looks back; `facts`, `digest`: of `opened.Opened`.
+    of the classes; `start`: the run as it began, where its objective looks back; `facts`, `digest`: of `opened.Opened`;
+    `mesh`: where the arrays lie.
     """
 
     config: Any
@@ -66,6 +67,7 @@ class Run:
     start: dict | None = None
     facts: dict = dataclasses.field(default_factory=dict)
     digest: str = ""
+    mesh: Any = dataclasses.field(default_factory=lambda: sharding.local_mesh(None))
 
     def __repr__(self):
         rules = ", ".join(rule.name for rule in self.model.rules) or "no rules"
@@ -84,10 +86,6 @@ class Run:
     def objective(self) -> Objective:
         """Of the stage that the step belongs to."""
         return compile_objective(self.config.get("objective") or objectives_config.PLAIN)
-
-    @property
-    def mesh(self):
-        return one_device()
 
     def tokens(self, text: str) -> list[str]:
         """The pieces that `routing` reports on, as text."""
@@ -276,16 +274,18 @@ def _gates(params, adapters, router_state, batch, *, model):
     return by_layer(model, gates)
 
 
-@functools.lru_cache(maxsize=1)
-def one_device():
-    return sharding.make_mesh(dict.fromkeys(sharding.AXES, 1), jax.local_devices()[:1])
+def _put(tree, mesh):
+    return sharding.put(tree, sharding.replicated(mesh))
 
 
-def _put(tree):
-    return sharding.put(tree, sharding.replicated(one_device()))
+def _put_base(base, mesh) -> dict:
+    """The base's arrays, split over the mesh as in training."""
+    shardings = sharding.param_shardings(base.config, base.params, mesh)
+    sharding.fits(base.params, shardings, mesh)
+    return sharding.put(base.params, shardings)
 
 
-def load_run(workdir, step="best", *, config=None, warn=LOG.warning) -> Run:
+def load_run(workdir, step="best", *, config=None, mesh=None, warn=LOG.warning) -> Run:
     """Opens the run in `workdir`, a folder or `DIR@step`.
 
     What the run is comes from the manifest of the step, which is under a checksum: a `config.json` that says otherwise
@@ -295,18 +295,21 @@ def load_run(workdir, step="best", *, config=None, warn=LOG.warning) -> Run:
     Args:
       step: `"best"` (the newest valid one where none was marked), `"latest"` (the newest valid one), or its number.
       config: in place of the run's own `config.json`, say with other fields of `eval`.
+      mesh: sizes of axes over this process's devices, such as `dict(fsdp=8)`, which split the base; None: one device.
       warn: called with a line of text; a log record by default.
 
     Raises:
-      InputError: no run there, no such step, damage, another base model, or a config that the checkpoint does not fit.
+      InputError: no run there, no such step, damage, another base model, a config that the checkpoint does not fit, a
+        mesh that does not divide the base, or a base that has no room.
     """
+    mesh = sharding.local_mesh(mesh)
     found = open_run(workdir, step, config=config, warn=warn)
-    base, items = _put(found.base.params), {name: _put(item) for name, item in found.items.items()}
+    base, items = _put_base(found.base, mesh), {name: _put(item, mesh) for name, item in found.items.items()}
     modules = items.get("modules", {})
     return Run(
         found.config, found.model, in_place(base, modules), items["adapters"], items["router_state"],
         found.base.tokenizer, found.step, found.folder, base, modules, found.modules, found.labels, items.get("start"),
-        found.facts, found.digest,
+        found.facts, found.digest, mesh,
     )  # fmt: skip
 
 
@@ -349,9 +352,10 @@ def write_run(workdir, run: Run, *, view: View | None = None, config=None) -> pa
     )  # fmt: skip
 
 
-def load_base_run(config) -> Run:
-    """The frozen base of a config alone, in the same form: no rules, no adapters."""
+def load_base_run(config, *, mesh=None) -> Run:
+    """The frozen base of a config alone, in the same form: no rules, no adapters. `mesh`: as in `load_run`."""
+    mesh = sharding.local_mesh(mesh)
     base = load_base(config.base.source, dtype=config.base.dtype)
     model = compile_base(config, base.config)
-    params = _put(base.params)
-    return Run(config, model, params, {}, {}, base.tokenizer, base_params=params)
+    params = _put_base(base, mesh)
+    return Run(config, model, params, {}, {}, base.tokenizer, base_params=params, mesh=mesh)

@@ -63,7 +63,7 @@ def example_nll(
     total: dict = {}
     replicate = jax.jit(lambda x: x, out_shardings=sharding.replicated(mesh))
     for batch in batches:
-        rows = sharding.rows_of_process(len(batch["tokens"]))
+        rows = sharding.rows_of_process(len(batch["tokens"]), mesh)
         local = {name: value[rows] for name, value in batch.items()}
         out, gates = replicate(
             forward(params, adapters, router_state, sharding.put_batch(local, mesh, len(batch["tokens"])))

@@ -10,6 +10,7 @@ import dataclasses
 import math
 import pathlib
 import resource
+import signal
 import time
 
 import jax
@@ -30,9 +31,11 @@ from molora_jax.text import table
 from molora_jax.training import many, summary
 from molora_jax.training.loss_picture import plot_loss
 from molora_jax.training.run import TrainingRun
-from molora_jax.training.signals import StopRequest
+from molora_jax.training.signals import SIGNALS, StopRequest
+from molora_jax.training.watchdog import Watchdog
 
 RETRY_SECONDS = 10.0  # from a failed save to the next try, doubled each time; the steps of save_every try anyway
+ALONE = (signal.SIGINT,)  # of several processes: SIGTERM is heard by jax, which agrees with the others on a step
 MAX_SKIPPED = 5  # steps in a row without a finite gradient before the run gives up
 
 
@@ -67,8 +70,11 @@ def train(config, workdir: str, *, profile: bool = False, note=None) -> Result:
     writer = jax.process_index() == 0
     progress = Progress(config.train.steps, log_every=config.train.log_every)
     note = note or (progress.note if writer else lambda text: None)
-    with Workdir(workdir, writer=writer) as folder, StopRequest() as stop, obstacles(workdir):
+    watchdog = Watchdog(config.train.get("hang_seconds", 0.0), workdir, process=jax.process_index())
+    signals = SIGNALS if jax.process_count() == 1 else ALONE
+    with Workdir(workdir, writer=writer) as folder, StopRequest(signals=signals) as stop, obstacles(workdir), watchdog:
         run = TrainingRun(folder.followed(config, note), folder, note=note)
+        note(summary.machine(run.mesh, run.config.base.dtype))
         steps = run.config.train.steps
         if steps != config.train.steps and not config.train.get("epochs", 0.0):
             note(f"train.steps: {config.train.steps} asked for, {steps} made: whole turns of {run.turn} clients")
@@ -82,10 +88,10 @@ def train(config, workdir: str, *, profile: bool = False, note=None) -> Result:
         with run.checkpoints:
             if start == 0 and not run.checkpoints.steps():
                 run.save(state, 0)  # before the first compile, so that a kill inside it loses nothing
-            return _loop(run, state, start, last, stop, progress, note, profile, writer)
+            return _loop(run, state, start, last, stop, progress, note, profile, writer, watchdog)
 
 
-def _loop(run, state, start, last, stop, progress, note, profile, writer) -> Result:
+def _loop(run, state, start, last, stop, progress, note, profile, writer, watchdog) -> Result:
     config, began, tokens, loss, skipped = run.config.train, time.monotonic(), 0, None, 0
     metrics = MetricsWriter(run.workdir, after_step=start, every=run.turn, warn=note) if writer else None
     turn = run.turn
@@ -119,6 +125,7 @@ def _loop(run, state, start, last, stop, progress, note, profile, writer) -> Res
     batches, source, stage, best, valid = None, None, None, False, None
     try:
         while step < last and not _stopping(stop, step):
+            watchdog.beat(f"step {step + turn}")
             run.workdir.check_there()
             now = stage_at(run.stages, step)
             if now is not stage:
@@ -127,7 +134,7 @@ def _loop(run, state, start, last, stop, progress, note, profile, writer) -> Res
                     if batches is not None:
                         batches.close()
                     source = run.source(stage)
-                    rows = None if run.regime.side_by_side else sharding.rows_of_process(config.batch_size)
+                    rows = None if run.regime.side_by_side else sharding.rows_of_process(config.batch_size, run.mesh)
                     batches = source.iterate(step // turn, rows=rows)
                 arguments = run.arguments(stage)
             if step == trace[0]:
@@ -156,6 +163,7 @@ def _loop(run, state, start, last, stop, progress, note, profile, writer) -> Res
                 pending[3].update(own)
             best = False
             if due(config.eval_every):
+                watchdog.beat(f"the evaluation at step {step}")
                 valid = run.valid_nll(compiled.program, run.server(stage, state))
                 best = run.is_best(valid)
                 pending[2]["valid_nll"] = valid
@@ -163,6 +171,7 @@ def _loop(run, state, start, last, stop, progress, note, profile, writer) -> Res
             if best or step >= last or due(config.save_every):
                 flush(pending)
                 pending = None
+                watchdog.beat(f"the save of step {step}")
                 run.save(state, step, best=best)
                 saved, again = step, math.inf
             elif run.checkpoints.last_save_failed:
@@ -180,6 +189,7 @@ def _loop(run, state, start, last, stop, progress, note, profile, writer) -> Res
                     saved, again = step, math.inf
         flush(pending)
         pending = None
+        watchdog.beat("the last save")
         run.checkpoints.wait()
         if jax.process_count() == 1 and (step > saved or run.checkpoints.last_save_failed):
             run.save_patiently(state, step, best=valid if best and saved == step else None)
@@ -215,9 +225,16 @@ def not_finite(skipped: int, step: int) -> InputError:
 
 
 def _stopping(stop: StopRequest, step: int) -> bool:
-    """One decision for all processes, asked every tenth step where that costs a collective."""
+    """One decision for all processes.
+
+    A SIGTERM (the notice of a preemption) to any of them reaches all at the step on which jax's coordinator agrees; a
+    SIGINT is asked for every tenth step, since that costs a collective.
+    """
     if jax.process_count() == 1:
         return stop.requested
+    if multihost_utils.reached_preemption_sync_point(step):
+        stop.signal = signal.SIGTERM
+        return True
     return step % 10 == 0 and bool(np.any(multihost_utils.process_allgather(jnp.int32(stop.requested))))
 
 

@@ -97,7 +97,7 @@ class Probe:
     def _batches(self, stage):
         """The first training batches, on the mesh; clients' rows one client after the other."""
         run, source = self.run, self.run.source(stage)
-        own = None if run.regime.side_by_side else sharding.rows_of_process(run.config.train.batch_size)
+        own = None if run.regime.side_by_side else sharding.rows_of_process(run.config.train.batch_size, run.mesh)
         for number in range(self.count):
             batch = source.batch(number, own)
             clients = range(run.turn) if run.regime.side_by_side else ()

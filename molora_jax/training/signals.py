@@ -8,7 +8,8 @@
 Python runs a signal handler only between two bytecodes of the main thread, so not during a compile or a collective
 that hangs. The C part of a handler does run and writes to `signal.set_wakeup_fd`; a thread reads there and decides. It
 needs the interpreter lock, which XLA gives up while it compiles and runs; native code that keeps the lock delays it.
-On several processes one of them may see the signal a step earlier: the loop has to agree on the flag.
+On several processes one of them may see the signal a step earlier: the loop has to agree on the flag, and leaves
+SIGTERM to jax, whose handler tells the coordinator.
 """
 
 import os
@@ -27,6 +28,7 @@ class StopRequest:
     Args:
       grace: seconds between the first signal and the end of the process, counted until the context is left; None
         waits for ever. 25 lies below the 30 after which Kubernetes and SLURM kill.
+      signals: those that are heard here.
 
     Example:
       >>> with StopRequest() as stop:
@@ -34,8 +36,8 @@ class StopRequest:
       ...         step()
     """
 
-    def __init__(self, grace: float | None = 25.0):
-        self.grace = grace
+    def __init__(self, grace: float | None = 25.0, signals: tuple[int, ...] = SIGNALS):
+        self.grace, self.signals = grace, signals
         self.signal = None  # the first signal's number
         self._event = threading.Event()
         self._old_handlers = {}  # empty outside the context; the hooks of fork cannot be taken back
@@ -54,7 +56,7 @@ class StopRequest:
         self._thread = threading.Thread(target=self._watch, name="stop-request", daemon=True)
         self._thread.start()
         self._old_descriptor = signal.set_wakeup_fd(self._writer.fileno(), warn_on_full_buffer=False)
-        self._old_handlers = {number: signal.signal(number, lambda *_: None) for number in SIGNALS}
+        self._old_handlers = {number: signal.signal(number, lambda *_: None) for number in self.signals}
         # A forked worker shares the socket: Ctrl-C reaches both and would look like two signals here. Signals wait
         # while the fork is under way, so that there is no moment at which the worker answers them in our name.
         os.register_at_fork(before=self._hold, after_in_parent=self._let_go, after_in_child=self._forget)
@@ -78,7 +80,7 @@ class StopRequest:
             received = self._reader.recv(64)
             if not received:
                 return
-            for number in (n for n in received if n in SIGNALS):
+            for number in (n for n in received if n in self.signals):
                 if self.signal is not None:
                     self._end(f"signal {number} again: ending at once")
                 self.signal = number
@@ -91,15 +93,15 @@ class StopRequest:
 
     def _hold(self):
         if self._old_handlers:
-            signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+            signal.pthread_sigmask(signal.SIG_BLOCK, self.signals)
 
     def _let_go(self):
         if self._old_handlers:
-            signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, self.signals)
 
     def _forget(self):
         if self._old_handlers:
             signal.set_wakeup_fd(-1)
-            for number in SIGNALS:  # not Python's handler of SIGINT: what it raises inside this hook would be lost
+            for number in self.signals:  # not Python's handler of SIGINT: what it raises inside this hook would be lost
                 signal.signal(number, signal.SIG_DFL)
             self._let_go()

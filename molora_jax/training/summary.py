@@ -1,10 +1,28 @@
 """What a run is, as a table: rules with their sites, layers, experts, rank, what trains and what is frozen."""
 
+import platform
+
+import jax
 import numpy as np
 from flax.traverse_util import flatten_dict
 
+from molora_jax import __version__
 from molora_jax.core import trees
 from molora_jax.text import table
+
+
+def machine(mesh, dtype: str) -> str:
+    """`2 processes, 8 devices (TPU v5e), mesh data=8, base in bfloat16; molora_jax 0.1.0, jax 0.12.0, Python 3.12`."""
+    kind = mesh.devices.flat[0].device_kind
+    processes = len({d.process_index for d in mesh.devices.flat})
+    axes = " ".join(f"{axis}={size}" for axis, size in mesh.shape.items() if size > 1) or "of one device"
+    on = f"{counted(processes, 'process', 'processes')}, {counted(mesh.size, 'device', 'devices')} ({kind})"
+    versions = f"molora_jax {__version__}, jax {jax.__version__}, Python {platform.python_version()}"
+    return f"{on}, mesh {axes}, base in {dtype}; {versions}"
+
+
+def counted(number: int, one: str, more: str) -> str:
+    return f"{number} {one if number == 1 else more}"
 
 
 def rules_table(model, adapters, frozen: tuple[str, ...], num_base: int, modules: dict | None = None) -> str:

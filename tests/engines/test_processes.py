@@ -52,6 +52,61 @@ def test_two_processes_run_the_same_program(tmp_path, engine, sizes):
     assert done.returncode == 0, done.stdout + done.stderr
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "processes, devices, sizes",
+    [(2, 2, ("tensor=2",)), (4, 8, ("tensor=4",)), (4, 8, ("fsdp=2", "expert=4")), (4, 8, ("expert=8", "data=1"))],
+    ids=str,
+)
+def test_any_mesh_over_any_number_of_processes(tmp_path, processes, devices, sizes):
+    """`tensor` and `expert` across processes: batch rows and base weights follow the sharding, not the process."""
+    task = tiny.write_task(tmp_path / "task.jsonl")
+    common = [
+        "-m", "launch.train", "--config=configs/mixlora.py", "--config.base.source=random:tiny",
+        f"--config.data.tasks=jsonl:{task}", "--config.data.seq_len=64", "--config.train.steps=3",
+        "--config.train.eval_every=3", "--config.eval.num_items=4", "--config.train.log_every=1",
+        *(f"--config.mesh.{size}" for size in sizes),
+    ]  # fmt: skip
+    several, one = tmp_path / "several", tmp_path / "one"
+    for folder, count in ((several, processes), (one, None)):
+        done = launch(*common, f"--workdir={folder}", processes=count, devices=devices)
+        assert done.returncode == 0, done.stdout + done.stderr
+        assert f"{count or 1} process" in done.stdout + done.stderr, "the first line says how many"
+    np.testing.assert_allclose(losses(several), losses(one), rtol=1e-6)
+
+
+@pytest.mark.slow
+def test_a_preemption_of_one_process_stops_all_at_the_same_step(tmp_path):
+    """SIGTERM to process 1 alone: both save the same step and end with 143; the next start goes on."""
+    with socket.socket() as found:
+        found.bind(("localhost", 0))
+        port = found.getsockname()[1]
+    env = dict(os.environ, JAX_PLATFORMS="cpu", XLA_FLAGS="")
+    env |= dict(MOLORA_COORDINATOR=f"localhost:{port}", MOLORA_PROCESSES="2")
+    command = [
+        sys.executable, "-m", "launch.train", f"--workdir={tmp_path / 'run'}", "--config=configs/lora.py",
+        "--config.base.source=random:tiny", f"--config.data.tasks=jsonl:{tiny.write_task(tmp_path / 'task.jsonl')}",
+        "--config.data.seq_len=32", "--config.train.steps=1000000", "--config.train.save_every=1000000",
+    ]  # fmt: skip
+    processes = [
+        subprocess.Popen(command, cwd=ROOT, env=env | {"MOLORA_PROCESS": str(i)}, stderr=subprocess.PIPE, text=True)
+        for i in range(2)
+    ]
+    metrics = tmp_path / "run/metrics.jsonl"
+    try:
+        while not (metrics.exists() and len(metrics.read_text().splitlines()) > 3):
+            assert all(process.poll() is None for process in processes), [p.communicate() for p in processes]
+            time.sleep(0.2)
+        processes[1].terminate()
+        ends = [process.communicate(timeout=300)[1] for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    assert [process.returncode for process in processes] == [143, 143], ends
+    steps = [int(path.name) for path in (tmp_path / "run/checkpoints").iterdir() if path.name.isdigit()]
+    assert max(steps) == len(metrics.read_text().splitlines()) > 3
+
+
 LABELLED = ({"text": f"number {i}", "label": "odd" if i % 2 else "even"} for i in range(80))
 PAIRS = ({"prompt": f"Double {i}", "chosen": str(2 * i), "rejected": str(2 * i + 1)} for i in range(80))
 OBJECTIVES = {

@@ -29,6 +29,33 @@ def test_it_has_what_the_notebook_needs(run):
     assert isinstance(run.generate("Hello", max_new_tokens=4), str)
 
 
+@pytest.mark.parametrize("mesh", [dict(fsdp=4, tensor=2)])
+def test_a_mesh_splits_the_base_and_says_what_one_device_says(run, tiny_run, mesh):
+    split = molora_jax.load_run(tiny_run, mesh=mesh)
+    kernel = next(leaf for leaf in jax.tree.leaves(split.params) if leaf.ndim == 3)
+    assert kernel.sharding.shard_shape(kernel.shape)[1:] != kernel.shape[1:]
+    text = "Is 12 even? Grüße"
+    np.testing.assert_allclose(split.logits(text), run.logits(text), atol=2e-4)
+    np.testing.assert_allclose(split.nll("Double 3", "6"), run.nll("Double 3", "6"), rtol=1e-4)
+    assert split.generate("Double 3", max_new_tokens=3) == run.generate("Double 3", max_new_tokens=3)
+
+
+@pytest.mark.parametrize(
+    "mesh, said", [(dict(fsdp=9), "at most 8"), (dict(rows=2), "data, fsdp"), (dict(fsdp=0), "mesh.fsdp"),
+                   (dict(tensor=3), "mesh.tensor")],
+)  # fmt: skip
+def test_a_mesh_that_does_not_fit_is_refused(tiny_run, mesh, said):
+    with pytest.raises(InputError, match=said):
+        molora_jax.load_run(tiny_run, mesh=mesh)
+
+
+def test_a_base_without_room_says_what_it_needs(tiny_run, monkeypatch):
+    sizes = dict(bytes_limit=50_000, bytes_in_use=0)
+    monkeypatch.setattr(type(jax.devices()[0]), "memory_stats", lambda self: sizes, raising=False)
+    with pytest.raises(InputError, match="--mesh=fsdp"):
+        molora_jax.load_run(tiny_run)
+
+
 def test_a_list_of_prompts_gives_each_its_own_answer(run):
     prompts = ["Double 3", "Is 12 even? "]
     answers = run.generate(prompts, max_new_tokens=6)
