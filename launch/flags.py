@@ -26,7 +26,7 @@ from molora_jax.config.fields import Field, did_you_mean, wrong
 from molora_jax.config.members import is_member, loss_of, member_problem, members, options
 from molora_jax.config.resolve import scaled
 from molora_jax.config.values import check_names, there
-from molora_jax.errors import InputError
+from molora_jax.errors import InputError, local
 
 ROOT = pathlib.Path(__file__).parents[1]
 PATHS = ("DIR", "FILE", "NAME|FILE")  # metavars of flags that are paths: `~` in them is home
@@ -129,7 +129,7 @@ def home(where, path):
     """`~` as the home folder: a shell expands it at the start of a word, but not in `--flag=~/run`."""
     if not path:
         raise wrong(where, "nothing", "a path", "Give it, or leave the flag out.")
-    expanded = os.path.expanduser(path)
+    expanded = os.path.expanduser(local(where, path))
     if expanded.startswith("~") and not os.path.exists(expanded):
         raise wrong(where, repr(path), "~/ or ~USER/ of a user of this machine", "Write the folder out.")
     return expanded

@@ -4,6 +4,12 @@
 means a fault of ours.
 """
 
+import os
+import re
+
+# `gs://bucket/x`, also behind `dir:` or `jsonl:` and in a list
+_REMOTE = re.compile(r"(?:^|[,:=])\s*([a-z][a-z0-9+.\-]{1,9}://[^,\s]*)", re.IGNORECASE)
+
 
 class InputError(ValueError):
     """Bad input: a config field, a file or a row.
@@ -19,3 +25,19 @@ class InputError(ValueError):
         self.where, self.got, self.expected, self.fix = where, got, expected, fix
         message = f"{where}: got {got}; expected {expected}."
         super().__init__(f"{message} {fix}".rstrip())
+
+
+def local(where: str, path):
+    """The path (or text with paths in it), if it is of a file system that is mounted here.
+
+    Raises:
+      InputError: a URL such as `gs://bucket/run`, which `pathlib` takes for a folder called `gs:`.
+    """
+    found = _REMOTE.search(os.fspath(path)) if isinstance(path, (str, os.PathLike)) else None
+    if found:
+        raise InputError(
+            where, got=found[1], expected="a path of a mounted file system",
+            fix="URLs of object stores are not served: mount the bucket (gcsfuse, mountpoint-s3) to read, and keep "
+            "a run's folder on a disk that all processes share.",
+        )  # fmt: skip
+    return path

@@ -14,6 +14,7 @@ from molora_jax.config.regimes import regime_problems
 from molora_jax.config.resolve import at_fault, split_commas
 from molora_jax.config.rule_checks import rule_problems
 from molora_jax.config.values import MOST, group_problems, member_problems, parts_of, path_of, shown, there
+from molora_jax.errors import InputError, local
 
 FREEZE = re.compile(r"[\w*?/.\-\[\]!]+")
 STAGE_NAME = re.compile(r"s\d\d")
@@ -23,7 +24,7 @@ def problems(config):
     """All mistakes of a plain nested dict, as a list of InputErrors."""
     if not isinstance(config, dict):
         return [wrong("config", f"a {type(config).__name__}", "groups of fields", "See configs/common.py.")]
-    found = list(group_problems("", config, tables.FIELDS))
+    found = list(group_problems("", config, tables.FIELDS)) + list(_remote("", config))
     if any(not isinstance(config.get(key), dict) for key, field in tables.FIELDS.items() if isinstance(field, dict)):
         return found  # a section is missing: the rest would only repeat that
     rules = list(rule_problems(config))
@@ -39,6 +40,21 @@ def problems(config):
     found += regime_problems(config)
     found += _surgery(config)
     return found + list(_schedule(config, valid=not found))
+
+
+def _remote(where, value):
+    """Texts that name a place which is not mounted here."""
+    if isinstance(value, dict):
+        for name, own in value.items():
+            yield from _remote(f"{where}.{name}".lstrip("."), own)
+    elif isinstance(value, (tuple, list)):
+        for own in value:
+            yield from _remote(where, own)
+    elif where != "data.system":
+        try:
+            local(where, value)
+        except InputError as problem:
+            yield problem
 
 
 def _losses(config):

@@ -9,7 +9,7 @@ from molora_jax import config as config_lib
 from molora_jax.config import defaults as config_defaults
 from molora_jax.config import outside
 from molora_jax.config.fields import TASKS
-from molora_jax.errors import InputError
+from molora_jax.errors import InputError, local
 from molora_jax.io.files import plain
 from molora_jax.runs import identity
 from molora_jax.runs import steps as steps_lib
@@ -64,6 +64,7 @@ def split_step(run, step="best"):
     Raises:
       InputError: a step that is none.
     """
+    local("workdir", run)
     text = os.fspath(run) if isinstance(run, (str, os.PathLike)) else ""
     folder, at, own = text.rpartition("@")
     if not at or not folder or pathlib.Path(text).expanduser().exists():

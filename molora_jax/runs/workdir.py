@@ -16,7 +16,7 @@ import os
 import pathlib
 import socket
 
-from molora_jax.errors import InputError
+from molora_jax.errors import InputError, local
 from molora_jax.io import disk
 from molora_jax.io.files import sweep, write_atomically
 from molora_jax.runs import identity as identity_lib
@@ -35,7 +35,7 @@ class Workdir:
     """
 
     def __init__(self, path, *, writer: bool = True):
-        self.path, self.writer = pathlib.Path(path).expanduser().absolute(), writer
+        self.path, self.writer = pathlib.Path(local("workdir", path)).expanduser().absolute(), writer
         self._lock, self._inode = None, None
         self.identity = None  # the dict, once it is checked
         if not writer:
