@@ -32,6 +32,10 @@ DEVICES = {
     "v5p": Device(459e12, 2.77e12),
     "v5": Device(459e12, 2.77e12),
     "tpu7x": Device(2307e12, 7.4e12),
+    "a100": Device(312e12, 2.0e12),
+    "h100": Device(989e12, 3.35e12),
+    "h200": Device(989e12, 4.8e12),
+    "b200": Device(2250e12, 8.0e12),
 }
 UNKNOWN = Device(400e12, 2.0e12)
 

@@ -18,6 +18,7 @@ FLAGS = [
     ("--workdir", dict(required=True, metavar="DIR", help="holds everything the run writes")),
     ("--runs", dict(metavar="LISTS", help="FIELD=VALUE,VALUE;FIELD=VALUE,... : a run of each combination")),
     ("--profile", dict(action="store_true", help="also write a trace of three steps to DIR/profile")),
+    ("--profiler_port", dict(type=int, metavar="N", help="serve the profiler there while the run goes on")),
 ]
 
 
@@ -30,6 +31,8 @@ def run(argv):
     from molora_jax.training.group import train_together
     from molora_jax.training.loop import train
 
+    if args.profiler_port is not None:
+        runtime.serve_profiler(args.profiler_port)
     with runtime.peers():
         if configs is None:
             result = train(config, args.workdir, profile=args.profile)

@@ -122,6 +122,25 @@ def join(found: cluster.Cluster | None) -> None:
         ) from error  # fmt: skip
 
 
+def serve_profiler(port: int) -> None:
+    """Lets xprof or TensorBoard take a trace of this process while it runs.
+
+    Raises:
+      InputError: a port that is none, or is taken.
+    """
+    import jax
+
+    try:
+        if not 0 < port < 65536:
+            raise ValueError("no port")
+        jax.profiler.start_server(port)
+    except (RuntimeError, ValueError, OSError) as error:
+        raise InputError(
+            "--profiler_port", got=f"{port} ({str(error).splitlines()[0][:100]})", expected="a free port, 1 to 65535",
+            fix="Choose another.",
+        ) from error  # fmt: skip
+
+
 @contextlib.contextmanager
 def peers():
     """A process whose peer is gone says so in one message and ends at once, with status 1.

@@ -113,7 +113,7 @@ class Progress:
     WINDOW = 20  # steps over which speed is averaged: the first, which compiles, soon drops out
 
     def __init__(self, steps: int, *, log_every: int = 10, stream=None):
-        self.steps, self.log_every = steps, max(1, log_every)
+        self.steps, self.log_every, self.devices = steps, max(1, log_every), 1
         self.stream = sys.stderr if stream is None else stream
         self.redraws = self.stream.isatty()
         self._seen = collections.deque(maxlen=self.WINDOW + 1)  # (time, step, tokens so far)
@@ -149,11 +149,18 @@ class Progress:
         if last == first or now <= began:
             return ""
         left = max(0, self.steps - step) * (now - began) / (last - first)
-        return f"  {(after - before) / (now - began):,.0f} tokens/s  {duration(left)} left"
+        rate = (after - before) / (now - began)
+        each = f" ({rate / self.devices:,.0f} a device)" if self.devices > 1 else ""
+        return f"  {rate:,.0f} tokens/s{each}  {duration(left)} left"
 
     def _draw(self, line):
         self._write(f"\r{line}\x1b[K" if self.redraws else f"{line}\n")
         self._drawn = self.redraws
+
+
+def is_timing(name: str) -> bool:
+    """Whether a column of `metrics.jsonl` says how long something took: it differs between two equal runs."""
+    return name == "seconds" or name.startswith("time/")
 
 
 def duration(seconds: float) -> str:

@@ -6,6 +6,7 @@ How the steps are cut into stages, whose rows they read and what happens between
 With runs side by side (federated clients) a turn of the loop is an optimizer step of each.
 """
 
+import contextlib
 import dataclasses
 import math
 import pathlib
@@ -29,6 +30,8 @@ from molora_jax.runs.obstacles import not_saved, obstacles, stop_trace
 from molora_jax.runs.workdir import Workdir
 from molora_jax.text import table
 from molora_jax.training import many, summary
+from molora_jax.training.clock import Clock
+from molora_jax.training.flops import per_token
 from molora_jax.training.loss_picture import plot_loss
 from molora_jax.training.run import TrainingRun
 from molora_jax.training.signals import SIGNALS, StopRequest
@@ -67,7 +70,7 @@ def train(config, workdir: str, *, profile: bool = False, note=None) -> Result:
       InputError: before anything is compiled, for anything that is the user's to change.
     """
     config_lib.validate(config)
-    writer = jax.process_index() == 0
+    began, writer = time.monotonic(), jax.process_index() == 0
     progress = Progress(config.train.steps, log_every=config.train.log_every)
     note = note or (progress.note if writer else lambda text: None)
     watchdog = Watchdog(config.train.get("hang_seconds", 0.0), workdir, process=jax.process_index())
@@ -78,6 +81,7 @@ def train(config, workdir: str, *, profile: bool = False, note=None) -> Result:
         steps = run.config.train.steps
         if steps != config.train.steps and not config.train.get("epochs", 0.0):
             note(f"train.steps: {config.train.steps} asked for, {steps} made: whole turns of {run.turn} clients")
+        progress.devices = run.mesh.size
         progress.steps = last = min(config.train.stop_after or steps, steps)
         state = run.restore_or_start()
         start = run.newest or 0
@@ -85,13 +89,16 @@ def train(config, workdir: str, *, profile: bool = False, note=None) -> Result:
         now, shapes = run.programs[stage.name], run.compiled(stage).shapes
         note(summary.rules_table(now.model, shapes.adapters, now.frozen, trees.count(run.params), shapes.modules))
         note(str(run.table))
+        flops = per_token(now.model, shapes.adapters, shapes.modules, now.frozen, run.config.data.seq_len)
+        clock = Clock(run.mesh.devices.flat, flops, began=began)
         with run.checkpoints:
             if start == 0 and not run.checkpoints.steps():
-                run.save(state, 0)  # before the first compile, so that a kill inside it loses nothing
-            return _loop(run, state, start, last, stop, progress, note, profile, writer, watchdog)
+                with clock.of("checkpoint"):
+                    run.save(state, 0)  # before the first compile, so that a kill inside it loses nothing
+            return _loop(run, state, start, last, stop, progress, note, profile, writer, watchdog, clock)
 
 
-def _loop(run, state, start, last, stop, progress, note, profile, writer, watchdog) -> Result:
+def _loop(run, state, start, last, stop, progress, note, profile, writer, watchdog, timed) -> Result:
     config, began, tokens, loss, skipped = run.config.train, time.monotonic(), 0, None, 0
     metrics = MetricsWriter(run.workdir, after_step=start, every=run.turn, warn=note) if writer else None
     turn = run.turn
@@ -115,8 +122,9 @@ def _loop(run, state, start, last, stop, progress, note, profile, writer, watchd
         now, before = time.monotonic(), clock
         clock, loss, count = now, float(values["loss"]), int(values["tokens"])
         tokens += count
+        speed = timed.row(count, now - before)
         if writer:
-            metrics.write(regimes.added(row(number, values, now - before) | measured, own))
+            metrics.write(regimes.added(row(number, values, now - before) | speed | measured, own))
         progress.update(number, loss=loss, tokens=count) if writer else None
         skipped = int(values["skipped"])
         if skipped >= MAX_SKIPPED:
@@ -142,10 +150,12 @@ def _loop(run, state, start, last, stop, progress, note, profile, writer, watchd
                 jax.profiler.start_trace(str(pathlib.Path(run.workdir) / "profile"))
             if not compiled.ready:
                 note("compiling the step (seconds to a minute, cached for the next start)")
-            _, batch = next(batches)
+            with timed.of("data"):
+                _, batch = next(batches)
             batch = run.put(batch)
-            compiled.compile_together(state, run.params, batch, *arguments, step=step)
-            state, values = compiled.step(state, run.params, batch, *arguments)
+            with contextlib.nullcontext() if compiled.ready else timed.of("compile"):
+                compiled.compile_together(state, run.params, batch, *arguments, step=step)
+                state, values = compiled.step(state, run.params, batch, *arguments)
             step = run.step_now = step + turn
             due = lambda every, step=step: bool(every) and step // every > (step - turn) // every  # noqa: E731
             flush(pending)
@@ -164,7 +174,8 @@ def _loop(run, state, start, last, stop, progress, note, profile, writer, watchd
             best = False
             if due(config.eval_every):
                 watchdog.beat(f"the evaluation at step {step}")
-                valid = run.valid_nll(compiled.program, run.server(stage, state))
+                with timed.of("evaluation"):
+                    valid = run.valid_nll(compiled.program, run.server(stage, state))
                 best = run.is_best(valid)
                 pending[2]["valid_nll"] = valid
                 note(f"step {step}: valid NLL {valid:.4f}{' (best)' if best else ''}")
@@ -172,7 +183,8 @@ def _loop(run, state, start, last, stop, progress, note, profile, writer, watchd
                 flush(pending)
                 pending = None
                 watchdog.beat(f"the save of step {step}")
-                run.save(state, step, best=best)
+                with timed.of("checkpoint"):
+                    run.save(state, step, best=best)
                 saved, again = step, math.inf
             elif run.checkpoints.last_save_failed:
                 run.checkpoints.check()
@@ -209,7 +221,7 @@ def _loop(run, state, start, last, stop, progress, note, profile, writer, watchd
         raise not_saved(step, failures)
     result = Result(step, loss, time.monotonic() - began, tokens, peak_bytes(), stop.signal)
     if writer:
-        _finish(run, result, start, note)
+        _finish(run, result, start, note, timed)
     if step > start and skipped >= step - start:  # too short to give up on the way
         raise not_finite(skipped, step)
     return result
@@ -246,7 +258,7 @@ def row(step: int, values: dict, seconds: float) -> dict:
     return {"step": step, **values, **flat, "seconds": round(seconds, 4)}
 
 
-def _finish(run, result: Result, start: int, note):
+def _finish(run, result: Result, start: int, note, timed: Clock):
     try:
         path = plot_loss(run.workdir)
     except (OSError, ValueError, KeyError, TypeError) as error:  # done and saved: a picture is not worth an error
@@ -259,6 +271,8 @@ def _finish(run, result: Result, start: int, note):
          duration(result.seconds), f"{result.peak_bytes / 1e9:.2f} GB", f"{run.checkpoints.directory}/{result.step}"),
     ]  # fmt: skip
     note(table(rows))
+    if done:
+        note(timed.told())
     note(f"loss curve: {path}")
     try:
         told = run.regime.report(run, run.memory)

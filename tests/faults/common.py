@@ -16,6 +16,7 @@ import numpy as np
 from configs import common
 from molora_jax import config as config_lib
 from molora_jax.runs.manifest import read_manifest
+from molora_jax.runs.metrics import is_timing
 
 STEPS = 6
 ITEMS = ("adapters", "opt", "router_state", "train")
@@ -148,7 +149,7 @@ def digests(workdir, step) -> dict:
 
 def metric_rows(workdir) -> dict[int, dict]:
     rows = [json.loads(line) for line in (pathlib.Path(workdir) / "metrics.jsonl").read_text().splitlines()]
-    return {row["step"]: {k: v for k, v in row.items() if k != "seconds"} for row in rows}
+    return {row["step"]: {k: v for k, v in row.items() if not is_timing(k)} for row in rows}
 
 
 def arrays_digest(tree) -> str:

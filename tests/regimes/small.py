@@ -10,6 +10,7 @@ from flax.traverse_util import flatten_dict
 from configs import common
 from molora_jax import config as config_lib
 from molora_jax.runs.checkpoints import load, read_manifest
+from molora_jax.runs.metrics import is_timing
 from molora_jax.training.loop import train
 
 TASKS = ("parity", "size", "third")
@@ -71,4 +72,4 @@ def arrays(workdir, step, item="adapters"):
 
 def rows(workdir):
     lines = (pathlib.Path(workdir) / "metrics.jsonl").read_text().splitlines()
-    return [{k: v for k, v in json.loads(line).items() if k != "seconds"} for line in lines]
+    return [{k: v for k, v in json.loads(line).items() if not is_timing(k)} for line in lines]

@@ -19,6 +19,7 @@ from molora_jax.errors import InputError
 from molora_jax.objectives.held_out import example_nll
 from molora_jax.routers import ROUTERS
 from molora_jax.runs.identity import compare, identity
+from molora_jax.runs.metrics import is_timing
 from molora_jax.training.devices import Devices
 from molora_jax.training.exact import ExactNLL, ExactStep
 from molora_jax.training.step import fresh
@@ -182,7 +183,7 @@ def launch(folder, *arguments, devices, processes=None, task):
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     last = max((folder / "checkpoints").glob("[0-9]*"), key=lambda path: int(path.name))
     digests = json.loads((last / "manifest.json").read_text())["tree"]  # of every leaf: adapters, moments, routers
-    return [{k: v for k, v in row.items() if k != "seconds"} for row in rows], digests
+    return [{k: v for k, v in row.items() if not is_timing(k)} for row in rows], digests
 
 
 @pytest.mark.slow

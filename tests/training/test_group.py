@@ -15,6 +15,7 @@ from molora_jax.errors import InputError
 from molora_jax.evaluation.run import load_run
 from molora_jax.runs import saved, warm_start
 from molora_jax.runs.checkpoints import load, read_manifest
+from molora_jax.runs.metrics import is_timing
 from molora_jax.runs.verify import verify
 from molora_jax.training.group import train_together
 from molora_jax.training.loop import train
@@ -50,7 +51,7 @@ def tree(folder, step):
 
 def rows(folder):
     lines = (folder / "metrics.jsonl").read_text().splitlines()
-    return [{k: v for k, v in json.loads(line).items() if k != "seconds"} for line in lines]
+    return [{k: v for k, v in json.loads(line).items() if not is_timing(k)} for line in lines]
 
 
 def near(a, b, step):

@@ -22,6 +22,7 @@ from molora_jax.evaluation.run import load_run
 from molora_jax.io.base import load_base
 from molora_jax.runs import warm_start
 from molora_jax.runs.checkpoints import Checkpoints, read_manifest
+from molora_jax.runs.metrics import is_timing
 from molora_jax.runs.workdir import Workdir
 from molora_jax.training.loop import TrainingRun, train
 from tests.data.fakes import numbered
@@ -49,7 +50,7 @@ def tiny(name="mixlora", *, tasks="math", steps=6, **train_fields):
 
 def rows(workdir):
     lines = (pathlib.Path(workdir) / "metrics.jsonl").read_text().splitlines()
-    return [{k: v for k, v in json.loads(line).items() if k != "seconds"} for line in lines]
+    return [{k: v for k, v in json.loads(line).items() if not is_timing(k)} for line in lines]
 
 
 def leaves(workdir, step, items=("adapters", "opt", "router_state", "train")):
