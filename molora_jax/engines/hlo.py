@@ -97,7 +97,8 @@ def _devices(line, num_devices):
     listed = re.search(r"replica_groups=\{\{([\d,]*)\}", line)
     if listed:
         return listed[1].count(",") + 1
-    mesh = re.search(r"replica_groups=mesh\[([^\]]*)\] ?\{([^}]*)\}", line)  # axes of a mesh by name, from jax 0.12 on
+    # axes of a mesh by name, from jax 0.12 on (before, where its devices are in another order: `device_ids`)
+    mesh = re.search(r"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\([^{]*\))? ?\{([^}]*)\}", line)
     if mesh:
         sizes = dict(re.findall(r"'([^']+)'=(\d+)", mesh[1]))
         axes = re.findall(r"'([^']+)'(?::\(\d+\)(\d+))?", mesh[2])  # 'a':(2)4 is a part of 4 of the axis

@@ -182,3 +182,13 @@ ENTRY %main (p: f32[4,8]) -> f32[4,8] {
     assert found["all-to-all"].devices == 2
     assert found["ragged-all-to-all"].bytes_moved == 16 * 8 * 4 * 3 / 4
     assert hlo.total_bytes(list(found.values()), kind="all-gather") == found["all-gather"].bytes_moved
+
+
+def test_the_reader_knows_groups_of_a_mesh_whose_devices_are_in_another_order():
+    text = """
+ENTRY %main (p: f32[4,8]) -> f32[4,8] {
+  %ag = f32[1,64,32]{2,0,1} all-gather(%x), channel_id=3, replica_groups=mesh['a'=1,'b'=4,'c'=1,'d'=2], device_ids=([2,4]T(1,0)) {'b'}, dimensions={1}
+}
+"""  # noqa: E501
+    (found,) = hlo.collectives(text, 8)
+    assert found.devices == 4 and found.bytes_moved == 64 * 32 * 4 * 3 / 4

@@ -1,0 +1,272 @@
+"""Does a run fit, and what would bound it? The real step, compiled for devices that need not be here.
+
+Memory of a device: base, adapters and optimizer as they lie on the mesh; activations, what the loop over layers keeps
+of its inputs at least; temp, all else that the compiler asks for. Roofline: the greatest of three times, which may
+overlap: FLOPs (`flops.per_token`) over peak, the base's bytes (as often as the layers run) over the memory's bandwidth,
+the collectives' bytes over the links'. Nominal figures of a chip: `CHIPS`.
+"""
+
+import dataclasses
+import itertools
+import math
+import re
+import time
+import types
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import NamedSharding
+
+from kernels_pallas.select import DEVICES
+from molora_jax import config as config_lib
+from molora_jax import sharding
+from molora_jax.backbones.base import Backbone
+from molora_jax.backbones.compile import compile_model
+from molora_jax.backbones.sizes import base_shapes
+from molora_jax.config.resolve import split_commas
+from molora_jax.core import trees
+from molora_jax.engines import hlo
+from molora_jax.errors import InputError
+from molora_jax.regimes import compile_regime
+from molora_jax.runs.modules import compile_modules
+from molora_jax.training.flops import per_token
+from molora_jax.training.programs import compiled_step, knobs_of, program_of
+from molora_jax.training.setup import with_engine
+
+GIB = 2**30
+USABLE = 0.92  # of a chip's memory: the runtime keeps some
+TRIES = 4  # compilations of a plan whose mesh and batch are the planner's
+SEGMENTS = 8  # examples a packed row
+# by topology's name: memory and link bytes/s of a chip (all its links, one direction), its entry in DEVICES
+CHIPS = {
+    "v5e": (16 * GIB, 200e9, "v5e"),
+    "v6e": (32 * GIB, 448e9, "v6"),
+    "v5p": (95 * GIB, 600e9, "v5p"),
+    "tpu7x": (192 * GIB, 1200e9, "tpu7x"),
+    "cpu": (None, None, None),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """`memory` in bytes of a device, `collectives` of a step and device; `why` and `advice` in words."""
+
+    fits: bool
+    memory: dict[str, int]
+    collectives: list[dict]
+    compile_s: float
+    engine: str
+    why: str
+    roofline_s: float | None
+    bound: str
+    mesh: dict[str, int]
+    batch: int
+    seq_len: int
+    dtype: str
+    devices: int
+    kind: str
+    limit: int | None
+    advice: str = ""
+
+
+def _quiet(text: str) -> None:
+    """Says nothing."""
+
+
+def plan(config, backbone: Backbone, devices, chip: str, *, own_mesh: bool, own_batch: bool, note=_quiet) -> Plan:
+    """The plan of a run.
+
+    Args:
+      config: its mesh is taken where `own_mesh`, its batch where `own_batch`; else they are chosen.
+      backbone: of the base; no weights are read. devices: of a topology, or those of this machine.
+      chip: a name of `CHIPS`.
+
+    Raises:
+      InputError: a mesh that does not fit the devices or the base, a regime that is not planned.
+    """
+    if config.get("regime", {}).get("name", "stages") != "stages":
+        raise InputError("regime.name", got=repr(config.regime.name), expected="'stages'", fix="Plan one stage of it.")
+    limit = CHIPS[chip][0]
+    made = None
+    for mesh, batch in _candidates(config, backbone, devices, limit, own_mesh, own_batch):
+        note(f"compiling the step for {_words(mesh)}, {batch} rows of {config.data.seq_len} tokens")
+        made = _compiled(config, backbone, devices, chip, mesh, batch)
+        if made.fits:
+            return made
+    return dataclasses.replace(made, advice=_advice(made, own_mesh, own_batch))
+
+
+def _words(mesh: dict[str, int]) -> str:
+    return ", ".join(f"{axis}={size}" for axis, size in mesh.items() if size > 1) or "one device"
+
+
+def _candidates(config, backbone, devices, limit, own_mesh, own_batch):
+    """`(mesh, batch)` from what is likely to be fastest to what needs least memory."""
+    N, itemsize = len(devices), 2 if config.base.dtype == "bfloat16" else 4
+    base = itemsize * trees.count(base_shapes(backbone))
+    if own_mesh:
+        meshes = [config_lib.check_mesh(config, N)]
+    else:
+        fsdp = next((n for n in _divisors(N) if limit is None or base / n <= 0.4 * limit), N)
+        meshes = [_mesh(N, n) for n in _divisors(N) if n >= fsdp]
+    count = 0
+    for mesh in meshes:
+        ways = math.prod(mesh[axis] for axis in sharding.ROWS)
+        rows = [config.train.batch_size]
+        if not own_batch:
+            each = max(1, 4096 // config.data.seq_len)
+            accumulate = config.train.accumulate
+            rows = [ways * accumulate * n for n in sorted({each, max(1, each // 4), 1}, reverse=True)]
+        for batch in rows:
+            count += 1
+            if count > TRIES:
+                return
+            yield mesh, batch
+
+
+def _divisors(n: int) -> list[int]:
+    return [d for d in range(1, n + 1) if n % d == 0 and (d & (d - 1)) == 0 or d == n]
+
+
+def _mesh(N: int, fsdp: int) -> dict[str, int]:
+    return dict(data=N // fsdp, fsdp=fsdp, expert=1, tensor=1)
+
+
+def _compiled(config, backbone, devices, chip, sizes, batch) -> Plan:
+    config = config_lib.from_dict({**config_lib.to_dict(config), "mesh": sizes})
+    with config.unlocked():
+        config.train.batch_size = batch
+    config_lib.check_mesh(config, len(devices))
+    config_lib.check_model(config, backbone.layers, backbone.dims, backbone.ABSENT)
+    mesh, dtype = sharding.make_mesh(sizes, devices), jnp.dtype(config.base.dtype)
+    shapes = jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, dtype), base_shapes(backbone))
+    where = sharding.param_shardings(backbone, shapes, mesh)
+    params = jax.tree.map(lambda s, at: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=at), shapes, where)
+    tasks = tuple(split_commas(config.data.tasks))
+    model = compile_model(config, backbone, max_segments=SEGMENTS, tasks=tasks)
+    with jax.set_mesh(mesh):
+        model, table = with_engine(config, model, mesh)
+        modules = compile_modules(config, params, width=backbone.width, classes=2)
+        regime = compile_regime(config)
+        run = types.SimpleNamespace(
+            config=config, model=model, modules=modules, mesh=mesh, params=params, regime=regime, data=None,
+            base=types.SimpleNamespace(config=backbone), note=_quiet, targets_per_row=config.data.seq_len, newest=None,
+            exact=False,
+        )  # fmt: skip
+        stage = regime.stages(config, None)[-1]
+        step = compiled_step(run, program_of(run, stage))
+        began = time.monotonic()
+        rows, knobs = _rows(config, mesh, batch), _whole(knobs_of(stage.config), mesh)
+        try:
+            program = step.step.lower(step.loop_shapes, params, rows, {}, knobs).compile()
+        except jax.errors.JaxRuntimeError as error:
+            needed = _asked_for(str(error))
+            if needed is None:
+                raise
+            program = None
+    seconds, S = time.monotonic() - began, config.data.seq_len
+    state = step.shapes
+    adapters = _on_device((state.adapters, state.modules, state.router_state))
+    memory = dict(base=_on_device(params), adapters=adapters, optimizer=_on_device(state.opt))
+    limit, links, key = CHIPS[chip]
+    if program is None:
+        memory |= dict(activations=0, temp=max(0, needed - sum(memory.values())), total=needed)
+        found = []
+    else:
+        asked = program.memory_analysis()
+        tokens = batch * S // config.train.accumulate // sharding.ways(mesh, sharding.ROWS)
+        kept = min(tokens * backbone.width * backbone.layers * dtype.itemsize, asked.temp_size_in_bytes)
+        memory |= dict(activations=kept, temp=asked.temp_size_in_bytes - kept)
+        memory["total"] = (
+            asked.argument_size_in_bytes + asked.output_size_in_bytes - asked.alias_size_in_bytes
+            + asked.temp_size_in_bytes + asked.generated_code_size_in_bytes
+        )  # fmt: skip
+        found = _collectives(program.as_text(), mesh, backbone.layers)
+    roofline, bound = None, "unknown: no figures of this chip"
+    if key is not None and program is not None:
+        flops = per_token(model, step.shapes.adapters, step.shapes.modules, step.program.frozen, S) * batch * S
+        passes = (3 if config.train.remat == "full" else 2) * config.train.accumulate
+        read = passes * dtype.itemsize * trees.count(shapes) / sizes["tensor"]
+        times = {
+            "compute": flops / len(devices) / DEVICES[key].flops_per_second,
+            "memory": read / DEVICES[key].bytes_per_second,
+            "collectives": sum(c["bytes"] for c in found) / links,
+        }
+        bound = max(times, key=times.get)
+        roofline = times[bound]
+        bound += " (" + ", ".join(f"{name} {1e3 * t:.3g} ms" for name, t in times.items()) + ")"
+    why = "one device" if mesh.size == 1 else "nothing to place" if table is None else table.splitlines()[-1]
+    return Plan(
+        fits=program is not None and (limit is None or memory["total"] <= USABLE * limit), memory=memory,
+        collectives=found, compile_s=round(seconds, 1), engine=model.engine.name, why=why, roofline_s=roofline,
+        bound=bound, mesh=dict(sizes), batch=batch, seq_len=S, dtype=str(dtype), devices=len(devices),
+        kind=devices[0].device_kind, limit=limit,
+    )  # fmt: skip
+
+
+def _rows(config, mesh, batch: int) -> dict:
+    """The arrays of a batch, as shapes."""
+    at, S = sharding.row_sharding(mesh), config.data.seq_len
+    whole = {name: ((batch, S), jnp.int32) for name in ("tokens", "targets", "segment_ids", "positions", "example_ids")}
+    whole |= {"loss_weight": ((batch, S), jnp.float32), "task_ids": ((batch, SEGMENTS), jnp.int32)}
+    return {name: jax.ShapeDtypeStruct(shape, dtype, sharding=at) for name, (shape, dtype) in whole.items()}
+
+
+def _whole(tree, mesh):
+    at = NamedSharding(mesh, jax.sharding.PartitionSpec())
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(np.shape(x), np.asarray(x).dtype, sharding=at), tree)
+
+
+def _on_device(tree) -> int:
+    """Bytes of a device, of shapes with shardings."""
+    leaves = jax.tree.leaves(tree)
+    return sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in leaves)
+
+
+def _asked_for(message: str) -> int | None:
+    """Bytes that a compiler wanted when it gave up: `Used 23.45G of 15.75G hbm`."""
+    found = re.search(r"Used ([\d.]+)([KMGT]) of [\d.]+[KMGT] hbm", message)
+    return None if found is None else int(float(found[1]) * 1024 ** ("KMGT".index(found[2]) + 1))
+
+
+def _collectives(text: str, mesh, layers: int) -> list[dict]:
+    """Of a step: a loop without a trip count (the TPU's compiler writes none) is that over the layers."""
+    rows: dict = {}
+    for c in hlo.collectives(text, mesh.size):
+        times = layers if c.loop and c.times == 1 else c.times
+        if c.devices > 1:
+            row = rows.setdefault((c.kind, _axis(c.devices, mesh)), [0, 0.0])
+            row[0] += times
+            row[1] += c.bytes_moved / c.times * times
+    return [dict(kind=kind, count=n, bytes=int(size), axis=axis) for (kind, axis), (n, size) in sorted(rows.items())]
+
+
+def _axis(count: int, mesh) -> str:
+    """The mesh axes that a group of so many devices spans; joined by `or` where several have that size."""
+    axes = [axis for axis, size in mesh.shape.items() if size > 1]
+    if count == mesh.size:
+        return "all" if len(axes) > 1 else axes[0]
+    groups = [some for n in (1, 2, 3) for some in itertools.combinations(axes, n)]
+    found = [some for some in groups if math.prod(mesh.shape[axis] for axis in some) == count]
+    fewest = [some for some in found if len(some) == len(found[0])]
+    return " or ".join("+".join(some) for some in fewest) or "part of an axis"
+
+
+def _advice(made: Plan, own_mesh: bool, own_batch: bool) -> str:
+    """What would fit, for a plan that does not."""
+    fixed, memory = made.memory["base"] + made.memory["adapters"] + made.memory["optimizer"], made.memory
+    room = USABLE * made.limit
+    ideas = []
+    if fixed > room:
+        more = made.mesh["fsdp"] * made.mesh["tensor"] * 2 ** math.ceil(math.log2(fixed / room))
+        ideas.append(f"base, adapters and optimizer alone are more than a chip has: split them {more} ways (mesh.fsdp)")
+    elif memory["total"] > room:
+        rows = made.batch // (made.mesh["data"] * made.mesh["fsdp"] * made.mesh["expert"])
+        if rows > 1:
+            ideas.append(f"{rows} rows a device: try fewer, or train.accumulate={rows}")
+        ideas.append("train.remat=full, and a shorter data.seq_len")
+    if made.dtype == "float32":
+        ideas.append("base.dtype=bfloat16")
+    ideas.append("a topology of more chips")
+    return "; ".join(ideas)
