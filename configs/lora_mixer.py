@@ -19,6 +19,11 @@ your own; without `load` the experts start fresh in s00. (`--config.schedule.s01
 
     def get_config():
         return lora_mixer.get_config(load=("runs/code", "runs/math"))
+
+On a base of state-space blocks the same rule stands at other sites:
+
+    python -m launch.train --config=configs/lora_mixer.py --workdir=runs/lora_mixer_ssm --config.base.source=dir:MAMBA
+        --config.method.rules.mix.sites=in_proj,out_proj
 """
 
 from configs import common

@@ -12,6 +12,7 @@ from flax.traverse_util import flatten_dict
 
 from configs import common, lora_mixer
 from molora_jax import config as schema
+from molora_jax.backbones.families import TINY_MAMBA
 from molora_jax.core import routing
 from molora_jax.core.types import Routing, Site
 from molora_jax.errors import InputError
@@ -26,13 +27,17 @@ from tests.surgery import make
 ROUTER, RSL, KEPT = ROUTERS["soft_topk"], LOSSES["specialisation"], LOSSES["preservation"]
 E, D = 4, 16
 RULE = "method__rules__mix__"
+MAMBA = dataclasses.replace(TINY_MAMBA, layers=2, width=32, inner=48, state=4, rank=3, vocab=64)
+BASES = {"attention": (small.DECODER, "q,o"), "state space": (MAMBA, "in_proj,out_proj")}
+# acceptance 6: what stands under `on_both` holds of either block, by the same rule with other sites
+on_both = pytest.mark.parametrize("base", BASES)
 
 
-def build(k=2, **changes):
-    """Four experts on two projections, without dropout and stages; every leaf random."""
-    fixed = {f"{RULE}experts": str(E), f"{RULE}router__k": k, f"{RULE}sites": "q,o"}
-    model, params, adapters, state = small.build("lora_mixer", **fixed | changes)
-    return model, params, adapters, state
+def build(base="attention", k=2, **changes):
+    """Four experts on the projections into and out of a block, without dropout and stages; every leaf random."""
+    decoder, sites = BASES[base]
+    fixed = {f"{RULE}experts": str(E), f"{RULE}router__k": k, f"{RULE}sites": sites}
+    return small.build("lora_mixer", decoder=decoder, **fixed | changes)
 
 
 @functools.partial(jax.jit, static_argnames=("model", "train"))
@@ -44,9 +49,10 @@ def by_task(model):
     return dataclasses.replace(model, route="task")
 
 
-def test_acceptance_1_gates_by_task_are_the_weight_of_the_tasks_own_expert():
+@on_both
+def test_acceptance_1_and_6_gates_by_task_are_the_weight_of_the_tasks_own_expert(base):
     """`small.batch`: the first example of a row has task 3, the second task 0; the weights are merged in float64."""
-    model, params, adapters, _ = build()
+    model, params, adapters, _ = build(base)
     (segment,) = (name for name in adapters["mix"] if name != "shared")
     data, rule = small.batch(), model.rules[0]
     got, keep = np.asarray(hidden(by_task(model), params, adapters, data)), data["segment_ids"] > 0
@@ -65,8 +71,9 @@ def test_acceptance_1_gates_by_task_are_the_weight_of_the_tasks_own_expert():
     assert np.abs(got - np.asarray(hidden(model.without_rules(), params, {}, data)))[keep].max() > 0.1
 
 
-def test_acceptance_1_other_experts_and_the_router_get_no_gradient_in_stage_a():
-    model, params, adapters, state = build()
+@on_both
+def test_acceptance_1_and_6_other_experts_and_the_router_get_no_gradient_in_stage_a(base):
+    model, params, adapters, state = build(base)
     gradients = flatten_dict(small.lm_gradient(by_task(model), params, adapters, state, small.batch()), sep="/")
     for path, g in gradients.items():
         if "/router/" in path:
@@ -83,14 +90,16 @@ def test_acceptance_1_stage_a_routes_by_task_and_leaves_the_router_alone():
     assert (first.start, first.stop, second.stop) == (0, 100, 200)
 
 
-@pytest.fixture(scope="module")
-def mixed(tmp_path_factory):
+@pytest.fixture(scope="module", params=BASES)
+def mixed(request, tmp_path_factory):
     """Two LoRA runs of other ranks and scales, and a run of three steps that mixes them."""
-    folder = tmp_path_factory.mktemp("mixed")
+    folder, ssm = tmp_path_factory.mktemp("mixed"), request.param == "state space"
+    source, sites = ("random:tiny-mamba", "in_proj,dt_proj,out_proj") if ssm else ("random:tiny", "q,k,o")
+    few = ",".join(site for site in sites.split(",") if site not in ("k", "dt_proj"))
     for seed, (name, rank, alpha) in enumerate((("one", 2, 8.0), ("two", 3, 1.5))):
-        make.new_run(folder / name, make.lora_rules(rank, alpha, sites="q,o"), seed=seed)
-    config = lora_mixer.get_config(load=tuple(str(folder / name) for name in ("one", "two")))
-    config.base.source = "random:tiny"
+        make.new_run(folder / name, make.lora_rules(rank, alpha, sites=few), seed=seed, source=source)
+    config = lora_mixer.get_config(load=tuple(str(folder / name) for name in ("one", "two")), sites=sites)
+    config.base.source = source
     config.data.update(tasks=f"jsonl:{folder / 'task.jsonl'}", seq_len=96)
     config.train.update(steps=3, batch_size=8, save_every=1, keep=9, log_every=99)
     config.optim.update(learning_rate=1e-2, warmup=0)
@@ -99,7 +108,7 @@ def mixed(tmp_path_factory):
     return folder
 
 
-def test_acceptance_2_imported_experts_keep_their_bits_while_the_router_learns(mixed):
+def test_acceptance_2_and_6_imported_experts_keep_their_bits_while_the_router_learns(mixed):
     before, after = (runs.arrays(mixed / "run", step) for step in (0, 3))
     assert before.keys() == after.keys()
     for path in before:
@@ -109,16 +118,19 @@ def test_acceptance_2_imported_experts_keep_their_bits_while_the_router_learns(m
     assert not [path for path in opt if path.endswith(("/A", "/B"))], "no optimizer state for what is frozen"
 
 
-def test_acceptance_2_alpha_over_rank_of_an_imported_expert_is_folded_in(mixed):
+def test_acceptance_2_and_6_alpha_over_rank_of_an_imported_expert_is_folded_in(mixed):
     ours = runs.arrays(mixed / "run", 3)
+    sites = {path.split("/")[2] for path in runs.arrays(mixed / "one", 0)}
+    assert len(sites) == 2
     for e, (name, scale) in enumerate((("one", 8.0 / 2), ("two", 1.5 / 3))):
         theirs = runs.arrays(mixed / name, 0)
-        for site in "qo":
+        for site in sites:
             A, B = (theirs[f"all/000-003/{site}/{leaf}"][:, 0].astype(np.float64) for leaf in "AB")
             wanted = scale * np.einsum("lrd,lro->ldo", A, B)
             A, B = (ours[f"mix/000-003/{site}/{leaf}"][:, e].astype(np.float64) for leaf in "AB")
             np.testing.assert_allclose(2.0 * np.einsum("lrd,lro->ldo", A, B), wanted, atol=1e-6)
-    assert not ours["mix/000-003/k/B"].any(), "a projection that the runs leave alone"
+    (left,) = {path.split("/")[2] for path in ours} - {*sites, "router"}
+    assert not ours[f"mix/000-003/{left}/B"].any(), "a projection that the runs leave alone"
 
 
 def test_acceptance_2_paradigm_two_has_one_stage_and_no_preservation():
@@ -127,15 +139,16 @@ def test_acceptance_2_paradigm_two_has_one_stage_and_no_preservation():
     assert (config.method.rules.mix.experts, config.method.rules.mix.router.k) == ("2", 2)
 
 
-def test_acceptance_3_all_experts_in_use_are_the_soft_mixture_of_training():
-    params, adapters = build()[1:3]
+@on_both
+def test_acceptance_3_and_6_all_experts_in_use_are_the_soft_mixture_of_training(base):
+    params, adapters = build(base)[1:3]
     data = small.batch()
     keep = data["segment_ids"] > 0
-    trained = np.asarray(hidden(build(k=E)[0], params, adapters, data, train=True))[keep]
+    trained = np.asarray(hidden(build(base, k=E)[0], params, adapters, data, train=True))[keep]
     for options in (dict(k=E), dict(k=1, **{f"{RULE}router__hard": "never"})):
-        used = np.asarray(hidden(build(**options)[0], params, adapters, data))[keep]
+        used = np.asarray(hidden(build(base, **options)[0], params, adapters, data))[keep]
         np.testing.assert_allclose(used, trained, atol=1e-5)
-    top = np.asarray(hidden(build(k=1)[0], params, adapters, data))[keep]
+    top = np.asarray(hidden(build(base, k=1)[0], params, adapters, data))[keep]
     assert np.abs(top - trained).max() > 1e-2, "with fewer there is a gap"
 
 
@@ -368,6 +381,13 @@ def test_preservation_is_refused_where_nothing_keeps_it():
     config.regime = dict(name="federated")
     with pytest.raises(InputError, match="losses.preservation.*among continual, stages"):
         schema.validate(config)
+
+
+def test_acceptance_6_experts_see_the_fused_width_of_in_proj():
+    model, _, adapters, _ = build("state space")
+    assert adapters["mix"]["000-001"]["in_proj"]["B"].shape == (2, E, 8, 2 * MAMBA.inner)
+    assert adapters["mix"]["000-001"]["router"]["attn"]["W"].shape == (2, E, MAMBA.width)
+    assert type(model.rules[0].router) is ROUTER and model.rules[0].share == "attn"
 
 
 def test_one_router_serves_the_projections_of_a_layer_or_each_has_its_own():
