@@ -24,10 +24,12 @@ from molora_jax.decode import generate as decoding
 from molora_jax.errors import InputError
 from molora_jax.io.base import load_base
 from molora_jax.io.random_init import random_params
+from molora_jax.surgery.perform import perform
 from molora_jax.training.loop import train
 from tests.battery.cases import Case, random_adapters
 from tests.battery.checks import same_step
 from tests.engines.problems import mesh
+from tests.surgery import make
 from tests.tiny import write_task
 
 SMALL = dataclasses.replace(TINY_MAMBA, layers=2, width=32, inner=64, state=6, rank=3, vocab=128)
@@ -252,7 +254,8 @@ EIGHT = {
 
 def trained(made, **options):
     config = config_of(made, optim=dict(warmup=0))
-    config.losses = dict(specialisation=dict(weight=0.1))
+    if "router" in made["mix"]:
+        config.losses = dict(specialisation=dict(weight=0.1))
     return Case(config, SMALL, **options)
 
 
@@ -271,6 +274,13 @@ def test_eight_devices_equal_one(name):
     sizes, engine = EIGHT[name]
     eight = trained(rules(), mesh=mesh(**sizes), engine=engine)
     same_step(metrics, gradients, *eight.run(eight.start(adapters))[1:])
+
+
+@pytest.mark.slow
+def test_eight_devices_equal_one_with_a_plain_lora():
+    one, eight = (trained(rules(router=False), mesh=on) for on in (None, mesh(data=2, fsdp=2, tensor=2)))
+    adapters = random_adapters(one.model, one.params)
+    same_step(*one.run(one.start(adapters))[1:], *eight.run(eight.start(adapters))[1:])
 
 
 def test_the_base_lies_on_the_mesh_as_its_leaves_say():
@@ -342,6 +352,23 @@ def test_a_config_json_is_read_as_transformers_reads_it():
     assert falcon == dataclasses.replace(read, family="falcon_mamba", inner_eps=1e-6)
     for backbone in (TINY_MAMBA, falcon, dataclasses.replace(read, tied=False, bias=True, conv_bias=False)):
         assert hf_config.from_hf(hf_config.to_hf(backbone), where="config.json") == backbone
+
+
+def test_a_lora_put_into_the_base_says_the_same(tmp_path, monkeypatch):
+    """As a folder that is read again, by the names that transformers gives."""
+    monkeypatch.setenv("MOLORA_CACHE", str(tmp_path / "cache"))
+    make.new_run(tmp_path / "run", make.lora_rules(3, 6.0, sites=ALL), source="random:tiny-mamba")
+    perform(make.config_of("merge_into_base", tmp_path / "run"), str(tmp_path / "out"), note=lambda text: None)
+    run, merged = molora_jax.load_run(tmp_path / "run", "latest"), load_base(f"dir:{tmp_path / 'out' / 'base'}")
+    assert merged.config == TINY_MAMBA
+    batch = packed() | {"tokens": packed()["tokens"] + 100}
+    with jax.default_matmul_precision("highest"):
+        wanted = run.model.hidden(run.params, run.adapters, {}, batch)[0]
+        got = run.model.without_rules().hidden(merged.params, {}, {}, batch)[0]
+        plain = run.model.without_rules().hidden(run.params, {}, {}, batch)[0]
+    keep = batch["segment_ids"] > 0
+    np.testing.assert_allclose(got[keep], wanted[keep], rtol=1e-4, atol=1e-4)
+    assert np.abs(plain - wanted)[keep].max() > 0.05
 
 
 @pytest.mark.slow
