@@ -17,6 +17,7 @@ B rows, S positions, D width, I inner width, N size of the state, K taps of the 
 """
 
 import dataclasses
+import functools
 from typing import ClassVar
 
 import jax
@@ -136,7 +137,8 @@ class Mamba(Backbone):
             low, B, C = (self._normed(y) for y in (low, B, C))
             dt = jax.nn.softplus(adapt.project("dt_proj", *weights["dt_proj"], low).astype(jnp.float32))
             with jax.named_scope("scan"):
-                y, state = scanned(u, jnp.where(at.valid[..., None], dt, 0.0), p["A_log"], B, C, begins, state)
+                u, dt, B, C = (jnp.where(at.valid[..., None], value, 0) for value in (u, dt, B, C))  # dt 0: h stays
+                y, state = scanned(u, dt, p["A_log"], B, C, begins, state)
                 y = (y + p["skip"].astype(jnp.float32) * u) * jax.nn.silu(z.astype(jnp.float32))
             if cache is not None:
                 cache = cache.replaced(latest(inputs, at.valid, self.taps - 1), state)
@@ -185,14 +187,14 @@ def scanned(u: Array, dt: Array, A_log: Array, B: Array, C: Array, begins: Array
         x = jnp.pad(x, [(0, 0), (0, extra)] + [(0, 0)] * (x.ndim - 2))
         return jnp.moveaxis(x.reshape(len(x), -1, size, *x.shape[2:]), 1, 0)
 
-    @jax.checkpoint
+    @functools.partial(jax.checkpoint, prevent_cse=False)
     def chunk(state, xs):
         u, dt, B, C, begins = xs
         keep = jnp.where(begins[..., None, None], 0.0, jnp.exp(dt[..., None] * A))  # [B, size, I, N]
         add = (dt * u)[..., None] * B[:, :, None]
         keep, add = jax.lax.associative_scan(lambda a, b: (a[0] * b[0], b[0] * a[1] + b[1]), (keep, add), axis=1)
         states = keep * state[:, None] + add
-        return states[:, -1], jnp.einsum("bsin,bsn->bsi", states, C)
+        return states[:, -1], jnp.sum(states * C[:, :, None], axis=-1)  # a product would be rounded on a GPU or TPU
 
     wide = (x.astype(jnp.float32) for x in (u, dt, B, C))
     state, y = jax.lax.scan(chunk, state, tuple(chunks(x) for x in (*wide, begins)))

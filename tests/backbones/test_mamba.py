@@ -207,6 +207,10 @@ def test_neither_another_example_nor_padding_reaches_one():
     )
     second = batch["segment_ids"] == 2
     np.testing.assert_array_equal(before[second], after[second])
+    worst = params | {"embed": params["embed"].at[99].set(np.nan)}
+    nowhere = np.where(batch["segment_ids"] == 0, 99, batch["tokens"])
+    got = np.asarray(hidden(model, worst, adapters, batch | {"tokens": nowhere}))
+    np.testing.assert_array_equal(got[batch["segment_ids"] > 0], before[batch["segment_ids"] > 0])
     assert np.abs(before - after)[batch["segment_ids"] == 1].max() > 0.1
     later = batch["tokens"].copy()
     later[:, 8:] = 5
