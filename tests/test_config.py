@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from configs import common
 from launch import flags
 from molora_jax import config as schema
+from molora_jax.backbones.base import Backbone
 from molora_jax.config import fields as config_fields
 from molora_jax.config import members as config_members
 from molora_jax.errors import InputError
@@ -116,7 +117,7 @@ BAD = [
     ({"method.rules.A-b": common.rule("q", adapter=common.adapter())}, "method.rules.A-b", "a-z"),
     ({"method.rules.ffn.site": "q"}, "method.rules.ffn.site", "'sites'"),
     ({"method.rules.attn.sites": "q,vv"}, "method.rules.attn.sites", "Did you mean 'v'"),
-    ({"method.rules.attn.sites": "x*"}, "method.rules.attn.sites", "matches nothing"),
+    ({"method.rules.attn.sites": "y*"}, "method.rules.attn.sites", "matches nothing"),
     ({"method.rules.attn.sites": ""}, "method.rules.attn.sites", "comma list"),
     ({"method.rules.attn.sites": "attn"}, "method.rules.attn.sites", "not available yet"),
     ({"method.rules.attn.sites": "ffn,q"}, "method.rules.attn.sites", "two rules"),
@@ -261,7 +262,10 @@ def test_experts_in_groups_cover_every_layer_in_order(num_layers, counts):
 
 def test_sites():
     assert schema.resolve_sites("v,q") == ("q", "v")
-    assert schema.resolve_sites("*") == ("q", "k", "v", "o", "gate", "up", "down")
+    assert schema.resolve_sites("*", absent=Backbone.ABSENT) == ("q", "k", "v", "o", "gate", "up", "down")
+    assert schema.resolve_sites("*_proj") == ("in_proj", "x_proj", "dt_proj", "out_proj")
+    with pytest.raises(InputError, match="'x\\*', which matches nothing"):
+        schema.resolve_sites("x*", absent=Backbone.ABSENT)
     assert schema.resolve_sites("gate,u*") == ("gate", "up")
     assert schema.resolve_sites("ffn") == ("ffn",)
 

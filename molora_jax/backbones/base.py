@@ -17,6 +17,7 @@ import numpy as np
 from jax.sharding import PartitionSpec as P
 
 from molora_jax.backbones.attention import causal_mask
+from molora_jax.config.fields import ATTENTION, FFN, SSM
 from molora_jax.core.types import Array
 from molora_jax.errors import InputError
 
@@ -27,6 +28,9 @@ TABLES = (
     (None, None),
 )  # fmt: skip
 WHOLE = (P(),)
+NO_SSM = dict.fromkeys(
+    SSM, "This base has no state-space blocks: name those of q, k, v, o, gate, up, down that it has."
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,7 +111,10 @@ class Backbone:
     FIELDS: ClassVar[tuple[str, ...]] = ("tokens", "segment_ids", "positions")  # arrays of the batch that it reads
     CAUSAL: ClassVar[bool] = True  # it has a head that predicts the next token, and a cache
     # Sites (and `experts`) of other backbones -> why this one does not have them
-    ABSENT: ClassVar[dict[str, str]] = {"experts": "This base has no experts of its own: choose one that routes."}
+    ABSENT: ClassVar[dict[str, str]] = {
+        "experts": "This base has no experts of its own: choose one that routes.",
+        **NO_SSM,
+    }
     PREFIX: ClassVar[str] = ""  # that a checkpoint of the model with some head puts before its names
     IGNORED: ClassVar[tuple[str, ...]] = ("*rotary_emb.inv_freq",)  # tensors that a checkpoint may have beside ours
     TITLE: ClassVar[str] = ""  # in the digest of random weights, where the class has had another name
@@ -123,11 +130,12 @@ class Backbone:
 
     @property
     def attention_sites(self) -> tuple[str, ...]:
-        return tuple(site for site in self.sites if site in ("q", "k", "v", "o"))
+        """Those of the sub-block that mixes tokens, whose scope is `attn`: attention's, or a state-space block's."""
+        return tuple(site for site in self.sites if site in (*ATTENTION, *SSM))
 
     @property
     def ffn_sites(self) -> tuple[str, ...]:
-        return tuple(site for site in self.sites if site in ("gate", "up", "down"))
+        return tuple(site for site in self.sites if site in FFN)
 
     def stack_of(self, layer: int) -> Stack:
         return next(stack for stack in self.stacks if stack.start <= layer < stack.stop)
@@ -155,7 +163,7 @@ class Backbone:
         raise NotImplementedError
 
     def mask(self, segment_ids: Array) -> Array:
-        """Who sees whom, `[B, 1, S, S]`: causal, and block-diagonal by example."""
+        """Who sees whom, `[B, 1, S, S]`: causal, and block-diagonal by example; or what else `once` is to be given."""
         return causal_mask(segment_ids)
 
     def once(self, positions: Array, mask: Array, *, cached: bool) -> dict:
@@ -163,12 +171,12 @@ class Backbone:
         return {"mask": mask}
 
     def block(self, p: dict, x: Array, at: BlockContext, adapt, cache):
-        """`x [B, S, D] -> (x, cache)`. `p`: this layer's parameters; `cache` maps new `(k, v) [B, S, H_kv, H_d]` to
-        all that may be seen and the new cache, None without one."""
+        """`x [B, S, D] -> (x, cache)`. `p`: this layer's parameters; `cache`: None without one, else called with new
+        `(k, v) [B, S, H_kv, H_d]` it gives all that may be seen and the new cache (see `stack.LayerCache`)."""
         raise NotImplementedError
 
     def init_cache(self, rows: int, slots: int, dtype) -> tuple[Array, Array]:
-        """Empty keys and values `[L, rows, slots, H_kv, H_d]`."""
+        """Two empty buffers `[L, rows, ...]`: keys and values `[L, rows, slots, H_kv, H_d]`, or what a block keeps."""
         raise NotImplementedError
 
     def head(self, params: dict) -> dict:

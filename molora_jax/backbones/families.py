@@ -8,10 +8,11 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any
 
-from molora_jax.backbones import bert, moe
+from molora_jax.backbones import bert, mamba, moe
 from molora_jax.backbones.bert import Bert
 from molora_jax.backbones.hf_fields import shown
 from molora_jax.backbones.llama import Llama
+from molora_jax.backbones.mamba import Mamba
 from molora_jax.backbones.moe import Moe
 from molora_jax.errors import InputError
 
@@ -23,7 +24,8 @@ class Family:
     `switches`: fields of the backbone beyond what config.json says; `defaults`: of fields that the file lacks;
     `windowed`: its sliding window is read, `gated` if `use_sliding_window` has to say so; `biased`: `attention_bias` is
     read, for q, k, v and o; `reads`: fields that it alone reads; `derived(config, number, where)`: fields of the
-    backbone that follow from those; `whole`: the backbone's own reader of a config, in place of Llama's.
+    backbone that follow from those; `whole`: the backbone's own reader of a config, in place of Llama's; `heads`:
+    whether it has attention.
     """
 
     switches: dict = dataclasses.field(default_factory=dict)
@@ -35,6 +37,7 @@ class Family:
     derived: Callable[..., dict[str, Any]] = lambda config, number, where: {}
     backbone: type = Llama
     whole: Callable[..., Any] | None = None
+    heads: bool = True
 
 
 def _unrotated(config, number, where) -> dict:
@@ -103,6 +106,8 @@ FAMILIES = {
         ),
         whole=bert.read,
     ),
+    "mamba": Family(reads=mamba.READS, whole=mamba.read, heads=False),
+    "falcon_mamba": Family(reads=mamba.READS, whole=mamba.read, heads=False),
 }  # fmt: skip
 
 TINY = Llama(
@@ -118,8 +123,13 @@ TINY_MOE = Moe(
 TINY_BERT = Bert(
     family="bert", layers=4, width=64, ffn_width=128, heads=4, vocab=320, context=512, token_types=2, norm_eps=1e-12
 )
+TINY_MAMBA = Mamba(
+    family="mamba", layers=4, width=64, inner=128, state=8, rank=4, taps=4, vocab=320, context=512, norm_eps=1e-5,
+    tied=True,
+)  # fmt: skip
 RANDOM = {  # of `base.source=random:NAME`
     "tiny": TINY, "tiny-untied": TINY_UNTIED, "tiny-qwen3": TINY_QWEN3, "tiny-bert": TINY_BERT, "tiny-moe": TINY_MOE,
+    "tiny-mamba": TINY_MAMBA,
 }  # fmt: skip
 SMOLLM2 = Llama(  # the default base, for counts and costs that need no weights
     family="llama", layers=30, width=576, ffn_width=1536, heads=9, kv_heads=3, head_dim=64, vocab=49152, context=8192,

@@ -1,6 +1,6 @@
 """A Hugging Face `config.json` as a backbone. Every field is accounted for (`hf_fields.py`)."""
 
-from molora_jax.backbones import hf_fields, rope
+from molora_jax.backbones import hf_fields, mamba, rope
 from molora_jax.backbones.base import Backbone
 from molora_jax.backbones.families import FAMILIES
 from molora_jax.errors import InputError
@@ -38,10 +38,10 @@ def from_hf(config: dict, *, where: str, note=lambda text: None) -> Backbone:
             raise InputError(where or f"{file}: {key}", got=hf_fields.quoted(value), expected=expected)
         return kind(value)
 
-    heads, width = number("num_attention_heads"), number("hidden_size")
+    heads, width = number("num_attention_heads") if family.heads else 1, number("hidden_size")
     if family.whole is not None:
         _known(config, family, note, where, width // heads or 1)
-        activation = _activation(config, where, "gelu")
+        activation = _activation(config, where, "gelu" if family.heads else "silu")
         return family.whole(config, family=name, where=where, number=number, activation=activation)
     kv_heads, head_dim = number("num_key_value_heads", heads), number("head_dim", width // heads or 1)
     if heads % kv_heads or head_dim % 2 or (width % heads and config.get("head_dim") is None):
@@ -153,6 +153,13 @@ def to_hf(backbone: Backbone) -> dict:
     Raises:
       ValueError: a backbone with what this does not write (a scaled rotation, windows).
     """
+    out = mamba.written(backbone) if isinstance(backbone, mamba.Mamba) else _attending(backbone)
+    if from_hf(out, where="config.json") != backbone:
+        raise ValueError(f"no config.json is written for {backbone}")
+    return out
+
+
+def _attending(backbone: Backbone) -> dict:
     out = {
         "model_type": backbone.family, "num_hidden_layers": backbone.layers, "hidden_size": backbone.width,
         "hidden_act": "silu", "intermediate_size": backbone.ffn_width, "num_attention_heads": backbone.heads,
@@ -172,7 +179,4 @@ def to_hf(backbone: Backbone) -> dict:
         out |= {"num_local_experts": backbone.experts, "num_experts_per_tok": backbone.active, "sliding_window": None}
         out["intermediate_size"] = backbone.expert_width
     named = {"llama": "Llama", "qwen3": "Qwen3", "mixtral": "Mixtral"}.get(backbone.family)
-    out |= {"architectures": [f"{named}ForCausalLM"]} if named else {}
-    if from_hf(out, where="config.json") != backbone:
-        raise ValueError(f"no config.json is written for {backbone}")
-    return out
+    return out | ({"architectures": [f"{named}ForCausalLM"]} if named else {})

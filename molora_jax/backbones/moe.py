@@ -21,7 +21,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
 from molora_jax.backbones.attention import rms_norm
-from molora_jax.backbones.base import WHOLE, Leaf, Stack, projection
+from molora_jax.backbones.base import NO_SSM, WHOLE, Leaf, Stack, projection
 from molora_jax.backbones.llama import AT, Llama
 from molora_jax.config.fields import ATTENTION, FFN
 from molora_jax.core import routing as routing_math
@@ -44,7 +44,7 @@ class Moe(Llama):
     shared_width: int = 0
     qk_norm_all: bool = False
 
-    ABSENT: ClassVar[dict[str, str]] = dict.fromkeys(("gate", "up", "down", "ffn"), NO_FFN)
+    ABSENT: ClassVar[dict[str, str]] = NO_SSM | dict.fromkeys(("gate", "up", "down", "ffn"), NO_FFN)
     TITLE: ClassVar[str] = ""
 
     @property

@@ -6,6 +6,9 @@ copy it); what a stack names as `by_expert` stays whole and is read by expert. `
 nothing; a layer's base weights are never kept: a sharded base is gathered a layer at a time, twice.
 """
 
+import dataclasses
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
@@ -13,7 +16,7 @@ from jax.ad_checkpoint import checkpoint_name
 from kernels_pallas.tiles import PRODUCT, InStack
 from molora_jax.backbones.base import BlockContext, Stack
 from molora_jax.backbones.layer import Layer
-from molora_jax.core.types import Context
+from molora_jax.core.types import Array, Context
 
 _policies = jax.checkpoint_policies
 
@@ -43,6 +46,30 @@ REMAT = {
     ),
     "full": _policies.nothing_saveable,
 }
+
+
+@dataclasses.dataclass
+class LayerCache:
+    """What a cache of two buffers `[L, B, ...]` is to the block of one layer: for keys and values, or as a state."""
+
+    buffers: tuple[Array, Array]
+    layer: Array
+    write: Callable
+
+    def __call__(self, k: Array, v: Array):
+        """`(all keys, all values, the new buffers)` with new ones written into their slots."""
+        k, v = (self.write(old, new) for old, new in zip(self.state, (k, v), strict=True))
+        return k, v, self.replaced(k, v)
+
+    @property
+    def state(self) -> tuple[Array, Array]:
+        """The layer's own."""
+        return tuple(jax.lax.dynamic_index_in_dim(of_all, self.layer, 0, False) for of_all in self.buffers)
+
+    def replaced(self, *new: Array) -> tuple[Array, Array]:
+        """The new buffers, with these as the layer's own."""
+        put = lambda of_all, own: jax.lax.dynamic_update_index_in_dim(of_all, own, self.layer, 0)  # noqa: E731
+        return tuple(put(*pair) for pair in zip(self.buffers, new, strict=True))
 
 
 class StackRunner:
@@ -101,16 +128,7 @@ class StackRunner:
                 ctx.replace(layer=index), self.given, self.collect, model.engine,
                 None if whole is None else (whole, index - segment.start),
             )  # fmt: skip
-            store = None
-            if kv is not None:
-                k_all, v_all = kv
-
-                def store(k, v):
-                    k_new = cache[2](jax.lax.dynamic_index_in_dim(k_all, index, 0, False), k)
-                    v_new = cache[2](jax.lax.dynamic_index_in_dim(v_all, index, 0, False), v)
-                    put = jax.lax.dynamic_update_index_in_dim
-                    return k_new, v_new, (put(k_all, k_new, index, 0), put(v_all, v_new, index, 0))
-
+            store = None if kv is None else LayerCache(kv, index, cache[2])
             here = {name: values[place] for name, values in arrays.items()}
             at = BlockContext(self.once, here, ctx.valid, ctx.train, model.attention)
             x, kv = config.block(base, x, at, adapt, store)

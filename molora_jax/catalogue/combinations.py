@@ -51,8 +51,9 @@ def points() -> list[Point]:
 
 def config_of(point: Point, defaults, *, down: str = "once"):
     """The config of a point; not validated."""
+    sites = [s for s in PLACEMENTS[point.placement].SITES if s == "ffn" or s not in decoder_of(point).ABSENT]
     rule = dict(
-        sites=",".join(PLACEMENTS[point.placement].SITES), layers="all",
+        sites=",".join(sites), layers="all",
         experts="1" if point.router == "none" else str(EXPERTS), load=(),
         adapter=dict(name=point.adapter, **small(point.adapter), dropout=0.0), down=down, shrink=False,
     )  # fmt: skip

@@ -161,6 +161,11 @@ def stelocoder(decoder: Backbone) -> int:
     return 5 * decoder.layers * low_rank(decoder, sites, 4) + 5 * decoder.width
 
 
+def lora_mixer(decoder: Backbone) -> int:
+    """`9 L (8 p(attn) + D)`, a router a layer"""
+    return 9 * decoder.layers * (low_rank(decoder, decoder.attention_sites, 8) + decoder.width)
+
+
 def ld_mole(decoder: Backbone) -> int:
     """`8 L (8 p(all) + d(all)) + sum over distinct D_in of 128 (D_in + 2) + 1`"""
     widths = {decoder.dims(site)[0] for site in decoder.sites}

@@ -303,6 +303,16 @@ METHODS = {
         params=formulas.stelocoder,
         own=("routers/sequence_gate.py",),
     ),
+    "lora_mixer": Method(
+        config="configs/lora_mixer.py",
+        title="LoRA-Mixer",
+        paper="2507.00029",
+        axes="router `soft_topk`; losses `specialisation`, `preservation`; stages: by task id, then soft (or `load`)",
+        equation="y = W x + s sum_e p_e B_e A_e x, p = softmax(W_g h), top 3 in use",
+        differs="the entropy's sign is the text's, not the formula's; there is no code",
+        params=formulas.lora_mixer,
+        own=("routers/soft_topk.py", "losses/specialisation.py", "losses/preservation.py"),
+    ),
     "ld_mole": Method(
         config="configs/ld_mole.py",
         title="LD-MoLE",

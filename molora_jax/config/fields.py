@@ -10,11 +10,12 @@ from collections.abc import Callable
 
 from molora_jax.errors import InputError
 
-PROJECTIONS = ("q", "k", "v", "o", "gate", "up", "down")
-ATTENTION, FFN = PROJECTIONS[:4], PROJECTIONS[4:]
+ATTENTION, FFN = ("q", "k", "v", "o"), ("gate", "up", "down")
+SSM = ("in_proj", "x_proj", "dt_proj", "out_proj")  # of a state-space block
+PROJECTIONS = (*ATTENTION, *FFN, *SSM)
 TASKS = ("morph", "translate", "emoji", "factbook", "sentiment", "topic", "dialog", "code", "math")
 BASE_PACKAGES = ("smollm2-135m-instruct", "all-minilm-l6-v2")
-BASE_RANDOM = ("tiny", "tiny-untied", "tiny-qwen3", "tiny-bert", "tiny-moe")
+BASE_RANDOM = ("tiny", "tiny-untied", "tiny-qwen3", "tiny-bert", "tiny-moe", "tiny-mamba")
 ENGINES_PLANNED = ("ring", "fssdp")
 MESH_AXES = ("data", "fsdp", "expert", "tensor")
 MICRO_SHARDS = 8  # of a micro-step with train.exact

@@ -18,8 +18,9 @@ def regime_problems(config):
     for name, loss in config["losses"].items():
         member = loss_of(name, loss)
         penalty = is_member("losses", member) and attribute("losses", member, "PENALTY") is True
-        if penalty and not states("PENALTY"):
-            able = [r for r in members("regimes") if attribute("regimes", r, "PENALTY")]
+        needs = [n for n in ("PENALTY", "SQUARES") if penalty and attribute("losses", member, n) is not False]
+        if not all(states(name) for name in needs):
+            able = [r for r in members("regimes") if all(attribute("regimes", r, name) for name in needs)]
             expected = f"regime.name among {', '.join(able)} with a penalty on what earlier tasks left"
             yield wrong(f"losses.{name}", f"a penalty under regime {value['name']!r}", expected, "Remove the loss.")
     schedule = config.get("schedule") if isinstance(config.get("schedule"), dict) else {}

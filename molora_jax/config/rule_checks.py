@@ -4,7 +4,7 @@ import re
 
 from molora_jax.config import fields as tables
 from molora_jax.config import limits
-from molora_jax.config.fields import ATTENTION, FFN, wrong
+from molora_jax.config.fields import ATTENTION, FFN, SSM, wrong
 from molora_jax.config.members import attribute, member_problem, members, stated_with
 from molora_jax.config.resolve import expert_counts, resolve_experts, resolve_layers, resolve_sites
 from molora_jax.config.values import group_problems, member_problems, path_of, shown, there
@@ -142,8 +142,9 @@ def _at_sites(where, rule, sites, *, start):
 
 def _share(where, share, sites):
     got = f"{share!r} on sites {','.join(sites)}"
-    if share == "attn" and not set(sites) <= set(ATTENTION):
-        yield wrong(where, got, "sites among q,k,v,o for share 'attn'", "Write two rules, or use 'site'.")
+    if share == "attn" and not set(sites) <= {*ATTENTION, *SSM}:
+        expected = f"sites among {','.join((*ATTENTION, *SSM))} for share 'attn'"
+        yield wrong(where, got, expected, "Write two rules, or use 'site'.")
     if share == "ffn" and sites != ("ffn",) and not set(sites) <= set(FFN):
         yield wrong(where, got, "sites among gate,up,down, or ffn, for share 'ffn'", "Write two rules, or use 'site'.")
 

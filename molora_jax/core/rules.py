@@ -9,7 +9,7 @@ import re
 import zlib
 from typing import Any
 
-from molora_jax.config.fields import FFN, PROJECTIONS
+from molora_jax.config.fields import ATTENTION, FFN, PROJECTIONS
 from molora_jax.core.types import Site
 
 SCOPES = ("attn", "ffn", "model")
@@ -128,7 +128,7 @@ def adapter_sites(config, rule: Rule, segments: tuple[Segment, ...]) -> tuple[Si
 
 
 def site_tag(name: str) -> int:
-    names = (*PROJECTIONS, *SCOPES)
+    names = (*ATTENTION, *FFN, *SCOPES)  # numbers that random keys of older runs have
     if name in names:
         return names.index(name)
     passes = name.removeprefix("pass")

@@ -28,7 +28,12 @@ ENGINES = {
     "all_to_all": all_to_all,
     "ragged_all_to_all": ragged_all_to_all,
 }
-ROW_SITES = ("o", "down")  # row-parallel under `tensor`: their input is split, their output is a sum
+ROW_SITES = (
+    "o",
+    "down",
+    "x_proj",
+    "out_proj",
+)  # row-parallel under `tensor`: their input is split, their output is a sum
 
 
 @dataclasses.dataclass(frozen=True)

@@ -7,6 +7,7 @@ functions are called as they are.
 
     tokens   over data, fsdp, expert; experts over `expert` where the engine splits them; the rest replicated
     tensor   q k v gate up: B, the biases and W's columns are split; o down: x, A and W's rows, and the outputs summed
+             (of a state-space block in_proj dt_proj, and x_proj out_proj)
 
 T tokens, D width, F FFN width, E experts, K slots.
 """

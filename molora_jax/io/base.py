@@ -7,7 +7,8 @@
     hf:ORG/NAME[@revision]       the Hugging Face hub (extra `hub`)
     random:tiny                  four random layers and a byte tokenizer; also tiny-untied (a head of its own),
                                  tiny-qwen3 (query and key norms, heads wider than the model), tiny-bert (an encoder),
-                                 tiny-moe (experts of its own); random:tiny@7 is another draw (seed 7, not 0)
+                                 tiny-moe (experts of its own), tiny-mamba (state-space blocks); random:tiny@7 is
+                                 another draw (seed 7, not 0)
 
 A GGUF file (or a model in parts, by any of them) is dequantised once, into a Hugging Face folder
 `CACHE/converted/<digest>-<dtype>-v2`; later starts only map that. The folder is written under another name and renamed

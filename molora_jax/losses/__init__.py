@@ -6,10 +6,13 @@ from molora_jax.losses.entropy import Entropy
 from molora_jax.losses.ewc import Ewc
 from molora_jax.losses.localized_balance import LocalizedBalance
 from molora_jax.losses.orthogonal import Orthogonal
+from molora_jax.losses.preservation import Preservation
 from molora_jax.losses.sparsity import Sparsity
+from molora_jax.losses.specialisation import Specialisation
 from molora_jax.losses.z_loss import ZLoss
 
 LOSSES = {
     "balance": Balance, "z_loss": ZLoss, "entropy": Entropy, "localized_balance": LocalizedBalance, "ewc": Ewc,
     "orthogonal": Orthogonal, "device_balance": DeviceBalance, "sparsity": Sparsity,
+    "specialisation": Specialisation, "preservation": Preservation,
 }  # fmt: skip

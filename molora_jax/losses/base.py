@@ -46,11 +46,13 @@ class Loss:
 class Penalty(Loss):
     """On the trainable leaves, not on routing, given what the run remembers (a regime with `PENALTY` keeps it).
 
-    One that remembers nothing says `PENALTY = False` and serves under every regime: its `memory` is empty.
+    One that remembers nothing says `PENALTY = False` and serves under every regime: its `memory` is empty. One whose
+    `remember` reads no gradients says `SQUARES = False` (it is given {}), and serves between stages too.
     """
 
     ROUTING: ClassVar[bool] = False
     PENALTY: ClassVar[bool] = True
+    SQUARES: ClassVar[bool] = True
 
     def stats(self, routing, ctx):
         return {}

@@ -136,7 +136,9 @@ class Beside(Region):
 class Placement:
     NAME: ClassVar[str] = ""
     NAMED: ClassVar[bool] = False  # a rule names it; else it is that of every rule with such sites and no name
-    SITES: ClassVar[tuple[str, ...]] = ("q", "k", "v", "o", "gate", "up", "down")  # that a rule may list
+    SITES: ClassVar[tuple[str, ...]] = (  # that a rule may list
+        "q", "k", "v", "o", "gate", "up", "down", "in_proj", "x_proj", "dt_proj", "out_proj",
+    )  # fmt: skip
     NEEDS: ClassVar[tuple[str, ...]] = ()  # what a base must have: "experts" of its own
     BASE_ROUTER: ClassVar[bool] = False  # a rule may train the base's own router
     OWNS: ClassVar[tuple[str, ...] | None] = None  # names under which a rule's factors lie; None: its sites

@@ -142,7 +142,7 @@ class Projection(Placement):
         return (d_in, "in"), (d_out, "out")
 
     def ends(self, rule, meeting):
-        return meeting == "down"
+        return meeting in ("down", "out_proj")
 
     def stays(self, factors):
         if factors.out is not None or factors.inp is not None:

@@ -56,7 +56,8 @@ class Regime:
 
     `SCHEDULE`: whether the config's stages are its own (else it makes them, and the config has one). `EXACT`: whether
     `train.exact` computes it. `PROCESSES`: whether several processes do. `HELD_OUT`: whether it measures held-out rows.
-    `PENALTY`: whether it keeps what a penalty on parameters remembers.
+    `PENALTY`: whether it keeps what a penalty on parameters remembers; `SQUARES`: whether it gives that squared
+    gradients (`losses.base.Penalty`).
     """
 
     SCHEDULE: ClassVar[bool] = False
@@ -64,6 +65,7 @@ class Regime:
     PROCESSES: ClassVar[bool] = False
     HELD_OUT: ClassVar[bool] = False
     PENALTY: ClassVar[bool] = False
+    SQUARES: ClassVar[bool] = False
 
     @property
     def side_by_side(self) -> int:

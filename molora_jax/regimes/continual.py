@@ -40,6 +40,7 @@ class Continual(Regime):
 
     HELD_OUT: ClassVar[bool] = True
     PENALTY: ClassVar[bool] = True
+    SQUARES: ClassVar[bool] = True
 
     order: str = ""
     replay: int = 0
@@ -106,7 +107,8 @@ class Continual(Regime):
         for j, name in enumerate(names):
             memory["accuracy"][i, j], memory["nll"][i, j] = found[name]["accuracy"], found[name]["nll"]
         if compiled.program.penalties and i + 1 < len(names):
-            squares = run.squares(stage, state, self.fisher_rows)
+            read = any(loss.SQUARES for _, loss in compiled.program.penalties)
+            squares = run.squares(stage, state, self.fisher_rows) if read else {}
             memory["penalties"] = {
                 name: compiled.remembered(loss, memory["penalties"][name], state, squares)
                 for name, loss in compiled.program.penalties

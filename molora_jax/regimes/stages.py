@@ -1,7 +1,7 @@
 """`stages`: a run's stages, in the order of their names: each trains some leaves on some tasks for some steps.
 
 The adapter tree is the union over the stages; a stage's optimizer state exists for its own trainable leaves only and
-starts fresh with the stage.
+starts fresh with the stage. A penalty on parameters is given what the stages before left (not squared gradients).
 """
 
 import dataclasses
@@ -9,6 +9,7 @@ from typing import ClassVar
 
 from ml_collections import ConfigDict
 
+from molora_jax.errors import InputError
 from molora_jax.regimes.base import Regime, Stage
 
 
@@ -17,9 +18,44 @@ class Stages(Regime):
     SCHEDULE: ClassVar[bool] = True
     EXACT: ClassVar[bool] = True
     PROCESSES: ClassVar[bool] = True
+    PENALTY: ClassVar[bool] = True
 
     def stages(self, config, data):
         return stages(config)
+
+    def memory(self, run):
+        penalties = _penalties(run)
+        other = next((s.name for s in run.stages if run.programs[s.name].model.rules != run.model.rules), None)
+        if penalties and other is not None:
+            raise InputError(
+                f"schedule.{other}.set.method", got=f"other rules beside losses.{penalties[0][0]}",
+                expected="the same rules in every stage: it remembers leaves", fix="Take one of the two out.",
+            )  # fmt: skip
+        widest = _widest(run)
+        return {"penalties": {name: widest.fresh_memory(loss) for name, loss in penalties}} if penalties else {}
+
+    def begin(self, run, state, memory):
+        return self._remembered(run, state, memory) if run.config.train.init_from else memory
+
+    def between(self, run, stage, state, memory):
+        last = stage is run.stages[-1]
+        return state, memory if last else self._remembered(run, state, memory), {}
+
+    def _remembered(self, run, state, memory):
+        if not memory:
+            return memory
+        kept, widest = memory["penalties"], _widest(run)
+        return {"penalties": {n: widest.remembered(loss, kept[n], state, {}) for n, loss in _penalties(run)}}
+
+
+def _penalties(run):
+    """`(name, loss)` of the run's penalties that remember: stages differ in their weights alone."""
+    return [(name, loss) for name, loss in run.programs[run.stages[0].name].penalties if loss.PENALTY]
+
+
+def _widest(run):
+    """The compiled stage in which most leaves train: a penalty may be about any of them."""
+    return max((run.compiled(stage) for stage in run.stages), key=lambda compiled: compiled.num_trained)
 
 
 def stages(config) -> tuple[Stage, ...]:

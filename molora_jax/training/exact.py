@@ -69,7 +69,7 @@ class ExactStep:
         self._update = make_update(self.model, optimizer, schedule, clip=clip, frozen=frozen, rated=rated, seed=seed)
         self._programs, self._base = None, (None, None)
 
-    def compile(self, state, params, batch, fixed=None, knobs=None) -> "ExactStep":
+    def compile(self, state, params, batch, fixed=None, knobs=None, memory=None) -> "ExactStep":
         """Compiles every program for these arrays; nothing runs."""
         on, programs = self.on, {}
 
@@ -102,7 +102,7 @@ class ExactStep:
         over_mesh("add", self._adder(), on.each, total, result, donate=0)
         like = jax.tree.map(lambda g: jax.ShapeDtypeStruct(g.shape[1:], g.dtype), result)
         total = over_mesh("whole", lambda total: jax.tree.map(_shaped, total, like), on.all, total)
-        by_device("update", self.update, state, total, values, batch["segment_ids"], knobs, donate=0)
+        by_device("update", self.update, state, total, values, batch["segment_ids"], knobs, memory, donate=0)
         self._which = [
             [jax.device_put(np.int32(turn * on.count + n), device) for n, device in on.own]
             for turn in range(self.rounds)
@@ -110,14 +110,14 @@ class ExactStep:
         self._programs = programs
         return self
 
-    def __call__(self, state, params, batch, fixed=None, knobs=None):
+    def __call__(self, state, params, batch, fixed=None, knobs=None, memory=None):
         if self._programs is None:
-            self.compile(state, params, batch, fixed, knobs)
+            self.compile(state, params, batch, fixed, knobs, memory)
         run, on = self._programs, self.on
         if self._base[0] is not params:
             self._base = params, on.parts(params)
         batch = on.parts(run["spread"](batch))
-        state, knobs = on.parts(state), on.parts(knobs)
+        state, knobs, memory = on.parts(state), on.parts(knobs), on.parts(memory)
         each = zip(state, self._base[1], batch, knobs, strict=True)
         given = [(s.adapters, s.router_state, s.step, base, rows, own) for s, base, rows, own in each]
 
@@ -134,7 +134,8 @@ class ExactStep:
             total = run["add"](total, turn("gradient", which, slopes))
         total = on.parts(run["whole"](total))
         ids = [b["segment_ids"] for b in batch]
-        done = [program(*x) for program, *x in zip(run["update"], state, total, values, ids, knobs, strict=True)]
+        update = zip(run["update"], state, total, values, ids, knobs, memory, strict=True)
+        done = [program(*x) for program, *x in update]
         return on.same(done)
 
     # ---- what depends on the number of devices: copies and additions -------------------------------------------------
@@ -216,11 +217,11 @@ class ExactStep:
 
         return _leading(jax.grad(objective, has_aux=True)(trainable))
 
-    def update(self, state, total, values, segment_ids, knobs):
+    def update(self, state, total, values, segment_ids, knobs, memory):
         grads, out = total
         trainable, _ = trees.split(state.adapters, self.frozen)
         weights = own_weights(self.model) if knobs is None else knobs.weights
-        grads, out = penalised(grads, out | {"aux": dict(values)}, self.penalties, trainable, weights, None)
+        grads, out = penalised(grads, out | {"aux": dict(values)}, self.penalties, trainable, weights, memory)
         return self._update(state, grads, out, segment_ids, knobs)
 
 

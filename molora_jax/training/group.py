@@ -19,6 +19,7 @@ import jax
 import numpy as np
 
 from molora_jax import sharding
+from molora_jax.backbones.compile import apart, compile_losses
 from molora_jax.config.members import attribute
 from molora_jax.core import trees
 from molora_jax.errors import InputError
@@ -63,6 +64,12 @@ def train_together(configs: dict, folder, *, note=None) -> dict[str, Result]:
         raise InputError(
             "--runs", got="train.exact", expected="train.exact=False",
             fix="Its programs are of one device and one run each, so nothing would be shared: start them one by one.",
+        )  # fmt: skip
+    kept = next((name for name, loss in apart(compile_losses(first))[1] if loss.PENALTY), None)
+    if kept is not None:
+        raise InputError(
+            "--runs", got=f"losses.{kept}", expected="no penalty that remembers: its memory is one run's",
+            fix="Start the runs one by one.",
         )  # fmt: skip
     progress = Progress(first.train.steps, log_every=first.train.log_every)
     note, folder = note or progress.note, pathlib.Path(folder).expanduser()

@@ -140,6 +140,7 @@ class CompiledStep:
 
     def __init__(self, program: Program, params: dict, mesh, accumulate: int, targets_per_row: int, exact: bool):
         self.program, self.model, self.frozen, self.exact = program, program.model, program.frozen, exact
+        self.mesh = mesh
         init = lambda p: self.model.init_adapters(jax.random.key(0), p)  # noqa: E731
         trainable, _ = trees.split(jax.eval_shape(init, params), self.frozen)
         pairs = trees.pairs(self.model, trainable)
@@ -211,18 +212,24 @@ class CompiledStep:
         return jax.jit(penalty.remember, out_shardings=self._remembered(penalty))(memory, trainable, squares)
 
     @property
+    def num_trained(self) -> int:
+        """How many leaves train."""
+        return len(jax.tree.leaves(self._trainable))
+
+    @property
     def _trainable(self) -> dict:
         return trees.split(self.shapes.leaves, self.frozen)[0]
 
     def _remembered(self, penalty):
-        """Where a penalty's memory lies: each leaf as the leaf that it is about."""
+        """Where a penalty's memory lies: each leaf as the leaf that it is about, others on every device."""
         shardings = trees.split(self.shardings.leaves, self.frozen)[0]
         shapes = jax.eval_shape(penalty.fresh, self._trainable)
         of = dict(zip(sharding.paths(shardings), jax.tree.leaves(shardings), strict=True))
 
         def of_leaf(path, _):
             names = [str(k.key) for k in path]
-            return next(of["/".join(names[i:])] for i in range(len(names)) if "/".join(names[i:]) in of)
+            found = (of["/".join(names[i:])] for i in range(len(names)) if "/".join(names[i:]) in of)
+            return next(found, sharding.replicated(self.mesh))
 
         return jax.tree_util.tree_map_with_path(of_leaf, shapes)
 

@@ -84,9 +84,9 @@ def base(decoder):
     return jax.tree.map(jnp.asarray, random_params(decoder, seed=1, dtype="float32")[0])
 
 
-def build(name, *, layers=2, **changes):
+def build(name, *, layers=2, decoder=DECODER, **changes):
     """`(model, params, adapters, router_state)`: every leaf random, so that no expert is silent."""
-    decoder = dataclasses.replace(DECODER, layers=layers)
+    decoder = dataclasses.replace(decoder, layers=layers)
     model = compile_model(config(name, **changes), decoder, max_segments=2)
     params = base(decoder)
     fresh = fresh_adapters(model, jax.random.key(0), params)

@@ -36,12 +36,26 @@ CASES = {
     "qwen3_moe": QWEN | dict(model_type="qwen3_moe", norm_topk_prob=True, head_dim=12),
     "qwen3_moe, raw gates": QWEN | dict(model_type="qwen3_moe", norm_topk_prob=False, head_dim=12),
 }  # fmt: skip
+SSM = dict(
+    num_hidden_layers=2, hidden_size=32, vocab_size=V, state_size=6, conv_kernel=4, expand=2, time_step_rank=3,
+    layer_norm_epsilon=1e-5, hidden_act="silu", residual_in_fp32=True, use_bias=False, use_conv_bias=True,
+    initializer_range=0.02, torch_dtype="float32", pad_token_id=0, bos_token_id=1, eos_token_id=2,
+)  # fmt: skip
+CASES |= {
+    "mamba": SSM | dict(model_type="mamba"),
+    "mamba, biases and a head": SSM | dict(
+        model_type="mamba", use_bias=True, use_conv_bias=False, tie_word_embeddings=False, residual_in_fp32=False,
+        time_step_rank="auto", conv_kernel=3,
+    ),
+    "falcon_mamba": SSM | dict(model_type="falcon_mamba", mixer_rms_eps=1e-6),
+}  # fmt: skip
 SITES = {
     "bert": {
         "q": "encoder.layer.{}.attention.self.query", "k": "encoder.layer.{}.attention.self.key",
         "v": "encoder.layer.{}.attention.self.value", "o": "encoder.layer.{}.attention.output.dense",
         "up": "encoder.layer.{}.intermediate.dense", "down": "encoder.layer.{}.output.dense",
     },
+    "mamba": {f"{s}_proj": f"backbone.layers.{{}}.mixer.{s}_proj" for s in ("in", "x", "dt", "out")},
     "moe": {
         **{site: f"model.layers.{{}}.self_attn.{site}_proj" for site in "qkvo"}, "router": "model.layers.{}.mlp.gate",
     },
@@ -49,7 +63,7 @@ SITES = {
 
 
 def sites(config):
-    return SITES["bert" if config["model_type"] == "bert" else "moe"]
+    return next((own for kind, own in SITES.items() if kind in config["model_type"]), SITES["moe"])
 
 
 def value(case: str, name: str, shape) -> np.ndarray:

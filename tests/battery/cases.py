@@ -51,6 +51,7 @@ MORE_ROUTERS = {  # of single methods: in the product by shapes, and run with `-
     "recurrent": dict(name="recurrent", k=2, hidden=5),
     "top1": dict(name="top1", gated=True),
     "sparse_projection": dict(name="sparse_projection", k=2),
+    "soft_topk": dict(name="soft_topk", hard="never"),  # the naive form evaluates what is trained
 }
 # a later router is here with its defaults; those for whole models and those that read A x have tests of their own
 MORE_ROUTERS |= {
