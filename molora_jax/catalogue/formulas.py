@@ -161,6 +161,16 @@ def stelocoder(decoder: Backbone) -> int:
     return 5 * decoder.layers * low_rank(decoder, sites, 4) + 5 * decoder.width
 
 
+def meteora(decoder: Backbone) -> int:
+    """`9 L (8 p(all) + d(all))`, a gate at every projection"""
+    return 9 * decoder.layers * (low_rank(decoder, decoder.sites, 8) + inward(decoder, decoder.sites))
+
+
+def mora_cl(decoder: Backbone) -> int:
+    """`4 * 8 L p(all)`, 8 ranks a task"""
+    return 4 * decoder.layers * low_rank(decoder, decoder.sites, 8)
+
+
 def ld_mole(decoder: Backbone) -> int:
     """`8 L (8 p(all) + d(all)) + sum over distinct D_in of 128 (D_in + 2) + 1`"""
     widths = {decoder.dims(site)[0] for site in decoder.sites}

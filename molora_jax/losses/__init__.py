@@ -7,9 +7,11 @@ from molora_jax.losses.ewc import Ewc
 from molora_jax.losses.localized_balance import LocalizedBalance
 from molora_jax.losses.orthogonal import Orthogonal
 from molora_jax.losses.sparsity import Sparsity
+from molora_jax.losses.task_label import TaskLabel
 from molora_jax.losses.z_loss import ZLoss
 
 LOSSES = {
     "balance": Balance, "z_loss": ZLoss, "entropy": Entropy, "localized_balance": LocalizedBalance, "ewc": Ewc,
     "orthogonal": Orthogonal, "device_balance": DeviceBalance, "sparsity": Sparsity,
+    "task_label": TaskLabel,
 }  # fmt: skip

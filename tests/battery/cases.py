@@ -56,7 +56,7 @@ MORE_ROUTERS = {  # of single methods: in the product by shapes, and run with `-
 MORE_ROUTERS |= {
     name: dict(name=name, **dict.fromkeys(member.RANDOM, 0.0))
     for name, member in ROUTERS_OF.items()
-    if name not in {*ROUTERS, *MORE_ROUTERS, "x_lora", "sequence_gate"} and not member.IN_RANK
+    if name not in {*ROUTERS, *MORE_ROUTERS, "x_lora", "sequence_gate", "self_activated"} and not member.IN_RANK
 }
 VECTORS = ("vera", "ia3", "nola")  # what scales frozen things wants ten times the rate of factors, as in the papers
 # adapters of single methods, with the start that they have: by shapes with a router, the rest with `--all`;
