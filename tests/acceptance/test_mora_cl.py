@@ -1,5 +1,6 @@
 """MoRA for continual learning: the acceptance list of its specification, item by item (the numbers are the list's)."""
 
+import dataclasses
 import functools
 import json
 import re
@@ -17,7 +18,10 @@ from molora_jax.core.rules import Rule
 from molora_jax.errors import InputError
 from molora_jax.regimes.continual import next_task
 from molora_jax.routers import ROUTERS
+from molora_jax.sharding import make_mesh
 from tests.acceptance import small
+from tests.battery.cases import Case, method, random_adapters
+from tests.battery.checks import same_step
 from tests.regimes import small as runs
 
 ROUTER = ROUTERS["self_activated"]
@@ -301,13 +305,20 @@ def test_a_bank_that_was_stopped_ends_with_the_same_bits(run, tmp_path, stop):
 
 
 @pytest.mark.slow
-def test_the_bank_is_the_same_on_one_device(run, tmp_path):
-    folder, data = run
-    made = bank(data)
-    made.mesh.update(data=1, fsdp=1, tensor=1)
-    runs.start(made, tmp_path / "run")
-    one, eight = runs.rows(tmp_path / "run"), runs.rows(folder)
-    np.testing.assert_allclose([line["loss"] for line in one], [line["loss"] for line in eight], rtol=1e-3)
+@pytest.mark.parametrize("engine", ["gather", "all_to_all", "ragged_all_to_all"])
+def test_keys_in_shards_choose_as_on_one_device(engine):
+    """Experts over two devices, widths over two: the router reads all keys wherever they lie. In the second task."""
+    few = {"sites": "q,down", "experts": "16"}
+    config = method("mora_cl", **{f"method.rules.all.{field}": value for field, value in few.items()})
+    one = Case(config)
+    many = Case(config, mesh=make_mesh(dict(data=2, fsdp=1, expert=2, tensor=2)), engine=engine)
+    adapters = random_adapters(one.model, one.params)
+    found = []
+    for case in (one, many):
+        state = case.start(adapters)
+        state = dataclasses.replace(state, router_state=next_task(case.model, state.router_state))
+        found += case.run(state)[1:]
+    same_step(*found)
 
 
 def test_what_a_bank_cannot_hold_is_refused_before_anything_compiles(tmp_path):

@@ -147,6 +147,8 @@ def method(name, decoder=SMALL, **changes):
             fixed |= {f"method.rules.{rule}.router.{field}": 0.0 for field in ROUTERS_OF[value.router.name].RANDOM}
         if "hard" in value.get("router", {}):  # the naive form evaluates what is trained
             fixed[f"method.rules.{rule}.router.hard"] = "never"
+        if "prune" in value.get("router", {}):  # likewise; and a cold softmax multiplies rounding by 1 / temperature
+            fixed |= {f"method.rules.{rule}.router.prune": -1.0, f"method.rules.{rule}.router.temperature": 1.0}
         fixed[f"method.rules.{rule}.experts"] = "|".join(value.experts.split("|")[: decoder.layers])
         if value.adapter.name == "dylora":  # the naive form has all ranks
             fixed[f"method.rules.{rule}.adapter.lowest"] = value.adapter.rank
