@@ -35,6 +35,7 @@ AS_SHIPPED = {
         "vera": "its R is the number of directions of a frozen pair",
         "ia3": "it has vectors and no rank",
         "randlora": "its change has full rank, and a smaller R trains more",
+        "mora_cl": "its experts are a bank for tasks that come one after the other",
     },
     "params": {
         "vera": "its R would be far above the widths",
@@ -42,11 +43,12 @@ AS_SHIPPED = {
         "nola": "random matrices for so many coefficients would cost more than full fine-tuning",
         "lora_xs": "a core of so many parameters would be far wider than the kernel",
         "lora_sb": "a core of so many parameters would be far wider than the kernel",
+        "mora_cl": "its experts are a bank for tasks that come one after the other",
     },
 }
 FALLING = ("randlora",)  # trains less the larger R is, about as 1 / R
 FEWER = (1.0, 0.9, 0.75, 0.6, 0.5)  # of the experts, tried in this order where R alone leaves 5 %
-WHOLE = {"x_lora": "an expert for each of the nine tasks, and R is a whole number"}
+WHOLE = dict.fromkeys(("x_lora", "meteora"), "an expert for each of the nine tasks, and R is a whole number")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -14,6 +14,7 @@ from molora_jax import engines, placements
 from molora_jax.backbones.base import Backbone
 from molora_jax.core import routing as routing_math
 from molora_jax.core import rules as rules_lib
+from molora_jax.core import turns
 from molora_jax.core.types import Array, Context
 from molora_jax.placements import base_experts, ffn
 from molora_jax.routers.asked import decide
@@ -32,6 +33,11 @@ class Layer:
     ):  # fmt: skip
         self.config, self.segment, self.active, self.losses = config, segment, active, losses
         self.adapters, self.shared, self.state = trees
+        routed = [(rule, experts) for rule, experts in active if rule.router is not None]
+        self.adapters = self.adapters | {
+            rule.name: turns.held(rule, experts, self.adapters[rule.name], self.state[rule.name])
+            for rule, experts in routed
+        }
         self.carry, self.ctx, self.given, self.collect = dict(carry), ctx, given, collect
         self.engine, self.whole = engine, whole
         self.decisions, self.stats, self.routings = {}, {}, {}

@@ -133,5 +133,6 @@ def frozen_patterns(rules) -> tuple[str, ...]:
     for rule in rules:
         names = rule.adapter.FROZEN + (rule.router.FROZEN if rule.router is not None else ())
         out += [f"{rule.name}/*/{name}" for name in names]
-        out += [f"{rule.name}/{rules_lib.ANY_SEGMENT}/{site}/*" for site in rule.projections if rule.load]
+        held = rule.load and rule.loaded == "frozen"
+        out += [f"{rule.name}/{rules_lib.ANY_SEGMENT}/{site}/*" for site in rule.projections if held]
     return tuple(out)

@@ -26,7 +26,8 @@ class Rule:
     router: Any = None
     down: str = "once"
     gates_scale_base: bool = False  # gates that do not sum to 1 scale the frozen FFN too (option `shrink`)
-    load: tuple[str, ...] = ()  # workdirs of the runs whose adapters are the experts, frozen
+    load: tuple[str, ...] = ()  # workdirs of the runs whose adapters are the experts
+    loaded: str = "frozen"  # those experts: "frozen", or "trained" from there on
     base_router: str = "frozen"  # of a base that routes itself: "frozen", or "trained", a copy of it
     placement: Any = None  # the placement, where the rule names one; else its sites say it (`placements.of`)
 
@@ -62,6 +63,10 @@ class Rule:
     def router_scopes(self) -> tuple[str, ...]:
         """The scopes that own leaves."""
         return tuple(dict.fromkeys(map(self.leaves_of, self.scopes)))
+
+    def decided_at(self, scope: str) -> tuple[str, ...]:
+        """The sites whose factors a decision is for."""
+        return self.projections if scope in SCOPES else (scope,)
 
     @property
     def tag(self) -> int:

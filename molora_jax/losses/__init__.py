@@ -9,10 +9,12 @@ from molora_jax.losses.orthogonal import Orthogonal
 from molora_jax.losses.preservation import Preservation
 from molora_jax.losses.sparsity import Sparsity
 from molora_jax.losses.specialisation import Specialisation
+from molora_jax.losses.task_label import TaskLabel
 from molora_jax.losses.z_loss import ZLoss
 
 LOSSES = {
     "balance": Balance, "z_loss": ZLoss, "entropy": Entropy, "localized_balance": LocalizedBalance, "ewc": Ewc,
     "orthogonal": Orthogonal, "device_balance": DeviceBalance, "sparsity": Sparsity,
     "specialisation": Specialisation, "preservation": Preservation,
+    "task_label": TaskLabel,
 }  # fmt: skip

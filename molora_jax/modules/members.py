@@ -235,7 +235,7 @@ def _stands_alone(where: str, router: Router) -> None:
         need = "the frozen base's last hidden state"
     elif jax.tree.leaves(jax.eval_shape(lambda: router.init_carry(1, 1))):
         need = "what it handed on from the layer before"
-    elif router.IN_RANK:
+    elif type(router).input_of is not Router.input_of:
         need = "the rank activations of an adapter"
     if need:
         raise InputError(

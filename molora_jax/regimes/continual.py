@@ -8,7 +8,8 @@ Accuracy is the objective's own on held-out items (split valid, `eval.num_items`
 whose target is the likeliest (`lm`, `distill`), of texts given their class (`classify`), of pairs in the right order
 (`preference`). What is carried from task to task is the memory: `replay` rows of each earlier task, drawn
 `replay_share` of the time, and what the penalties of `losses` remember (`losses/ewc.py`). Optimizer moments begin anew
-with a task; the learning rate's schedule runs over the whole run. T tasks.
+with a task; the learning rate's schedule runs over the whole run. Routers are told when another task begins
+(`Router.next_task`: a bank opens its experts, others do nothing), after the task before was measured. T tasks.
 """
 
 import dataclasses
@@ -16,6 +17,7 @@ import json
 import pathlib
 from typing import ClassVar
 
+import jax
 import numpy as np
 
 from molora_jax.config.resolve import split_commas
@@ -63,6 +65,15 @@ class Continual(Regime):
                 raise InputError(
                     "data.test_share", got=f"no held-out row of task {name!r}", expected="at least one of every task",
                     fix="Give the task more rows, or raise data.test_share.",
+                )  # fmt: skip
+
+        for rule in model.rules:
+            rooms = [rule.router.room(E) for E in rule.experts if E] if rule.router is not None else []
+            least = min((room for room in rooms if room is not None), default=len(names))
+            if least < len(names):
+                raise InputError(
+                    f"method.rules.{rule.name}.experts", got=f"room for {least} tasks, one after the other",
+                    expected=f"for {len(names)}: {', '.join(names)}", fix="Raise experts, or lower router.per_task.",
                 )  # fmt: skip
 
     def stages(self, config, data):
@@ -115,6 +126,8 @@ class Continual(Regime):
             }
         row = {f"task_accuracy/{name}": float(memory["accuracy"][i, j]) for j, name in enumerate(names)}
         self._write(run, memory)
+        if i + 1 < len(names):
+            state = dataclasses.replace(state, router_state=next_task(compiled.program.model, state.router_state))
         return run.fresh_moments(compiled, state), memory, row
 
     # ---- report ----------------------------------------------------------------------------------------------------
@@ -157,6 +170,16 @@ class Continual(Regime):
         if found["without_steps"]:
             text += f"\ntrain.steps={run.config.train.steps} leaves no step for {', '.join(found['without_steps'])}"
         return text
+
+
+def next_task(model, router_state: dict) -> dict:
+    """The state of all routers as another task begins; layers side by side."""
+    new = {}
+    for rule in model.rules:
+        for segment, own in router_state.get(rule.name, {}).items():
+            begun = {scope: jax.vmap(rule.router.next_task)(old) for scope, old in own["router"].items()}
+            new.setdefault(rule.name, {})[segment] = {"router": begun}
+    return new
 
 
 def backward_transfer(a) -> float | None:

@@ -3,8 +3,10 @@
 from molora_jax.routers.biased_topk import BiasedTopK
 from molora_jax.routers.core_space import CoreSpace
 from molora_jax.routers.entropy_hybrid import EntropyHybrid
+from molora_jax.routers.labelled_topk import LabelledTopK
 from molora_jax.routers.learned_threshold import LearnedThreshold
 from molora_jax.routers.recurrent import Recurrent
+from molora_jax.routers.self_activated import SelfActivated
 from molora_jax.routers.sequence_gate import SequenceGate
 from molora_jax.routers.sigmoid_topk import SigmoidTopK
 from molora_jax.routers.soft_topk import SoftTopK
@@ -30,4 +32,6 @@ ROUTERS = {
     "learned_threshold": LearnedThreshold,
     "sparse_projection": SparseProjection,
     "soft_topk": SoftTopK,
+    "labelled_topk": LabelledTopK,
+    "self_activated": SelfActivated,
 }

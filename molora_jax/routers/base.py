@@ -64,6 +64,18 @@ class Router:
     def init_state(self, site: Site) -> dict[str, Array]:
         return {}
 
+    def room(self, experts: int) -> int | None:
+        """How many tasks, one after the other, its experts have room for; None: any number shares them."""
+        return None
+
+    def next_task(self, state: dict) -> dict:
+        """The state as another task begins (regime `continual`)."""
+        return state
+
+    def learning(self, state: dict, experts: int) -> Array | None:
+        """`[E]` bool: the experts whose factors learn now; None: all do. Others act (`core/turns.py`)."""
+        return None
+
     def init_carry(self, batch: int, length: int) -> Any:
         return ()
 

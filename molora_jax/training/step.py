@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from molora_jax.core import routing, trees
+from molora_jax.core import routing, trees, turns
 from molora_jax.core.types import Array
 from molora_jax.losses.base import value_of
 from molora_jax.objectives import Forward
@@ -284,6 +284,7 @@ def make_update(model, optimizer, schedule, *, clip: float, frozen, rated=None, 
             for rule in model.rules:
                 if rule.name in updates:
                     updates[rule.name] = rule.adapter.update_mask(updates[rule.name], state.step, step_key)
+            updates = turns.moved(model, updates, state.router_state)
             # of a finite gradient Adam's update is finite (the config bounds what it is multiplied by), so nothing here
             # waits for the updates: one pass over the state
             finite = jnp.isfinite(norm) & jnp.isfinite(loss)

@@ -26,6 +26,8 @@ NAMES += (
     "lora_xs",
     "lora_sb",
     "lora_ga",
+    "meteora",
+    "mora_cl",
 )
 SCHEDULED = ("adalora", "dylora", "lora_pro")  # a budget, a rank that is drawn, moments in a form of their own
 

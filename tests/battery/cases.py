@@ -57,7 +57,7 @@ MORE_ROUTERS = {  # of single methods: in the product by shapes, and run with `-
 MORE_ROUTERS |= {
     name: dict(name=name, **dict.fromkeys(member.RANDOM, 0.0))
     for name, member in ROUTERS_OF.items()
-    if name not in {*ROUTERS, *MORE_ROUTERS, "x_lora", "sequence_gate"} and not member.IN_RANK
+    if name not in {*ROUTERS, *MORE_ROUTERS, "x_lora", "sequence_gate", "self_activated"} and not member.IN_RANK
 }
 VECTORS = ("vera", "ia3", "nola")  # what scales frozen things wants ten times the rate of factors, as in the papers
 # adapters of single methods, with the start that they have: by shapes with a router, the rest with `--all`;
@@ -148,6 +148,8 @@ def method(name, decoder=SMALL, **changes):
             fixed |= {f"method.rules.{rule}.router.{field}": 0.0 for field in ROUTERS_OF[value.router.name].RANDOM}
         if "hard" in value.get("router", {}):  # the naive form evaluates what is trained
             fixed[f"method.rules.{rule}.router.hard"] = "never"
+        if "prune" in value.get("router", {}):  # likewise; and a cold softmax multiplies rounding by 1 / temperature
+            fixed |= {f"method.rules.{rule}.router.prune": -1.0, f"method.rules.{rule}.router.temperature": 1.0}
         fixed[f"method.rules.{rule}.experts"] = "|".join(value.experts.split("|")[: decoder.layers])
         if value.adapter.name == "dylora":  # the naive form has all ranks
             fixed[f"method.rules.{rule}.adapter.lowest"] = value.adapter.rank
