@@ -104,6 +104,12 @@ def get_config():
                 exact=False,  # the same bits on 1, 2, 4 and 8 devices (docs/parallelism.md says at what cost)
                 init_from="",
             ),
-            eval=dict(num_items=32, num_generated=16, max_new_tokens=16, batch_size=16),
+            eval=dict(
+                num_items=32,
+                num_generated=16,
+                max_new_tokens=16,
+                batch_size=16,
+                without="",  # experts to open a run without, by commas: names of loaded runs or of tasks, or numbers
+            ),
         )
     )  # fmt: skip

@@ -161,6 +161,11 @@ def stelocoder(decoder: Backbone) -> int:
     return 5 * decoder.layers * low_rank(decoder, sites, 4) + 5 * decoder.width
 
 
+def flexolmo(decoder: Backbone) -> int:
+    """`6 L (16 p(ffn) + D + 1)`: a row and a bias an owner"""
+    return 6 * decoder.layers * (low_rank(decoder, decoder.ffn_sites, 16) + decoder.width + 1)
+
+
 def ld_mole(decoder: Backbone) -> int:
     """`8 L (8 p(all) + d(all)) + sum over distinct D_in of 128 (D_in + 2) + 1`"""
     widths = {decoder.dims(site)[0] for site in decoder.sites}

@@ -303,6 +303,17 @@ METHODS = {
         params=formulas.stelocoder,
         own=("routers/sequence_gate.py",),
     ),
+    "flexolmo": Method(
+        config="configs/flexolmo.py",
+        title="FlexOlmo",
+        paper="2507.07024",
+        axes="router `document_rows`: rows from documents beside a frozen one of the base; `load` joins, "
+        "`eval.without` leaves out",
+        equation="y = p_0 FFN_0(x) + sum_e p_e FFN_e(x), p = softmax(r_0 x, r_e x + min(beta_e, 0))",
+        differs="LoRA experts; embeddings are the base's own; gates renormalised, as the base norms before its blocks",
+        params=formulas.flexolmo,
+        own=("routers/document_rows.py", "training/documents.py", "runs/without.py"),
+    ),
     "ld_mole": Method(
         config="configs/ld_mole.py",
         title="LD-MoLE",

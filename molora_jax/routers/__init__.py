@@ -2,6 +2,7 @@
 
 from molora_jax.routers.biased_topk import BiasedTopK
 from molora_jax.routers.core_space import CoreSpace
+from molora_jax.routers.document_rows import DocumentRows
 from molora_jax.routers.entropy_hybrid import EntropyHybrid
 from molora_jax.routers.learned_threshold import LearnedThreshold
 from molora_jax.routers.recurrent import Recurrent
@@ -28,4 +29,5 @@ ROUTERS = {
     "core_space": CoreSpace,
     "learned_threshold": LearnedThreshold,
     "sparse_projection": SparseProjection,
+    "document_rows": DocumentRows,
 }
