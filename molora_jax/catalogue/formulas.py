@@ -166,6 +166,11 @@ def flexolmo(decoder: Backbone) -> int:
     return 6 * decoder.layers * (low_rank(decoder, decoder.ffn_sites, 16) + decoder.width + 1)
 
 
+def kshot_experts(decoder: Backbone) -> int:
+    """`4 L (16 p(q,v) + d(q,v))`, experts and gates"""
+    return 4 * decoder.layers * (low_rank(decoder, ("q", "v"), 16) + inward(decoder, ("q", "v")))
+
+
 def ld_mole(decoder: Backbone) -> int:
     """`8 L (8 p(all) + d(all)) + sum over distinct D_in of 128 (D_in + 2) + 1`"""
     widths = {decoder.dims(site)[0] for site in decoder.sites}

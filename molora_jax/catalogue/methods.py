@@ -314,6 +314,17 @@ METHODS = {
         params=formulas.flexolmo,
         own=("routers/document_rows.py", "training/documents.py", "runs/without.py"),
     ),
+    "kshot_experts": Method(
+        config="configs/kshot_experts.py",
+        title="K-shot experts",
+        paper="2408.15915",
+        axes="rules start from runs and train (`loaded`), init `gaussian`; LoRAs and data picked by K examples: "
+        "`python -m experiments.kshot_experts`",
+        equation="y = W x + sum_{top 2} w_i B_i A_i x, w = p / sum_{top 2} p, p = softmax(W_g x)",
+        differs="a loaded LoRA keeps its alpha / R; doubles go by distance; rows are embedded by MiniLM, not BGE-m3",
+        params=formulas.kshot_experts,
+        own=("inits/gaussian.py",),
+    ),
     "ld_mole": Method(
         config="configs/ld_mole.py",
         title="LD-MoLE",

@@ -138,6 +138,7 @@ RULE = {
     "load": Field(tuple, "of paths"),
     "down": choice("once", "per_expert"),
     "shrink": Field(bool),
+    "loaded": since(choice("frozen", "trained"), "frozen"),
     "base_router": since(choice("frozen", "trained"), "frozen"),
 }
 
