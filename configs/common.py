@@ -23,8 +23,8 @@ def rule(
     """One rule. `down` and `shrink` matter for `sites="ffn"` only; without a router there is one expert.
 
     The sites say the placement (whole FFN or projection); `placement=dict(name="chain", ...)` names another.
-    `base_router`: of a base that routes itself, with the placement `base_experts`: "frozen", or "trained". `loaded`:
-    the same of experts that `load` reads.
+    `load`: runs whose adapters the experts start from; `loaded`: they stay so ("frozen"), or "trained".
+    `base_router`: of a base that routes itself, with the placement `base_experts`: "frozen", or "trained".
     """
     fields = dict(sites=sites, layers=layers, experts=experts, load=load, adapter=adapter, down=down, shrink=shrink)
     members = dict(router=router, placement=placement, base_router=base_router, loaded=loaded)
@@ -106,6 +106,12 @@ def get_config():
                 exact=False,  # the same bits on 1, 2, 4 and 8 devices (docs/parallelism.md says at what cost)
                 init_from="",
             ),
-            eval=dict(num_items=32, num_generated=16, max_new_tokens=16, batch_size=16),
+            eval=dict(
+                num_items=32,
+                num_generated=16,
+                max_new_tokens=16,
+                batch_size=16,
+                without="",  # experts to open a run without, by commas: names of loaded runs or of tasks, or numbers
+            ),
         )
     )  # fmt: skip

@@ -140,10 +140,14 @@ LEFT_OUT = (
       for test in ("test_equals_the_naive_form_in_value_and_gradient", "test_loss_falls_on_a_small_batch",
                    "test_the_start_is_the_base")
       for name in ("smora", "x_lora")),
+    "acceptance/test_flexolmo.py::test_experts_of_other_routers_*[[]sigmoid_topk]",  # softmax_topk, x_lora
+    "acceptance/test_kshot_experts.py::test_acceptance_6_*[[]False]",  # its pipeline trains experts
+    "acceptance/test_flexolmo.py::test_acceptance_6_*[[][14]-*",  # k = 0 and 2
     *(f"battery/test_methods.py::{test}[[]{name}]"  # the acceptance list has the equation
       for test in ("test_equals_the_naive_form_in_value_and_gradient", "test_loss_falls_on_a_small_batch",
                    "test_the_start_is_the_base")
       for name in ("ld_mole", "goat", "comol", "meteora")),
+      for name in ("ld_mole", "goat", "comol", "flexolmo", "kshot_experts")),
     "battery/test_product.py::test_combination[[]lora-none-projection-kaiming]",  # battery/test_methods, lora
     "engines/test_equal.py::test_equals_the_einsum[[]*ffn, E not a multiple of P]",  # all_to_all's projection
     "engines/test_equal.py::test_rank_space[[]ragged_all_to_all]",

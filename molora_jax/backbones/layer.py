@@ -69,6 +69,9 @@ class Layer:
             elif ctx.settled is not None:
                 decision, carry, sums = routing_math.settled(ctx, rule.router.k_max(ctx.site.experts)), ctx.carry, {}
             else:
+                if ctx.route == "apart":
+                    own_expert = routing_math.of_task(ctx, ctx.site.experts)
+                    ctx = ctx.replace(allowed=own_expert & routing_math.permitted(ctx.allowed))
                 x = ctx.base_features[rule.name] if rule.router.INPUT else x
                 x = rule.router.input_of(x, self.adapters[rule.name].get(scope, {}), ctx)
                 leaves = self.adapters[rule.name].get("router", {}).get(own, {})  # a router may have none of its own

@@ -131,8 +131,8 @@ def init_router_state(config, rules, segments) -> dict:
 def frozen_patterns(rules) -> tuple[str, ...]:
     out = []
     for rule in rules:
+        frozen_load = rule.load and rule.loaded == "frozen"
         names = rule.adapter.FROZEN + (rule.router.FROZEN if rule.router is not None else ())
         out += [f"{rule.name}/*/{name}" for name in names]
-        held = rule.load and rule.loaded == "frozen"
-        out += [f"{rule.name}/{rules_lib.ANY_SEGMENT}/{site}/*" for site in rule.projections if held]
+        out += [f"{rule.name}/{rules_lib.ANY_SEGMENT}/{site}/*" for site in rule.projections if frozen_load]
     return tuple(out)

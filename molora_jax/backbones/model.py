@@ -35,7 +35,7 @@ class Model:
     attention: str = "xla"  # or fused, see `attention.attention_form`
     max_segments: int = 0
     engine: Engine = ALONE
-    route: str = ""  # a stage's own routing: "task" is hard, by task id
+    route: str = ""  # a stage's own routing: "task" is hard, by task id; "apart": among the task's own
     tasks: tuple[str, ...] = ()  # the names behind `task_ids`
 
     @functools.cached_property
@@ -74,14 +74,16 @@ class Model:
     @property
     def _reading_base(self) -> tuple[rules_lib.Rule, ...]:
         """Rules whose routers read the frozen base's hidden state."""
-        return tuple(rule for rule in self.rules if rule.router is not None and rule.router.INPUT and not self.route)
+        return tuple(
+            rule for rule in self.rules if rule.router is not None and rule.router.INPUT and self.route != "task"
+        )
 
     def settle(self, params: dict, adapters: dict, state: dict, batch: dict) -> dict:
         """What prompts decide for their answers, `{rule: gates [B, E]}`: `batch["settled"]` of `hidden` in decoding.
 
         Of rules whose router says SETTLES; each row of the batch is one prompt.
         """
-        rules = [r for r in self.rules if r.router is not None and r.router.SETTLES and not self.route]
+        rules = [r for r in self.rules if r.router is not None and r.router.SETTLES and self.route != "task"]
         if not rules:
             return {}
         gates = self.hidden(params, adapters, state, batch, collect=True)[3]

@@ -172,6 +172,14 @@ def meteora(decoder: Backbone) -> int:
 def mora_cl(decoder: Backbone) -> int:
     """`4 * 8 L p(all)`, 8 ranks a task"""
     return 4 * decoder.layers * low_rank(decoder, decoder.sites, 8)
+def flexolmo(decoder: Backbone) -> int:
+    """`6 L (16 p(ffn) + D + 1)`: a row and a bias an owner"""
+    return 6 * decoder.layers * (low_rank(decoder, decoder.ffn_sites, 16) + decoder.width + 1)
+
+
+def kshot_experts(decoder: Backbone) -> int:
+    """`4 L (16 p(q,v) + d(q,v))`, experts and gates"""
+    return 4 * decoder.layers * (low_rank(decoder, ("q", "v"), 16) + inward(decoder, ("q", "v")))
 
 
 def ld_mole(decoder: Backbone) -> int:

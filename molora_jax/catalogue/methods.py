@@ -331,6 +331,27 @@ METHODS = {
         differs="one scale for old and new experts; the bank is allocated from the start, with a mask",
         params=formulas.mora_cl,
         own=("routers/self_activated.py", "core/turns.py"),
+    "flexolmo": Method(
+        config="configs/flexolmo.py",
+        title="FlexOlmo",
+        paper="2507.07024",
+        axes="router `document_rows`: rows from documents beside a frozen one of the base; `load` joins, "
+        "`eval.without` leaves out",
+        equation="y = p_0 FFN_0(x) + sum_e p_e FFN_e(x), p = softmax(r_0 x, r_e x + min(beta_e, 0))",
+        differs="LoRA experts; embeddings are the base's own; gates renormalised, as the base norms before its blocks",
+        params=formulas.flexolmo,
+        own=("routers/document_rows.py", "training/documents.py", "runs/without.py"),
+    ),
+    "kshot_experts": Method(
+        config="configs/kshot_experts.py",
+        title="K-shot experts",
+        paper="2408.15915",
+        axes="rules start from runs and train (`loaded`), init `gaussian`; LoRAs and data picked by K examples: "
+        "`python -m experiments.kshot_experts`",
+        equation="y = W x + sum_{top 2} w_i B_i A_i x, w = p / sum_{top 2} p, p = softmax(W_g x)",
+        differs="a loaded LoRA keeps its alpha / R; doubles go by distance; rows are embedded by MiniLM, not BGE-m3",
+        params=formulas.kshot_experts,
+        own=("inits/gaussian.py",),
     ),
     "ld_mole": Method(
         config="configs/ld_mole.py",

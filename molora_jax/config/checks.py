@@ -80,6 +80,7 @@ def _read_by(where, name, rules):
     found = [
         rule["router"].get("name") for rule in rules if isinstance(rule, dict) and isinstance(rule.get("router"), dict)
     ]
+    found = [name for name in found if isinstance(name, str)]  # another kind is told by the rule's own check
     if known and found and not any(router in known or outside.is_path(router) for router in found):
         got = f"a loss beside {', '.join(map(repr, dict.fromkeys(found)))}"
         yield wrong(where, got, f"a rule whose router is {one_of(known)}", "Remove the loss or name that router.")

@@ -129,6 +129,7 @@ FIELDS = {
         "num_generated": at_least(0),
         "max_new_tokens": at_least(1),
         "batch_size": at_least(1),
+        "without": since(TEXT, ""),
     },
 }
 
@@ -139,12 +140,13 @@ RULE = {
     "load": Field(tuple, "of paths"),
     "down": choice("once", "per_expert"),
     "shrink": Field(bool),
+    "loaded": since(choice("frozen", "trained"), "frozen"),
     "base_router": since(choice("frozen", "trained"), "frozen"),
     "loaded": since(choice("frozen", "trained"), "frozen"),
 }
 
 LATER = ("objective", "regime", "surgery")  # groups that configs of older versions lack
-STAGE = {"steps": at_least(0), "tasks": TEXT, "freeze": TEXT, "route": choice("", "task")}
+STAGE = {"steps": at_least(0), "tasks": TEXT, "freeze": TEXT, "route": choice("", "task", "apart")}
 WHOLE = dict(steps=0, tasks="", freeze="", set={}, route="", objective={})  # the one stage of a plain run
 
 

@@ -26,12 +26,12 @@ def logits(W: Array, x: Array, b: Array | None = None) -> Array:
 
 
 def permitted(allowed: Array | None) -> Array | bool:
-    """`allowed [E] | [B, E] | None` as a mask that broadcasts against `[B, S, E]`."""
-    return True if allowed is None else allowed if allowed.ndim == 1 else allowed[:, None, :]
+    """`allowed [E] | [B, E] | [B, S, E] | None` as a mask that broadcasts against `[B, S, E]`."""
+    return True if allowed is None else allowed[:, None, :] if allowed.ndim == 2 else allowed
 
 
 def softmax(z: Array, allowed: Array | None = None) -> Array:
-    """Softmax over the experts that are allowed (`[E]` or `[B, E]`); the others get exactly 0."""
+    """Softmax over the experts that are allowed (see `permitted`); the others get exactly 0."""
     if allowed is None:
         return jax.nn.softmax(z, axis=-1)
     mask = permitted(allowed)
@@ -127,9 +127,14 @@ def with_load(bias: Array, count: Array, rate: float) -> Array:
     return bias + rate * jnp.sign(jnp.mean(count) - count)
 
 
+def of_task(ctx: Context, experts: int) -> Array:
+    """`[B, S, E]` bool: expert `task_id mod E` of each token."""
+    return (ctx.task_ids % experts)[..., None] == jnp.arange(experts)
+
+
 def by_task(ctx: Context, experts: int) -> Routing:
-    """Hard routing by the batch's task ids: expert `task_id mod E` alone, with weight 1."""
-    hot = (ctx.task_ids % experts)[..., None] == jnp.arange(experts)
+    """Hard routing by the batch's task ids: the expert of the task alone, with weight 1."""
+    hot = of_task(ctx, experts)
     p = hot.astype(jnp.float32)
     return finish(p, hot, jnp.where(hot, 0.0, NEG_INF), p, ctx, k_max=1, sums_to_one=True)
 

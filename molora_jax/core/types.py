@@ -74,7 +74,8 @@ class Routing:
     `1 - sum gates`, bool where that is always 0 or 1 (gates that sum to 1: the FFN's own hidden state is then not even
     formed); `chosen [B, S, E]` bool, what a balance loss counts, None for `selected` (a dense router with one
     favourite: that); `averaged [B, S, E]` float32, what it averages, None for `probs`; `sparsity [B, S]`, what a router
-    predicts of its own sparsity (Sparsegen's lambda), for a loss.
+    predicts of its own sparsity (Sparsegen's lambda), for a loss; `base_logit [B, S]`, of the frozen base where it is
+    one expert among the others.
     Gates may be negative, exceed 1, or sum to anything: nothing downstream may assume otherwise.
     """
 
@@ -89,6 +90,7 @@ class Routing:
     chosen: Array | None = None
     sparsity: Array | None = None
     averaged: Array | None = None
+    base_logit: Array | None = None
 
 
 @flax.struct.dataclass
@@ -97,8 +99,8 @@ class Context:
 
     `valid [B, S]` bool; `segment_ids`, `positions`, `task_ids`, `example_ids [B, S]` int32; `step`, `layer` int32
     scalars; `key` unique to the site call, `step_key` equal over layers and micro-steps (both None outside training);
-    `allowed [E] | [B, E]` experts that may be chosen; `state` this router's mutable state; `carry` what the router
-    handed on from the layer before; `base` the site's frozen kernel `[D_in, D_out]`; `base_features` by rule,
+    `allowed [E] | [B, E] | [B, S, E]` experts that may be chosen; `state` this router's mutable state; `carry` what the
+    router handed on from the layer before; `base` the site's frozen kernel `[D_in, D_out]`; `base_features` by rule,
     `[B, S, *]`, what a router reads that declares an INPUT of the model; `settled [B, E]` the gates of a whole answer,
     decided by its prompt; `stack` the site's leaves of all layers and
     this layer's place among them, None where an engine splits them; `iteration` the pass inside a chain; `route` how a

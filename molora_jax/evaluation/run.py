@@ -38,6 +38,7 @@ from molora_jax.runs.metrics_file import read_rows
 from molora_jax.runs.modules import Modules, in_place
 from molora_jax.runs.opened import open_run
 from molora_jax.runs.view import View
+from molora_jax.runs.without import leave_out
 
 LOG = logging.getLogger("molora_jax.run")
 
@@ -285,7 +286,7 @@ def _put_base(base, mesh) -> dict:
     return sharding.put(base.params, shardings)
 
 
-def load_run(workdir, step="best", *, config=None, mesh=None, warn=LOG.warning) -> Run:
+def load_run(workdir, step="best", *, config=None, mesh=None, without: str = "", warn=LOG.warning) -> Run:
     """Opens the run in `workdir`, a folder or `DIR@step`.
 
     What the run is comes from the manifest of the step, which is under a checksum: a `config.json` that says otherwise
@@ -296,18 +297,25 @@ def load_run(workdir, step="best", *, config=None, mesh=None, warn=LOG.warning) 
       step: `"best"` (the newest valid one where none was marked), `"latest"` (the newest valid one), or its number.
       config: in place of the run's own `config.json`, say with other fields of `eval`.
       mesh: sizes of axes over this process's devices, such as `dict(fsdp=8)`, which split the base; None: one device.
+      without: experts to leave out, in place of `eval.without` (see `runs/without.py`): `"legal,code"`.
       warn: called with a line of text; a log record by default.
 
     Raises:
-      InputError: no run there, no such step, damage, another base model, a config that the checkpoint does not fit, a
-        mesh that does not divide the base, or a base that has no room.
+      InputError: no run there, no such step, damage, another base model, a config that the checkpoint does not fit, no
+        expert of that name, a mesh that does not divide the base, or a base that has no room.
     """
     mesh = sharding.local_mesh(mesh)
     found = open_run(workdir, step, config=config, warn=warn)
-    base, items = _put_base(found.base, mesh), {name: _put(item, mesh) for name, item in found.items.items()}
+    config = found.config
+    if without:
+        config = config.copy_and_resolve_references()
+        with config.unlocked():
+            config.eval.without = without
+    config, model, items = leave_out(config, found.model, found.base.params, found.items, own=found.own)
+    base, items = _put_base(found.base, mesh), {name: _put(item, mesh) for name, item in items.items()}
     modules = items.get("modules", {})
     return Run(
-        found.config, found.model, in_place(base, modules), items["adapters"], items["router_state"],
+        config, model, in_place(base, modules), items["adapters"], items["router_state"],
         found.base.tokenizer, found.step, found.folder, base, modules, found.modules, found.labels, items.get("start"),
         found.facts, found.digest, mesh,
     )  # fmt: skip

@@ -3,6 +3,7 @@
 from molora_jax.config import outside
 from molora_jax.inits import kaiming, pissa
 from molora_jax.inits.base import Start
+from molora_jax.inits.gaussian import Gaussian
 from molora_jax.inits.goat import GoatStart
 from molora_jax.inits.lora_ga import GaStart
 from molora_jax.inits.lora_sb import SbStart
@@ -17,6 +18,7 @@ INITS = {
     "lora_sb": SbStart,
     "orthonormal": Orthonormal,
     "goat": GoatStart,
+    "gaussian": Gaussian,
 }
 
 

@@ -20,6 +20,7 @@ import jax.numpy as jnp
 
 from molora_jax.config.resolve import split_commas
 from molora_jax.core.routing import permitted
+from molora_jax.errors import InputError
 from molora_jax.losses.base import Loss, leaves
 
 
@@ -42,6 +43,11 @@ class LocalizedBalance(Loss):
 
     def stats(self, routing, ctx):
         """`Q [B, N, E]`, `factor [B, N, E]` (I, 0 where there is no entry), `tokens [B, N]`."""
+        if ctx.route == "apart":
+            raise InputError(
+                "schedule, route", got="'apart' beside the loss localized_balance", expected="'' or 'task'",
+                fix="Where a token has one expert to choose there is nothing to localise.",
+            )  # fmt: skip
         names = split_commas(self.world)
         world = jnp.array([i for i, task in enumerate(ctx.tasks) if task in names], jnp.int32)
         hot = jax.nn.one_hot(ctx.segment_ids - 1, ctx.max_segments)  # padding (-1) is all zero

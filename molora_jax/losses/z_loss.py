@@ -20,6 +20,9 @@ class ZLoss(Loss):
         open_ = jnp.ones(routing.logits.shape, bool) & permitted(ctx.allowed)
         there = jnp.any(open_, axis=-1, keepdims=True)  # the square of NEG_INF is infinite
         z = jnp.where(open_, routing.logits, jnp.where(there, NEG_INF, 0.0))  # shut-out experts do not count
+        if routing.base_logit is not None:
+            z = jnp.concatenate([jnp.where(open_, routing.logits, NEG_INF), routing.base_logit[..., None]], axis=-1)
+            there = jnp.ones_like(there)
         square = jnp.where(there[..., 0], jax.nn.logsumexp(z, axis=-1) ** 2, 0.0)
         return {
             "z": jnp.sum(jnp.where(routing.valid, square, 0.0)),

@@ -38,7 +38,8 @@ from molora_jax.errors import InputError
 class Stage:
     """Steps `start` to `stop - 1`. `config` is the run's with the stage's `set` applied; `tasks` "" means all.
 
-    `route="task"` sends every token to the expert of its task in the routers' place: experts train apart.
+    `route="task"` sends every token to the expert of its task in the routers' place: experts train apart. With "apart"
+    routers decide, but a token may choose the expert of its task alone.
     """
 
     name: str

@@ -2,6 +2,7 @@
 
 from molora_jax.routers.biased_topk import BiasedTopK
 from molora_jax.routers.core_space import CoreSpace
+from molora_jax.routers.document_rows import DocumentRows
 from molora_jax.routers.entropy_hybrid import EntropyHybrid
 from molora_jax.routers.labelled_topk import LabelledTopK
 from molora_jax.routers.learned_threshold import LearnedThreshold
@@ -34,4 +35,5 @@ ROUTERS = {
     "soft_topk": SoftTopK,
     "labelled_topk": LabelledTopK,
     "self_activated": SelfActivated,
+    "document_rows": DocumentRows,
 }

@@ -2,9 +2,13 @@
 
     s B_a A_a = s_a B A of the run's newest checkpoint,   A_a [R, D_in], B_a [R, D_out], zero rows beyond the run's rank
 
+A router that JOINS takes runs of one expert under a router of its kind as well, with what the router learned there.
+
 Whatever a run's adapter is, it is read as its factors (PiSSA's start and MoS's pools included), so any rank up to the
 rule's and any scale will do. A projection or layer that a run does not adapt gets zeros. R rank of the rule.
 """
+
+import dataclasses
 
 import numpy as np
 
@@ -13,6 +17,7 @@ from molora_jax.core.rules import layers_named
 from molora_jax.errors import InputError
 from molora_jax.runs import saved, warm_start
 from molora_jax.runs.products import products
+from molora_jax.runs.view import View
 
 
 def load_experts(model, adapters: dict, base_digest: str) -> dict:
@@ -25,13 +30,17 @@ def load_experts(model, adapters: dict, base_digest: str) -> dict:
     adapters = dict(adapters)
     for rule in model.rules:
         if rule.load:
-            runs = [_factors(path, f"method.rules.{rule.name}", model.config, base_digest) for path in rule.load]
-            adapters[rule.name] = _fill(rule, adapters[rule.name], runs)
+            runs = [_factors(path, rule, model.config, base_digest) for path in rule.load]
+            adapters[rule.name] = _fill(rule, adapters[rule.name], [factors for factors, _ in runs])
+            if rule.router is not None and rule.router.JOINS:
+                adapters[rule.name] = _join(rule, adapters[rule.name], [rows for _, rows in runs])
     return adapters
 
 
-def _factors(path, where, decoder, base_digest) -> dict:
-    """`{(layer, site): [(A [R_a, D_in], s_a B [R_a, D_out]), ...]}`; several rules on one site add."""
+def _factors(path, rule, decoder, base_digest) -> tuple[dict, dict]:
+    """`{(layer, site): [(A [R_a, D_in], s_a B [R_a, D_out]), ...]}`, where several rules on one site add, and
+    `{(layer, router/scope): leaves}` of a router that this rule's joins."""
+    where = f"method.rules.{rule.name}"
 
     def refuse(got, expected, fix="Choose another run."):
         return InputError(f"{where}.load", got=f"{path}, {got}", expected=expected, fix=fix)
@@ -42,11 +51,59 @@ def _factors(path, where, decoder, base_digest) -> dict:
         raise refuse("which trained base leaves as well (method.train_base)", "a run that is adapters alone")
     # the step's own config: config.json may have changed since; the data and base that it names may be gone
     config = saved.read_config(path, step, need_base=False)
-    run, found = compile_model(config, decoder), {}
+    run, found, rows = compile_model(config, decoder), {}, {}
     tree = warm_start.load_adapters(path, where=f"{where}.load")
+    owned = [own.name for own in run.rules if _joins(rule, own)]
+    if owned:
+        rows = {key[1:]: leaves for key, leaves in View(tree).by_site().items() if key[0] in owned and _routes(key[2])}
+        plain = (dataclasses.replace(own, router=None) if own.name in owned else own for own in run.rules)
+        run = dataclasses.replace(run, rules=tuple(plain))
     for (_, layer, site), pair in products(run, tree, refuse=refuse).items():
         found.setdefault((layer, site), []).append(pair)
-    return found
+    return found, rows
+
+
+def _joins(rule, own) -> bool:
+    """Whether a run's rule is one expert under a router that this rule's puts together with others."""
+    if rule.router is None or own.router is None or not rule.router.JOINS:
+        return False
+    return type(own.router) is type(rule.router) and set(own.experts) <= {0, 1} and own.share == rule.share
+
+
+def _routes(site: str) -> bool:
+    return site.startswith("router/")
+
+
+def _join(rule, own: dict, rows: list[dict]) -> dict:
+    """The router's leaves of joined runs; they stay where all runs are plain, whose rows follow from documents."""
+    where = f"method.rules.{rule.name}"
+    lacks = [path for path, found in zip(rule.load, rows, strict=True) if not found]
+    if lacks and (len(lacks) < len(rows) or not rule.router.documents):
+        raise InputError(
+            f"{where}.load", got=f"{lacks[0]}, a run without this router",
+            expected="runs that all have it, with one expert, or none of which has it and router.documents above 0",
+            fix=f"Train it with this router, or set {where}.router.documents.",
+        )  # fmt: skip
+    if lacks:
+        return own
+    if rule.router.documents:
+        raise InputError(
+            f"{where}.router.documents", got=str(rule.router.documents), expected="0: the loaded runs have their rows",
+            fix="Set it to 0.",
+        )  # fmt: skip
+    view = View({rule.name: own})
+    for (name, layer, site), leaves in view.by_site().items():
+        if not _routes(site):
+            continue
+        theirs = [found.get((layer, site)) for found in rows]
+        if None in theirs:
+            raise InputError(
+                f"{where}.load", got=f"{rule.load[theirs.index(None)]}, without a row at {site} of layer {layer}",
+                expected="the rows of every router of this rule", fix="Choose a run of the same layers and share.",
+            )  # fmt: skip
+        for leaf, value in rule.router.joined(leaves, theirs, rule.load, f"{where}.load").items():
+            view[name, layer, site, leaf] = value
+    return view.tree()[rule.name]
 
 
 def _fill(rule, own: dict, runs: list[dict]) -> dict:

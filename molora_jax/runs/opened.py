@@ -26,6 +26,7 @@ class Opened:
     """`base` (with numpy `params`), `items`: the step's `adapters`, `router_state` and, where it has them, `modules`
     and `start` (the run as it began, for an objective that looks back); `labels`: the classes of its rows.
 
+    `own`: the run's config as it was saved, where `config` may be another one or without its files.
     `facts`: what makes the run what it is beside its config, as `identity` takes it; `digest`: of what was read
     (`parents.py`).
     """
@@ -40,6 +41,7 @@ class Opened:
     folder: pathlib.Path
     facts: dict = dataclasses.field(default_factory=dict)
     digest: str = ""
+    own: Any = None
 
 
 def open_run(workdir, step="best", *, config=None, warn) -> Opened:
@@ -89,7 +91,7 @@ def open_run(workdir, step="best", *, config=None, warn) -> Opened:
         "base": base_facts(base, day=day), **(told.get("extra") or {}),
     }  # fmt: skip
     digest = parents.digest_of(manifest, parents.base_digest(folder, manifest))
-    return Opened(config, base, model, modules, items, labels, step, folder, facts, digest)
+    return Opened(config, base, model, modules, items, labels, step, folder, facts, digest, saved_config)
 
 
 def item_shapes(config, model, params: dict, *, classes: int) -> tuple[Modules, dict]:

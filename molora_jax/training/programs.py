@@ -80,7 +80,7 @@ def program_of(run, stage) -> Program:
     field = f"schedule.{stage.name if run.regime.SCHEDULE else next(iter(config.schedule))}.freeze"
     _check_freeze(run, stage.freeze, leaves, field=field)
     trainable, _ = trees.split(leaves, frozen)
-    if not trainable:
+    if not trainable and not any(rule.load for rule in model.rules):  # a run that only joins others is written as it is
         raise InputError(field, got="patterns that freeze every leaf", expected="something to train")
     losses = tuple((name, dataclasses.replace(loss, weight=1.0)) for name, loss in compile_losses(config))
     losses, penalties = apart(losses)

@@ -30,7 +30,7 @@ from molora_jax.runs.bases import check_bases
 from molora_jax.runs.checkpoints import Checkpoints, read_manifest
 from molora_jax.runs.obstacles import not_saved
 from molora_jax.runs.workdir import Workdir
-from molora_jax.training import many, probe
+from molora_jax.training import documents, many, probe
 from molora_jax.training.exact import ExactNLL
 from molora_jax.training.examples import mean_squares
 from molora_jax.training.frozen import START, own_reference
@@ -187,6 +187,8 @@ class TrainingRun:
             if any(rule.load for rule in self.model.rules):
                 new = expert_runs.load_experts(self.model, jax.device_get(state.adapters), self.base.digest)
                 state = dataclasses.replace(state, adapters=sharding.put(new, stage.shardings.adapters))
+            if not self.config.train.init_from:
+                state = documents.begin(self, first, state)
             if self.looks_back:
                 self.keep_start(_learned(state))
             self._remember(self.regime.begin(self, state, self.memory), state)

@@ -290,7 +290,7 @@ def make_update(model, optimizer, schedule, *, clip: float, frozen, rated=None, 
             finite = jnp.isfinite(norm) & jnp.isfinite(loss)
             moved, modules = trees.apart(trees.merge(optax.apply_updates(trainable, updates), still))
             router_state = state.router_state
-            if not model.route:  # a stage that routes by itself leaves the routers alone
+            if model.route != "task":  # a stage that routes by itself leaves the routers alone
                 router_state = update_routers(model, router_state, out["router"])
             keep = lambda new, old: jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, old)  # noqa: E731
             state = TrainState(

@@ -39,7 +39,7 @@ class Routers:
         return leaves.get("router", {}).get(scope, {})
 
     def route(self, xp, rule, leaves, scope, x, layer):
-        """`(probs, selected, gates, valid, logits, base_gate, sparsity, averaged)`."""
+        """`(probs, selected, gates, valid, logits, base_gate, sparsity, averaged, base_logit)`."""
         segment = self._segment(layer)
         where, at = ("shared", 0) if scope == "model" else (segment.name, layer - segment.start)
         state = self.state.get(rule.name, {}).get(where, {}).get("router", {}).get(scope, {})
@@ -47,7 +47,7 @@ class Routers:
         own, shared = self.leaves(rule, leaves, scope), self.adapters[rule.name].get("shared", {})
         x = rule.router.input_of(jnp.asarray(x, jnp.float32), leaves.get(scope, {}), ctx)
         m, self.carry[rule.name], _ = rule.router.route(own, shared, x, ctx)
-        out = (m.probs, m.selected, m.gates, m.valid, m.logits, m.base_gate, m.sparsity, m.averaged)
+        out = (m.probs, m.selected, m.gates, m.valid, m.logits, m.base_gate, m.sparsity, m.averaged, m.base_logit)
         return tuple(None if v is None else np.asarray(v) for v in out) if xp is np else out
 
 
@@ -76,7 +76,7 @@ def loss(model, member, decisions, batch):
     for (layer, rule, scope), d in decisions.items():
         row = next(r for r in model.rules if r.name == rule)
         made = Routing(*(jnp.asarray(v) for v in (d.gates, d.selected, d.logits, d.probs, d.valid)), k_max=1)
-        made = made.replace(sparsity=d.sparsity)
+        made = made.replace(sparsity=d.sparsity, base_logit=d.base_logit)
         sums = member.stats(made, routers.context(row, scope, layer))
         segment = "model" if scope == "model" else f"{layer:03d}-{layer:03d}"
         stats.setdefault(rule, {}).setdefault(segment, {})[scope] = jax.tree.map(lambda v: v[None], sums)

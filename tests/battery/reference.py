@@ -20,7 +20,7 @@ from tests.battery import members
 
 # [B, S, E] but valid, rows, base_gate [B, S]
 Decision = collections.namedtuple(
-    "Decision", "probs selected gates valid rows logits base_gate sparsity averaged", defaults=(None,) * 4
+    "Decision", "probs selected gates valid rows logits base_gate sparsity averaged base_logit", defaults=(None,) * 5
 )
 
 
