@@ -195,3 +195,10 @@ def adamole(decoder: Backbone) -> int:
 def flylora(decoder: Backbone) -> int:
     """`32 L o(all)`: B alone"""
     return decoder.layers * 32 * outward(decoder, decoder.sites)
+
+
+def moa_hetero(decoder: Backbone) -> int:
+    """`L (8 p(q,k,v,o,down) + 10 D + H + 33 D + 16 + 56 (D + 1) + 7 * 29)`, H heads"""
+    D, K = decoder.width, 7
+    kinds = low_rank(decoder, (*decoder.attention_sites, "down"), 8) + 10 * D + decoder.heads + 33 * D + 16
+    return decoder.layers * (kinds + 2 * 4 * K * (D + 1) + K * (4 * K + 1))

@@ -138,6 +138,7 @@ RULE = {
     "down": choice("once", "per_expert"),
     "shrink": Field(bool),
     "base_router": since(choice("frozen", "trained"), "frozen"),
+    "adapters": since(Field(tuple, "of names of adapters"), ()),
 }
 
 LATER = ("objective", "regime", "surgery")  # groups that configs of older versions lack

@@ -6,6 +6,7 @@ from molora_jax.routers.entropy_hybrid import EntropyHybrid
 from molora_jax.routers.learned_threshold import LearnedThreshold
 from molora_jax.routers.recurrent import Recurrent
 from molora_jax.routers.sequence_gate import SequenceGate
+from molora_jax.routers.sigmoid_threshold import SigmoidThreshold
 from molora_jax.routers.sigmoid_topk import SigmoidTopK
 from molora_jax.routers.softmax_topk import SoftmaxTopK
 from molora_jax.routers.sparse_projection import SparseProjection
@@ -28,4 +29,5 @@ ROUTERS = {
     "core_space": CoreSpace,
     "learned_threshold": LearnedThreshold,
     "sparse_projection": SparseProjection,
+    "sigmoid_threshold": SigmoidThreshold,
 }
