@@ -142,7 +142,13 @@ RULE = {
 }
 
 LATER = ("objective", "regime", "surgery")  # groups that configs of older versions lack
-STAGE = {"steps": at_least(0), "tasks": TEXT, "freeze": TEXT, "route": choice("", "task")}
+STAGE = {
+    "steps": at_least(0),
+    "tasks": TEXT,
+    "freeze": TEXT,
+    "route": choice("", "task"),
+    "rows": since(TEXT, ""),
+}
 WHOLE = dict(steps=0, tasks="", freeze="", set={}, route="", objective={})  # the one stage of a plain run
 
 

@@ -1,6 +1,7 @@
 """Which experts does a token use, with what weight?"""
 
 from molora_jax.routers.biased_topk import BiasedTopK
+from molora_jax.routers.by_task import ByTask
 from molora_jax.routers.core_space import CoreSpace
 from molora_jax.routers.entropy_hybrid import EntropyHybrid
 from molora_jax.routers.learned_threshold import LearnedThreshold
@@ -30,4 +31,5 @@ ROUTERS = {
     "learned_threshold": LearnedThreshold,
     "sparse_projection": SparseProjection,
     "sigmoid_threshold": SigmoidThreshold,
+    "by_task": ByTask,
 }
