@@ -51,7 +51,7 @@ class Layer:
         before it, and once more after it, for rules that read it there."""
         for rule, experts in self.active:
             if rule.router is not None and rule.share == scope.removesuffix("_normed"):
-                if scope not in ("block", "block_normed") or rule.placement.enters == scope:
+                if scope not in ("block", "block_normed") or scope in rule.placement.enters:
                     self._route(rule, experts, rule.share, x)
 
     def _route(self, rule, experts, scope, x, iteration=0):

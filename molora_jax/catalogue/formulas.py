@@ -202,3 +202,8 @@ def moa_hetero(decoder: Backbone) -> int:
     D, K = decoder.width, 7
     kinds = low_rank(decoder, (*decoder.attention_sites, "down"), 8) + 10 * D + decoder.heads + 33 * D + 16
     return decoder.layers * (kinds + 2 * 4 * K * (D + 1) + K * (4 * K + 1))
+
+
+def dmoerm(decoder: Backbone) -> int:
+    """`2 L (16 p(all) + 32 p(q,v))` of two categories of one point each, and the heads"""
+    return decoder.layers * 2 * (low_rank(decoder, decoder.sites, 16) + low_rank(decoder, ("q", "v"), 32))

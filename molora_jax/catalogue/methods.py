@@ -471,6 +471,18 @@ ORGANISED = {
         differs="the tasks' parabolas as one (the same slope); theta are the factors",
         own=("losses/ewc.py", "training/examples.py"),
     ),
+    "dmoerm": Method(
+        config="configs/dmoerm.py",
+        title="DMoERM",
+        paper="2403.01197",
+        axes="objective `reward_experts`, router `by_task`; stages: categories, capability points, their fusion",
+        equation="r = w . PReLU(U [h_1; ...; h_n] + b) + a, h_p of expert p's own pass; "
+        "L = mean of softplus(r_worse - r_better)",
+        params=formulas.dmoerm,
+        differs="phase 1 trains a LoRA a category; accuracy counts the better answer as right; points' heads train; no "
+        "dropout in phase 3; 60 / 40 percent of the prompts",
+        own=("objectives/reward_experts.py", "routers/by_task.py", "evaluation/rewards.py"),
+    ),
 }
 
 

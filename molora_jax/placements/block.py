@@ -75,9 +75,9 @@ class Block(projection.Projection):
     )  # fmt: skip
 
     @property
-    def enters(self) -> str:
-        """The name under which a layer announces what the router reads."""
-        return "block" if self.router_input == "raw" else "block_normed"
+    def enters(self) -> tuple[str, ...]:
+        """The names under which a layer announces what the router reads."""
+        return ("block",) if self.router_input == "raw" else ("block_normed",)
 
     def mixed(self, names: tuple[str, ...], adapter, make):
         """The adapter of a rule that lists `names`; `make(name)` gives a member of `adapters` with its defaults."""
