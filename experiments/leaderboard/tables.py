@@ -100,7 +100,7 @@ def entry(table: str, method: str, decoder, common: list, seeds: int) -> Entry:
 def at_work(rule) -> int:
     """R times the most experts of a token, times the passes."""
     experts = 1 if rule.router is None else max(rule.router.k_max(n) for n in rule.experts if n)
-    return rule.adapter.rank * experts * (1 if rule.placement is None else rule.placement.iterations)
+    return rule.adapter.rank * experts * getattr(rule.placement, "iterations", 1)
 
 
 class _Search:

@@ -103,11 +103,14 @@ class Bert(Backbone):
     def block(self, p, x, at, adapt, cache):
         heads = lambda y: y.reshape(*x.shape[:2], self.heads, -1)  # noqa: E731
 
+        weights = weights_of(p, ("q", "k", "v", "o"))
+
         def core(q, k, v):
-            return attend(heads(q), heads(k), heads(v), at.once["mask"], asked=at.attention, train=at.train)
+            out = attend(heads(q), heads(k), heads(v), at.once["mask"], asked=at.attention, train=at.train)
+            return adapt.prompted(out, heads(q), weights, lambda y: y.reshape(*y.shape[:2], self.heads, -1))
 
         with jax.named_scope("attention"):
-            change = adapt.attention(x, weights_of(p, ("q", "k", "v", "o")), core)
+            change = adapt.attention(x, weights, core)
             x = self._normed(x + change, p["attn_norm"])
         with jax.named_scope("ffn"):
             change = adapt.feed_forward(x, weights_of(p, ("up", "down")), self.activation)

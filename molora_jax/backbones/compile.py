@@ -32,6 +32,10 @@ def compile_model(config, decoder: Backbone, *, max_segments: int = 0, tasks: tu
     """
     rules = []
     for name, rule in sorted(config.method.rules.items()):
+        adapter = _member("adapters", ADAPTERS, rule.adapter)
+        placement = _member("placements", PLACEMENTS, rule.placement) if "placement" in rule else None
+        if rule.get("adapters"):
+            adapter = placement.mixed(rule.adapters, adapter, lambda kind: _member("adapters", ADAPTERS, {}, kind))
         layers = config_lib.resolve_layers(rule.layers, decoder.layers)
         counts = dict(zip(layers, config_lib.resolve_experts(rule.experts, len(layers)), strict=True))
         rules.append(
@@ -39,14 +43,14 @@ def compile_model(config, decoder: Backbone, *, max_segments: int = 0, tasks: tu
                 name=name,
                 sites=config_lib.resolve_sites(rule.sites, absent=decoder.ABSENT),
                 experts=tuple(counts.get(layer, 0) for layer in range(decoder.layers)),
-                adapter=_member("adapters", ADAPTERS, rule.adapter),
+                adapter=adapter,
                 router=_member("routers", ROUTERS, rule.router) if "router" in rule else None,
                 down=rule.down,
                 gates_scale_base=rule.shrink,
                 base_router=rule.get("base_router", "frozen"),  # not in runs of older versions
                 load=tuple(rule.load),
                 loaded=rule.get("loaded", "frozen"),  # likewise
-                placement=_member("placements", PLACEMENTS, rule.placement) if "placement" in rule else None,
+                placement=placement,
             )
         )
     model = Model(

@@ -10,9 +10,9 @@ def by_layer(model, gates: dict) -> dict:
     """
     out: dict = {}
     for rule in model.rules:
-        E = max(rule.experts)
         for scope in rule.scopes:
             parts = {name: scopes[scope] for name, scopes in gates.get(rule.name, {}).items() if scope in scopes}
+            E = max(g.shape[-1] for g in parts.values())
             if scope == "model":
                 out.setdefault(rule.name, {})[scope] = parts["model"]
                 continue

@@ -1,7 +1,8 @@
 """Bookkeeping of one layer's pass, given to a block as `adapt`: who routes where, what is shared, the sums that leave.
 
 A router is asked once a scope: a site's own input (`share="site"`), the normed input of the attention or feed-forward
-sub-block (`attn`, `ffn`; reused at o and down), or the whole model (`model`; decided before the stack).
+sub-block (`attn`, `ffn`; reused at o and down), what enters the block (`block`, of the placement of that name), or the
+whole model (`model`; decided before the stack).
 """
 
 import dataclasses
@@ -24,12 +25,12 @@ class Layer:
     """One layer of one trace. `rules` are (rule, experts) that act here; trees are this layer's slices by rule name.
 
     `whole`: the adapters of all layers of the segment and this layer's place among them, None where an engine splits
-    them.
+    them. `settled` by rule and scope: gates of whole answers at this layer.
     """
 
     def __init__(
         self, config: Backbone, segment, active, losses, trees, carry, ctx: Context, given, collect, engine,
-        whole=None,
+        whole=None, settled=None,
     ):  # fmt: skip
         self.config, self.segment, self.active, self.losses = config, segment, active, losses
         self.adapters, self.shared, self.state = trees
@@ -39,7 +40,7 @@ class Layer:
             for rule, experts in routed
         }
         self.carry, self.ctx, self.given, self.collect = dict(carry), ctx, given, collect
-        self.engine, self.whole = engine, whole
+        self.engine, self.whole, self.settled = engine, whole, settled or {}
         self.decisions, self.stats, self.routings = {}, {}, {}
 
     def _context(self, rule, name: str, base=None) -> Context:
@@ -52,16 +53,18 @@ class Layer:
         return self.ctx.replace(key=key, site=site, base=base, stack=stack, dropout=rule.adapter.dropout)
 
     def enter(self, scope: str, x: Array) -> None:
-        """Routes every rule that shares a decision over this sub-block. `x [B, S, D]`, after the norm."""
+        """Routes every rule that shares a decision over this sub-block. `x [B, S, D]`, after the norm; of a `block`
+        before it, and once more after it, for rules that read it there."""
         for rule, experts in self.active:
-            if rule.router is not None and rule.share == scope:
-                self._route(rule, experts, scope, x)
+            if rule.router is not None and rule.share == scope.removesuffix("_normed"):
+                if scope not in ("block", "block_normed") or scope in rule.placement.enters:
+                    self._route(rule, experts, rule.share, x)
 
     def _route(self, rule, experts, scope, x, iteration=0):
         own = rule.leaves_of(scope)
         ctx = self._context(rule, scope).replace(
             state=self.state[rule.name].get("router", {}).get(own, {}), carry=self.carry.get(rule.name, ()),
-            iteration=iteration,
+            iteration=iteration, settled=self.settled.get(rule.name, {}).get(scope, self.ctx.settled),
         )  # fmt: skip
         with jax.named_scope("route"):
             if ctx.route == "task":
@@ -124,8 +127,8 @@ class Layer:
         `x [B, S, D_in]` -> `[B, S, D_out]`.
         """
         flat = x.reshape(-1, x.shape[-1])
-        acting = self._acting(site)
-        parts = [self._part(rule, experts, site, x, {site: W}) for rule, experts in acting]
+        each = [((rule, E), self._parts(rule, E, site, x, {site: W})) for rule, E in self._acting(site)]
+        acting, parts = [pair for pair, own in each for _ in own], [part for _, own in each for part in own]
         with jax.named_scope(site):
             y, counts = engines.project(self.engine, site, W, bias, flat, parts, rest)
         self._count(acting, site, counts)
@@ -135,11 +138,11 @@ class Layer:
         """The rules that a part of the block asks for."""
         return [(rule, experts) for rule, experts in self.active if site in placements.of(rule).acts(rule)]
 
-    def _part(self, rule, experts, site, x, kernels):
+    def _parts(self, rule, experts, site, x, kernels):
         """A rule's experts at a site whose frozen kernels are `kernels`; `x [B, S, D_in]`."""
         decision = self._decision(rule, experts, site, x)
         context = lambda name: self._context(rule, name, base=kernels.get(name))  # noqa: E731
-        return placements.of(rule).part(
+        return placements.of(rule).parts(
             rule, site, self.adapters[rule.name], self.shared.get(rule.name, {}), decision, context,
             x.reshape(-1, x.shape[-1]),
         )  # fmt: skip
@@ -147,9 +150,19 @@ class Layer:
     def attention(self, h: Array, weights: dict, core) -> Array:
         """The attention sub-block `[B, S, D]` of its normed input: `weights` (kernel, bias) of q, k, v and o;
         `core(q, k, v [B, S, *]) -> [B, S, *]` all between the projections."""
+        self.enter("block_normed", h)
         self.enter("attn", h)
         q, k, v = (self.project(site, *weights[site], h) for site in ("q", "k", "v"))
         return self.project("o", *weights["o"], core(q, k, v))
+
+    def prompted(self, out: Array, q: Array, weights: dict, keys) -> Array:
+        """Attention's output `[B, S, H * H_d]` with what prompts add to it (`Placement.prompted`)."""
+        for rule, experts in self._acting("prompt"):
+            with jax.named_scope("prompt"):
+                decision = self._decision(rule, experts, "prompt", out)
+                change = placements.of(rule).prompted(rule, self.adapters[rule.name], decision, q, weights, keys)
+                out = out + change.astype(out.dtype)
+        return out
 
     def feed_forward(self, x: Array, weights: dict, act: str) -> Array:
         """The feed-forward sub-block `[B, S, D]` of its normed input: `weights` (kernel, bias) of gate (where there is
@@ -200,7 +213,7 @@ class Layer:
             return self.project("down", W_down, b_down, ffn.ACTIVATIONS[act](g) * u)
         kernels = {s: weights[s][0] for s in ffn.SITES}
         flat = [a.reshape(-1, a.shape[-1]) for a in (x, g, u)]
-        parts = [self._part(rule, experts, "ffn", x, kernels) for rule, experts in acting]
+        parts = [self._parts(rule, experts, "ffn", x, kernels)[0] for rule, experts in acting]
         with jax.named_scope("experts"):
             mix, rest, counts = engines.feed_forward(self.engine, *flat, kernels, parts, act)
         self._count(acting, "ffn", counts)
@@ -214,10 +227,12 @@ class Layer:
             if rule.router is None:
                 return None
             scope = rule.scopes[t]
-            first = self.decisions.get((rule.name, placement.decided_by(scope)))
+            taken = placement.decided_by(scope)
+            first = self.decisions.get((rule.name, taken))
             if first is None:
                 return self._route(rule, experts, scope, z, iteration=t)
-            self.record(rule, scope, first, {}, self._context(rule, scope))
+            if taken != scope:  # its own was recorded when it was made
+                self.record(rule, scope, first, {}, self._context(rule, scope))
             return first
 
         def meet(t, part, z):

@@ -61,7 +61,8 @@ def begun_anew(config, rules, segments, key, params: dict, adapters: dict, layer
     stack = config.stack_of(segment.start)
     for rule in rules:
         rule_key = jax.random.fold_in(key, rule.tag)
-        for name in rule.projections if reads_gradient(rule) and rule.experts[segment.start] else ():
+        reads = reads_gradient(rule) and rule.experts[segment.start]
+        for name in [name for name in rule.projections if name in base_grad] if reads else ():
             site = rules_lib.site(config, name, segment, rule)
             leaf_key = jax.random.fold_in(jax.random.fold_in(rule_key, rules_lib.site_tag(name)), layer)
             base = jax.lax.dynamic_index_in_dim(params[stack.name][name]["kernel"], layer - stack.start, 0, False)

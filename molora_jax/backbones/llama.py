@@ -127,8 +127,15 @@ class Llama(Backbone):
         return x, cache
 
     def _attention(self, p, h, at, adapt, cache):
+        weights = weights_of(p, ("q", "k", "v", "o"))
+
         def core(q, k, v):
             nonlocal cache
+
+            def keys(prompt, q=q):  # normed as a text's, without positions
+                prompt = self._normed(p, q, prompt)[1].reshape(*prompt.shape[:2], -1, self.head_dim)
+                return rms_norm(prompt, p["k_norm"], self.norm_eps) if self.qk_norm else prompt
+
             q, k = self._normed(p, q, k)
             q, k, v = (y.reshape(*h.shape[:2], -1, self.head_dim) for y in (q, k, v))
             if self.qk_norm:
@@ -140,9 +147,10 @@ class Llama(Backbone):
             if "slides" in at.arrays:
                 mask = jnp.where(at.arrays["slides"], at.once["narrow"], mask)
             alone = cache is None
-            return attend(q, k, v, mask, asked=at.attention, train=at.train and alone, causal=alone)
+            out = attend(q, k, v, mask, asked=at.attention, train=at.train and alone, causal=alone)
+            return adapt.prompted(out, q, weights, keys)
 
-        return adapt.attention(h, weights_of(p, ("q", "k", "v", "o")), core), cache
+        return adapt.attention(h, weights, core), cache
 
     def _normed(self, p, q, k):
         """A norm over all heads together; no Llama has one."""

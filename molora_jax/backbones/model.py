@@ -79,15 +79,17 @@ class Model:
         )
 
     def settle(self, params: dict, adapters: dict, state: dict, batch: dict) -> dict:
-        """What prompts decide for their answers, `{rule: gates [B, E]}`: `batch["settled"]` of `hidden` in decoding.
+        """What prompts decide for their answers: `batch["settled"]` of `hidden` in decoding.
 
-        Of rules whose router says SETTLES; each row of the batch is one prompt.
+        Of rules whose router says SETTLES; each row of the batch is one prompt. `{rule: gates [B, E]}` of a router that
+        decides for the whole model, else `{rule: {segment: {scope: [L_segment, B, E]}}}`.
         """
         rules = [r for r in self.rules if r.router is not None and r.router.SETTLES and self.route != "task"]
         if not rules:
             return {}
         gates = self.hidden(params, adapters, state, batch, collect=True)[3]
-        return {rule.name: jnp.max(gates[rule.name]["model"]["model"][0], axis=1) for rule in rules}
+        own = {rule.name: jax.tree.map(lambda g: jnp.max(g, axis=2), gates[rule.name]) for rule in rules}
+        return {r.name: own[r.name]["model"]["model"][0] if r.share == "model" else own[r.name] for r in rules}
 
     def hidden(
         self,
@@ -157,7 +159,7 @@ class Model:
         route = functools.partial(self._route_model, adapters, state, batch.get("settled", {}), ctx, collect)
         runner = stack.StackRunner(
             self, adapters, state, ctx, mask=mask, carry=carry, cache=(*buffers["own"], write) if buffers else None,
-            route=route, collect=collect, constrain=constrain, tap=tap,
+            route=route, collect=collect, constrain=constrain, tap=tap, settled=batch.get("settled", {}),
         )  # fmt: skip
         x = self.config.forward(params, batch, runner)
         if buffers:

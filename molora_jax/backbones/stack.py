@@ -78,18 +78,19 @@ class StackRunner:
     `adapters[rule][segment]`, `state` likewise. `carry` by rule goes through the layers; `cache` is `(k, v, write)`,
     `k, v [L, B, S_k, H_kv, H_d]` and `write(buffer [B, ...], new [B, S, ...])`, None without one; `route(x)` gives the
     decisions that are taken once for all layers, from what enters the first: `(given, stats, gates)`; `tap` as of
-    `Model.hidden`.
+    `Model.hidden`, `settled` of `Model.settle`.
 
     Afterwards `cache` is the new one, and `stats`, `gates` `{rule: {segment: ...}}` hold what left the layers, each
     leading with the segment's layers.
     """
 
     def __init__(
-        self, model, adapters, state, ctx: Context, *, mask, carry, cache, route, collect, constrain, tap=None
-    ):
+        self, model, adapters, state, ctx: Context, *, mask, carry, cache, route, collect, constrain, tap=None,
+        settled=None,
+    ):  # fmt: skip
         self.model, self.adapters, self.state, self.ctx = model, adapters, state, ctx
         self.mask, self.carry, self.cache, self.route = mask, carry, cache, route
-        self.collect, self.constrain, self.tap = collect, constrain, tap
+        self.collect, self.constrain, self.tap, self.settled = collect, constrain, tap, settled or {}
         self.given, self.once = None, None
         self.stats, self.gates = {}, {}
 
@@ -117,7 +118,7 @@ class StackRunner:
 
         def body(loop, xs):
             x, carry, kv, zeros = loop
-            index, own, own_state = xs
+            index, own, own_state, settled = xs
             place = index - stack.start if stack.start else index
             base = jax.tree.map(lambda w: jax.lax.dynamic_index_in_dim(w, place, 0, False), sliced)
             base, zeros = (base, zeros) if tap is None else tap.kernels(index, base, zeros)
@@ -126,17 +127,20 @@ class StackRunner:
             adapt = Layer(
                 config, segment, active, model.losses, (own, shared, own_state), carry,
                 ctx.replace(layer=index), self.given, self.collect, model.engine,
-                None if whole is None else (whole, index - segment.start),
+                None if whole is None else (whole, index - segment.start), settled,
             )  # fmt: skip
             store = None if kv is None else LayerCache(kv, index, cache[2])
             here = {name: values[place] for name, values in arrays.items()}
+            adapt.enter("block", x)
             at = BlockContext(self.once, here, ctx.valid, ctx.train, model.attention)
             x, kv = config.block(base, x, at, adapt, store)
             return (self.constrain(x), adapt.carry, kv, zeros), (adapt.stats, adapt.routings)
 
         body = jax.checkpoint(body, policy=REMAT[model.remat], prevent_cse=False) if ctx.train else body
         own_state = {name: self.state.get(name, {}).get(segment.name, {}) for name in names}
-        xs = (jnp.arange(segment.start, segment.stop), own, own_state)
+        settled = {r.name: self.settled[r.name][segment.name] for r, _ in active if r.name in self.settled
+                   and r.share != "model"}  # fmt: skip
+        xs = (jnp.arange(segment.start, segment.stop), own, own_state, settled)
         kv = None if cache is None else cache[:2]
         zeros = {} if tap is None else {site: tap.zeros[site] for site in stack.sites if site in tap.zeros}
         (x, self.carry, kv, zeros), (stats, gates) = jax.lax.scan(body, (x, self.carry, kv, zeros), xs)

@@ -216,3 +216,15 @@ def adamole(decoder: Backbone) -> int:
 def flylora(decoder: Backbone) -> int:
     """`32 L o(all)`: B alone"""
     return decoder.layers * 32 * outward(decoder, decoder.sites)
+
+
+def moa_hetero(decoder: Backbone) -> int:
+    """`L (8 p(q,k,v,o,down) + 10 D + H + 33 D + 16 + 56 (D + 1) + 7 * 29)`, H heads"""
+    D, K = decoder.width, 7
+    kinds = low_rank(decoder, (*decoder.attention_sites, "down"), 8) + 10 * D + decoder.heads + 33 * D + 16
+    return decoder.layers * (kinds + 2 * 4 * K * (D + 1) + K * (4 * K + 1))
+
+
+def dmoerm(decoder: Backbone) -> int:
+    """`2 L (16 p(all) + 32 p(q,v))` of two categories of one point each, and the heads"""
+    return decoder.layers * 2 * (low_rank(decoder, decoder.sites, 16) + low_rank(decoder, ("q", "v"), 32))

@@ -464,6 +464,19 @@ METHODS = {
         params=formulas.flylora,
         own=("adapters/lora_sparse_a.py", "routers/sparse_projection.py", "core/sparse_projection.py"),
     ),
+    "moa_hetero": Method(
+        config="configs/moa_hetero.py",
+        title="MoA (heterogeneous)",
+        paper="2506.05928",
+        axes="placement `block`: an expert a place, of several kinds (`adapters`); router `sigmoid_threshold`",
+        equation="w = sigmoid(f(x)), once a block; y_j += w_j s B_j A_j x; o += w gate_h softmax(q K_P^T) V_P; "
+        "FFN(h) += w U silu(V h); sparse: w_j [w_j >= tau(x)]",
+        params=formulas.moa_hetero,
+        differs="as its code, where the threshold does not learn (`sparse_weight=shifted` trains it); the loss is on "
+        "answers; one expert of each kind at a place",
+        own=("placements/block.py", "adapters/_mixed.py", "core/prompt.py", "routers/sigmoid_threshold.py"),
+        zero_init=False,  # the parallel adapter starts near 1e-9
+    ),
 }
 
 
@@ -507,6 +520,18 @@ ORGANISED = {
         params=formulas.lora,
         differs="the tasks' parabolas as one (the same slope); theta are the factors",
         own=("losses/ewc.py", "training/examples.py"),
+    ),
+    "dmoerm": Method(
+        config="configs/dmoerm.py",
+        title="DMoERM",
+        paper="2403.01197",
+        axes="objective `reward_experts`, router `by_task`; stages: categories, capability points, their fusion",
+        equation="r = w . PReLU(U [h_1; ...; h_n] + b) + a, h_p of expert p's own pass; "
+        "L = mean of softplus(r_worse - r_better)",
+        params=formulas.dmoerm,
+        differs="phase 1 trains a LoRA a category; accuracy counts the better answer as right; points' heads train; no "
+        "dropout in phase 3; 60 / 40 percent of the prompts",
+        own=("objectives/reward_experts.py", "routers/by_task.py", "evaluation/rewards.py"),
     ),
 }
 

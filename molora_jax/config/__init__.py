@@ -50,7 +50,8 @@ def check_model(config, num_layers, dims=None, absent=None):
             problems.append(problem)
             continue
         needs = states("placements", placement_of(rule, sites), "NEEDS")
-        missing = [site for site in sites if site in absent and "placement" not in rule]
+        fixed = states("placements", placement_of(rule, sites), "OWNS") if "placement" in rule else ()
+        missing = [site for site in sites if site in absent and not fixed]
         for need in (need for need in needs if need in absent):
             placement = rule["placement"]["name"]
             problems.append(wrong(f"{where}.placement.name", repr(placement), f"a base with {need}", absent[need]))

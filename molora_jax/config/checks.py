@@ -18,6 +18,7 @@ from molora_jax.errors import InputError, local
 
 FREEZE = re.compile(r"[\w*?/.\-\[\]!]+")
 STAGE_NAME = re.compile(r"s\d\d")
+ROWS = re.compile(r"(\d{1,3})-(\d{1,3})", re.ASCII)
 
 
 def problems(config):
@@ -62,6 +63,11 @@ def _losses(config):
     rules = rules.values() if isinstance(rules, dict) else ()
     own = lambda rule: "router" in rule or rule.get("base_router") == "trained"  # noqa: E731
     routed = any(isinstance(rule, dict) and own(rule) for rule in rules)
+    for key, rule in config["method"]["rules"].items() if isinstance(config["method"].get("rules"), dict) else ():
+        router = rule.get("router") if isinstance(rule, dict) else None
+        if isinstance(router, dict) and isinstance(router.get("name"), str) and is_member("routers", router["name"]):
+            where = f"method.rules.{key}.router"
+            yield from _task_names(where, router["name"], router, tasks_of(config), "routers")
     for name, loss in config["losses"].items():
         where = f"losses.{name}"
         yield from member_problems(where, loss, "losses", name=name)
@@ -86,10 +92,12 @@ def _read_by(where, name, rules):
         yield wrong(where, got, f"a rule whose router is {one_of(known)}", "Remove the loss or name that router.")
 
 
-def _task_names(where, name, loss, tasks):
-    """Options that a loss declares as task names (`TASKS`) are entries of data.tasks."""
-    for option in attribute("losses", name, "TASKS") or ():
-        for task in task_list(loss.get(option, options("losses", name)[option].default)):
+def _task_names(where, name, member, tasks, axis="losses"):
+    """Options that a loss or a router declares as task names (`TASKS`) are entries of data.tasks."""
+    for option in attribute(axis, name, "TASKS") or ():
+        value = member.get(option, options(axis, name)[option].default)
+        texts = value if isinstance(value, (tuple, list)) else (value,)
+        for task in [task for text in texts for task in task_list(text)]:
             if task not in tasks and not may_name_more(tasks):
                 expected = f"tasks among data.tasks = {','.join(tasks)}"
                 yield wrong(f"{where}.{option}", shown(task), expected, did_you_mean(task, tasks))
@@ -222,6 +230,10 @@ def _schedule(config, *, valid):
                 yield wrong(
                     f"{where}.tasks", shown(task), f"tasks among data.tasks = {','.join(tasks)}", "Add it there."
                 )
+        bounds = ROWS.fullmatch(stage["rows"]) if isinstance(stage.get("rows"), str) else None
+        if stage.get("rows") and not (bounds and int(bounds[1]) < int(bounds[2]) <= 100):
+            expected = '"", or percent of the training prompts, such as "0-60" and "60-100"'
+            yield wrong(f"{where}.rows", shown(stage["rows"]), expected)
         if stage.get("freeze") and not all(FREEZE.fullmatch(part) for part in parts_of(stage["freeze"])):
             yield wrong(f"{where}.freeze", shown(stage["freeze"]), "a comma list of path patterns such as */router/*")
         rules = config["method"].get("rules")

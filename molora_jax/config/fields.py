@@ -142,11 +142,17 @@ RULE = {
     "shrink": Field(bool),
     "loaded": since(choice("frozen", "trained"), "frozen"),
     "base_router": since(choice("frozen", "trained"), "frozen"),
-    "loaded": since(choice("frozen", "trained"), "frozen"),
+    "adapters": since(Field(tuple, "of names of adapters"), ()),
 }
 
 LATER = ("objective", "regime", "surgery")  # groups that configs of older versions lack
-STAGE = {"steps": at_least(0), "tasks": TEXT, "freeze": TEXT, "route": choice("", "task", "apart")}
+STAGE = {
+    "steps": at_least(0),
+    "tasks": TEXT,
+    "freeze": TEXT,
+    "route": choice("", "task", "apart"),
+    "rows": since(TEXT, ""),
+}
 WHOLE = dict(steps=0, tasks="", freeze="", set={}, route="", objective={})  # the one stage of a plain run
 
 

@@ -71,6 +71,8 @@ def _rule(where, rule, *, start):
             yield strange
             return
     yield from check_start(where, rule)
+    if rule.get("adapters"):
+        yield from _kinds(where, rule, sites)
     if sites:
         yield from _at_sites(where, rule, sites, start=start)
     if counts:
@@ -109,9 +111,9 @@ def check_counts(where, rule, counts):
             fix = "Leave experts out." if base_routes else "Add a router, or say 1."
             yield wrong(f"{where}.experts", shown(rule["experts"]), why, fix)
         return
-    k = limits.option(rule, "router.k") or 1
-    if k > min(counts):
-        expected = f"k <= experts, and the fewest experts are {min(counts)}"
+    k, most = limits.option(rule, "router.k") or 1, min(counts) * _places(rule)
+    if k > most:
+        expected = f"k <= experts, and the fewest experts are {most}"
         yield wrong(f"{where}.router.k", f"{k} (K > E)", expected, "Lower k or raise experts.")
     if limits.option(rule, "router.share") == "model" and len(set(counts)) > 1:
         got = f"'model' with {', '.join(map(str, sorted(set(counts))))} experts"
@@ -147,6 +149,44 @@ def _share(where, share, sites):
         yield wrong(where, got, expected, "Write two rules, or use 'site'.")
     if share == "ffn" and sites != ("ffn",) and not set(sites) <= set(FFN):
         yield wrong(where, got, "sites among gate,up,down, or ffn, for share 'ffn'", "Write two rules, or use 'site'.")
+
+
+def _own_kinds(rule) -> tuple[str, ...]:
+    """Kinds of adapters that the rule's placement has of its own."""
+    return tuple(limits.states("placements", rule["placement"]["name"], "KINDS")) if "placement" in rule else ()
+
+
+def _places(rule) -> int:
+    """How often a rule's experts stand in a block, where one decision is about all of them."""
+    own = _own_kinds(rule)
+    if not own:
+        return 1
+    kinds = rule.get("adapters") or (rule["adapter"]["name"],)
+    at_sites = [kind for kind in kinds if kind not in own]
+    return len(at_sites) * len(resolve_sites(rule["sites"])) + len(kinds) - len(at_sites)
+
+
+def _kinds(where, rule, sites):
+    """`adapters`: names of adapters, and of kinds that the placement has of its own."""
+    where, kinds, own = f"{where}.adapters", rule["adapters"], _own_kinds(rule)
+    if not own:
+        able = next(name for name in members("placements") if limits.states("placements", name, "KINDS"))
+        yield wrong(where, shown(kinds), f"none without placement=dict(name={able!r})", "Add that to the rule.")
+        return
+    for kind in kinds:
+        found = None if kind in own else member_problem(where, "adapters", kind, among=(*members("adapters"), *own))
+        if found:
+            yield found
+            return
+    first = next((kind for kind in kinds if kind not in own), None)
+    if len(set(kinds)) < len(kinds):
+        yield wrong(where, shown(kinds), "each kind once")
+    elif first != rule["adapter"]["name"]:
+        expected = f"{rule['adapter']['name']!r} as the first that stands at projections, since adapter has its options"
+        yield wrong(where, shown(kinds), expected, "Name it first, or another adapter.name.")
+    if rule["experts"] != "1":
+        rule_at = where.removesuffix(".adapters")
+        yield wrong(f"{rule_at}.experts", shown(rule["experts"]), '"1" with adapters: one of each kind')
 
 
 def _load(where, rule, counts):

@@ -5,6 +5,7 @@ A segment is a run of layers on which every rule has the same expert count; the 
 """
 
 import dataclasses
+import functools
 import re
 import zlib
 from typing import Any
@@ -12,7 +13,7 @@ from typing import Any
 from molora_jax.config.fields import ATTENTION, FFN, PROJECTIONS
 from molora_jax.core.types import Site
 
-SCOPES = ("attn", "ffn", "model")
+SCOPES = ("attn", "ffn", "model", "block")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,8 +35,9 @@ class Rule:
     @property
     def projections(self) -> tuple[str, ...]:
         """The names under which the rule's factors lie: the sites listed; of a whole FFN gate, up and down."""
-        if self.placement is not None and self.placement.OWNS is not None:
-            return self.placement.OWNS
+        own = None if self.placement is None else self.placement.owned(self)
+        if own is not None:
+            return own
         return FFN if self.sites == ("ffn",) else self.sites
 
     @property
@@ -112,10 +114,15 @@ def segments(rules: tuple[Rule, ...], num_layers: int, cuts=()) -> tuple[Segment
 
 
 def site(config, name: str, segment: Segment, rule: Rule) -> Site:
-    """A projection; or `attn`, `ffn`, `model`, `pass<t>`, which read a state of width D (in a chain, change it too)."""
+    """A projection; or `attn`, `ffn`, `model`, `block`, `pass<t>`, which read a state of width D (in a chain, change it
+    too); or another place whose factors the rule's placement owns."""
     d_in, d_out = config.dims(name) if name in PROJECTIONS else (config.width, config.width)
     experts = rule.experts[segment.start]
-    experts = experts if rule.placement is None else rule.placement.experts(config, experts)
+    if rule.placement is not None:
+        d_in, d_out = rule.placement.dims(config, name) or (d_in, d_out)
+        owned = name in rule.projections
+        count = rule.placement.experts if owned else functools.partial(rule.placement.choices, rule)
+        experts = count(config, experts)
     return Site(name, d_in, d_out, segment.layers, experts, rule.experts)
 
 

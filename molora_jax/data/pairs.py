@@ -37,3 +37,31 @@ def of_task(entry: str, examples: list[Example]) -> list[Example]:
             wrong = others[seed_of("rejected", example.prompt) % len(others)]
             out.append(dataclasses.replace(example, rejected=dataclasses.replace(example, target=wrong)))
     return out
+
+
+def of_ranking(prompt: str, answers, ranks) -> list[dict]:
+    """Rows `prompt, chosen, rejected` of every pair of ranked answers; rank 1 is the best, equal ranks say nothing.
+
+    >>> [(row["chosen"], row["rejected"]) for row in of_ranking("?", ["a", "b", "c"], [2, 1, 2])]
+    [('b', 'a'), ('b', 'c')]
+    """
+    both = [(i, j) for i in range(len(answers)) for j in range(i + 1, len(answers)) if ranks[i] != ranks[j]]
+    ordered = [(i, j) if ranks[i] < ranks[j] else (j, i) for i, j in both]
+    return [dict(prompt=prompt, chosen=answers[i], rejected=answers[j]) for i, j in ordered]
+
+
+def judged(rows, judge) -> list[dict]:
+    """Rows `prompt, chosen, rejected` of those pairs on which a judge agrees with itself when the answers are swapped.
+
+    Args:
+      rows: `(prompt, one, other)`. judge: `(prompt, first, second) -> 1 or 2`, the better answer's place.
+
+    >>> judged([("?", "a", "b")], lambda prompt, first, second: 1)  # a judge that always takes the first
+    []
+    """
+    out = []
+    for prompt, one, other in rows:
+        first, swapped = judge(prompt, one, other), judge(prompt, other, one)
+        if {first, swapped} == {1, 2}:
+            out += of_ranking(prompt, (one, other), (1, 2) if first == 1 else (2, 1))
+    return out

@@ -159,6 +159,21 @@ class Stream:
             only=only, fractions=fractions,
         )  # fmt: skip
 
+    def part(self, low: int, high: int) -> "Stream":
+        """The same kind of stream over the examples whose prompt has a hash from `low` to below `high` percent.
+
+        A function of the prompt alone, so that no prompt, with whatever answers, is in two parts.
+
+        Raises:
+          InputError: a task without such an example.
+        """
+        only = {}
+        for i, members in self._members.items():
+            texts, rows = self.split.tasks[i].texts, self.split.rows
+            place = np.array([seed_of("part", texts[rows[m]][0]) % 100 for m in members.tolist()])
+            only[i] = members[(low <= place) & (place < high)]
+        return self.among(only)
+
     def members(self, task_id: int) -> np.ndarray:
         """The ids of a task's examples (of a unit: its first)."""
         return self._members[task_id]

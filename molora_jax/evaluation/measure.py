@@ -59,22 +59,22 @@ def nll(run, prompts: list[str], answers: list[str]) -> np.ndarray:
                 raise InputError(where, got=repr(text)[:80], expected="some text")
     if len(prompts) != len(answers):
         raise InputError("answer", got=f"{len(answers)} texts", expected=f"one for each of {len(prompts)} prompts")
-    encoded = [_encoded(run, *pair) for pair in zip(prompts, answers, strict=True)]
-    longest = max((len(pair.ids) - 1 for pair in encoded), default=0)
+    found = [encoded(run, *pair) for pair in zip(prompts, answers, strict=True)]
+    longest = max((len(pair.ids) - 1 for pair in found), default=0)
     if longest > run.model.config.context:
         raise InputError("prompt", got=f"{longest} tokens", expected=f"at most {run.model.config.context}")
-    rows = max(1, min(len(encoded), run.config.eval.batch_size))
+    rows = max(1, min(len(found), run.config.eval.batch_size))
     size, batches = round_up(max(longest, 1)), []
-    for first in range(0, len(encoded), rows):
+    for first in range(0, len(found), rows):
         batch = empty_batch(rows, size, pad_id=run.tokenizer.pad_id)
         batch["example_index"] = np.full((rows, size), -1, np.int32)
-        for row, pair in enumerate(encoded[first : first + rows]):
+        for row, pair in enumerate(found[first : first + rows]):
             ids = np.asarray(pair.ids, np.int32)
             write_segment(batch, row, 0, 1, ids=ids, mask=pair.loss_mask, task_id=0, example_id=first + row)
             batch["example_index"][row] = first + row
         batches.append(batch)
     sums = example_nll(
-        run.model, run.params, run.adapters, run.router_state, batches, len(encoded), mesh=run.mesh,
+        run.model, run.params, run.adapters, run.router_state, batches, len(found), mesh=run.mesh,
         targets_per_row=size, constrain=_as_it_is,
     )  # fmt: skip
     return sums["nll"] / sums["tokens"]
@@ -85,7 +85,8 @@ def _as_it_is(x):
     return x
 
 
-def _encoded(run, prompt: str, answer: str):
+def encoded(run, prompt: str, answer: str):
+    """Ids of an answer to a prompt in the run's own template; raises InputError where it refuses them."""
     data = run.config.data
     text = prompt + answer if data.get("raw", False) else None
     example = Example(task="", prompt="" if text else prompt, target=answer, group="", text=text)

@@ -6,10 +6,17 @@ from molora_jax.objectives.classify import Classify
 from molora_jax.objectives.distill import Distill
 from molora_jax.objectives.lm import LM
 from molora_jax.objectives.preference import Preference
+from molora_jax.objectives.reward_experts import RewardExperts
 
 __all__ = ["OBJECTIVES", "Forward", "Frozen", "Objective", "compile_objective"]
 
-OBJECTIVES = {"lm": LM, "classify": Classify, "preference": Preference, "distill": Distill}
+OBJECTIVES = {
+    "lm": LM,
+    "classify": Classify,
+    "preference": Preference,
+    "distill": Distill,
+    "reward_experts": RewardExperts,
+}
 
 
 def compile_objective(value, *, where: str = "objective") -> Objective:

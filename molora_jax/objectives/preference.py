@@ -68,22 +68,27 @@ class Preference(Objective):
 
     def differences(self, forward, heads, fixed, batch):
         """`(s_chosen - s_rejected, present)`, each `[B/2, G]`."""
-        most = self._most(forward, batch)
-        last, present = _last(batch, most)
-        hidden = forward.hidden(batch)
+        last, present = _last(batch, self._most(forward, batch))
         with jax.named_scope("loss"):
-            if self.form == "reward":
-                s = jnp.take_along_axis(hidden.astype(jnp.float32), last[..., None], axis=1) @ heads["kernel"]
-            else:
-                s = _log_likelihood(forward, forward.params, forward.model, hidden, batch, most)
-                if "reference" in fixed:
-                    other = fixed["reference"]
-                    s = s - _log_likelihood(
-                        forward, other.params, other.model, forward.frozen(other, batch), batch, most
-                    )
-                s = self.beta * s
-        chosen, rejected = _sides(s)
+            chosen, rejected = _sides(self.scores(forward, heads, fixed, batch, last))
         return chosen - rejected, _sides(present)[0]
+
+    def scores(self, forward, heads, fixed, batch, last):
+        """`s [B, G]` of every answer; `last [B, G]` is the position of its last token."""
+        hidden = forward.hidden(batch)
+        if self.form == "reward":
+            return jnp.take_along_axis(hidden.astype(jnp.float32), last[..., None], axis=1) @ heads["kernel"]
+        most = self._most(forward, batch)
+        s = _log_likelihood(forward, forward.params, forward.model, hidden, batch, most)
+        if "reference" in fixed:
+            other = fixed["reference"]
+            s = s - _log_likelihood(forward, other.params, other.model, forward.frozen(other, batch), batch, most)
+        return self.beta * s
+
+    def rewards(self, forward, heads, fixed, batch):
+        """`(s [B, G], whether there is such an answer [B, G])` of rows that need not be pairs."""
+        last, present = _last(batch, self._most(forward, batch))
+        return self.scores(forward, heads, fixed, batch, last), present
 
     @staticmethod
     def _most(forward, batch):

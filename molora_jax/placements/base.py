@@ -3,9 +3,10 @@
 A placement is a frozen dataclass of its options, like every member, in a file of its own and with a row in
 `placements.PLACEMENTS`. It knows no mesh and no engine. It gives
 
-    literals     NAME, NAMED, SITES, OWNS, LOADS, REFUSES, LIMITS: the config reads them without importing it
-    of a rule    acts, scopes, leaves_of, decided_by, slots, meetings, owns, widths, frozen, ends, stays and the
-                 literals AXES, KEPT, DROPS, REDONE, IDS; asked by model, engines and table of bytes; each has a default
+    literals     NAME, NAMED, SITES, OWNS, KINDS, LOADS, REFUSES, LIMITS: the config reads them without importing it
+    of a rule    acts, scopes, choices, owned, dims, leaves_of, decided_by, slots, meetings, owns, widths, frozen, ends,
+                 stays and the literals AXES, KEPT, DROPS, REDONE, IDS; asked by model, engines and table of bytes; each
+                 has a default
     part(...)    one rule's experts at one meeting with tokens: a `Part`, which does the mathematics
 
 and a place in the block: a `Region` that is there (`projection.Linear`, `ffn.Hidden`, `Beside`), or one of its own.
@@ -142,6 +143,7 @@ class Placement:
     NEEDS: ClassVar[tuple[str, ...]] = ()  # what a base must have: "experts" of its own
     BASE_ROUTER: ClassVar[bool] = False  # a rule may train the base's own router
     OWNS: ClassVar[tuple[str, ...] | None] = None  # names under which a rule's factors lie; None: its sites
+    KINDS: ClassVar[tuple[str, ...]] = ()  # kinds of its own that a rule may list in `adapters`; (): it lists none
     LOADS: ClassVar[bool] = True  # factors change a frozen weight, so they can be read from runs (a rule's `load`)
     # Rules that it cannot serve: (field, conditions, what is expected, what to change); see `config/limits.py`
     REFUSES: ClassVar[tuple] = ()
@@ -155,12 +157,25 @@ class Placement:
     IDS: ClassVar[int] = 1  # int32 numbers that travel with a row: its expert; 2: its place in the batch too
 
     def acts(self, rule) -> tuple[str, ...]:
-        """Names at which a block asks for the rule: a projection, `ffn` (between up and down), `beside` (the FFN)."""
+        """Names at which a block asks for the rule: a projection, `ffn` (between up and down), `beside` (the FFN),
+        `prompt` (before o)."""
         return rule.sites
 
     def experts(self, config, experts: int) -> int:
         """Experts that a rule's factors are for; `config` is the base's shape, `experts` what the rule says."""
         return experts
+
+    def choices(self, rule, config, experts: int) -> int:
+        """Experts among which one decision chooses; `experts` is what the rule says."""
+        return self.experts(config, experts)
+
+    def owned(self, rule) -> tuple[str, ...] | None:
+        """Names under which the rule's factors lie, where they are not its sites."""
+        return self.OWNS
+
+    def dims(self, config, name: str) -> tuple[int, int] | None:
+        """`(D_in, D_out)` of an owned place that is no projection, where they are not both D."""
+        return None
 
     def kept(self, site: str, leaves: dict) -> dict:
         """Of a site's fresh leaves `[L, E, ...]` those that are kept (all, or one for experts that share)."""
@@ -222,6 +237,19 @@ class Placement:
         Args:
           p: the layer's leaves by name of site; shared: the rule's; routing: the decision, None without a router.
           context: name of a site -> `Context`; x: `[T, D_in]`, for its shape.
+        """
+        raise NotImplementedError
+
+    def parts(self, rule, site: str, p: dict, shared: dict, routing, context, x: Array) -> list[Part]:
+        """The same as a list, of a placement that has several at one site."""
+        return [self.part(rule, site, p, shared, routing, context, x)]
+
+    def prompted(self, rule, p: dict, routing, q: Array, weights: dict, keys) -> Array:
+        """What a placement that acts at `prompt` adds to attention's output before `o`, `[B, S, H * H_d]`.
+
+        Args:
+          q: the queries `[B, S, H, H_d]` as they meet the keys; weights: (kernel, bias) of the block's projections.
+          keys: `[1, N, H_kv * H_d] -> [1, N, H_kv, H_d]`, what a family does to keys beside turning them.
         """
         raise NotImplementedError
 

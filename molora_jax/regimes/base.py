@@ -39,7 +39,8 @@ class Stage:
     """Steps `start` to `stop - 1`. `config` is the run's with the stage's `set` applied; `tasks` "" means all.
 
     `route="task"` sends every token to the expert of its task in the routers' place: experts train apart. With "apart"
-    routers decide, but a token may choose the expert of its task alone.
+    routers decide, but a token may choose the expert of its task alone. `rows` "0-60": of these tasks the prompts whose
+    hash lies in that range of percent; "" means all.
     """
 
     name: str
@@ -49,6 +50,7 @@ class Stage:
     freeze: tuple[str, ...]
     route: str
     config: Any
+    rows: str = ""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,7 +87,8 @@ class Regime:
 
     def source(self, data, config, stage: Stage):
         """What gives a turn's rows: `iterate(turn, rows=...)`, `batch(turn)`. One object for stages of equal rows."""
-        return data.train.for_tasks(stage.tasks) if stage.tasks else data.train
+        of_tasks = data.train.for_tasks(stage.tasks) if stage.tasks else data.train
+        return of_tasks.part(*map(int, stage.rows.split("-"))) if stage.rows else of_tasks
 
     def each(self, config, data):
         """Of `core.privacy.Private`, hashable; or None."""

@@ -75,7 +75,7 @@ def stages(config) -> tuple[Stage, ...]:
             if stage.get("objective"):  # whole: options of another member have no place beside it
                 changed.objective = ConfigDict(stage.objective.to_dict())
         freeze = tuple(p.strip() for p in stage.freeze.split(",") if p.strip())
-        out.append(Stage(name, start, stop, stage.tasks, freeze, stage.route, changed))
+        out.append(Stage(name, start, stop, stage.tasks, freeze, stage.route, changed, stage.get("rows", "")))
         start = stop
     return tuple(out)
 

@@ -1,6 +1,7 @@
 """Which experts does a token use, with what weight?"""
 
 from molora_jax.routers.biased_topk import BiasedTopK
+from molora_jax.routers.by_task import ByTask
 from molora_jax.routers.core_space import CoreSpace
 from molora_jax.routers.document_rows import DocumentRows
 from molora_jax.routers.entropy_hybrid import EntropyHybrid
@@ -9,6 +10,7 @@ from molora_jax.routers.learned_threshold import LearnedThreshold
 from molora_jax.routers.recurrent import Recurrent
 from molora_jax.routers.self_activated import SelfActivated
 from molora_jax.routers.sequence_gate import SequenceGate
+from molora_jax.routers.sigmoid_threshold import SigmoidThreshold
 from molora_jax.routers.sigmoid_topk import SigmoidTopK
 from molora_jax.routers.soft_topk import SoftTopK
 from molora_jax.routers.softmax_topk import SoftmaxTopK
@@ -36,4 +38,6 @@ ROUTERS = {
     "labelled_topk": LabelledTopK,
     "self_activated": SelfActivated,
     "document_rows": DocumentRows,
+    "sigmoid_threshold": SigmoidThreshold,
+    "by_task": ByTask,
 }

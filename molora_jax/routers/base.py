@@ -33,7 +33,7 @@ class Router:
 
     FROZEN: ClassVar[tuple[str, ...]] = ()  # leaf names that never train
     RANDOM: ClassVar[tuple[str, ...]] = ()  # fields that make training random, off at 0 (the battery sets them so)
-    SETTLES: ClassVar[bool] = False  # of `share="model"`: in decoding the prompt decides once, for the whole answer
+    SETTLES: ClassVar[bool] = False  # in decoding the prompt decides once, for the whole answer
     INPUT: ClassVar[str] = ""  # "base_hidden": the frozen base's last hidden state in place of the site's input
 
     JOINS: ClassVar[bool] = False  # runs of one expert under this router are joined by `load`: `rows`, `joined`

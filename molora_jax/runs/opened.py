@@ -75,7 +75,7 @@ def open_run(workdir, step="best", *, config=None, warn) -> Opened:
     base, day = pinned(base, _day(facts.get("day"), folder))
     _same_base(facts, base_facts(base, day=day), config.base.source, folder)
     config_lib.check_model(config, base.config.layers, base.config.dims, base.config.ABSENT)
-    model, labels = compile_model(config, base.config), labels_of(manifest)
+    model, labels = compile_model(config, base.config, tasks=named_of(manifest, "tasks") or None), labels_of(manifest)
     modules, shapes = item_shapes(config, model, base.params, classes=len(labels))
     if "modules" in manifest["tree"]:
         shapes.setdefault("modules", {})
@@ -112,9 +112,14 @@ def item_shapes(config, model, params: dict, *, classes: int) -> tuple[Modules, 
 
 def labels_of(manifest: dict) -> tuple[str, ...]:
     """The names of the classes, in the order of their numbers, as the identity of the run states them."""
+    return named_of(manifest, "labels")
+
+
+def named_of(manifest: dict, what: str) -> tuple[str, ...]:
+    """`labels`, or `tasks` where a router or an objective tells them apart; () where the identity has none."""
     extra = (manifest.get("run") or {}).get("extra")
-    labels = extra.get("labels") if isinstance(extra, dict) else None
-    return tuple(map(str, labels)) if isinstance(labels, list) else ()
+    names = extra.get(what) if isinstance(extra, dict) else None
+    return tuple(map(str, names)) if isinstance(names, list) else ()
 
 
 def _overrides(own, config) -> list[str]:

@@ -17,6 +17,7 @@ from molora_jax.runs.folders import FIX, no_run
 from molora_jax.runs.manifest import read_manifest
 
 BASE = "base"  # the folder of a run's own base, where a surgery changed it
+ANY_FILE = "jsonl:" + __file__.replace(",", "\\,")  # stands for files of rows that may be gone, where nothing is read
 
 
 def read_config(workdir, step="best", *, warn=None, need_base: bool = True):
@@ -169,7 +170,8 @@ def without_inputs(config, *, keep_data: bool = False):
         for rule in config.method.rules.values():
             rule.load = ()
         if not keep_data:
-            config.data.tasks = ",".join(TASKS)
+            files = "jsonl:" in str(config.data.tasks)  # whose tasks stages and routers may name
+            config.data.tasks = ",".join((*TASKS, *[ANY_FILE] * files))
             config.data.valid = ""
             for stage in config.schedule.values():
                 stage.tasks = ""

@@ -115,10 +115,11 @@ class TrainingRun:
         return self._compiled[program]
 
     def source(self, stage):
-        """The rows of a stage; stages of the same tasks read on in the same ones."""
-        if stage.tasks not in self._sources:
-            self._sources[stage.tasks] = self.regime.source(self.data, self.config, stage)
-        return self._sources[stage.tasks]
+        """The rows of a stage; stages of the same rows read on in them."""
+        key = stage.tasks, stage.rows
+        if key not in self._sources:
+            self._sources[key] = self.regime.source(self.data, self.config, stage)
+        return self._sources[key]
 
     def arguments(self, stage) -> tuple:
         """What a stage's step is given beside state, base and rows: frozen models, knobs, what penalties remember."""

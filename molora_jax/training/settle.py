@@ -52,6 +52,10 @@ def _mentioned(config):
         losses = fields["set"].get("losses", {})
         yield from _of_losses(f"schedule.{stage}.set.losses", losses, config.losses)
     yield from _of_losses("losses", config.losses, config.losses)
+    for name, rule in config.method.rules.items():
+        for option in attribute("routers", rule.router.name, "TASKS") or () if "router" in rule else ():
+            for group in rule.router.get(option, ()):
+                yield f"method.rules.{name}.router.{option}", split_commas(group)
 
 
 def _of_losses(where, losses, names):

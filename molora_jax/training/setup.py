@@ -45,6 +45,8 @@ class Setup:
         extra = {"base_digest": self.base.digest, "data_fingerprint": self.data.fingerprint, "base": facts}
         if self.data.classes:
             extra["labels"] = list(self.data.classes)
+        if any(getattr(rule.router, "TASKS", ()) for rule in self.model.rules):  # whose experts are of tasks by name
+            extra["tasks"] = list(self.model.tasks)
         others = sorted(digest for source, digest in self.digests.items() if source != "base")
         return extra | ({"frozen": others} if others else {})
 

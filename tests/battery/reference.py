@@ -81,6 +81,22 @@ def route(xp, router, leaves, x, batch):
     return Decision(probs, selected, gates, valid, rows_of(batch), logits)
 
 
+def place_of(rule, place):
+    """The weight of one place of a rule of the placement `block`, among all that it has, in the paper's order."""
+    there = {*rule.sites, *(name for name, _ in rule.adapter.kinds)}
+    order = [p for p in ("q", "k", "v", "prompt", "o", "up", "gate", "down", "parallel") if p in there]
+    return slice(order.index(place), order.index(place) + 1)
+
+
+def prompted(xp, q, leaves, block):
+    """Attention over a prompt's own slots: `q [B, S, H, H_d]` -> alike. Its softmax is not the text's."""
+    heads = lambda y: y.reshape(len(y), -1, q.shape[-1])  # noqa: E731
+    K, V = (heads(leaves["P"][0] @ block[site]["kernel"]) for site in ("k", "v"))
+    K, V = (xp.repeat(y, q.shape[2] // y.shape[1], axis=1) for y in (K, V))
+    a = softmax(xp, xp.einsum("bshd,lhd->bshl", q, K) / q.shape[-1] ** 0.5)
+    return xp.einsum("bshl,lhd->bshd", a, V) * leaves["gate"][0][:, None]
+
+
 def rows_of(batch):
     """A number for every packed example."""
     ids = batch["segment_ids"]
@@ -138,17 +154,22 @@ def forward(xp, model, params, adapters, batch):
 
         def weights(rule, leaves, site, W, layer=layer):
             ctx = routers.context(rule, site, layer, base=W)
-            return expert_weights(xp, rule.adapter, leaves.get(site, {}), W, adapters[rule.name].get("shared", {}), ctx)
+            adapter = rule.adapter.kinds[0][1] if hasattr(rule.adapter, "kinds") else rule.adapter
+            return expert_weights(xp, adapter, leaves.get(site, {}), W, adapters[rule.name].get("shared", {}), ctx)
 
-        def project(site, x, normed, acting=acting, block=block, decide=decide, weights=weights):
+        def project(site, x, normed, acting=acting, block=block, decide=decide, weights=weights, entered=x):
             """A site whose own router (if it has one) reads `x`, a shared one the sub-block's `normed` input."""
             W = block[site]["kernel"]
             y = x @ W
             for rule, leaves in acting:
                 if site in rule.sites:
+                    W_e = weights(rule, leaves, site, W)
+                    if rule.placement is not None:  # one decision for the block, on what enters it
+                        g = decide(rule, leaves, "block", entered)[..., place_of(rule, site)]
+                        y = y + g * (x @ (W_e[0] - W))
+                        continue
                     own = rule.router is None or rule.router.share == "site"
                     g = decide(rule, leaves, site if own else rule.router.share, x if own else normed)
-                    W_e = weights(rule, leaves, site, W)
                     y = y + xp.einsum("bse,bseo->bso", g, xp.einsum("bsd,edo->bseo", x, W_e) - (x @ W)[:, :, None])
             return y
 
@@ -164,6 +185,11 @@ def forward(xp, model, params, adapters, batch):
             q, k = (rms(xp, y, block[f"{n}_norm"], c.norm_eps) for n, y in (("q", q), ("k", k)))
         q, k = (rotate(xp, y, batch["positions"], c.rope_base) for y in (q, k))
         a = attend(xp, q, k, v, batch["segment_ids"])
+        entered = x
+        for rule, leaves in acting:
+            if "prompt" in leaves:
+                w = decide(rule, leaves, "block", entered)[..., place_of(rule, "prompt"), None]
+                a = a + w * prompted(xp, q, leaves["prompt"], block)
         x = x + project("o", a.reshape(*h.shape[:2], -1), h)
 
         h = rms(xp, x, block["ffn_norm"], c.norm_eps)
@@ -191,7 +217,11 @@ def forward(xp, model, params, adapters, batch):
             g, u = project("gate", h, h), project("up", h, h)
             y = project("down", g / (1 + xp.exp(-g)) * u, h)
         for rule, leaves in acting:
-            if rule.placement is not None:  # a chain
+            if "parallel" in leaves:
+                p, w = leaves["parallel"], decide(rule, leaves, "block", entered)[..., place_of(rule, "parallel")]
+                inner = h @ p["inward"][0].T + p["b"][0]
+                y = y + w * (inner / (1 + xp.exp(-inner)) @ p["outward"][0] + p["c"][0])
+            if rule.placement is not None and rule.placement.NAME == "chain":
                 z = h
                 for t in range(rule.placement.iterations):
                     g = decide(rule, leaves, f"pass{t}", z)

@@ -27,6 +27,11 @@ OBJECTIVES = {
     "dpo": {"name": "preference", "form": "dpo", "reference": "base"},
     "distill": {"name": "distill", "teacher": "x", "temperature": 2.0},
 }
+OF_TASKS = {"morph": ("translate", "emoji", "code"), "factbook": ("sentiment", "topic", "dialog", "math")}
+POINTS = tuple(f"{category}:{task}" for category, tasks in OF_TASKS.items() for task in tasks)
+EVERY = OBJECTIVES | {
+    form: {"name": "reward_experts", "form": form, "points": POINTS} for form in ("category", "fused")
+}
 LABELLED = dict(BATCH, targets=BATCH["targets"].copy(), loss_weight=np.zeros_like(BATCH["loss_weight"]))
 for row in range(8):
     for segment in (1, 2) if row % 3 else (1,):  # micro-steps of unequal weight
@@ -41,8 +46,8 @@ def model_case():
 
 def step_of(kind, *, accumulate=1, on=None, engine=None, copies=("norms", "embed")):
     """`(state, metrics, gradients)` of one step on the battery's small model with random adapters."""
-    case, objective = model_case(), compile_objective(OBJECTIVES[kind])
-    head = OBJECTIVES[kind]["name"]
+    case, objective = model_case(), compile_objective(EVERY[kind])
+    head = EVERY[kind]["name"]
     modules = Modules(((head, objective),), base_leaves(copies, case.params), SMALL.width, C)
     model = case.model if engine is None else dataclasses.replace(case.model, engine=Engine(engine, on))
     made = model, case.optimizer
@@ -78,6 +83,15 @@ def test_four_micro_steps_are_the_whole_batch(kind):
     whole = step_of(kind)
     assert any(path.startswith("modules/base/") and np.abs(g).max() > 0 for path, g in whole[2].items())
     same(whole, step_of(kind, accumulate=4))
+
+
+@pytest.mark.parametrize("kind", [pytest.param("category", marks=pytest.mark.slow), "fused"])
+def test_rewards_of_experts_in_micro_steps_and_on_four_devices(kind):
+    """Of the fused form the passes of all points are rows of one batch, four times as many."""
+    whole = step_of(kind, copies=())
+    assert any(np.abs(g).max() > 0 for path, g in whole[2].items() if path.startswith("modules/"))
+    same(whole, step_of(kind, accumulate=4, copies=()))
+    same(whole, step_of(kind, on=mesh(data=2, fsdp=2), copies=()))
 
 
 def test_devices_and_trained_copies_change_no_value():
