@@ -8,8 +8,8 @@ merging. Values of the script: all seven projections, 32 ranks (`experts="32"`, 
 `select="abs"` is the paper's text (the package: `select=signed`), `input_grad=True` is the gradient of what is computed
 (the package sends none: `adapter.input_grad=False`). A row has round(density D) entries, not D // (r // k). Not as
 there: the load bias moves once a step, by the whole batch without padding, never in evaluation. `seed` and `density` of
-adapter and router are one matrix: change both. Runs of one seed share A, so the mean of their B's is the mean of their
-changes where the same ranks act.
+adapter and router are one matrix: change both, or the config is refused. Runs of one seed share A, so the mean of their
+B's is the mean of their changes where the same ranks act.
 """
 
 from configs import common
