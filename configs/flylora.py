@@ -8,8 +8,12 @@ merging. Values of the script: all seven projections, 32 ranks (`experts="32"`, 
 `select="abs"` is the paper's text (the package: `select=signed`), `input_grad=True` is the gradient of what is computed
 (the package sends none: `adapter.input_grad=False`). A row has round(density D) entries, not D // (r // k). Not as
 there: the load bias moves once a step, by the whole batch without padding, never in evaluation. `seed` and `density` of
-adapter and router are one matrix: change both. Runs of one seed share A, so the mean of their B's is the mean of their
-changes where the same ranks act.
+adapter and router are one matrix: change both, or the config is refused. Runs of one seed share A, so the mean of their
+B's is the mean of their changes where the same ranks act.
+
+As it stands, with `--config.train.steps=30 --config.train.batch_size=4` (jax 0.10, two CPU cores): mean loss of the
+first five steps 5.28, of the last five 3.29. The busiest rank of a site is chosen 1.5 to 4 times as often as the mean
+(4 is every time), at the last step as at the first: 30 steps of u = 1e-3 move no bias far.
 """
 
 from configs import common

@@ -1,4 +1,5 @@
-"""Writes what the documents say from the code: docs/methods.md, docs/combinations.md, tables and quoted files.
+"""Writes what the documents say from the code: docs/methods.md, docs/combinations.md, docs/surveys.md,
+docs/absent.md, tables and quoted files.
 
 python -m launch.docs
 """
@@ -7,7 +8,7 @@ import re
 
 from configs import common
 from launch.flags import ROOT
-from molora_jax.catalogue import combinations, methods
+from molora_jax.catalogue import combinations, methods, surveys
 
 QUOTED = re.compile(r"(<!-- file: (\S+) -->\n```python\n)(.*?)(?=```\n)", re.S)
 
@@ -26,6 +27,8 @@ def documents() -> dict[str, str]:
         "README.md": table.sub(lambda _: methods.readme_table(), readme),
         "CONTRIBUTING.md": QUOTED.sub(_quoted, guide),
         "docs/methods.md": methods.document(),
+        "docs/surveys.md": surveys.document(),
+        "docs/absent.md": surveys.absent_document(),
         "docs/combinations.md": combinations.document(combinations.walk(common.get_config())),
     }
 

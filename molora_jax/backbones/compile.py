@@ -66,9 +66,20 @@ def compile_model(config, decoder: Backbone, *, max_segments: int = 0, tasks: tu
 
 
 def _check_router(rule: Rule, model: Model) -> None:
-    """Asks a router from outside once for every number of experts and width that it serves."""
+    """Refuses a router that looks ahead where the base predicts the next token, and asks one from outside once for
+    every number of experts and width that it serves."""
+    if rule.router is not None and not rule.router.CAUSAL and model.config.CAUSAL:
+        raise InputError(
+            f"method.rules.{rule.name}.router.name",
+            got=f"{type(rule.router).__name__} on {model.config.family}, which predicts the next token",
+            expected="a router whose choice for a token depends on no later token",
+            fix="In decoding there are no later tokens, so it would choose otherwise than in training. "
+            "It serves encoders; here biased_topk with bias_rate=1e-3 balances without looking ahead.",
+        )  # fmt: skip
     acting = [segment for segment in model.segments if rule.experts[segment.start]]
     found = [router_site(model.config, scope, segment, rule) for segment in acting for scope in rule.router_scopes]
+    for experts in {site.experts for site in found}:
+        rule.router.check(f"method.rules.{rule.name}.router", experts, model.tasks)
     for site in {(site.experts, site.d_in): site for site in reversed(found)}.values():
         check_slots(rule.router, site, f"method.rules.{rule.name}.router")
 

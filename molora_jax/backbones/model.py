@@ -144,6 +144,8 @@ class Model:
             route=self.route,
             max_segments=self.max_segments or tokens.shape[1],
             tasks=self.tasks,
+            tasked="task_ids" in batch,
+            tokens=tokens,
         )
         carry = {
             rule.name: rule.router.init_carry(*tokens.shape)

@@ -6,8 +6,9 @@ A member says which rules it cannot serve with literals, which are read here and
 
 A row refuses a rule of which all conditions hold, in the name of `field`. Paths are `adapter.rank`, `router.share`,
 `placement.iterations`, `down` (of the rule) or `train.init_from` (of the config). Tests: `is`, `in`, `not in`, `above`
-of a value; `given`, whether it is there at all; `states` and `needs` of the member that a path names: whether its file
-states the attribute `value` as true, or has `value` among its NEEDS. A condition on what is not there does not hold.
+of a value; `differs from` the value at another path; `given`, whether it is there at all; `states` and `needs` of the
+member that a path names: whether its file states the attribute `value` as true, or has `value` among its NEEDS. A
+condition on what is not there does not hold.
 """
 
 from molora_jax.config.fields import wrong
@@ -68,6 +69,8 @@ def refused(where: str, rule: dict, rows, *, start: str):
             return (path.partition(".")[0] in rule) == of
         if found is None:
             return False
+        if test == "differs from":
+            return found != value(of)
         if test in ("states", "needs"):
             group, _, name = path.partition(".")
             axis = "inits" if name == "init" else AXES[group]

@@ -77,6 +77,31 @@ def top_p(probs: Array, p: float, *, crossing: bool = True) -> Array:
     return jnp.take_along_axis(mass <= p, rank, axis=-1)
 
 
+def places(allowed: Array | None, E: int) -> tuple[Array, Array]:
+    """Every permitted expert's place among those permitted, `[E] | [B, 1, E]`, and how many they are (last axis 1).
+
+    An expert that is shut out has the place -1. What is said of "the e-th expert" is then the same as without it.
+    """
+    open_ = jnp.ones(E, bool) & permitted(allowed)
+    return jnp.where(open_, jnp.cumsum(open_, axis=-1) - 1, -1), jnp.sum(open_, axis=-1, keepdims=True)
+
+
+def in_groups(score: Array, groups: int, keep: int, k: int, *, by: str) -> Array:
+    """Which experts lie in the `keep` best of `groups` equal runs of experts: a mask of `score [..., E]`.
+
+    `by`, a group's score: "max" of its experts (DeepSeek-V2), "top2" the sum of its two best (V3), "share" the sum of
+    its k / keep best (Megatron-LM). Experts that are shut out score `NEG_INF` and add nothing to a sum.
+    """
+    score = jax.lax.stop_gradient(score)
+    E = score.shape[-1]
+    ranked = -jnp.sort(-score.reshape(*score.shape[:-1], groups, E // groups), axis=-1)
+    best = {"max": 1, "top2": 2, "share": max(k // keep, 1)}[by]
+    ranked = ranked[..., :best]
+    shut = ranked <= NEG_INF / 2
+    total = jnp.where(jnp.all(shut, axis=-1), NEG_INF, jnp.sum(jnp.where(shut, 0.0, ranked), axis=-1))
+    return jnp.repeat(top_k(total, keep), E // groups, axis=-1)
+
+
 def finish(
     gates: Array,
     selected: Array,

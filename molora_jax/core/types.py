@@ -75,7 +75,8 @@ class Routing:
     formed); `chosen [B, S, E]` bool, what a balance loss counts, None for `selected` (a dense router with one
     favourite: that); `averaged [B, S, E]` float32, what it averages, None for `probs`; `sparsity [B, S]`, what a router
     predicts of its own sparsity (Sparsegen's lambda), for a loss; `base_logit [B, S]`, of the frozen base where it is
-    one expert among the others.
+    one expert among the others; `reach [B, S, E]`, how probable a choice under a router's noise was, and `cost [B, S]`,
+    what a router charges a token, both with a gradient, for losses.
     Gates may be negative, exceed 1, or sum to anything: nothing downstream may assume otherwise.
     """
 
@@ -91,6 +92,8 @@ class Routing:
     sparsity: Array | None = None
     averaged: Array | None = None
     base_logit: Array | None = None
+    reach: Array | None = None
+    cost: Array | None = None
 
 
 @flax.struct.dataclass
@@ -105,7 +108,9 @@ class Context:
     decided by its prompt; `stack` the site's leaves of all layers and
     this layer's place among them, None where an engine splits them; `iteration` the pass inside a chain; `route` how a
     stage routes in the routers' place ("": it does not); `tasks` the names behind `task_ids` (entries of
-    `data.tasks`); `dropout` the rate of the rule's adapter, for a router that reads its dropped input.
+    `data.tasks`), `tasked` whether the batch says them (a prompt does not, and `task_ids` are then 0); `tokens [B, S]`
+    the token ids, None where there are none; `dropout` the rate of the rule's adapter, for a router that reads its
+    dropped input.
     """
 
     valid: Array
@@ -124,12 +129,14 @@ class Context:
     base_features: Any = None
     settled: Array | None = None
     stack: Any = None
+    tokens: Array | None = None
     site: Site | None = flax.struct.field(pytree_node=False, default=None)
     train: bool = flax.struct.field(pytree_node=False, default=False)
     iteration: int = flax.struct.field(pytree_node=False, default=0)
     route: str = flax.struct.field(pytree_node=False, default="")
     max_segments: int = flax.struct.field(pytree_node=False, default=0)
     tasks: tuple[str, ...] = flax.struct.field(pytree_node=False, default=())
+    tasked: bool = flax.struct.field(pytree_node=False, default=False)
     dropout: float = flax.struct.field(pytree_node=False, default=0.0)
 
     def keyed(self, *tags: int) -> Array | None:

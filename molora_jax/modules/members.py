@@ -207,7 +207,9 @@ def _made(where, placement, sites, experts, adapter, router, engine, mesh, down,
         _stands_alone(where, router)
     if all("name" in described[axis] for axis in ("adapter", "router") if axis in described):  # others say no limits
         raise_all(list(check_counts(where, described, (count,))))
-        raise_all(list(limits.refused(where, described, limits.states("placements", placement, "REFUSES"), start="")))
+        own = [(limits.AXES[group], described[group]["name"]) for group in ("adapter", "router") if group in described]
+        for axis, name in [("placements", placement), *own]:
+            raise_all(list(limits.refused(where, described, limits.states(axis, name, "REFUSES"), start="")))
     return Made(Rule(where, sites, (count,), adapter, router, down, gates_scale_base), engine_of(engine, mesh))
 
 

@@ -37,12 +37,16 @@ class Router:
     INPUT: ClassVar[str] = ""  # "base_hidden": the frozen base's last hidden state in place of the site's input
 
     JOINS: ClassVar[bool] = False  # runs of one expert under this router are joined by `load`: `rows`, `joined`
-
+    # whether a token's decision depends on no later token: else it is refused where the base predicts the next one
+    CAUSAL: ClassVar[bool] = True
     IN_RANK: ClassVar[bool] = False  # it reads `input_of`, of width R; its leaves are made for that
 
     def k_max(self, experts: int) -> int:
         """Most experts that one token may use, static."""
         raise NotImplementedError
+
+    def check(self, where: str, experts: int, tasks: tuple[str, ...]) -> None:
+        """Raises InputError where so many experts, or the run's tasks, do not fit; `where`: the field of the config."""
 
     def init_leaves(self, key: Array, site: Site, layer: Array) -> dict[str, Array]:
         """Leaves of one layer, float32. `layer`: its absolute index, a traced scalar."""

@@ -31,6 +31,20 @@ class SparseProjection(Router):
 
     LIMITS: ClassVar = {"k": (1, None), "density": (0, 1, "(]"), "seed": (0, None), "bias_rate": (0.0, None)}
     FROZEN: ClassVar[tuple[str, ...]] = ("W",)
+    REFUSES: ClassVar = (
+        ("router.seed",
+         (("adapter.name", "is", "lora_sparse_a"), ("adapter.rank", "is", 1),
+          ("router.seed", "differs from", "adapter.seed")),
+         "the adapter's seed: with rank 1 the router is the adapter's own A, and of two matrices the ranks that act "
+         "are not those whose projections are large",
+         "Set {where}.router.seed and {where}.adapter.seed alike."),
+        ("router.density",
+         (("adapter.name", "is", "lora_sparse_a"), ("adapter.rank", "is", 1),
+          ("router.density", "differs from", "adapter.density")),
+         "the adapter's density: with rank 1 the router is the adapter's own A, and of two matrices the ranks that act "
+         "are not those whose projections are large",
+         "Set {where}.router.density and {where}.adapter.density alike."),
+    )  # fmt: skip
 
     def k_max(self, experts):
         return min(self.k, experts)

@@ -4,11 +4,13 @@
 
 A balance loss counts e* in either mode (`Routing.chosen`): counting all E would hold it at a constant.
 The chosen expert is not multiplied by its probability, so the language-model loss gives the router exactly no gradient:
-only the balance loss trains it, and the hidden states' drift moves the choices. `gated=True` multiplies by p (Switch).
+only the balance loss trains it, and the hidden states' drift moves the choices. `gated=True` multiplies by p (Switch);
+`straight_through=True` keeps the gate 1 and sends the gradient that p would have had: g = 1 + p - stop(p).
 E experts, D width.
 """
 
 import dataclasses
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -24,6 +26,14 @@ class Top1(Router):
     bias: bool = True
     gated: bool = False
     dense: bool = False
+    straight_through: bool = False
+
+    REFUSES: ClassVar = (
+        ("router.straight_through", (("router.straight_through", "is", True), ("router.gated", "is", True)),
+         "False with router.gated, whose gates have a gradient of their own", "Leave one of them out."),
+        ("router.straight_through", (("router.straight_through", "is", True), ("router.dense", "is", True)),
+         "False with router.dense, whose gates have a gradient of their own", "Leave one of them out."),
+    )  # fmt: skip
 
     def k_max(self, experts):
         return experts if self.dense else 1
@@ -40,7 +50,8 @@ class Top1(Router):
         probs = routing.softmax(z, ctx.allowed)
         k = self.k_max(z.shape[-1])
         selected = routing.top_k(probs, k)
-        gates = jnp.where(selected, probs if self.dense or self.gated else 1.0, 0.0)
+        one = 1.0 + probs - jax.lax.stop_gradient(probs) if self.straight_through else 1.0
+        gates = jnp.where(selected, probs if self.dense or self.gated else one, 0.0)
         chosen = routing.top_k(probs, 1) if self.dense else None
         decision = routing.finish(
             gates, selected, z, probs, ctx, k_max=k, chosen=chosen, sums_to_one=self.dense or not self.gated

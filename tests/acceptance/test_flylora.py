@@ -11,6 +11,8 @@ from flax.traverse_util import flatten_dict
 from molora_jax.adapters import ADAPTERS
 from molora_jax.core import sparse_projection
 from molora_jax.core.types import Site
+from molora_jax.errors import InputError
+from molora_jax.modules import RoutedLoRA
 from molora_jax.routers import ROUTERS
 from molora_jax.training.step import update_routers
 from tests.acceptance import small
@@ -175,3 +177,24 @@ def test_acceptance_9_independent_As_are_nearly_orthogonal():
     )
     unit = lambda M: M / np.linalg.norm(M, axis=1, keepdims=True)  # noqa: E731
     np.testing.assert_allclose(np.sqrt(np.square(unit(one) @ unit(two).T).mean()), n**-0.5, atol=0.004)
+
+
+@pytest.mark.parametrize(("field", "value"), [("seed", 1), ("density", 0.5)])
+def test_a_router_of_another_matrix_than_the_adapters_is_refused(field, value):
+    """Of two matrices the ranks that act are not those whose projections are large; both changed alike is a matrix."""
+    both = {f"method__rules__all__{axis}__{field}": value for axis in ("router", "adapter")}
+    for one in both:
+        with pytest.raises(InputError, match="the router is the adapter's own A") as error:
+            small.config("flylora", **{one: value})
+        assert error.value.where == f"method.rules.all.router.{field}"
+    small.config("flylora", **both)
+    with pytest.raises(InputError, match="the router is the adapter's own A"):
+        layer = RoutedLoRA(OUT, experts=r, adapter=adapter(), router=ROUTER(**{field: value}))
+        layer.init(jax.random.key(0), X, kernel=jnp.zeros((D, OUT)))
+
+
+def test_a_router_of_its_own_matrix_serves_other_adapters():
+    """Ranks above 1 are blocks, whose A has more rows than the router anyway."""
+    small.config("flylora", method__rules__all__adapter__rank=2, method__rules__all__router__seed=3)
+    plain = dict(name="lora", rank=1, alpha=2.0, dropout=0.0, init="kaiming")
+    small.config("flylora", method__rules__all__adapter=plain, method__rules__all__router__seed=3)

@@ -52,13 +52,20 @@ MORE_ROUTERS = {  # of single methods: in the product by shapes, and run with `-
     "top1": dict(name="top1", gated=True),
     "sparse_projection": dict(name="sparse_projection", k=2),
     "soft_topk": dict(name="soft_topk", hard="never"),  # the naive form evaluates what is trained
+    "sinkhorn": dict(name="sinkhorn", k=2, iterations=0),  # the naive form evaluates what is trained
 }
-# a later router is here with its defaults; those for whole models and those that read A x have tests of their own
+# a later router is here with its defaults; those for whole models, for encoders and those that read A x have tests of
+# their own
 MORE_ROUTERS |= {
     name: dict(name=name, **dict.fromkeys(member.RANDOM, 0.0))
     for name, member in ROUTERS_OF.items()
     if name not in {*ROUTERS, *MORE_ROUTERS, "x_lora", "sequence_gate", "self_activated"} and not member.IN_RANK
+    if name not in {*ROUTERS, *MORE_ROUTERS, "x_lora", "sequence_gate"} and not member.IN_RANK and member.CAUSAL
 }
+CHECKLIST = (  # of the surveys (docs/surveys.md): an ordinary run has each once
+    "noisy_topk", "nonlinear_topk", "dselect_k", "null_experts", "prototypes", "sinkhorn", "relu", "fixed", "task_gate",
+    "controlled_threshold",
+)  # fmt: skip
 VECTORS = ("vera", "ia3", "nola")  # what scales frozen things wants ten times the rate of factors, as in the papers
 # adapters of single methods, with the start that they have: by shapes with a router, the rest with `--all`;
 # not dylora, whose training draws a rank: its acceptance list holds it

@@ -20,7 +20,10 @@ class Routers:
         names = ("segment_ids", "positions", "task_ids", "example_ids")
         ids = [jnp.asarray(batch.get(name, zeros)) for name in names]
         segments = model.max_segments or batch["tokens"].shape[1]
-        self.plain = Context(ids[0] > 0, *ids, max_segments=segments, tasks=model.tasks)
+        self.plain = Context(
+            ids[0] > 0, *ids, max_segments=segments, tasks=model.tasks, tokens=jnp.asarray(batch["tokens"]),
+            tasked="task_ids" in batch,
+        )  # fmt: skip
         self.carry = {r.name: r.router.init_carry(*zeros.shape) for r in model.rules if r.router is not None}
 
     def _segment(self, layer):

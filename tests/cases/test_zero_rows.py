@@ -114,7 +114,7 @@ def test_a_router_of_zeros(name):
     site = Site("q", 8, 8, (0,), 6)
     trees = router.init_leaves(jax.random.key(0), site, 0), router.init_shared(jax.random.key(1), (site,))
     start, back = floats(jax.tree.map(jnp.zeros_like, trees))
-    ctx = CTX.replace(state=router.init_state(site), carry=router.init_carry(1, S))
+    ctx = CTX.replace(site=site, tokens=IDS, state=router.init_state(site), carry=router.init_carry(1, S))
 
     def total(some, x):
         own, shared = back(some)

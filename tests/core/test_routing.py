@@ -32,7 +32,7 @@ def test_logits_are_products_in_float32_on_every_device():
 def context(valid, **more):
     valid = jnp.asarray(valid)
     zeros = jnp.zeros(valid.shape, jnp.int32)
-    return Context(valid, zeros, zeros, zeros, zeros, **more)
+    return Context(valid, zeros, zeros, zeros, zeros, **{"tokens": zeros + jnp.arange(valid.shape[1])} | more)
 
 
 def made(name, experts, d_in, /, **options):
@@ -53,7 +53,7 @@ def decide(router, leaves, shared, x, ctx):
     site = Site("q", x.shape[-1], x.shape[-1], (0,), ctx.allowed.shape[-1] if ctx.allowed is not None else 6)
     if router.INPUT:
         x = router.base_features(shared, x, ctx)
-    ctx = ctx.replace(state=router.init_state(site), carry=router.init_carry(*x.shape[:2]))
+    ctx = ctx.replace(site=site, state=router.init_state(site), carry=router.init_carry(*x.shape[:2]))
     return router.route(leaves, shared, x, ctx)[0]
 
 
@@ -120,7 +120,7 @@ def test_slots_pick_by_selection_not_by_gate(k_max):
     assert (w[idx == 5] == 0).all()
 
 
-@pytest.mark.parametrize("name", ROUTERS)
+@pytest.mark.parametrize("name", [name for name in ROUTERS if name != "dselect_k"])  # fewer experts, shorter codes
 @pytest.mark.parametrize("shape", ["E", "BE"])
 def test_allowed_experts_take_all_of_the_probability(name, shape):
     """Shutting out an expert equals a router that does not have it; its weights get no gradient."""
@@ -186,11 +186,14 @@ def variants(name):
 
 
 @pytest.mark.parametrize("name", ROUTERS)
-def test_a_router_that_says_its_gates_sum_to_one_is_right(name):
-    """With any options, with padding, some or all experts shut out, and cold logits: a bool base_gate is the rest."""
+def test_a_router_that_says_its_gates_sum_to_one_is_right(name, request):
+    """With any options, with padding, some or all experts shut out, and cold logits: a bool base_gate is the rest.
+
+    Of a router with many options an ordinary run leaves out the later pairs of them.
+    """
     x = jax.random.normal(jax.random.key(0), (2, 5, 8))
     valid = np.array([[1, 1, 1, 1, 0], [1, 1, 0, 0, 0]], bool)
-    for options in variants(name):
+    for options in variants(name)[: None if request.config.getoption("--all") else 24]:
         router, leaves, shared = made(name, 6, 8, **options)
         for allowed in (None, np.arange(6) < 3, np.array([[1, 0, 1, 1, 1, 1], [0] * 6], bool)):
             said = set()
