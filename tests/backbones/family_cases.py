@@ -2,6 +2,9 @@
 
 Used by `tests/fixtures/make_families.py` (transformers) and by `tests/backbones/parity.py` (ours); numpy alone. Outputs
 are compared in random projections, so that the fixture is small: an error of the whole array shows in them.
+
+One checkpoint of every family (ADAPTED) is also compared with LoRA factors on all its sites: logits, loss and the
+gradient of every A and B.
 """
 
 import json
@@ -73,6 +76,11 @@ KINDS = {  # what a config may say beyond its family
     "relu": config(hidden_act="relu"),
 }
 CASES = MAIN | KINDS
+ADAPTED = (  # one checkpoint of every family, each with what is its own
+    "llama, untied", "rope llama3", "sliding window (mistral)", "sliding window from layer 1 (qwen2)",
+    "sliding window by layer_types (qwen3)", "smollm3",
+)  # fmt: skip
+R = 2  # rank of the factors; their scale is 1
 IN_GGUF = (*MAIN, "rope linear", "rope llama3, 8192", "rope yarn", "attention_bias (llama)", "attention_bias (qwen3)")
 
 
@@ -97,6 +105,21 @@ def _place(name):
     return -1 if layer is None else int(layer), known, stem, name.endswith("bias")
 
 
+def sites_of(c: dict) -> dict:
+    """Site -> (module of a layer, the rows of its weight that are the site's; None: all)."""
+    return {site: (name, None) for site, name in SITES.items()}
+
+
+def factors(c: dict, dims) -> dict:
+    """`{site: {"A": [L, R, D_in], "B": [L, R, D_out]}}`, float32; `dims(site)` gives the widths. The layer adds
+    `B^T A x` to the site."""
+    rng = np.random.default_rng(zlib.crc32(b"factors" + json.dumps(c, sort_keys=True).encode()))
+    draw = lambda width, scale: (scale * rng.standard_normal((L, R, width))).astype(np.float32)  # noqa: E731
+    return {
+        site: {"A": draw(dims(site)[0], dims(site)[0] ** -0.5), "B": draw(dims(site)[1], 0.3)} for site in sites_of(c)
+    }
+
+
 def rows():
     """Token ids and targets `[2, S]`, the same for all cases."""
     rng = np.random.default_rng(7)
@@ -113,6 +136,13 @@ def project(array, *, seed: int):
 def summary(logits, loss, gradients) -> dict:
     """What is stored and compared, float32. `logits [2, S, V]`; `gradients` by site, `[L, D_in, D_out]`."""
     out = {"logits": project(logits, seed=1), "loss": loss} | {s: project(gradients[s], seed=2) for s in SITES}
+    return {name: np.asarray(value, np.float32) for name, value in out.items()}
+
+
+def adapted_summary(logits, loss, gradients) -> dict:
+    """`gradients`: site -> {"A": [L, R, D_in], "B": [L, R, D_out]}."""
+    out = {"logits": project(logits, seed=1), "loss": loss}
+    out |= {f"{site}/{name}": project(g, seed=3) for site, pair in gradients.items() for name, g in pair.items()}
     return {name: np.asarray(value, np.float32) for name, value in out.items()}
 
 
