@@ -47,15 +47,25 @@ def layer_norm(x, weight, bias, eps):
     return (y * weight.astype(jnp.float32) + bias.astype(jnp.float32)).astype(x.dtype)
 
 
-def rotary(config, positions):
-    """`positions [B, S]` -> cosines and sines `[B, S, 1, H_d]`, scaled as `rope.py` says."""
-    half = config.head_dim // 2
-    frequency = config.rope_base ** (-jnp.arange(half, dtype=jnp.float32) / half)
-    scaling, attention = config.rope_scaling, 1.0
-    if scaling is not None:
-        frequency = frequency * scaling.multipliers(config.rope_base, config.head_dim).astype(np.float32)
-        attention = scaling.attention
-    angle = positions[..., None].astype(jnp.float32) * jnp.concatenate([frequency, frequency])
+def text_lengths(positions, segment_ids, *, cached: bool):
+    """How long each token's own text is: `[B, S]`, of rows with a cache (one text each) `[B, 1]`."""
+    if cached:
+        return 1 + jnp.max(jnp.where(segment_ids > 0, positions, 0), axis=1, keepdims=True)
+    same = segment_ids[:, :, None] == segment_ids[:, None]
+    return 1 + jnp.max(jnp.where(same, positions[:, None], 0), axis=-1)
+
+
+def rotary(positions, base: float, r: int, scaling=None, lengths=None):
+    """`positions [B, S]` -> cosines and sines `[B, S, 1, r]`, scaled as `rope.py` says; `lengths [B, S | 1]` of the
+    texts, where the scaling follows them."""
+    half, attention = r // 2, 1.0 if scaling is None else scaling.attention
+    if scaling is not None and scaling.by_length:
+        frequency = scaling.frequencies(base, r, lengths)
+    else:
+        frequency = base ** (-jnp.arange(half, dtype=jnp.float32) / half)
+        if scaling is not None:
+            frequency = frequency * scaling.multipliers(base, r).astype(np.float32)
+    angle = positions[..., None].astype(jnp.float32) * jnp.concatenate([frequency, frequency], axis=-1)
     return (jnp.cos(angle) * attention)[:, :, None], (jnp.sin(angle) * attention)[:, :, None]
 
 

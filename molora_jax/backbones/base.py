@@ -158,14 +158,19 @@ class Backbone:
         """Who sees whom, `[B, 1, S, S]`: causal, and block-diagonal by example."""
         return causal_mask(segment_ids)
 
-    def once(self, positions: Array, mask: Array, *, cached: bool) -> dict:
-        """What all layers share, formed before the stack. `mask [B, 1, S, S_k]`; `cached`: slots are positions."""
+    def once(self, positions: Array, mask: Array, *, cached: bool, segment_ids: Array | None = None) -> dict:
+        """What all layers share, formed before the stack. `mask [B, 1, S, S_k]`; `cached`: slots are positions;
+        `segment_ids [B, S]`, 0 at padding, None: a row is one text."""
         return {"mask": mask}
 
     def block(self, p: dict, x: Array, at: BlockContext, adapt, cache):
         """`x [B, S, D] -> (x, cache)`. `p`: this layer's parameters; `cache` maps new `(k, v) [B, S, H_kv, H_d]` to
         all that may be seen and the new cache, None without one."""
         raise NotImplementedError
+
+    def cacheable(self, first: int, last: int) -> bool:
+        """Whether keys and values of a text of `first` tokens are still right when it has grown to `last`."""
+        return True
 
     def init_cache(self, rows: int, slots: int, dtype) -> tuple[Array, Array]:
         """Empty keys and values `[L, rows, slots, H_kv, H_d]`."""

@@ -53,10 +53,12 @@ def from_hf(config: dict, *, where: str, note=lambda text: None) -> Backbone:
     activation = _activation(config, where, "silu")
     if number("num_hidden_layers") > 10_000:
         raise InputError(f"{where}: num_hidden_layers", got=str(number("num_hidden_layers")), expected="at most 10,000")
+    rope_base, scaling = rope.read(config, where=where, number=number, head_dim=head_dim)
     context = number("max_position_embeddings")
+    if scaling is not None and scaling.kind == "dynamic":
+        context = int(scaling.factor * context)
     window, sliding = _window(config, family, number, where)
     reached = bool(sliding) and window < context  # else full attention is the same
-    rope_base, scaling = rope.read(config, where=where, number=number)
     return family.backbone(
         family=name,
         layers=number("num_hidden_layers"),

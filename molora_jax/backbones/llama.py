@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
 from molora_jax.backbones import rope
-from molora_jax.backbones.attention import attend, rms_norm, rotary, rotate, window_mask
+from molora_jax.backbones.attention import attend, rms_norm, rotary, rotate, text_lengths, window_mask
 from molora_jax.backbones.base import TABLES, WHOLE, Backbone, Leaf, Stack, projection
 
 AT = "model.layers.{}."
@@ -110,8 +110,12 @@ class Llama(Backbone):
     def norm(self, params, x):
         return rms_norm(x, params["final_norm"], self.norm_eps)
 
-    def once(self, positions, mask, *, cached):
-        shared = {"mask": mask, "turn": rotary(self, positions)}
+    def once(self, positions, mask, *, cached, segment_ids=None):
+        scaling, lengths = self.rope_scaling, None
+        if scaling is not None and scaling.by_length:
+            segment_ids = jnp.ones_like(positions) if segment_ids is None else segment_ids
+            lengths = text_lengths(positions, segment_ids, cached=cached)
+        shared = {"mask": mask, "turn": rotary(positions, self.rope_base, self.head_dim, scaling, lengths)}
         if self.window is not None:
             # a cache has position p in slot p; packed rows start anew with each example, so there the place in the row
             at = positions if cached else jnp.arange(mask.shape[2])[None]
@@ -154,6 +158,9 @@ class Llama(Backbone):
 
     def _feed_forward(self, p, h, at, adapt):
         return adapt.feed_forward(h, weights_of(p, ("gate", "up", "down")), self.activation)
+
+    def cacheable(self, first, last):
+        return self.rope_scaling is None or self.rope_scaling.stays(first, last)
 
     def init_cache(self, rows, slots, dtype):
         empty = lambda: jnp.zeros((self.layers, rows, slots, self.kv_heads, self.head_dim), dtype)  # noqa: E731

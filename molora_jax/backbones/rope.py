@@ -6,15 +6,21 @@
     linear   m_i = 1 / factor
     llama3   m_i = s + (1 - s) / factor     s: 1 for pairs that turn more than `high` times in the original context,
                                             0 for fewer than `low` times, between linear in the turns
+    dynamic  theta (factor n / context - (factor - 1))^(r / (r - 2)) in theta's place, for a text of n > context tokens
     yarn     m_i = s + (1 - s) / factor     s: the same, between linear in i;  a = 0.1 ln(factor) + 1
 
-`dynamic` scaling begins beyond the model's context, where no row here reaches: it is no scaling.
+`r` is the part of a head that turns. `dynamic` begins beyond `max_position_embeddings` and carries a model to `factor`
+times as many. Its frequencies follow the length n of a token's own text: a text's numbers do not depend on what it is
+packed or batched with. (transformers takes the longest text of the batch.) A text that grows over the bound changes the
+keys of all its tokens, in every layer: no cache serves it (`stays`).
 Source: transformers' `modeling_rope_utils.py`; YaRN is Peng et al. 2023, arXiv 2309.00071.
 """
 
 import dataclasses
 import math
+from typing import ClassVar
 
+import jax.numpy as jnp
 import numpy as np
 
 from molora_jax.backbones.hf_fields import shown
@@ -39,6 +45,8 @@ _NEUTRAL = {"partial_rotary_factor": (1,), "attn_factor": (1,), "extrapolation_f
 class RopeScaling:
     """`low`, `high`: llama3's frequency factors, or yarn's beta_slow and beta_fast. `context`: the original one."""
 
+    BY_LENGTH: ClassVar[tuple[str, ...]] = ("dynamic",)
+
     kind: str
     factor: float
     low: float = 0.0
@@ -46,6 +54,22 @@ class RopeScaling:
     context: float = 0.0
     attention: float = 1.0
     truncate: bool = True
+
+    @property
+    def by_length(self) -> bool:
+        """Whether frequencies depend on the length of the text."""
+        return self.kind in self.BY_LENGTH
+
+    def stays(self, first: int, last: int) -> bool:
+        """Whether the frequencies of a text of `first` tokens are those that it has with `last`."""
+        return not self.by_length or last <= self.context
+
+    def frequencies(self, theta: float, r: int, lengths):
+        """Of each token by the length of its text: `lengths [...]` -> `[..., r / 2]`, float32."""
+        exponents = -jnp.arange(r // 2, dtype=jnp.float32) / (r // 2)
+        grown = jnp.maximum(lengths, self.context).astype(jnp.float32)
+        base = theta * (self.factor * grown / self.context - (self.factor - 1)) ** (r / (r - 2))
+        return base[..., None] ** exponents
 
     def multipliers(self, theta: float, head_dim: int):
         """`m [H_d / 2]`, float64."""
@@ -69,7 +93,7 @@ class RopeScaling:
         return head_dim * math.log(self.context / (turns * 2 * math.pi)) / (2 * math.log(theta))
 
 
-def read(config: dict, *, where: str, number) -> tuple[float, RopeScaling | None]:
+def read(config: dict, *, where: str, number, head_dim: int) -> tuple[float, RopeScaling | None]:
     """Base and scaling that a Hugging Face config says.
 
     `rope_parameters` (transformers 5) and `rope_scaling` (before) may both be there; a `rope_theta` inside wins over
@@ -99,12 +123,17 @@ def read(config: dict, *, where: str, number) -> tuple[float, RopeScaling | None
     theta = option("rope_theta", number("rope_theta", 10000.0, kind=float))
     if theta <= 1:
         raise InputError(f"{where}: rope_theta", got=str(theta), expected="a number above 1")
-    if kind in ("default", "dynamic"):
+    if kind == "default":
         return theta, None
     context = number("max_position_embeddings")
     original = option("original_max_position_embeddings", float(context))
     if kind in ("llama3", "yarn"):  # outside wins here, as in transformers
         original = number("original_max_position_embeddings", original, kind=float)
+    if kind == "dynamic":
+        factor = option("factor")
+        if factor < 1 or head_dim <= 2:
+            raise InputError(f"{where}: {at}.factor", got=str(factor), expected="at least 1, and heads wider than 2")
+        return theta, None if factor == 1 else RopeScaling("dynamic", factor, context=float(context))
     factor = option("factor", context / original if kind == "yarn" and original != context else None)
     if kind == "linear":
         return theta, None if factor == 1 else RopeScaling("linear", factor)

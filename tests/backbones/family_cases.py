@@ -54,6 +54,9 @@ KINDS = {  # what a config may say beyond its family
         rope_scaling=_LLAMA3 | dict(original_max_position_embeddings=8192), max_position_embeddings=16384
     ),
     "rope dynamic": config(rope_scaling=dict(type="dynamic", factor=4.0)),
+    "rope dynamic, beyond the context": config(
+        rope_scaling=dict(rope_type="dynamic", factor=3.0), max_position_embeddings=16
+    ),
     "rope yarn": config("qwen2", rope_scaling=_YARN),
     "rope yarn, mscale": config(rope_scaling=_YARN | dict(mscale=1.0, mscale_all_dim=0.5, truncate=False, beta_fast=8)),
     "rope yarn, attention_factor": config(rope_parameters=_YARN | dict(attention_factor=1.3, rope_theta=500.0)),
@@ -77,8 +80,8 @@ KINDS = {  # what a config may say beyond its family
 }
 CASES = MAIN | KINDS
 ADAPTED = (  # one checkpoint of every family, each with what is its own
-    "llama, untied", "rope llama3", "sliding window (mistral)", "sliding window from layer 1 (qwen2)",
-    "sliding window by layer_types (qwen3)", "smollm3",
+    "llama, untied", "rope llama3", "rope dynamic, beyond the context", "sliding window (mistral)",
+    "sliding window from layer 1 (qwen2)", "sliding window by layer_types (qwen3)", "smollm3",
 )  # fmt: skip
 R = 2  # rank of the factors; their scale is 1
 IN_GGUF = (*MAIN, "rope linear", "rope llama3, 8192", "rope yarn", "attention_bias (llama)", "attention_bias (qwen3)")
