@@ -30,13 +30,28 @@ WHOLE = (P(),)
 
 
 @dataclasses.dataclass(frozen=True)
+class Part:
+    """What of a checkpoint's tensor is a leaf's: `start`, `start + step`, ... below `stop` of the `size` on `axis`."""
+
+    axis: int
+    start: int
+    stop: int
+    size: int
+    step: int = 1
+
+    def of(self, tensor):
+        """A view of the tensor's part."""
+        return tensor[(slice(None),) * self.axis + (slice(self.start, self.stop, self.step),)]
+
+
+@dataclasses.dataclass(frozen=True)
 class Leaf:
     """One array of a base.
 
     `specs`: where it lies on a mesh, by preference: the first that the mesh divides is taken. The leading `stacked`
     axes (layers, experts) are tensors of their own in a Hugging Face checkpoint; `name` has a `{}` for each. `turned`:
     a matrix `[D_in, D_out]` here that is `[D_out, D_in]` there. Random values: normal with deviation `scale`, else all
-    are `fill`.
+    are `fill`. `part`: where the tensor of the checkpoint holds others beside it; it is of the tensor as it lies there.
     """
 
     shape: tuple[int, ...]
@@ -46,12 +61,22 @@ class Leaf:
     turned: bool = False
     scale: float | None = None
     fill: float = 1.0
+    part: Part | None = None
 
     @property
     def file_shape(self) -> tuple[int, ...]:
         """The shape of one tensor of the checkpoint."""
         rest = self.shape[self.stacked :]
-        return rest[::-1] if self.turned else rest
+        rest = rest[::-1] if self.turned else rest
+        return (
+            rest
+            if self.part is None
+            else tuple(self.part.size if axis == self.part.axis else n for axis, n in enumerate(rest))
+        )
+
+    def taken(self, tensor):
+        """A view of what a tensor of the checkpoint, as it lies there, holds of this leaf."""
+        return tensor if self.part is None else self.part.of(tensor)
 
     def files(self):
         """`(name, index)` of each tensor of the checkpoint; `index` is its place on the stacked axes."""
@@ -111,6 +136,7 @@ class Backbone:
     PREFIX: ClassVar[str] = ""  # that a checkpoint of the model with some head puts before its names
     IGNORED: ClassVar[tuple[str, ...]] = ("*rotary_emb.inv_freq",)  # tensors that a checkpoint may have beside ours
     TITLE: ClassVar[str] = ""  # in the digest of random weights, where the class has had another name
+    DESCRIBED_LAST: ClassVar[tuple[str, ...]] = ()  # there: fields that stood last in it before they moved
 
     @property
     def stacks(self) -> tuple[Stack, ...]:

@@ -36,10 +36,20 @@ def config(family="llama", **changes):
     )  # fmt: skip
     own = {"mistral": dict(sliding_window=None), "qwen2": dict(use_sliding_window=False), "qwen3": dict(head_dim=16)}
     own["smollm3"] = dict(pad_token_id=0, bos_token_id=1, eos_token_id=2)  # its defaults lie beyond a tiny vocabulary
+    own["phi3"] = dict(pad_token_id=0, bos_token_id=1, eos_token_id=2)
+    own["gemma2"] = dict(
+        head_dim=16, query_pre_attn_scalar=20, attn_logit_softcapping=2.0, final_logit_softcapping=3.0,
+        hidden_activation="gelu_pytorch_tanh",
+    )  # fmt: skip
+    own["gemma3_text"] = dict(
+        head_dim=16, query_pre_attn_scalar=20, hidden_activation="gelu_pytorch_tanh", sliding_window_pattern=2,
+        rope_theta=5000.0, rope_local_base_freq=100.0,
+    )  # fmt: skip
     return {key: value for key, value in {**common, **own.get(family, {}), **changes}.items() if value is not ...}
 
 
 _LLAMA3 = dict(rope_type="llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0)
+_LONGROPE = dict(type="longrope", short_factor=[1.0, 1.3, 2.0], long_factor=[1.5, 4.0, 9.0])
 _YARN = dict(type="yarn", factor=4.0, original_max_position_embeddings=32)
 MAIN = {
     f"{family}, {form}": config(family, tie_word_embeddings=form == "tied")
@@ -74,6 +84,34 @@ KINDS = {  # what a config may say beyond its family
     "smollm3, no positions in every second layer": config(
         "smollm3", no_rope_layer_interval=2, attention_bias=True, tie_word_embeddings=False
     ),
+    "olmo2": config("olmo2", tie_word_embeddings=False, pad_token_id=0, eos_token_id=1),
+    "phi3": config("phi3", tie_word_embeddings=False, sliding_window=7),
+    "phi3, longrope, short": config(
+        "phi3", rope_scaling=_LONGROPE, original_max_position_embeddings=S, partial_rotary_factor=0.5
+    ),
+    "phi3, longrope, long": config(
+        "phi3", rope_scaling=_LONGROPE, original_max_position_embeddings=16, partial_rotary_factor=0.5
+    ),
+    "gemma": config("gemma", head_dim=16, num_key_value_heads=1, hidden_act="gelu"),
+    "gemma2": config("gemma2", sliding_window=7),
+    "gemma2, no caps, both layers full": config(
+        "gemma2", attn_logit_softcapping=None, final_logit_softcapping=None, layer_types=["full_attention"] * 2
+    ),
+    "gemma3": config("gemma3_text", sliding_window=7, rope_scaling=dict(rope_type="linear", factor=8.0)),
+    "gemma3, parameters by kind of layer": config(
+        "gemma3_text",
+        sliding_window=128,
+        sliding_window_pattern=...,
+        rope_theta=...,
+        rope_local_base_freq=...,
+        layer_types=["full_attention", "sliding_attention"],
+        final_logit_softcapping=4.0,
+        attention_bias=True,
+        rope_parameters=dict(
+            full_attention=dict(rope_type="default", rope_theta=3000.0),
+            sliding_attention=dict(rope_type="default", rope_theta=100.0),
+        ),
+    ),
     "gelu": config(hidden_act="gelu"),
     "gelu_new": config(hidden_act="gelu_new"),
     "relu": config(hidden_act="relu"),
@@ -82,6 +120,7 @@ CASES = MAIN | KINDS
 ADAPTED = (  # one checkpoint of every family, each with what is its own
     "llama, untied", "rope llama3", "rope dynamic, beyond the context", "sliding window (mistral)",
     "sliding window from layer 1 (qwen2)", "sliding window by layer_types (qwen3)", "smollm3",
+    "gemma", "gemma2", "gemma3", "olmo2", "phi3", "phi3, longrope, long",
 )  # fmt: skip
 R = 2  # rank of the factors; their scale is 1
 IN_GGUF = (*MAIN, "rope linear", "rope llama3, 8192", "rope yarn", "attention_bias (llama)", "attention_bias (qwen3)")
@@ -110,7 +149,12 @@ def _place(name):
 
 def sites_of(c: dict) -> dict:
     """Site -> (module of a layer, the rows of its weight that are the site's; None: all)."""
-    return {site: (name, None) for site, name in SITES.items()}
+    found = {site: (name, None) for site, name in SITES.items()}
+    if c["model_type"] == "phi3":
+        cuts = (0, D, D + K * D // H, D + 2 * K * D // H)
+        found |= {site: ("self_attn.qkv_proj", (cuts[i], cuts[i + 1])) for i, site in enumerate("qkv")}
+        found |= {site: ("mlp.gate_up_proj", (i * F, i * F + F)) for i, site in enumerate(("gate", "up"))}
+    return found
 
 
 def factors(c: dict, dims) -> dict:

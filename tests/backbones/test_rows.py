@@ -5,7 +5,7 @@ import pytest
 from molora_jax.io.base import load_base
 from tests.backbones import family_cases, in_rows, parity
 
-QUICK = ("sliding window by layer_types (qwen3)",)  # the rest differ in what other tests of one row have
+QUICK = ("gemma3",)  # norms on both sides, a window and a rotation of its own in one layer; the others with --all
 each = pytest.mark.parametrize(
     "name", [pytest.param(n, marks=() if n in QUICK else pytest.mark.slow) for n in family_cases.ADAPTED]
 )

@@ -70,7 +70,9 @@ def test_off_harmless_and_unknown_fields():
 @pytest.mark.parametrize(
     "scaling, message",
     [
-        ({"rope_type": "longrope", "short_factor": [1.0]}, "longrope"),
+        ({"rope_type": "longrope", "short_factor": [1.0], "long_factor": [1.0, 2.0]}, "short_factor"),
+        ({"rope_type": "su", "short_factor": [1.0, 2.0], "long_factor": [1.0, "2"]}, "long_factor"),
+        ({"rope_type": "dynamic", "factor": 0.5}, "rope_scaling.factor"),
         ({"type": "linear"}, "rope_scaling.factor"),
         ({"type": "linear", "factor": -1.0}, "factor"),
         ({"type": "linear", "factor": 2.0, "mrope_section": [1, 1]}, "mrope_section"),
