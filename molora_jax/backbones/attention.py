@@ -106,18 +106,19 @@ def attention_form(q, asked: str, *, train: bool, platform: str | None = None, d
 
 def attend(
     q, k, v, mask, *, asked: str, train: bool, causal: bool = False, scale: float | None = None,
-    cap: float | None = None,
+    cap: float | None = None, sinks=None,
 ):  # fmt: skip
     """`q [B, S, H, H_d]`, `k, v [B, S_k, H_kv, H_d]` -> `[B, S, H * H_d]`.
 
     `causal` promises that `mask` lets no query see a later key and that S = S_k: scores that are surely masked are then
     not formed (at S = 512, 10 of 16 blocks are). `scale`: of the scores, 1 over the root of H_d where None; `cap`: see
-    `capped`.
+    `capped`; `sinks [H]`: of each head a score more, of a key whose value is 0.
     """
-    form = attention_form(q, asked, train=train) if cap is None else None
+    plain = cap is None and sinks is None
+    form = attention_form(q, asked, train=train) if plain else None
     one = functools.partial(jax.nn.dot_product_attention, scale=scale, implementation=form)
-    if cap is not None:
-        one = functools.partial(written_out, scale=scale, cap=cap)
+    if not plain:
+        one = functools.partial(written_out, scale=scale, cap=cap, sinks=sinks)
     if form is not None or not causal:
         out = one(q, k, v, mask=mask)
     else:
@@ -125,13 +126,18 @@ def attend(
     return out.reshape(*q.shape[:2], -1)
 
 
-def written_out(q, k, v, *, mask, scale: float | None, cap: float | None):
+def written_out(q, k, v, *, mask, scale: float | None = None, cap: float | None = None, sinks=None):
     """`dot_product_attention` with what jax's does not have; scores and their softmax in float32."""
     H, kv = q.shape[2], k.shape[2]
     q = q.reshape(*q.shape[:2], kv, H // kv, -1)
     z = jnp.einsum("bsgnd,btgd->bgnst", q, k, preferred_element_type=jnp.float32)
     z = capped(z * (q.shape[-1] ** -0.5 if scale is None else scale), cap)
-    p = jax.nn.softmax(jnp.where(mask[:, :, None], z, MASKED), axis=-1)
+    z = jnp.where(mask[:, :, None], z, MASKED)
+    if sinks is not None:
+        sink = sinks.astype(jnp.float32).reshape(1, kv, -1, 1, 1)
+        z = jnp.concatenate([z, jnp.broadcast_to(sink, (*z.shape[:-1], 1))], axis=-1)
+    p = jax.nn.softmax(z, axis=-1)
+    p = p if sinks is None else p[..., :-1]
     out = jnp.einsum("bgnst,btgd->bsgnd", p.astype(v.dtype), v)
     return out.reshape(*out.shape[:2], H, -1)
 

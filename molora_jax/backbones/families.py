@@ -8,7 +8,7 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any
 
-from molora_jax.backbones import bert, gemma, moe
+from molora_jax.backbones import bert, gemma, gpt_oss, moe
 from molora_jax.backbones.bert import Bert
 from molora_jax.backbones.hf_fields import shown
 from molora_jax.backbones.llama import Llama
@@ -138,6 +138,17 @@ FAMILIES = {
             num_local_experts=128, num_experts_per_tok=8, moe_intermediate_size=768,
         ),
         windowed=True, biased=True, reads=_MOE, derived=moe.fields, backbone=Moe,
+    ),
+    "gpt_oss": Family(
+        defaults=dict(
+            max_position_embeddings=131072, num_key_value_heads=8, head_dim=64, rms_norm_eps=1e-5, rope_theta=150000.0,
+            num_local_experts=128, num_experts_per_tok=4, sliding_window=128, attention_bias=True,
+        ),
+        before=gpt_oss.before, windowed=True, gated=False, every=2, biased=True,
+        reads=(
+            *_MOE, "quantization_config", "swiglu_limit", "swiglu_alpha", "experts_per_token", "initial_context_length",
+        ),
+        derived=gpt_oss.fields, backbone=gpt_oss.GptOss,
     ),
     "bert": Family(
         reads=(

@@ -204,7 +204,7 @@ class Llama(Backbone):
             alone = cache is None
             return attend(
                 q, k, v, mask, asked=at.attention, train=at.train and alone, causal=alone, cap=self.score_cap,
-                scale=None if self.query_scalar is None else self.query_scalar**-0.5,
+                scale=None if self.query_scalar is None else self.query_scalar**-0.5, sinks=p.get("sinks"),
             )  # fmt: skip
 
         return adapt.attention(h, weights_of(p, ("q", "k", "v", "o")), core), cache

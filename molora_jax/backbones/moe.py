@@ -83,7 +83,7 @@ class Moe(Llama):
 
     def _feed_forward(self, p, h, at, adapt):
         with jax.named_scope("route"):
-            routing = self.route(adapt.base_router(p["router"]["kernel"]), h, at.valid)
+            routing = self.route(self._scores(adapt, p, h), at.valid)
         out = adapt.experts(h, routing, p["experts"], self.activation)
         if self.shared_width:
             with jax.named_scope("shared_expert"):
@@ -93,9 +93,12 @@ class Moe(Llama):
                 out = out + (open_ * shared.astype(jnp.float32)).astype(out.dtype)
         return out
 
-    def route(self, W, x, valid) -> Routing:
-        """The base's decision by a router `W [D, E]`; `x [B, S, D]`, `valid [B, S]`."""
-        z = routing_math.logits(W.T, x)
+    def _scores(self, adapt, p, h):
+        """The router's logits `[B, S, E]`."""
+        return routing_math.logits(adapt.base_router(p["router"]["kernel"]).T, h)
+
+    def route(self, z, valid) -> Routing:
+        """The base's decision by its router's logits `z [B, S, E]`; `valid [B, S]`."""
         probs = jax.nn.softmax(z, axis=-1)
         best = routing_math.top_k(probs, self.active)
         gates = jnp.where(best, probs, 0.0)

@@ -23,7 +23,7 @@ from molora_jax.backbones.base import Backbone
 from molora_jax.backbones.hf_fields import shown
 from molora_jax.core.trees import set_path
 from molora_jax.errors import InputError
-from molora_jax.io import tensors
+from molora_jax.io import mxfp4, tensors
 from molora_jax.io.tokenizer import Tokenizer, read_json
 
 INDEX = "model.safetensors.index.json"
@@ -64,6 +64,9 @@ def read_folder(folder: pathlib.Path, dtype) -> tuple[Backbone, dict]:
             views[name], origin[name] = view, path
     if not (folder / "model.safetensors").exists():
         _check_index(folder / INDEX, origin)
+    if said.get("quantization_config"):
+        origin |= {name.removesuffix(mxfp4.BLOCKS): file for name, file in origin.items()}
+        views = mxfp4.joined(views, str(folder))
     if said.get("text_config"):  # a vision tower stands beside
         views, origin = ({ours: x for n, x in d.items() if (ours := gemma.in_text_tower(n))} for d in (views, origin))
     if config.PREFIX and config.shapes()["embed"].name not in views:  # saved with a head on top of it
@@ -190,6 +193,7 @@ def write_base(folder: pathlib.Path, base) -> None:
             shutil.copyfile(base.folder / name, folder / name)
     config = read_json(folder / "config.json")
     config = gemma.text_tower(config, "config.json") if config.get("text_config") else config  # no vision tower here
+    config.pop("quantization_config", None)  # what was packed is not any more
     config |= {"dtype": "float32", "torch_dtype": "float32"}
     if "tie_word_embeddings" in config or getattr(base.config, "tied", False):
         config["tie_word_embeddings"] = bool(getattr(base.config, "tied", False))  # the file's own head may overrule it

@@ -117,10 +117,24 @@ KINDS = {  # what a config may say beyond its family
     "relu": config(hidden_act="relu"),
 }
 CASES = MAIN | KINDS
+ROUTED = {  # compared alone in `backbone_cases.py`
+    "gpt_oss": config(
+        "gpt_oss",
+        head_dim=16,
+        num_local_experts=4,
+        num_experts_per_tok=2,
+        intermediate_size=24,
+        sliding_window=7,
+        attention_bias=True,
+        tie_word_embeddings=False,
+        rope_scaling=dict(_YARN, original_max_position_embeddings=16, truncate=False),
+    ),
+}
+ALL = CASES | ROUTED
 ADAPTED = (  # one checkpoint of every family, each with what is its own
     "llama, untied", "rope llama3", "rope dynamic, beyond the context", "sliding window (mistral)",
     "sliding window from layer 1 (qwen2)", "sliding window by layer_types (qwen3)", "smollm3",
-    "gemma", "gemma2", "gemma3", "olmo2", "phi3", "phi3, longrope, long",
+    "gemma", "gemma2", "gemma3", "olmo2", "phi3", "phi3, longrope, long", "gpt_oss",
 )  # fmt: skip
 R = 2  # rank of the factors; their scale is 1
 IN_GGUF = (*MAIN, "rope linear", "rope llama3, 8192", "rope yarn", "attention_bias (llama)", "attention_bias (qwen3)")
@@ -135,7 +149,8 @@ def tensors(c: dict, shapes: dict) -> dict:
     for name in sorted(shapes, key=_place):
         shape = tuple(shapes[name])
         x, scale = rng.standard_normal(shape), 1.0 if "embed" in name else 0.7 * shape[-1] ** -0.5
-        value = 0.3 * x if name.endswith("bias") else 1 + 0.2 * x if len(shape) == 1 else scale * x
+        wide = 6 if "gate_up" in name else 0.3  # gpt-oss clamps
+        value = wide * x if name.endswith("bias") else 1 + 0.2 * x if len(shape) == 1 else scale * x
         made[name] = value.astype(np.float32)
     return made
 
@@ -144,12 +159,12 @@ def _place(name):
     """The order in which tensors are drawn, so that the fixture stays: what ORDER does not know comes last, by name."""
     layer, stem = re.fullmatch(r"(?:model\.layers\.(\d+)\.)?(.*)\.\w+", name).groups()
     known = ORDER.index(stem) if stem in ORDER else len(ORDER)
-    return -1 if layer is None else int(layer), known, stem, name.endswith("bias")
+    return -1 if layer is None else int(layer), known, stem, name.endswith("bias"), name
 
 
 def sites_of(c: dict) -> dict:
     """Site -> (module of a layer, the rows of its weight that are the site's; None: all)."""
-    found = {site: (name, None) for site, name in SITES.items()}
+    found = {site: (name, None) for site, name in SITES.items() if c["model_type"] != "gpt_oss" or site in "qkvo"}
     if c["model_type"] == "phi3":
         cuts = (0, D, D + K * D // H, D + 2 * K * D // H)
         found |= {site: ("self_attn.qkv_proj", (cuts[i], cuts[i + 1])) for i, site in enumerate("qkv")}

@@ -95,21 +95,23 @@ def families(names):
         with tempfile.TemporaryDirectory() as folder:
             path = pathlib.Path(folder)
             os.environ["MOLORA_CACHE"] = f"{folder}/cache"
-            if name in backbone_cases.CASES:
+            if name not in family_cases.ADAPTED:
                 found = others.errors(name, load_base(others.written(path / "m", name)))
                 yield f"| {name} | {_figures(found)} | | | |"
                 continue
-            config = family_cases.CASES[name]
+            config = family_cases.ALL[name]
+            alone = load_base(others.written(path / "o", name)) if name in backbone_cases.CASES else None
             base = load_base(family_cases.write(path, "folder", config))
         wanted = wanted_adapted(name)
         rows = [in_rows.errors(in_rows.run(config, base, mesh=mesh), wanted) for mesh in (False, True)]
-        cells = [named(name), _figures(errors(name, base)), *map(_figures, rows)]
+        plain = errors(name, base) if alone is None else others.errors(name, alone)
+        cells = [named(name), _figures(plain), *map(_figures, rows)]
         yield f"| {' | '.join(cells)} | {in_rows.cached(config, base):.0e} |"
 
 
 def named(name: str) -> str:
     """The first cell of a family's row."""
-    family = family_cases.CASES[name]["model_type"] if name in family_cases.CASES else name
+    family = family_cases.ALL.get(name, {"model_type": name})["model_type"]
     return name if name.startswith(family) else f"{family}: {name}"
 
 
@@ -122,7 +124,7 @@ HEADS = (
     "| family | one text a row: outputs, loss, gradients | adapters, padded and packed rows: logits, loss, gradients | "
     "the same on 8 devices | cached against uncached |",
 )
-SECOND = (*family_cases.ADAPTED, *backbone_cases.CASES)
+SECOND = (*family_cases.ADAPTED, *(case for case in backbone_cases.CASES if case not in family_cases.ADAPTED))
 
 
 def write(names) -> None:

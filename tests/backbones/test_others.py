@@ -9,6 +9,7 @@ QUICK = (
     "bert",
     "mixtral, sliding window",
     "qwen2_moe",
+    "gpt_oss",
 )  # all that differs between the families, but for small switches
 
 

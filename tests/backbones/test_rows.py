@@ -14,23 +14,23 @@ each = pytest.mark.parametrize(
 @pytest.fixture
 def base(tmp_path, monkeypatch, name):
     monkeypatch.setenv("MOLORA_CACHE", str(tmp_path / "cache"))
-    return load_base(family_cases.write(tmp_path / "m", "folder", family_cases.CASES[name]))
+    return load_base(family_cases.write(tmp_path / "m", "folder", family_cases.ALL[name]))
 
 
 @each
 def test_padded_and_packed_rows_with_adapters(base, name):
-    found = in_rows.run(family_cases.CASES[name], base)
+    found = in_rows.run(family_cases.ALL[name], base)
     for what, error in in_rows.errors(found, parity.wanted_adapted(name)).items():
         assert error < 1e-4, (what, error)
 
 
 @each
 def test_eight_devices(base, name):
-    found = in_rows.run(family_cases.CASES[name], base, mesh=True)
+    found = in_rows.run(family_cases.ALL[name], base, mesh=True)
     for what, error in in_rows.errors(found, parity.wanted_adapted(name)).items():
         assert error < 1e-4, (what, error)
 
 
 @each
 def test_cached_generation_equals_uncached(base, name):
-    assert in_rows.cached(family_cases.CASES[name], base) < 1e-4
+    assert in_rows.cached(family_cases.ALL[name], base) < 1e-4
