@@ -12,8 +12,8 @@ import ml_dtypes
 import numpy as np
 
 from molora_jax.errors import InputError
+from molora_jax.io.quants import FP4
 
-FP4 = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6], np.float32)
 BLOCKS, SCALES = "_blocks", "_scales"
 
 
