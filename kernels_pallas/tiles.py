@@ -67,10 +67,11 @@ def plain(A: Factor) -> Array:
 
 
 def expert(A: Factor, e: Array) -> Array:
-    """`[R, D]` of expert e, a traced scalar in range."""
+    """`[R, D]` of expert e, a traced scalar in range (`[F]` of a bias)."""
     if not isinstance(A, InStack):
         return at(A, e)
-    return jax.lax.dynamic_slice(A.stack, (A.layer, e, 0, 0), (1, 1, *A.shape[1:])).reshape(A.shape[1:])
+    inside = A.shape[1:]
+    return jax.lax.dynamic_slice(A.stack, (A.layer, e, *(0,) * len(inside)), (1, 1, *inside)).reshape(inside)
 
 
 def kept(A: Factor) -> Factor:

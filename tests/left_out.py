@@ -158,7 +158,9 @@ LEFT_OUT = (
     "core/test_contracts.py::test_a_shared_decision_is_taken_once_and_no_leaf_is_dead[[]ffn-*",
     *(f"backbones/test_families.py::test_a_kind[[]{kind}]"  # the reader's tests have each as a file
       for kind in ("rope llama3, 8192", "rope yarn, mscale", "rope yarn, attention_factor", "gelu_new", "relu",
-                   "sliding window of the rows' length", "sliding window from layer 1 (qwen2)",
+                   "sliding window of the rows' length", "gemma2, no caps, both layers full", "gemma",
+                   "gemma3, parameters by kind of layer", "phi3, longrope, short",
+                   "sliding window from layer 1 (qwen2)",
                    "attention_bias (llama)")),
     "backbones/test_families.py::test_a_family[[]qwen2, untied-folder]",
     "backbones/test_families.py::test_a_family[[]qwen3, untied-folder]",

@@ -4,9 +4,9 @@ import jax.numpy as jnp
 
 from kernels_pallas.check import agree
 from kernels_pallas.moe_ffn import ragged, reference, tiled
+from kernels_pallas.moe_ffn.gates import NAMES
 from kernels_pallas.pick import pick
 from kernels_pallas.platform import is_side_by_side, platform_of
-from kernels_pallas.routed_ffn.activations import PAIRS
 from kernels_pallas.tiles import plain
 
 IMPLEMENTATIONS = {"reference": reference.moe_ffn, "ragged": ragged.moe_ffn, "tiled": tiled.moe_ffn}
@@ -22,21 +22,23 @@ def choose(*, platform: str | None = None) -> tuple[str, str]:
     return "ragged", "tpu: grouped products are kernels of the compiler's own"
 
 
-def check(x, gate, up, down, low, idx, gates, *, activation, mask) -> dict[str, int]:
+def check(x, gate, up, down, low, idx, gates, *, activation, mask, bias=None) -> dict[str, int]:
     """The sizes by axis. Raises ValueError where the shapes do not agree, or for an unknown activation."""
-    if activation not in PAIRS:
-        raise ValueError(f"moe_ffn: activation {activation!r} is not known, expected one of {', '.join(PAIRS)}.")
+    if activation not in NAMES:
+        raise ValueError(f"moe_ffn: activation {activation!r} is not known, expected one of {', '.join(NAMES)}.")
     kernels = {"gate": (gate, "E D F"), "up": (up, "E D F"), "down": (down, "E F D")}
     z_g, z_u, B_g, B_u, A_d = low or (None,) * 5
     ranks = {"z_g": (z_g, "T K R"), "z_u": (z_u, "T K R")}
     factors = {"B_g": (B_g, "1|E R F"), "B_u": (B_u, "1|E R F"), "A_d": (A_d, "1|E R F")}
     slots = {"idx": (idx, "T K"), "gates": (gates, "T K")}
-    return agree("moe_ffn", x=(x, "T D"), **kernels, **slots, **ranks, **factors, mask=(mask, "T F"))
+    b_g, b_u, b_d = bias or (None,) * 3
+    biases = {"gate_bias": (b_g, "E F"), "up_bias": (b_u, "E F"), "down_bias": (b_d, "E D")}
+    return agree("moe_ffn", x=(x, "T D"), **kernels, **slots, **ranks, **factors, **biases, mask=(mask, "T F"))
 
 
 def moe_ffn(
-    x, gate, up, down, low, idx, gates, *, activation="silu", mask=None, implementation: str | None = None,
-    platform: str | None = None,
+    x, gate, up, down, low, idx, gates, *, activation="silu", mask=None, bias=None,
+    implementation: str | None = None, platform: str | None = None,
 ):  # fmt: skip
     """`y = sum_k w_k W_d[e_k] h_k`, `h_k = act(W_g[e_k] x + B_g[e_k] z_g[k]) * (W_u[e_k] x + B_u[e_k] z_u[k])`.
 
@@ -47,8 +49,11 @@ def moe_ffn(
         `B_g, B_u, A_d [1|E, R, F]`, 1 where the experts share it; each may be a `tiles.InStack`.
       idx: `[T, K]` int32, E at a slot that is not used; a token names an expert at most once.
       gates: `[T, K]` float32, with a gradient.
-      activation: `silu`, `gelu` (exact), `gelu_tanh` or `relu`.
+      activation: `silu`, `gelu` (exact), `gelu_tanh`, `relu`, or `clamped`, which bends the second factor too
+        (`gates.py`).
       mask: `[T, F]` dropout mask (already divided by its keep rate) on the input of A_d, or None.
+      bias: None, or `(b_g, b_u [E, F], b_d [E, D])`, added to the products with the kernels; frozen, each may be a
+        `tiles.InStack`.
       implementation: `reference`, `ragged`, `tiled`, or None to choose.
 
     Returns:
@@ -62,7 +67,7 @@ def moe_ffn(
     >>> mj.moe_ffn(x, W, W, W_down, None, jnp.array([[1]]), jnp.array([[0.5]]), activation="relu")[0].tolist()
     [[8.0, 8.0]]
     """
-    sizes = check(x, gate, up, down, low, idx, gates, activation=activation, mask=mask)
+    sizes = check(x, gate, up, down, low, idx, gates, activation=activation, mask=mask, bias=bias)
     name = choose(platform=platform)[0] if implementation is None else implementation
     form = pick("moe_ffn", IMPLEMENTATIONS, {}, name, refused={}, platform=platform, no_kernel=lambda: None)
     if sizes["T"] == 0:
@@ -70,9 +75,10 @@ def moe_ffn(
     if name != "tiled":
         gate, up, down = (plain_of(W) for W in (gate, up, down))
         low = None if low is None else (*low[:2], *map(plain, low[2:]))
-    return form(x, gate, up, down, low, idx, gates, activation=activation, mask=mask)
+        bias = None if bias is None else tuple(map(plain_of, bias))
+    return form(x, gate, up, down, low, idx, gates, activation=activation, mask=mask, bias=bias)
 
 
 def plain_of(W):
-    """`[E, D, F]` of a frozen kernel: a copy, where it lies in the stack of all layers."""
+    """`[E, ...]` of a frozen kernel or bias: a copy, where it lies in the stack of all layers."""
     return W.stack[W.layer] if hasattr(W, "stack") else W

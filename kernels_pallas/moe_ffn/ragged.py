@@ -14,15 +14,11 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from kernels_pallas import order
-from kernels_pallas.routed_ffn.activations import core, pair
+from kernels_pallas.moe_ffn import gates as gating
 from kernels_pallas.tiles import PRODUCT
 from kernels_pallas.zeros import gated, masked
 
 F32 = jnp.float32
-
-
-def _activate(activation, x):
-    return pair(activation, x, core(activation, x))[0]
 
 
 @jax.custom_vjp
@@ -40,8 +36,8 @@ _weigh.defvjp(
 class _Rows:
     """Products of sorted rows with what their expert has; rows past the last expert are exactly zero."""
 
-    def __init__(self, order_):
-        self.sizes = order_.sizes
+    def __init__(self, order_, expert):
+        self.sizes, self.expert = order_.sizes, jnp.minimum(expert.reshape(-1)[order_.slot], len(order_.sizes) - 1)
         self.used = (jnp.arange(len(order_.slot)) < jnp.sum(order_.sizes))[:, None]
 
     def only(self, x):
@@ -54,19 +50,24 @@ class _Rows:
             return jnp.dot(x, W[0], preferred_element_type=F32)
         return self.only(jax.lax.ragged_dot(x, W, self.sizes, preferred_element_type=F32))
 
+    def biased(self, y, bias, i):
+        """`y [N, B]` with the bias of its row's expert, of `bias[i] [E, B]`; as it is without biases."""
+        return y if bias is None else self.only(y + bias[i][self.expert].astype(F32))
+
 
 @functools.partial(jax.checkpoint, static_argnums=(0,))
 @jax.named_scope("base_experts")
-def _block(activation, x, kernels, low, rows, gates, mask):
-    own, dtype = _Rows(rows), x.dtype
-    x = order.spread(x, rows)
-    g, u = own.dot(x, kernels[0]), own.dot(x, kernels[1])
+def _block(activation, x, kernels, low, idx, gates, mask, bias):
+    rows, dtype = order.by_expert(idx, kernels[0].shape[0]), x.dtype
+    own, x = _Rows(rows, idx), order.spread(x, rows)
+    g, u = (own.biased(own.dot(x, kernels[i]), bias, i) for i in (0, 1))
     if low is not None:
         z_g, z_u = (order.arrange(z.astype(dtype), rows) for z in low[:2])
         g, u = g + own.dot(z_g, low[2]), u + own.dot(z_u, low[3])
-    h = _activate(activation, g) * u
+    h = gating.gate(activation, g)[0] * gating.linear(activation, u)[0]
     w = own.only(order.arrange(gates.astype(F32)[..., None], rows))
-    y = order.combine(_weigh(w, own.dot(h.astype(dtype), kernels[2])), rows).astype(dtype)
+    out = own.biased(own.dot(h.astype(dtype), kernels[2]), bias, 2)
+    y = order.combine(_weigh(w, out), rows).astype(dtype)
     if low is None:
         return y, None
     seen = masked(h, None if mask is None else order.spread(mask, rows))
@@ -74,7 +75,7 @@ def _block(activation, x, kernels, low, rows, gates, mask):
     return y, order.restore(z_d, rows).astype(dtype)
 
 
-def moe_ffn(x, gate, up, down, low, idx, gates, *, activation="silu", mask=None):
-    kernels = jax.lax.stop_gradient((gate, up, down))
-    out = _block(activation, x, kernels, low, order.by_expert(idx, gate.shape[0]), gates, mask)
+def moe_ffn(x, gate, up, down, low, idx, gates, *, activation="silu", mask=None, bias=None):
+    kernels, bias = jax.lax.stop_gradient(((gate, up, down), bias))
+    out = _block(activation, x, kernels, low, idx, gates, mask, bias)
     return jax.tree.map(lambda made: checkpoint_name(made, PRODUCT), out)

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from kernels_pallas import tiles
-from kernels_pallas.routed_ffn.activations import core, pair
+from kernels_pallas.moe_ffn import gates as gating
 from kernels_pallas.zeros import gated, masked
 
 F32 = jnp.float32
@@ -43,14 +43,17 @@ class _Tile:
     def __init__(self, activation, s, x, kernels, low, mask):
         dtype = x.dtype
         self.x = _rows(x, s.token, s.valid)
-        self.W = [tiles.expert(W, s.expert) for W in kernels]
+        self.W = [tiles.expert(W, s.expert) for W in kernels[:3]]
+        self.b = [tiles.expert(b, s.expert).astype(F32) for b in kernels[3:]]
         g, u = (_dot(self.x, W, NN) for W in self.W[:2])
+        if self.b:
+            g, u = g + self.b[0], u + self.b[1]
         if low is not None:
             self.z = [_rows(_flat(z), s.slot, s.valid).astype(dtype) for z in low[:2]]
             self.B = [tiles.expert(B, _own(B, s.expert)) for B in low[2:]]
             g, u = g + _dot(self.z[0], self.B[0], NN), u + _dot(self.z[1], self.B[1], NN)
-        self.a, self.da = pair(activation, g, core(activation, g))
-        self.u, self.h = u, self.a * u
+        (self.a, self.da), (self.u, self.du) = gating.gate(activation, g), gating.linear(activation, u)
+        self.h = self.a * self.u
         self.mask = None if mask is None else tiles.take(mask, s.token)
 
 
@@ -73,7 +76,8 @@ def _value(activation, x, gates, low, kernels, mask, schedule):
         s = tiles.step(schedule, i)
         tile = _Tile(activation, s, x, kernels, low, mask)
         w = _rows(_flat(gates[..., None]), s.slot, s.valid)
-        y = tiles.add_rows(carry[0], s.to_token, gated(w, _dot(tile.h.astype(x.dtype), tile.W[2], NN)))
+        out = _dot(tile.h.astype(x.dtype), tile.W[2], NN)
+        y = tiles.add_rows(carry[0], s.to_token, gated(w, out + tile.b[2] if tile.b else out))
         if low is None:
             return (y,)
         z = _dot(masked(tile.h, tile.mask).astype(x.dtype), tile.B[2], NT)
@@ -97,13 +101,17 @@ def _gradients(activation, x, gates, low, kernels, mask, schedule, dy, dz_d):
         s = tiles.step(schedule, i)
         tile = _Tile(activation, s, x, kernels, low, mask)
         w = _rows(_flat(gates[..., None]), s.slot, s.valid)
-        back = _dot(_rows(dy, s.token, s.valid), tile.W[2], NT)  # of h, before the gate
-        dw = tiles.add_rows(carry[1], s.to_slot, jnp.sum(back * tile.h, axis=1))
+        rows = _rows(dy, s.token, s.valid)
+        back = _dot(rows, tile.W[2], NT)  # of h, before the gate
+        dw = jnp.sum(back * tile.h, axis=1)
+        dw = dw + rows.astype(F32) @ tile.b[2] if tile.b else dw
+        dw = tiles.add_rows(carry[1], s.to_slot, dw)
         dh = gated(w, back)
         if low is not None:
             dz = _rows(_flat(dz_d), s.slot, s.valid).astype(dtype)
             dh = dh + masked(_dot(dz, tile.B[2], NN), tile.mask)
-        dg, du = (dh * tile.da * tile.u).astype(dtype), (dh * tile.a).astype(dtype)
+        dg, du = (dh * tile.da * tile.u).astype(dtype), dh * tile.a
+        du = (du if tile.du is None else du * tile.du).astype(dtype)
         dx = tiles.add_rows(carry[0], s.to_token, _dot(dg, tile.W[0], NT) + _dot(du, tile.W[1], NT))
         if low is None:
             return dx, dw
@@ -129,7 +137,7 @@ def _gradients(activation, x, gates, low, kernels, mask, schedule, dy, dz_d):
 _op.defvjp(_forward, _backward)
 
 
-def moe_ffn(x, gate, up, down, low, idx, gates, *, activation="silu", mask=None, rows=None):
+def moe_ffn(x, gate, up, down, low, idx, gates, *, activation="silu", mask=None, bias=None, rows=None):
     schedule = tiles.plan(idx, gate.shape[0], rows)
-    frozen = jax.lax.stop_gradient((gate, up, down))
+    frozen = jax.lax.stop_gradient((gate, up, down, *(bias or ())))
     return _op(activation, x, gates, low, list(frozen), mask, schedule)

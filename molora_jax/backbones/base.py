@@ -34,13 +34,28 @@ NO_SSM = dict.fromkeys(
 
 
 @dataclasses.dataclass(frozen=True)
+class Part:
+    """What of a checkpoint's tensor is a leaf's: `start`, `start + step`, ... below `stop` of the `size` on `axis`."""
+
+    axis: int
+    start: int
+    stop: int
+    size: int
+    step: int = 1
+
+    def of(self, tensor):
+        """A view of the tensor's part."""
+        return tensor[(slice(None),) * self.axis + (slice(self.start, self.stop, self.step),)]
+
+
+@dataclasses.dataclass(frozen=True)
 class Leaf:
     """One array of a base.
 
     `specs`: where it lies on a mesh, by preference: the first that the mesh divides is taken. The leading `stacked`
     axes (layers, experts) are tensors of their own in a Hugging Face checkpoint; `name` has a `{}` for each. `turned`:
     a matrix `[D_in, D_out]` here that is `[D_out, D_in]` there. Random values: normal with deviation `scale`, else all
-    are `fill`.
+    are `fill`. `part`: where the tensor of the checkpoint holds others beside it; it is of the tensor as it lies there.
     """
 
     shape: tuple[int, ...]
@@ -50,12 +65,22 @@ class Leaf:
     turned: bool = False
     scale: float | None = None
     fill: float = 1.0
+    part: Part | None = None
 
     @property
     def file_shape(self) -> tuple[int, ...]:
         """The shape of one tensor of the checkpoint."""
         rest = self.shape[self.stacked :]
-        return rest[::-1] if self.turned else rest
+        rest = rest[::-1] if self.turned else rest
+        return (
+            rest
+            if self.part is None
+            else tuple(self.part.size if axis == self.part.axis else n for axis, n in enumerate(rest))
+        )
+
+    def taken(self, tensor):
+        """A view of what a tensor of the checkpoint, as it lies there, holds of this leaf."""
+        return tensor if self.part is None else self.part.of(tensor)
 
     def files(self):
         """`(name, index)` of each tensor of the checkpoint; `index` is its place on the stacked axes."""
@@ -118,6 +143,7 @@ class Backbone:
     PREFIX: ClassVar[str] = ""  # that a checkpoint of the model with some head puts before its names
     IGNORED: ClassVar[tuple[str, ...]] = ("*rotary_emb.inv_freq",)  # tensors that a checkpoint may have beside ours
     TITLE: ClassVar[str] = ""  # in the digest of random weights, where the class has had another name
+    DESCRIBED_LAST: ClassVar[tuple[str, ...]] = ()  # there: fields that stood last in it before they moved
 
     @property
     def stacks(self) -> tuple[Stack, ...]:
@@ -166,14 +192,19 @@ class Backbone:
         """Who sees whom, `[B, 1, S, S]`: causal, and block-diagonal by example; or what else `once` is to be given."""
         return causal_mask(segment_ids)
 
-    def once(self, positions: Array, mask: Array, *, cached: bool) -> dict:
-        """What all layers share, formed before the stack. `mask [B, 1, S, S_k]`; `cached`: slots are positions."""
+    def once(self, positions: Array, mask: Array, *, cached: bool, segment_ids: Array | None = None) -> dict:
+        """What all layers share, formed before the stack. `mask [B, 1, S, S_k]`; `cached`: slots are positions;
+        `segment_ids [B, S]`, 0 at padding, None: a row is one text."""
         return {"mask": mask}
 
     def block(self, p: dict, x: Array, at: BlockContext, adapt, cache):
         """`x [B, S, D] -> (x, cache)`. `p`: this layer's parameters; `cache`: None without one, else called with new
         `(k, v) [B, S, H_kv, H_d]` it gives all that may be seen and the new cache (see `stack.LayerCache`)."""
         raise NotImplementedError
+
+    def cacheable(self, first: int, last: int) -> bool:
+        """Whether keys and values of a text of `first` tokens are still right when it has grown to `last`."""
+        return True
 
     def init_cache(self, rows: int, slots: int, dtype) -> tuple[Array, Array]:
         """Two empty buffers `[L, rows, ...]`: keys and values `[L, rows, slots, H_kv, H_d]`, or what a block keeps."""

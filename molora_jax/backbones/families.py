@@ -8,7 +8,7 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any
 
-from molora_jax.backbones import bert, mamba, moe
+from molora_jax.backbones import bert, gemma, gpt_oss, mamba, moe
 from molora_jax.backbones.bert import Bert
 from molora_jax.backbones.hf_fields import shown
 from molora_jax.backbones.llama import Llama
@@ -22,16 +22,20 @@ class Family:
     """A `model_type` of Hugging Face.
 
     `switches`: fields of the backbone beyond what config.json says; `defaults`: of fields that the file lacks;
-    `windowed`: its sliding window is read, `gated` if `use_sliding_window` has to say so; `biased`: `attention_bias` is
-    read, for q, k, v and o; `reads`: fields that it alone reads; `derived(config, number, where)`: fields of the
-    backbone that follow from those; `whole`: the backbone's own reader of a config, in place of Llama's; `heads`:
-    whether it has attention.
+    `before(config, where)`: the config that is meant, where a file says it in another way; `windowed`: its sliding
+    window is read, `gated` if `use_sliding_window` has to say so, `every`: where `layer_types` does not say it, one of
+    so many layers does not slide; `activation`: the field that names it; `biased`: `attention_bias` is read, for q, k,
+    v and o; `reads`: fields that it alone reads; `derived(config, number, where)`: fields of the backbone that follow
+    from those; `whole`: the backbone's own reader of a config, in place of Llama's; `heads`: whether it has attention.
     """
 
     switches: dict = dataclasses.field(default_factory=dict)
     defaults: dict = dataclasses.field(default_factory=dict)
+    before: Callable[[dict, str], dict] = lambda config, where: config
     windowed: bool = False
     gated: bool = True
+    every: int = 0
+    activation: str = "hidden_act"
     biased: bool = False
     reads: tuple[str, ...] = ()
     derived: Callable[..., dict[str, Any]] = lambda config, number, where: {}
@@ -52,6 +56,11 @@ def _unrotated(config, number, where) -> dict:
 
 
 _QWEN = dict(max_position_embeddings=32768, num_key_value_heads=32, sliding_window=4096, max_window_layers=28)
+_GEMMA = dict(  # of Gemma 2 and 3
+    hidden_size=2304, intermediate_size=9216, num_hidden_layers=26, num_attention_heads=8, num_key_value_heads=4,
+    head_dim=256, hidden_activation="gelu_pytorch_tanh", query_pre_attn_scalar=256, sliding_window=4096,
+    tie_word_embeddings=True,
+)  # fmt: skip
 _MOE = (
     "num_experts", "num_local_experts", "num_experts_per_tok", "moe_intermediate_size", "norm_topk_prob",
     "mlp_only_layers", "decoder_sparse_step",
@@ -68,6 +77,39 @@ FAMILIES = {
         defaults=dict(max_position_embeddings=32768, num_key_value_heads=4, rope_theta=2e6, tie_word_embeddings=True),
         windowed=True, biased=True, reads=("no_rope_layers", "no_rope_layer_interval"), derived=_unrotated,
     ),
+    "phi3": Family(  # Phi-3, 3.5, 4 and 4-mini; code of their own says what transformers' does
+        dict(fused=True),
+        dict(max_position_embeddings=4096, original_max_position_embeddings=4096, rms_norm_eps=1e-5),
+        windowed=True, gated=False, reads=("partial_rotary_factor", "auto_map"),
+    ),
+    "olmo2": Family(
+        dict(norms="post", qk_norm_all=True), dict(max_position_embeddings=2048, rms_norm_eps=1e-5), biased=True
+    ),
+    "gemma": Family(
+        gemma.SWITCHES,
+        dict(
+            max_position_embeddings=8192, num_key_value_heads=16, head_dim=256, hidden_act="gelu_pytorch_tanh",
+            tie_word_embeddings=True,
+        ),
+        biased=True, reads=("hidden_activation",), derived=gemma.first,
+    ),
+    "gemma2": Family(
+        gemma.BOTH,
+        _GEMMA | dict(max_position_embeddings=8192, attn_logit_softcapping=50.0, final_logit_softcapping=30.0),
+        windowed=True, gated=False, every=2, activation="hidden_activation", biased=True,
+        reads=(*_GEMMA, "attn_logit_softcapping", "final_logit_softcapping"), derived=gemma.second,
+    ),
+    "gemma3_text": Family(
+        gemma.BOTH | dict(qk_norm=True),
+        _GEMMA | dict(max_position_embeddings=131072, rope_theta=1e6, rope_local_base_freq=1e4, vocab_size=262208),
+        before=gemma.flat, windowed=True, gated=False, every=6, activation="hidden_activation", biased=True,
+        reads=(
+            *_GEMMA, "final_logit_softcapping", "rope_local_base_freq", "sliding_window_pattern",
+            "_sliding_window_pattern",
+        ),
+        derived=gemma.third,
+    ),
+    "gemma3": Family(before=gemma.text_tower),
     "mixtral": Family(
         defaults=dict(
             max_position_embeddings=131072, num_key_value_heads=8, num_local_experts=8, num_experts_per_tok=2,
@@ -98,6 +140,17 @@ FAMILIES = {
             num_local_experts=128, num_experts_per_tok=8, moe_intermediate_size=768,
         ),
         windowed=True, biased=True, reads=_MOE, derived=moe.fields, backbone=Moe,
+    ),
+    "gpt_oss": Family(
+        defaults=dict(
+            max_position_embeddings=131072, num_key_value_heads=8, head_dim=64, rms_norm_eps=1e-5, rope_theta=150000.0,
+            num_local_experts=128, num_experts_per_tok=4, sliding_window=128, attention_bias=True,
+        ),
+        before=gpt_oss.before, windowed=True, gated=False, every=2, biased=True,
+        reads=(
+            *_MOE, "quantization_config", "swiglu_limit", "swiglu_alpha", "experts_per_token", "initial_context_length",
+        ),
+        derived=gpt_oss.fields, backbone=gpt_oss.GptOss,
     ),
     "bert": Family(
         reads=(

@@ -26,7 +26,10 @@ def from_hf(config: dict, *, where: str, note=lambda text: None) -> Backbone:
             fix="Choose a model of these families, or add its row to molora_jax/backbones/families.py.",
         )  # fmt: skip
     family, file = FAMILIES[name], where
-    config = family.defaults | config
+    meant = family.before(config, where)
+    if meant.get("model_type") != name:
+        return from_hf(meant, where=where, note=note)
+    config = family.defaults | meant
 
     def number(key, default=None, *, kind=int, source=config, where=""):
         value = source.get(key)
@@ -50,14 +53,20 @@ def from_hf(config: dict, *, where: str, note=lambda text: None) -> Backbone:
             expected="key-value heads that divide the heads, and an even size",
         )  # fmt: skip
     _known(config, family, note, where, head_dim)
-    activation = _activation(config, where, "silu")
+    activation = _activation(config, where, "silu", family.activation)
     if number("num_hidden_layers") > 10_000:
         raise InputError(f"{where}: num_hidden_layers", got=str(number("num_hidden_layers")), expected="at most 10,000")
+    partial = "partial_rotary_factor" in family.reads
+    r = rope.rotated(config, where=where, head_dim=head_dim) if partial else head_dim
+    rope_base, scaling = rope.read(config, where=where, number=number, head_dim=r, partial=partial)
     context = number("max_position_embeddings")
+    if scaling is not None and scaling.kind == "dynamic":
+        context = int(scaling.factor * context)
     window, sliding = _window(config, family, number, where)
+    fields = _biases(config, family, where) | family.derived(config, number, where)
     reached = bool(sliding) and window < context  # else full attention is the same
-    rope_base, scaling = rope.read(config, where=where, number=number)
-    return family.backbone(
+    local = fields.get("local_base") is not None
+    common = dict(
         family=name,
         layers=number("num_hidden_layers"),
         width=width,
@@ -73,9 +82,10 @@ def from_hf(config: dict, *, where: str, note=lambda text: None) -> Backbone:
         activation=activation,
         rope_scaling=scaling,
         window=window if reached else None,
-        sliding=sliding if reached else (),
-        **_biases(config, family, where) | family.derived(config, number, where),
+        sliding=sliding if reached or local else (),
+        rotated=None if r == head_dim else r,
     )
+    return family.backbone(**common | fields)
 
 
 def _known(config, family, note, where, head_dim):
@@ -86,12 +96,12 @@ def _known(config, family, note, where, head_dim):
         note(f"{where}: not read: {names}")
 
 
-def _activation(config, where, default) -> str:
-    """Our name of `hidden_act`."""
-    activation = config.get("hidden_act", default)
+def _activation(config, where, default, field="hidden_act") -> str:
+    """Our name of the activation that `field` names."""
+    activation = config.get(field, default)
     if not isinstance(activation, str) or activation not in ACTIVATIONS:
         raise InputError(
-            f"{where}: hidden_act", got=hf_fields.quoted(activation), expected=f"one of {', '.join(ACTIVATIONS)}"
+            f"{where}: {field}", got=hf_fields.quoted(activation), expected=f"one of {', '.join(ACTIVATIONS)}"
         )
     return ACTIVATIONS[activation]
 
@@ -135,7 +145,10 @@ def _window(config, family, number, where) -> tuple[int, tuple[int, ...]]:
             )  # fmt: skip
         return 0, ()
     window = number("sliding_window")
-    if not gated:
+    if family.every and kinds is None:
+        every = number("sliding_window_pattern", family.every)
+        kinds = ["sliding_attention" if (i + 1) % every else "full_attention" for i in range(layers)]
+    if not gated and not family.every:
         return window, tuple(range(layers))
     if kinds is not None:
         if len(kinds) != layers:

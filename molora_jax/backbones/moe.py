@@ -5,7 +5,6 @@
 
     blocks/router/kernel [L, D, E]   blocks/experts/{gate, up [L, E, D, F], down [L, E, F, D]}
     blocks/shared/{gate, up, down}/kernel   blocks/shared_gate/kernel [L, D, 1]   where the family has them
-    blocks/{q_norm, k_norm} [L, H * H_d] over all heads together (OLMoE)
 
 The rest is Llama's. The experts' kernels never leave their stack as a layer's slice. Sites are those of attention; the
 base's own experts are changed by the placement `base_experts`. Padding is not routed.
@@ -20,7 +19,6 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
-from molora_jax.backbones.attention import rms_norm
 from molora_jax.backbones.base import NO_SSM, WHOLE, Leaf, Stack, projection
 from molora_jax.backbones.llama import AT, Llama
 from molora_jax.config.fields import ATTENTION, FFN
@@ -42,10 +40,10 @@ class Moe(Llama):
     expert_width: int = 0
     normalised: bool = True
     shared_width: int = 0
-    qk_norm_all: bool = False
 
     ABSENT: ClassVar[dict[str, str]] = NO_SSM | dict.fromkeys(("gate", "up", "down", "ffn"), NO_FFN)
     TITLE: ClassVar[str] = ""
+    DESCRIBED_LAST: ClassVar[tuple[str, ...]] = ("qk_norm_all",)
 
     @property
     def stacks(self) -> tuple[Stack, ...]:
@@ -83,20 +81,9 @@ class Moe(Llama):
             )
         return out
 
-    def _qk_norms(self):
-        if not self.qk_norm_all:
-            return super()._qk_norms()
-        sizes = {"q_norm": self.dims("q")[1], "k_norm": self.dims("k")[1]}
-        return {f"blocks/{name}": self._vector(name, size) for name, size in sizes.items()}
-
-    def _normed(self, p, q, k):
-        if not self.qk_norm_all:
-            return q, k
-        return rms_norm(q, p["q_norm"], self.norm_eps), rms_norm(k, p["k_norm"], self.norm_eps)
-
     def _feed_forward(self, p, h, at, adapt):
         with jax.named_scope("route"):
-            routing = self.route(adapt.base_router(p["router"]["kernel"]), h, at.valid)
+            routing = self.route(self._scores(adapt, p, h), at.valid)
         out = adapt.experts(h, routing, p["experts"], self.activation)
         if self.shared_width:
             with jax.named_scope("shared_expert"):
@@ -106,9 +93,12 @@ class Moe(Llama):
                 out = out + (open_ * shared.astype(jnp.float32)).astype(out.dtype)
         return out
 
-    def route(self, W, x, valid) -> Routing:
-        """The base's decision by a router `W [D, E]`; `x [B, S, D]`, `valid [B, S]`."""
-        z = routing_math.logits(W.T, x)
+    def _scores(self, adapt, p, h):
+        """The router's logits `[B, S, E]`."""
+        return routing_math.logits(adapt.base_router(p["router"]["kernel"]).T, h)
+
+    def route(self, z, valid) -> Routing:
+        """The base's decision by its router's logits `z [B, S, E]`; `valid [B, S]`."""
         probs = jax.nn.softmax(z, axis=-1)
         best = routing_math.top_k(probs, self.active)
         gates = jnp.where(best, probs, 0.0)

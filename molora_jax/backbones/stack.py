@@ -99,7 +99,9 @@ class StackRunner:
         if self.given is None:
             self.given, self.stats, self.gates = self.route(x)
             cached = self.cache is not None
-            self.once = self.model.config.once(self.ctx.positions, self.mask, cached=cached)
+            self.once = self.model.config.once(
+                self.ctx.positions, self.mask, cached=cached, segment_ids=self.ctx.segment_ids
+            )
         for segment in self.model.segments:
             if stack.start <= segment.start < stack.stop:
                 x = self._segment(stack, segment, params, x)

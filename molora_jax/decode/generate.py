@@ -44,7 +44,8 @@ def generate(
       temperature: 0 takes the likeliest token; else tokens are drawn, by `seed` and the prompt.
       top_p, top_k, min_p, repetition_penalty: see `sampling.py`.
       stop: `stop(ids) -> how many of them to keep, or None` also ends an answer; asked every few tokens.
-      cache: False recomputes everything for each token (slow; the same answers).
+      cache: False recomputes everything for each token (slow; the same answers). So it is done whatever is asked for
+        where positions are scaled by the length of a text that may grow over the bound (`rope.py`).
       done: called with the number of rows after each batch.
 
     Returns:
@@ -66,7 +67,8 @@ def generate(
         limit = min(max_new_tokens, model.config.context - len(prompts[rows[0]]))  # the cache is no larger than needed
         batch = pad([prompts[i] for i in rows], limit, model.config.context, seed, rows=room)
         inputs = (params, adapters, router_state, *batch, np.float32(temperature), end_ids(eos_id), filters)
-        static = dict(model=model, size=new_slots(batch[0].shape[1], limit), sample=temperature > 0, cache=cache)
+        held = cache and may_cache(model, [prompts[i] for i in rows], limit)
+        static = dict(model=model, size=new_slots(batch[0].shape[1], limit), sample=temperature > 0, cache=held)
         if stop is None:
             ids, counts, _ = jax.device_get(decode(*inputs, **static))
         else:
@@ -122,6 +124,11 @@ def _check(prompts, max_new_tokens, temperature, seed, context):
                 "prompt", got=f"{len(prompt)} tokens", expected=f"1 to {context - 1}, to fit the model's context",
                 fix="Shorten it." if prompt else "Write something.",
             )  # fmt: skip
+
+
+def may_cache(model, prompts, max_new_tokens: int) -> bool:
+    """Whether keys and values may be kept from token to token: for every prompt up to its longest answer."""
+    return all(model.config.cacheable(len(ids), len(ids) + max_new_tokens) for ids in prompts)
 
 
 def round_up(n: int) -> int:

@@ -33,7 +33,7 @@ from molora_jax.backbones import families, hf_config
 from molora_jax.backbones.base import Backbone
 from molora_jax.backbones.hf_fields import shown
 from molora_jax.errors import InputError
-from molora_jax.io import fetch, gguf, gguf_model, huggingface, random_init, tokenizer
+from molora_jax.io import fetch, gguf, gguf_model, gguf_tokenizer, huggingface, random_init, tokenizer
 
 _DTYPES = {"float32": np.float32, "bfloat16": ml_dtypes.bfloat16, "float16": np.float16}
 _FORMAT = "v2"  # raise it when a conversion changes: old folders are then not used
@@ -216,7 +216,7 @@ def _converted(digest, dtype, gguf_path) -> pathlib.Path:
         file = gguf.read(path)
         config = gguf_model.hf_config(file)
         sources = gguf_model.tensor_sources(file, hf_config.from_hf(config, where=str(path)))
-        huggingface.write_folder(part, config, sources, gguf_model.tokenizer(file), _DTYPES[dtype])
+        huggingface.write_folder(part, config, sources, gguf_tokenizer.tokenizer(file), _DTYPES[dtype])
         _write_note(part, digest, path.name, dtype)
         with contextlib.suppress(OSError):  # another process was first: its folder holds the same
             os.rename(part, folder)

@@ -39,6 +39,17 @@ class Gguf:
     metadata: dict
     entries: dict
 
+    def get(self, key: str, kinds, default=None):
+        """A metadata value of one of `kinds`.
+
+        Raises:
+          InputError: one of another type, or none where there is no default.
+        """
+        value = self.metadata.get(key, default)
+        if isinstance(value, bool) != (kinds is bool) or not isinstance(value, kinds):
+            raise InputError(f"{self.path}: {key}", got=f"{value!r:.100}", expected=f"metadata of type {kinds}")
+        return value
+
     def tensor(self, name: str):
         """float32, shape slowest first (`[D_out, D_in]` for a linear layer)."""
         shape, type_id, data = self.entries[name]

@@ -1,40 +1,18 @@
-"""What a GGUF file means: its config, its tensors under Hugging Face names, its tokenizer.
+"""What a GGUF file means: its config, and its tensors under Hugging Face names.
 
-Architectures `llama` (also Mistral and SmolLM), `qwen2`, `qwen3`. GGUF interleaves the rows of q and k for `llama`
-only (pairs 2i, 2i+1 rotate together); Hugging Face and our decoder rotate halves, so `_unpermute` undoes it. Without
-that step SmolLM2's page perplexity is 187 instead of 28: it loads and looks plausible, but is wrong.
+The architectures are those of `gguf_arch.py`. GGUF interleaves the rows of q and k for some (pairs 2i, 2i+1 rotate
+together); Hugging Face and our decoder rotate halves, so `_unpermute` undoes it. Without that step SmolLM2's page
+perplexity is 187 instead of 28: it loads and looks plausible, but is wrong.
 """
 
 import math
 
 import numpy as np
-import tokenizers
 
-from molora_jax.backbones.llama import Llama
+from molora_jax.backbones.base import Backbone
 from molora_jax.errors import InputError
 from molora_jax.io.gguf import Gguf
-from molora_jax.io.tokenizer import Tokenizer, guarded
-
-_NAMES = {  # ours -> theirs; {i} is the layer
-    "embed": "token_embd.weight",
-    "final_norm": "output_norm.weight",
-    "head": "output.weight",
-    "attn_norm": "blk.{i}.attn_norm.weight",
-    "ffn_norm": "blk.{i}.ffn_norm.weight",
-    "q_norm": "blk.{i}.attn_q_norm.weight",
-    "k_norm": "blk.{i}.attn_k_norm.weight",
-    "q": "blk.{i}.attn_q",
-    "k": "blk.{i}.attn_k",
-    "v": "blk.{i}.attn_v",
-    "o": "blk.{i}.attn_output",
-    "gate": "blk.{i}.ffn_gate",
-    "up": "blk.{i}.ffn_up",
-    "down": "blk.{i}.ffn_down",
-}
-_ARCHITECTURES = ("llama", "qwen2", "qwen3")
-_PRE_OF = {"qwen2": "qwen2", "qwen3": "qwen2"}  # architecture -> tokenizer.ggml.pre of all its models
-_SPECIAL, _USER_DEFINED = 3, 4  # tokenizer.ggml.token_type
-
+from molora_jax.io.gguf_arch import ARCHITECTURES, meant
 
 _READ = frozenset(  # after the architecture's name
     "attention.causal attention.head_count attention.head_count_kv attention.key_length attention.value_length "
@@ -43,14 +21,8 @@ _READ = frozenset(  # after the architecture's name
     "rope.scaling.factor rope.scaling.original_context_length rope.scaling.attn_factor rope.scaling.yarn_beta_fast "
     "rope.scaling.yarn_beta_slow rope.scaling.yarn_ext_factor rope.scaling.yarn_attn_factor".split()
 )
+_LISTS = {"rope_factors_long.weight", "rope_factors_short.weight"}  # phi3's, as rope_freqs is llama's: no parameters
 _HARMLESS = frozenset("rope.scaling.finetuned tensor_data_layout expert_used_count".split())
-
-
-def _get(gguf, key, kinds, default=None):
-    value = gguf.metadata.get(key, default)
-    if isinstance(value, bool) != (kinds is bool) or not isinstance(value, kinds):
-        raise InputError(f"{gguf.path}: {key}", got=f"{value!r:.100}", expected=f"metadata of type {kinds}")
-    return value
 
 
 def hf_config(gguf: Gguf) -> dict:
@@ -60,21 +32,22 @@ def hf_config(gguf: Gguf) -> dict:
       InputError: an architecture or a setting of it that the decoder does not have.
     """
     arch = gguf.metadata.get("general.architecture")
-    if not isinstance(arch, str) or arch not in _ARCHITECTURES:
+    if not isinstance(arch, str) or arch not in ARCHITECTURES:
         raise InputError(
-            f"{gguf.path}: general.architecture", got=f"{arch!r:.80}", expected=f"one of {', '.join(_ARCHITECTURES)}",
-            fix="Take a model of these, or extend molora_jax/io/gguf_model.py.",
+            f"{gguf.path}: general.architecture", got=f"{arch!r:.80}", expected=f"one of {', '.join(ARCHITECTURES)}",
+            fix="Take a model of these, or extend molora_jax/io/gguf_arch.py.",
         )  # fmt: skip
-    if _get(gguf, f"{arch}.expert_count", int, 0):
+    row = ARCHITECTURES[arch]
+    if "expert_count" not in row.reads and gguf.get(f"{arch}.expert_count", int, 0):
         raise InputError(f"{gguf.path}: {arch}.expert_count", got="an MoE model", expected="a dense one")
-    _check_keys(gguf, arch)
-    if not _get(gguf, f"{arch}.attention.causal", bool, True):
+    _check_keys(gguf, arch, row.reads)
+    if not gguf.get(f"{arch}.attention.causal", bool, True):
         raise InputError(
             f"{gguf.path}: {arch}.attention.causal", got="false", expected="a model that sees no later token"
         )
 
     def whole(key, default=None):
-        return _get(gguf, f"{arch}.{key}", int, default)
+        return gguf.get(f"{arch}.{key}", int, default)
 
     def same(key, default=None):
         """A number, or an array of the same one for each layer, as llama.cpp reads it."""
@@ -92,14 +65,14 @@ def hf_config(gguf: Gguf) -> dict:
     heads, width = whole("attention.head_count"), whole("embedding_length")
     head_dim = whole("attention.key_length", width // max(heads, 1))
     for key in ("attention.value_length", "rope.dimension_count"):
-        if whole(key, head_dim) != head_dim:
+        if whole(key, head_dim) != head_dim and (arch, key) != ("phi3", "rope.dimension_count"):
             raise InputError(
                 f"{gguf.path}: {arch}.{key}", got=str(whole(key)), expected=f"{head_dim}, the size of a head",
                 fix="Values of another size, or positions on a part of the head, are not implemented here.",
             )  # fmt: skip
     config = {
-        "architectures": [{"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM"}.get(arch, "Qwen3ForCausalLM")],
-        "model_type": arch,
+        "architectures": [f"{row.title}ForCausalLM"],
+        "model_type": row.family,
         "num_hidden_layers": whole("block_count"),
         "hidden_size": width,
         "intermediate_size": same("feed_forward_length"),
@@ -108,8 +81,8 @@ def hf_config(gguf: Gguf) -> dict:
         "head_dim": head_dim,
         "vocab_size": gguf.entries["token_embd.weight"][0][0] if "token_embd.weight" in gguf.entries else 0,
         "max_position_embeddings": whole("context_length"),
-        "rope_theta": _get(gguf, f"{arch}.rope.freq_base", (int, float), 10000.0),
-        "rms_norm_eps": _meant(_get(gguf, f"{arch}.attention.layer_norm_rms_epsilon", float)),
+        "rope_theta": gguf.get(f"{arch}.rope.freq_base", (int, float), 10000.0),
+        "rms_norm_eps": meant(gguf.get(f"{arch}.attention.layer_norm_rms_epsilon", float)),
         "tie_word_embeddings": "output.weight" not in gguf.entries,
         "hidden_act": "silu",
         "attention_bias": arch != "qwen2" and "blk.0.attn_q.bias" in gguf.entries,
@@ -117,12 +90,17 @@ def hf_config(gguf: Gguf) -> dict:
         "eos_token_id": gguf.metadata.get("tokenizer.ggml.eos_token_id"),
     }
     window = whole("attention.sliding_window", 0)
-    if 0 < window < config["max_position_embeddings"]:  # llama.cpp gives these architectures full attention
+    if row.sliding:
+        config["sliding_window"] = window or None
+    elif 0 < window < config["max_position_embeddings"]:  # llama.cpp gives these architectures full attention
         raise InputError(
             f"{gguf.path}: {arch}.attention.sliding_window", got=str(window),
             expected="none, or one of the whole context: readers of GGUF do not agree which layers slide",
             fix="Load this model as hf:ORG/NAME or dir:PATH, where config.json says it.",
         )  # fmt: skip
+    own = row.config(gguf, arch, config)
+    if "rope_scaling" in own:
+        return config | own
     scaling = _scaling(gguf, arch, config["max_position_embeddings"])
     if "rope_freqs.weight" in gguf.entries:
         if scaling is not None:
@@ -130,20 +108,15 @@ def hf_config(gguf: Gguf) -> dict:
                 f"{gguf.path}: {arch}.rope.scaling", got="a factor and rope_freqs.weight", expected="one of the two"
             )
         scaling = _llama3_scaling(gguf, config)
-    return config | ({} if scaling is None else {"rope_scaling": scaling})
+    return config | own | ({} if scaling is None else {"rope_scaling": scaling})
 
 
-def _meant(number):
-    """1e-5 is stored in float32: the number that was meant."""
-    return float(np.format_float_positional(np.float32(number), unique=True))
-
-
-def _check_keys(gguf, arch):
+def _check_keys(gguf, arch, reads):
     """Refuses settings of the architecture that are not read and are set: they change the numbers."""
     for key, value in gguf.metadata.items():
         name = key.removeprefix(f"{arch}.")
         off = isinstance(value, (bool, int, float)) and not value
-        if name != key and name not in _READ and name not in _HARMLESS and not off:
+        if name != key and name not in _READ and name not in _HARMLESS and name not in reads and not off:
             raise InputError(
                 f"{gguf.path}: {key[:80]}", got=f"{value!r:.80}", expected="a model without it: it changes the numbers",
                 fix="Load this model as hf:ORG/NAME or dir:PATH, or choose a plain one.",
@@ -154,9 +127,9 @@ def _scaling(gguf, arch, context) -> dict | None:
     """`rope_scaling` as llama.cpp reads the metadata: a factor without a type is linear, an old key gives it too."""
 
     def real(key, default):
-        return _meant(_get(gguf, f"{arch}.rope.{key}", (int, float), default))
+        return meant(gguf.get(f"{arch}.rope.{key}", (int, float), default))
 
-    kind = _get(gguf, f"{arch}.rope.scaling.type", str, "linear")
+    kind = gguf.get(f"{arch}.rope.scaling.type", str, "linear")
     if kind not in ("none", "linear", "yarn"):
         raise InputError(f"{gguf.path}: {arch}.rope.scaling.type", got=repr(kind)[:80], expected="none, linear or yarn")
     factor = real("scaling.factor", real("scale_linear", 0.0)) or 1.0
@@ -175,8 +148,8 @@ def _scaling(gguf, arch, context) -> dict | None:
         "rope_type": "yarn", "factor": factor, "beta_fast": real("scaling.yarn_beta_fast", 32.0),
         "beta_slow": real("scaling.yarn_beta_slow", 1.0),
         "attention_factor": attention * (0.1 * math.log(factor) + 1 if factor > 1 else 1.0),
-        "original_max_position_embeddings": _get(
-            gguf, f"{arch}.rope.scaling.original_context_length", int, context
+        "original_max_position_embeddings": gguf.get(
+            f"{arch}.rope.scaling.original_context_length", int, context
         ),
     }  # fmt: skip
 
@@ -211,111 +184,55 @@ def _unpermute(weight, heads):
     return weight.reshape(heads, -1, 2, *rest).swapaxes(1, 2).reshape(weight.shape)
 
 
-def tensor_sources(gguf: Gguf, config: Llama) -> dict:
+def tensor_sources(gguf: Gguf, config: Backbone) -> dict:
     """Hugging Face name -> (shape, function that gives the float32 array).
 
     Raises:
       InputError: a tensor that is missing, left over or of another shape than the config says.
     """
-    sources, left = {}, set(gguf.entries) - {"rope_freqs.weight"}
-    permuted = gguf.metadata.get("general.architecture") == "llama"
+    row = ARCHITECTURES[gguf.metadata["general.architecture"]]
+    held, left = {}, set(gguf.entries) - {"rope_freqs.weight"} - (_LISTS if row.family == "phi3" else set())
     for path, leaf in config.shapes().items():
-        ours, part = path.removeprefix("blocks/").split("/")[0], path.split("/")[-1]
-        suffix, shape = {"kernel": ".weight", "bias": ".bias"}.get(part, ""), leaf.file_shape
+        name_of, kept = _name(row, path), leaf.shape[leaf.stacked :]
+        by_expert = row.split and len(kept) == 3  # [E, D_in, D_out], turned there
+        shape = (kept[0], kept[2], kept[1]) if by_expert else kept if row.split and leaf.part else leaf.file_shape
         for theirs, index in leaf.files():
-            name = (_NAMES[ours] + suffix).format(i=index[0] if index else 0)
+            name = name_of.format(i=index[0] if index else 0)
             if name not in gguf.entries or gguf.entries[name][0] != shape:
                 got = f"shape {gguf.entries[name][0]}" if name in gguf.entries else "no such tensor"
                 raise InputError(f"{gguf.path}: tensor {name}", got=got, expected=f"shape {shape} as its metadata says")
             left.discard(name)
-            heads = {"q": config.heads, "k": config.kv_heads}.get(ours) if permuted else None
+            heads = {"q": config.heads, "k": config.kv_heads}.get(path.split("/")[1]) if _permuted(row, path) else None
 
-            def read(name=name, heads=heads):
+            def read(name=name, heads=heads, by_expert=by_expert, less=row.plus_one and "norm" in path):
                 tensor = gguf.tensor(name)
-                return tensor if heads is None else _unpermute(tensor, heads)
+                tensor = tensor if heads is None else _unpermute(tensor, heads)
+                tensor = tensor.swapaxes(1, 2) if by_expert else tensor
+                return tensor - 1 if less else tensor
 
-            sources[theirs] = (shape, read)
+            held.setdefault(theirs, []).append((leaf, read))
     if left:
         raise InputError(f"{gguf.path}: tensors", got=", ".join(sorted(left)[:5]), expected="only those of its family")
-    return sources
+
+    def whole(leaves):
+        if not row.split or leaves[0][0].part is None:  # a fused tensor is one there too
+            return leaves[0][1]()
+        out = np.empty(leaves[0][0].file_shape, np.float32)
+        for leaf, read in leaves:
+            leaf.taken(out)[...] = read()
+        return out
+
+    return {n: (leaves[0][0].file_shape, lambda leaves=leaves: whole(leaves)) for n, leaves in held.items()}
 
 
-_WORDS = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}%s| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
+def _name(row, path: str) -> str:
+    """The name of a leaf's tensors, with `{i}` for the layer."""
+    stem = path.removeprefix("blocks/")
+    if stem in row.names:
+        return row.names[stem]
+    site, _, part = stem.partition("/")
+    return row.names[site] + {"kernel": ".weight", "bias": ".bias"}[part]
 
 
-def _pre_tokenizer(pre):
-    """`tokenizer.ggml.pre` -> (pre-tokenizer, normalizer, ignore_merges), or None where it is unknown."""
-    pt = tokenizers.pre_tokenizers
-    bytes_ = pt.ByteLevel(add_prefix_space=False, use_regex=False)
-    if pre == "smollm":
-        return pt.Sequence([pt.Digits(individual_digits=True), pt.ByteLevel(add_prefix_space=False)]), None, False
-    if pre == "gpt-2":
-        return pt.ByteLevel(add_prefix_space=False), None, False
-    if pre == "llama-bpe":
-        split = pt.Split(tokenizers.Regex(_WORDS % "{1,3}"), "isolated")
-        return pt.Sequence([split, bytes_]), None, True
-    if pre == "qwen2":
-        split = pt.Split(tokenizers.Regex(_WORDS % ""), "isolated")
-        return pt.Sequence([split, bytes_]), tokenizers.normalizers.NFC(), False
-    return None
-
-
-def tokenizer(gguf: Gguf) -> Tokenizer:
-    """The byte-level BPE tokenizer in the file's metadata.
-
-    Raises:
-      InputError: another kind of tokenizer, an unknown `tokenizer.ggml.pre`, or a broken vocabulary.
-    """
-    elsewhere = "Load this model as hf:ORG/NAME or dir:PATH, where tokenizer.json says it all."
-    kind = gguf.metadata.get("tokenizer.ggml.model")
-    if not isinstance(kind, str) or kind != "gpt2":
-        raise InputError(f"{gguf.path}: tokenizer.ggml.model", got=f"{kind!r:.80}", expected="'gpt2'", fix=elsewhere)
-    pre = gguf.metadata.get("tokenizer.ggml.pre", "default")
-    if isinstance(pre, str) and pre == "default":  # not said: known where all models of an architecture have the same
-        pre = _PRE_OF.get(gguf.metadata.get("general.architecture"), "none, or 'default'")
-    parts = _pre_tokenizer(pre) if isinstance(pre, str) else None
-    if parts is None:
-        raise InputError(
-            f"{gguf.path}: tokenizer.ggml.pre", got=f"{pre!r:.80}", expected="smollm, llama-bpe, qwen2 or gpt-2",
-            fix=elsewhere,
-        )  # fmt: skip
-    tokens, merges = _get(gguf, "tokenizer.ggml.tokens", list), _get(gguf, "tokenizer.ggml.merges", list)
-    kinds = _get(gguf, "tokenizer.ggml.token_type", (np.ndarray, list), np.ones(len(tokens), np.int32))
-    pairs = [tuple(merge.split(" ")) for merge in merges]
-    vocab = {token: i for i, token in enumerate(tokens)}
-    if len(vocab) != len(tokens) or len(kinds) != len(tokens) or any(len(pair) != 2 for pair in pairs):
-        raise InputError(f"{gguf.path}: tokenizer", got="repeated tokens or odd lengths", expected="a BPE vocabulary")
-    pre_tokenizer, normalizer, ignore_merges = parts
-    with guarded(f"{gguf.path}: tokenizer", "a BPE vocabulary"):
-        inner = tokenizers.Tokenizer(tokenizers.models.BPE(vocab, pairs, ignore_merges=ignore_merges))
-    inner.pre_tokenizer, inner.decoder = pre_tokenizer, tokenizers.decoders.ByteLevel()
-    if normalizer is not None:
-        inner.normalizer = normalizer
-    added = [(t, k) for t, k in zip(tokens, kinds, strict=True) if k in (_SPECIAL, _USER_DEFINED)]
-    inner.add_tokens([tokenizers.AddedToken(t, special=bool(k == _SPECIAL), normalized=False) for t, k in added])
-
-    def special_id(role):
-        index = gguf.metadata.get(f"tokenizer.ggml.{role}_token_id")
-        if index is not None and (not isinstance(index, int) or not 0 <= index < len(tokens)):
-            raise InputError(f"{gguf.path}: {role}_token_id", got=repr(index), expected=f"an id below {len(tokens)}")
-        return index
-
-    def special(role):
-        index = special_id(role)
-        return None if index is None else tokens[index]
-
-    ends = [special_id(role) for role in ("eos", "eot", "eom")]  # of the text, of a turn, of a message
-    listed = gguf.metadata.get("tokenizer.ggml.eos_token_ids", [])
-    for index in listed if isinstance(listed, (list, np.ndarray)) else [listed]:
-        if not isinstance(index, (int, np.integer)) or not 0 <= index < len(tokens):
-            expected = f"ids below {len(tokens)}"
-            raise InputError(f"{gguf.path}: eos_token_ids", got=repr(index)[:80], expected=expected)
-        ends.append(int(index))
-    add_bos = gguf.metadata.get("tokenizer.ggml.add_bos_token", pre == "llama-bpe")  # llama.cpp's default
-    return Tokenizer(
-        inner, bos=special("bos"), eos=special("eos"), pad=special("padding"),
-        end_ids=[index for index in ends if index is not None], add_bos=bool(add_bos) and special("bos") is not None,
-        template=gguf.metadata.get("tokenizer.chat_template"), where=gguf.path,
-    )  # fmt: skip
+def _permuted(row, path: str) -> bool:
+    return row.permuted and path.startswith(("blocks/q/", "blocks/k/"))

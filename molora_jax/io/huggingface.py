@@ -18,12 +18,12 @@ import sys
 import numpy as np
 from flax.traverse_util import flatten_dict
 
-from molora_jax.backbones import hf_config
+from molora_jax.backbones import gemma, hf_config
 from molora_jax.backbones.base import Backbone
 from molora_jax.backbones.hf_fields import shown
 from molora_jax.core.trees import set_path
 from molora_jax.errors import InputError
-from molora_jax.io import tensors
+from molora_jax.io import mxfp4, tensors
 from molora_jax.io.tokenizer import Tokenizer, read_json
 
 INDEX = "model.safetensors.index.json"
@@ -52,7 +52,8 @@ def read_folder(folder: pathlib.Path, dtype) -> tuple[Backbone, dict]:
     """
     note = lambda text: print(f"note: {text}", file=sys.stderr, flush=True)  # noqa: E731
     path = folder / "config.json"
-    config = hf_config.from_hf(read_json(path), where=str(path), note=note)
+    said = read_json(path)
+    config = hf_config.from_hf(said, where=str(path), note=note)
     views, origin = {}, {}
     for path in weight_files(folder):
         for name, view in tensors.read(path).items():
@@ -63,6 +64,11 @@ def read_folder(folder: pathlib.Path, dtype) -> tuple[Backbone, dict]:
             views[name], origin[name] = view, path
     if not (folder / "model.safetensors").exists():
         _check_index(folder / INDEX, origin)
+    if said.get("quantization_config"):
+        origin |= {name.removesuffix(mxfp4.BLOCKS): file for name, file in origin.items()}
+        views = mxfp4.joined(views, str(folder))
+    if said.get("text_config"):  # a vision tower stands beside
+        views, origin = ({ours: x for n, x in d.items() if (ours := gemma.in_text_tower(n))} for d in (views, origin))
     if config.PREFIX and config.shapes()["embed"].name not in views:  # saved with a head on top of it
         views, origin = ({n.removeprefix(config.PREFIX): x for n, x in d.items()} for d in (views, origin))
     if getattr(config, "tied", False) and not _is_tied(views, config):
@@ -111,12 +117,12 @@ def _assemble(views, origin, config, dtype, *, where):
     for path, leaf in shapes.items():
         values = np.empty(leaf.shape, dtype)
         set_path(tree, path, values)
-        jobs += [(name, values[index].T if leaf.turned else values[index]) for name, index in leaf.files()]
+        jobs += [(name, leaf, values[index].T if leaf.turned else values[index]) for name, index in leaf.files()]
 
     def copy(job):
-        name, out = job
+        name, leaf, out = job
         with np.errstate(over="ignore"):  # a value too large for `dtype` shows as infinite below
-            np.copyto(out, views[name], casting="unsafe")
+            np.copyto(out, leaf.taken(views[name]), casting="unsafe")
         if not np.isfinite(out).all():
             raise InputError(
                 f"{origin[name]}: tensor {name}", got=f"NaN or values that are infinite in {np.dtype(dtype).name}",
@@ -164,18 +170,31 @@ def write_base(folder: pathlib.Path, base) -> None:
     Weights are float32; config and tokenizer are the files that the base was read with, else written from it.
     """
     shapes, params = base.config.shapes(), flatten_dict(base.params, sep="/")
-    sources = {}
+    held: dict = {}  # name -> its leaves and their values
     for path, leaf in shapes.items():
         for name, index in leaf.files():
-            value = params[path][index]
-            sources[name] = (leaf.file_shape, lambda v=value, turned=leaf.turned: v.T if turned else v)
+            held.setdefault(name, []).append((leaf, params[path][index]))
+
+    def whole(leaves):
+        if leaves[0][0].part is None:
+            ((leaf, value),) = leaves
+            return value.T if leaf.turned else value
+        out = np.empty(leaves[0][0].file_shape, leaves[0][1].dtype)
+        for leaf, value in leaves:
+            leaf.taken(out)[...] = value.T if leaf.turned else value
+        return out
+
+    sources = {n: (leaves[0][0].file_shape, lambda leaves=leaves: whole(leaves)) for n, leaves in held.items()}
     if base.folder is None:
         write_folder(folder, hf_config.to_hf(base.config), sources, base.tokenizer, np.float32)
         return
     for name in _BESIDE:
         if (base.folder / name).is_file():
             shutil.copyfile(base.folder / name, folder / name)
-    config = read_json(folder / "config.json") | {"dtype": "float32", "torch_dtype": "float32"}
+    config = read_json(folder / "config.json")
+    config = gemma.text_tower(config, "config.json") if config.get("text_config") else config  # no vision tower here
+    config.pop("quantization_config", None)  # what was packed is not any more
+    config |= {"dtype": "float32", "torch_dtype": "float32"}
     if "tie_word_embeddings" in config or getattr(base.config, "tied", False):
         config["tie_word_embeddings"] = bool(getattr(base.config, "tied", False))  # the file's own head may overrule it
     (folder / "config.json").write_text(json.dumps(config, indent=1), encoding="utf-8")

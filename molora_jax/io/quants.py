@@ -8,9 +8,12 @@ A tensor is a row of blocks of equal size; a block holds its scales and its pack
     Q4_1  d:f16  m:f16  q:4 bit[32]                       x = d q + m
     Q5_0  d:f16  h:1 bit[32]  q:4 bit[32]                 x = d (q + 16 h - 16)
     Q5_1  d:f16  m:f16  h:1 bit[32]  q:4 bit[32]          x = d q + m
+    Q2_K  16 x (scale, min):4 bit  q:2 bit[256]  d:f16  m:f16             x = d scale q - m min, groups of 16
+    Q3_K  h:1 bit[256]  q:2 bit[256]  scale:6 bit[16]  d:f16              x = d (scale - 32) (q + 4 h - 4), groups of 16
     Q4_K  d:f16  m:f16  8 x (scale, min):6 bit  q:4 bit[256]              x = d scale q - m min, groups of 32
     Q5_K  d:f16  m:f16  8 x (scale, min):6 bit  h:1 bit[256]  q:4 bit[256]
     Q6_K  ql:4 bit[256]  qh:2 bit[256]  scale:int8[16]  d:f16             x = d scale (q - 32), groups of 16
+    MXFP4 e:u8  q:4 bit[32]                               x = 2^(e - 127) q, q a float of 4 bits
 
 In the 32-blocks the low nibbles are elements 0..15 and the high nibbles 16..31; in the 256-blocks a run of 32 bytes
 holds elements 64c..64c+31 (low) and 64c+32..64c+63 (high).
@@ -18,6 +21,8 @@ holds elements 64c..64c+31 (low) and 64c+32..64c+63 (high).
 
 import ml_dtypes
 import numpy as np
+
+FP4 = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6], np.float32)  # of MXFP4's 4 bits
 
 
 def _f16(blocks, start):
@@ -79,6 +84,34 @@ def _q5_k(blocks):
     return (scale * (_k_nibbles(blocks[:, 48:]) | (fifth << 4)) - minimum).reshape(len(blocks), 256)
 
 
+def _crumbs(packed):
+    """Two bits each: a run of 32 bytes holds elements 128c + 32j of shift 2j. `[N, 64]` -> `[N, 16, 16]`."""
+    shifts = np.array([0, 2, 4, 6], np.uint8)[:, None]
+    return ((packed.reshape(len(packed), 2, 1, 32) >> shifts) & 3).reshape(len(packed), 16, 16)
+
+
+def _q2_k(blocks):
+    scale = (_f16(blocks, 80) * (blocks[:, :16] & 15))[:, :, None]
+    minimum = (_f16(blocks, 82) * (blocks[:, :16] >> 4))[:, :, None]
+    return (scale * _crumbs(blocks[:, 16:80]) - minimum).reshape(len(blocks), 256)
+
+
+def _q3_k(blocks):
+    low, high = blocks[:, 96:104], blocks[:, 104:108]
+    low = np.concatenate([low & 15, low >> 4], axis=1)
+    high = np.concatenate([(high >> shift) & 3 for shift in (0, 2, 4, 6)], axis=1)
+    scale = _f16(blocks, 108) * ((low | (high << 4)).view(np.int8) - np.int8(32))
+    # bit g of byte j is the third bit of element j of group g
+    third = (blocks[:, :32][:, None, :] >> np.arange(8, dtype=np.uint8)[:, None]) & 1
+    q = (_crumbs(blocks[:, 32:96]) | (third.reshape(len(blocks), 16, 16) << 2)).view(np.int8) - np.int8(4)
+    return (scale[:, :, None] * q).reshape(len(blocks), 256)
+
+
+def _mxfp4(blocks):
+    exponent = blocks[:, :1].astype(np.int32) - 127
+    return np.ldexp((FP4 + np.float32(0))[_nibbles(blocks[:, 1:])], exponent)  # no -0 here
+
+
 def _q6_k(blocks):
     n = len(blocks)
     low = blocks[:, :128].reshape(n, 2, 2, 32)  # per half: two runs of 32 bytes
@@ -102,10 +135,13 @@ TYPES = {
     6: ("Q5_0", 32, 22, _q5_0),
     7: ("Q5_1", 32, 24, _q5_1),
     8: ("Q8_0", 32, 34, _q8_0),
+    10: ("Q2_K", 256, 84, _q2_k),
+    11: ("Q3_K", 256, 110, _q3_k),
     12: ("Q4_K", 256, 144, _q4_k),
     13: ("Q5_K", 256, 176, _q5_k),
     14: ("Q6_K", 256, 210, _q6_k),
     30: ("BF16", 1, 2, _plain(ml_dtypes.bfloat16)),
+    39: ("MXFP4", 32, 17, _mxfp4),
 }
 
 

@@ -13,7 +13,10 @@ import numpy as np
 from molora_jax.backbones.base import Backbone
 from molora_jax.core.trees import set_path
 
-_ADDED = ("o_bias", "window", "sliding", "unrotated")  # fields of Llama that came after format 1
+_ADDED = (  # fields of Llama that came after format 1
+    "o_bias", "window", "sliding", "unrotated", "norms", "plus_one", "scaled_embedding", "query_scalar", "score_cap",
+    "logit_cap", "qk_norm_all", "rotated", "fused", "local_base",
+)  # fmt: skip
 
 
 def random_params(backbone: Backbone, *, seed: int = 0, dtype="float32") -> tuple[dict, str]:
@@ -34,5 +37,6 @@ def _described(config) -> str:
     """The config as text: fields that came after format 1 only where they are set, so that old runs keep their base."""
     fields = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
     added = {field.name: field.default for field in dataclasses.fields(config) if field.name in _ADDED}
-    kept = [f"{name}={value!r}" for name, value in fields.items() if name not in added or value != added[name]]
-    return f"{config.TITLE or type(config).__name__}({', '.join(kept)})"
+    kept = [name for name, value in fields.items() if name not in added or value != added[name]]
+    kept = [name for name in kept if name not in config.DESCRIBED_LAST] + list(config.DESCRIBED_LAST)
+    return f"{config.TITLE or type(config).__name__}({', '.join(f'{name}={fields[name]!r}' for name in kept)})"

@@ -1,7 +1,7 @@
 """Text to token ids and chat messages to text.
 
 One class over the `tokenizers` package; what differs between models is where its parts come from: `from_folder` (a
-Hugging Face folder), `from_gguf_metadata` in `gguf_model.py`, or `byte_tokenizer` (256 bytes and four specials, for
+Hugging Face folder), `gguf_tokenizer.py`, or `byte_tokenizer` (256 bytes and four specials, for
 random models).
 
 `encode` adds nothing (no automatic BOS): chat templates write their own specials, and these encode to their ids. Where

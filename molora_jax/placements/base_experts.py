@@ -28,6 +28,8 @@ from molora_jax.core import routing as routing_math
 from molora_jax.core.types import Array, Factors
 from molora_jax.placements.base import At, Axes, Part, Placement, Region, replicated
 
+BIASES = tuple(f"{site}_bias" for site in SITES)
+
 
 @dataclasses.dataclass(frozen=True)
 class Experts(Region):
@@ -38,8 +40,8 @@ class Experts(Region):
 
 @flax.struct.dataclass
 class BaseExpertsPart(Part):
-    """The base's experts: frozen `kernels` by site, `factors` (with the scale set) and dropout by site where a rule
-    changes them (else empty), `idx, gates [T, K]`."""
+    """The base's experts: frozen `kernels` by site, with biases also `gate_bias, up_bias [E, F]`, `down_bias [E, D]`;
+    `factors` (with the scale set) and dropout by site where a rule changes them (else empty), `idx, gates [T, K]`."""
 
     kernels: dict[str, Array]
     factors: dict[str, Factors]
@@ -59,6 +61,8 @@ class BaseExpertsPart(Part):
         tokens = Axes(("tokens", None))
         widths = {"gate": ("width", "out"), "up": ("width", "out"), "down": ("in", "width")}
         kernels = {site: Axes(("frozen_expert", *widths[site]), site) for site in SITES}
+        kernels |= {f"{site}_bias": Axes(("frozen_expert", widths[site][1]), site) for site in SITES}
+        kernels = {name: kernels[name] for name in self.kernels}
         E = self.kernels["gate"].shape[0]  # with masked ones
         factors = {site: self.placement.axes(f, site, rank_space, E) for site, f in self.factors.items()}
         return self.replace(
@@ -67,9 +71,14 @@ class BaseExpertsPart(Part):
 
     def here(self, arrays, out, at, early=None):
         x, f = arrays["x"], self.factors
-        kernels = [self.kernels[site] for site in SITES]
+        kernels, bias = [self.kernels[site] for site in SITES], None
+        if BIASES[0] in self.kernels:
+            b_g, b_u, b_d = (self.kernels[name] for name in BIASES)
+            # a shard of F has a part of the sum over F, and the whole of this bias
+            bias = b_g, b_u, b_d if at.shard[1] == 1 else b_d.astype(jnp.float32) / at.shard[1]
+        form = dict(activation=self.activation, bias=bias)
         if not f:
-            return moe_ffn(x, *kernels, None, self.idx, self.gates, activation=self.activation)[0]
+            return moe_ffn(x, *kernels, None, self.idx, self.gates, **form)[0]
         z = []
         for site in ("gate", "up"):
             seen = lowrank.dropped(x, self.dropout[site], at.rows)
@@ -77,7 +86,7 @@ class BaseExpertsPart(Part):
         drop, width = self.dropout["down"], kernels[0].shape[2]
         mask = None if drop is None else drop.mask(at.rows, width * at.shard[1], x.dtype, shard=at.shard)
         low = (*z, f["gate"].by_expert("B"), f["up"].by_expert("B"), f["down"].by_expert("A"))
-        y, z_d = moe_ffn(x, *kernels, low, self.idx, self.gates, activation=self.activation, mask=mask)
+        y, z_d = moe_ffn(x, *kernels, low, self.idx, self.gates, mask=mask, **form)
         gates = f["down"].scale * self.gates
         if f["down"].B.shape[0] > 1:
             return y + lowrank.expand_slots(z_d, f["down"], self.idx, gates, x.dtype)

@@ -20,6 +20,12 @@ DECODER = COMMON | dict(
 QWEN = DECODER | dict(
     num_experts=6, moe_intermediate_size=20, decoder_sparse_step=1, mlp_only_layers=[], use_sliding_window=False,
 )  # fmt: skip
+GPT_OSS = DECODER | dict(
+    model_type="gpt_oss", num_local_experts=4, head_dim=8, sliding_window=7, attention_bias=True,
+    rope_scaling=dict(
+        rope_type="yarn", factor=4.0, beta_fast=32.0, beta_slow=1.0, truncate=False, original_max_position_embeddings=16
+    ),
+)  # fmt: skip
 CASES = {
     "bert": COMMON | dict(
         model_type="bert", intermediate_size=48, type_vocab_size=2, layer_norm_eps=1e-12, hidden_act="gelu",
@@ -35,6 +41,11 @@ CASES = {
     ),
     "qwen3_moe": QWEN | dict(model_type="qwen3_moe", norm_topk_prob=True, head_dim=12),
     "qwen3_moe, raw gates": QWEN | dict(model_type="qwen3_moe", norm_topk_prob=False, head_dim=12),
+    "gpt_oss": GPT_OSS,
+    "gpt_oss, full attention": GPT_OSS | dict(
+        layer_types=["full_attention"] * 2, rope_scaling=None, tie_word_embeddings=True,
+        rope_parameters=dict(rope_type="default", rope_theta=1e4),
+    ),
 }  # fmt: skip
 SSM = dict(
     num_hidden_layers=2, hidden_size=32, vocab_size=V, state_size=6, conv_kernel=4, expand=2, time_step_rank=3,
@@ -63,14 +74,21 @@ SITES = {
 
 
 def sites(config):
-    return next((own for kind, own in SITES.items() if kind in config["model_type"]), SITES["moe"])
+    found = next((own for kind, own in SITES.items() if kind in config["model_type"]), SITES["moe"])
+    return found | {"router": "model.layers.{}.mlp.router"} if config["model_type"] == "gpt_oss" else found
 
 
 def value(case: str, name: str, shape) -> np.ndarray:
     """The tensor of a checkpoint, by the case and its name in the file."""
     rng = np.random.default_rng(zlib.crc32(f"{case}/{name}".encode()))
     x, scale = rng.standard_normal(shape), 1.0 if "embed" in name else 0.7 * shape[-1] ** -0.5
-    made = 0.3 * x if name.endswith("bias") else 1 + 0.2 * x if len(shape) == 1 else scale * x
+    made = (
+        (6 if "gate_up" in name else 0.3) * x
+        if name.endswith("bias")
+        else 1 + 0.2 * x
+        if len(shape) == 1
+        else scale * x
+    )
     return made.astype(np.float32)
 
 

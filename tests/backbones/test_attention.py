@@ -46,20 +46,25 @@ def test_several_devices_were_not_measured():
     assert attention_form(Q, "fused", train=True, platform="gpu", device=H100) is None
 
 
-def float64(q, k, v, mask, upstream):
-    """Attention and the gradients of its product with `upstream`, by hand: `[out, dq, dk, dv]`."""
+def float64(q, k, v, mask, upstream, cap=None, sinks=None):
+    """Attention and the gradients of its product with `upstream`, by hand: `[out, dq, dk, dv]`, and of the sinks."""
     q, k, v, upstream = (np.asarray(x, np.float64) for x in (q, k, v, upstream))
     wide = lambda x: np.repeat(x, q.shape[2] // k.shape[2], axis=2)  # noqa: E731
     narrow = lambda x: x.reshape(*k.shape[:3], -1, k.shape[3]).sum(3)  # noqa: E731
     scale = q.shape[-1] ** -0.5
-    scores = np.where(mask, scale * np.einsum("bshd,bthd->bhst", q, wide(k)), -np.inf)
-    p = np.exp(scores - scores.max(-1, keepdims=True))
-    p /= p.sum(-1, keepdims=True)
+    raw = scale * np.einsum("bshd,bthd->bhst", q, wide(k))
+    bent = raw if cap is None else cap * np.tanh(raw / cap)
+    p = np.exp(np.where(mask, bent, -np.inf))
+    away = 0 if sinks is None else np.exp(np.asarray(sinks, np.float64))[:, None, None]
+    total = p.sum(-1, keepdims=True) + away
+    p /= total
     out = np.einsum("bhst,bthd->bshd", p, wide(v))
     dp = np.einsum("bshd,bthd->bhst", upstream, wide(v))
-    ds = scale * p * (dp - (p * dp).sum(-1, keepdims=True))
+    mean = (p * dp).sum(-1, keepdims=True)
+    ds = scale * p * (dp - mean) * (1 if cap is None else 1 - (bent / cap) ** 2)
     dv = narrow(np.einsum("bhst,bshd->bthd", p, upstream))
-    return out, np.einsum("bhst,bthd->bshd", ds, wide(k)), narrow(np.einsum("bhst,bshd->bthd", ds, q)), dv
+    found = out, np.einsum("bhst,bthd->bshd", ds, wide(k)), narrow(np.einsum("bhst,bshd->bthd", ds, q)), dv
+    return found if sinks is None else (*found, -(away / total * mean).sum((0, 2, 3)))
 
 
 @pytest.mark.parametrize("window", [None, 9])
@@ -81,6 +86,30 @@ def test_causal_blocks_equal_float64(monkeypatch, window):
 
     for got, expected in zip(run(q, k, v), float64(q, k, v, np.asarray(mask), upstream), strict=True):
         np.testing.assert_allclose(got, expected, rtol=2e-5, atol=2e-6)
+
+
+@pytest.mark.parametrize("cap", [None, 0.8])
+def test_sinks_and_caps_equal_float64(monkeypatch, cap):
+    """By blocks, in packed rows with a window; the gradient of the sinks too."""
+    monkeypatch.setattr(attention, "SMALLEST_BLOCK", 16)
+    keys, S = jax.random.split(jax.random.key(1), 5), 37
+    q, upstream = (jax.random.normal(key, (2, S, 4, 8)) for key in keys[:2])
+    k, v = (jax.random.normal(key, (2, S, 2, 8)) for key in keys[2:4])
+    sinks = jax.random.normal(keys[4], (4,))
+    mask = attention.causal_mask(jnp.arange(S)[None] // np.array([[20], [50]]))
+    mask = attention.window_mask(mask, jnp.arange(S)[None], 9)
+
+    @jax.jit
+    def run(*given):
+        form = dict(mask=mask, asked="xla", train=True, causal=True, cap=cap)
+        out, back = jax.vjp(
+            lambda q, k, v, sinks: attention.attend(q, k, v, sinks=sinks, **form).reshape(q.shape), *given
+        )
+        return out, *back(upstream)
+
+    wanted = float64(q, k, v, np.asarray(mask), upstream, cap, sinks)
+    for got, expected in zip(run(q, k, v, sinks), wanted, strict=True):
+        np.testing.assert_allclose(got, expected, rtol=3e-5, atol=3e-6)
 
 
 def test_scores_that_are_surely_masked_are_not_formed():

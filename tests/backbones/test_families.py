@@ -1,7 +1,5 @@
 """Every family, every reader: logits, loss and the gradient of every site's kernel against transformers."""
 
-import pathlib
-
 import pytest
 
 from molora_jax.io.base import load_base
@@ -45,8 +43,9 @@ def test_a_kind_in_gguf(tmp_path, name):
 
 
 def test_the_table_of_the_docs_has_every_checkpoint():
-    """Written by `python -m tests.backbones.parity`."""
-    text = (pathlib.Path(__file__).parents[2] / "docs" / "models.md").read_text()
-    rows = [line for line in text.splitlines() if line.startswith("| ")]
+    """Written by `python -m tests.backbones.parity --write`."""
+    rows = [line for line in parity.DOCS.read_text().splitlines() if line.startswith("| ")]
     for name in family_cases.CASES:
         assert any(line.startswith(f"| {name} | folder |") for line in rows), name
+    for name in parity.SECOND:
+        assert any(line.startswith(f"| {parity.named(name)} | ") for line in rows), name

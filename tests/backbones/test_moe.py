@@ -91,15 +91,17 @@ class Einsums:
         return jnp.einsum("bse,bsef,efo->bso", routing.gates, h, merged("down"))
 
 
-def reference(model, weight):
+def reference(model, weight, stand=Einsums):
     config, rule = model.config, model.rules[0]
+    (stack,) = config.stacks
 
     def loss(adapters, params, batch):
         x, pick = params["embed"][batch["tokens"]], lambda tree, i: jax.tree.map(lambda a: a[i], tree)
         once = config.once(batch["positions"], config.mask(batch["segment_ids"]), cached=False)
         for i in range(config.layers):
-            at = BlockContext(once, {}, batch["segment_ids"] > 0, False, "xla")
-            adapt = Einsums(model, pick(adapters[rule.name]["000-001"], i), rule.adapter.scale())
+            arrays = {name: jnp.array(values)[i] for name, values in stack.arrays}
+            at = BlockContext(once, arrays, batch["segment_ids"] > 0, False, "xla")
+            adapt = stand(model, pick(adapters[rule.name]["000-001"], i), rule.adapter.scale())
             x, _ = config.block(pick(params["blocks"], i), x, at, adapt, None)
         return jnp.sum(jnp.where(batch["segment_ids"][..., None] > 0, config.norm(params, x) * weight, 0.0))
 

@@ -16,7 +16,7 @@ from molora_jax.evaluation import report as reports
 from molora_jax.evaluation.progress import Phases
 from molora_jax.training.loop import train
 from tests.backbones import family_cases
-from tests.backbones.test_others import written
+from tests.backbones.others import written
 from tests.tiny import tiny_config, write_task
 
 pytestmark = pytest.mark.slow

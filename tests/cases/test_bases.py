@@ -70,7 +70,9 @@ def test_off_harmless_and_unknown_fields():
 @pytest.mark.parametrize(
     "scaling, message",
     [
-        ({"rope_type": "longrope", "short_factor": [1.0]}, "longrope"),
+        ({"rope_type": "longrope", "short_factor": [1.0], "long_factor": [1.0, 2.0]}, "short_factor"),
+        ({"rope_type": "su", "short_factor": [1.0, 2.0], "long_factor": [1.0, "2"]}, "long_factor"),
+        ({"rope_type": "dynamic", "factor": 0.5}, "rope_scaling.factor"),
         ({"type": "linear"}, "rope_scaling.factor"),
         ({"type": "linear", "factor": -1.0}, "factor"),
         ({"type": "linear", "factor": 2.0, "mrope_section": [1, 1]}, "mrope_section"),
@@ -90,7 +92,9 @@ def test_rope_theta_inside_wins_and_two_that_differ_are_refused():
     inside = dict(rope_type="default", rope_theta=5e5)
     assert read(rope_parameters=inside).rope_base == read(rope_scaling=inside).rope_base == 5e5
     assert read(rope_parameters={"full_attention": inside}).rope_base == 5e5
-    assert read(rope_scaling=dict(type="dynamic", factor=4.0)).rope_scaling is None  # begins beyond the context
+    dynamic, plain = read(rope_scaling=dict(type="dynamic", factor=4.0)), read()
+    assert dynamic.rope_scaling.context == plain.context and dynamic.context == 4 * plain.context
+    assert dynamic.cacheable(1, plain.context) and not dynamic.cacheable(1, plain.context + 1)
     assert read(rope_scaling=dict(type="linear", factor=1.0)).rope_scaling is None
     with pytest.raises(InputError, match="rope_parameters.factor: got 4.0; expected 2.0"):
         read(rope_scaling=dict(type="linear", factor=2.0), rope_parameters=dict(rope_type="linear", factor=4.0))

@@ -4,13 +4,13 @@ import pytest
 
 from configs.common import get_config
 from molora_jax.data import build
-from molora_jax.io import fetch, gguf, gguf_model
+from molora_jax.io import fetch, gguf, gguf_tokenizer
 from molora_jax.io.tokenizer import byte_tokenizer
 
 
 @pytest.fixture(scope="module")
 def smollm2():  # of the module, so that it is read before the tests' own cache is set
-    return gguf_model.tokenizer(gguf.read(fetch.package_file("smollm2-135m-instruct")))
+    return gguf_tokenizer.tokenizer(gguf.read(fetch.package_file("smollm2-135m-instruct")))
 
 
 @pytest.mark.slow

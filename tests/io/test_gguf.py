@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from molora_jax.errors import InputError
-from molora_jax.io import gguf, gguf_model, quants
+from molora_jax.io import gguf, gguf_model, gguf_tokenizer, quants
 from molora_jax.io.base import load_base
 from tests.io import tiny_files
 
@@ -26,7 +26,8 @@ def test_every_type_equals_the_gguf_package(type_id):
         raw, expected = fixture[f"{name}_raw"], fixture[name]
     assert raw.shape[1:] == (block_bytes,)
     assert expected.size == len(raw) * block
-    np.testing.assert_array_equal(quants.dequantize(raw, type_id), expected.reshape(-1))
+    found = quants.dequantize(raw, type_id)
+    np.testing.assert_array_equal(found.view(np.uint32), expected.reshape(-1).view(np.uint32))  # bit for bit
 
 
 def test_a_quantised_tensor_keeps_its_rows(tmp_path):
@@ -114,7 +115,9 @@ def test_huge_declared_sizes_allocate_nothing(tmp_path):
     [
         ({"general.architecture": "mamba"}, (), "general.architecture.*'mamba'.*one of llama"),
         ({"tokenizer.ggml.pre": "bloom"}, (), "tokenizer.ggml.pre.*'bloom'"),
-        ({"tokenizer.ggml.model": "llama"}, (), "tokenizer.ggml.model.*hf:ORG"),
+        ({"tokenizer.ggml.model": "t5"}, (), "tokenizer.ggml.model.*hf:ORG"),
+        ({"tokenizer.ggml.model": "llama"}, (), "tokenizer.ggml.scores"),
+        ({"tokenizer.ggml.model": "llama", "tokenizer.ggml.scores": [1.0]}, (), "tokenizer.ggml.scores: got 1"),
         ({"llama.expert_count": 8}, (), "MoE"),
         ({"llama.rope.scaling.type": "longrope"}, (), "longrope"),
         ({"llama.rope.dimension_count": 2}, (), "rope.dimension_count: got 2"),
@@ -198,7 +201,7 @@ def test_end_tokens_and_bos(tmp_path, metadata, ends, prefix):
     """As the file says, and through the converted folder, where no template is: the context starts with BOS once."""
     path = tmp_path / "m.gguf"
     path.write_bytes(tiny_files.llama_gguf(metadata=metadata)[0])
-    for tok in (gguf_model.tokenizer(gguf.read(path)), load_base(f"gguf:{path}").tokenizer):
+    for tok in (gguf_tokenizer.tokenizer(gguf.read(path)), load_base(f"gguf:{path}").tokenizer):
         assert (tok.end_ids, tok.eos_id, tok.prefix_ids) == (ends, 259, prefix)
         ids = tok.encode_chat([dict(role="user", content="hi")], add_generation_prompt=True)
         assert ids[:1] == list(prefix or tok.encode("u")) and ids.count(257) == len(prefix)

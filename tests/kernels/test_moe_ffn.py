@@ -28,17 +28,26 @@ def close(found, wanted):
 
 
 @pytest.mark.parametrize(
-    ("shared", "activation"), [((), "silu"), (("B_g", "B_u"), "gelu"), (("B_g", "B_u", "A_d"), "silu")], ids=str
-)
+    ("shared", "activation"),
+    [((), "silu"), (("B_g", "B_u"), "gelu"), (("B_g", "B_u", "A_d"), "silu"), ((), "clamped")], ids=str,
+)  # fmt: skip
 def test_values_and_gradients(shared, activation):
+    """The clamped one with biases, wide enough that both clamps act."""
     x, kernels, low, idx, gates, mask = problem(shared)
+    biases = None
+    if activation == "clamped":
+        draw = np.random.default_rng(2).standard_normal
+        biases = [
+            jnp.asarray(draw((L, E, width)).astype(np.float32)) * size for width, size in ((F, 6), (F, 6), (D, 1))
+        ]
     rng = np.random.default_rng(1)
     dy, dz = rng.standard_normal((T, D)).astype(np.float32), rng.standard_normal((T, K, R)).astype(np.float32)
 
     def run(name, in_stack):
         def loss(x, low, gates):
             W = [tiles.InStack(None, w, jnp.int32(1)) if in_stack else w[1] for w in kernels]
-            y, z = moe_ffn(x, *W, low, idx, gates, activation=activation, mask=mask, implementation=name)
+            b = biases and [tiles.InStack(None, w, jnp.int32(1)) if in_stack else w[1] for w in biases]
+            y, z = moe_ffn(x, *W, low, idx, gates, activation=activation, mask=mask, bias=b, implementation=name)
             return jnp.sum(y * dy) + jnp.sum(z * dz), (y, z)
 
         with jax.default_matmul_precision("highest"):
