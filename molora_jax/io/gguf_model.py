@@ -15,7 +15,7 @@ from molora_jax.errors import InputError
 from molora_jax.io.gguf import Gguf
 from molora_jax.io.tokenizer import Tokenizer, guarded
 
-_NAMES = {  # ours -> theirs; {i} is the layer
+NAMES = {  # ours -> theirs; {i} is the layer
     "embed": "token_embd.weight",
     "final_norm": "output_norm.weight",
     "head": "output.weight",
@@ -211,6 +211,12 @@ def _unpermute(weight, heads):
     return weight.reshape(heads, -1, 2, *rest).swapaxes(1, 2).reshape(weight.shape)
 
 
+def interleaved(weight, heads):
+    """The inverse of `_unpermute`: what a file of the architecture `llama` holds."""
+    rest = weight.shape[1:]
+    return weight.reshape(heads, 2, -1, *rest).swapaxes(1, 2).reshape(weight.shape)
+
+
 def tensor_sources(gguf: Gguf, config: Llama) -> dict:
     """Hugging Face name -> (shape, function that gives the float32 array).
 
@@ -223,7 +229,7 @@ def tensor_sources(gguf: Gguf, config: Llama) -> dict:
         ours, part = path.removeprefix("blocks/").split("/")[0], path.split("/")[-1]
         suffix, shape = {"kernel": ".weight", "bias": ".bias"}.get(part, ""), leaf.file_shape
         for theirs, index in leaf.files():
-            name = (_NAMES[ours] + suffix).format(i=index[0] if index else 0)
+            name = (NAMES[ours] + suffix).format(i=index[0] if index else 0)
             if name not in gguf.entries or gguf.entries[name][0] != shape:
                 got = f"shape {gguf.entries[name][0]}" if name in gguf.entries else "no such tensor"
                 raise InputError(f"{gguf.path}: tensor {name}", got=got, expected=f"shape {shape} as its metadata says")

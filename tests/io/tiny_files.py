@@ -94,7 +94,7 @@ def gguf_of(config, values, *, metadata=(), drop=(), keep=lambda name: True) -> 
             value = values[theirs]
             if arch == "llama" and ours in "qk":
                 value = permute(value, decoder.heads if ours == "q" else decoder.kv_heads)
-            name = (gguf_model._NAMES[ours] + suffix).format(i=index[0] if index else 0)
+            name = (gguf_model.NAMES[ours] + suffix).format(i=index[0] if index else 0)
             tensors[name] = (value.shape, "F32", value.tobytes())
     scaling = decoder.rope_scaling
     if scaling is not None and scaling.kind == "llama3":
