@@ -67,7 +67,7 @@ def lacks(source: Source) -> str:
             return f"rule {rule.name}: the placement {placement or type(placements.of(rule)).__name__}{extra}"
         if router is not None and _name(ROUTERS, router) not in molora_torch.ROUTERS:
             return f"rule {rule.name}: the router {_name(ROUTERS, router) or type(router).__name__}"
-        if type(rule.adapter).latent is not Adapter.latent:
+        if _bends(source, rule):
             return f"rule {rule.name}: the adapter {_name(ADAPTERS, rule.adapter) or type(rule.adapter).__name__}"
         if any(f.form is not None for *_, f in _factors(source, rule)):
             return f"rule {rule.name}: adapter.form={getattr(rule.adapter, 'form', '')!r}, which is no product B A"
@@ -75,6 +75,16 @@ def lacks(source: Source) -> str:
     if any("/experts/" in path for path in copies):
         return "trained copies of a base's experts"
     return ""
+
+
+def _bends(source, rule) -> bool:
+    """Whether an adapter changes A x before B (one that only stops a gradient there does not)."""
+    if type(rule.adapter).latent is Adapter.latent:
+        return False
+    site = adapter_sites(source.backbone, rule, source.opened.model.segments)[0]
+    own = source.by_site.get((rule.name, site.layers[0], site.name), {})
+    z = jnp.linspace(-2.0, 2.0, rule.adapter.rank)[None, None]
+    return not np.array_equal(rule.adapter.latent(z, own, Context(None, None, None, None, None, site=site)), z)
 
 
 def _name(table: dict, member) -> str:
