@@ -18,15 +18,16 @@ def adapter(name="lora", *, rank=16, alpha=32.0, dropout=0.05, init="kaiming", *
 
 def rule(
     sites, *, adapter, router=None, placement=None, layers="all", experts="1", load=(), down="once", shrink=False,
-    base_router=None,
+    base_router=None, loaded=None,
 ):  # fmt: skip
     """One rule. `down` and `shrink` matter for `sites="ffn"` only; without a router there is one expert.
 
     The sites say the placement (whole FFN or projection); `placement=dict(name="chain", ...)` names another.
     `base_router`: of a base that routes itself, with the placement `base_experts`: "frozen", or "trained".
+    `load`: (DIR of a run, "peft:DIR", "molora:DIR", ...), an expert each; `loaded`: "frozen", or "trained".
     """
     fields = dict(sites=sites, layers=layers, experts=experts, load=load, adapter=adapter, down=down, shrink=shrink)
-    members = dict(router=router, placement=placement, base_router=base_router)
+    members = dict(router=router, placement=placement, base_router=base_router, loaded=loaded)
     return fields | {name: member for name, member in members.items() if member is not None}
 
 

@@ -45,6 +45,7 @@ def compile_model(config, decoder: Backbone, *, max_segments: int = 0, tasks: tu
                 gates_scale_base=rule.shrink,
                 base_router=rule.get("base_router", "frozen"),  # not in runs of older versions
                 load=tuple(rule.load),
+                loaded=rule.get("loaded", "frozen"),  # not in runs of older versions
                 placement=_member("placements", PLACEMENTS, rule.placement) if "placement" in rule else None,
             )
         )

@@ -138,6 +138,7 @@ RULE = {
     "down": choice("once", "per_expert"),
     "shrink": Field(bool),
     "base_router": since(choice("frozen", "trained"), "frozen"),
+    "loaded": since(choice("frozen", "trained"), "frozen"),
 }
 
 LATER = ("objective", "regime", "surgery")  # groups that configs of older versions lack

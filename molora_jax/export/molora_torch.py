@@ -269,6 +269,12 @@ def factor(f, gates):
     return f[0] - 1 if gates is None else gates @ (f - 1)
 
 
+def low(f, seen, base):
+    """One expert's change of a projection whose frozen output is `base`."""
+    y = change(seen, f, None)
+    return y + base * (f["out"][0] - 1).to(seen.dtype) if "out" in f else y
+
+
 def wrap_linear(linear, site, layer, rules, now):
     """The rules that act on one projection, in place of its forward."""
     import torch.nn.functional as F
@@ -335,19 +341,13 @@ def wrap_mlp(mlp, layer, whole, chains, now):
                     continue
                 one = {site: {n: m[e : e + 1] if len(m) > 1 else m for n, m in f[site].items() if n != "read"}
                        for site in f}  # fmt: skip
-                low = lambda site, seen, base, one=one: (
-                    change(seen, one[site], None)
-                    + (  # noqa: E731
-                        base * (one[site]["out"][0] - 1).to(x.dtype) if "out" in one[site] else 0.0
-                    )
-                )
-                h = act(g + low("gate", x, g)) * (u + low("up", x, u))
+                h = act(g + low(one["gate"], x, g)) * (u + low(one["up"], x, u))
                 h = h * one["down"]["inp"][0].to(x.dtype) if "inp" in one["down"] else h
                 if per_expert:
                     base = F.linear(h, mlp.down_proj.weight)
-                    rest = rest + w * (base + low("down", h, base))
+                    rest = rest + w * (base + low(one["down"], h, base))
                 else:
-                    mix, rest = mix + w * h, rest + w * low("down", h, 0.0)
+                    mix, rest = mix + w * h, rest + w * low(one["down"], h, 0.0)
         mix = mix - (len(whole) - 1) * h0
         return mlp.down_proj(mix) + rest
 

@@ -13,7 +13,10 @@ from molora_jax.routers.base import Router
 NAME = re.compile(r"[a-z0-9_]+")
 TAKEN = ("kernel", "bias")  # names of a Dense layer's own
 # Fields of a config's rule that mean a stack of layers: only with these values
-NEUTRAL = {"layers": "all", "load": (), "down": "once", "shrink": False, "base_router": "frozen", "placement": None}
+NEUTRAL = {
+    "layers": "all", "load": (), "loaded": "frozen", "down": "once", "shrink": False, "base_router": "frozen",
+    "placement": None,
+}  # fmt: skip
 FIELDS = ("sites", "experts", "adapter", "router")
 
 
