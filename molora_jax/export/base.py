@@ -13,11 +13,10 @@ import numpy as np
 
 from molora_jax import placements
 from molora_jax.errors import InputError
+from molora_jax.placements.base_experts import BaseExperts
 from molora_jax.runs.opened import Opened
 from molora_jax.runs.products import products
 from molora_jax.runs.view import View
-
-EXPERTS = "base_experts"  # the one placement whose static factors lie on a base's own experts
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,10 +68,10 @@ class Source:
                     f"whose rule {rule.name} routes: what it adds depends on the token, and this format has no router",
                     "static adapters: rules without a router",
                 )  # fmt: skip
-            name = placements.of(rule).NAME
             if rule.base_router == "trained":
                 raise self.refuse(f"whose rule {rule.name} trained the base's router", "base_router='frozen'")
-            if not placements.of(rule).LOADS and not (experts and name == EXPERTS):
+            if not placements.of(rule).LOADS and not (experts and self.on_experts(rule)):
+                name = placements.of(rule).NAME
                 raise self.refuse(f"whose rule {rule.name} is a {name}", "rules on projections")
         self.check_alone()
 
@@ -83,7 +82,7 @@ class Source:
             raise self.refuse(f"which trained {', '.join(trained)} beside its adapters", "a run that is adapters alone")
 
     def on_experts(self, rule) -> bool:
-        return placements.of(rule).NAME == EXPERTS
+        return isinstance(placements.of(rule), BaseExperts)
 
     @functools.cached_property
     def products(self) -> dict[str, tuple[np.ndarray, np.ndarray]]:

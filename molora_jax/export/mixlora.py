@@ -14,6 +14,7 @@ from molora_jax.config.fields import ATTENTION, FFN
 from molora_jax.export import peft_files, vllm
 from molora_jax.export.base import Source, source_name
 from molora_jax.io import tensors
+from molora_jax.placements.ffn import FFN as FFNBlock
 from molora_jax.routers.softmax_topk import SoftmaxTopK
 
 NO_DROPOUT = 1e-9  # the package refuses 0, and its experts drop in inference too: no call of `eval()` reaches them
@@ -56,7 +57,7 @@ def _check(source):
     source.check_alone()
     routed = [rule for rule in source.rules if rule.router is not None]
     named = ", ".join(rule.name for rule in routed) or "none"
-    if len(routed) != 1 or placements.of(routed[0]).NAME != "ffn":
+    if len(routed) != 1 or not isinstance(placements.of(routed[0]), FFNBlock):
         raise source.refuse(f"whose routed rules are {named}", "one, whose experts are whole feed-forward blocks (ffn)")
     (rule,) = routed
     if len(set(rule.experts)) != 1:

@@ -61,10 +61,10 @@ def lacks(source: Source) -> str:
     if not backbone.CAUSAL or "ffn_norm" not in {name.rpartition("/")[2] for name in backbone.shapes()}:
         return f"a base of the family {backbone.family} (it knows decoders with self_attn and mlp)"
     for rule in source.rules:
-        placement, router = placements.of(rule).NAME, rule.router
-        if placement not in molora_torch.PLACEMENTS:
-            extra = "; it is static: --format=peft" if placement == "base_experts" else ""
-            return f"rule {rule.name}: the placement {placement or type(placements.of(rule)).__name__}{extra}"
+        where, router = placements.of(rule), rule.router
+        if where.NAME not in molora_torch.PLACEMENTS:
+            extra = "; it is static: --format=peft" if source.on_experts(rule) else ""
+            return f"rule {rule.name}: the placement {where.NAME or type(where).__name__}{extra}"
         if router is not None and _name(ROUTERS, router) not in molora_torch.ROUTERS:
             return f"rule {rule.name}: the router {_name(ROUTERS, router) or type(router).__name__}"
         if _bends(source, rule):
@@ -108,7 +108,7 @@ def _spec(source) -> dict:
     for rule in source.rules:
         placement = placements.of(rule)
         one = {
-            "name": rule.name, "placement": placement.NAME, "sites": list(rule.projections), "share": rule.share,
+            "name": rule.name, "kind": placement.NAME, "sites": list(rule.projections), "share": rule.share,
             "experts": list(rule.experts), "per_expert": rule.down == "per_expert",
             "scales_base": rule.gates_scale_base, "scopes": list(rule.scopes),
             "leaves_of": {scope: rule.leaves_of(scope) for scope in rule.scopes},

@@ -419,7 +419,7 @@ def load(model, folder):
     rules, now = [Rule(one, leaves.get(one["name"], {})) for one in spec["rules"]], Pass()
     for layer, names in ((int(layer), names) for layer, names in spec["modules"].items()):
         acting = [rule for rule in rules if rule.acts(layer)]
-        kind = lambda name: [rule for rule in acting if rule.spec["placement"] == name]  # noqa: E731,B023
+        kind = lambda name: [rule for rule in acting if rule.spec["kind"] == name]  # noqa: E731,B023
         for site, module in names.items():
             own = [rule for rule in kind("projection") if site in rule.spec["sites"]]
             if own:

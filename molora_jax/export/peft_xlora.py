@@ -12,6 +12,7 @@ import numpy as np
 from molora_jax import placements
 from molora_jax.config.fields import PROJECTIONS
 from molora_jax.export import peft_files
+from molora_jax.placements.projection import Projection
 from molora_jax.routers.x_lora import XLora
 
 HEAD = "base_model.internal_xlora_classifier.layers."
@@ -27,7 +28,7 @@ def write(source, folder) -> list[str]:
         raise source.refuse("with rules beside that of x_lora", "one rule: peft's X-LoRA mixes all its adapters")
     (rule,) = source.rules
     adapter, router, counts = rule.adapter, rule.router, {n for n in rule.experts if n}
-    if placements.of(rule).NAME != "projection" or len(counts) != 1:
+    if not isinstance(placements.of(rule), Projection) or len(counts) != 1:
         raise source.refuse("whose experts are no projections, equally many in all layers", "those")
     if not adapter.LOADS:
         raise source.refuse(f"whose experts are {type(adapter).__name__}", "plain LoRA experts")

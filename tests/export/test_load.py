@@ -144,8 +144,9 @@ def changed(tmp_path, name="rslora", arrays=None, **fields):
 
 Q = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
 BAD = {
-    "which adapts model.embed_tokens": dict(arrays=lambda f: f | {Q.replace("layers.0.self_attn.q_proj", "embed_tokens"):
-                                                                   f[Q]}),
+    "which adapts 'model.embed_tokens'": dict(
+        arrays=lambda f: f | {Q.replace("layers.0.self_attn.q_proj", "embed_tokens"): f[Q]}
+    ),
     "of the kind": dict(peft_type="IA3"),
     "use_dora=True": dict(use_dora=True),
     "altered base": dict(init_lora_weights="pissa_niter_4"),
@@ -181,7 +182,7 @@ def test_a_pickle_is_refused_by_name_and_never_read(llama, tmp_path):
 
 def test_a_site_that_the_rule_has_not_is_named(llama):
     config, params, _ = llama
-    with pytest.raises(InputError, match="no k of layer 0, which .*rslora adapts"):
+    with pytest.raises(InputError, match="no down of layer 0, which .*rslora adapts"):
         filled(model_of(rule_of(("rslora",), "q,v"), config), params)
     with pytest.raises(InputError, match="at least 4, the rank of"):
         filled(model_of(rule_of(("rslora",), rank=2), config), params)

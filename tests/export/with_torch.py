@@ -2,7 +2,7 @@
 
     python tests/export/with_torch.py JOBS.json OUT.npz
 
-JOBS: [{"name", "kind": peft | molora | merged | mixlora | gguf, "base": a Hugging Face folder, "out": ..., "ids"}, ...].
+JOBS: [{"name", "kind": peft | molora | merged | mixlora, "base": a Hugging Face folder, "out", "ids"}, ...].
 """
 
 import importlib.util
