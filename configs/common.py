@@ -23,10 +23,10 @@ def rule(
     """One rule. `down` and `shrink` matter for `sites="ffn"` only; without a router there is one expert.
 
     The sites say the placement (whole FFN or projection); `placement=dict(name="chain", ...)` names another.
-    `load`: runs whose adapters the experts start from; `loaded`: they stay so ("frozen"), or "trained".
     `base_router`: of a base that routes itself, with the placement `base_experts`: "frozen", or "trained".
     `adapters`: kinds side by side, with the placement `block`: `("lora", "ia3", "prompt", "parallel")`. The one that
     `adapter` names has its options; others have their defaults.
+    `load`: (DIR of a run, "peft:DIR", "molora:DIR", ...), an expert each; `loaded`: "frozen", or "trained".
     """
     fields = dict(sites=sites, layers=layers, experts=experts, load=load, adapter=adapter, down=down, shrink=shrink)
     members = dict(

@@ -22,6 +22,7 @@ FLOORS = (
     ("regimes",),
     ("training", "decode"),
     ("evaluation", "surgery"),
+    ("export",),
     ("catalogue",),
     ("__main__",),
     ("",),  # the public library, `molora_jax/__init__.py`

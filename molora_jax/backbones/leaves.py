@@ -129,11 +129,15 @@ def init_router_state(config, rules, segments) -> dict:
     return tree
 
 
+def keeps_loaded(rule) -> bool:
+    """Whether a rule's experts are those of `load` for good."""
+    return bool(rule.load) and rule.loaded == "frozen"
+
+
 def frozen_patterns(rules) -> tuple[str, ...]:
     out = []
     for rule in rules:
-        frozen_load = rule.load and rule.loaded == "frozen"
         names = rule.adapter.FROZEN + (rule.router.FROZEN if rule.router is not None else ())
         out += [f"{rule.name}/*/{name}" for name in names]
-        out += [f"{rule.name}/{rules_lib.ANY_SEGMENT}/{site}/*" for site in rule.projections if frozen_load]
+        out += [f"{rule.name}/{rules_lib.ANY_SEGMENT}/{site}/*" for site in rule.projections if keeps_loaded(rule)]
     return tuple(out)

@@ -312,6 +312,7 @@ METHODS = {
         differs="the entropy's sign is the text's, not the formula's; there is no code",
         params=formulas.lora_mixer,
         own=("routers/soft_topk.py", "losses/specialisation.py", "losses/preservation.py"),
+    ),
     "meteora": Method(
         config="configs/meteora.py",
         title="MeteoRA",
@@ -331,6 +332,7 @@ METHODS = {
         differs="one scale for old and new experts; the bank is allocated from the start, with a mask",
         params=formulas.mora_cl,
         own=("routers/self_activated.py", "core/turns.py"),
+    ),
     "flexolmo": Method(
         config="configs/flexolmo.py",
         title="FlexOlmo",

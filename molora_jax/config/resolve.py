@@ -151,6 +151,15 @@ def split_commas(text):
     return tuple(part.strip().replace("\\,", ",") for part in parts if part.strip())
 
 
+FOREIGN = ("peft", "molora")  # adapters that no run of ours holds, in `load`
+
+
+def adapter_source(text: str) -> tuple[str, str]:
+    """`("peft", PATH)` of `"peft:PATH"`, likewise `molora`; of any other text `("run", text)`."""
+    kind, colon, path = text.partition(":")
+    return (kind, path) if colon and kind in FOREIGN else ("run", text)
+
+
 def resolve_template_args(text, *, where="data.template_args"):
     """`"enable_thinking=false,names=[1, 2]"` -> `{"enable_thinking": False, "names": [1, 2]}`: values are JSON."""
     expected, found, at = 'NAME=VALUE, ..., each value JSON: enable_thinking=false, mode="short"', {}, 0

@@ -6,7 +6,7 @@ from molora_jax.config import fields as tables
 from molora_jax.config import limits
 from molora_jax.config.fields import ATTENTION, FFN, SSM, wrong
 from molora_jax.config.members import attribute, member_problem, members, stated_with
-from molora_jax.config.resolve import expert_counts, resolve_experts, resolve_layers, resolve_sites
+from molora_jax.config.resolve import adapter_source, expert_counts, resolve_experts, resolve_layers, resolve_sites
 from molora_jax.config.values import group_problems, member_problems, path_of, shown, there
 from molora_jax.errors import InputError
 
@@ -60,8 +60,10 @@ def _rule(where, rule, *, start):
     except InputError as problem:
         yield problem
     for path in rule["load"]:
-        if not isinstance(path, str) or not there(path_of(path).exists):
-            yield wrong(f"{where}.load", shown(path), "paths that exist", "Check the path.")
+        own = adapter_source(path)[1] if isinstance(path, str) else ""
+        if not own or not there(path_of(own).exists):
+            fix = "Check the path." if isinstance(path, str) else "Write (PATH,), with a comma, for one."
+            yield wrong(f"{where}.load", shown(path), "paths that exist: DIR of a run, peft:DIR or molora:DIR", fix)
     if rule["load"]:
         yield from _load(where, rule, counts)
     init = limits.option(rule, "adapter.init")
@@ -193,7 +195,7 @@ def _load(where, rule, counts):
     """Loaded experts are read as products B A, one expert a run."""
     number, adapter = len(rule["load"]), rule["adapter"]
     if set(counts) != {number}:
-        yield wrong(f"{where}.experts", shown(rule["experts"]), f'"{number}", one for each of the runs in load')
+        yield wrong(f"{where}.experts", shown(rule["experts"]), f'"{number}", one for each entry of load')
     init = limits.option(rule, "adapter.init")
     if not attribute("adapters", adapter["name"], "LOADS") or limits.states("inits", init, "NEEDS"):
         able = " or ".join(name for name in members("adapters") if attribute("adapters", name, "LOADS"))

@@ -27,8 +27,8 @@ class Rule:
     router: Any = None
     down: str = "once"
     gates_scale_base: bool = False  # gates that do not sum to 1 scale the frozen FFN too (option `shrink`)
-    load: tuple[str, ...] = ()  # workdirs of the runs whose adapters are the experts at the start
-    loaded: str = "frozen"  # whether these stay as they were loaded: "frozen", or "trained"
+    load: tuple[str, ...] = ()  # of the runs and adapters that are the experts; see `runs/expert_runs.py`
+    loaded: str = "frozen"  # what `load` filled: "frozen", or "trained", a start
     base_router: str = "frozen"  # of a base that routes itself: "frozen", or "trained", a copy of it
     placement: Any = None  # the placement, where the rule names one; else its sites say it (`placements.of`)
 

@@ -184,6 +184,12 @@ def _unpermute(weight, heads):
     return weight.reshape(heads, -1, 2, *rest).swapaxes(1, 2).reshape(weight.shape)
 
 
+def interleaved(weight, heads):
+    """The inverse of `_unpermute`: what a file of the architecture `llama` holds."""
+    rest = weight.shape[1:]
+    return weight.reshape(heads, 2, -1, *rest).swapaxes(1, 2).reshape(weight.shape)
+
+
 def tensor_sources(gguf: Gguf, config: Backbone) -> dict:
     """Hugging Face name -> (shape, function that gives the float32 array).
 

@@ -173,3 +173,29 @@ def write(path: str | pathlib.Path, shapes: dict, dtype, tensors) -> None:
             file.write(np.ascontiguousarray(tensor.astype(dtype, copy=False)).view(np.uint8).data)
         file.flush()
         os.fsync(file.fileno())
+
+
+def write_named(path: str | pathlib.Path, arrays: dict, metadata: dict | None = None) -> None:
+    """Writes arrays (name -> array, each of its own dtype), in the order of their names, with texts as metadata."""
+    arrays = {name: np.asarray(arrays[name]) for name in sorted(arrays)}
+    header, at = {"__metadata__": {"format": "pt", **(metadata or {})}}, 0
+    for name, array in sorted(arrays.items(), key=lambda pair: -pair[1].dtype.itemsize):  # so that all are aligned
+        header[name] = {
+            "dtype": _NAMES[array.dtype], "shape": list(array.shape), "data_offsets": [at, at + array.nbytes],
+        }  # fmt: skip
+        at += array.nbytes
+    text = json.dumps(header).encode()
+    text += b" " * (-(8 + len(text)) % 64)
+    with open(path, "wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for name in list(header)[1:]:
+            file.write(np.ascontiguousarray(arrays[name]).reshape(-1).view(np.uint8).data)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def read_metadata(path: str | pathlib.Path) -> dict[str, str]:
+    """The texts of a file that `read` accepts."""
+    with open(plain(path), "rb") as file:
+        header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
+    return header.get("__metadata__") or {}

@@ -1,11 +1,14 @@
-"""Experts from other runs: `rules.X.load=(DIR, ...)`, expert a of the rule is the adapter that run DIR trained.
+"""Experts from elsewhere: `rules.X.load=(DIR, "peft:DIR", "molora:DIR", ...)`, expert a of the rule is the a-th.
 
     s B_a A_a = s_a B A of the run's newest checkpoint,   A_a [R, D_in], B_a [R, D_out], zero rows beyond the run's rank
+    peft:DIR      an adapter of peft's, `peft_adapters.py`;   molora:DIR   a run that launch.export wrote
 
 A router that JOINS takes runs of one expert under a router of its kind as well, with what the router learned there.
 
 Whatever a run's adapter is, it is read as its factors (PiSSA's start and MoS's pools included), so any rank up to the
-rule's and any scale will do. A projection or layer that a run does not adapt gets zeros. R rank of the rule.
+rule's and any scale will do. A projection or layer that a run does not adapt gets zeros. Where they are to train
+(`loaded="trained"`) B is zero there and A stays as it was drawn, so that these rows can learn: the output is the same.
+R rank of the rule.
 """
 
 import dataclasses
@@ -13,9 +16,10 @@ import dataclasses
 import numpy as np
 
 from molora_jax.backbones.compile import compile_model
+from molora_jax.config.resolve import adapter_source
 from molora_jax.core.rules import layers_named
 from molora_jax.errors import InputError
-from molora_jax.runs import saved, warm_start
+from molora_jax.runs import exported, peft_adapters, saved, warm_start
 from molora_jax.runs.products import products
 from molora_jax.runs.view import View
 
@@ -37,30 +41,33 @@ def load_experts(model, adapters: dict, base_digest: str) -> dict:
     return adapters
 
 
-def _factors(path, rule, decoder, base_digest) -> tuple[dict, dict]:
+def _factors(text, rule, decoder, base_digest) -> tuple[dict, dict]:
     """`{(layer, site): [(A [R_a, D_in], s_a B [R_a, D_out]), ...]}`, where several rules on one site add, and
     `{(layer, router/scope): leaves}` of a router that this rule's joins."""
     where = f"method.rules.{rule.name}"
 
     def refuse(got, expected, fix="Choose another run."):
-        return InputError(f"{where}.load", got=f"{path}, {got}", expected=expected, fix=fix)
+        return InputError(f"{where}.load", got=f"{text}, {got}", expected=expected, fix=fix)
 
+    kind, path = adapter_source(text)
+    if kind == "peft":
+        return peft_adapters.read(path, decoder, refuse=refuse), {}
+    if kind == "molora":
+        return _added(exported.read(path, decoder, base_digest, refuse=refuse)), {}
     _, step, manifest = warm_start.newest(path, where=f"{where}.load")
     warm_start.check_base(path, manifest, base_digest, where=f"{where}.load")
     if any(leaf.startswith("base/") for leaf in manifest["tree"].get("modules", ())):
         raise refuse("which trained base leaves as well (method.train_base)", "a run that is adapters alone")
     # the step's own config: config.json may have changed since; the data and base that it names may be gone
     config = saved.read_config(path, step, need_base=False)
-    run, found, rows = compile_model(config, decoder), {}, {}
+    run, rows = compile_model(config, decoder), {}
     tree = warm_start.load_adapters(path, where=f"{where}.load")
     owned = [own.name for own in run.rules if _joins(rule, own)]
     if owned:
         rows = {key[1:]: leaves for key, leaves in View(tree).by_site().items() if key[0] in owned and _routes(key[2])}
         plain = (dataclasses.replace(own, router=None) if own.name in owned else own for own in run.rules)
         run = dataclasses.replace(run, rules=tuple(plain))
-    for (_, layer, site), pair in products(run, tree, refuse=refuse).items():
-        found.setdefault((layer, site), []).append(pair)
-    return found, rows
+    return _added(products(run, tree, refuse=refuse)), rows
 
 
 def _joins(rule, own) -> bool:
@@ -106,6 +113,14 @@ def _join(rule, own: dict, rows: list[dict]) -> dict:
     return view.tree()[rule.name]
 
 
+def _added(found: dict) -> dict:
+    """By place, whatever the rule."""
+    out: dict = {}
+    for (_, layer, site), pair in found.items():
+        out.setdefault((layer, site), []).append(pair)
+    return out
+
+
 def _fill(rule, own: dict, runs: list[dict]) -> dict:
     where = f"method.rules.{rule.name}"
     covered = {(layer, site) for layer, n in enumerate(rule.experts) if n for site in rule.projections}
@@ -130,6 +145,8 @@ def _fill(rule, own: dict, runs: list[dict]) -> dict:
         out[segment] = dict(sites)
         for site in rule.projections:
             leaves = {name: np.zeros(sites[site][name].shape, np.float32) for name in ("A", "B")}
+            if rule.loaded == "trained":
+                leaves["A"] = np.array(sites[site]["A"], np.float32)
             for i in range(len(leaves["A"])):
                 for a, run in enumerate(runs):
                     at = 0

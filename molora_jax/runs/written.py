@@ -32,29 +32,29 @@ from molora_jax.runs.warm_start import check_finite
 from molora_jax.runs.workdir import Workdir
 
 
-def free(workdir) -> pathlib.Path:
+def free(workdir, *, where: str = "workdir") -> pathlib.Path:
     """The absolute path of a folder that a new run may be written to: not there yet, or empty.
 
     Raises:
       InputError: it holds something, or is a file.
     """
     if not isinstance(workdir, (str, os.PathLike)) or not str(workdir).strip():
-        raise InputError("workdir", got=repr(workdir), expected="a folder for the run", fix="Name one.")
+        raise InputError(where, got=repr(workdir), expected="a folder for the run", fix="Name one.")
     path = pathlib.Path(workdir).expanduser().absolute()
     try:
         if path.is_dir():
             held = sorted(entry.name for entry in path.iterdir())
             if held:
                 raise InputError(
-                    "workdir", got=f"{path}, which holds {', '.join(held[:4])}", expected="an empty or a new folder",
-                    fix="Choose another workdir.",
+                    where, got=f"{path}, which holds {', '.join(held[:4])}", expected="an empty or a new folder",
+                    fix="Choose another folder.",
                 )  # fmt: skip
         elif path.exists() or path.is_symlink():
-            raise InputError("workdir", got=f"{path}, a file", expected="an empty or a new folder")
+            raise InputError(where, got=f"{path}, a file", expected="an empty or a new folder")
     except OSError as error:
         raise InputError(
-            "workdir", got=f"{path}: {error.strerror}", expected="a folder that can be written",
-            fix="Choose another workdir.",
+            where, got=f"{path}: {error.strerror}", expected="a folder that can be written",
+            fix="Choose another folder.",
         ) from None  # fmt: skip
     return path
 

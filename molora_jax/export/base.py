@@ -1,0 +1,113 @@
+"""The contract of a format, and what several share: names of modules, static changes as products.
+
+A format is a module with `write(source, folder) -> [note, ...]`, which raises before it writes where the run is none of
+its kind. Arrays are numpy; they come from the checkpoint, so no mesh and no engine is in them.
+R rank, D_in and D_out widths of a site, E experts of the base.
+"""
+
+import dataclasses
+import functools
+import pathlib
+
+import numpy as np
+
+from molora_jax import placements
+from molora_jax.errors import InputError
+from molora_jax.placements.base_experts import BaseExperts
+from molora_jax.runs.opened import Opened
+from molora_jax.runs.products import products
+from molora_jax.runs.view import View
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """A run that goes out. `format`: its name, for messages; `out`: where the folder will lie in the end."""
+
+    opened: Opened
+    format: str
+    out: pathlib.Path
+
+    config = property(lambda self: self.opened.config)
+    rules = property(lambda self: self.opened.model.rules)
+    backbone = property(lambda self: self.opened.base.config)
+
+    def refuse(self, got: str, expected: str, fix: str = "--format=molora takes any run.") -> InputError:
+        return InputError(f"--format={self.format}", got=f"{self.opened.folder}, {got}", expected=expected, fix=fix)
+
+    @functools.cached_property
+    def by_site(self) -> dict:
+        """`{(rule, layer, site): {leaf: array}}`."""
+        return View(self.opened.items["adapters"], where=str(self.opened.folder)).by_site()
+
+    def shared(self, rule) -> dict:
+        return self.opened.items["adapters"].get(rule.name, {}).get("shared", {})
+
+    def module(self, layer: int, site: str) -> str:
+        """The Hugging Face name of a projection, without `.weight`."""
+        stack = self.backbone.stack_of(layer)
+        leaf = self.backbone.shapes()[f"{stack.name}/{site}/kernel"]
+        return [name for name, _ in leaf.files()][layer - stack.start].removesuffix(".weight")
+
+    def expert_module(self, layer: int, site: str, expert: int) -> str:
+        """That of an expert of the base, as its checkpoint names it."""
+        stack = self.backbone.stack_of(layer)
+        leaf = self.backbone.shapes()[f"{stack.name}/experts/{site}"]
+        return leaf.name.format(layer - stack.start, expert).removesuffix(".weight")
+
+    def check_static(self, *, experts: bool) -> None:
+        """Raises InputError for a run that is more than static adapters.
+
+        Args:
+          experts: whether the format holds factors on the base's own experts.
+        """
+        if not self.rules:
+            raise self.refuse("without rules", "a run with adapters", "Copy its base.")
+        for rule in self.rules:
+            if rule.router is not None:
+                raise self.refuse(
+                    f"whose rule {rule.name} routes: what it adds depends on the token, and this format has no router",
+                    "static adapters: rules without a router",
+                )  # fmt: skip
+            if rule.base_router == "trained":
+                raise self.refuse(f"whose rule {rule.name} trained the base's router", "base_router='frozen'")
+            if not placements.of(rule).LOADS and not (experts and self.on_experts(rule)):
+                name = placements.of(rule).NAME
+                raise self.refuse(f"whose rule {rule.name} is a {name}", "rules on projections")
+        self.check_alone()
+
+    def check_alone(self) -> None:
+        """Raises InputError where more than adapters was trained."""
+        trained = self.opened.items.get("modules") or {}
+        if trained:
+            raise self.refuse(f"which trained {', '.join(trained)} beside its adapters", "a run that is adapters alone")
+
+    def on_experts(self, rule) -> bool:
+        return isinstance(placements.of(rule), BaseExperts)
+
+    @functools.cached_property
+    def products(self) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+        """`{module: (A [R, D_in], s B [R, D_out])}` of the rules on projections; rules on one site are stacked."""
+        model = dataclasses.replace(
+            self.opened.model, rules=tuple(rule for rule in self.rules if not self.on_experts(rule))
+        )
+        found: dict = {}
+        for (_, layer, site), pair in products(model, self.opened.items["adapters"], refuse=self.refuse).items():
+            found.setdefault(self.module(layer, site), []).append(pair)
+        return {name: tuple(np.concatenate(part) for part in zip(*pairs, strict=True)) for name, pairs in found.items()}
+
+    @functools.cached_property
+    def expert_factors(self) -> dict[int, dict[str, tuple[np.ndarray, np.ndarray]]]:
+        """`{layer: {site: (A [1|E, R, D_in], s B [1|E, R, D_out])}}` on the base's experts (one rule a layer)."""
+        found: dict = {}
+        for rule in filter(self.on_experts, self.rules):
+            for (name, layer, site), own in self.by_site.items():
+                if name == rule.name and layer is not None and "A" in own:
+                    B = np.float32(rule.adapter.scale()) * own["B"]
+                    found.setdefault(layer, {})[site] = (np.asarray(own["A"]), B)
+        return found
+
+
+def source_name(opened) -> str:
+    """Of the base, as a config of transformers would name it."""
+    scheme, _, rest = str(opened.config.base.source).partition(":")
+    return rest if scheme in ("dir", "hf") else str(opened.config.base.source)

@@ -1,0 +1,59 @@
+"""`perform(workdir, format, out)`: opens a run, asks the format, and renames a whole folder into its place."""
+
+import logging
+import os
+import pathlib
+import shutil
+
+from molora_jax.config.fields import did_you_mean, one_of
+from molora_jax.errors import InputError
+from molora_jax.export import FORMATS
+from molora_jax.export.base import Source
+from molora_jax.io import fetch
+from molora_jax.io.files import sync_folder
+from molora_jax.runs import written
+from molora_jax.runs.opened import open_run
+
+LOG = logging.getLogger("molora_jax.export")
+
+
+def perform(workdir, format: str, out, *, step="best", note=LOG.info) -> pathlib.Path:
+    """Writes a run in another program's format.
+
+    Args:
+      workdir: DIR or DIR@step. format: a name of `FORMATS`. out: a folder that is not there yet, or empty.
+      note: called with a line of text.
+
+    Returns:
+      The folder.
+
+    Raises:
+      InputError: no such format, a folder that is taken, a run that the format cannot hold (with the reason).
+
+    >>> perform("runs/lora", "peft", "exported/lora")      # doctest: +SKIP
+    """
+    if format not in FORMATS:
+        raise InputError("--format", got=repr(format)[:80], expected=one_of(FORMATS), fix=did_you_mean(format, FORMATS))
+    target = written.free(out, where="--out")
+    opened = open_run(workdir, step, warn=note)
+    if opened.folder.absolute() == target or opened.folder.absolute() in target.parents:
+        raise InputError("--out", got=f"{target}, inside the run's folder", expected="a folder of its own")
+    source = Source(opened, format, target)
+    part = fetch.temporary(target.parent)
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        fetch.sweep(target.parent)
+        part.mkdir()
+        for line in FORMATS[format].write(source, part):
+            note(line)
+        written.free(target, where="--out")  # nobody was faster
+        os.rename(part, target)
+        sync_folder(target.parent)
+    except OSError as error:
+        raise InputError(
+            f"--out={target}", got=error.strerror or str(error), expected="a disk that takes the files",
+            fix="Make room, or choose another folder; nothing was left there.",
+        ) from error  # fmt: skip
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+    return target

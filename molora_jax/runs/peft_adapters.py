@@ -1,0 +1,144 @@
+"""An adapter that peft saved, as products: `rules.X.load=("peft:DIR",)`.
+
+    DIR/adapter_config.json     r, lora_alpha, their patterns, use_rslora
+    DIR/adapter_model.safetensors     base_model.model.MODULE.lora_A.weight [R, D_in], .lora_B.weight [D_out, R]
+    s B A,   s = alpha / R, or alpha / sqrt(R) with use_rslora; ADALORA: alpha / (R + 1e-5) B diag(E) A
+
+The tensors say which modules are adapted, of what rank; the config says only their scales. A pattern is matched as peft
+does, as a regular expression at the end of a module's name; one with groups is refused, for strangers' files may hold
+one that never ends. A pickled `adapter_model.bin` is never read.
+"""
+
+import json
+import pathlib
+import re
+
+import numpy as np
+
+from molora_jax.config.fields import shown
+from molora_jax.io import tensors
+from molora_jax.io.files import plain
+
+CONFIG, WEIGHTS, PICKLED = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
+PREFIX = "base_model.model."
+NAME = re.compile(r"(.+)\.(lora_A|lora_B|lora_E)(?:\.[A-Za-z_]\w*)??(?:\.weight)?")
+NEUTRAL = {  # fields that make an adapter more than a product -> what a plain one has
+    "use_dora": (False, None), "modules_to_save": (None, []), "trainable_token_indices": (None,),
+    "bias": ("none", None), "lora_bias": (False, None), "target_parameters": (None, []), "layer_replication": (None,),
+    "alora_invocation_tokens": (None,), "arrow_config": (None,), "monteclora_config": (None,), "velora_config": (None,),
+    "kasa_config": (None,),
+}  # fmt: skip
+ALTERED = ("pissa", "corda", "olora", "loftq", "lora_ga")  # starts that change the base beside it
+
+
+def read(path: str, backbone, *, refuse) -> dict:
+    """`{(layer, site): [(A [R, D_in], s B [R, D_out])]}` of an adapter's folder.
+
+    Args:
+      backbone: of the base that the run is on. refuse: `(got, expected, fix="...") -> InputError`.
+
+    Raises:
+      InputError: another kind of adapter, a module that the base has not as a site, shapes that do not fit, NaN.
+    """
+    folder = pathlib.Path(path).expanduser()
+    if (folder / PICKLED).exists() and not (folder / WEIGHTS).exists():
+        raise refuse(
+            f"with a pickled {PICKLED}, which could run any code", WEIGHTS,
+            "Load it with peft where you trust it, and save_pretrained(DIR, safe_serialization=True).",
+        )  # fmt: skip
+    for name in (CONFIG, WEIGHTS):
+        if not (folder / name).is_file():
+            raise refuse(f"without {name}", f"a folder that peft saved, with {CONFIG} and {WEIGHTS}")
+    config = _config(folder, refuse)
+    places, found = _places(backbone), {}
+    for module, parts in _modules(folder, refuse).items():
+        if module not in places:
+            known = ", ".join(sorted({name.rpartition(".")[2] for name in places}))
+            raise refuse(f"which adapts {shown(module)}", f"modules that are sites of this base: {known}")
+        layer, site = places[module]
+        found[layer, site] = [_product(config, module, parts, backbone.dims(site), refuse)]
+    return found
+
+
+def _config(folder, refuse) -> dict:
+    try:
+        config = json.loads(plain(folder / CONFIG).read_text(encoding="utf-8"))
+        kind = config.get("peft_type")
+    except (OSError, ValueError, AttributeError, RecursionError) as error:
+        raise refuse(
+            f"whose {CONFIG} is no JSON object ({type(error).__name__})", "the file as peft wrote it"
+        ) from None
+    if kind not in ("LORA", "ADALORA"):
+        raise refuse(f"of the kind {shown(kind)}", "LORA or ADALORA: only products become experts")
+    for field, plain_ones in NEUTRAL.items():
+        if field in config and config[field] not in plain_ones:
+            raise refuse(
+                f"with {field}={shown(config[field])}", f"{field}={plain_ones[0]}: products alone become experts"
+            )
+    start = str(config.get("init_lora_weights")).lower()
+    if start.startswith(ALTERED):
+        raise refuse(
+            f"with init_lora_weights={shown(start)}: an adapter of an altered base", "one of the base as it is",
+            "Save it with path_initial_model_for_weight_conversion, which makes it one of rank 2R.",
+        )  # fmt: skip
+    return config
+
+
+def _modules(folder, refuse) -> dict:
+    """`{module: {"lora_A": array, ...}}`."""
+    out: dict = {}
+    for name, value in tensors.read(folder / WEIGHTS).items():
+        match = NAME.fullmatch(name)
+        if match is None:
+            raise refuse(f"with a tensor {shown(name)}", "lora_A and lora_B of linear modules")
+        if value.dtype not in tensors.FLOATS or not np.isfinite(value.astype(np.float32)).all():
+            raise refuse(f"with {value.dtype} or NaN or Inf in {shown(name)}", "finite float tensors")
+        out.setdefault(match[1].removeprefix(PREFIX), {})[match[2]] = value.astype(np.float32)
+    return out
+
+
+def _places(backbone) -> dict:
+    """Module of the base's checkpoint -> `(layer, site)`."""
+    out, shapes = {}, backbone.shapes()
+    for stack in backbone.stacks:
+        for site in stack.sites:
+            for layer, (name, _) in enumerate(shapes[f"{stack.name}/{site}/kernel"].files(), stack.start):
+                out[backbone.PREFIX + name.removesuffix(".weight")] = layer, site
+                out[name.removesuffix(".weight")] = layer, site
+    return out
+
+
+def _product(config, module, parts, dims, refuse):
+    ada = config["peft_type"] == "ADALORA"
+    missing = {"lora_A", "lora_B", *(["lora_E"] if ada else [])} - parts.keys()
+    if missing:
+        raise refuse(f"without {', '.join(sorted(missing))} of {module}", "both factors of every module")
+    A, B = parts["lora_A"], parts["lora_B"]
+    R = len(A)
+    if A.shape != (R, dims[0]) or B.shape != (dims[1], R) or not R or (ada and parts["lora_E"].shape != (R, 1)):
+        raise refuse(f"with A {list(A.shape)}, B {list(B.shape)} at {module}", f"[R, {dims[0]}] and [{dims[1]}, R]")
+    rank = _number(config, "init_r" if ada else "r", {} if ada else config.get("rank_pattern"), module, refuse)
+    alpha = _number(config, "lora_alpha", {} if ada else config.get("alpha_pattern"), module, refuse)
+    if rank != R and not ada:
+        raise refuse(f"of rank {R} at {module}, where its config says {rank:g}", "the rank that the config says")
+    if ada:
+        return A * parts["lora_E"], np.float32((alpha if alpha > 0 else rank) / (rank + 1e-5)) * B.T
+    return A, np.float32(alpha / (R**0.5 if config.get("use_rslora") else R)) * B.T
+
+
+def _number(config, field, patterns, module, refuse) -> float:
+    """The value of a field at a module: that of the first pattern that fits, else the field's own."""
+    value = config.get(field)
+    for pattern, other in (patterns or {}).items():
+        if not isinstance(pattern, str) or len(pattern) > 200 or "(" in pattern:
+            raise refuse(f"with the pattern {shown(pattern)}", "patterns of at most 200 characters without groups")
+        try:
+            fits = re.match(rf"(.*\.)?({pattern})$", module)
+        except re.error as error:
+            raise refuse(f"with the pattern {shown(pattern)}", f"a regular expression ({error})") from None
+        if fits:
+            value = other
+            break
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < 1e9:
+        raise refuse(f"with {field} {shown(value)}", "a positive number")
+    return float(value)
