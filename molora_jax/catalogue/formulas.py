@@ -164,6 +164,8 @@ def stelocoder(decoder: Backbone) -> int:
 def lora_mixer(decoder: Backbone) -> int:
     """`9 L (8 p(attn) + D)`, a router a layer"""
     return 9 * decoder.layers * (low_rank(decoder, decoder.attention_sites, 8) + decoder.width)
+
+
 def meteora(decoder: Backbone) -> int:
     """`9 L (8 p(all) + d(all))`, a gate at every projection"""
     return 9 * decoder.layers * (low_rank(decoder, decoder.sites, 8) + inward(decoder, decoder.sites))
@@ -172,6 +174,8 @@ def meteora(decoder: Backbone) -> int:
 def mora_cl(decoder: Backbone) -> int:
     """`4 * 8 L p(all)`, 8 ranks a task"""
     return 4 * decoder.layers * low_rank(decoder, decoder.sites, 8)
+
+
 def flexolmo(decoder: Backbone) -> int:
     """`6 L (16 p(ffn) + D + 1)`: a row and a bias an owner"""
     return 6 * decoder.layers * (low_rank(decoder, decoder.ffn_sites, 16) + decoder.width + 1)

@@ -20,10 +20,7 @@ from molora_jax.losses.z_loss import ZLoss
 
 LOSSES = {
     "balance": Balance, "z_loss": ZLoss, "entropy": Entropy, "localized_balance": LocalizedBalance, "ewc": Ewc,
-    "orthogonal": Orthogonal, "device_balance": DeviceBalance, "sparsity": Sparsity,
-    "specialisation": Specialisation, "preservation": Preservation,
-    "task_label": TaskLabel,
     "orthogonal": Orthogonal, "device_balance": DeviceBalance, "sparsity": Sparsity, "importance": Importance,
     "load": Load, "mutual_information": MutualInformation, "mean_entropy": MeanEntropy, "router_cost": RouterCost,
-    "diversity": Diversity,
+    "diversity": Diversity, "specialisation": Specialisation, "preservation": Preservation, "task_label": TaskLabel,
 }  # fmt: skip

@@ -59,8 +59,8 @@ MORE_ROUTERS = {  # of single methods: in the product by shapes, and run with `-
 MORE_ROUTERS |= {
     name: dict(name=name, **dict.fromkeys(member.RANDOM, 0.0))
     for name, member in ROUTERS_OF.items()
-    if name not in {*ROUTERS, *MORE_ROUTERS, "x_lora", "sequence_gate", "self_activated"} and not member.IN_RANK
-    if name not in {*ROUTERS, *MORE_ROUTERS, "x_lora", "sequence_gate"} and not member.IN_RANK and member.CAUSAL
+    if name not in {*ROUTERS, *MORE_ROUTERS, "x_lora", "sequence_gate", "self_activated"}
+    if not member.IN_RANK and member.CAUSAL
 }
 CHECKLIST = (  # of the surveys (docs/surveys.md): an ordinary run has each once
     "noisy_topk", "nonlinear_topk", "dselect_k", "null_experts", "prototypes", "sinkhorn", "relu", "fixed", "task_gate",
