@@ -20,6 +20,14 @@ _kept = False  # whether this process keeps memory
 GONE = re.compile(r"gloo|connection (closed|reset)|heartbeat|unhealthy|coordination service", re.IGNORECASE)
 
 
+def version() -> str:
+    """Of this package, as it is installed."""
+    try:
+        return importlib.metadata.version("molora_jax")
+    except importlib.metadata.PackageNotFoundError:  # a folder on the path
+        return "not installed"
+
+
 def keep_memory() -> None:
     """Starts this process once more, so that it keeps the memory of a step for the next one.
 

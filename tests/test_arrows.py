@@ -8,7 +8,8 @@ PACKAGE = pathlib.Path(__file__).parents[1] / "molora_jax"
 # From the ground up; rooms of one line may not import each other. (kernels_pallas lies below core.)
 FLOORS = (
     ("errors",),
-    ("config", "runtime", "text", "pictures"),
+    ("config", "cluster", "text", "pictures"),
+    ("runtime",),
     ("core", "sharding"),
     ("inits", "optim"),
     ("adapters", "routers", "losses"),

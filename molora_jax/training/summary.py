@@ -6,7 +6,7 @@ import jax
 import numpy as np
 from flax.traverse_util import flatten_dict
 
-from molora_jax import __version__
+from molora_jax import runtime
 from molora_jax.core import trees
 from molora_jax.text import table
 
@@ -17,7 +17,7 @@ def machine(mesh, dtype: str) -> str:
     processes = len({d.process_index for d in mesh.devices.flat})
     axes = " ".join(f"{axis}={size}" for axis, size in mesh.shape.items() if size > 1) or "of one device"
     on = f"{counted(processes, 'process', 'processes')}, {counted(mesh.size, 'device', 'devices')} ({kind})"
-    versions = f"molora_jax {__version__}, jax {jax.__version__}, Python {platform.python_version()}"
+    versions = f"molora_jax {runtime.version()}, jax {jax.__version__}, Python {platform.python_version()}"
     return f"{on}, mesh {axes}, base in {dtype}; {versions}"
 
 

@@ -71,7 +71,7 @@ def test_a_run_with_modules_goes_on_bit_by_bit_and_opens(case, tmp_path):
     case = dict(case)
     data = write(tmp_path / "d.jsonl", case.pop("kind"))
     _, notes = start(config(data, eval_every=2, **case), tmp_path / "whole")
-    assert "modules/base" in notes[0] and "copies of base leaves" in notes[0]
+    assert "modules/base" in notes[1] and "copies of base leaves" in notes[1]
     start(config(data, eval_every=2, stop_after=2, **case), tmp_path / "parts")
     start(config(data, eval_every=2, **case), tmp_path / "parts")
     assert digests(tmp_path / "parts", 4) == digests(tmp_path / "whole", 4)
