@@ -24,6 +24,10 @@ On a base of state-space blocks the same rule stands at other sites:
 
     python -m launch.train --config=configs/lora_mixer.py --workdir=runs/lora_mixer_ssm --config.base.source=dir:MAMBA
         --config.method.rules.mix.sites=in_proj,out_proj
+
+As it stands, with `--config.train.steps=30 --config.train.batch_size=4` (jax 0.10, two CPU cores): mean language-model
+loss of the first five steps 5.36, of the last five of stage s00 4.43; of the first five of s01 4.47, of its last five
+3.87. `python -m experiments.lora_mixer` tries the claim on a small decoder.
 """
 
 from configs import common
