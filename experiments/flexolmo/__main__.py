@@ -5,7 +5,7 @@ python -m experiments.flexolmo [--steps=150] [--seeds=2] [--items=64] [--workdir
 The public base is that of experiments/starts (four layers, trained whole on prose); owners have inflections, arithmetic
 and code. Beside the join: each owner's expert alone, plain LoRAs of the same shape averaged and as an ensemble of their
 outputs, rows that start at random, and plain LoRAs joined by documents. Finished runs are kept. Writes results.json and
-results.png beside this file.
+results.png to --out.
 """
 
 import functools
@@ -24,12 +24,12 @@ from molora_jax.io.files import write_atomically
 from molora_jax.pictures import figure, save
 from molora_jax.text import table
 
-HERE = pathlib.Path(__file__).parent
 FLAGS = [
     ("--steps", dict(type=int, default=150, help="optimizer steps of each owner")),
     ("--seeds", dict(type=int, default=2)),
     ("--items", dict(type=int, default=64, help="held-out items a task")),
     ("--workdir", dict(default="runs/flexolmo", metavar="DIR")),
+    ("--out", dict(default="experiments/flexolmo", metavar="DIR", help="of the results")),
 ]
 DOMAINS, PUBLIC, RATE, RANK = ("morph", "math", "code"), tuple(PROSE.split(",")), 4e-3, 8
 
@@ -155,18 +155,18 @@ def main(argv):
     from molora_jax import runtime
 
     runtime.configure()
-    workdir, path = pathlib.Path(args.workdir).absolute(), HERE / "results.json"
+    workdir, path = pathlib.Path(args.workdir).absolute(), pathlib.Path(args.out) / "results.json"
     found, source = kept(path, steps=args.steps, items=args.items), first_base(workdir)
     items = Items(source, args.items)
     for seed in range(args.seeds):
         if str(seed) not in found["runs"]:
             found["runs"][str(seed)] = of_seed(workdir / f"seed{seed}", source, seed, args.steps, items)
             write_atomically(path, json.dumps(found, indent=1) + "\n")
-    report(found["runs"])
+    report(found["runs"], path.with_suffix(".png"))
     return 0
 
 
-def report(runs):
+def report(runs, picture):
     """A line a way, the seeds' mean; and how far each way is from the public base."""
     names, columns = list(next(iter(runs.values()))), (*DOMAINS, "public")
     value = lambda name, column: np.mean([run[name][column] for run in runs.values()])  # noqa: E731
@@ -185,7 +185,7 @@ def report(runs):
     ax.invert_yaxis()
     ax.grid(axis="x", alpha=0.3)
     ax.legend(frameon=False, fontsize=8)
-    print(save(fig, HERE / "results.png"))
+    print(save(fig, picture))
 
 
 if __name__ == "__main__":

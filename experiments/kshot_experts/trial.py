@@ -5,7 +5,7 @@ python -m experiments.kshot_experts.trial [--steps=200] [--tune_steps=60] [--see
 The task: of a word, the number of its first letter, then whether that is even ("g is letter 7: odd"). One true expert
 saw words from a to m, the other from n to z; guessers saw the two answers at random, without the reasoning; the
 others are LoRAs of tasks of the mixture. The base is that of experiments/starts. Finished runs are kept. Writes
-results.json beside this file.
+results.json to --out.
 """
 
 import json
@@ -22,13 +22,13 @@ from launch import flags
 from molora_jax.io.files import write_atomically
 from molora_jax.text import table
 
-HERE = pathlib.Path(__file__).parent
 FLAGS = [
     ("--steps", dict(type=int, default=200, help="of a LoRA of the bank")),
     ("--tune_steps", dict(type=int, default=60, help="of the mixtures")),
     ("--seeds", dict(type=int, default=2)),
     ("--embed", dict(default="pkg:all-minilm-l6-v2", help="the base that embeds rows")),
     ("--workdir", dict(default="runs/kshot_trial", metavar="DIR")),
+    ("--out", dict(default="experiments/kshot_experts", metavar="DIR", help="of results.json")),
 ]
 OTHERS, K, TEST, POOL, NEAR, RANK, RATE = ("morph", "math", "code", "emoji"), 10, 128, 400, 200, 8, 4e-3
 WITHIN = 0.01  # rows of one task that differ in a word lie nearer than the paper's 0.1
@@ -143,7 +143,7 @@ def main(argv):
     from molora_jax import runtime
 
     runtime.configure()
-    workdir, path = pathlib.Path(args.workdir).absolute(), HERE / "results.json"
+    workdir, path = pathlib.Path(args.workdir).absolute(), pathlib.Path(args.out) / "results.json"
     found = kept(path, steps=args.steps, tune_steps=args.tune_steps, embed=args.embed)
     source = first_base(workdir)
     for seed in range(args.seeds):

@@ -36,7 +36,9 @@ class Router:
     SETTLES: ClassVar[bool] = False  # in decoding the prompt decides once, for the whole answer
     INPUT: ClassVar[str] = ""  # "base_hidden": the frozen base's last hidden state in place of the site's input
 
-    JOINS: ClassVar[bool] = False  # runs of one expert under this router are joined by `load`: `rows`, `joined`
+    # Runs of one expert under this router are joined by a rule's `load`, and rows may start from documents: it has
+    # `documents`, `public`, `rows` and `joined` as `document_rows.py` has them.
+    JOINS: ClassVar[bool] = False
     # whether a token's decision depends on no later token: else it is refused where the base predicts the next one
     CAUSAL: ClassVar[bool] = True
     IN_RANK: ClassVar[bool] = False  # it reads `input_of`, of width R; its leaves are made for that
