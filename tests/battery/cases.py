@@ -52,11 +52,12 @@ MORE_ROUTERS = {  # of single methods: in the product by shapes, and run with `-
     "top1": dict(name="top1", gated=True),
     "sparse_projection": dict(name="sparse_projection", k=2),
 }
-# a later router is here with its defaults; those for whole models and those that read A x have tests of their own
+# a later router is here with its defaults; those for whole models, those that read A x and `by_task`, which decides
+# nothing itself, have tests of their own
 MORE_ROUTERS |= {
     name: dict(name=name, **dict.fromkeys(member.RANDOM, 0.0))
     for name, member in ROUTERS_OF.items()
-    if name not in {*ROUTERS, *MORE_ROUTERS, "x_lora", "sequence_gate"} and not member.IN_RANK
+    if name not in {*ROUTERS, *MORE_ROUTERS, "x_lora", "sequence_gate", "by_task"} and not member.IN_RANK
 }
 VECTORS = ("vera", "ia3", "nola")  # what scales frozen things wants ten times the rate of factors, as in the papers
 # adapters of single methods, with the start that they have: by shapes with a router, the rest with `--all`;
