@@ -133,7 +133,9 @@ def opened(folder, made):
     from molora_jax.training.loop import train
 
     schema.validate(made)
-    train(made, str(folder))
+    result = train(made, str(folder))
+    if result.step < made.train.steps:
+        raise SystemExit(f"stopped at step {result.step}: the same command goes on")
     return load_run(folder)
 
 

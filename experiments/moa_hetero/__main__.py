@@ -142,7 +142,9 @@ def measured(workdir, made) -> dict:
     with made.unlocked():
         made.train.eval_every = EVERY
     schema.validate(made)
-    train(made, str(workdir))
+    result = train(made, str(workdir))
+    if result.step < made.train.steps:
+        raise SystemExit(f"stopped at step {result.step}: the same command goes on")
     rows = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
     return {"valid_nll": {str(row["step"]): row["valid_nll"] for row in rows if "valid_nll" in row}}
 

@@ -12,7 +12,7 @@ from configs import common
 from launch import flags
 from molora_jax import config as schema
 from molora_jax.backbones.compile import compile_model
-from molora_jax.backbones.families import SMOLLM2, TINY_MOE
+from molora_jax.backbones.families import SMOLLM2, TINY_BERT, TINY_MOE
 from molora_jax.backbones.sizes import num_trainable
 from molora_jax.core.prompt import attend_prompt
 from molora_jax.decode import generate as decoding
@@ -21,6 +21,7 @@ from molora_jax.placements.block import parallel
 from molora_jax.routers.sigmoid_threshold import SigmoidThreshold
 from tests.acceptance import helpers, small
 from tests.acceptance.helpers import SMALL, batch, build, gradient, hidden, randomised, run
+from tests.battery.cases import BASES
 
 SITES = ("q", "k", "v", "o", "down")
 ALL = ("lora", "prompt", "parallel")
@@ -373,6 +374,30 @@ def test_any_router_over_the_places_of_a_block():
     assert moe.rules[0].placement.choices(moe.rules[0], TINY_MOE, 1) == 4
     with pytest.raises(InputError, match="sites"):
         schema.check_model(helpers.rules_config(rule()), TINY_MOE.layers, TINY_MOE.dims, TINY_MOE.ABSENT)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("decoder", "sites"),
+    [
+        (BASES["qwen3"], "q,k,v,o,down"), (TINY_MOE, "q,o"), (TINY_BERT, "q,k,v,o,down"),
+        (dataclasses.replace(TINY_MOE, qk_norm_all=True), "q,o"),
+    ],
+    ids=["norms a head", "a base with experts", "an encoder", "norms over all heads"],
+)  # fmt: skip
+def test_kinds_on_other_bases(decoder, sites):
+    """Keys of a prompt are normed as the family's are; without a gate the text's attention stays."""
+    model = compile_model(helpers.rules_config(rule(sites=sites)), decoder, max_segments=3)
+    params = jax.tree.map(jnp.asarray, helpers.base(decoder))
+    adapters = randomised(helpers.fresh_adapters(model, jax.random.key(0), params))
+    (segment,) = model.segments
+    own = adapters["all"][segment.name]
+    shut = {"all": {segment.name: own | {"prompt": own["prompt"] | {"gate": 0 * own["prompt"]["gate"]}}}}
+    lost = {"all": {segment.name: shut["all"][segment.name] | {"prompt": own["prompt"] | {
+        "gate": 0 * own["prompt"]["gate"], "P": 3 * own["prompt"]["P"]}}}}  # fmt: skip
+    h, without, same = (hidden(model, params, tree, batch()) for tree in (adapters, shut, lost))
+    assert np.isfinite(h).all() and np.abs(h - without).max() > 1e-2
+    np.testing.assert_array_equal(without, same)
 
 
 @pytest.mark.parametrize(

@@ -61,6 +61,12 @@ MORE_ROUTERS |= {
     for name, member in ROUTERS_OF.items()
     if name not in {*ROUTERS, *MORE_ROUTERS, "x_lora", "sequence_gate", "self_activated"}
     if not member.IN_RANK and member.CAUSAL
+# a later router is here with its defaults; those for whole models, those that read A x and `by_task`, which decides
+# nothing itself, have tests of their own
+MORE_ROUTERS |= {
+    name: dict(name=name, **dict.fromkeys(member.RANDOM, 0.0))
+    for name, member in ROUTERS_OF.items()
+    if name not in {*ROUTERS, *MORE_ROUTERS, "x_lora", "sequence_gate", "by_task"} and not member.IN_RANK
 }
 CHECKLIST = (  # of the surveys (docs/surveys.md): an ordinary run has each once
     "noisy_topk", "nonlinear_topk", "dselect_k", "null_experts", "prototypes", "sinkhorn", "relu", "fixed", "task_gate",
