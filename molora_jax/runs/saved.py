@@ -170,6 +170,8 @@ def without_inputs(config, *, keep_data: bool = False):
         if not keep_data:
             config.data.tasks = ",".join(TASKS)
             config.data.valid = ""
+            for stage in config.schedule.values():
+                stage.tasks = ""
     return config
 
 
