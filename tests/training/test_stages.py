@@ -8,12 +8,13 @@ import numpy as np
 import pytest
 from flax.traverse_util import flatten_dict
 
-from configs import common
+from configs import common, stelocoder
 from molora_jax import config as config_lib
 from molora_jax.errors import InputError
 from molora_jax.evaluation import report as reports
 from molora_jax.evaluation.progress import Phases
 from molora_jax.evaluation.run import load_run
+from molora_jax.runs import saved
 from molora_jax.runs.checkpoints import load, read_manifest
 from molora_jax.runs.verify import verify
 from molora_jax.training import programs
@@ -216,3 +217,18 @@ def test_patterns_that_freeze_nothing_are_refused_and_a_run_that_began_with_them
     programs._check_freeze(run, ("*/A", "*/routr/*"), {"all": {"q": {"A": 0, "B": 0}}}, field="f")
     got, expected = "got */routr/*, which no leaf matches", "expected paths such as all/q/A, all/q/B"
     assert told == [f"warning: f: {got}; {expected}. Mend the pattern, or leave it out."]
+
+
+def test_a_run_whose_stages_name_files_is_opened_when_they_are_gone(tmp_path):
+    """What a stage was trained on need not be there any more; the run's own words about it stay."""
+    files = [tmp_path / f"{name}.jsonl" for name in ("a", "b")]
+    for path in files:
+        path.write_text('{"prompt": "p", "target": "t"}\n')
+    made = stelocoder.get_config(snippets=tuple(f"jsonl:{path}" for path in files))
+    made.base.source = "random:tiny"
+    config_lib.validate(made)
+    tree = made.to_dict()
+    for path in files:
+        path.unlink()
+    opened = saved.validated(tree, where=tmp_path / "config.json")
+    assert opened.schedule.s00.tasks == made.schedule.s00.tasks and opened.data.tasks == made.data.tasks
