@@ -1,5 +1,6 @@
 """A tiny untied folder of each family through train, resume, evaluate and generate."""
 
+import functools
 import json
 import os
 import pathlib
@@ -23,10 +24,11 @@ pytestmark = pytest.mark.slow
 ROOT = pathlib.Path(__file__).parents[2]
 
 
-def run_of(folder, source, *, steps=6, stop_after=0):
+def run_of(folder, source, *, steps=6, stop_after=0, routes=False):
     config = tiny_config("mola")
+    sites = "q,k,v,o" if routes else config.method.rules.all.sites
     with config.unlocked():
-        config.method.rules = dict(all=dict(config.method.rules.all, experts="2"))
+        config.method.rules = dict(all=dict(config.method.rules.all, experts="2", sites=sites))
         config.base.source = source
         config.data.update(tasks=f"jsonl:{folder / 'task.jsonl'}", seq_len=96)
         config.train.update(steps=steps, batch_size=8, save_every=3, log_every=1, stop_after=stop_after)
@@ -34,16 +36,23 @@ def run_of(folder, source, *, steps=6, stop_after=0):
     return config
 
 
-@pytest.mark.parametrize("family", family_cases.FAMILIES)
+UNTIED = {family: family_cases.CASES[f"{family}, untied"] for family in family_cases.FAMILIES}
+UNTIED |= {
+    name: family_cases.ALL[name] | {"tie_word_embeddings": False}
+    for name in ("gemma", "gemma2", "gemma3", "olmo2", "phi3", "phi3, longrope, long", "gpt_oss")
+}
+
+
+@pytest.mark.parametrize("family", UNTIED)
 def test_train_resume_evaluate_generate(tmp_path, monkeypatch, family):
     monkeypatch.setenv("MOLORA_CACHE", str(tmp_path / "cache"))
-    source = family_cases.write(tmp_path / "base", "folder", family_cases.CASES[f"{family}, untied"])
+    source = family_cases.write(tmp_path / "base", "folder", UNTIED[family])
     write_task(tmp_path / "task.jsonl")
-    quiet = dict(note=lambda text: None)
-    train(run_of(tmp_path, source), str(tmp_path / "whole"), **quiet)
-    train(run_of(tmp_path, source, stop_after=3), str(tmp_path / "broken"), **quiet)
+    quiet, asked = dict(note=lambda text: None), functools.partial(run_of, tmp_path, source, routes=family == "gpt_oss")
+    train(asked(), str(tmp_path / "whole"), **quiet)
+    train(asked(stop_after=3), str(tmp_path / "broken"), **quiet)
     notes = []
-    assert train(run_of(tmp_path, source), str(tmp_path / "broken"), note=notes.append).step == 6
+    assert train(asked(), str(tmp_path / "broken"), note=notes.append).step == 6
     assert "resumed at step 3" in notes
     whole, broken = (
         [json.loads(line)["loss"] for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
