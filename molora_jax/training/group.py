@@ -131,6 +131,8 @@ class Group:
             + summary.rules_table(
                 program.model, states[0].adapters, program.frozen, trees.count(self.first.params), states[0].modules
             )
+            + "\n"
+            + summary.sites_table(states[0].adapters, program.frozen, states[0].modules)
         )
         told = set()
         for name, run in zip(self.names, self.runs, strict=True):

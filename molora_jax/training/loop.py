@@ -88,6 +88,7 @@ def train(config, workdir: str, *, profile: bool = False, note=None) -> Result:
         stage = stage_at(run.stages, start)
         now, shapes = run.programs[stage.name], run.compiled(stage).shapes
         note(summary.rules_table(now.model, shapes.adapters, now.frozen, trees.count(run.params), shapes.modules))
+        note(summary.sites_table(shapes.adapters, now.frozen, shapes.modules))
         note(str(run.table))
         flops = per_token(now.model, shapes.adapters, shapes.modules, now.frozen, run.config.data.seq_len)
         clock = Clock(run.mesh.devices.flat, flops, began=began)

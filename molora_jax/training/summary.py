@@ -1,4 +1,4 @@
-"""What a run is, as a table: rules with their sites, layers, experts, rank, what trains and what is frozen."""
+"""What a run is, as tables: rules with their sites, layers, experts, rank; what trains at each site."""
 
 import platform
 
@@ -8,6 +8,7 @@ from flax.traverse_util import flatten_dict
 
 from molora_jax import runtime
 from molora_jax.core import trees
+from molora_jax.runs.view import keys_of
 from molora_jax.text import table
 
 
@@ -51,6 +52,31 @@ def rules_table(model, adapters, frozen: tuple[str, ...], num_base: int, modules
     own = sum(int(np.prod(x.shape)) for x in trainable.values())
     rows.append(("total", "", "", "", "", "", "", f"{own:,}", f"{own / total:.2%}", memory(still.values())))
     return table(rows, right=(7, 8))
+
+
+def sites_table(adapters, frozen: tuple[str, ...], modules: dict | None = None) -> str:
+    """One row a rule and site (a router's scope is one): the leaves that train there, and those that do not.
+
+    Args:
+      adapters, modules: nested dicts of arrays or shapes. frozen: patterns of paths, of members, loads and the stage.
+    """
+    parts, found = trees.split(trees.joined(adapters, modules or {}), frozen), {}
+    for column, part in enumerate(parts):
+        for path, leaf in flatten_dict(part, sep="/").items():
+            if path.startswith("modules/"):
+                rule, site, layers, name = "modules", path.split("/")[1], (), "/".join(path.split("/")[2:])
+            else:
+                keys = keys_of(path, "adapters")
+                rule, site, name = keys[0].rule, keys[0].site or "(shared)", keys[0].leaf
+                layers = tuple(key.layer for key in keys if key.layer is not None)
+            at, columns = found.setdefault((rule, site), (set(), ({}, {})))
+            at.update(layers)
+            columns[column][name] = columns[column].get(name, 0) + int(np.prod(leaf.shape))
+    rows = [("rule", "site", "layers", "trains", "frozen")]
+    for (rule, site), (layers, columns) in found.items():
+        said = (", ".join(f"{name} {count:,}" for name, count in column.items()) or "-" for column in columns)
+        rows.append((rule, site, runs(sorted(layers)) or "-", *said))
+    return table(rows)
 
 
 def memory(leaves) -> str:
