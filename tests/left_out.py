@@ -147,7 +147,6 @@ LEFT_OUT = (
       for test in ("test_equals_the_naive_form_in_value_and_gradient", "test_loss_falls_on_a_small_batch",
                    "test_the_start_is_the_base")
       for name in ("ld_mole", "goat", "comol", "meteora", "flexolmo", "kshot_experts")),
-      for name in ("ld_mole", "goat", "comol")),
     *(f"battery/test_methods.py::{test}[[]moa_hetero]"  # its value and gradient stay, kinds lie as no other's
       for test in ("test_loss_falls_on_a_small_batch", "test_the_start_is_the_base")),
     "acceptance/test_moa_hetero.py::test_acceptance_5_a_masked*constant]",  # a token's own threshold

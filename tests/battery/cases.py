@@ -54,19 +54,13 @@ MORE_ROUTERS = {  # of single methods: in the product by shapes, and run with `-
     "soft_topk": dict(name="soft_topk", hard="never"),  # the naive form evaluates what is trained
     "sinkhorn": dict(name="sinkhorn", k=2, iterations=0),  # the naive form evaluates what is trained
 }
-# a later router is here with its defaults; those for whole models, for encoders and those that read A x have tests of
-# their own
+# a later router is here with its defaults; those for whole models, for encoders, those that read A x and `by_task`,
+# which decides nothing itself, have tests of their own
 MORE_ROUTERS |= {
     name: dict(name=name, **dict.fromkeys(member.RANDOM, 0.0))
     for name, member in ROUTERS_OF.items()
-    if name not in {*ROUTERS, *MORE_ROUTERS, "x_lora", "sequence_gate", "self_activated"}
+    if name not in {*ROUTERS, *MORE_ROUTERS, "x_lora", "sequence_gate", "self_activated", "by_task"}
     if not member.IN_RANK and member.CAUSAL
-# a later router is here with its defaults; those for whole models, those that read A x and `by_task`, which decides
-# nothing itself, have tests of their own
-MORE_ROUTERS |= {
-    name: dict(name=name, **dict.fromkeys(member.RANDOM, 0.0))
-    for name, member in ROUTERS_OF.items()
-    if name not in {*ROUTERS, *MORE_ROUTERS, "x_lora", "sequence_gate", "by_task"} and not member.IN_RANK
 }
 CHECKLIST = (  # of the surveys (docs/surveys.md): an ordinary run has each once
     "noisy_topk", "nonlinear_topk", "dselect_k", "null_experts", "prototypes", "sinkhorn", "relu", "fixed", "task_gate",
