@@ -97,7 +97,8 @@ FAMILIES = {
         gemma.BOTH,
         _GEMMA | dict(max_position_embeddings=8192, attn_logit_softcapping=50.0, final_logit_softcapping=30.0),
         windowed=True, gated=False, every=2, activation="hidden_activation", biased=True,
-        reads=(*_GEMMA, "attn_logit_softcapping", "final_logit_softcapping"), derived=gemma.second,
+        reads=(*_GEMMA, "attn_logit_softcapping", "final_logit_softcapping", "sliding_window_size"),
+        derived=gemma.second,
     ),
     "gemma3_text": Family(
         gemma.BOTH | dict(qk_norm=True),

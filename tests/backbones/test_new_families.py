@@ -84,10 +84,14 @@ def test_configs_of_the_hub():
     gemma2 = from_hf(dict(model_type="gemma2", vocab_size=256000, hidden_act="gelu_pytorch_tanh"), where="c")
     assert (gemma2.score_cap, gemma2.logit_cap, gemma2.activation) == (50.0, 30.0, "gelu_tanh")
     assert gemma2.sliding == tuple(range(0, 26, 2)) and gemma2.norms == "both"
+    larger = dict(sliding_window=4096, sliding_window_size=4096, cache_implementation="hybrid", head_dim=256)
+    assert from_hf(dict(model_type="gemma2", vocab_size=256000, **larger), where="c") == gemma2
     code = {"AutoModelForCausalLM": "modeling_phi3.Phi3ForCausalLM"}
     phi = read("phi3, longrope, short", auto_map=code, partial_rotary_factor=0.5, head_dim=16, rope_scaling=dict(
         type="su", short_factor=[1.0] * 4, long_factor=[2.0] * 4))  # fmt: skip
     assert (phi.rotated, phi.rope_scaling.kind, phi.rope_scaling.context) == (8, "longrope", family_cases.S)
+    mini = dict(full_attn_mod=1, interpolate_factor=1, lm_head_bias=False, mlp_bias=False, embd_pdrop=0.0, head_dim=16)
+    assert read("phi3", partial_rotary_factor=0.75, sliding_window=262144, **mini).rotated == 12
     assert phi.cacheable(3, family_cases.S) and phi.cacheable(family_cases.S + 1, 99)
     assert not phi.cacheable(3, family_cases.S + 1)
 
