@@ -19,6 +19,12 @@ s01 freezes them and trains the gates (`--config.schedule.s01.freeze=`: both).
 `k=1` is the paper's other form. For several tasks in one prompt it raises the temperature in use: 15, 20, 30 for 3, 5,
 10 tasks (`--config.method.rules.all.router.temperature=15` of launch.generate). Not as there: the loss of the language
 model is on answers alone, that of the gates on all tokens, as there.
+
+As it stands, with `--config.train.steps=30 --config.train.batch_size=4` (jax 0.10, one CPU core): mean loss of the
+language model over the first five steps 5.24, the last five of the adapters' stage 3.22; the gates' first five 3.70,
+last five 3.51. The gates' own loss does not fall in fifteen steps, of which ten are warm-up (12.1, then 12.3): from
+N(0, 1) it wants thousands. With `--config.method.rules.all.router.init=normal` as well: 2.23, then 2.19. In 100 steps
+at ten times the rate the gates tell the task: `experiments/meteora`.
 """
 
 from configs import common

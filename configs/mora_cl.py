@@ -12,6 +12,10 @@ the old ones by nothing, so that a task's experts change as they are frozen (her
 The norm of s grows with the bank, so `prune` takes more away after every task, as published. Each task's end is
 measured before the next one's experts open; a step saved at that border has them open, which is no identity although
 their B is 0. `report/continual.json` has the accuracies, backward transfer and forgetting.
+
+As it stands, with `--config.train.steps=30 --config.train.batch_size=4 --config.eval.num_items=8` (jax 0.10, one CPU
+core): loss of the first and last of seven or eight steps a task: 5.93 and 2.59, 5.89 and 4.66, 6.07 and 5.98, 3.95 and
+3.53; backward transfer +0.5 points. Against one LoRA, over four tasks that are learnt: `experiments/mora_cl`.
 """
 
 from configs import common
