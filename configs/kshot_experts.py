@@ -17,6 +17,9 @@ best of four experts, renormalised, no balance loss. The four start from LoRAs o
 is 2e-3, as the paper's 5e-5 is for finished LoRAs: 30 steps of it moved no loss that started there. Loaded LoRAs
 keep their own alpha / R (the code leaves it out, which is right where both are 16, as here).
 
+As it stands, with `--config.train.steps=30 --config.train.batch_size=4` (jax 0.10, two CPU cores): mean loss of the
+first five steps 5.08, of the last five 2.82.
+
 Measured with `python -m experiments.kshot_experts.trial --steps=200 --tune_steps=60 --seeds=2` (four layers, a bank of
 eight, K = 10): perplexity tells the two true experts from the six others in both seeds (at most 1.9, at least 37),
 exact answers do not; the least alike group ends at a held-out NLL of 0.52, the most alike at 0.48, one LoRA at 0.44.
