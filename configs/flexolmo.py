@@ -24,6 +24,14 @@ reach another's leaves. Owners who are really apart have a run each, with a conf
 Experts are LoRA on whole feed-forward blocks, not FFNs; a document's embedding is the base's own. The base normalises
 before its blocks, so gates are renormalised (off as published). `--config.method.rules.ffn.router.top_k=5` keeps five
 of seven, the base among them.
+
+As it stands, with `--config.train.steps=30 --config.train.batch_size=4 --config.method.rules.ffn.router.documents=8`
+(jax 0.10, two CPU cores): mean `lm_loss` of the first five steps 5.15, of the last five 3.09.
+
+Measured with `python -m experiments.flexolmo --steps=150 --seeds=2` (four layers, three owners, two seeds):
+held-out NLL over the owners' domains 2.57 joined, 3.67 of the base, 2.70 of averaged LoRAs, 2.67 of their ensemble;
+an owner left out takes its domain back to about the base's loss (morph, code) or above it (math). Rows that start at
+random join as well as those from documents.
 """
 
 from configs import common

@@ -13,8 +13,16 @@ best of four experts, renormalised, no balance loss. The four start from LoRAs o
     def get_config():
         return kshot_experts.get_config(load=("runs/a", "runs/b", "runs/c", "runs/d"))
 
-`gate_only=True` trains the gates alone. Without `load` experts start fresh, at A ~ N(0, 0.01^2) and B = 0. Loaded LoRAs
+`gate_only=True` trains the gates alone. Without `load` experts start fresh, at A ~ N(0, 0.01^2) and B = 0, and the rate
+is 2e-3, as the paper's 5e-5 is for finished LoRAs: 30 steps of it moved no loss that started there. Loaded LoRAs
 keep their own alpha / R (the code leaves it out, which is right where both are 16, as here).
+
+As it stands, with `--config.train.steps=30 --config.train.batch_size=4` (jax 0.10, two CPU cores): mean loss of the
+first five steps 5.08, of the last five 2.82.
+
+Measured with `python -m experiments.kshot_experts.trial --steps=200 --tune_steps=60 --seeds=2` (four layers, a bank of
+eight, K = 10): perplexity tells the two true experts from the six others in both seeds (at most 1.9, at least 37),
+exact answers do not; the least alike group ends at a held-out NLL of 0.52, the most alike at 0.48, one LoRA at 0.44.
 """
 
 from configs import common
@@ -34,5 +42,5 @@ def get_config(load=(), gate_only=False, rank=16):
             router=dict(name="softmax_topk", k=2, renormalise=True, share="site", init="kaiming"),
         )
     )
-    config.optim.update(learning_rate=5e-5, warmup=5)
+    config.optim.update(learning_rate=5e-5 if load else 2e-3, warmup=5)
     return config

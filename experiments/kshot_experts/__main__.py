@@ -47,6 +47,7 @@ RANK = 16
 def defaults(args):
     config = kshot_experts.get_config()
     config.train.update(steps=200, batch_size=8)
+    config.optim.learning_rate = 5e-5  # the experts are finished LoRAs
     return config
 
 
