@@ -15,8 +15,8 @@ trains it. `router.pool=instance` weights a whole example by its mean: training 
 decoding the prompt decides. The code's rate is 7.5e-4 with weight decay 0.02; here the mixture's.
 
 As it stands, with `--config.train.steps=30 --config.train.batch_size=4` (jax 0.10, two crowded CPU cores): mean loss of
-the first five steps 5.37, of the last five 3.66. On synthetic tasks at equal parameters it was as good as LoRA, its plain
-sum and its sparse forms (experiments/moa_hetero).
+the first five steps 5.37, of the last five 3.66. On synthetic tasks at equal parameters it was as good as LoRA, the
+kinds' plain sum and its sparse forms, and no better (experiments/moa_hetero).
 """
 
 from configs import common
