@@ -24,7 +24,11 @@ Not as there: phase 1 trains a LoRA a category at all projections where the pape
 would be a run without rules, `method.train_base=all`, whose merged base this config takes); the chat template stands
 for its markers; the rates are those of LoRA on a small base. Of its code, which scores the worse answer as right,
 starts from random weights, trains on 30 percent, leaves dropout on in s02 and never trains the points' heads, nothing
-is copied; the last two are options: leave `set` out of s02, and `modules/*/points` into `freeze` of s01.
+is copied; the last two are options: leave `set` out of s02, and put `modules/*/points` into `freeze` of s01.
+
+As it stands, with `--config.train.steps=30 --config.train.batch_size=4` (jax 0.10, two crowded CPU cores; two to six
+pairs a step): mean loss of the first five and the last five of each phase's ten steps 0.75 and 0.67, 0.88 and 0.68,
+0.71 and 0.67 (log 2 is 0.69). On synthetic preferences it was not ahead of one reward a category (experiments/dmoerm).
 """
 
 from configs import common

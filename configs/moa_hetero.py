@@ -13,6 +13,10 @@ normalised, for the kinds are no alternatives. Sizes of the paper's own code: ra
 There the threshold stands in a comparison alone, as in the code, and never learns; `router.sparse_weight=shifted`
 trains it. `router.pool=instance` weights a whole example by its mean: training then sees what it predicts, and in
 decoding the prompt decides. The code's rate is 7.5e-4 with weight decay 0.02; here the mixture's.
+
+As it stands, with `--config.train.steps=30 --config.train.batch_size=4` (jax 0.10, two crowded CPU cores): mean loss of
+the first five steps 5.37, of the last five 3.66. On synthetic tasks at equal parameters it was as good as LoRA, the
+kinds' plain sum and its sparse forms, and no better (experiments/moa_hetero).
 """
 
 from configs import common
