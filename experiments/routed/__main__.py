@@ -3,8 +3,8 @@
 python -m experiments.routed [--parts=mix,fly,languages,skills] [--steps=100] [--workdir=runs/routed]
 
 `mix`: a small decoder learns three tasks at once, by HydraLoRA, AdaMoLE, LD-MoLE, GOAT, CoMoL and their rivals. `fly`:
-two tasks apart, then the mean of both. `languages`: SteloCoder's gate. `skills`: DeepSeekMoE on a linear problem.
-Finished runs are kept. Writes results.json beside this file and prints a table.
+FlyLoRA, two linear tasks apart, then the mean of both. `languages`: SteloCoder's gate. `skills`: DeepSeekMoE on a
+linear problem. Finished runs are kept. Writes results.json beside this file and prints a table.
 """
 
 import json
@@ -19,7 +19,7 @@ from molora_jax.io.files import write_atomically
 HERE = pathlib.Path(__file__).parent
 FLAGS = [
     ("--parts", dict(default="mix,fly,languages,skills", help="which of them")),
-    ("--steps", dict(type=int, default=100, help="optimizer steps of a method in mix and fly")),
+    ("--steps", dict(type=int, default=100, help="optimizer steps of a method in mix")),
     ("--workdir", dict(default="runs/routed", metavar="DIR")),
     ("--out", dict(default=str(HERE), metavar="DIR", help="where results.json is")),
 ]

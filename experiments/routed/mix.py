@@ -67,7 +67,7 @@ def run(workdir, steps, found, keep):
         here = workdir / f"{number:02d}"
         done = small.trained(made, here)
         curve = small.losses(here)
-        trains = ("A", "B", "M", "W", "w_tau", "b_tau", "W1", "b1", "W2", "b2")
+        trains = ("A", "B", "core", "W", "w_tau", "b_tau", "W1", "b1", "W2", "b2")
         keep(name, {
             "NLL": small.scored(done)[0], "first loss": round(curve[0], 4),
             "loss of steps 11-30": round(float(np.mean(curve[10:30])), 4),
@@ -82,8 +82,8 @@ def _shapes(done, name) -> dict:
     out = {}
     if name.startswith("hydralora: one A"):
         out["cosine of two B's"] = round(np.mean([small.cosine(B) for B in small.leaves(done, "B")]), 4)
-    if "cores" in name and small.leaves(done, "M"):
-        out["cosine of two cores"] = round(np.mean([small.cosine(M) for M in small.leaves(done, "M")]), 4)
+    if "cores" in name:
+        out["cosine of two cores"] = round(np.mean([small.cosine(M) for M in small.leaves(done, "core")]), 4)
     if "learned threshold" in name:
         out["bias of tau"] = round(float(np.mean(np.concatenate([b.ravel() for b in small.leaves(done, "b_tau")]))), 5)
     return out

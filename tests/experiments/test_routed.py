@@ -12,12 +12,10 @@ from molora_jax.backbones.compile import compile_model
 from molora_jax.backbones.families import TINY
 from molora_jax.routers import BiasedTopK
 
-ROWS = {name: row[:4] for name, row in mix.ROWS.items()} | {name: (*row, {}) for name, row in fly.ROWS.items()}
 
-
-@pytest.mark.parametrize("name", ROWS)
+@pytest.mark.parametrize("name", mix.ROWS)
 def test_a_row_is_a_config(name):
-    adapter, experts, router, losses = ROWS[name]
+    adapter, experts, router, losses, _ = mix.ROWS[name]
     made = small.config_of("random:tiny", small.NEW, 2)
     made.method.rules = small.rules(
         experts=str(experts), router=router, adapter=common.adapter(**{"name": "lora", "dropout": 0.0} | adapter)
@@ -58,6 +56,20 @@ def test_the_skills_are_solved_by_their_own_maps():
     p = {name: np.asarray(v, np.float32) for name, v in p.items()}
     found = skills.answer(p, x, tag, BiasedTopK(k=3))
     np.testing.assert_allclose(found, y, atol=1e-3, err_msg="each of three gates is a third")
+
+
+def test_gini_and_the_answer_of_chosen_ranks():
+    assert fly.gini([3, 3, 3]) == 0 and fly.gini([0, 0, 0, 8]) == pytest.approx(0.75)
+    router = fly.ROWS["abs, u = 0"][2]
+    rng = np.random.default_rng(0)
+    p = {"A": rng.standard_normal((fly.R, fly.D)), "B": rng.standard_normal((fly.R, fly.OUT))}
+    x = rng.standard_normal((5, fly.D))
+    h = x @ p["A"].T
+    keep = np.argsort(np.argsort(-np.abs(h), axis=1), axis=1) < fly.K
+    p = {name: np.asarray(v, np.float32) for name, v in p.items()}
+    y, sums = fly.answer(p, np.asarray(x, np.float32), router, np.zeros(fly.R, np.float32))
+    np.testing.assert_allclose(y, (keep * h) @ p["B"], rtol=1e-3, atol=1e-3)
+    np.testing.assert_array_equal(sums["count"], keep.sum(0))
 
 
 def test_told():
