@@ -1,3 +1,5 @@
+import zlib
+
 import pytest
 
 from molora_jax.export.perform import perform
@@ -7,15 +9,16 @@ from tests.export import runs
 @pytest.fixture(scope="session")
 def exported(tmp_path_factory):
     """`exported(name, case, format) -> (the run's folder, the exported folder, notes)`, each made once."""
-    root, seen, notes = tmp_path_factory.mktemp("export"), {}, {}
+    root, made, notes = tmp_path_factory.mktemp("export"), {}, {}
 
     def export(name, case, format):
-        if name not in seen:
-            seen[name] = runs.made(root / name / "run", case)
-        if (name, format) not in notes:
+        key = f"{name}-{zlib.crc32(repr(case).encode()):x}"  # tables of cases have names in common
+        if key not in made:
+            made[key] = runs.made(root / key / "run", case)
+        if (key, format) not in notes:
             said: list[str] = []
-            perform(seen[name], format, root / name / format, note=said.append)
-            notes[name, format] = said
-        return seen[name], root / name / format, notes[name, format]
+            perform(made[key], format, root / key / format, note=said.append)
+            notes[key, format] = said
+        return made[key], root / key / format, notes[key, format]
 
     return export
