@@ -4,10 +4,10 @@ import json
 
 import numpy as np
 import pytest
-from experiments.meteora.__main__ import TASKS, composed
 
 from configs import common
 from experiments import word_tasks
+from experiments.meteora.__main__ import TASKS, composed
 
 
 @pytest.fixture(scope="module")
