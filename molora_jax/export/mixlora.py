@@ -17,6 +17,7 @@ from molora_jax.io import tensors
 from molora_jax.placements.ffn import FFN as FFNBlock
 from molora_jax.routers.softmax_topk import SoftmaxTopK
 
+ACTIVATIONS = {"gelu_tanh": "gelu_pytorch_tanh"}  # ours -> transformers', where they differ
 NO_DROPOUT = 1e-9  # the package refuses 0, and its experts drop in inference too: no call of `eval()` reaches them
 FAMILIES = ("llama", "mistral", "qwen2")  # of ours, that the package's forward pass has
 
@@ -39,14 +40,14 @@ def write(source: Source, folder) -> list[str]:
         own = source.by_site[rule.name, layer, f"router/{rule.router_scopes[0]}"]
         arrays[f"mixlora.layers.{layer}.mlp.moe_gate.weight"] = own["W"]
     sites = [site for other in source.rules for site in other.projections]
-    weight = next((loss.coef for name, loss in source.opened.model.losses if name == "balance"), 0.0)
+    weight = next((float(loss.weight) for name, loss in source.opened.model.losses if name == "balance"), 0.0)
     config = {
         "peft_type": "MIXLORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": source_name(source.opened),
         "bias": "none", "r": rank, "lora_alpha": rank, "lora_dropout": NO_DROPOUT,
         "target_modules": sorted({source.module(0, site).rpartition(".")[2] for site in sites}),
         "routing_strategy": "mixlora", "num_experts": rule.experts[0], "top_k": router.k_max(rule.experts[0]),
         "router_aux_loss_coef": weight, "router_init_range": 0.02, "jitter_noise": router.jitter, "router_loss": True,
-        "act_fn": source.backbone.activation,
+        "act_fn": ACTIVATIONS.get(source.backbone.activation, source.backbone.activation),
     }  # fmt: skip
     peft_files.write_config(folder, config)
     tensors.write_named(folder / peft_files.WEIGHTS, arrays)

@@ -11,6 +11,7 @@ from molora_jax.io import tensors
 
 PREFIX = "base_model.model."
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
+WHOLE = ("r", "lora_alpha", "init_r", "target_r", "rank_pattern", "alpha_pattern")
 BIASED = ("LORA", "ADALORA", "VERA")  # whose config has a field `bias`
 
 
@@ -24,15 +25,16 @@ def write_adapter(folder, source, config: dict, arrays: dict) -> None:
 
 
 def write_config(folder, config: dict) -> None:
-    text = json.dumps({name: _plain(value) for name, value in config.items()}, indent=1, sort_keys=True)
+    config = {name: _plain(value) if name in WHOLE else value for name, value in config.items()}
+    text = json.dumps(config, indent=1, sort_keys=True)
     (folder / CONFIG).write_text(text, encoding="utf-8")
 
 
 def _plain(value):
-    """Whole numbers as such: readers want an int for a rank or an alpha of 32."""
+    """A whole number as such: readers want an int for an alpha of 32."""
     if isinstance(value, dict):
         return {name: _plain(x) for name, x in value.items()}
-    return int(value) if isinstance(value, float) and value == int(value) and value >= 1 else value
+    return int(value) if isinstance(value, float) and value == int(value) else value
 
 
 def own_leaves(source):

@@ -43,6 +43,7 @@ EXPERT = {
         rules(sites="ffn", rule=dict(placement=dict(name="base_experts", factors="shared_outer"))), "random:tiny-moe"
     ),
 }  # fmt: skip
+BALANCED = dict(losses=dict(balance=common.balance(weight=0.01)))
 MIXED = {
     "x_lora": (rules("q,v,down", experts="3", router=X_LORA), "random:tiny"),
     "x_lora_model": (rules("q,v", experts="2", router=X_LORA | dict(share="model", depth=1)), "random:tiny"),

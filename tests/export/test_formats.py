@@ -165,6 +165,11 @@ def test_mixlora_has_the_names_of_its_package(exported):
     assert config["routing_strategy"] == "mixlora" and config["lora_dropout"] > 0  # which its reader insists on
 
 
+def test_mixlora_is_told_the_balance_loss(tmp_path):
+    run = runs.made(tmp_path / "run", runs.ROUTED["mixlora"], **runs.BALANCED)
+    assert config_of(perform(run, "mixlora", tmp_path / "out"))["router_aux_loss_coef"] == 0.01
+
+
 REFUSALS = [
     ("mixlora", "ROUTED", "peft", "whose rule all routes"), ("mixlora", "ROUTED", "merged", "whose rule all routes"),
     ("mola", "ROUTED", "vllm", "whose rule all routes"), ("mola", "ROUTED", "mixlora", "whole feed-forward"),
