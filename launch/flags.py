@@ -22,7 +22,7 @@ from ml_collections import ConfigDict
 from molora_jax import config as schema
 from molora_jax import runtime
 from molora_jax.config import shipped
-from molora_jax.config.fields import Field, did_you_mean, wrong
+from molora_jax.config.fields import REQUIRED, RULE, Field, did_you_mean, wrong
 from molora_jax.config.members import is_member, loss_of, member_problem, members, options
 from molora_jax.config.resolve import scaled
 from molora_jax.config.values import check_names, there
@@ -331,7 +331,9 @@ def _find(config, path):
 
 
 def _options(group, keys):
-    """Options of the member that a group configures, which the file may leave at their defaults."""
+    """Options of the member, or fields of the rule, that a group configures and the file may leave at their defaults."""
+    if len(keys) == 3 and keys[:2] == ["method", "rules"]:
+        return {name: field for name, field in RULE.items() if field.default is not REQUIRED}
     axis = AXES.get(keys[-1] if keys else "")
     name = group.get("name") if axis else loss_of(keys[1], group) if len(keys) == 2 and keys[0] == "losses" else None
     axis = axis or "losses"

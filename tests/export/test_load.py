@@ -127,7 +127,8 @@ def test_a_command_line_gives_them_by_commas():
     config.method.rules = dict(mix=rule_of(NAMES[:2]))
     text = ",".join(f"peft:{ADAPTERS / name}" for name in NAMES[1:3])
     config = flags.override(config, [("method.rules.mix.load", text)])
-    assert tuple(config.method.rules.mix.load) == tuple(text.split(","))
+    config = flags.override(config, [("method.rules.mix.loaded", "trained")])
+    assert tuple(config.method.rules.mix.load) == tuple(text.split(",")) and config.method.rules.mix.loaded == "trained"
     config_lib.validate(config)
 
 
