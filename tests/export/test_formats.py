@@ -1,5 +1,6 @@
 """What each format writes: keys, shapes and configs against those of its reader; what it refuses; equal outputs."""
 
+import dataclasses
 import json
 import pathlib
 
@@ -7,15 +8,18 @@ import numpy as np
 import pytest
 
 from launch import export as launcher
+from molora_jax.backbones.llama import Llama
 from molora_jax.errors import InputError
 from molora_jax.evaluation.run import load_run
-from molora_jax.export import molora, molora_torch
+from molora_jax.export import molora, molora_torch, peft
+from molora_jax.export.base import Source
 from molora_jax.export.perform import perform
 from molora_jax.io import gguf, tensors
 from molora_jax.io.base import load_base
 from molora_jax.io.gguf_model import NAMES, _unpermute
 from molora_jax.placements import PLACEMENTS
 from molora_jax.routers import ROUTERS
+from molora_jax.runs.opened import open_run
 from tests.export import runs
 
 FIXTURES = pathlib.Path(__file__).parents[1] / "fixtures"
@@ -185,6 +189,30 @@ def test_what_a_format_cannot_hold_is_refused_with_the_reason(exported, tmp_path
     with pytest.raises(InputError, match=said) as caught:
         perform(run, format, tmp_path / "out")
     assert caught.value.where == f"--format={format}" and not list(tmp_path.iterdir())
+
+
+def test_a_base_whose_tensors_are_laid_out_otherwise_is_refused(exported, tmp_path):
+    """Projections that are one tensor in the checkpoint, experts whose gate and up are interleaved."""
+
+    class Fused(Llama):
+        def shapes(self):
+            own = super().shapes()
+            return own | {
+                "blocks/v/kernel": dataclasses.replace(own["blocks/v/kernel"], name=own["blocks/k/kernel"].name)
+            }
+
+    def on(name, table, change):
+        run, _, _ = exported(name, table[name], "molora")
+        opened = open_run(run, warn=str)
+        config = change(opened.base.config)
+        return Source(
+            dataclasses.replace(opened, base=dataclasses.replace(opened.base, config=config)), "peft", tmp_path
+        )
+
+    with pytest.raises(InputError, match="of which v and k are one tensor"):
+        peft.adapter(on("lora", runs.STATIC, lambda config: Fused(**vars(config))))
+    with pytest.raises(InputError, match="with experts of a gpt_oss"):
+        peft.adapter(on("experts", runs.EXPERT, lambda config: dataclasses.replace(config, family="gpt_oss")))
 
 
 def test_molora_says_what_its_torch_file_does_not_run(exported):
