@@ -43,6 +43,10 @@ EXPERT = {
         rules(sites="ffn", rule=dict(placement=dict(name="base_experts", factors="shared_outer"))), "random:tiny-moe"
     ),
 }  # fmt: skip
+TRAINED_ROUTER = (
+    rules(sites="ffn", rule=dict(placement=dict(name="base_experts", factors="one"), base_router="trained")),
+    "random:tiny-moe",
+)
 BALANCED = dict(losses=dict(balance=common.balance(weight=0.01)))
 MIXED = {
     "x_lora": (rules("q,v,down", experts="3", router=X_LORA), "random:tiny"),

@@ -128,8 +128,10 @@ def test_vllm_and_sglang_hold_the_experts_products(exported):
         np.testing.assert_allclose(B[6 % len(B)] @ A[6 % len(A)], want, atol=1e-6)
 
 
-def test_merged_is_the_run(exported, tmp_path):
-    run, out, _ = exported("dora", runs.STATIC["dora"], "merged")
+@pytest.mark.parametrize("name", ["dora", "experts+q", "router"])
+def test_merged_is_the_run(exported, name):
+    case = (runs.STATIC | runs.EXPERT | {"router": runs.TRAINED_ROUTER})[name]
+    run, out, _ = exported(name, case, "merged")
     merged, opened = load_base(f"dir:{out}"), load_run(run, warn=str)
     tokens = np.asarray([runs.IDS])
     batch = {"tokens": tokens, "segment_ids": np.ones_like(tokens), "positions": np.arange(tokens.shape[1])[None]}
@@ -178,7 +180,7 @@ REFUSALS = [
     ("mixlora", "ROUTED", "peft", "whose rule all routes"), ("mixlora", "ROUTED", "merged", "whose rule all routes"),
     ("mola", "ROUTED", "vllm", "whose rule all routes"), ("mola", "ROUTED", "mixlora", "whole feed-forward"),
     ("dora", "STATIC", "vllm", "adapters that are a product"), ("ia3", "STATIC", "gguf", "adapters that are a product"),
-    ("experts", "EXPERT", "merged", "rule all"), ("experts", "EXPERT", "gguf", "base_experts"),
+    ("experts", "EXPERT", "gguf", "base_experts"), ("coe", "ROUTED", "merged", "whose rule all routes"),
     ("switch", "ROUTED", "mixlora", "renormalised"),
 ]  # fmt: skip
 

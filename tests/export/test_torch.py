@@ -22,7 +22,8 @@ ROOT = pathlib.Path(__file__).parents[2]
 PYTHON = os.environ.get("MOLORA_TORCH_PYTHON", sys.executable)
 KINDS = {
     "peft": runs.STATIC | runs.EXPERT | runs.MIXED, "molora": runs.ROUTED,
-    "merged": {n: runs.STATIC[n] for n in ("lora", "two", "dora", "pissa", "ia3", "vera", "qwen3", "untied")},
+    "merged": {n: runs.STATIC[n] for n in ("lora", "two", "dora", "pissa", "ia3", "vera", "qwen3", "untied")}
+    | runs.EXPERT | {"router": runs.TRAINED_ROUTER},
     "mixlora": {"mixlora": runs.ROUTED["mixlora"]},
 }  # fmt: skip
 NEEDS = {"peft": "peft", "molora": "transformers", "merged": "transformers", "mixlora": "mixlora"}
