@@ -68,6 +68,14 @@ def test_peft_names_whole_modules_where_a_short_name_means_more(exported):
     ]
 
 
+def test_peft_names_an_encoders_modules(exported):
+    """`dense` is the last part of o, up and down there, so these are named as a whole."""
+    _, out, _ = exported("bert", (runs.rules("q,o,down"), "random:tiny-bert"), "peft")
+    named = config_of(out)["target_modules"]
+    assert "query" in named and "encoder.layer.3.output.dense" in named and "dense" not in named and len(named) == 9
+    assert "base_model.model.encoder.layer.0.attention.output.dense.lora_A.weight" in tensors_of(out)
+
+
 def test_peft_stacks_rules_on_one_site(exported):
     run, out, _ = exported("two", runs.STATIC["two"], "peft")
     config, found = config_of(out), tensors_of(out)
