@@ -12,7 +12,7 @@ import pytest
 
 from molora_jax.export import molora
 from molora_jax.export.perform import perform
-from molora_jax.io import huggingface
+from molora_jax.io import gguf, huggingface
 from molora_jax.io.base import load_base
 from tests.backbones import family_cases
 from tests.export import runs
@@ -102,8 +102,6 @@ def test_the_gguf_package_reads_the_adapter(exported, tmp_path):
     )
     done = subprocess.run([PYTHON, "-c", read, out / "adapter.gguf"], check=True, capture_output=True, text=True)
     kind, alpha, found = json.loads(done.stdout)
-    from molora_jax.io import gguf
-
     own = gguf.read(out / "adapter.gguf")
     assert (kind, alpha) == ("adapter", 5.0) and found.keys() == own.entries.keys()
     for name, (dtype, shape, total) in found.items():
