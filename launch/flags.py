@@ -331,7 +331,7 @@ def _find(config, path):
 
 
 def _options(group, keys):
-    """Options of the member, or fields of the rule, that a group configures and the file may leave at their defaults."""
+    """Options of a group's member, or fields of a rule, that the file may leave at their defaults."""
     if len(keys) == 3 and keys[:2] == ["method", "rules"]:
         return {name: field for name, field in RULE.items() if field.default is not REQUIRED}
     axis = AXES.get(keys[-1] if keys else "")

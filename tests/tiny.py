@@ -8,12 +8,16 @@ import shutil
 
 import jax
 import numpy as np
+from flax.traverse_util import flatten_dict
 
 from configs import common
 from launch import flags
 from molora_jax import config as config_lib
+from molora_jax.backbones import hf_config
 from molora_jax.backbones.compile import compile_model
+from molora_jax.io import huggingface, random_init
 from molora_jax.io.base import load_base
+from molora_jax.io.tokenizer import byte_tokenizer
 
 METHODS = {
     "lora": {},
@@ -88,3 +92,18 @@ def train_tiny(folder, method: str = "mixlora", steps: int = 3):
         config.eval.update(num_items=8, num_generated=4, max_new_tokens=8, batch_size=8)
     train(config, str(folder / "run"), note=lambda text: None)
     return folder / "run"
+
+
+def write_family(told: dict, folder):
+    """A Hugging Face folder of random weights with the byte tokenizer, of a `config.json`'s content."""
+    told = told | {"vocab_size": 320}
+    backbone = hf_config.from_hf(told, where="config.json")
+    flat = flatten_dict(random_init.random_params(backbone)[0], sep="/")
+    sources = {
+        file: (leaf.file_shape, lambda v=flat[path][at], turned=leaf.turned: v.T if turned else v)
+        for path, leaf in backbone.shapes().items()
+        for file, at in leaf.files()
+    }
+    folder.mkdir(parents=True)
+    huggingface.write_folder(folder, told, sources, byte_tokenizer(), np.float32)
+    return folder

@@ -43,9 +43,16 @@ class Source:
         return self.opened.items["adapters"].get(rule.name, {}).get("shared", {})
 
     def module(self, layer: int, site: str) -> str:
-        """The Hugging Face name of a projection, without `.weight`."""
-        stack = self.backbone.stack_of(layer)
-        leaf = self.backbone.shapes()[f"{stack.name}/{site}/kernel"]
+        """The Hugging Face name of a projection, without `.weight`.
+
+        Raises:
+          InputError: the checkpoint has one tensor for several projections, so no adapter of its module is this one.
+        """
+        stack, shapes = self.backbone.stack_of(layer), self.backbone.shapes()
+        leaf = shapes[f"{stack.name}/{site}/kernel"]
+        for other in stack.sites:
+            if other != site and shapes[f"{stack.name}/{other}/kernel"].name == leaf.name:
+                raise self.refuse(f"on a base of which {site} and {other} are one tensor", "projections of their own")
         return [name for name, _ in leaf.files()][layer - stack.start].removesuffix(".weight")
 
     def expert_module(self, layer: int, site: str, expert: int) -> str:

@@ -31,6 +31,7 @@ from molora_jax.io import tensors
 from molora_jax.routers import ROUTERS
 from molora_jax.runs import saved
 
+FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "smollm3")  # decoders of `self_attn` and `mlp`
 LEAVES, TORCH = "molora.safetensors", "torch.safetensors"
 
 
@@ -58,8 +59,8 @@ def write(source: Source, folder) -> list[str]:
 def lacks(source: Source) -> str:
     """What of a run `molora_torch.py` has no mathematics for ("": nothing)."""
     backbone = source.backbone
-    if not backbone.CAUSAL or "ffn_norm" not in {name.rpartition("/")[2] for name in backbone.shapes()}:
-        return f"a base of the family {backbone.family} (it knows decoders with self_attn and mlp)"
+    if backbone.family not in FAMILIES and not any(map(source.on_experts, source.rules)):
+        return f"a base of the family {backbone.family} (it knows {', '.join(FAMILIES)})"
     for rule in source.rules:
         where, router = placements.of(rule), rule.router
         if where.NAME not in molora_torch.PLACEMENTS:
@@ -71,9 +72,6 @@ def lacks(source: Source) -> str:
             return f"rule {rule.name}: the adapter {_name(ADAPTERS, rule.adapter) or type(rule.adapter).__name__}"
         if any(f.form is not None for *_, f in _factors(source, rule)):
             return f"rule {rule.name}: adapter.form={getattr(rule.adapter, 'form', '')!r}, which is no product B A"
-    copies = flatten_dict((source.opened.items.get("modules") or {}).get("base", {}), sep="/")
-    if any("/experts/" in path for path in copies):
-        return "trained copies of a base's experts"
     return ""
 
 

@@ -24,6 +24,8 @@ from molora_jax.export import peft_files, peft_xlora
 from molora_jax.export.base import Source
 from molora_jax.export.peft_files import PREFIX, own_leaves, targets
 
+CONCATENATED = ("mixtral", "olmoe", "qwen2_moe", "qwen3_moe")  # gate_up_proj is gate's rows, then up's
+
 
 def write(source: Source, folder) -> list[str]:
     """Raises InputError for a run that no adapter of peft's is equal to."""
@@ -58,6 +60,8 @@ def _lora(source):
     if len(plain) == 1 and (RsLora, config["r"]) == next(iter(plain))[:2] and not config["rank_pattern"]:
         config |= {"use_rslora": True, "lora_alpha": source.rules[0].adapter.alpha}
     if source.expert_factors:
+        if source.backbone.family not in CONCATENATED:
+            raise source.refuse(f"with experts of a {source.backbone.family}", f"one of {', '.join(CONCATENATED)}")
         stacks = {}
         for layer, sites in source.expert_factors.items():
             found, stacks[layer] = expert_stack(source, sites)

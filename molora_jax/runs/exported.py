@@ -7,6 +7,7 @@ import numpy as np
 from flax.traverse_util import unflatten_dict
 
 from molora_jax.backbones.compile import compile_model
+from molora_jax.config import outside
 from molora_jax.io import tensors
 from molora_jax.runs import saved
 from molora_jax.runs.products import products
@@ -23,6 +24,7 @@ def read(path: str, decoder, base_digest: str, *, refuse) -> dict:
     file = pathlib.Path(path).expanduser() / FILE
     if not file.is_file():
         raise refuse(f"without {FILE}", "a folder that launch.export --format=molora wrote")
+    outside.no_code_from(file.parent)
     leaves = tensors.read(file)
     try:
         told = json.loads(tensors.read_metadata(file)["molora"])

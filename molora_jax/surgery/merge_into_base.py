@@ -4,8 +4,9 @@
 
 i `[D_in]` and o `[D_out]` are an adapter's factors of the frozen product (DoRA's; (IA)3's o scales the bias too), M
 `[R, R]` what stands between A and B. Trained copies of base leaves (`method.train_base`) take their leaves' places; a
-trained head stays a module of the run. A routed rule cannot be merged: what it adds depends on the token. Weights are
-written as float32.
+trained head stays a module of the run. LoRA on a base's own experts (`base_experts`) goes into each expert's kernel, a
+trained copy of its router into its place. A routed rule cannot be merged: what it adds depends on the token. Weights
+are written as float32.
 """
 
 import dataclasses
@@ -19,6 +20,7 @@ from molora_jax import placements
 from molora_jax.adapters.base import Adapter
 from molora_jax.core.rules import adapter_sites
 from molora_jax.core.types import Context
+from molora_jax.placements.base_experts import BaseExperts
 from molora_jax.runs.modules import in_place
 from molora_jax.surgery.base import Result, Surgery
 
@@ -35,7 +37,7 @@ class MergeIntoBase(Surgery):
                     f"whose rule {rule.name} routes: what it adds depends on the token, and no one kernel holds it",
                     "static adapters: rules without a router", "Decode with the run itself.",
                 )  # fmt: skip
-            if not placements.of(rule).LOADS:
+            if not placements.of(rule).LOADS and not on_experts(rule):
                 raise parent.refuse(
                     f"whose rule {rule.name} changes no kernel of the base ({placements.of(rule).NAME})",
                     "rules on projections",
@@ -56,6 +58,8 @@ class MergeIntoBase(Surgery):
             kernel[i], gain = merged_kernel(kernel[i], adapters)
             if bias is not None:
                 bias[i] *= gain
+        for rule in filter(on_experts, parent.model.rules):
+            _merge_experts(params, parent, rule)
         config = parent.config.copy_and_resolve_references()
         with config.unlocked():
             config.method.rules, config.losses, config.method.train_base = {}, {}, ""
@@ -77,11 +81,32 @@ def _meetings(parent) -> dict:
     """`{(stack, site, place in the stack): [(rule, layer, site), ...]}`: who changes which kernel."""
     model, found = parent.model, {}
     for rule in model.rules:
+        if on_experts(rule):
+            continue
         for site in adapter_sites(model.config, rule, model.segments):
             stack = model.config.stack_of(site.layers[0])
             for layer in site.layers:
                 found.setdefault((stack.name, site.name, layer - stack.start), []).append((rule, layer, site))
     return found
+
+
+def on_experts(rule) -> bool:
+    return isinstance(placements.of(rule), BaseExperts)
+
+
+def _merge_experts(params: dict, parent, rule) -> None:
+    """Adds `A_e^T s B_e` to the kernels `[L, E, D_in, D_out]` of the base's experts, in place."""
+    for (name, layer, site), own in parent.view().by_site().items():
+        if name != rule.name or layer is None:
+            continue
+        stack = parent.model.config.stack_of(layer)
+        if site == "router/base":
+            params[stack.name]["router"]["kernel"][layer - stack.start] = own["W"].T
+            continue
+        kernel = params[stack.name]["experts"][site][layer - stack.start]
+        A, B = (np.asarray(own[part], np.float64) for part in "AB")
+        for e in range(len(kernel)):  # one expert at a time is held in float64
+            kernel[e] += rule.adapter.scale() * A[e if len(A) > 1 else 0].T @ B[e if len(B) > 1 else 0]
 
 
 def merged_kernel(W: np.ndarray, adapters: list) -> tuple[np.ndarray, np.ndarray]:

@@ -43,9 +43,14 @@ EXPERT = {
         rules(sites="ffn", rule=dict(placement=dict(name="base_experts", factors="shared_outer"))), "random:tiny-moe"
     ),
 }  # fmt: skip
+TRAINED_ROUTER = (
+    rules(sites="ffn", rule=dict(placement=dict(name="base_experts", factors="one"), base_router="trained")),
+    "random:tiny-moe",
+)
 BALANCED = dict(losses=dict(balance=common.balance(weight=0.01)))
 MIXED = {
     "x_lora": (rules("q,v,down", experts="3", router=X_LORA), "random:tiny"),
+    "x_lora_attn": (rules("q,o", experts="3", router=X_LORA | dict(share="attn", depth=1, mix="raw")), "random:tiny"),
     "x_lora_model": (rules("q,v", experts="2", router=X_LORA | dict(share="model", depth=1)), "random:tiny"),
     "x_lora_topk": (
         rules("q,up", experts="3", router=X_LORA | dict(mix="softmax_topk", top_k=2, share="site", depth=1)),
@@ -111,6 +116,7 @@ ROUTED = {  # what `molora_torch.py` computes: every router and placement that i
     "coe": _routed("ffn", _top2(), rule=_chain()),
     "coe_once": _routed("ffn", _top2(k=0), rule=_chain(gating="once", nonlinearity="gelu")),
     "x_lora": MIXED["x_lora"],
+    "x_lora_attn": MIXED["x_lora_attn"],
     "static": STATIC["two"],
 }  # fmt: skip
 REFUSED = {  # what it has no mathematics for -> what it says

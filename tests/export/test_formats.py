@@ -1,5 +1,6 @@
 """What each format writes: keys, shapes and configs against those of its reader; what it refuses; equal outputs."""
 
+import dataclasses
 import json
 import pathlib
 
@@ -7,15 +8,18 @@ import numpy as np
 import pytest
 
 from launch import export as launcher
+from molora_jax.backbones.llama import Llama
 from molora_jax.errors import InputError
 from molora_jax.evaluation.run import load_run
-from molora_jax.export import molora, molora_torch
+from molora_jax.export import molora, molora_torch, peft
+from molora_jax.export.base import Source
 from molora_jax.export.perform import perform
 from molora_jax.io import gguf, tensors
 from molora_jax.io.base import load_base
 from molora_jax.io.gguf_model import NAMES, _unpermute
 from molora_jax.placements import PLACEMENTS
 from molora_jax.routers import ROUTERS
+from molora_jax.runs.opened import open_run
 from tests.export import runs
 
 FIXTURES = pathlib.Path(__file__).parents[1] / "fixtures"
@@ -62,6 +66,14 @@ def test_peft_names_whole_modules_where_a_short_name_means_more(exported):
     assert config_of(out)["target_modules"] == [
         f"model.layers.{i}.{name}" for i in (0, 1) for name in ("mlp.gate_proj", "self_attn.q_proj")
     ]
+
+
+def test_peft_names_an_encoders_modules(exported):
+    """`dense` is the last part of o, up and down there, so these are named as a whole."""
+    _, out, _ = exported("bert", (runs.rules("q,o,down"), "random:tiny-bert"), "peft")
+    named = config_of(out)["target_modules"]
+    assert "query" in named and "encoder.layer.3.output.dense" in named and "dense" not in named and len(named) == 9
+    assert "base_model.model.encoder.layer.0.attention.output.dense.lora_A.weight" in tensors_of(out)
 
 
 def test_peft_stacks_rules_on_one_site(exported):
@@ -124,8 +136,10 @@ def test_vllm_and_sglang_hold_the_experts_products(exported):
         np.testing.assert_allclose(B[6 % len(B)] @ A[6 % len(A)], want, atol=1e-6)
 
 
-def test_merged_is_the_run(exported, tmp_path):
-    run, out, _ = exported("dora", runs.STATIC["dora"], "merged")
+@pytest.mark.parametrize("name", ["dora", "experts+q", "router"])
+def test_merged_is_the_run(exported, name):
+    case = (runs.STATIC | runs.EXPERT | {"router": runs.TRAINED_ROUTER})[name]
+    run, out, _ = exported(name, case, "merged")
     merged, opened = load_base(f"dir:{out}"), load_run(run, warn=str)
     tokens = np.asarray([runs.IDS])
     batch = {"tokens": tokens, "segment_ids": np.ones_like(tokens), "positions": np.arange(tokens.shape[1])[None]}
@@ -174,7 +188,7 @@ REFUSALS = [
     ("mixlora", "ROUTED", "peft", "whose rule all routes"), ("mixlora", "ROUTED", "merged", "whose rule all routes"),
     ("mola", "ROUTED", "vllm", "whose rule all routes"), ("mola", "ROUTED", "mixlora", "whole feed-forward"),
     ("dora", "STATIC", "vllm", "adapters that are a product"), ("ia3", "STATIC", "gguf", "adapters that are a product"),
-    ("experts", "EXPERT", "merged", "rule all"), ("experts", "EXPERT", "gguf", "base_experts"),
+    ("experts", "EXPERT", "gguf", "base_experts"), ("coe", "ROUTED", "merged", "whose rule all routes"),
     ("switch", "ROUTED", "mixlora", "renormalised"),
 ]  # fmt: skip
 
@@ -185,6 +199,30 @@ def test_what_a_format_cannot_hold_is_refused_with_the_reason(exported, tmp_path
     with pytest.raises(InputError, match=said) as caught:
         perform(run, format, tmp_path / "out")
     assert caught.value.where == f"--format={format}" and not list(tmp_path.iterdir())
+
+
+def test_a_base_whose_tensors_are_laid_out_otherwise_is_refused(exported, tmp_path):
+    """Projections that are one tensor in the checkpoint, experts whose gate and up are interleaved."""
+
+    class Fused(Llama):
+        def shapes(self):
+            own = super().shapes()
+            return own | {
+                "blocks/v/kernel": dataclasses.replace(own["blocks/v/kernel"], name=own["blocks/k/kernel"].name)
+            }
+
+    def on(name, table, change):
+        run, _, _ = exported(name, table[name], "molora")
+        opened = open_run(run, warn=str)
+        config = change(opened.base.config)
+        return Source(
+            dataclasses.replace(opened, base=dataclasses.replace(opened.base, config=config)), "peft", tmp_path
+        )
+
+    with pytest.raises(InputError, match="of which v and k are one tensor"):
+        peft.adapter(on("lora", runs.STATIC, lambda config: Fused(**vars(config))))
+    with pytest.raises(InputError, match="with experts of a gpt_oss"):
+        peft.adapter(on("experts", runs.EXPERT, lambda config: dataclasses.replace(config, family="gpt_oss")))
 
 
 def test_molora_says_what_its_torch_file_does_not_run(exported):

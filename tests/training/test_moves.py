@@ -7,13 +7,11 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 from configs import common
 from molora_jax import config as config_lib
-from molora_jax.backbones import hf_config
 from molora_jax.core import trees
-from molora_jax.io import huggingface, random_init
-from molora_jax.io.tokenizer import byte_tokenizer
 from molora_jax.runs.opened import open_run
 from molora_jax.training import loop, summary
 from tests.backbones import family_cases
+from tests.tiny import write_family
 
 TOP2 = dict(name="softmax_topk", k=2, share="site")
 LLAMA = "q,k,v,o,gate,up,down"
@@ -99,16 +97,7 @@ def test_every_trainable_leaf_moves_within_three_steps_and_is_saved(tmp_path, mo
 @pytest.mark.slow
 @pytest.mark.parametrize("name", FAMILIES)
 def test_in_every_family(tmp_path, monkeypatch, name):
-    told = FAMILIES[name] | {"vocab_size": 320}
-    backbone, folder = hf_config.from_hf(told, where="config.json"), tmp_path / "base"
-    folder.mkdir()
-    flat = flatten_dict(random_init.random_params(backbone)[0], sep="/")
-    sources = {
-        file: (leaf.file_shape, lambda v=flat[path][at], turned=leaf.turned: v.T if turned else v)
-        for path, leaf in backbone.shapes().items()
-        for file, at in leaf.files()
-    }
-    huggingface.write_folder(folder, told, sources, byte_tokenizer(), np.float32)
+    told, folder = FAMILIES[name], write_family(FAMILIES[name], tmp_path / "base")
     routes = "num_experts_per_tok" in told
     rules = rule("ffn", **EXPERTS) | {"attn": rule("q,k,v,o", None)["all"]} if routes else rule(LLAMA)
     check(*trained(tmp_path, monkeypatch, f"dir:{folder}", rules, data=dict(seq_len=64)))
