@@ -49,7 +49,8 @@ def test_a_place_that_is_named_exists(item):
 
 def test_no_gate_or_loss_of_this_library_is_left_off_the_list():
     """What a method of its own paper has beside the surveys is named here."""
-    own = {"x_lora", "core_space", "sparse_projection", "sigmoid_topk"}
+    own = {"x_lora", "core_space", "sparse_projection", "sigmoid_topk", "soft_topk", "labelled_topk", "self_activated"}
+    own |= {"document_rows", "sigmoid_threshold", "by_task"}
     listed = {axis: {item.where for item in PLACED if item.axis == axis} for axis in ("routers", "losses")}
     assert set(ROUTERS) - listed["routers"] == own
     on_routing = {name for name, member in LOSSES.items() if not issubclass(member, Penalty)}

@@ -117,7 +117,7 @@ class Mamba(Backbone):
         before = jnp.pad(segment_ids, ((0, 0), (1, 0)), constant_values=-1)[:, :-1]
         return (segment_ids != before)[:, None, :, None]
 
-    def once(self, positions, mask, *, cached):
+    def once(self, positions, mask, *, cached, segment_ids=None):
         """A cache holds one text a row, whose state is 0 at first."""
         return {"begins": jnp.zeros(positions.shape, bool) if cached else mask[:, 0, :, 0]}
 

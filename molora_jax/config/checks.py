@@ -47,7 +47,8 @@ def _remote(where, value):
     """Texts that name a place which is not mounted here."""
     if isinstance(value, dict):
         for name, own in value.items():
-            yield from _remote(f"{where}.{name}".lstrip("."), own)
+            if isinstance(name, str):
+                yield from _remote(f"{where}.{name}".lstrip("."), own)
     elif isinstance(value, (tuple, list)):
         for own in value:
             yield from _remote(where, own)

@@ -58,7 +58,7 @@ def test_acceptance_1_the_perplexity_of_a_sure_model_is_1_and_of_a_blind_one_V()
     run, row = plain_run(), dict(prompt="ask:", rationale="abcde", target="fgh")
     assert run.model.config.vocab > 200
     np.testing.assert_allclose(models.reasoning_ppl(run, [row, EXAMPLES[0]]), run.model.config.vocab, rtol=1e-4)
-    encoded = measure._encoded(run, row["prompt"], models.solution(row))
+    encoded = measure.encoded(run, row["prompt"], models.solution(row))
     first = encoded.loss_mask.index(1) - 1  # the last token of the prompt as the template writes it
     ids = encoded.ids[first:]
     assert first > len("ask:") and len(ids) >= 1 + len("abcde fgh")

@@ -11,7 +11,7 @@ import pytest
 from configs import common
 from molora_jax.adapters.mos import Mos, to_lora
 from molora_jax.backbones.compile import compile_model
-from molora_jax.config.fields import PROJECTIONS
+from molora_jax.config.fields import ATTENTION, FFN
 from molora_jax.core import trees
 from molora_jax.core.trees import count
 from molora_jax.core.types import Site
@@ -19,6 +19,7 @@ from molora_jax.errors import InputError
 from tests.acceptance import helpers
 from tests.acceptance.helpers import SMALL, batch, build, gradient, hidden, randomised
 
+PROJECTIONS = (*ATTENTION, *FFN)
 SITES = f"{common.ATTENTION},{common.FFN}"
 L = SMALL.layers
 

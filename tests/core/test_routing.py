@@ -19,6 +19,10 @@ from molora_jax.core.types import Context, Factors, Site
 from molora_jax.routers import ROUTERS
 from molora_jax.routers.base import Router
 
+# whose input is what the site's own A makes of a token has tests of its own (acceptance/test_mora_cl)
+ALONE = [name for name in ROUTERS if name != "self_activated"]
+# with fewer experts: shorter codes, fewer hidden units, another threshold at the start
+COUNTING = ("dselect_k", "sigmoid_threshold", "controlled_threshold")
 SHAPES = st.sampled_from([(4, 1), (4, 2), (4, 5), (4, 9)])  # a few, because every shape is compiled
 scores = hnp.arrays(np.float32, SHAPES, elements=st.sampled_from([-2.0, -1.0, 0.0, 0.25, 0.5, 1.0]))
 
@@ -120,7 +124,7 @@ def test_slots_pick_by_selection_not_by_gate(k_max):
     assert (w[idx == 5] == 0).all()
 
 
-@pytest.mark.parametrize("name", [name for name in ROUTERS if name != "dselect_k"])  # fewer experts, shorter codes
+@pytest.mark.parametrize("name", [name for name in ALONE if name not in COUNTING])
 @pytest.mark.parametrize("shape", ["E", "BE"])
 def test_allowed_experts_take_all_of_the_probability(name, shape):
     """Shutting out an expert equals a router that does not have it; its weights get no gradient."""
@@ -152,7 +156,7 @@ def test_allowed_experts_take_all_of_the_probability(name, shape):
     jax.tree.map(lambda v, axis: np.testing.assert_array_equal(v, 0) if axis >= 0 else None, shut, axes)
 
 
-@pytest.mark.parametrize("name", ROUTERS)
+@pytest.mark.parametrize("name", ALONE)
 def test_an_example_without_any_expert_takes_the_base_and_stays_finite(name):
     x, ctx = jnp.ones((1, 3, 4)), context(np.ones((1, 3), bool), allowed=jnp.zeros((1, 5), bool))
     options = {"renormalise": True} if hasattr(ROUTERS[name], "renormalise") else {}
@@ -185,7 +189,7 @@ def variants(name):
     return [{}, *choices, *numbers, *pairs]
 
 
-@pytest.mark.parametrize("name", ROUTERS)
+@pytest.mark.parametrize("name", ALONE)
 def test_a_router_that_says_its_gates_sum_to_one_is_right(name, request):
     """With any options, with padding, some or all experts shut out, and cold logits: a bool base_gate is the rest.
 
@@ -246,7 +250,7 @@ def test_a_base_keeps_its_dtype_and_is_one_at_padding():
         routing.finish(probs, probs > 0, probs, probs, context(valid), k_max=3, base=base, sums_to_one=True)
 
 
-@pytest.mark.parametrize("name", ROUTERS)
+@pytest.mark.parametrize("name", ALONE)
 def test_padding_is_never_routed_nor_counted(name):
     x = jax.random.normal(jax.random.key(0), (2, 4, 8))
     valid = np.array([[1, 1, 1, 0], [1, 0, 0, 0]], bool)

@@ -16,7 +16,8 @@ from molora_jax.export.base import Source
 from molora_jax.export.perform import perform
 from molora_jax.io import gguf, tensors
 from molora_jax.io.base import load_base
-from molora_jax.io.gguf_model import NAMES, _unpermute
+from molora_jax.io.gguf_arch import LLAMA as NAMES
+from molora_jax.io.gguf_model import _unpermute
 from molora_jax.placements import PLACEMENTS
 from molora_jax.routers import ROUTERS
 from molora_jax.runs.opened import open_run

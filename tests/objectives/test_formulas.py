@@ -210,4 +210,5 @@ def test_options_that_exclude_each_other():
         "classify": 1,
         "preference": 2,
         "distill": 1,
+        "reward_experts": 2,
     }
