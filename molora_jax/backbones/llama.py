@@ -214,6 +214,8 @@ class Llama(Backbone):
                 q, k, v, mask, asked=at.attention, train=at.train and alone, causal=alone, cap=self.score_cap,
                 scale=None if self.query_scalar is None else self.query_scalar**-0.5, sinks=p.get("sinks"),
             )  # fmt: skip
+            if self.query_scalar is not None:  # `attend_prompt` divides by the root of the head's width
+                q = q * (self.head_dim / self.query_scalar) ** 0.5
             return adapt.prompted(out, q, weights, keys)
 
         return adapt.attention(h, weights, core), cache

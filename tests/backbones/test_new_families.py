@@ -3,10 +3,13 @@
 import dataclasses
 import json
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import safetensors.numpy
 
+from molora_jax.backbones.attention import causal_mask
+from molora_jax.backbones.base import BlockContext
 from molora_jax.backbones.hf_config import from_hf
 from molora_jax.errors import InputError
 from molora_jax.io import huggingface
@@ -128,3 +131,27 @@ def test_a_norm_that_starts_as_one_leaves_sizes_alone():
     for name, fill in (("gemma2", 0.0), ("olmo2", 1.0)):
         leaves = dataclasses.replace(read(name)).shapes()
         assert {leaf.fill for path, leaf in leaves.items() if "norm" in path} == {fill}
+
+
+def test_a_prompts_scores_have_the_scale_of_the_bases_own():
+    """`attend_prompt` divides by the root of the head's width; Gemma divides by the root of `query_pre_attn_scalar`."""
+    decoder = read("gemma2")
+    size, scalar = decoder.head_dim, decoder.query_scalar
+    assert scalar != size
+    p = {site: {"kernel": jnp.ones(decoder.dims(site))} for site in "qkvo"}
+    seen = {}
+
+    class Adapt:
+        def attention(self, h, weights, core):
+            return core(*(h @ weights[site][0] for site in "qkv"))
+
+        def prompted(self, out, q, weights, keys):
+            seen["q"] = q
+            return out
+
+    h, ones = jnp.ones((1, 3, decoder.width)), jnp.ones((1, 3), jnp.int32)
+    once = decoder.once(jnp.arange(3)[None], causal_mask(ones), cached=False)
+    at = BlockContext(once, {"slides": jnp.bool_(False)}, ones > 0, False, "xla")
+    decoder._attention(p, h, at, Adapt(), None)
+    norm = np.linalg.norm(np.asarray(seen["q"]), axis=-1)  # turning keeps it
+    np.testing.assert_allclose(norm * size**-0.5, decoder.width * size**0.5 * scalar**-0.5, rtol=1e-5)
