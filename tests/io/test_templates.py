@@ -201,7 +201,8 @@ def test_no_child_is_left_behind(ending):
     """Whatever the end of this process: while the child waits, or renders for ever."""
     busy = ending != "exit"
     code = (
-        "import os, sys, threading, time\nfrom molora_jax.io import templates as t\n"
+        "import os, signal, sys, threading, time\nfrom molora_jax.io import templates as t\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # a shell's background jobs ignore it
         "talk = dict(messages=[dict(role='user', content='hi')])\nt.render('x', [talk])\n"
         "print(t._worker._process.pid, flush=True)\n"
         f"if {busy}: t.render({HANG['loops']!r}, [talk])\n"
