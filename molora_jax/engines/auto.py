@@ -242,5 +242,8 @@ def _state_bytes(model) -> int:
 
 
 def _memory(mesh) -> int | None:
-    stats = mesh.local_devices[0].memory_stats() or {}
-    return stats.get("bytes_limit")
+    own = mesh.local_devices
+    try:
+        return (own[0].memory_stats() or {}).get("bytes_limit") if own else None
+    except jax.errors.JaxRuntimeError:  # of a topology that is described alone
+        return None

@@ -145,26 +145,25 @@ def _compiled(config, backbone, devices, chip, sizes, batch) -> Plan:
     params = jax.tree.map(lambda s, at: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=at), shapes, where)
     tasks = tuple(split_commas(config.data.tasks))
     model = compile_model(config, backbone, max_segments=SEGMENTS, tasks=tasks)
-    with jax.set_mesh(mesh):
-        model, table = with_engine(config, model, mesh)
-        modules = compile_modules(config, params, width=backbone.width, classes=2)
-        regime = compile_regime(config)
-        run = types.SimpleNamespace(
-            config=config, model=model, modules=modules, mesh=mesh, params=params, regime=regime, data=None,
-            base=types.SimpleNamespace(config=backbone), note=_quiet, targets_per_row=config.data.seq_len, newest=None,
-            exact=False,
-        )  # fmt: skip
-        stage = regime.stages(config, None)[-1]
-        step = compiled_step(run, program_of(run, stage))
-        began = time.monotonic()
-        rows, knobs = _rows(config, mesh, batch), _whole(knobs_of(stage.config), mesh)
-        try:
+    model, table = with_engine(config, model, mesh)
+    modules = compile_modules(config, params, width=backbone.width, classes=2)
+    regime = compile_regime(config)
+    run = types.SimpleNamespace(
+        config=config, model=model, modules=modules, mesh=mesh, params=params, regime=regime, data=None, newest=None,
+        base=types.SimpleNamespace(config=backbone), note=_quiet, targets_per_row=config.data.seq_len, exact=False,
+    )  # fmt: skip
+    stage = regime.stages(config, None)[-1]
+    step = compiled_step(run, program_of(run, stage))
+    rows, knobs = _rows(config, mesh, batch), _whole(knobs_of(stage.config), mesh)
+    began = time.monotonic()
+    try:
+        with jax.set_mesh(mesh):  # for tracing alone: what is computed in here would be computed on those devices
             program = step.step.lower(step.loop_shapes, params, rows, {}, knobs).compile()
-        except jax.errors.JaxRuntimeError as error:
-            needed = _asked_for(str(error))
-            if needed is None:
-                raise
-            program = None
+    except jax.errors.JaxRuntimeError as error:
+        needed = _asked_for(str(error))
+        if needed is None:
+            raise
+        program = None
     seconds, S = time.monotonic() - began, config.data.seq_len
     state = step.shapes
     adapters = _on_device((state.adapters, state.modules, state.router_state))
