@@ -13,12 +13,14 @@ Array = jax.Array
 
 
 class Order(NamedTuple):
-    """`slot [N]`: the slot at a sorted place; `place [T, K]`: the sorted place of a slot; `used [T, K]` bool.
+    """`slot, expert [N]`: the slot at a sorted place and its expert (E, or more, where it is not used); `place [T, K]`:
+    the sorted place of a slot; `used [T, K]` bool.
 
     `sizes [E]` int32: rows of each expert, in order; slots that are not used come after all of them.
     """
 
     slot: Array
+    expert: Array
     place: Array
     used: Array
     sizes: Array
@@ -34,7 +36,7 @@ def by_expert(idx: Array, E: int) -> Order:
     expert, slot = jax.lax.sort((idx.reshape(-1), slots), num_keys=1)  # stable
     place = jax.lax.sort((slot, slots), num_keys=1)[1].reshape(idx.shape)
     bounds = jnp.searchsorted(expert, jnp.arange(E + 1, dtype=expert.dtype)).astype(jnp.int32)
-    return Order(slot, place, idx < E, bounds[1:] - bounds[:-1])
+    return Order(slot, expert, place, idx < E, bounds[1:] - bounds[:-1])
 
 
 def spread(x: Array, order: Order) -> Array:

@@ -16,7 +16,8 @@ import jax
 import numpy as np
 
 from configs import common, flexolmo
-from experiments.starts.__main__ import PROSE, config_of, first_base
+from experiments.small_base import config_of
+from experiments.starts.__main__ import PROSE, first_base
 from experiments.words import kept
 from launch import flags
 from molora_jax import config as schema

@@ -16,7 +16,8 @@ import numpy as np
 from configs import common
 from experiments.kshot_experts import __main__ as pipeline
 from experiments.kshot_experts import models, rows
-from experiments.starts.__main__ import config_of, first_base
+from experiments.small_base import config_of
+from experiments.starts.__main__ import first_base
 from experiments.words import kept, words, write_rows
 from launch import flags
 from molora_jax.io.files import write_atomically

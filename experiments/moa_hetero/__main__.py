@@ -12,6 +12,7 @@ import pathlib
 import random
 
 from configs import common
+from experiments import small_base
 from experiments.words import kept, write_rows
 from launch import flags
 from molora_jax import config as schema
@@ -47,33 +48,10 @@ def rule(form: str, rank: int, width: int):
     )  # fmt: skip
 
 
-def config_of(source, tasks, steps, seed, rate, rules=None):
-    made = common.get_config()
-    made.seed, made.base.source = seed, source
-    made.data.update(tasks=tasks, seq_len=128)
-    made.optim.update(learning_rate=rate, warmup=10, decay="constant")
-    made.train.update(steps=steps, batch_size=8, save_every=0, log_every=100)
-    made.eval.update(num_items=64, num_generated=0)
-    if rules:
-        made.method.rules = rules
+def config_of(*setting, rules):
+    made = small_base.config_of(*setting)
+    made.method.rules = rules
     return made
-
-
-def first_base(workdir):
-    """The folder of a base that is trained whole on prose."""
-    from molora_jax.surgery.perform import perform
-    from molora_jax.training.loop import train
-
-    out = workdir / "prose"
-    if not (out / "base" / "config.json").is_file():
-        made = config_of("random:tiny", PROSE, FIRST, 0, 2e-3)
-        made.method.train_base = "all"
-        schema.validate(made)
-        train(made, str(workdir / "whole"))
-        merged = common.surgery("merge_into_base")
-        merged.surgery.inputs = (str(workdir / "whole"),)
-        perform(merged, str(out))
-    return f"dir:{out / 'base'}"
 
 
 def write_tasks(workdir) -> str:
@@ -97,7 +75,7 @@ def sizes(source) -> dict:
 
     decoder = load_base(source).config
     count = lambda form, r, w: num_trainable(  # noqa: E731
-        compile_model(config_of(source, PROSE, 1, 0, 1e-3, dict(all=rule(form, r, w))), decoder)
+        compile_model(config_of(source, PROSE, 1, 0, 1e-3, rules=dict(all=rule(form, r, w))), decoder)
     )
     wanted, found = count("LoRA", LORA_RANK, 16), {}
     for form in FORMS:
@@ -156,14 +134,15 @@ def main(argv):
     runtime.configure()
     workdir, path = pathlib.Path(args.workdir), HERE / "results.json"
     workdir.mkdir(parents=True, exist_ok=True)
-    found, source, tasks = kept(path, steps=args.steps), first_base(workdir), write_tasks(workdir)
+    source = small_base.first_base(workdir, small_base.config_of("random:tiny", PROSE, FIRST, 0, 2e-3))
+    found, tasks = kept(path, steps=args.steps), write_tasks(workdir)
     forms = sizes(source)
     for seed in range(args.seeds):
         for number, (form, (rank, width, count)) in enumerate(forms.items()):
             key, folder = f"{form} | seed {seed}", workdir / f"{number}-{seed}"
             if key in found["runs"]:
                 continue
-            made = config_of(source, tasks, args.steps, seed, 4e-3, dict(all=rule(form, rank, width)))
+            made = config_of(source, tasks, args.steps, seed, 4e-3, rules=dict(all=rule(form, rank, width)))
             own = dict(rank=rank, width=width, trained=count)
             found["runs"][key] = own | measured(folder, made) | weights(folder, form)
             write_atomically(path, json.dumps(found, indent=1) + "\n")

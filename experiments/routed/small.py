@@ -1,6 +1,7 @@
 """What the parts share: a decoder that knows some prose, a run of a method on it, and what held-out items say."""
 
 import dataclasses
+import functools
 import json
 import pathlib
 import statistics
@@ -8,37 +9,19 @@ import statistics
 import numpy as np
 
 from configs import common
+from experiments import small_base
 from molora_jax import config as schema
 
 PROSE, NEW, FIRST = "factbook,topic,dialog,translate", "morph,math,sentiment", 400  # FIRST: steps of the base on prose
 SITES = "q,down"
 
 
-def config_of(source, tasks, steps, *, seed=0, rate=4e-3):
-    made = common.get_config()
-    made.seed, made.base.source = seed, source
-    made.data.update(tasks=tasks, seq_len=96)
-    made.optim.update(learning_rate=rate, warmup=10, decay="constant")
-    made.train.update(steps=steps, batch_size=8, save_every=0, log_every=100)
-    made.eval.update(num_items=64, num_generated=0)
-    return made
+config_of = functools.partial(small_base.config_of, seq_len=96)
 
 
 def base(workdir, tasks=PROSE, steps=FIRST) -> str:
-    """The source of a decoder of four layers (width 64, bytes) that is trained whole on these tasks."""
-    from molora_jax.surgery.perform import perform
-    from molora_jax.training.loop import train
-
-    out = pathlib.Path(workdir) / "first"
-    if not (out / "base" / "config.json").is_file():
-        made = config_of("random:tiny", tasks, steps, rate=2e-3)
-        made.method.train_base = "all"
-        schema.validate(made)
-        train(made, str(pathlib.Path(workdir) / "whole"))
-        merged = common.surgery("merge_into_base")
-        merged.surgery.inputs = (str(pathlib.Path(workdir) / "whole"),)
-        perform(merged, str(out))
-    return f"dir:{out / 'base'}"
+    """The source of a small base that is trained whole on these tasks."""
+    return small_base.first_base(workdir, config_of("random:tiny", tasks, steps, rate=2e-3), name="first")
 
 
 def rules(sites=SITES, **rule):

@@ -11,6 +11,8 @@ import json
 import pathlib
 
 from configs import common
+from experiments import small_base
+from experiments.small_base import config_of
 from experiments.words import kept
 from launch import flags
 from molora_jax import config as schema
@@ -36,31 +38,9 @@ METHODS = {  # name -> (adapter, learning rate)
 }
 
 
-def config_of(source, tasks, steps, seed, rate):
-    made = common.get_config()
-    made.seed, made.base.source = seed, source
-    made.data.update(tasks=tasks, seq_len=128)
-    made.optim.update(learning_rate=rate, warmup=10, decay="constant")
-    made.train.update(steps=steps, batch_size=8, save_every=0, log_every=100)
-    made.eval.update(num_items=64, num_generated=0)
-    return made
-
-
-def first_base(workdir):
-    """The folder of a base that is trained whole on prose."""
-    from molora_jax.surgery.perform import perform
-    from molora_jax.training.loop import train
-
-    out = workdir / "prose"
-    if not (out / "base" / "config.json").is_file():
-        made = config_of("random:tiny", PROSE, FIRST, 0, 2e-3)
-        made.method.train_base = "all"
-        schema.validate(made)
-        train(made, str(workdir / "whole"))
-        merged = common.surgery("merge_into_base")
-        merged.surgery.inputs = (str(workdir / "whole"),)
-        perform(merged, str(out))
-    return f"dir:{out / 'base'}"
+def first_base(workdir) -> str:
+    """The base that is trained whole on prose."""
+    return small_base.first_base(workdir, config_of("random:tiny", PROSE, FIRST, 0, 2e-3))
 
 
 def measured(workdir, made) -> dict:

@@ -36,9 +36,9 @@ _weigh.defvjp(
 class _Rows:
     """Products of sorted rows with what their expert has; rows past the last expert are exactly zero."""
 
-    def __init__(self, order_, expert):
-        self.sizes, self.expert = order_.sizes, jnp.minimum(expert.reshape(-1)[order_.slot], len(order_.sizes) - 1)
-        self.used = (jnp.arange(len(order_.slot)) < jnp.sum(order_.sizes))[:, None]
+    def __init__(self, rows: order.Order):
+        E = len(rows.sizes)
+        self.sizes, self.expert, self.used = rows.sizes, jnp.minimum(rows.expert, E - 1), (rows.expert < E)[:, None]
 
     def only(self, x):
         return jnp.where(self.used, x, 0)
@@ -59,7 +59,7 @@ class _Rows:
 @jax.named_scope("base_experts")
 def _block(activation, x, kernels, low, idx, gates, mask, bias):
     rows, dtype = order.by_expert(idx, kernels[0].shape[0]), x.dtype
-    own, x = _Rows(rows, idx), order.spread(x, rows)
+    own, x = _Rows(rows), order.spread(x, rows)
     g, u = (own.biased(own.dot(x, kernels[i]), bias, i) for i in (0, 1))
     if low is not None:
         z_g, z_u = (order.arrange(z.astype(dtype), rows) for z in low[:2])

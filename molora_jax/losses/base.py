@@ -72,6 +72,19 @@ class Penalty(Loss):
         raise NotImplementedError
 
 
+@dataclasses.dataclass(frozen=True)
+class OfLeaves(Penalty):
+    """A penalty on the leaves as they are, which remembers nothing."""
+
+    PENALTY: ClassVar[bool] = False
+
+    def fresh(self, trainable):
+        return {}
+
+    def remember(self, memory, trainable, squares):
+        return {}
+
+
 def value_of(loss: Loss, stats: dict, where: str) -> Array:
     """`loss.value(stats)`.
 

@@ -8,27 +8,18 @@ orthogonality or diversity of experts (OMoE and others use the experts' outputs 
 """
 
 import dataclasses
-from typing import ClassVar
 
 import jax.numpy as jnp
 from flax.traverse_util import flatten_dict
 
 from molora_jax.core.tangent import einsum
 from molora_jax.errors import InputError
-from molora_jax.losses.base import Penalty
+from molora_jax.losses.base import OfLeaves
 
 
 @dataclasses.dataclass(frozen=True)
-class Diversity(Penalty):
+class Diversity(OfLeaves):
     weight: float = 1e-2
-
-    PENALTY: ClassVar[bool] = False  # it remembers nothing
-
-    def fresh(self, trainable):
-        return {}
-
-    def remember(self, memory, trainable, squares):
-        return {}
 
     def penalty(self, trainable, memory):
         flat = flatten_dict(trainable, sep="/")

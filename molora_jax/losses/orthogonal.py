@@ -6,7 +6,6 @@ One value a matrix: every layer, site and expert has two.
 """
 
 import dataclasses
-from typing import ClassVar
 
 import jax.numpy as jnp
 from flax.traverse_util import flatten_dict
@@ -14,20 +13,12 @@ from flax.traverse_util import flatten_dict
 from molora_jax.core.tangent import einsum
 from molora_jax.core.trees import triplets
 from molora_jax.errors import InputError
-from molora_jax.losses.base import Penalty
+from molora_jax.losses.base import OfLeaves
 
 
 @dataclasses.dataclass(frozen=True)
-class Orthogonal(Penalty):
+class Orthogonal(OfLeaves):
     weight: float = 0.5
-
-    PENALTY: ClassVar[bool] = False  # it remembers nothing
-
-    def fresh(self, trainable):
-        return {}
-
-    def remember(self, memory, trainable, squares):
-        return {}
 
     def penalty(self, trainable, memory):
         flat = flatten_dict(trainable, sep="/")
