@@ -107,10 +107,11 @@ def run(argv):
 
 
 def words(made) -> str:
+    from molora_jax.sharding import axes_text
     from molora_jax.text import table
 
     gb = lambda size: f"{size / 2**30:.2f} GiB"  # noqa: E731
-    mesh = " ".join(f"{axis}={size}" for axis, size in made.mesh.items() if size > 1) or "one device"
+    mesh = axes_text(made.mesh) or "one device"
     limit = "" if made.limit is None else f", of which a chip has {gb(made.limit)}"
     lines = [
         f"{made.devices} x {made.kind}, mesh {mesh}, {made.batch} rows of {made.seq_len} tokens, base in {made.dtype}",

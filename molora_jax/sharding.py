@@ -75,6 +75,11 @@ def fits(params: dict, shardings, mesh: Mesh) -> None:
         )  # fmt: skip
 
 
+def axes_text(sizes) -> str:
+    """`data=4 tensor=2` of `{axis: size}`: the axes that split something; "" of one device."""
+    return " ".join(f"{axis}={size}" for axis, size in sizes.items() if size > 1)
+
+
 def ways(mesh: Mesh, axes) -> int:
     """The devices along some axes together."""
     return int(np.prod([mesh.shape[a] for a in axes]))

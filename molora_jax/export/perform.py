@@ -1,16 +1,12 @@
 """`perform(workdir, format, out)`: opens a run, asks the format, and renames a whole folder into its place."""
 
 import logging
-import os
 import pathlib
-import shutil
 
 from molora_jax.config.fields import did_you_mean, one_of
 from molora_jax.errors import InputError
 from molora_jax.export import FORMATS
 from molora_jax.export.base import Source
-from molora_jax.io import fetch
-from molora_jax.io.files import sync_folder
 from molora_jax.runs import written
 from molora_jax.runs.opened import open_run
 
@@ -39,21 +35,12 @@ def perform(workdir, format: str, out, *, step="best", note=LOG.info) -> pathlib
     if opened.folder.absolute() == target or opened.folder.absolute() in target.parents:
         raise InputError("--out", got=f"{target}, inside the run's folder", expected="a folder of its own")
     source = Source(opened, format, target)
-    part = fetch.temporary(target.parent)
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        fetch.sweep(target.parent)
+    full = dict(
+        at=f"--out={target}", expected="a disk that takes the files",
+        fix="Make room, or choose another folder; nothing was left there.",
+    )  # fmt: skip
+    with written.whole(target, where="--out", **full) as part:
         part.mkdir()
         for line in FORMATS[format].write(source, part):
             note(line)
-        written.free(target, where="--out")  # nobody was faster
-        os.rename(part, target)
-        sync_folder(target.parent)
-    except OSError as error:
-        raise InputError(
-            f"--out={target}", got=error.strerror or str(error), expected="a disk that takes the files",
-            fix="Make room, or choose another folder; nothing was left there.",
-        ) from error  # fmt: skip
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
     return target

@@ -157,39 +157,36 @@ def write(path: str | pathlib.Path, shapes: dict, dtype, tensors) -> None:
       tensors: yields the arrays in the order of `shapes`; each is cast to `dtype`.
     """
     dtype = np.dtype(dtype)
-    header, at = {"__metadata__": {"format": "pt"}}, 0  # transformers insists on a format
-    for name, shape in shapes.items():
+
+    def cast():
+        for shape, tensor in zip(shapes.values(), tensors, strict=True):
+            if tensor.shape != tuple(shape):
+                raise ValueError(f"a tensor of shape {tensor.shape}, declared as {shape}")
+            yield tensor.astype(dtype, copy=False)
+
+    _write(path, {name: (dtype, shape) for name, shape in shapes.items()}, cast())
+
+
+def write_named(path: str | pathlib.Path, arrays: dict, metadata: dict | None = None) -> None:
+    """Writes arrays (name -> array, each of its own dtype), in the order of their names, with texts as metadata."""
+    arrays = {name: np.asarray(arrays[name]) for name in sorted(arrays)}
+    arrays = dict(sorted(arrays.items(), key=lambda pair: -pair[1].dtype.itemsize))  # so that all are aligned
+    _write(path, {name: (x.dtype, x.shape) for name, x in arrays.items()}, arrays.values(), metadata)
+
+
+def _write(path, declared: dict, arrays, metadata: dict | None = None) -> None:
+    """`declared`: name -> (dtype, shape), in the order in which `arrays` yields them."""
+    header, at = {"__metadata__": {"format": "pt", **(metadata or {})}}, 0  # transformers insists on a format
+    for name, (dtype, shape) in declared.items():
         size = math.prod(shape) * dtype.itemsize
         header[name] = {"dtype": _NAMES[dtype], "shape": list(shape), "data_offsets": [at, at + size]}
         at += size
     text = json.dumps(header).encode()
     text += b" " * (-(8 + len(text)) % 64)  # so that the data is aligned in the mapping
     with open(path, "wb") as file:
-        file.write(len(text).to_bytes(8, "little"))
-        file.write(text)
-        for shape, tensor in zip(shapes.values(), tensors, strict=True):
-            if tensor.shape != tuple(shape):
-                raise ValueError(f"a tensor of shape {tensor.shape}, declared as {shape}")
-            file.write(np.ascontiguousarray(tensor.astype(dtype, copy=False)).view(np.uint8).data)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def write_named(path: str | pathlib.Path, arrays: dict, metadata: dict | None = None) -> None:
-    """Writes arrays (name -> array, each of its own dtype), in the order of their names, with texts as metadata."""
-    arrays = {name: np.asarray(arrays[name]) for name in sorted(arrays)}
-    header, at = {"__metadata__": {"format": "pt", **(metadata or {})}}, 0
-    for name, array in sorted(arrays.items(), key=lambda pair: -pair[1].dtype.itemsize):  # so that all are aligned
-        header[name] = {
-            "dtype": _NAMES[array.dtype], "shape": list(array.shape), "data_offsets": [at, at + array.nbytes],
-        }  # fmt: skip
-        at += array.nbytes
-    text = json.dumps(header).encode()
-    text += b" " * (-(8 + len(text)) % 64)
-    with open(path, "wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
-        for name in list(header)[1:]:
-            file.write(np.ascontiguousarray(arrays[name]).reshape(-1).view(np.uint8).data)
+        for array in arrays:
+            file.write(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
         file.flush()
         os.fsync(file.fileno())
 

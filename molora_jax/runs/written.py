@@ -59,6 +59,30 @@ def free(workdir, *, where: str = "workdir") -> pathlib.Path:
     return path
 
 
+@contextlib.contextmanager
+def whole(target: pathlib.Path, *, at: str, expected: str, fix: str, where: str = "workdir"):
+    """A path beside `target` for a new folder, which takes its place when all is written; an error leaves nothing.
+
+    Args:
+      target: of `free`. at, expected, fix: of the error where the disk does not take it; where: that of `free`.
+
+    Raises:
+      InputError: an error of the disk, or somebody was faster.
+    """
+    part = fetch.temporary(target.parent)
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        fetch.sweep(target.parent)
+        yield part
+        free(target, where=where)  # nobody was faster
+        os.rename(part, target)
+        sync_folder(target.parent)
+    except OSError as error:
+        raise InputError(at, got=error.strerror or str(error), expected=expected, fix=fix) from error
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+
+
 def write(workdir, *, config, items: dict, facts: dict, backbone=None, base: Base | None = None, parents=()):
     """Writes a run at step 0.
 
@@ -80,10 +104,11 @@ def write(workdir, *, config, items: dict, facts: dict, backbone=None, base: Bas
     backbone = backbone if base is None else base.config
     items = {name: jax.tree.map(np.asarray, tree) for name, tree in items.items()}
     _check(config, backbone, items, classes=len(facts.get("labels") or ()))
-    part = fetch.temporary(target.parent)
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        fetch.sweep(target.parent)
+    full = dict(
+        at=f"workdir {target}", expected="a disk that takes the run",
+        fix="Make room, or choose another workdir; nothing was left there.",
+    )  # fmt: skip
+    with whole(target, **full) as part:
         with Workdir(part) as workdir:
             files = {}
             if base is not None:
@@ -98,16 +123,6 @@ def write(workdir, *, config, items: dict, facts: dict, backbone=None, base: Bas
             digest = workdir.check_identity(plain, facts)
             meta = {"samples": 0, "config": plain, "identity": digest, "run": workdir.identity, **files}
             _save(part, items, meta | ({"parents": list(parents)} if parents else {}))
-        free(target)  # nobody was faster
-        os.rename(part, target)
-        sync_folder(target.parent)
-    except OSError as error:
-        raise InputError(
-            f"workdir {target}", got=error.strerror or str(error), expected="a disk that takes the run",
-            fix="Make room, or choose another workdir; nothing was left there.",
-        ) from error  # fmt: skip
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
     return target
 
 

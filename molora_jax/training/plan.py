@@ -26,6 +26,7 @@ from molora_jax.backbones.compile import compile_model
 from molora_jax.backbones.sizes import base_shapes
 from molora_jax.config.resolve import split_commas
 from molora_jax.core import trees
+from molora_jax.data.packing import empty_batch
 from molora_jax.engines import hlo
 from molora_jax.errors import InputError
 from molora_jax.regimes import compile_regime
@@ -90,15 +91,12 @@ def plan(config, backbone: Backbone, devices, chip: str, *, own_mesh: bool, own_
     limit = CHIPS[chip][0]
     made = None
     for mesh, batch in _candidates(config, backbone, devices, limit, own_mesh, own_batch):
-        note(f"compiling the step for {_words(mesh)}, {batch} rows of {config.data.seq_len} tokens")
+        on = sharding.axes_text(mesh) or "one device"
+        note(f"compiling the step for {on}, {batch} rows of {config.data.seq_len} tokens")
         made = _compiled(config, backbone, devices, chip, mesh, batch)
         if made.fits:
             return made
     return dataclasses.replace(made, advice=_advice(made, own_mesh, own_batch))
-
-
-def _words(mesh: dict[str, int]) -> str:
-    return ", ".join(f"{axis}={size}" for axis, size in mesh.items() if size > 1) or "one device"
 
 
 def _candidates(config, backbone, devices, limit, own_mesh, own_batch):
@@ -206,10 +204,8 @@ def _compiled(config, backbone, devices, chip, sizes, batch) -> Plan:
 
 def _rows(config, mesh, batch: int) -> dict:
     """The arrays of a batch, as shapes."""
-    at, S = sharding.row_sharding(mesh), config.data.seq_len
-    whole = {name: ((batch, S), jnp.int32) for name in ("tokens", "targets", "segment_ids", "positions", "example_ids")}
-    whole |= {"loss_weight": ((batch, S), jnp.float32), "task_ids": ((batch, SEGMENTS), jnp.int32)}
-    return {name: jax.ShapeDtypeStruct(shape, dtype, sharding=at) for name, (shape, dtype) in whole.items()}
+    at, rows = sharding.row_sharding(mesh), empty_batch(batch, config.data.seq_len, pad_id=0)
+    return {name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=at) for name, x in rows.items()}
 
 
 def _whole(tree, mesh):

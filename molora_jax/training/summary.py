@@ -9,6 +9,7 @@ from flax.traverse_util import flatten_dict
 from molora_jax import runtime
 from molora_jax.core import trees
 from molora_jax.runs.view import keys_of
+from molora_jax.sharding import axes_text
 from molora_jax.text import table
 
 
@@ -16,7 +17,7 @@ def machine(mesh, dtype: str) -> str:
     """`2 processes, 8 devices (TPU v5e), mesh data=8, base in bfloat16; molora_jax 0.1.0, jax 0.12.0, Python 3.12`."""
     kind = mesh.devices.flat[0].device_kind
     processes = len({d.process_index for d in mesh.devices.flat})
-    axes = " ".join(f"{axis}={size}" for axis, size in mesh.shape.items() if size > 1) or "of one device"
+    axes = axes_text(mesh.shape) or "of one device"
     on = f"{counted(processes, 'process', 'processes')}, {counted(mesh.size, 'device', 'devices')} ({kind})"
     versions = f"molora_jax {runtime.version()}, jax {jax.__version__}, Python {platform.python_version()}"
     return f"{on}, mesh {axes}, base in {dtype}; {versions}"
