@@ -160,8 +160,8 @@ def peers():
 
     try:
         yield
-    except jax.errors.JaxRuntimeError as error:
-        if jax.process_count() == 1 or not GONE.search(str(error)):
+    except (jax.errors.JaxRuntimeError, ValueError) as error:  # jax raises a lost connection as either
+        if isinstance(error, InputError) or jax.process_count() == 1 or not GONE.search(str(error)):
             raise
         gone = InputError(
             "processes", got=f"no answer from another process of this run ({str(error).splitlines()[0][:200]})",
