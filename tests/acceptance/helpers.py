@@ -12,6 +12,7 @@ from molora_jax import config as schema
 from molora_jax.backbones.compile import compile_model
 from molora_jax.backbones.families import TINY
 from molora_jax.core import trees
+from molora_jax.decode import generate as decoding
 from molora_jax.io.random_init import random_params
 from molora_jax.objectives.lm import lm
 from molora_jax.training.step import loss_sums
@@ -93,3 +94,20 @@ def gradient(model, params, adapters, data, frozen=None):
         return total
 
     return jax.value_and_grad(objective)(trainable)
+
+
+def cache_changes_nothing(model, params, adapters, *, new=6):
+    """A short and a long prompt decoded with a cache and without: the same ids, logits to 1e-4. Returns the prompts."""
+    prompts = [[5, 6, 7], list(range(1, 40))]
+    packed = decoding.pad(prompts, new, model.config.context, 0, rows=2)
+    size = decoding.new_slots(packed[0].shape[1], new)
+    cached, plain = (
+        jax.device_get(decoding.decode(
+            params, adapters, {}, *packed, np.float32(0), np.int32(-1), model=model, size=size, sample=False,
+            cache=cache, keep_logits=True,
+        ))
+        for cache in (True, False)
+    )  # fmt: skip
+    np.testing.assert_array_equal(cached[0], plain[0])
+    np.testing.assert_allclose(cached[2][:, :new], plain[2][:, :new], atol=1e-4)
+    return prompts

@@ -15,7 +15,6 @@ from molora_jax.backbones.compile import compile_model
 from molora_jax.backbones.families import SMOLLM2, TINY_BERT, TINY_MOE
 from molora_jax.backbones.sizes import num_trainable
 from molora_jax.core.prompt import attend_prompt
-from molora_jax.decode import generate as decoding
 from molora_jax.errors import InputError
 from molora_jax.placements.block import parallel
 from molora_jax.routers.sigmoid_threshold import SigmoidThreshold
@@ -291,18 +290,7 @@ def test_acceptance_9_a_token_router_is_causal_and_an_instance_router_is_not(poo
 def test_acceptance_10_a_cache_changes_nothing(options):
     model, params, adapters = build(rule(router=options))
     adapters = randomised(adapters)
-    prompts, new = [[5, 6, 7], list(range(1, 40))], 6
-    packed = decoding.pad(prompts, new, model.config.context, 0, rows=2)
-    size = decoding.new_slots(packed[0].shape[1], new)
-    cached, plain = (
-        jax.device_get(decoding.decode(
-            params, adapters, {}, *packed, np.float32(0), np.int32(-1), model=model, size=size, sample=False,
-            cache=cache, keep_logits=True,
-        ))
-        for cache in (True, False)
-    )  # fmt: skip
-    np.testing.assert_array_equal(cached[0], plain[0])
-    np.testing.assert_allclose(cached[2][:, :new], plain[2][:, :new], atol=1e-4)
+    prompts = helpers.cache_changes_nothing(model, params, adapters)
     if options.get("pool") == "instance":  # the weights of the prompt's own mean
         text = dict(tokens=np.array([prompts[0]], np.int32), segment_ids=np.ones((1, 3), np.int32),
                     positions=np.arange(3, dtype=np.int32)[None])  # fmt: skip

@@ -15,7 +15,6 @@ from molora_jax.backbones.model import Model
 from molora_jax.core import trees
 from molora_jax.core.trees import count
 from molora_jax.core.types import Context
-from molora_jax.decode import generate as decoding
 from molora_jax.errors import InputError
 from molora_jax.regimes.stages import stages
 from tests.acceptance import helpers
@@ -225,18 +224,7 @@ def test_acceptance_8_prefixes_keep_their_gates_and_a_cache_changes_nothing(opti
     a, b = (run(model, params, adapters, data, collect=True)[2]["mix"] for data in (whole, short))
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x[:, :, :7], y, atol=1e-6), a, b)
 
-    prompts, new = [[5, 6, 7], list(range(1, 40))], 6
-    packed = decoding.pad(prompts, new, model.config.context, 0, rows=2)
-    size = decoding.new_slots(packed[0].shape[1], new)
-    cached, plain = (
-        jax.device_get(decoding.decode(
-            params, adapters, {}, *packed, np.float32(0), np.int32(-1), model=model, size=size, sample=False,
-            cache=cache, keep_logits=True,
-        ))
-        for cache in (True, False)
-    )  # fmt: skip
-    np.testing.assert_array_equal(cached[0], plain[0])
-    np.testing.assert_allclose(cached[2][:, :new], plain[2][:, :new], atol=1e-4)
+    helpers.cache_changes_nothing(model, params, adapters)
     assert set(model.init_cache(1, 4, jnp.float32)) == {"own", "base"}
 
 
