@@ -1,5 +1,6 @@
 """The same program in two processes on loopback as in one: steps, a checkpoint, a resumed run."""
 
+import contextlib
 import json
 import os
 import pathlib
@@ -75,36 +76,43 @@ def test_any_mesh_over_any_number_of_processes(tmp_path, processes, devices, siz
     np.testing.assert_allclose(losses(several), losses(one), rtol=1e-6)
 
 
-@pytest.mark.slow
-def test_a_preemption_of_one_process_stops_all_at_the_same_step(tmp_path):
-    """SIGTERM to process 1 alone: both save the same step and end with 143; the next start goes on."""
+@contextlib.contextmanager
+def two_by_hand(folder, *arguments):
+    """Two processes of folder/run, which has made steps; each started by hand: nobody ends the one that is left."""
     with socket.socket() as found:
         found.bind(("localhost", 0))
         port = found.getsockname()[1]
     env = dict(os.environ, JAX_PLATFORMS="cpu", XLA_FLAGS="")
     env |= dict(MOLORA_COORDINATOR=f"localhost:{port}", MOLORA_PROCESSES="2")
     command = [
-        sys.executable, "-m", "launch.train", f"--workdir={tmp_path / 'run'}", "--config=configs/lora.py",
-        "--config.base.source=random:tiny", f"--config.data.tasks=jsonl:{tiny.write_task(tmp_path / 'task.jsonl')}",
-        "--config.data.seq_len=32", "--config.train.steps=1000000", "--config.train.save_every=1000000",
+        sys.executable, "-m", "launch.train", f"--workdir={folder / 'run'}", "--config=configs/lora.py",
+        "--config.base.source=random:tiny", f"--config.data.tasks=jsonl:{tiny.write_task(folder / 'task.jsonl')}",
+        "--config.data.seq_len=32", "--config.train.steps=1000000", *arguments,
     ]  # fmt: skip
     processes = [
         subprocess.Popen(command, cwd=ROOT, env=env | {"MOLORA_PROCESS": str(i)}, stderr=subprocess.PIPE, text=True)
         for i in range(2)
     ]
-    metrics = tmp_path / "run/metrics.jsonl"
+    metrics = folder / "run/metrics.jsonl"
     try:
         while not (metrics.exists() and len(metrics.read_text().splitlines()) > 3):
             assert all(process.poll() is None for process in processes), [p.communicate() for p in processes]
             time.sleep(0.2)
-        processes[1].terminate()
-        ends = [process.communicate(timeout=300)[1] for process in processes]
+        yield processes
     finally:
         for process in processes:
             process.kill()
+
+
+@pytest.mark.slow
+def test_a_preemption_of_one_process_stops_all_at_the_same_step(tmp_path):
+    """SIGTERM to process 1 alone: both save the same step and end with 143; the next start goes on."""
+    with two_by_hand(tmp_path, "--config.train.save_every=1000000") as processes:
+        processes[1].terminate()
+        ends = [process.communicate(timeout=300)[1] for process in processes]
     assert [process.returncode for process in processes] == [143, 143], ends
     steps = [int(path.name) for path in (tmp_path / "run/checkpoints").iterdir() if path.name.isdigit()]
-    assert max(steps) == len(metrics.read_text().splitlines()) > 3
+    assert max(steps) == len((tmp_path / "run/metrics.jsonl").read_text().splitlines()) > 3
 
 
 LABELLED = ({"text": f"number {i}", "label": "odd" if i % 2 else "even"} for i in range(80))
@@ -159,33 +167,9 @@ def test_local_says_what_its_processes_say_and_nothing_else():
 
 @pytest.mark.slow
 def test_a_dead_peer_is_an_error_within_a_minute(tmp_path):
-    """Each process started by hand: nobody ends the one that is left."""
-    with socket.socket() as found:
-        found.bind(("localhost", 0))
-        port = found.getsockname()[1]
-    env = dict(os.environ, JAX_PLATFORMS="cpu", XLA_FLAGS="")
-    env |= dict(MOLORA_COORDINATOR=f"localhost:{port}", MOLORA_PROCESSES="2")
-    command = [
-        sys.executable, "-m", "launch.train", f"--workdir={tmp_path / 'run'}", "--config=configs/lora.py",
-        "--config.base.source=random:tiny", f"--config.data.tasks=jsonl:{tiny.write_task(tmp_path / 'task.jsonl')}",
-        "--config.data.seq_len=32", "--config.train.steps=1000000",
-    ]  # fmt: skip
-    processes = [
-        subprocess.Popen(command, cwd=ROOT, env=env | {"MOLORA_PROCESS": str(i)}, stderr=subprocess.PIPE, text=True)
-        for i in range(2)
-    ]
-    try:
-        metrics = tmp_path / "run" / "metrics.jsonl"
-        for _ in range(1200):
-            if metrics.exists() and len(metrics.read_text().splitlines()) > 2:
-                break
-            assert all(process.poll() is None for process in processes)
-            time.sleep(0.5)
+    with two_by_hand(tmp_path) as processes:
         processes[1].kill()
         _, said = processes[0].communicate(timeout=300)
-    finally:
-        for process in processes:
-            process.kill()
     assert processes[0].returncode == 1 and "error: processes" in said and "Traceback" not in said, said
 
 
