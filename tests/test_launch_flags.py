@@ -10,7 +10,7 @@ import pytest
 from configs import common
 from launch import flags
 from molora_jax.backbones.compile import compile_losses
-from molora_jax.catalogue.methods import SURGERIES
+from molora_jax.catalogue.surgeries import SURGERIES
 from molora_jax.errors import InputError
 
 ROOT = pathlib.Path(__file__).parents[1]

@@ -20,7 +20,7 @@ from molora_jax.runs.workdir import Workdir
 
 FLAGS = [
     ("--budget", dict(required=True, metavar="STEPSxTOKENS", help="optimizer steps x tokens a step, as 40x512")),
-    ("--methods", dict(default="all", help="all, or names of molora_jax/catalogue/methods.py")),
+    ("--methods", dict(default="all", help="all, or names of molora_jax/catalogue")),
     ("--seeds", dict(type=int, default=2, help="seeds 0 to N - 1")),
     ("--items", dict(type=int, default=16, help="held-out items a task")),
     ("--tables", dict(default="rank,params", help="equal active rank, equal trainable parameters")),

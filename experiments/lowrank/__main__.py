@@ -21,7 +21,7 @@ from molora_jax.io.base import load_base
 from molora_jax.runs.workdir import Workdir
 
 FLAGS = [
-    ("--methods", dict(default="all", help="all, or names of molora_jax/catalogue/methods.py without a router")),
+    ("--methods", dict(default="all", help="all, or names of molora_jax/catalogue without a router")),
     ("--steps", dict(type=int, default=40, help="optimizer steps of 512 tokens")),
     ("--seeds", dict(type=int, default=2, help="seeds 0 to N - 1")),
     ("--items", dict(type=int, default=16, help="held-out items a task")),

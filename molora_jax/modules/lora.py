@@ -17,6 +17,7 @@ import jax.numpy as jnp
 from molora_jax import engines
 from molora_jax.adapters import Lora
 from molora_jax.config.fields import wrong
+from molora_jax.core import lowrank
 from molora_jax.core.types import Array, Site
 from molora_jax.engines import ALONE
 from molora_jax.modules.members import Made, made
@@ -28,14 +29,18 @@ SITE = "dense"
 
 @dataclasses.dataclass(frozen=True)
 class Given(projection.Linear):
-    """A projection whose frozen product `y [T, D_out]` (with its `bias`) is there: the caller's layer made it."""
+    """A projection whose frozen product `y [T, D_out]` (with its `bias`) is there: the caller's layer made it.
+
+    `W` is there only where experts scale the input, for the product of what they change.
+    """
 
     def axes(self):
         return super().axes() | {"y": projection.Axes(("tokens", "out"), self.site)}
 
     def start(self, arrays, parts, at):
-        y = arrays["y"]
-        bias = arrays.get("bias")
+        y, bias = arrays["y"], arrays.get("bias")
+        for change in (part.scales(arrays["x"]) for part in parts):
+            y = y if change is None else y + lowrank.frozen_linear(arrays["W"], change)
         return arrays | {"base": y if bias is None else y - bias.astype(y.dtype)}, y
 
     def end(self, arrays, y):

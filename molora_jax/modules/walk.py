@@ -78,6 +78,7 @@ class Walk:
             puts.append(put)
         arrays = {"x": flat.reshape(-1, d_in), "y": y.reshape(-1, d_out)}
         arrays |= {} if bias is None else {"bias": bias.reshape(-1)}
+        arrays |= {"W": W} if any(part.factors.inp is not None for part in parts) else {}
         if not y.size:  # no token, nothing to be changed
             for put in puts:
                 put(None)

@@ -16,7 +16,7 @@ from flax.traverse_util import flatten_dict
 
 from molora_jax import config as config_lib
 from molora_jax.backbones.compile import compile_model
-from molora_jax.catalogue.methods import ORGANISED
+from molora_jax.catalogue.organised import ORGANISED
 from molora_jax.core import accountant, trees
 from molora_jax.core.privacy import Private
 from molora_jax.objectives import OBJECTIVES

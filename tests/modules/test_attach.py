@@ -1,5 +1,7 @@
 """attach: equal to the model with its weights changed, whatever lifted transform it is in; what is refused."""
 
+import dataclasses
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -8,9 +10,11 @@ import pytest
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 import molora_jax as mj
+from molora_jax.core.types import Factors
 from molora_jax.errors import InputError
 from tests.modules.foreign import AXES, Jitted, Masked, Odd, Own, Stacked
 from tests.modules.oracle import SCALE, D, E, K, R, call, mixture64, normal, random_leaves
+from tests.modules.test_engines import mesh as mesh_of
 
 LORA = mj.Lora(rank=R, alpha=8.0, dropout=0.0)
 PLAIN = [dict(sites="*", adapter=LORA)]
@@ -51,6 +55,31 @@ def test_plain_lora_equals_the_model_with_merged_kernels(options):
         variables["adapters"]
     )
     assert all(float(jnp.abs(g).max()) > 0 for g in jax.tree.leaves(grads))
+
+
+@dataclasses.dataclass(frozen=True)
+class ScaledInput(mj.Ia3):
+    """(IA)3 before the kernel at every site: W ((1 + sum_e g_e (l_e - 1)) x)."""
+
+    def init_leaves(self, key, site, layer, *, base=None, base_grad=None):
+        return {"l": jax.random.uniform(key, (site.experts, site.d_in))}
+
+    def factors(self, p, shared, ctx):
+        empty = Factors(*(jnp.zeros((len(p["l"]), 0, d)) for d in (ctx.site.d_in, ctx.site.d_out)))
+        return empty.replace(inp=p["l"])
+
+
+@pytest.mark.parametrize("mesh", [None, dict(data=2, tensor=2)], ids=str)
+def test_experts_that_scale_the_input_reach_the_callers_product(mesh):
+    model, x = nn.Dense(6), normal(3, 4, 5, D)
+    rule = dict(sites="*", experts=E, adapter=ScaledInput(), router=mj.SoftmaxTopK(k=E))
+    routed = mj.attach(model, [rule], **({} if mesh is None else dict(engine="gather", mesh=mesh_of(**mesh))))
+    variables = init(routed, x)
+    y, sown = jax.jit(lambda v: routed.apply(v, x, mutable=["routing"]))(variables)
+    gates = sown["routing"]["rule0"]["experts"][0].decision.gates
+    l = variables["adapters"]["rule0"]["l"]  # noqa: E741
+    scaled = x * (1 + jnp.einsum("bse,ed->bsd", gates, l - 1))
+    np.testing.assert_allclose(y, model.apply({"params": variables["params"]}, scaled), atol=1e-5)
 
 
 def test_a_scanned_stack_is_its_layers_one_by_one():
