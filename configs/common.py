@@ -101,9 +101,11 @@ def get_config():
                 accumulate=1,  # micro-steps an optimizer step
                 clip=1.0,  # global gradient norm; 0 is off
                 eval_every=0,
+                patience=0,  # evaluations in a row without a lower valid NLL that end the run; 0 is off
                 save_every=50,
                 keep=2,
                 log_every=10,
+                tracker="",  # or wandb (extra `track`): the numbers of metrics.jsonl go there too
                 remat="dots",  # none, dots, full
                 attention="xla",  # or fused: cuDNN's on one NVIDIA GPU in half precision, else the same as xla
                 hang_seconds=3600.0,  # so long without a step or a save: the process writes its stacks and ends; 0: off

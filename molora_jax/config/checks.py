@@ -148,6 +148,9 @@ def _train(config):
     if data.get("test_share", 0.05) == 0 and not data.get("valid", "") and every:
         fix = "Set train.eval_every=0, name a file in data.valid, or hold rows out with data.test_share."
         yield wrong("train.eval_every", shown(every), "0 where data.test_share=0.0 holds no row out", fix)
+    if config["train"].get("patience") and every == 0:
+        fix = "Set train.eval_every to the steps between two evaluations, or train.patience to 0."
+        yield wrong("train.patience", shown(config["train"]["patience"]), "0 where train.eval_every=0", fix)
     start = config["train"].get("init_from")
     if isinstance(start, str) and start and not there(path_of(start).is_dir):
         yield wrong(

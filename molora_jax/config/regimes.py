@@ -33,6 +33,9 @@ def regime_problems(config):
     if not states("EXACT") and config["train"].get("exact") is True:
         expected = "False: its programs are of one run and whole batches"
         yield wrong("train.exact", f"True with regime {value['name']!r}", expected, "Leave exact out.")
+    if config["train"].get("patience") and not states("PATIENCE"):
+        expected = f"0 with regime {value['name']!r}, whose later stages would be left out"
+        yield wrong("train.patience", str(config["train"]["patience"])[:80], expected, "Set it to 0.")
     if states("HELD_OUT"):
         data = config["data"]
         if data.get("test_share", 0.05) == 0 and not data.get("valid", ""):

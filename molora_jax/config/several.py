@@ -17,7 +17,7 @@ MAY_DIFFER = r"seed|optim\.learning_rate|losses\.\w+\.weight|data\.(?!seq_len$)\
 REASONS = (  # of what may not, first match wins
     (r"data\.seq_len", "it is the length of every row"),
     (r"train\.(batch_size|accumulate)", "it is the shape of a batch"),
-    (r"train\.(steps|epochs|stop_after|\w+_every)", "all runs take their steps together"),
+    (r"train\.(steps|epochs|stop_after|patience|\w+_every)", "all runs take their steps together"),
     (r"method\.", "it says what trains and of which shape"),
     (r"losses\.", "of a loss only its weight is an argument of the step"),
     (r"optim\.", "of the optimizer only learning_rate is an argument of the step"),
@@ -27,24 +27,29 @@ REASONS = (  # of what may not, first match wins
 )
 
 
-def lists(text: str) -> list[tuple[str, list[str]]]:
+def lists(text: str, *, where: str = "--runs", check=...) -> list[tuple[str, list[str]]]:
     """`"a=1,2;b=x"` -> `[("a", ["1", "2"]), ("b", ["x"])]`; a comma inside a value is written `\\,`.
+
+    Args:
+      where: the flag, for messages. check: called with each field; `check_may_differ` if left out, None for any field.
 
     Raises:
       InputError: no such form, a field twice, a field in which runs may not differ.
     """
+    check = check_may_differ if check is ... else check
     out, form = [], "FIELD=VALUE,VALUE;FIELD=VALUE,..."
     for part in filter(None, (part.strip() for part in text.split(";"))):
         name, equals, values = part.partition("=")
         name, values = name.strip().removeprefix("config."), list(split_commas(values))
         if not equals or not name or not values:
-            raise wrong("--runs", repr(part), form)
+            raise wrong(where, repr(part), form)
         if name in dict(out):
-            raise wrong("--runs", f"{name} twice", "each field once", "Write all its values in one list.")
-        check_may_differ(name)
+            raise wrong(where, f"{name} twice", "each field once", "Write all its values in one list.")
+        if check is not None:
+            check(name)
         out.append((name, values))
     if not out:
-        raise wrong("--runs", repr(text), form)
+        raise wrong(where, repr(text), form)
     return out
 
 
@@ -87,7 +92,7 @@ def _near(name: str, accepted) -> str:
     return f"Did you mean {guess!r}?" if guess else ""
 
 
-def product(fields: list[tuple[str, list[str]]]) -> dict[str, list[tuple[str, str]]]:
+def product(fields: list[tuple[str, list[str]]], *, where: str = "--runs") -> dict[str, list[tuple[str, str]]]:
     """`{folder: [(field, value), ...]}` of every combination, in the order of the lists."""
     names = _short([name for name, _ in fields])
     out = {}
@@ -95,7 +100,7 @@ def product(fields: list[tuple[str, list[str]]]) -> dict[str, list[tuple[str, st
         folder = "_".join(f"{short}={_plain(value)}" for short, value in zip(names, values, strict=True))
         if folder in out:
             got = f"two values that are called {folder!r}"
-            raise wrong("--runs", got, "values that differ, in the name of the file too", "Change one of them.")
+            raise wrong(where, got, "values that differ, in the name of the file too", "Change one of them.")
         out[folder] = [(name, value) for (name, _), value in zip(fields, values, strict=True)]
     return out
 

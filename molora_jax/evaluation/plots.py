@@ -17,8 +17,10 @@ def stack(pictures, path) -> pathlib.Path:
         np.pad(image, ((0, 0), ((width - w) // 2, (width - w + 1) // 2), (0, 0)), constant_values=1.0)
         for image, w in ((image, image.shape[1]) for image in images)
     ]
-    imsave(path, np.concatenate(rows))
-    return pathlib.Path(path)
+    path, image = pathlib.Path(path), np.concatenate(rows)
+    imsave(path, image)
+    imsave(path.with_suffix(".pdf"), image, metadata={"CreationDate": None})
+    return path
 
 
 def plot_tasks(report: dict, path) -> pathlib.Path:

@@ -59,6 +59,7 @@ class Regime:
 
     `SCHEDULE`: whether the config's stages are its own (else it makes them, and the config has one). `EXACT`: whether
     `train.exact` computes it. `PROCESSES`: whether several processes do. `HELD_OUT`: whether it measures held-out rows.
+    `PATIENCE`: whether held-out rounds may end it (`train.patience`).
     `PENALTY`: whether it keeps what a penalty on parameters remembers; `SQUARES`: whether it gives that squared
     gradients (`losses.base.Penalty`).
     """
@@ -67,6 +68,7 @@ class Regime:
     EXACT: ClassVar[bool] = False
     PROCESSES: ClassVar[bool] = False
     HELD_OUT: ClassVar[bool] = False
+    PATIENCE: ClassVar[bool] = False
     PENALTY: ClassVar[bool] = False
     SQUARES: ClassVar[bool] = False
 

@@ -39,6 +39,8 @@ class Federated(Regime):
     """`alpha`, `skew`: of `split` (`data.clients`). `dp_noise`: sigma; 0 with `dp_epsilon` above 0: the one that spends
     so much at `dp_delta` over the whole run."""
 
+    PATIENCE: ClassVar[bool] = True
+
     clients: int = 3
     local_steps: int = 10
     split: Literal["task", "iid", "dirichlet", "skew"] = "iid"

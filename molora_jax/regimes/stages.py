@@ -18,6 +18,7 @@ class Stages(Regime):
     SCHEDULE: ClassVar[bool] = True
     EXACT: ClassVar[bool] = True
     PROCESSES: ClassVar[bool] = True
+    PATIENCE: ClassVar[bool] = True
     PENALTY: ClassVar[bool] = True
 
     def stages(self, config, data):

@@ -41,6 +41,9 @@ class Router:
     JOINS: ClassVar[bool] = False
     # whether a token's decision depends on no later token: else it is refused where the base predicts the next one
     CAUSAL: ClassVar[bool] = True
+    # whether nearly all tokens at the same few experts is a fault to warn of (`training/collapse.py`): not of a router
+    # that follows the task
+    COLLAPSES: ClassVar[bool] = True
     IN_RANK: ClassVar[bool] = False  # it reads `input_of`, of width R; its leaves are made for that
 
     def k_max(self, experts: int) -> int:

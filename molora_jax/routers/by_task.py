@@ -27,6 +27,7 @@ class ByTask(Router):
     tasks: tuple = ()
 
     TASKS: ClassVar[tuple[str, ...]] = ("tasks",)
+    COLLAPSES: ClassVar[bool] = False
 
     def k_max(self, experts):
         return experts

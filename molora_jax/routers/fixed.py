@@ -40,6 +40,7 @@ class Fixed(Router):
 
     LIMITS: ClassVar = {"groups": (1, None), "seed": (0, None), "random": (0, 1)}
     RANDOM: ClassVar = ("random",)
+    COLLAPSES: ClassVar[bool] = False
 
     def k_max(self, experts):
         return 1 if self.by in ("token", "task_token") else experts

@@ -28,6 +28,7 @@ class LabelledTopK(Router):
     temperature: float = 1.0
 
     LIMITS: ClassVar = {"k": (1, None), "temperature": (0, None, "()")}
+    COLLAPSES: ClassVar[bool] = False
 
     def k_max(self, experts):
         return min(self.k, experts)

@@ -35,6 +35,7 @@ class SelfActivated(Router):
     per_task: int = 0
     score: Literal["keys", "linear"] = "keys"
 
+    COLLAPSES: ClassVar[bool] = False  # a bank opens few experts a task
     LIMITS: ClassVar = {
         "k": (2, None), "temperature": (0, None, "()"), "prune": (-1.0, None), "per_task": (0, None),
     }  # fmt: skip

@@ -27,6 +27,7 @@ class TaskGate(SoftmaxTopK):
     tasks: int = 16
 
     LIMITS: ClassVar = {"tasks": (1, None)}
+    COLLAPSES: ClassVar[bool] = False
 
     def check(self, where, experts, tasks):
         if len(tasks) > self.tasks:

@@ -28,6 +28,9 @@ def malformed(manifest: dict) -> str:
         for name in SECTIONS & (manifest.get(group) or {}).keys():
             if not isinstance(manifest[group][name], dict):
                 return f"{group}.{name} {manifest[group][name]!r:.80}"
+    patience = manifest.get("patience")
+    if patience is not None and not _patience(patience):
+        return f"patience {patience!r:.80}"
     tree, files = manifest.get("tree"), manifest.get("files")
     if not isinstance(tree, dict) or not all(isinstance(leaves, dict) for leaves in tree.values()):
         return "no tree of items and leaves"
@@ -55,6 +58,13 @@ def malformed(manifest: dict) -> str:
         if not (isinstance(path, str) and path.isprintable() and count(number) and _hex32(digest)):
             return f"the parent {parent!r:.80}"
     return ""
+
+
+def _patience(value) -> bool:
+    """Of `training.patience`: what a run that goes on reads of it."""
+    lowest = value.get("lowest") if isinstance(value, dict) else ""
+    number = isinstance(lowest, (int, float)) and not isinstance(lowest, bool) and math.isfinite(lowest)
+    return (lowest is None or number) and count(value.get("waited", 0))
 
 
 def count(value) -> bool:

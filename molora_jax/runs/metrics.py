@@ -67,22 +67,27 @@ class MetricsWriter:
             row["lost"], self._untold = self._untold, ""
         line = json.dumps({name: _json(value) for name, value in row.items()}, allow_nan=False) + "\n"
         self._lines.add(line.encode())
-        points = {}
-        for name, value in row.items():
-            if name != "step" and not isinstance(value, str):
-                numbers = np.asarray(value, np.float64)
-                if numbers.size:
-                    with np.errstate(invalid="ignore"):  # the mean of inf and -inf
-                        points[name] = float(numbers.mean())
-                if self.per_layer and numbers.ndim == 1:
-                    points |= {f"{name}/layer_{layer:03d}": float(number) for layer, number in enumerate(numbers)}
-        self._board.add(points, step)
+        self._board.add(scalars(row, per_layer=self.per_layer), step)
 
     def close(self):
         if not self._closed:
             self._closed = True
             self._lines.close()
             self._board.close()
+
+
+def scalars(row: dict, *, per_layer: bool = False) -> dict[str, float]:
+    """Of a row's values but `step`: numbers, and of a list its mean (`per_layer`: also a number a layer); no texts."""
+    points = {}
+    for name, value in row.items():
+        if name != "step" and not isinstance(value, str):
+            numbers = np.asarray(value, np.float64)
+            if numbers.size:
+                with np.errstate(invalid="ignore"):  # the mean of inf and -inf
+                    points[name] = float(numbers.mean())
+            if per_layer and numbers.ndim == 1:
+                points |= {f"{name}/layer_{layer:03d}": float(number) for layer, number in enumerate(numbers)}
+    return points
 
 
 def _plain(value):
@@ -159,8 +164,9 @@ class Progress:
 
 
 def is_timing(name: str) -> bool:
-    """Whether a column of `metrics.jsonl` says how long something took: it differs between two equal runs."""
-    return name == "seconds" or name.startswith("time/")
+    """Whether a column of `metrics.jsonl` says how long something took, or what was seen since this start of the run
+    (`watch/`): it differs between two equal runs."""
+    return name == "seconds" or name.startswith(("time/", "watch/"))
 
 
 def duration(seconds: float) -> str:

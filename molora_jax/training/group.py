@@ -18,6 +18,7 @@ import time
 import jax
 import numpy as np
 
+from molora_jax import config as config_lib
 from molora_jax import sharding
 from molora_jax.backbones.compile import apart, compile_losses
 from molora_jax.config.members import attribute
@@ -32,11 +33,13 @@ from molora_jax.runs.obstacles import not_saved, obstacles
 from molora_jax.runs.workdir import Workdir
 from molora_jax.text import table
 from molora_jax.training import many, summary
+from molora_jax.training.collapse import CollapseWatch
 from molora_jax.training.loop import MAX_SKIPPED, Result, not_finite, peak_bytes, row
 from molora_jax.training.loss_picture import plot_loss, plot_losses
 from molora_jax.training.programs import Program
 from molora_jax.training.run import TrainingRun
 from molora_jax.training.signals import StopRequest
+from molora_jax.training.tracker import tracker
 
 
 def train_together(configs: dict, folder, *, note=None) -> dict[str, Result]:
@@ -50,27 +53,9 @@ def train_together(configs: dict, folder, *, note=None) -> dict[str, Result]:
         run has had no finite gradient (the others are unharmed).
     """
     first = next(iter(configs.values()))
-    if jax.process_count() > 1:
-        raise InputError(
-            "--runs", got=f"{jax.process_count()} processes", expected="one process (of any number of devices)",
-            fix="Start the runs one by one.",
-        )  # fmt: skip
-    if type(compile_regime(first)) is not Stages:
-        raise InputError(
-            "--runs", got=f"regime.name={first.regime.name!r}", expected="'stages'",
-            fix="What such a regime does between its stages is one run's: start them one by one.",
-        )  # fmt: skip
-    if first.train.get("exact", False):
-        raise InputError(
-            "--runs", got="train.exact", expected="train.exact=False",
-            fix="Its programs are of one device and one run each, so nothing would be shared: start them one by one.",
-        )  # fmt: skip
-    kept = next((name for name, loss in apart(compile_losses(first))[1] if loss.PENALTY), None)
-    if kept is not None:
-        raise InputError(
-            "--runs", got=f"losses.{kept}", expected="no penalty that remembers: its memory is one run's",
-            fix="Start the runs one by one.",
-        )  # fmt: skip
+    refused = unfit(first)
+    if refused is not None:
+        raise refused
     progress = Progress(first.train.steps, log_every=first.train.log_every)
     note, folder = note or progress.note, pathlib.Path(folder).expanduser()
     with contextlib.ExitStack() as held:
@@ -86,6 +71,37 @@ def train_together(configs: dict, folder, *, note=None) -> dict[str, Result]:
         for run in runs.values():
             held.enter_context(run.checkpoints)
         return group.train(stop)
+
+
+def unfit(config) -> InputError | None:
+    """Why runs of a config cannot share a step, whatever they differ in; None where they can."""
+    if jax.process_count() > 1:
+        return InputError(
+            "--runs", got=f"{jax.process_count()} processes", expected="one process (of any number of devices)",
+            fix="Start the runs one by one.",
+        )  # fmt: skip
+    if type(compile_regime(config)) is not Stages:
+        return InputError(
+            "--runs", got=f"regime.name={config.regime.name!r}", expected="'stages'",
+            fix="What such a regime does between its stages is one run's: start them one by one.",
+        )  # fmt: skip
+    if config.train.get("exact", False):
+        return InputError(
+            "--runs", got="train.exact", expected="train.exact=False",
+            fix="Its programs are of one device and one run each, so nothing would be shared: start them one by one.",
+        )  # fmt: skip
+    if config.train.get("patience", 0):
+        return InputError(
+            "--runs", got=f"train.patience={config.train.patience}", expected="0: all runs take their steps together",
+            fix="Start the runs one by one.",
+        )  # fmt: skip
+    kept = next((name for name, loss in apart(compile_losses(config))[1] if loss.PENALTY), None)
+    if kept is not None:
+        return InputError(
+            "--runs", got=f"losses.{kept}", expected="no penalty that remembers: its memory is one run's",
+            fix="Start the runs one by one.",
+        )  # fmt: skip
+    return None
 
 
 class Group:
@@ -162,10 +178,11 @@ class Group:
             nonlocal pending, clock
             if pending is None:
                 return
-            (number, values, extra), pending = pending, None
+            (number, values, extra, model), pending = pending, None
             values, now = jax.device_get(values), time.monotonic()
             for n, log in enumerate(logs):
-                log.write(number, jax.tree.map(lambda x, n=n: x[n], values), extra[n], now - clock)
+                own = jax.tree.map(lambda x, n=n: x[n], values)
+                log.write(number, own, extra[n], now - clock, model)
             clock = now
             losses, tokens = [log.loss for log in logs], int(np.sum(values["tokens"]))
             self.progress.update(number, loss=losses, tokens=tokens)
@@ -193,7 +210,7 @@ class Group:
                 state, values = run_step(state, self.first.params, batch, fixed, knobs)
                 step += 1
                 flush()
-                pending = step, values, [{} for _ in self.runs]
+                pending = step, values, [{} for _ in self.runs], self.first.programs[stage.name].model
                 if step >= stage.stop and stage is not self.stages[-1]:
                     state = self._enter(stage, stage_at(self.stages, step), state)
                 best = self._evaluate(stage, step, state, pending[2])
@@ -216,7 +233,7 @@ class Group:
                 run.checkpoints.close()
             self.progress.close()
             for log in logs:
-                log.metrics.close()
+                log.close()
         seconds = time.monotonic() - began
         results = [Result(step, log.loss, seconds, log.tokens, peak_bytes(), stop.signal) for log in logs]
         self._finish(results, start)
@@ -292,12 +309,20 @@ class _Log:
 
     def __init__(self, run, start):
         self.metrics = MetricsWriter(run.workdir, after_step=start, warn=run.note)
+        self.watch = CollapseWatch(run.config, run.note)
+        self.track = tracker(run.config, run.workdir, as_dict=config_lib.to_dict(run.config), note=run.note)
         self.loss, self.tokens, self.skipped = None, 0, 0
 
-    def write(self, step, values, extra, seconds):
+    def write(self, step, values, extra, seconds, model):
         self.loss, self.skipped = float(values["loss"]), int(values["skipped"])
         self.tokens += int(values["tokens"])
-        self.metrics.write(row(step, values, seconds) | extra)
+        line = row(step, values, seconds) | self.watch.seen(step, values["site"], model) | extra
+        self.metrics.write(line)
+        self.track.log(line)
+
+    def close(self):
+        self.metrics.close()
+        self.track.close()
 
 
 def agree(runs: dict[str, TrainingRun]):

@@ -31,10 +31,12 @@ from molora_jax.runs.workdir import Workdir
 from molora_jax.text import table
 from molora_jax.training import many, summary
 from molora_jax.training.clock import Clock
+from molora_jax.training.collapse import CollapseWatch
 from molora_jax.training.flops import per_token
 from molora_jax.training.loss_picture import plot_loss
 from molora_jax.training.run import TrainingRun
 from molora_jax.training.signals import SIGNALS, StopRequest
+from molora_jax.training.tracker import NoTracker, tracker
 from molora_jax.training.watchdog import Watchdog
 
 RETRY_SECONDS = 10.0  # from a failed save to the next try, doubled each time; the steps of save_every try anyway
@@ -44,7 +46,8 @@ MAX_SKIPPED = 5  # steps in a row without a finite gradient before the run gives
 
 @dataclasses.dataclass(frozen=True)
 class Result:
-    """What a run came to: the last `step`, its `loss`, `seconds` and `tokens` of this start; `signal` that ended it."""
+    """What a run came to: the last `step`, its `loss`, `seconds` and `tokens` of this start; `signal` that ended it,
+    `stopped`: "patience" where `train.patience` did."""
 
     step: int
     loss: float | None
@@ -52,6 +55,7 @@ class Result:
     tokens: int
     peak_bytes: int
     signal: int | None = None
+    stopped: str = ""
 
 
 def peak_bytes() -> int:
@@ -82,9 +86,10 @@ def train(config, workdir: str, *, profile: bool = False, note=None) -> Result:
         if steps != config.train.steps and not config.train.get("epochs", 0.0):
             note(f"train.steps: {config.train.steps} asked for, {steps} made: whole turns of {run.turn} clients")
         progress.devices = run.mesh.size
-        progress.steps = last = min(config.train.stop_after or steps, steps)
-        state = run.restore_or_start()
         start = run.newest or 0
+        last = start if run.patience.over else min(config.train.stop_after or steps, steps)
+        progress.steps = last
+        state = run.restore_or_start()
         stage = stage_at(run.stages, start)
         now, shapes = run.programs[stage.name], run.compiled(stage).shapes
         note(summary.rules_table(now.model, shapes.adapters, now.frozen, trees.count(run.params), shapes.modules))
@@ -103,6 +108,9 @@ def _loop(run, state, start, last, stop, progress, note, profile, writer, watchd
     config, began, tokens, loss, skipped = run.config.train, time.monotonic(), 0, None, 0
     metrics = MetricsWriter(run.workdir, after_step=start, every=run.turn, warn=note) if writer else None
     turn = run.turn
+    watch, track = CollapseWatch(run.config, note), NoTracker()
+    if writer:
+        track = tracker(run.config, run.workdir, as_dict=config_lib.to_dict(run.config), note=note)
     again, patience = math.inf, RETRY_SECONDS  # when a failed save is tried again beside the save steps
     pending, clock = None, time.monotonic()
     step = saved = start
@@ -125,7 +133,10 @@ def _loop(run, state, start, last, stop, progress, note, profile, writer, watchd
         tokens += count
         speed = timed.row(count, now - before)
         if writer:
-            metrics.write(regimes.added(row(number, values, now - before) | speed | measured, own))
+            told = watch.seen(number, values["site"], run.programs[stage_at(run.stages, number - 1).name].model)
+            line = regimes.added(row(number, values, now - before) | speed | told | measured, own)
+            metrics.write(line)
+            track.log(line)
         progress.update(number, loss=loss, tokens=count) if writer else None
         skipped = int(values["skipped"])
         if skipped >= MAX_SKIPPED:
@@ -180,6 +191,9 @@ def _loop(run, state, start, last, stop, progress, note, profile, writer, watchd
                 best = run.is_best(valid)
                 pending[2]["valid_nll"] = valid
                 note(f"step {step}: valid NLL {valid:.4f}{' (best)' if best else ''}")
+                pending[2].update(run.out_of_patience(stage, valid))
+                if run.patience.over:
+                    last = step
             if best or step >= last or due(config.save_every):
                 flush(pending)
                 pending = None
@@ -217,10 +231,12 @@ def _loop(run, state, start, last, stop, progress, note, profile, writer, watchd
         progress.close()
         if metrics is not None:
             metrics.close()
+        track.close()
     run.workdir.check_there()
     if run.checkpoints.last_save_failed or (writer and step not in run.checkpoints.steps()):
         raise not_saved(step, failures)
-    result = Result(step, loss, time.monotonic() - began, tokens, peak_bytes(), stop.signal)
+    ended = "patience" if run.patience.over else ""
+    result = Result(step, loss, time.monotonic() - began, tokens, peak_bytes(), stop.signal, ended)
     if writer:
         _finish(run, result, start, note, timed)
     if step > start and skipped >= step - start:  # too short to give up on the way
@@ -255,7 +271,7 @@ def row(step: int, values: dict, seconds: float) -> dict:
     """A line of metrics.jsonl: the contract's names, `site/<rule>/<scope>/<statistic>` as lists over layers."""
     values = dict(values)
     sites = values.pop("site")
-    flat = {f"site/{name}/{statistic}": v for name, group in sites.items() for statistic, v in group.items()}
+    flat = {f"site/{name}/{s}": v for name, group in sites.items() for s, v in group.items() if s != "count"}
     return {"step": step, **values, **flat, "seconds": round(seconds, 4)}
 
 
@@ -283,5 +299,11 @@ def _finish(run, result: Result, start: int, note, timed: Clock):
         note(told)
     if run.config.train.stop_after and start >= run.config.train.stop_after:
         note(f"nothing to do: the run is at step {start}, train.stop_after is {run.config.train.stop_after}")
+    if result.stopped:
+        again = "" if done else "nothing to do: "
+        note(
+            f"{again}ended at step {result.step} of {run.config.train.steps} by train.patience="
+            f"{run.patience.rounds}: {run.patience.told()} (raise it, or set it to 0, to go on)"
+        )
     if result.signal is not None:
         note(f"stopped by signal {result.signal} after step {result.step}: the same command goes on from there")

@@ -4,13 +4,14 @@ import json
 import math
 import pathlib
 
-from molora_jax.pictures import BASE, TUNED, figure, save, say, shades
+from molora_jax.pictures import BASE, TUNED, figure, line, save, say, shades
 
 
 def plot_loss(workdir) -> pathlib.Path:
     """`report/loss.png` from `metrics.jsonl`: loss, the language-model part, held-out NLL where it was measured.
 
-    Values that are not finite leave a gap; without rows the picture says so.
+    Each step pale, the smoothed course in full colour. Values that are not finite leave a gap; without rows the picture
+    says so.
     """
     workdir = pathlib.Path(workdir)
     path = workdir / "metrics.jsonl"
@@ -20,8 +21,7 @@ def plot_loss(workdir) -> pathlib.Path:
     for name, label, color in (("loss", "with router losses", BASE), ("lm_loss", "answer tokens", TUNED)):
         points = [(r["step"], _finite(r[name])) for r in rows if name in r]
         if points:
-            marker = "." if len(points) < 60 else None
-            ax.plot(*zip(*points, strict=True), label=label, color=color, marker=marker, lw=1.5)
+            line(ax, points, label=label, color=color)
     seen = [(r["step"], _finite(r["valid_nll"])) for r in rows if "valid_nll" in r]
     if seen:
         ax.plot(*zip(*seen, strict=True), "o-", color="#d1495b", label="held-out (valid)")
@@ -44,8 +44,7 @@ def plot_losses(folder, names) -> pathlib.Path:
         lines = path.read_bytes().splitlines() if path.exists() else []
         points = [(row["step"], _finite(row["loss"])) for row in map(_row, lines) if row and "loss" in row]
         if points:
-            marker = "." if len(points) < 60 else None
-            ax.plot(*zip(*points, strict=True), label=name, color=color, marker=marker, lw=1.3)
+            line(ax, points, label=name, color=color)
     ax.set(xlabel="step", ylabel="loss, nats a token", title=folder.resolve().name)
     if ax.get_lines():
         ax.legend(frameon=False, fontsize="small", ncols=1 + len(names) // 9)

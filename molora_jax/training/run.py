@@ -34,6 +34,7 @@ from molora_jax.training import documents, many, probe
 from molora_jax.training.exact import ExactNLL
 from molora_jax.training.examples import mean_squares
 from molora_jax.training.frozen import START, own_reference
+from molora_jax.training.patience import Patience
 from molora_jax.training.programs import CompiledStep, Program, compiled_step, knobs_of, program_of
 from molora_jax.training.setup import setup
 from molora_jax.training.step import TrainState
@@ -90,6 +91,7 @@ class TrainingRun:
         self.regime.check(config, self.data, self.model)
         self.stages = regimes.checked(self.regime.stages(config, self.data), config.train.steps)
         self.turn = self.regime.side_by_side or 1  # optimizer steps that a turn of the loop makes
+        self.patience = Patience(config.train.get("patience", 0), (manifest or {}).get("patience"))
         self.memory, self.step_now, self._sources = {}, self.newest or 0, {}
         self.best = self.best_saved = float("inf")
         self._best_pending = None
@@ -253,6 +255,7 @@ class TrainingRun:
             "run": self.workdir.identity,
             "stage": stage.name,
         } | ({"turn": self.turn} if self.turn > 1 else {})  # a row of metrics.jsonl each so many steps
+        meta |= self.patience.record() | {"parameters": self.parameters(stage)}
         self.settle()
         self.workdir.check_there()  # a save would make the folder anew
         self.checkpoints.save(step, items, meta=meta, best=best)
@@ -338,6 +341,12 @@ class TrainingRun:
         modules = sharding.put(unflatten_dict(modules, sep="/"), compiled.shardings.modules)
         return dataclasses.replace(state, **put, modules=modules)
 
+    def parameters(self, stage) -> dict[str, int]:
+        """How many numbers the base has, how many beside it train in a stage, and how many beside it do not."""
+        shapes, program = self.compiled(stage).shapes, self.programs[stage.name]
+        trained, still = trees.split(trees.joined(shapes.adapters, shapes.modules), program.frozen)
+        return {"base": trees.count(self.params), "trained": trees.count(trained), "frozen": trees.count(still)}
+
     # ---- evaluation ------------------------------------------------------------------------------------------------
 
     def valid_nll(self, program: Program, state: TrainState) -> float:
@@ -352,6 +361,13 @@ class TrainingRun:
         self.settle()
         best, self.best = valid < self.best, min(valid, self.best)
         return best
+
+    def out_of_patience(self, stage, valid: float) -> dict:
+        """Columns of a round's row; `stopped` where it was the last one. Of several stages the last alone may end."""
+        if not self.patience.rounds or (self.regime.SCHEDULE and stage is not self.stages[-1]):
+            return {}
+        over = self.patience.seen(valid)
+        return {"patience": self.patience.waited} | ({"stopped": "patience"} if over else {})
 
     def measured(self, program: Program, state: TrainState, names) -> dict[str, dict]:
         """`{task: accuracy, nll}` on held-out items (split "valid"); names as in `Stream.for_tasks`."""

@@ -339,12 +339,19 @@ def update_routers(model, state: dict, sums: dict) -> dict:
 
 
 def site_metrics(model, sums: dict) -> dict:
-    """`{rule/scope: {statistic: [layers]}}` in the order of layers."""
+    """`{rule/scope: {statistic: [layers]}}` in the order of layers.
+
+    One more entry is no statistic of a row: `count [layers, E_max]`, tokens by expert, -1 beyond a layer's experts.
+    """
     out = {}
     for rule in model.rules:
         for scope in (*rule.scopes, "base"):  # base: of a base's own router that the rule trains
             segments = [scopes for _, scopes in sorted(sums.get(rule.name, {}).items()) if scope in scopes]
             parts = [routing.expert_load(scopes[scope]) for scopes in segments]
             if parts:
-                out[f"{rule.name}/{scope}"] = jax.tree.map(lambda *x: jnp.concatenate(x), *parts)
+                counts = [scopes[scope]["count"] for scopes in segments]
+                E = max(count.shape[-1] for count in counts)
+                counts = [jnp.pad(c, ((0, 0), (0, E - c.shape[-1])), constant_values=-1.0) for c in counts]
+                own = jax.tree.map(lambda *x: jnp.concatenate(x), *parts)
+                out[f"{rule.name}/{scope}"] = own | {"count": jnp.concatenate(counts)}
     return out
