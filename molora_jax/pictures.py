@@ -76,6 +76,11 @@ def shades(count: int) -> list:
     return [matplotlib.colormaps["viridis"](x) for x in np.linspace(0, 0.88, count)]
 
 
+def plain(text: str) -> str:
+    """A text of a run as a label: matplotlib reads what stands between two `$` as mathematics."""
+    return str(text).replace("$", r"\$")
+
+
 def say(ax, text):
     ax.text(0.5, 0.5, text, transform=ax.transAxes, ha="center", va="center", color="#666666")
     ax.set(xticks=[], yticks=[])

@@ -11,7 +11,7 @@ rows are the same in all runs. Lower values are better.
 import dataclasses
 
 import numpy as np
-from scipy import stats
+from scipy import special
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,7 +35,7 @@ def interval(values) -> list:
     mean = float(values.mean())
     if len(values) < 2:
         return [mean, None, None]
-    half = float(stats.t.ppf(0.975, len(values) - 1) * values.std(ddof=1) / np.sqrt(len(values)))
+    half = float(special.stdtrit(len(values) - 1, 0.975) * values.std(ddof=1) / np.sqrt(len(values)))
     return [mean, mean - half, mean + half]
 
 
@@ -53,7 +53,7 @@ def difference(a: dict, b: dict) -> tuple[list | None, float | None]:
         return told, None
     if np.ptp(d) == 0:
         return told, 0.0 if d[0] < 0 else 1.0 if d[0] > 0 else 0.5
-    return told, float(stats.t.cdf(d.mean() / (d.std(ddof=1) / np.sqrt(len(d))), len(d) - 1))
+    return told, float(special.stdtr(len(d) - 1, d.mean() / (d.std(ddof=1) / np.sqrt(len(d)))))
 
 
 def best(settings: dict[str, dict]) -> Best | None:

@@ -25,7 +25,7 @@ from molora_jax.config import several
 from molora_jax.config.fields import wrong
 from molora_jax.errors import InputError
 from molora_jax.io.files import write_atomically
-from molora_jax.pictures import TUNED, figure, save, say
+from molora_jax.pictures import TUNED, figure, plain, save, say
 from molora_jax.runs import folders, identity, saved
 from molora_jax.runs.metrics_file import read_rows
 from molora_jax.text import table
@@ -306,7 +306,7 @@ def plot(found: dict, path) -> pathlib.Path:
             bars = None if low is None else [[mean - low], [high - mean]]
             ax.errorbar([mean], [at], xerr=bars, fmt="D", color=color, ms=6, capsize=3, lw=1.5)
             drawn = True
-    ax.set_yticks(range(len(settings)), [one["name"] for one in settings])
+    ax.set_yticks(range(len(settings)), [plain(one["name"]) for one in settings])
     ax.set(xlabel="held-out NLL (nats a token; lower is better): runs, mean and 95 % over seeds")
     ax.set_ylim(len(settings) - 0.5, -0.5)
     ax.grid(axis="x", alpha=0.3)

@@ -4,7 +4,7 @@ import pathlib
 
 import numpy as np
 
-from molora_jax.pictures import BASE, TUNED, figure, save, say, signed
+from molora_jax.pictures import BASE, TUNED, figure, plain, save, say, signed
 
 
 def stack(pictures, path) -> pathlib.Path:
@@ -53,7 +53,7 @@ def _plot_choices(tasks: dict, path) -> pathlib.Path:
 
 
 def _named(fig, axes, tasks, path) -> pathlib.Path:
-    names = [f"{name} ({t['items']})" for name, t in tasks.items()]
+    names = [f"{plain(name)} ({t['items']})" for name, t in tasks.items()]
     axes[0, 0].set_yticks(range(len(tasks)), names)
     axes[0, 0].invert_yaxis()
     handles, labels = axes[0, 0].get_legend_handles_labels()
@@ -114,7 +114,7 @@ def plot_routing(routing: dict, experts: dict, path) -> pathlib.Path:
             bar.set_label(label, fontsize=8)
             bar.ax.tick_params(labelsize=7)
     for ax, task in zip(axes[0], tasks, strict=True):
-        ax.set_title(task, fontsize=9)
+        ax.set_title(plain(task), fontsize=9)
     fig.supxlabel("expert", fontsize=9)
     return save(fig, path)
 

@@ -7,9 +7,12 @@ each is `[value, low, high]` with a 95 % interval (`intervals.py`). More keys: `
 `generated` (items with a generated answer), `too_long` (of these, targets that do not fit into `eval.max_new_tokens`,
 which count as wrong); `routing`: `{rule: {scope: {task: [L][E]}}}`, the mean fraction of the gates.
 A run that learns classes or pairs has other keys (`choices.py`).
+`rows`: `{task: {row, nll, tokens, right}}`, an entry an item; `row` is a hash of its prompt and target, so that two
+runs can be compared on the items that both have seen. `answers`: `{task: [{prompt, target, base, tuned}]}`, a few of them.
 """
 
 import contextlib
+import hashlib
 import json
 import pathlib
 
@@ -24,6 +27,8 @@ from molora_jax.io.files import write_atomically
 from molora_jax.runs import saved
 from molora_jax.text import table
 from molora_jax.training.loss_picture import plot_loss
+
+SHOWN, LONGEST = 3, 600  # answers of a task, characters of a text
 
 
 def evaluate(run, *, phases=None) -> dict:
@@ -52,9 +57,13 @@ def evaluate(run, *, phases=None) -> dict:
     if run.objective.READS == "text":
         base, tuned = (score(run, examples, base=base, phases=phases) for base in (True, False))
         gates, rows = tuned.gates, tasks(run, examples, base, tuned)
+        said = zip(examples, tuned.answers, strict=True)
+        right = [None if answer is None else float(answer.strip() in _right(run, e)) for e, answer in said]
+        seen, answers = items(run, examples, tuned.nll, tuned.tokens, right), shown(run, examples, base, tuned)
     else:
         start, tuned = (choices.score(run, examples, start=start, phases=phases) for start in (True, False))
         gates, rows = tuned["gates"], choices.tasks(run, examples, start, tuned)
+        seen, answers = items(run, examples, tuned["nll"], np.ones(len(examples), int), tuned["right"]), {}
     report = {
         "step": run.step,
         "objective": run.config.get("objective", {}).get("name", "lm"),
@@ -65,6 +74,8 @@ def evaluate(run, *, phases=None) -> dict:
         "tasks": rows,
         "without_items": [n for i, n in enumerate(run.data.task_names) if all(e.task_id != i for e in examples)],
         "routing": routing(run, gates, {e.task_id for e in examples}),
+        "rows": seen,
+        "answers": answers,
     }
     return report
 
@@ -136,6 +147,31 @@ def tasks(run, examples, base, tuned) -> dict:
             "generated": len(generated),
             "too_long": sum(len(examples[i].target_ids) > run.config.eval.max_new_tokens for i in generated),
         }
+    return out
+
+
+def items(run, examples, nll, tokens, right) -> dict:
+    """`{task: {row, nll, tokens, right}}`: what is known of every item, in the order of the evaluation."""
+    out: dict = {}
+    for example, own_nll, count, hit in zip(examples, nll, tokens, right, strict=True):
+        text = json.dumps([example.prompt, example.target]).encode()
+        columns = out.setdefault(run.data.task_names[example.task_id], dict(row=[], nll=[], tokens=[], right=[]))
+        columns["row"].append(hashlib.blake2b(text, digest_size=8).hexdigest())
+        columns["nll"].append(round(float(own_nll), 5))
+        columns["tokens"].append(int(count))
+        columns["right"].append(None if hit is None else float(hit))
+    return out
+
+
+def shown(run, examples, base, tuned) -> dict:
+    """The first generated answers of every task, as text."""
+    out: dict = {}
+    for i, example in enumerate(examples):
+        mine = out.setdefault(run.data.task_names[example.task_id], [])
+        if tuned.answers[i] is not None and len(mine) < SHOWN:
+            texts = example.prompt, example.target, base.answers[i], tuned.answers[i]
+            cut = [text if len(text) <= LONGEST else text[:LONGEST] + " ..." for text in texts]
+            mine.append(dict(zip(("prompt", "target", "base", "tuned"), cut, strict=True)))
     return out
 
 

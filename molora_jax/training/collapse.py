@@ -6,9 +6,9 @@
     r       (N - k) / (E - k); collapse: r < LIMIT; over again: r > 2 LIMIT
 
 A top-1 router of 8 experts collapses below N = 1.7, one of the top 2 below 2.6. Nothing is said where a token has all
-experts or nearly all (dense routers, single experts: E - k < 1/2), of routers that follow the task (`Router.COLLAPSES`), and in a
-stage that routes by task. Said once a collapse and layer; `watch/collapsed` of metrics.jsonl counts the layers that are
-collapsed now. A new start looks at a whole window anew.
+experts or nearly all (dense routers, single experts: E - k < 1/2), of routers that follow the task
+(`Router.COLLAPSES`), and in a stage that routes by task. Said once a collapse and layer; `watch/collapsed` of
+metrics.jsonl counts the layers that are collapsed now. A new start looks at a whole window anew.
 """
 
 import collections

@@ -4,7 +4,7 @@ import json
 import math
 import pathlib
 
-from molora_jax.pictures import BASE, TUNED, figure, line, save, say, shades
+from molora_jax.pictures import BASE, TUNED, figure, line, plain, save, say, shades
 
 
 def plot_loss(workdir) -> pathlib.Path:
@@ -25,7 +25,7 @@ def plot_loss(workdir) -> pathlib.Path:
     seen = [(r["step"], _finite(r["valid_nll"])) for r in rows if "valid_nll" in r]
     if seen:
         ax.plot(*zip(*seen, strict=True), "o-", color="#d1495b", label="held-out (valid)")
-    ax.set(xlabel="step", ylabel="nats a token", title=workdir.resolve().name)
+    ax.set(xlabel="step", ylabel="nats a token", title=plain(workdir.resolve().name))
     if rows:
         ax.legend(frameon=False)
         ax.xaxis.get_major_locator().set_params(integer=True)
@@ -44,8 +44,8 @@ def plot_losses(folder, names) -> pathlib.Path:
         lines = path.read_bytes().splitlines() if path.exists() else []
         points = [(row["step"], _finite(row["loss"])) for row in map(_row, lines) if row and "loss" in row]
         if points:
-            line(ax, points, label=name, color=color)
-    ax.set(xlabel="step", ylabel="loss, nats a token", title=folder.resolve().name)
+            line(ax, points, label=plain(name), color=color)
+    ax.set(xlabel="step", ylabel="loss, nats a token", title=plain(folder.resolve().name))
     if ax.get_lines():
         ax.legend(frameon=False, fontsize="small", ncols=1 + len(names) // 9)
         ax.xaxis.get_major_locator().set_params(integer=True)

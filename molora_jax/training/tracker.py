@@ -1,4 +1,4 @@
-"""`train.tracker="wandb"`: the numbers of `metrics.jsonl` also go to Weights & Biases (extra `track`, imported here only).
+"""`train.tracker="wandb"`: the numbers of `metrics.jsonl` also go to Weights & Biases (extra `track`).
 
 `WANDB_MODE=offline` writes below the run's folder (`wandb sync` sends it later); `WANDB_PROJECT`, `WANDB_ENTITY`,
 `WANDB_API_KEY` and wandb's other variables hold. A start that goes on writes to the same run of wandb, whose id is

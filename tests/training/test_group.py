@@ -85,7 +85,7 @@ def test_every_run_of_a_group_is_an_ordinary_run(whole, data, tmp_path):
     folder, results, notes = whole
     made = configs(data)
     assert list(results) == list(made) and {r.step for r in results.values()} == {4}
-    assert {p.name for p in folder.iterdir()} == {*made, "runs.json", "losses.png"}
+    assert {p.name for p in folder.iterdir()} == {*made, "runs.json", "losses.png", "losses.pdf"}
     assert "2 runs in one step" in notes[0] and sum("trainable" in note for note in notes) == 1
     assert all(name in notes[-3] for name in made) and "losses.png" in notes[-1]
     assert len({rows(folder / name)[-1]["loss"] for name in made}) == 2
