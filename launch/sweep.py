@@ -41,7 +41,7 @@ def run(argv):
     if any(sweep.stand(member).state in (sweeps.BEGUN, sweeps.NONE) for member in members):
         from molora_jax import runtime
 
-        runtime.configure(several=True)
+        runtime.configure()
     signal = sweep.perform()
     found, pictures = sweep.finish()
     print(sweeps.text_table(found))
@@ -66,13 +66,14 @@ def members_of(config, grid: str, seeds: int, *, note):
             "--grid, seed", "a field of --seeds", "other fields", "Write --seeds=N for N seeds of each setting."
         )
     named = several.product(fields, where="--grid") if fields else {"config": []}
-    settings, members = {}, []
+    settings, members, told = {}, [], set()
+    say = lambda text: None if text in told else (told.add(text), note(text))  # noqa: E731
     for name, changes in named.items():
         settings[name] = dict(changes)
         for seed in range(config.seed, config.seed + seeds):
             try:
-                one = flags.override(_switched(config, changes, note), [*changes, ("seed", str(seed))])
-                _evaluated(one)
+                one = flags.override(_switched(config, changes, say), [*changes, ("seed", str(seed))])
+                _evaluated(one, say)
                 schema.validate(one)
             except InputError as error:
                 if name == "config":
@@ -101,26 +102,25 @@ def _switched(config, changes, note):
             for key in foreign:
                 del group[key]
         if foreign:
-            text = f"{path}={value}: without {', '.join(foreign)} of the config, which {value} does not know"
-            note(text) if text not in _TOLD else None
-            _TOLD.add(text)
+            note(f"{path}={value}: without {', '.join(foreign)} of the config, which {value} does not know")
     return config
 
 
-_TOLD: set = set()
-
-
-def _evaluated(config):
-    """A run without evaluations has one at its end: settings are ranked by it."""
+def _evaluated(config, note):
+    """A run without an evaluation up to its end has one there: settings are ranked by it."""
     train = config.train
-    if not train.eval_every:
-        if train.get("epochs", 0.0):
+    last = min(train.stop_after or train.steps, train.steps)
+    if train.get("epochs", 0.0):
+        if not train.eval_every:
             fix = "Set train.eval_every to the steps between two evaluations."
             raise wrong(
                 "train.eval_every", 0, "above 0 with train.epochs: settings are ranked by the held-out NLL", fix
             )
+    elif not 0 < train.eval_every <= last:
+        if train.eval_every:
+            note(f"train.eval_every={train.eval_every} is beyond the last step: evaluated at step {last}")
         with config.unlocked():
-            train.eval_every = min(train.stop_after or train.steps, train.steps)
+            train.eval_every = last
 
 
 if __name__ == "__main__":

@@ -11,7 +11,6 @@ import html
 import io
 import json
 import pathlib
-import tempfile
 
 import numpy as np
 
@@ -230,9 +229,8 @@ def _routing(runs, colours) -> str:
         out.append(_picture(fig, "balance of the experts by step"))
         out.append('<p class="quiet">Mean over layers and routers; 1: all experts have as many tokens.</p>')
     for run in routed:
-        with tempfile.TemporaryDirectory() as folder:
-            path = plots.plot_routing(run.report["routing"], _counts(run), pathlib.Path(folder) / "routing.png")
-            picture = _image(path.read_bytes(), "png", f"experts by layer and task of {run.name}")
+        fig = plots.draw_routing(run.report["routing"], _counts(run))
+        picture = _picture(fig, f"experts by layer and task of {run.name}", kind="png")
         out.append(f"<h3>{e(run.name)}</h3>{picture}")
     for run in runs:
         if run.report and not run.report["routing"]:
@@ -448,11 +446,9 @@ def _trained(one: dict) -> str:
     )
 
 
-def _picture(fig, what) -> str:
-    buffer = io.BytesIO()
-    fig.savefig(buffer, format="svg", bbox_inches="tight", metadata={"Date": None})
-    return _image(buffer.getvalue(), "svg+xml", what)
-
-
-def _image(data: bytes, kind: str, what: str) -> str:
-    return f'<img alt="{e(what)}" src="data:image/{kind};base64,{base64.b64encode(data).decode()}">\n'
+def _picture(fig, what, *, kind="svg") -> str:
+    """Lines as SVG; PNG for what has many cells."""
+    buffer, more = io.BytesIO(), dict(metadata={"Date": None}) if kind == "svg" else dict(dpi=130)
+    fig.savefig(buffer, format=kind, bbox_inches="tight", **more)
+    kind, data = "svg+xml" if kind == "svg" else kind, base64.b64encode(buffer.getvalue()).decode()
+    return f'<img alt="{e(what)}" src="data:image/{kind};base64,{data}">\n'

@@ -74,10 +74,11 @@ class Sweep:
         if manifest is None:
             return Stand(FAILED if error else NONE, error=error)
         rows = read_rows(folder / "metrics.jsonl")
-        step, stopped = manifest["step"], bool((manifest.get("patience") or {}).get("stopped"))
+        step, waited = manifest["step"], (manifest.get("patience") or {}).get("waited", 0)
+        stopped = 0 < member.config.train.get("patience", 0) <= waited
         rounds = [(r["valid_nll"], r["step"]) for r in rows if _number(r.get("valid_nll")) and r["step"] <= step]
         value, best_step = min(rounds, default=(None, None))
-        over = step >= target(member.config, manifest) or (stopped and member.config.train.get("patience", 0))
+        over = stopped or step >= target(member.config, manifest)
         skipped = rows[-1].get("skipped", 0) if rows else 0
         if over and not error and (skipped >= min(MAX_SKIPPED, max(step, 1)) or value is None):
             error = f"no finite gradient for {skipped} steps in a row" if skipped else "no held-out NLL that is finite"

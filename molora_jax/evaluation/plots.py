@@ -75,6 +75,11 @@ def _bars(ax, tasks, key, factor, before="base"):
 
 
 def plot_routing(routing: dict, experts: dict, path) -> pathlib.Path:
+    """`draw_routing` as files."""
+    return save(draw_routing(routing, experts), path)
+
+
+def draw_routing(routing: dict, experts: dict):
     """Where the tokens of each task go: a column of panels a task, a row a router scope; layers down, experts across.
 
     With few scopes a second row shows how each task differs from the mean of the tasks.
@@ -87,7 +92,7 @@ def plot_routing(routing: dict, experts: dict, path) -> pathlib.Path:
     if not scopes:
         fig, ax = figure(figsize=(6, 2), layout="constrained")
         say(ax, "This run has no router: every token uses the same adapter.")
-        return save(fig, path)
+        return fig
     tasks = list(scopes[0][2])
     fractions = [_masked(by_task, experts[rule], scope) for rule, scope, by_task in scopes]
     names = [rule if scope in (rule, "site") else f"{rule}: {scope}" for rule, scope, _ in scopes]
@@ -116,7 +121,7 @@ def plot_routing(routing: dict, experts: dict, path) -> pathlib.Path:
     for ax, task in zip(axes[0], tasks, strict=True):
         ax.set_title(plain(task), fontsize=9)
     fig.supxlabel("expert", fontsize=9)
-    return save(fig, path)
+    return fig
 
 
 def _dress(axes, label, x):

@@ -8,7 +8,7 @@ each is `[value, low, high]` with a 95 % interval (`intervals.py`). More keys: `
 which count as wrong); `routing`: `{rule: {scope: {task: [L][E]}}}`, the mean fraction of the gates.
 A run that learns classes or pairs has other keys (`choices.py`).
 `rows`: `{task: {row, nll, tokens, right}}`, an entry an item; `row` is a hash of its prompt and target, so that two
-runs can be compared on the items that both have seen. `answers`: `{task: [{prompt, target, base, tuned}]}`, a few of them.
+runs can be compared on the items that both have seen. `answers`: `{task: [{prompt, target, base, tuned}]}`, a few.
 """
 
 import contextlib

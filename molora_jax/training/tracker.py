@@ -19,7 +19,7 @@ from molora_jax.io.files import write_atomically
 from molora_jax.runs.metrics import scalars
 
 WAITING = 10_000  # rows; more are dropped, and counted
-SECONDS = 60.0  # at the end, for what still waits
+SECONDS = 30.0  # at the end, for what still waits
 ID = "tracker.json"
 
 

@@ -10,6 +10,7 @@ import matplotlib.image
 import pytest
 
 from launch import report
+from molora_jax.comparing import facts, page
 from molora_jax.errors import InputError
 from tests.comparing.folders import config, write_report, write_run
 
@@ -62,17 +63,17 @@ def three(tmp_path_factory):
 
 def test_nothing_of_a_run_becomes_markup_and_nothing_is_asked_for(three):
     _, text = three
-    page = Tags(text)
-    names = {tag for tag, _ in page.tags}
+    seen = Tags(text)
+    names = {tag for tag, _ in seen.tags}
     assert not names & {"script", "iframe", "object", "b", "i"} and "default-src 'none'" in text
-    for tag, attributes in page.tags:
+    for tag, attributes in seen.tags:
         assert not any(name.startswith("on") for name in attributes)
         for name in ("src", "href"):
             assert attributes.get(name, "data:").startswith("data:"), (tag, attributes)
     assert not re.search(r"url\(|@import|https?://", re.sub(r"base64,[\w+/=]+", "", text))
     for shown in (HOSTILE, PROMPT, "<b>4</b>", "<i>be brief</i>", "b$x$ & y"):
-        assert shown in page.text
-    images = [a for tag, a in page.tags if tag == "img"]
+        assert shown in seen.text
+    images = [a for tag, a in seen.tags if tag == "img"]
     assert len(images) >= 4 and all(a["alt"] for a in images)
 
 
@@ -103,17 +104,17 @@ def test_a_damaged_report_is_told(tmp_path, damage):
     write_run(tmp_path / "a", config())
     (tmp_path / "a" / "report").mkdir()
     (tmp_path / "a" / "report" / "report.json").write_text(damage)
-    report.run([f"--workdir={tmp_path / 'a'}", f"--out={tmp_path / 'r.html'}"])
-    assert "report.json cannot be read" in Tags((tmp_path / "r.html").read_text()).text
+    (run,) = facts.read([tmp_path / "a"])
+    assert run.report is None and "its report.json cannot be read" in run.missing
 
 
 def test_a_folder_of_runs_stands_for_all(tmp_path):
     for name in ("b", "a"):
         write_run(tmp_path / "grid" / name, config())
     (tmp_path / "grid" / "runs.json").write_text('{"runs": ["b", "a"]}')
-    report.run([f"--workdir={tmp_path / 'grid'}", f"--out={tmp_path / 'r.html'}"])
-    text = Tags((tmp_path / "r.html").read_text()).text
-    assert "2 runs of molora_jax compared" in text and "Nothing: the configs are equal in every field." in text
+    runs = facts.read([tmp_path / "grid"])
+    assert [run.name for run in runs] == ["b", "a"]
+    assert "Nothing: the configs are equal in every field." in page._differences(runs)
 
 
 def test_bad_input(tmp_path):

@@ -155,6 +155,8 @@ def test_a_router_of_another_name_leaves_the_options_of_the_old_one(tmp_path):
 def test_a_run_without_evaluations_has_one_at_its_end(tmp_path):
     one, _ = made(tmp_path, "", base=config(eval_every=0))
     assert [m.name for m in one.members] == ["seed=0", "seed=1"] and one.members[0].config.train.eval_every == 40
+    late, notes = made(tmp_path, "", base=config(eval_every=50))
+    assert late.members[0].config.train.eval_every == 40 and "eval_every=50 is beyond the last step" in notes[0]
 
 
 def test_another_sweep_in_the_folder_is_refused(trained, tmp_path):
