@@ -289,7 +289,7 @@ def sentence(found: dict) -> str:
     value, low, high = best["difference"]
     told = f"{value:+.4f} ({low:+.4f} to {high:+.4f}) against {best['rival']}"
     if best["sure"] < 0.9:
-        return f"* lowest is {best['name']}, {told}: {best['sure']:.0%} sure, not told apart; more seeds would"
+        return f"* lowest is {best['name']}, {told}: {best['sure']:.0%} sure, so not told apart (try more seeds)"
     return f"* best is {best['name']}, {told}: at least {min(best['sure'], 0.999):.1%} sure (paired by seed)"
 
 

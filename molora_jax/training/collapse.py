@@ -1,14 +1,15 @@
-"""Router collapse, noticed while it trains: nearly all tokens of a layer go to the same few experts.
+"""Router collapse, noticed while it trains: nearly all tokens of a layer go to the same few experts, or to one first.
 
-    c_e     tokens that chose expert e, summed over the last WINDOW optimizer steps
-    N       exp(-sum_e q_e log q_e), q = c / sum c: how many experts are in use; E when all are alike
-    k       experts a token, the mean of the window (at least 1): what N cannot fall below
-    r       (N - k) / (E - k); collapse: r < LIMIT; over again: r > 2 LIMIT
+    c_e     tokens that chose expert e, summed over the last WINDOW optimizer steps;  t_e: whose strongest it was
+    N(c)    exp(-sum_e q_e log q_e), q = c / sum c: how many experts are in use; E when all are alike
+    k       experts a token, the mean of the window (at least 1): what N(c) cannot fall below
+    r       min((N(c) - k) / (E - k), (N(t) - 1) / (E - 1));   collapse: r < LIMIT;   over again: r > 2 LIMIT
 
-A top-1 router of 8 experts collapses below N = 1.7, one of the top 2 below 2.6. Nothing is said where a token has all
-experts or nearly all (dense routers, single experts: E - k < 1/2), of routers that follow the task
-(`Router.COLLAPSES`), and in a stage that routes by task. Said once a collapse and layer; `watch/collapsed` of
-metrics.jsonl counts the layers that are collapsed now. A new start looks at a whole window anew.
+With 8 experts that is N(t) below 1.7 (one expert is the strongest of some nine tokens in ten), or the same two for
+nearly all tokens of a top-2 router. Nothing is said where a token has all experts or nearly all (dense routers, single
+experts: E - k < 1/2), of routers that follow the task (`Router.COLLAPSES`), and in a stage that routes by task. Said
+once a collapse and layer; `watch/collapsed` of metrics.jsonl counts the layers that are collapsed now. A new start
+looks at a whole window anew.
 """
 
 import collections
@@ -28,9 +29,9 @@ class CollapseWatch:
         self._windows, self._down = {}, set()
 
     def seen(self, step: int, site: dict, model) -> dict[str, int]:
-        """Takes a step's `{rule/scope: {"count": [layers, E], "active_experts": [layers]}}`.
+        """Takes a step's `{rule/scope: {"count", "top1": [layers, E], "active_experts": [layers]}}`.
 
-        `count` is -1 beyond a layer's experts. Returns the columns of the step's row.
+        Counts are -1 beyond a layer's experts. Returns the columns of the step's row.
         """
         rules = {rule.name: rule for rule in model.rules} if not model.route else {}
         watched = {name: sums for name, sums in site.items() if self._is_watched(name, rules)}
@@ -39,10 +40,10 @@ class CollapseWatch:
             self._down = {(one, layer) for one, layer in self._down if one != name}
         for name, sums in watched.items():
             rows = self._windows.setdefault(name, collections.deque(maxlen=WINDOW))
-            count = np.asarray(sums["count"], np.float64)
-            if rows and rows[0][0].shape != count.shape:  # a stage of other experts
+            new = [np.asarray(sums[part], np.float64) for part in ("count", "top1", "active_experts")]
+            if rows and rows[0][0].shape != new[0].shape:  # a stage of other experts
                 rows.clear()
-            rows.append((count, np.asarray(sums["active_experts"], np.float64)))
+            rows.append(new)
             if len(rows) == WINDOW and step % EVERY == 0:
                 self._look(step, name, rows, rules[name.partition("/")[0]])
         return {"watch/collapsed": len(self._down)} if watched else {}
@@ -53,31 +54,32 @@ class CollapseWatch:
         return rule is not None and (rule.router is None or rule.router.COLLAPSES)
 
     def _look(self, step, name, rows, rule):
-        counts = sum(np.maximum(count, 0) for count, _ in rows)  # [layers, E]
+        whole = [sum(np.maximum(row[part], 0) for row in rows) for part in (0, 1)]  # count, top1 [layers, E]
         experts = np.sum(rows[-1][0] >= 0, axis=1)
-        slots = [np.sum(np.maximum(count, 0), axis=1) for count, _ in rows]
-        tokens = sum(s / np.maximum(active, 1e-9) for s, (_, active) in zip(slots, rows, strict=True))
+        tokens = sum(np.sum(np.maximum(count, 0), axis=1) / np.maximum(active, 1e-9) for count, _, active in rows)
         new = []
-        for layer, (own, E) in enumerate(zip(counts, experts, strict=True)):
-            if not own.sum():
+        for layer, (count, top1, E, number) in enumerate(zip(*whole, experts, tokens, strict=True)):
+            if not top1.sum():
                 continue
-            used, k = in_use(own), max(own.sum() / max(tokens[layer], 1.0), 1.0)
-            place = (used - k) / (E - k) if E - k >= 0.5 else 1.0
+            k, first = max(count.sum() / max(number, 1.0), 1.0), in_use(top1)
+            place = 1.0 if E - k < 0.5 else min((in_use(count) - k) / (E - k), (first - 1) / (E - 1))
             if place < LIMIT and (name, layer) not in self._down:
                 self._down.add((name, layer))
-                new.append((layer, used, int(E), int(np.argmax(own)), own.max() / max(tokens[layer], 1.0)))
+                new.append((layer, in_use(count), int(E), int(np.argmax(top1)), top1.max() / top1.sum()))
             elif place > 2 * LIMIT:
                 self._down.discard((name, layer))
         if new:
-            self.note(f"step {step}: " + self._told(name, rule, new, len(counts)))
+            self.note(f"step {step}: " + self._told(name, rule, new, len(experts)))
 
     def _told(self, name, rule, new, layers) -> str:
         acts = [layer for layer, count in enumerate(rule.experts) if count]
         acts = acts if len(acts) == layers else list(range(layers))
-        layer, used, experts, expert, part = min(new, key=lambda one: one[1])
+        layer, used, experts, expert, part = max(new, key=lambda one: one[4])
         said = f"layers {', '.join(str(acts[one[0]]) for one in new)}" if layers > 1 else "all layers"
         worst = f" (the most in layer {acts[layer]})" if len(new) > 1 else ""
-        found = f"{used:.1f} of {experts} experts are in use{worst}, expert {expert} by {part:.0%} of the tokens"
+        found = (
+            f"expert {expert} of {experts} is the strongest of {part:.0%} of the tokens{worst}, {used:.1f} are in use"
+        )
         return f"router collapse, {name}, {said}: over the last {WINDOW} steps {found}. {self.advice(rule)}"
 
     def advice(self, rule) -> str:

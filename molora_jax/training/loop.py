@@ -36,6 +36,7 @@ from molora_jax.training.flops import per_token
 from molora_jax.training.loss_picture import plot_loss
 from molora_jax.training.run import TrainingRun
 from molora_jax.training.signals import SIGNALS, StopRequest
+from molora_jax.training.step import COUNTS
 from molora_jax.training.tracker import NoTracker, tracker
 from molora_jax.training.watchdog import Watchdog
 
@@ -271,7 +272,7 @@ def row(step: int, values: dict, seconds: float) -> dict:
     """A line of metrics.jsonl: the contract's names, `site/<rule>/<scope>/<statistic>` as lists over layers."""
     values = dict(values)
     sites = values.pop("site")
-    flat = {f"site/{name}/{s}": v for name, group in sites.items() for s, v in group.items() if s != "count"}
+    flat = {f"site/{name}/{s}": v for name, group in sites.items() for s, v in group.items() if s not in COUNTS}
     return {"step": step, **values, **flat, "seconds": round(seconds, 4)}
 
 

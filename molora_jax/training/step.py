@@ -338,10 +338,14 @@ def update_routers(model, state: dict, sums: dict) -> dict:
     return new
 
 
+COUNTS = ("count", "top1")
+
+
 def site_metrics(model, sums: dict) -> dict:
     """`{rule/scope: {statistic: [layers]}}` in the order of layers.
 
-    One more entry is no statistic of a row: `count [layers, E_max]`, tokens by expert, -1 beyond a layer's experts.
+    `COUNTS` of them are `[layers, E_max]` and no statistics of a row: the tokens that chose each expert, and those
+    whose strongest it was; -1 beyond a layer's experts.
     """
     out = {}
     for rule in model.rules:
@@ -349,9 +353,8 @@ def site_metrics(model, sums: dict) -> dict:
             segments = [scopes for _, scopes in sorted(sums.get(rule.name, {}).items()) if scope in scopes]
             parts = [routing.expert_load(scopes[scope]) for scopes in segments]
             if parts:
-                counts = [scopes[scope]["count"] for scopes in segments]
-                E = max(count.shape[-1] for count in counts)
-                counts = [jnp.pad(c, ((0, 0), (0, E - c.shape[-1])), constant_values=-1.0) for c in counts]
-                own = jax.tree.map(lambda *x: jnp.concatenate(x), *parts)
-                out[f"{rule.name}/{scope}"] = own | {"count": jnp.concatenate(counts)}
+                E = max(scopes[scope]["count"].shape[-1] for scopes in segments)
+                wide = lambda x, E=E: jnp.pad(x, ((0, 0), (0, E - x.shape[-1])), constant_values=-1)  # noqa: E731
+                counts = {name: jnp.concatenate([wide(s[scope][name]) for s in segments]) for name in COUNTS}
+                out[f"{rule.name}/{scope}"] = jax.tree.map(lambda *x: jnp.concatenate(x), *parts) | counts
     return out

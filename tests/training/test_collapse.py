@@ -27,11 +27,14 @@ def model(router="softmax_topk", experts=(E,) * LAYERS, route="", **options):
     return types.SimpleNamespace(rules=(rule,), route=route)
 
 
-def site(share, k=1, layers=LAYERS):
-    """Sums of a step: tokens by expert in the proportions `share [E]` or `[layers, E]`."""
+def site(share, k=1, layers=LAYERS, first=None):
+    """Sums of a step: tokens by expert in the proportions `share [E]` or `[layers, E]`, the strongest in `first`."""
+    if first is not None:
+        return {"ffn/ffn": site(share, k, layers)["ffn/ffn"] | {"top1": site(first, 1, layers)["ffn/ffn"]["count"]}}
     share = np.broadcast_to(np.asarray(share, float), (layers, np.shape(share)[-1]))
     count = np.where(share < 0, -1, TOKENS * k * share / np.where(share > 0, share, 0).sum(-1, keepdims=True))
-    return {"ffn/ffn": {"count": count, "active_experts": np.full(layers, float(k))}}
+    top1 = np.where(share < 0, -1, count / k)
+    return {"ffn/ffn": {"count": count, "top1": top1, "active_experts": np.full(layers, float(k))}}
 
 
 def run(watched, steps, made, sums, start=0):
@@ -39,6 +42,8 @@ def run(watched, steps, made, sums, start=0):
 
 
 ONE, EVEN = np.eye(E)[3] + 1e-3, np.ones(E)
+NONE = np.zeros((LAYERS, E))
+SHARED = np.where(np.arange(E) == 3, 7, 1)  # half of all slots
 
 
 def test_it_is_said_once_a_collapse_and_counted():
@@ -46,8 +51,8 @@ def test_it_is_said_once_a_collapse_and_counted():
     shares = np.stack([EVEN, ONE, EVEN, ONE])
     columns = run(watched, 3 * WINDOW, model(k=1), site(shares))
     assert len(notes) == 1 and columns[WINDOW - 2] == {"watch/collapsed": 0} and columns[-1] == {"watch/collapsed": 2}
-    assert f"step {WINDOW}: router collapse, ffn/ffn, layers 1, 3: over the last {WINDOW} steps 1." in notes[0]
-    assert "of 8 experts are in use" in notes[0] and "expert 3 by 99% of the tokens" in notes[0]
+    assert f"step {WINDOW}: router collapse, ffn/ffn, layers 1, 3: over the last {WINDOW} steps expert 3" in notes[0]
+    assert "expert 3 of 8 is the strongest of 99% of the tokens (the most in layer 1), 1.0 are in use" in notes[0]
     for advice in ("raise losses.balance.weight (now 0.01)", "set method.rules.ffn.router.jitter (now 0)",
                    "lower optim.learning_rate (now "):  # fmt: skip
         assert advice in notes[0]
@@ -66,7 +71,7 @@ def test_without_a_balance_loss_it_says_how_to_add_one():
     ("what", "made", "sums"),
     [
         ("even", model(k=2), site(EVEN, k=2)),
-        ("a shared expert among two", model(k=2), site(np.eye(E)[0] * 7 + np.ones(E) * (1 - np.eye(E)[0]), k=2)),
+        ("a shared expert among two", model(k=2), site(SHARED, 2, first=EVEN)),
         ("skewed", model(k=1), site([5, 3, 1, 1, 0, 0, 0, 0])),
         ("dense", model(k=0), site(EVEN, k=E)),
         ("nearly dense", model(k=3, experts=(3,) * LAYERS), site(np.ones(3), k=2.8)),
@@ -75,7 +80,7 @@ def test_without_a_balance_loss_it_says_how_to_add_one():
         ("a gate a task", model("task_gate"), site(ONE)),
         ("fixed", model("fixed"), site(ONE)),
         ("a stage that routes by task", model(k=1, route="task"), site(ONE)),
-        ("padding alone", model(k=1), {"ffn/ffn": {"count": np.zeros((4, 8)), "active_experts": np.zeros(4)}}),
+        ("padding alone", model(k=1), {"ffn/ffn": dict(count=NONE, top1=NONE, active_experts=np.zeros(4))}),
     ],
 )  # fmt: skip
 def test_no_false_alarm(what, made, sums):
@@ -95,11 +100,14 @@ def test_batches_of_one_task_each_are_no_collapse():
 def test_the_top_two_that_are_always_the_same_and_layers_of_few_experts():
     watched, notes = watch()
     run(watched, WINDOW, model(k=2), site([1, 1, 0, 0, 0, 0, 0, 0], k=2))
-    assert "2.0 of 8 experts" in notes[0]
+    assert "2.0 are in use" in notes[0]
+    watched, notes = watch()
+    run(watched, WINDOW, model(k=2), site(SHARED, 2, first=ONE))
+    assert "is the strongest of 99%" in notes[0], "its partners differ, and have no weight"
     watched, notes = watch()
     padded = np.array([[1, 0, -1, -1, -1, -1, -1, -1]] * 2 + [list(EVEN)] * 2, float)
     run(watched, WINDOW, model(k=1, experts=(0, 2, 2, 8, 8)), site(padded))
-    assert "layers 1, 2: " in notes[0] and "1.0 of 2 experts" in notes[0]
+    assert "layers 1, 2: " in notes[0] and "expert 0 of 2 is the strongest of 100%" in notes[0]
 
 
 def test_routers_that_follow_the_task_say_so():
