@@ -52,7 +52,7 @@ def test_it_is_said_once_a_collapse_and_counted():
     columns = run(watched, 3 * WINDOW, model(k=1), site(shares))
     assert len(notes) == 1 and columns[WINDOW - 2] == {"watch/collapsed": 0} and columns[-1] == {"watch/collapsed": 2}
     assert f"step {WINDOW}: router collapse, ffn/ffn, layers 1, 3: over the last {WINDOW} steps expert 3" in notes[0]
-    assert "expert 3 of 8 is the strongest of 99% of the tokens (the most in layer 1), 1.0 are in use" in notes[0]
+    assert "expert 3 of 8 is the strongest of 99% of the tokens (the most in layer 1), 1.1 are in use" in notes[0]
     for advice in ("raise losses.balance.weight (now 0.01)", "set method.rules.ffn.router.jitter (now 0)",
                    "lower optim.learning_rate (now "):  # fmt: skip
         assert advice in notes[0]
