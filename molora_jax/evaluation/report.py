@@ -2,11 +2,13 @@
 
     {"step": N, "tasks": {NAME: {"items", "answer_tokens", "nll", "nll_base", "exact", "exact_base", ...}}, ...}
 
-`nll` is per answer token (nats, end token included), `exact` the fraction of generated answers that equal the target;
-each is `[value, low, high]` with a 95 % interval (`intervals.py`). More keys: `nll_change` (tuned minus base, paired),
-`generated` (items with a generated answer), `too_long` (of these, targets that do not fit into `eval.max_new_tokens`,
-which count as wrong); `routing`: `{rule: {scope: {task: [L][E]}}}`, the mean fraction of the gates.
-A run that learns classes or pairs has other keys (`choices.py`).
+`nll` is per answer token (nats, end token included), `exact` the fraction of generated answers that equal the target,
+or that the verifier of a task takes; each is `[value, low, high]` with a 95 % interval (`intervals.py`). More keys:
+`nll_change` (tuned minus base, paired), `generated` (items with a generated answer), `too_long` (of these, targets that
+do not fit into `eval.max_new_tokens`, which count as wrong); `routing`: `{rule: {scope: {task: [L][E]}}}`, the mean
+fraction of the gates.
+Tasks whose rows offer choices have more keys (`multiple_choice.py`); a run that learns classes or pairs has others
+(`choices.py`).
 """
 
 import contextlib
@@ -16,7 +18,7 @@ import pathlib
 import numpy as np
 
 from molora_jax.errors import InputError
-from molora_jax.evaluation import choices, intervals, plots
+from molora_jax.evaluation import choices, intervals, multiple_choice, plots
 from molora_jax.evaluation.progress import Phases
 from molora_jax.evaluation.run import Run, load_run
 from molora_jax.evaluation.score import chosen, score
@@ -51,7 +53,8 @@ def evaluate(run, *, phases=None) -> dict:
         raise no_items(run.config.data)
     if run.objective.READS == "text":
         base, tuned = (score(run, examples, base=base, phases=phases) for base in (True, False))
-        gates, rows = tuned.gates, tasks(run, examples, base, tuned)
+        likely = [multiple_choice.score(run, examples, base=base, phases=phases) for base in (True, False)]
+        gates, rows = tuned.gates, tasks(run, examples, base, tuned, likely)
     else:
         start, tuned = (choices.score(run, examples, start=start, phases=phases) for start in (True, False))
         gates, rows = tuned["gates"], choices.tasks(run, examples, start, tuned)
@@ -110,7 +113,8 @@ def _written(path):
         ) from None  # fmt: skip
 
 
-def tasks(run, examples, base, tuned) -> dict:
+def tasks(run, examples, base, tuned, likely) -> dict:
+    """A row a task; `likely`: of `multiple_choice.score`, of the base and of the run."""
     task_ids = np.array([e.task_id for e in examples])
     picked = set(chosen(examples, run.config.eval.num_generated))
     out = {}
@@ -121,8 +125,13 @@ def tasks(run, examples, base, tuned) -> dict:
         generated = [i for i in items.tolist() if i in picked]
         count = tuned.tokens[items]
 
-        def exact(scores, generated=generated):
-            right = sum(scores.answers[i].strip() in _right(run, examples[i]) for i in generated)
+        verify = run.data.verifier(task)
+
+        def exact(scores, generated=generated, verify=verify):
+            right = sum(
+                verify(examples[i].prompt, scores.answers[i].strip()) if verify
+                else scores.answers[i].strip() in _right(run, examples[i]) for i in generated
+            )  # fmt: skip
             return intervals.wilson(right, len(generated)) if generated else None
 
         out[name] = {
@@ -135,6 +144,7 @@ def tasks(run, examples, base, tuned) -> dict:
             "exact_base": exact(base),
             "generated": len(generated),
             "too_long": sum(len(examples[i].target_ids) > run.config.eval.max_new_tokens for i in generated),
+            **multiple_choice.rows(examples, items.tolist(), *likely),
         }
     return out
 
@@ -192,4 +202,5 @@ def text_table(report: dict) -> str:
         ("mean", str(sum(t["items"] for t in every)), mean("nll_base", "{:.3f}"), mean("nll", "{:.3f}"), "",
          str(sum(t["generated"] for t in every)), mean("exact_base", "{:.0%}"), mean("exact", "{:.0%}"), "")
     )  # fmt: skip
-    return table(rows, right=(1, 2, 3, 4, 5, 6, 7, 8))
+    choice = multiple_choice.text_table(report)
+    return table(rows, right=(1, 2, 3, 4, 5, 6, 7, 8)) + ("\n" + choice if choice else "")
