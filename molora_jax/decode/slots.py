@@ -19,10 +19,10 @@ import numpy as np
 
 from molora_jax.backbones.base import needs_head
 from molora_jax.decode import sampling
-from molora_jax.decode.generate import advanced, digest, may_cache, prefilled, prompt_batch, round_up
+from molora_jax.decode.generate import MULTIPLE, advanced, digest, may_cache, prefilled, prompt_batch, round_up
 from molora_jax.errors import InputError
 
-SMALLEST = 128  # positions; caches grow from here by doubling, so that few programs compile
+SMALLEST = 128  # positions of a cache; caches and padded prompts grow by doubling, so that few programs compile
 TOP = 20  # the likeliest tokens that a row may be told of
 
 
@@ -84,7 +84,7 @@ class Slots:
         """Every slot empty."""
         B = self.count
         self.free = list(range(B))[::-1]
-        self.size = min(SMALLEST, round_up(self.context))
+        self.size = self._bucket(1, SMALLEST)
         self.memory = self.model.init_cache(B, self.size, self.dtype)
         self.seen = jnp.zeros((B, self.model.config.vocab), bool)
         self.settled = None  # known from the first prompt
@@ -117,6 +117,7 @@ class Slots:
     def read(self, ids) -> Prompt:
         """The prefill, one row `[1, S_p]`."""
         tokens, lengths = prompt_batch([ids], rows=1)
+        tokens = np.pad(tokens, ((0, 0), (0, self._bucket(len(ids), MULTIPLE) - tokens.shape[1])))
         memory, logits, settled = _read(*self.trees, tokens, lengths, model=self.model, dtype=self.dtype)
         return Prompt(list(ids), memory, logits, settled)
 
@@ -127,7 +128,7 @@ class Slots:
         own = dict(token=0, at=0, t=0, keys=key, live=True, logprobs=logprobs, **_settings(draw))
         for name, value in own.items():
             self.rows[name][slot] = value
-        self._hold(max(n + 1, prompt_slots(prompt)))
+        self._hold(max(n + 1, self._bucket(n, MULTIPLE)))
         seen = np.zeros((1, self.model.config.vocab), bool)
         seen[0, prompt.ids] = True
         if self.settled is None:
@@ -169,22 +170,21 @@ class Slots:
         pairs = lambda b: tuple(zip(top[b].tolist(), tops[b].tolist(), strict=True)) if asked[b] else ()  # noqa: E731
         return [Token(int(ids[b]), float(logprobs[b]), pairs(b)) for b in rows]
 
+    def _bucket(self, positions: int, smallest: int) -> int:
+        size = smallest
+        while size < positions:
+            size *= 2
+        return min(size, round_up(self.context))
+
     def _hold(self, positions: int) -> None:
         """Caches of at least so many positions a row; smaller ones again where no answer needs them."""
         live = self.rows["at"][self.rows["live"]]
         positions = max(positions, int(live.max(initial=0)) + 1)
-        size = SMALLEST
-        while size < positions:
-            size *= 2
-        size = min(size, round_up(self.context))
+        size = self._bucket(positions, SMALLEST)
         if size > self.size or size * 4 <= self.size:
             shapes = jax.eval_shape(lambda: self.model.init_cache(self.count, size, self.dtype))
             self.memory = _resized(self.memory, shapes=tuple(leaf.shape for leaf in jax.tree.leaves(shapes)))
             self.size = size
-
-
-def prompt_slots(prompt: Prompt) -> int:
-    return round_up(len(prompt.ids))
 
 
 def _settings(draw: Draw) -> dict:
