@@ -57,10 +57,10 @@ def get_config():
             seed=0,
             base=dict(source="pkg:smollm2-135m-instruct", dtype="float32"),
             data=dict(
-                tasks=TASKS,  # task names and files jsonl:PATH, by commas; a comma inside a path is written \\,
+                tasks=TASKS,  # task names, rg:NAME, bb:NAME and files jsonl:PATH, by commas; in a path a comma is \\,
                 valid="",  # jsonl:PATH, ...: these rows are evaluated, every row of `tasks` trains; "" splits `tasks`
                 test_share=0.05,  # rows held out by a hash for test, and as many for valid; 0.0 trains on all
-                format="auto",  # of files: messages, prompt_completion, alpaca, sharegpt; "auto" tells by the fields;
+                format="auto",  # of files: messages, prompt_completion, choice, alpaca, sharegpt; "auto": by fields;
                 # labelled (text, label) for classify, preference (prompt, chosen, rejected) for preference
                 file_tasks=True,  # a file whose rows name several tasks is several; False: one (runs of older versions)
                 fields="",  # names of a file's own: "prompt=question,target=answer"

@@ -90,7 +90,8 @@ def parse(description, flags, argv=None, need_config=True, defaults=None, need_r
         field = keywords.get("dest", name.lstrip("-").replace("-", "_"))
         value = getattr(args, field)
         if value is not None and keywords.get("metavar", "").startswith(PATHS):
-            setattr(args, field, home(name, value))
+            paths = [home(name, path) for path in value] if isinstance(value, list) else home(name, value)
+            setattr(args, field, paths)
     runtime.environment()  # a member from outside imports jax
     config = load(args.config) if args.config else defaults(args) if defaults else None
     if config is None and overrides:

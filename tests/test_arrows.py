@@ -23,7 +23,7 @@ FLOORS = (
     ("regimes",),
     ("training", "decode"),
     ("evaluation", "surgery"),
-    ("export", "comparing"),
+    ("export", "comparing", "serving"),
     ("catalogue",),
     ("__main__",),
     ("",),  # the public library, `molora_jax/__init__.py`

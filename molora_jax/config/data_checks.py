@@ -8,6 +8,7 @@ from molora_jax.config.resolve import resolve_fields, resolve_template_args, spl
 from molora_jax.config.values import path_of, shown, there
 from molora_jax.errors import InputError
 
+FAMILY = re.compile(r"(\w+):[\w\-]+(/[\w\-]+)*")
 HUB_NAME = re.compile(r"[\w.\-]+/[\w.\-]+(@[\w.\-/]+)?")
 DRAW = re.compile(r"([^@]*)@(0|[1-9]\d{0,8})")  # of a random base
 SOURCES = dict(pkg="pkg:NAME", gguf="gguf:FILE", dir="dir:FOLDER", hf="hf:ORG/NAME", random="random:tiny")
@@ -43,8 +44,8 @@ def data_problems(config):
     for name in names:
         if name.startswith("jsonl:"):
             yield from _file("data.tasks", name, r" (a comma in its path is written \,)")
-        elif name not in tables.TASKS:
-            expected = f"jsonl:PATH or {one_of(tables.TASKS)}"
+        elif name not in tables.TASKS and not of_family(name):
+            expected = f"jsonl:PATH, {', '.join(tables.TASK_FAMILIES.values())} or {one_of(tables.TASKS)}"
             yield wrong("data.tasks", shown(name), expected, did_you_mean(name, tables.TASKS))
     if not names or len(names) != len(set(names)):
         yield wrong("data.tasks", shown(data.get("tasks")), "every task once, at least one (task names or jsonl:PATH)")
@@ -68,6 +69,12 @@ def raw_problems(data):
                 yield wrong(f"data.{name}", shown(data[name]), expected, "Drop it, or set data.raw=False.")
         if data.get("format", "auto") in ("messages", "sharegpt"):
             yield wrong("data.format", shown(data["format"]), "'auto' with data.raw: its rows are text, not turns")
+
+
+def of_family(name: str) -> bool:
+    """Whether an entry of data.tasks is `rg:NAME` or `bb:NAME`; if there is such a name is known once it is read."""
+    found = FAMILY.fullmatch(name)
+    return bool(found) and found[1] in tables.TASK_FAMILIES
 
 
 def tasks_of(config):

@@ -13,6 +13,8 @@ from molora_jax.errors import InputError
 ATTENTION, FFN = ("q", "k", "v", "o"), ("gate", "up", "down")
 SSM = ("in_proj", "x_proj", "dt_proj", "out_proj")  # of a state-space block
 PROJECTIONS = (*ATTENTION, *FFN, *SSM)
+FORMATS = ("auto", "messages", "prompt_completion", "choice", "alpaca", "sharegpt", "labelled", "preference")
+TASK_FAMILIES = {"rg": "rg:NAME (reasoning-gym)", "bb": "bb:NAME (BIG-bench)"}
 TASKS = ("morph", "translate", "emoji", "factbook", "sentiment", "topic", "dialog", "code", "math")
 BASE_PACKAGES = ("smollm2-135m-instruct", "all-minilm-l6-v2")
 BASE_RANDOM = ("tiny", "tiny-untied", "tiny-qwen3", "tiny-bert", "tiny-moe", "tiny-mamba")
@@ -80,9 +82,7 @@ FIELDS = {
         "tasks": TEXT,
         "valid": since(TEXT, ""),
         "test_share": since(within(0.0, 0.45), 0.05),
-        "format": since(
-            choice("auto", "messages", "prompt_completion", "alpaca", "sharegpt", "labelled", "preference"), "auto"
-        ),
+        "format": since(choice(*FORMATS), "auto"),
         "file_tasks": since(Field(bool), True),
         "fields": since(TEXT, ""),
         "raw": since(Field(bool), False),

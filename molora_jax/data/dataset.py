@@ -7,12 +7,14 @@ import hashlib
 
 import numpy as np
 
+from molora_jax.config.data_checks import of_family
+from molora_jax.config.fields import TASK_FAMILIES
 from molora_jax.config.resolve import split_commas
 from molora_jax.data.encode import Task, load_tasks, tokenizer_digest
 from molora_jax.data.example import Encoded
 from molora_jax.data.options import Options
 from molora_jax.data.packing import choose_targets_per_row, empty_batch, pack, write_segment
-from molora_jax.data.read import identity
+from molora_jax.data.read import identity, verifier
 from molora_jax.data.report import Report, report
 from molora_jax.data.sources import SOURCES
 from molora_jax.data.split import make_splits
@@ -60,16 +62,16 @@ def parse_tasks(tasks: str) -> tuple[str, ...]:
     r"""The entries of `data.tasks`, checked by name only; a comma inside a path is written `\,`.
 
     Raises:
-      InputError: none, one twice, or one that is neither a task nor `jsonl:PATH`.
+      InputError: none, one twice, or one that is no task, no name of a family (`rg:`, `bb:`) and no `jsonl:PATH`.
     """
     entries = split_commas(tasks)
-    accepted = f"task names ({', '.join(SOURCES)}) or jsonl:PATH, separated by commas"
+    accepted = f"task names ({', '.join(SOURCES)}), {', '.join(TASK_FAMILIES.values())} or jsonl:PATH, by commas"
     if not entries:
         raise InputError("data.tasks", got=repr(tasks), expected=accepted, fix="Name at least one task.")
     for entry in entries:
         if entries.count(entry) > 1:
             raise InputError("data.tasks", got=f"{entry!r} twice", expected="each task once", fix="Drop one.")
-        if entry in SOURCES or (entry.startswith("jsonl:") and entry != "jsonl:"):
+        if entry in SOURCES or of_family(entry) or (entry.startswith("jsonl:") and entry != "jsonl:"):
             continue
         near = difflib.get_close_matches(entry, list(SOURCES), n=1, cutoff=0.5)
         fix = f"Did you mean {near[0]!r}?" if near else "For a file of your own write `jsonl:PATH`."
@@ -237,6 +239,10 @@ class DataSet:
                     batch["example_index"][row, begin:at] = index
             batches.append(batch)
         return batches
+
+    def verifier(self, task_id: int):
+        """`(question, answer) -> bool` of a task whose own code says what is right; None of others."""
+        return verifier(self.tasks[task_id].entry)
 
     def labels(self, mentioned: set[str]) -> tuple[str, ...]:
         """Names of the tasks by id, for those who name tasks in a config: the entry of `data.tasks` where `mentioned`

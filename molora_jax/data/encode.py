@@ -31,7 +31,8 @@ class Task:
     ids: [sum of lengths] int32, context and target of each example one after another. mask: [sum of lengths] uint8, 1
     where an id is trained on. offsets: [N + 1] int64 into both. context: [N] int32, how many ids stand before the last
     answer, 0 in plain text. lead: [N] int32, how many of the answer's ids the template puts before its text. split: [N]
-    uint8. content: digest of the examples as text. texts: JSON of [prompt, target, group], decoded only when asked for.
+    uint8. content: digest of the examples as text. texts: JSON of [prompt, target, group], of a multiple choice also
+    [offered, turns, tools, text], decoded only when asked for.
     dropped: why rows were left out -> how many. unused: what of the kept rows has no use -> in how many.
     """
 
@@ -177,7 +178,9 @@ def _encode(read: Read, *, tokenizer, options: Options) -> dict[str, np.ndarray]
             expected=f"ids below the vocabulary size {tokenizer.vocab_size}",
             fix="The tokenizer and the model do not belong together.",
         )
-    texts = [[example.prompt, example.target, example.group] for example in examples]
+    texts = [
+        [e.prompt, e.target, e.group, *([[e.offered, e.turns, e.tools, e.text]] * bool(e.offered))] for e in examples
+    ]
     more = [[i, example.more] for i, example in enumerate(examples) if example.more is not None]
     more = hashlib.sha256(json.dumps(more, sort_keys=True).encode()).hexdigest() if more else ""
     meta = dict(

@@ -30,6 +30,7 @@ class Example:
     tools: for the template. weights: one a turn, 0 or 1; None: `data.train_on` decides.
     text: under `data.raw` the plain text, which ends with `target`; no template.
     row: the row of its file, from 1; 0: not from a file. rejected: of a pair, the same question with the other answer.
+    offered: of a multiple choice, all answers that the row offers; the target is one of them.
     """
 
     task: str
@@ -43,6 +44,7 @@ class Example:
     text: str | None = None
     row: int = 0
     rejected: "Example | None" = None
+    offered: tuple[str, ...] | None = None
 
     @property
     def tie(self) -> bool:
@@ -54,6 +56,12 @@ class Example:
         """The turns, the answer last."""
         plain = {"role": "user", "content": self.prompt}, {"role": "assistant", "content": self.target}
         return [dict(turn) for turn in self.turns or plain]
+
+    def with_answer(self, answer: str) -> "Example":
+        """The same question with another answer, in turns or as plain text."""
+        turns = self.turns and (*self.turns[:-1], {"role": "assistant", "content": answer})
+        text = None if self.text is None else self.prompt + answer
+        return dataclasses.replace(self, target=answer, turns=turns, text=text, offered=None, weights=None)
 
     @property
     def more(self) -> list | None:
@@ -87,6 +95,7 @@ class Encoded:
     target_ids: tuple[int, ...]
     loss_mask: tuple[int, ...]
     rejected: "Encoded | None" = None  # of a pair: the same question with the other answer
+    offered: "tuple[Example, ...] | None" = None  # of a multiple choice: the question with each of the answers
 
     @property
     def unit(self) -> "tuple[Encoded, ...]":
@@ -119,6 +128,7 @@ def distinct(examples, *, several_answers: bool = False):
     kept = {}
     for example in sorted(examples, key=lambda e: (e.prompt, e.target)):
         parts = [example.turns, example.tools, example.weights, example.text]
+        parts += [example.offered] if example.offered else []
         if example.rejected is not None:
             parts += [example.rejected.target, example.rejected.turns]
         more = json.dumps(parts, sort_keys=True) if any(part is not None for part in parts) else None

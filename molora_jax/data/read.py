@@ -9,7 +9,7 @@ from molora_jax.data import jsonl, packages, pairs
 from molora_jax.data.example import Example, distinct
 from molora_jax.data.options import Options
 from molora_jax.data.rows import to_example
-from molora_jax.data.sources import SOURCES
+from molora_jax.data.sources import SOURCES, find
 from molora_jax.errors import InputError
 
 MOST_TASKS = 1_000  # of a file: more are ids of rows, not tasks
@@ -71,20 +71,25 @@ def source(entry: str, options: Options, *, field: str = "data.tasks"):
         raw = jsonl.content(path, field=field)
         depends = f"{hashlib.sha256(raw).hexdigest()} {options.reading!r} {path.lower().endswith('.json')}"
         return depends, functools.partial(_read_file, raw, path=path, options=options)
-    files = SOURCES[entry].files()
+    files = find(entry).files()
     depends = f"{packages.digest_files(files)} {identity(entry)} {options.reads}"
     return depends, functools.partial(_read_package, entry, files, options.reads)
 
 
 def identity(entry: str) -> str:
     """What the examples of a task depend on beside files: code and package versions."""
-    module = SOURCES[entry]
+    module = find(entry)
     more = getattr(module, "identity", str)()
     return f"{entry} {module.FILTERS} {module.DISTRIBUTION} {packages.version(module.DISTRIBUTION)} {more}".strip()
 
 
 def several_answers(entry: str) -> bool:
-    return getattr(SOURCES[entry], "SEVERAL_ANSWERS", False)
+    return getattr(find(entry), "SEVERAL_ANSWERS", False)
+
+
+def verifier(entry: str):
+    """See `DataSet.verifier`."""
+    return None if entry.startswith("jsonl:") else getattr(find(entry), "verify", None)
 
 
 def stem(path: str) -> str:
@@ -92,7 +97,7 @@ def stem(path: str) -> str:
 
 
 def _read_package(entry: str, files, reads: str) -> list[Read]:
-    module = SOURCES[entry]
+    module = find(entry)
     try:
         examples, problem = distinct(module.examples(files), several_answers=several_answers(entry)), "no example"
     except (ValueError, LookupError, TypeError, AttributeError, OSError) as error:  # files of another format
@@ -102,7 +107,7 @@ def _read_package(entry: str, files, reads: str) -> list[Read]:
             f"data.tasks, task {entry!r}",
             got=f"{problem} in the files of {module.DISTRIBUTION} {packages.version(module.DISTRIBUTION)}",
             expected="the file format of the pinned version",
-            fix="Install the pinned versions: `pip install 'molora_jax[data]'`.",
+            fix=getattr(module, "FIX", "Install the pinned versions: `pip install 'molora_jax[data]'`."),
         )
     if reads == "label" and any(example.choices is None for example in examples):
         names = ", ".join(name for name, module in SOURCES.items() if hasattr(module, "LABELS"))

@@ -3,6 +3,7 @@
     format              fields of a row
     messages            messages: the last assistant turn is the answer, the rest the context
     prompt_completion   prompt and completion (or target): texts, or lists of turns
+    choice              prompt, choices (texts) and answer (one of them, or its place from 0), which is what is learnt
     alpaca              instruction, input (may be empty), output
     sharegpt            conversations: from and value
     (data.raw)          text; or prompt and completion (or target), as they stand
@@ -14,6 +15,7 @@ A field that could change what is asked or answered (`MEANINGFUL`) is used or th
 """
 
 import dataclasses
+import functools
 import re
 
 from molora_jax.data.example import Example
@@ -30,11 +32,13 @@ FORMS = {
         [("prompt", "target"), ("prompt", "completion")],
         ("input", "system", "history", "tools", "weight"),
     ),
+    "choice": ([("prompt", "choices", "answer")], ("input", "system", "history", "tools", "weight")),
 }
 RAW = {
     "text": ([("text",)], ("weight",)),
     "prompt_completion": ([("prompt", "target"), ("prompt", "completion")], ("weight",)),
     "alpaca": ([("instruction", "output")], ("input", "weight")),
+    "choice": ([("prompt", "choices", "answer")], ("input", "weight")),
 }
 LABELLED = {"labelled": ([("text", "label")], ("weight",))}
 PAIRS = {"preference": ([("prompt", "chosen", "rejected")], ("input", "system", "history", "tools", "weight"))}
@@ -87,6 +91,7 @@ def to_example(row: dict, number: int, options: Options) -> tuple[Example | None
     if isinstance(weight, bool) or weight not in (0, 1):
         raise BadRow(f"weight {weight!r:.60}", "0 or 1")
     read = {"label": _read_labelled, "pair": _read_pair}.get(options.reads, _read_raw if options.raw else _read_turns)
+    read = functools.partial(_read_choice, read) if form == "choice" else read
     example = read(row, form, keys, given, task or "", number, options)
     return (example if weight else None), unused
 
@@ -197,6 +202,23 @@ def _weighed(turns, weights, train_on):
     end = max(i for i, weight in enumerate(weights) if weight) + 1
     same = end == len(turns) and weights == usual
     return turns[:end], None if same else tuple(weights[:end])
+
+
+def _read_choice(read, row, form, keys, given, task, number, options) -> Example | None:
+    """The example of the right answer, which carries all that were offered."""
+    choices, answer = row["choices"], row["answer"]
+    if not isinstance(choices, list) or len(choices) < 2:
+        got = f"choices of type {kind(choices)}" if not isinstance(choices, list) else f"{len(choices)} choices"
+        raise BadRow(got, "a list of at least two texts")
+    choices = [_text(choice, f"choices[{i}]") for i, choice in enumerate(choices)]
+    if len(set(choices)) < len(choices):
+        raise BadRow("a choice twice", "choices that differ")
+    if isinstance(answer, int) and not isinstance(answer, bool) and 0 <= answer < len(choices):
+        answer = choices[answer]
+    if not isinstance(answer, str) or answer not in choices:
+        raise BadRow(f"answer {answer!r:.60}", f"one of the choices, or its place from 0 to {len(choices) - 1}")
+    example = read({**row, "target": answer}, "prompt_completion", ("prompt", "target"), given, task, number, options)
+    return None if example is None else dataclasses.replace(example, offered=tuple(choices))
 
 
 def _read_labelled(row, form, keys, given, task, number, options) -> Example:

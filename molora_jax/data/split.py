@@ -12,7 +12,7 @@ import dataclasses
 import numpy as np
 
 from molora_jax.data.encode import Task
-from molora_jax.data.example import HELD_OUT, SPLITS, Encoded
+from molora_jax.data.example import HELD_OUT, SPLITS, Encoded, Example
 from molora_jax.errors import InputError
 
 
@@ -67,7 +67,7 @@ class Split:
     def _text(self, example_id: int) -> Encoded:
         task_id = int(self.task_ids[example_id])
         task = self.tasks[task_id]
-        prompt, target, group = task.texts[int(self.rows[example_id])]
+        prompt, target, group, *choice = task.texts[int(self.rows[example_id])]
         ids = self.tokens(example_id).tolist()
         cut = int(self.context[example_id])
         return Encoded(
@@ -82,7 +82,15 @@ class Split:
             context_ids=tuple(ids[:cut]),
             target_ids=tuple(ids[cut:]),
             loss_mask=tuple(self.loss_mask(example_id).tolist()),
+            offered=_offered(task.name, prompt, target, group, *choice[0]) if choice else None,
         )
+
+
+def _offered(task, prompt, target, group, offered, turns, tools, text) -> tuple[Example, ...]:
+    """A multiple choice's question with each of its answers."""
+    turns, tools = (None if many is None else tuple(many) for many in (turns, tools))
+    asked = Example(task, prompt, target, group, turns=turns, tools=tools, text=text)
+    return tuple(asked.with_answer(answer) for answer in offered)
 
 
 def shorten(task: Task, *, seq_len: int, overlong: str) -> tuple[Task, np.ndarray]:

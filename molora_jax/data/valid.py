@@ -29,8 +29,8 @@ def join_valid(tasks: tuple[Task, ...], valid: tuple[Task, ...]) -> tuple[Task, 
 
 def _join(task: Task, held: Task) -> Task:
     texts = [text for text, split in zip(task.texts, task.split.tolist(), strict=True) if split != HELD_OUT]
-    train = {(prompt, target) for prompt, target, _ in texts}
-    also = task.also_trained + sum((prompt, target) in train for prompt, target, _ in held.texts)
+    train = {(prompt, target) for prompt, target, *_ in texts}
+    also = task.also_trained + sum((prompt, target) in train for prompt, target, *_ in held.texts)
     dropped, unused = dict(task.dropped), dict(task.unused)
     for total, counts in ((dropped, held.dropped), (unused, held.unused)):
         for name, count in counts.items():

@@ -145,15 +145,25 @@ def pad(prompts, max_new_tokens: int, context: int, seed: int, *, rows: int):
 
     A row's key comes from the seed and its prompt. Rows that fill up the batch have length 0.
     """
-    B = rows
-    tokens = np.zeros((B, round_up(max(map(len, prompts)))), np.int32)
-    lengths, limits, digests = np.zeros(B, np.int32), np.zeros(B, np.int32), np.zeros(B, np.uint32)
+    tokens, lengths = prompt_batch(prompts, rows=rows)
+    limits, digests = np.zeros(rows, np.int32), np.zeros(rows, np.uint32)
     for row, ids in enumerate(prompts):
-        tokens[row, : len(ids)], lengths[row] = ids, len(ids)
-        limits[row] = min(max_new_tokens, context - len(ids))
-        digests[row] = zlib.crc32(tokens[row, : len(ids)].tobytes())
+        limits[row], digests[row] = min(max_new_tokens, context - len(ids)), digest(ids)
     keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.PRNGKey(seed), digests)
     return tokens, lengths, limits, keys
+
+
+def prompt_batch(prompts, *, rows: int):
+    """`tokens [B, S_p]` and `lengths [B]`, B = `rows`."""
+    tokens, lengths = np.zeros((rows, round_up(max(map(len, prompts)))), np.int32), np.zeros(rows, np.int32)
+    for row, ids in enumerate(prompts):
+        tokens[row, : len(ids)], lengths[row] = ids, len(ids)
+    return tokens, lengths
+
+
+def digest(ids) -> np.uint32:
+    """What a prompt adds to the seed of its draws."""
+    return np.uint32(zlib.crc32(np.asarray(ids, np.int32).tobytes()))
 
 
 @jax.tree_util.register_dataclass
@@ -222,8 +232,7 @@ def _machine(
             if seen is not None:
                 z = sampling.penalised(z, seen, filters["repetition_penalty"])
             if sample:
-                z = sampling.filtered(z / temperature, filters)
-                new = jax.vmap(lambda k, z: jax.random.categorical(jax.random.fold_in(k, t), z))(keys, z)
+                new = sampling.drawn(sampling.filtered(z / temperature, filters), keys, jnp.full(B, t))
             else:
                 new = jnp.argmax(z, axis=-1)
             new = jnp.where(done, 0, new).astype(jnp.int32)
@@ -262,33 +271,47 @@ def _last(h, lengths):
     return jnp.take_along_axis(h, jnp.maximum(lengths - 1, 0)[:, None, None], axis=1)[:, 0]
 
 
+def prefilled(hidden, model, tokens, lengths, slots: int, dtype):
+    """`h [B, D]` at the last token of each of `tokens [B, S]`, padded on the right, and a cache of so many slots that
+    holds them. `hidden`: `Model.hidden` with its trees."""
+    B, S = tokens.shape
+    positions = jnp.broadcast_to(jnp.arange(S), (B, S))
+
+    def write(buffer, new):
+        return jax.lax.dynamic_update_slice(buffer, new.astype(buffer.dtype), (0, 0, 0, 0))
+
+    empty = model.init_cache(B, slots, dtype)
+    batch = _batch(tokens, positions, positions < lengths[:, None])
+    h, _, kv, _ = hidden(batch, mask=_seen(positions, slots), cache=(empty, write))
+    return _last(h, lengths), kv
+
+
+def advanced(hidden, kv, token, at, live, slots: int):
+    """`h [B, D]` of one token a row, `token [B]` at position `at [B]`, which goes into the slot of that number."""
+    rows = jnp.arange(len(token))
+
+    def write(buffer, new):
+        return buffer.at[rows, at].set(new[:, 0].astype(buffer.dtype))
+
+    h, _, kv, _ = hidden(
+        _batch(token[:, None], at[:, None], live[:, None]), mask=_seen(at[:, None], slots), cache=(kv, write)
+    )
+    return h[:, 0], kv
+
+
+def _seen(positions, slots):
+    return jnp.arange(slots) <= positions[:, None, :, None]  # [B, 1, S, S_k]
+
+
 def _cached(hidden, model, tokens, lengths, size):
     """Keys and values of all layers in buffers `[L, B, S_k, H_kv, H_d]`; a router's base pass has its own."""
-    B, S = tokens.shape
-    rows, slots = jnp.arange(B), jnp.arange(S + size)
-    prompt_positions = jnp.broadcast_to(jnp.arange(S), (B, S))
-
-    def seen(positions):
-        return slots <= positions[:, None, :, None]  # [B, 1, S, S_k]
+    slots = tokens.shape[1] + size
 
     def start():
-        def write(buffer, new):
-            return jax.lax.dynamic_update_slice(buffer, new.astype(buffer.dtype), (0, 0, 0, 0))
-
-        empty = model.init_cache(B, S + size, hidden.args[0]["embed"].dtype)
-        batch = _batch(tokens, prompt_positions, prompt_positions < lengths[:, None])
-        h, _, kv, _ = hidden(batch, mask=seen(prompt_positions), cache=(empty, write))
-        return _last(h, lengths), kv
+        return prefilled(hidden, model, tokens, lengths, slots, hidden.args[0]["embed"].dtype)
 
     def advance(kv, token, t, live):
-        at = lengths + t
-
-        def write(buffer, new):
-            return buffer.at[rows, at].set(new[:, 0].astype(buffer.dtype))
-
-        batch = _batch(token[:, None], at[:, None], live[:, None])
-        h, _, kv, _ = hidden(batch, mask=seen(at[:, None]), cache=(kv, write))
-        return h[:, 0], kv
+        return advanced(hidden, kv, token, lengths + t, live, slots)
 
     return start, advance
 

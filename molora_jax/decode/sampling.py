@@ -1,7 +1,8 @@
 """How the next token is taken from the logits: a penalty for repeats, temperature, top-k, top-p, min-p, in this order.
 
 As transformers' logits processors of the same names do it. A filter that is off is not in the dict of settings, so it
-costs nothing: the dict's keys are part of the compiled program, its values are not.
+costs nothing: the dict's keys are part of the compiled program, its values are not. A value is a scalar, or `[B]`: each
+row's own, where the value that is off changes no row.
 
 B rows, V vocabulary.
 """
@@ -58,23 +59,36 @@ def seen_in(tokens: Array, lengths: Array, vocab: int) -> Array:
 
 def penalised(logits: Array, seen: Array, penalty) -> Array:
     """Logits `[B, V]` of ids that were seen, divided by the penalty (multiplied where negative)."""
+    penalty = by_row(penalty)
     return jnp.where(seen, jnp.where(logits < 0, logits * penalty, logits / penalty), logits)
 
 
 def filtered(logits: Array, filters: dict) -> Array:
     """Logits `[B, V]` (after the temperature) with what top-k, top-p and min-p leave out at minus infinity."""
     if "top_k" in filters:
-        k = jnp.minimum(filters["top_k"], logits.shape[-1])
-        least = jnp.take(jnp.sort(logits, axis=-1), logits.shape[-1] - k, axis=-1)[:, None]
+        V, k = logits.shape[-1], by_row(filters["top_k"])
+        place = jnp.broadcast_to(V - jnp.where(k == 0, V, jnp.minimum(k, V)), (len(logits), 1))
+        least = jnp.take_along_axis(jnp.sort(logits, axis=-1), place, axis=-1)
         logits = jnp.where(logits < least, -jnp.inf, logits)
     if "top_p" in filters:
         order = jnp.argsort(logits, axis=-1)
         below = jnp.cumsum(jax.nn.softmax(jnp.take_along_axis(logits, order, axis=-1), axis=-1), axis=-1)
-        out = (below <= 1 - filters["top_p"]).at[:, -1].set(False)
+        out = (below <= 1 - by_row(filters["top_p"])).at[:, -1].set(False)
         logits = jnp.where(jnp.take_along_axis(out, jnp.argsort(order, axis=-1), axis=-1), -jnp.inf, logits)
     if "min_p" in filters:
         probability = jax.nn.softmax(logits, axis=-1)
         logits = jnp.where(
-            probability < filters["min_p"] * jnp.max(probability, axis=-1, keepdims=True), -jnp.inf, logits
+            probability < by_row(filters["min_p"]) * jnp.max(probability, axis=-1, keepdims=True), -jnp.inf, logits
         )
     return logits
+
+
+def by_row(value) -> Array:
+    """A scalar, or `[B]` as `[B, 1]`."""
+    return jnp.asarray(value)[..., None]
+
+
+def drawn(logits: Array, keys: Array, t: Array) -> Array:
+    """Token `t [B]` of each row's answer `[B]`, drawn from `logits [B, V]` with the row's own key of `keys [B, 2]`."""
+    draw = lambda key, t, z: jax.random.categorical(jax.random.fold_in(key, t), z)  # noqa: E731
+    return jax.vmap(draw)(keys, t, logits)

@@ -60,24 +60,50 @@ def nll(run, prompts: list[str], answers: list[str]) -> np.ndarray:
     if len(prompts) != len(answers):
         raise InputError("answer", got=f"{len(answers)} texts", expected=f"one for each of {len(prompts)} prompts")
     found = [encoded(run, *pair) for pair in zip(prompts, answers, strict=True)]
-    longest = max((len(pair.ids) - 1 for pair in found), default=0)
-    if longest > run.model.config.context:
-        raise InputError("prompt", got=f"{longest} tokens", expected=f"at most {run.model.config.context}")
-    rows = max(1, min(len(found), run.config.eval.batch_size))
-    size, batches = round_up(max(longest, 1)), []
-    for first in range(0, len(found), rows):
-        batch = empty_batch(rows, size, pad_id=run.tokenizer.pad_id)
-        batch["example_index"] = np.full((rows, size), -1, np.int32)
-        for row, pair in enumerate(found[first : first + rows]):
-            ids = np.asarray(pair.ids, np.int32)
-            write_segment(batch, row, 0, 1, ids=ids, mask=pair.loss_mask, task_id=0, example_id=first + row)
-            batch["example_index"][row] = first + row
-        batches.append(batch)
-    sums = example_nll(
-        run.model, run.params, run.adapters, run.router_state, batches, len(found), mesh=run.mesh,
-        targets_per_row=size, constrain=_as_it_is,
-    )  # fmt: skip
+    sums = sums_over(run, [(pair.ids, pair.loss_mask) for pair in found], where="prompt")
     return sums["nll"] / sums["tokens"]
+
+
+def sums_over(run, texts, *, where: str, base: bool = False, rows: int | None = None, done=lambda rows: None) -> dict:
+    """Over the marked tokens of each of N texts: `nll` (nats, summed), `tokens`, `right` (the likeliest token is the
+    text's), each `[N]` float64.
+
+    Args:
+      texts: `(ids, mask)`, one 0 or 1 an id; the first id is never predicted.
+      base: of the frozen base alone. rows: of a batch at most; None: `eval.batch_size`. done: called with the number
+        of rows after each batch.
+
+    Raises:
+      InputError: in the name of `where`, a text that does not fit the model's context.
+    """
+    longest = max((len(ids) - 1 for ids, _ in texts), default=0)
+    if longest > run.model.config.context:
+        raise InputError(where, got=f"{longest} tokens", expected=f"at most {run.model.config.context}")
+    tuned = (run.model, run.adapters, run.router_state)
+    model, adapters, state = (run.model.without_rules(), {}, {}) if base else tuned
+    params = run.base_params if base and run.base_params is not None else run.params
+    rows = max(1, min(len(texts), rows or run.config.eval.batch_size))
+    order = sorted(range(len(texts)), key=lambda i: len(texts[i][0]))  # little padding, few shapes
+    sums = {name: np.zeros(len(texts)) for name in ("nll", "tokens", "right")}
+    sizes = [round_up(max(len(texts[i][0]) - 1, 1)) for i in order]
+    for size in sorted(set(sizes)):
+        batches, here = [], [i for i, own in zip(order, sizes, strict=True) if own == size]
+        for first in range(0, len(here), rows):
+            batch = empty_batch(rows, size, pad_id=run.tokenizer.pad_id)
+            batch["example_index"] = np.full((rows, size), -1, np.int32)
+            for row, i in enumerate(here[first : first + rows]):
+                ids, mask = texts[i]
+                ids = np.asarray(ids, np.int32)
+                write_segment(batch, row, 0, 1, ids=ids, mask=mask, task_id=0, example_id=first + row)
+                batch["example_index"][row] = i
+            batches.append(batch)
+        found = example_nll(
+            model, params, adapters, state, batches, len(texts), mesh=run.mesh, targets_per_row=size,
+            constrain=_as_it_is, done=lambda: done(rows),
+        )  # fmt: skip
+        for name in sums:
+            sums[name] += found[name]
+    return sums
 
 
 def _as_it_is(x):
@@ -87,9 +113,13 @@ def _as_it_is(x):
 
 def encoded(run, prompt: str, answer: str):
     """Ids of an answer to a prompt in the run's own template; raises InputError where it refuses them."""
+    text = prompt + answer if run.config.data.get("raw", False) else None
+    return encoded_example(run, Example(task="", prompt="" if text else prompt, target=answer, group="", text=text))
+
+
+def encoded_example(run, example: Example):
+    """Ids of a row in the run's own template, its last answer marked; raises InputError where it refuses it."""
     data = run.config.data
-    text = prompt + answer if data.get("raw", False) else None
-    example = Example(task="", prompt="" if text else prompt, target=answer, group="", text=text)
     (found,) = render.encode_examples(
         run.tokenizer, [example], system=data.system, train_on="last",
         template_args=resolve_template_args(data.get("template_args", "")),

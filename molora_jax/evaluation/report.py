@@ -2,11 +2,13 @@
 
     {"step": N, "tasks": {NAME: {"items", "answer_tokens", "nll", "nll_base", "exact", "exact_base", ...}}, ...}
 
-`nll` is per answer token (nats, end token included), `exact` the fraction of generated answers that equal the target;
-each is `[value, low, high]` with a 95 % interval (`intervals.py`). More keys: `nll_change` (tuned minus base, paired),
-`generated` (items with a generated answer), `too_long` (of these, targets that do not fit into `eval.max_new_tokens`,
-which count as wrong); `routing`: `{rule: {scope: {task: [L][E]}}}`, the mean fraction of the gates.
-A run that learns classes or pairs has other keys (`choices.py`).
+`nll` is per answer token (nats, end token included), `exact` the fraction of generated answers that equal the target,
+or that the verifier of a task takes; each is `[value, low, high]` with a 95 % interval (`intervals.py`). More keys:
+`nll_change` (tuned minus base, paired), `generated` (items with a generated answer), `too_long` (of these, targets that
+do not fit into `eval.max_new_tokens`, which count as wrong); `routing`: `{rule: {scope: {task: [L][E]}}}`, the mean
+fraction of the gates.
+Tasks whose rows offer choices have more keys (`multiple_choice.py`); a run that learns classes or pairs has others
+(`choices.py`).
 `rows`: `{task: {row, nll, tokens, right}}`, an entry an item; `row` is a hash of its prompt and target, so that two
 runs can be compared on the items that both have seen. `answers`: `{task: [{prompt, target, base, tuned}]}`, a few.
 """
@@ -19,7 +21,7 @@ import pathlib
 import numpy as np
 
 from molora_jax.errors import InputError
-from molora_jax.evaluation import choices, intervals, plots
+from molora_jax.evaluation import choices, intervals, multiple_choice, plots
 from molora_jax.evaluation.progress import Phases
 from molora_jax.evaluation.run import Run, load_run
 from molora_jax.evaluation.score import chosen, score
@@ -56,9 +58,10 @@ def evaluate(run, *, phases=None) -> dict:
         raise no_items(run.config.data)
     if run.objective.READS == "text":
         base, tuned = (score(run, examples, base=base, phases=phases) for base in (True, False))
-        gates, rows = tuned.gates, tasks(run, examples, base, tuned)
-        said = zip(examples, tuned.answers, strict=True)
-        right = [None if answer is None else float(answer.strip() in _right(run, e)) for e, answer in said]
+        likely = [multiple_choice.score(run, examples, base=base, phases=phases) for base in (True, False)]
+        gates, rows = tuned.gates, tasks(run, examples, base, tuned, likely)
+        answered = zip(examples, tuned.answers, strict=True)
+        right = [None if answer is None else _is_right(run, example, answer) for example, answer in answered]
         seen, answers = items(run, examples, tuned.nll, tuned.tokens, right), shown(run, examples, base, tuned)
     else:
         start, tuned = (choices.score(run, examples, start=start, phases=phases) for start in (True, False))
@@ -121,7 +124,8 @@ def _written(path):
         ) from None  # fmt: skip
 
 
-def tasks(run, examples, base, tuned) -> dict:
+def tasks(run, examples, base, tuned, likely) -> dict:
+    """A row a task; `likely`: of `multiple_choice.score`, of the base and of the run."""
     task_ids = np.array([e.task_id for e in examples])
     picked = set(chosen(examples, run.config.eval.num_generated))
     out = {}
@@ -133,7 +137,7 @@ def tasks(run, examples, base, tuned) -> dict:
         count = tuned.tokens[items]
 
         def exact(scores, generated=generated):
-            right = sum(scores.answers[i].strip() in _right(run, examples[i]) for i in generated)
+            right = sum(_is_right(run, examples[i], scores.answers[i]) for i in generated)
             return intervals.wilson(right, len(generated)) if generated else None
 
         out[name] = {
@@ -146,6 +150,7 @@ def tasks(run, examples, base, tuned) -> dict:
             "exact_base": exact(base),
             "generated": len(generated),
             "too_long": sum(len(examples[i].target_ids) > run.config.eval.max_new_tokens for i in generated),
+            **multiple_choice.rows(examples, items.tolist(), *likely),
         }
     return out
 
@@ -175,9 +180,13 @@ def shown(run, examples, base, tuned) -> dict:
     return out
 
 
-def _right(run, example) -> set[str]:
-    """The target as given, and as the template writes it (a think block in front, white space taken off)."""
-    return {example.target.strip(), run.text(example.target_ids).strip()}
+def _is_right(run, example, answer: str) -> float:
+    """1 or 0 for the target, as given or as the template writes it (a think block in front, white space taken off);
+    what the verifier says, where the task has one."""
+    verify = run.data.verifier(example.task_id)
+    if verify:
+        return float(verify(example.prompt, answer.strip()))
+    return float(answer.strip() in {example.target.strip(), run.text(example.target_ids).strip()})
 
 
 def routing(run, gates: dict, present: set) -> dict:
@@ -228,4 +237,5 @@ def text_table(report: dict) -> str:
         ("mean", str(sum(t["items"] for t in every)), mean("nll_base", "{:.3f}"), mean("nll", "{:.3f}"), "",
          str(sum(t["generated"] for t in every)), mean("exact_base", "{:.0%}"), mean("exact", "{:.0%}"), "")
     )  # fmt: skip
-    return table(rows, right=(1, 2, 3, 4, 5, 6, 7, 8))
+    choice = multiple_choice.text_table(report)
+    return table(rows, right=(1, 2, 3, 4, 5, 6, 7, 8)) + ("\n" + choice if choice else "")

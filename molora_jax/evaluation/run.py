@@ -103,16 +103,19 @@ class Run:
           InputError: an empty prompt, turns that are none, or a template that refuses them.
         """
         data = self.config.data
-        size = characters([prompt, tools])
-        if size > render.LONGEST:
-            raise InputError("prompt", got=f"{size:,} characters", expected=f"at most {render.LONGEST:,}")
+        _bounded(characters([prompt, tools]))
         if data.get("raw", False):  # trained on plain text
             if not isinstance(prompt, str) or not prompt.strip():
                 raise InputError("prompt", got=repr(prompt)[:80], expected="text: this run has data.raw=True")
-            return self.tokenizer.encode_plain(prompt)
+            return self.plain_ids(prompt)
         turns = render.with_system(_turns(prompt), data.system)
         args = resolve_template_args(data.get("template_args", ""))
         return self.tokenizer.encode_chat(turns, add_generation_prompt=True, tools=tools, **args)
+
+    def plain_ids(self, text: str) -> list[int]:
+        """A text as it stands, without the chat template; the tokenizer's own BOS in front where it has one."""
+        _bounded(len(text))
+        return self.tokenizer.encode_plain(text)
 
     def generate(
         self, prompt, *, max_new_tokens: int = 64, temperature: float = 0.0, top_p: float = 1.0, top_k: int = 0,
@@ -146,10 +149,10 @@ class Run:
             self.model, self.params, self.adapters, self.router_state,
             ids, max_new_tokens=max_new_tokens,
             eos_id=self.tokenizer.end_ids, temperature=temperature, top_p=top_p, top_k=top_k, min_p=min_p,
-            repetition_penalty=repetition_penalty, stop=functools.partial(self._stop_at, stop) if stop else None,
+            repetition_penalty=repetition_penalty, stop=functools.partial(self.stop_at, stop) if stop else None,
             seed=seed, cache=cache,
         )  # fmt: skip
-        texts = [_before(self.text(ids), stop) for ids in answers]
+        texts = [before(self.text(ids), stop) for ids in answers]
         return texts[0] if single else texts
 
     def _say_where_answers_end(self, prompts, max_new_tokens, stop) -> None:
@@ -163,7 +166,7 @@ class Run:
         if not self.tokenizer.end_ids and not stop:
             LOG.warning("the tokenizer names no end token: every answer has all of its %s tokens", max_new_tokens)
 
-    def _stop_at(self, stop, ids) -> int | None:
+    def stop_at(self, stop, ids) -> int | None:
         """How many of `ids` it takes to write one of the texts `stop`; special tokens count as text."""
         written = lambda n: any(text in self.tokenizer.decode(ids[:n]) for text in stop)  # noqa: E731
         return next(n for n in range(1, len(ids) + 1) if written(n)) if written(len(ids)) else None
@@ -244,6 +247,11 @@ class Run:
         return View(getattr(self, item), where=item)
 
 
+def _bounded(size: int) -> None:
+    if size > render.LONGEST:
+        raise InputError("prompt", got=f"{size:,} characters", expected=f"at most {render.LONGEST:,}")
+
+
 def _is_conversation(prompt) -> bool:
     return isinstance(prompt, (list, tuple)) and bool(prompt) and all(isinstance(turn, dict) for turn in prompt)
 
@@ -265,7 +273,8 @@ def _turns(prompt) -> list[dict]:
     return turns
 
 
-def _before(text: str, stop) -> str:
+def before(text: str, stop) -> str:
+    """A text up to where the first of the texts `stop` begins."""
     return text[: min((text.find(end) for end in stop if end in text), default=len(text))]
 
 
@@ -286,7 +295,9 @@ def _put_base(base, mesh) -> dict:
     return sharding.put(base.params, shardings)
 
 
-def load_run(workdir, step="best", *, config=None, mesh=None, without: str = "", warn=LOG.warning) -> Run:
+def load_run(
+    workdir, step="best", *, config=None, mesh=None, without: str = "", beside: Run | None = None, warn=LOG.warning
+) -> Run:
     """Opens the run in `workdir`, a folder or `DIR@step`.
 
     What the run is comes from the manifest of the step, which is under a checksum: a `config.json` that says otherwise
@@ -298,6 +309,7 @@ def load_run(workdir, step="best", *, config=None, mesh=None, without: str = "",
       config: in place of the run's own `config.json`, say with other fields of `eval`.
       mesh: sizes of axes over this process's devices, such as `dict(fsdp=8)`, which split the base; None: one device.
       without: experts to leave out, in place of `eval.without` (see `runs/without.py`): `"legal,code"`.
+      beside: an open run whose base's arrays this one shares, where it has the same base in the same dtype.
       warn: called with a line of text; a log record by default.
 
     Raises:
@@ -312,7 +324,10 @@ def load_run(workdir, step="best", *, config=None, mesh=None, without: str = "",
         with config.unlocked():
             config.eval.without = without
     config, model, items = leave_out(config, found.model, found.base.params, found.items, own=found.own)
-    base, items = _put_base(found.base, mesh), {name: _put(item, mesh) for name, item in items.items()}
+    of = lambda config, facts: (facts.get("base_digest"), str(config.base.dtype))  # noqa: E731
+    shared = beside is not None and of(beside.config, beside.facts) == of(config, found.facts) and beside.mesh == mesh
+    base = beside.base_params if shared else _put_base(found.base, mesh)
+    items = {name: _put(item, mesh) for name, item in items.items()}
     modules = items.get("modules", {})
     return Run(
         config, model, in_place(base, modules), items["adapters"], items["router_state"],

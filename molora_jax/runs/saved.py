@@ -8,7 +8,9 @@ import pathlib
 from molora_jax import config as config_lib
 from molora_jax.config import defaults as config_defaults
 from molora_jax.config import outside
+from molora_jax.config.data_checks import of_family
 from molora_jax.config.fields import TASKS
+from molora_jax.config.resolve import split_commas
 from molora_jax.errors import InputError, local
 from molora_jax.io.files import plain
 from molora_jax.runs import identity
@@ -171,7 +173,8 @@ def without_inputs(config, *, keep_data: bool = False):
             rule.load = ()
         if not keep_data:
             files = "jsonl:" in str(config.data.tasks)  # whose tasks stages and routers may name
-            config.data.tasks = ",".join((*TASKS, *[ANY_FILE] * files))
+            named = [task for task in split_commas(str(config.data.tasks)) if of_family(task)]
+            config.data.tasks = ",".join((*TASKS, *named, *[ANY_FILE] * files))
             config.data.valid = ""
             for stage in config.schedule.values():
                 stage.tasks = ""

@@ -1,0 +1,1 @@
+"""Runs behind the OpenAI API: `python -m launch.serve --workdir=DIR`; see docs/serving.md."""
