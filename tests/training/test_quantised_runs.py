@@ -46,6 +46,7 @@ ON_EXPERTS = dict(
         "q,v,o", adapter=common.adapter("dora", rank=2, dropout=0.0, init="pissa"), router=None, experts="1"
     ),
 )  # fmt: skip
+FIRST = ("nf4", "dense")
 CASES = {"dense": ("random:tiny", None), "experts": ("random:tiny-moe", ON_EXPERTS)}
 
 
@@ -92,8 +93,14 @@ def dense_stacks(params) -> set:
     return found
 
 
-@pytest.mark.parametrize("case", CASES)
-@pytest.mark.parametrize("form", quant.FORMS)
+@pytest.mark.parametrize(
+    ("form", "case"),
+    [
+        pytest.param(form, case, marks=() if (form, case) == FIRST else pytest.mark.slow)
+        for form in quant.FORMS
+        for case in CASES
+    ],
+)
 def test_no_kernel_stays_in_16_bits_and_no_stack_is_dense_in_the_step(form, case):
     gradient, adapters, params = step_of(form, case)
     kept = {path for path, W in flatten_dict(params, sep="/").items() if not quant.is_quantised(W)}
@@ -136,6 +143,7 @@ def test_scales_and_codes_lie_in_the_same_shards():
     assert q["mean"].is_fully_replicated and q["step"].is_fully_replicated
 
 
+@pytest.mark.slow
 def test_a_run_trains_resumes_is_opened_and_merged(tmp_path):
     config = config_of("nf4")
     config.data.update(tasks=f"jsonl:{write_task(tmp_path / 'task.jsonl', 40)}", seq_len=32)
