@@ -55,7 +55,11 @@ def get_config():
     return ConfigDict(
         dict(
             seed=0,
-            base=dict(source="pkg:smollm2-135m-instruct", dtype="float32"),
+            base=dict(
+                source="pkg:smollm2-135m-instruct",
+                dtype="float32",
+                quant="none",  # kernels of projections and experts: int8, nf4 (docs/models.md)
+            ),
             data=dict(
                 tasks=TASKS,  # task names, rg:NAME, bb:NAME and files jsonl:PATH, by commas; in a path a comma is \\,
                 valid="",  # jsonl:PATH, ...: these rows are evaluated, every row of `tasks` trains; "" splits `tasks`

@@ -15,6 +15,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.custom_batching import custom_vmap
 
 from kernels_pallas.platform import is_side_by_side, platform_of
+from kernels_pallas.quantised import dense
 
 Array = jax.Array
 PRODUCT = "product"  # the name of what a grouped product returns, for the policies of `jax.checkpoint`
@@ -67,11 +68,13 @@ def plain(A: Factor) -> Array:
 
 
 def expert(A: Factor, e: Array) -> Array:
-    """`[R, D]` of expert e, a traced scalar in range (`[F]` of a bias)."""
-    if not isinstance(A, InStack):
-        return at(A, e)
-    inside = A.shape[1:]
-    return jax.lax.dynamic_slice(A.stack, (A.layer, e, *(0,) * len(inside)), (1, 1, *inside)).reshape(inside)
+    """`[R, D]` of expert e, a traced scalar in range (`[F]` of a bias); dense, of a quantised kernel."""
+
+    def own(stack):
+        inside = stack.shape[2:]
+        return jax.lax.dynamic_slice(stack, (A.layer, e, *(0,) * len(inside)), (1, 1, *inside)).reshape(inside)
+
+    return dense(jax.tree.map(own, A.stack) if isinstance(A, InStack) else jax.tree.map(lambda a: at(a, e), A))
 
 
 def kept(A: Factor) -> Factor:
@@ -158,7 +161,7 @@ def one_by_one(function, *arrays):
             def pick(has, array):
                 if isinstance(array, InStack):
                     layer = at(array.layer, run) if has.layer else array.layer
-                    if not has.stack:
+                    if not any(jax.tree.leaves(has.stack)):
                         return InStack(None, array.stack, layer)
                     L = array.stack.shape[1]
                     return InStack(None, array.stack.reshape(-1, *array.stack.shape[2:]), layer + run * L)

@@ -73,7 +73,7 @@ def start(tree, args):
             fix="Set JAX_PLATFORMS=cpu: the process is pinned only where nothing but a CPU can be meant.",
         )  # fmt: skip
     config = config_lib.from_dict(tree)
-    base = load_base(config.base.source, dtype=args["dtype"], seed=0)
+    base = load_base(config.base.source, dtype=args["dtype"], quant=config.base.get("quant", "none"))
     config_lib.check_model(config, base.config.layers, base.config.dims, base.config.ABSENT)
     model = compile_model(config, base.config, max_segments=1)
     devices = args.get("devices", 1)

@@ -11,6 +11,7 @@ import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from kernels_pallas.quantised import is_quantised
 from molora_jax.errors import InputError
 
 if jax.__version__ == "0.11.2":
@@ -103,16 +104,21 @@ def param_shardings(backbone, params, mesh: Mesh):
         if name not in leaves:
             raise ValueError(f"{type(backbone).__name__}.shapes() does not have the parameter {name!r}")
         specs = leaves[name].specs
-        spec = next((spec for spec in specs if not _undivided(leaf.shape, spec, mesh)), None)
+        shape = leaf.arrays["codes"].shape if is_quantised(leaf) else leaf.shape
+        spec = next((spec for spec in specs if not _undivided(shape, spec, mesh)), None)
         if spec is None:
-            size, axis = _undivided(leaf.shape, specs[-1], mesh)[0]
+            size, axis = _undivided(shape, specs[-1], mesh)[0]
             raise InputError(
                 f"mesh.{axis}", got=f"{mesh.shape[axis]} ways for {name} of {size}", expected=f"a divisor of {size}",
                 fix="Choose a smaller axis, or give its devices to mesh.data.",
             )  # fmt: skip
+        if is_quantised(leaf):  # scales lie as their codes, but for axes that do not divide their number
+            fitting = lambda n, axes: None if _undivided((n,), (axes,), mesh) else axes  # noqa: E731
+            held = lambda a: P(*map(fitting, a.shape, spec))  # noqa: E731
+            return leaf.map(lambda a: NamedSharding(mesh, held(a)))
         return NamedSharding(mesh, spec)
 
-    return jax.tree_util.tree_map_with_path(of_leaf, params)
+    return jax.tree_util.tree_map_with_path(of_leaf, params, is_leaf=is_quantised)
 
 
 def _undivided(shape, spec, mesh) -> list:

@@ -7,6 +7,7 @@ from kernels_pallas.moe_ffn import ragged, reference, tiled
 from kernels_pallas.moe_ffn.gates import NAMES
 from kernels_pallas.pick import pick
 from kernels_pallas.platform import is_side_by_side, platform_of
+from kernels_pallas.quantised import dense
 from kernels_pallas.tiles import plain
 
 IMPLEMENTATIONS = {"reference": reference.moe_ffn, "ragged": ragged.moe_ffn, "tiled": tiled.moe_ffn}
@@ -44,7 +45,8 @@ def moe_ffn(
 
     Args:
       x: `[T, D]`.
-      gate, up: `[E, D, F]`; down: `[E, F, D]`: frozen kernels, without a gradient. Each may be a `tiles.InStack`.
+      gate, up: `[E, D, F]`; down: `[E, F, D]`: frozen kernels, without a gradient. Each may be a `tiles.InStack`
+        or a `quantised.Quantised`, or both.
       low: None, or `(z_g, z_u, B_g, B_u, A_d)`: `[T, K, R]` rank activations of the token's slots (scale folded in),
         `B_g, B_u, A_d [1|E, R, F]`, 1 where the experts share it; each may be a `tiles.InStack`.
       idx: `[T, K]` int32, E at a slot that is not used; a token names an expert at most once.
@@ -80,5 +82,5 @@ def moe_ffn(
 
 
 def plain_of(W):
-    """`[E, ...]` of a frozen kernel or bias: a copy, where it lies in the stack of all layers."""
-    return W.stack[W.layer] if hasattr(W, "stack") else W
+    """`[E, ...]` of a frozen kernel or bias: a copy, where it lies in the stack of all layers or is quantised."""
+    return dense(W.stack[W.layer] if hasattr(W, "stack") else W)

@@ -56,6 +56,7 @@ class Leaf:
     axes (layers, experts) are tensors of their own in a Hugging Face checkpoint; `name` has a `{}` for each. `turned`:
     a matrix `[D_in, D_out]` here that is `[D_out, D_in]` there. Random values: normal with deviation `scale`, else all
     are `fill`. `part`: where the tensor of the checkpoint holds others beside it; it is of the tensor as it lies there.
+    `product`: a kernel `[..., D_in, D_out]` that `base.quant` quantises.
     """
 
     shape: tuple[int, ...]
@@ -66,6 +67,7 @@ class Leaf:
     scale: float | None = None
     fill: float = 1.0
     part: Part | None = None
+    product: bool = False
 
     @property
     def file_shape(self) -> tuple[int, ...]:
@@ -95,7 +97,7 @@ def projection(layers: int, d_in: int, d_out: int, name: str, *, inward: bool) -
     """
     scale = d_in**-0.5 / (math.sqrt(2 * layers) if inward else 1.0)
     specs = (P(None, "tensor", "fsdp"),) if inward else (P(None, "fsdp", "tensor"),)
-    return Leaf((layers, d_in, d_out), specs, f"{name}.weight", stacked=1, turned=True, scale=scale)
+    return Leaf((layers, d_in, d_out), specs, f"{name}.weight", stacked=1, turned=True, scale=scale, product=True)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -42,11 +42,11 @@ class GptOss(Moe):
         for i, site in enumerate(("gate", "up")):
             half = lambda axis, i=i: Part(axis, i, 2 * F, 2 * F, step=2)  # noqa: E731
             name = f"{at}experts.gate_up_proj"
-            out[f"blocks/experts/{site}"] = Leaf((L, E, D, F), wide, name, 1, scale=D**-0.5, part=half(2))
+            out[f"blocks/experts/{site}"] = Leaf((L, E, D, F), wide, name, 1, scale=D**-0.5, part=half(2), product=True)
             out[f"blocks/experts/{site}_bias"] = Leaf((L, E, F), thin, f"{name}_bias", 1, fill=0.0, part=half(1))
         inward = (P(None, "expert", "tensor", "fsdp"), P(None, None, "tensor", "fsdp"))
         name, scale = f"{at}experts.down_proj", F**-0.5 / math.sqrt(2 * L)
-        out["blocks/experts/down"] = Leaf((L, E, F, D), inward, name, 1, scale=scale)
+        out["blocks/experts/down"] = Leaf((L, E, F, D), inward, name, 1, scale=scale, product=True)
         out["blocks/experts/down_bias"] = Leaf((L, E, D), (P(None, "expert"), *WHOLE), f"{name}_bias", 1, fill=0.0)
         return out
 

@@ -16,6 +16,7 @@ from molora_jax.backbones.base import Backbone
 from molora_jax.core import routing as routing_math
 from molora_jax.core import rules as rules_lib
 from molora_jax.core import turns
+from molora_jax.core.quant import dense
 from molora_jax.core.types import Array, Context
 from molora_jax.placements import base_experts, ffn
 from molora_jax.routers.asked import decide
@@ -50,6 +51,7 @@ class Layer:
             key = jax.random.fold_in(key, self.ctx.layer)
         site = rules_lib.site(self.config, name, self.segment, rule)
         stack = None if self.whole is None else (self.whole[0][rule.name].get(name, {}), self.whole[1])
+        base = None if base is None else dense(base)  # of this layer, and only where the adapter reads it
         return self.ctx.replace(key=key, site=site, base=base, stack=stack, dropout=rule.adapter.dropout)
 
     def enter(self, scope: str, x: Array) -> None:

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 
 from molora_jax import inits
 from molora_jax.core import rules as rules_lib
+from molora_jax.core.quant import dense
 
 
 def init_adapters(config, rules, segments, key, params: dict) -> dict:
@@ -65,7 +66,7 @@ def begun_anew(config, rules, segments, key, params: dict, adapters: dict, layer
         for name in [name for name in rule.projections if name in base_grad] if reads else ():
             site = rules_lib.site(config, name, segment, rule)
             leaf_key = jax.random.fold_in(jax.random.fold_in(rule_key, rules_lib.site_tag(name)), layer)
-            base = jax.lax.dynamic_index_in_dim(params[stack.name][name]["kernel"], layer - stack.start, 0, False)
+            base = _at(params[stack.name][name]["kernel"], layer - stack.start)
             new = rule.adapter.init_leaves(leaf_key, site, layer, base=base, base_grad=base_grad[name])
             own = adapters[rule.name][segment.name]
             put = jax.tree.map(
@@ -73,6 +74,11 @@ def begun_anew(config, rules, segments, key, params: dict, adapters: dict, layer
             )
             adapters = adapters | {rule.name: adapters[rule.name] | {segment.name: own | {name: put}}}
     return adapters
+
+
+def _at(kernels, place):
+    """The dense kernel of one layer of a stack."""
+    return dense(jax.tree.map(lambda w: jax.lax.dynamic_index_in_dim(w, place, 0, False), kernels))
 
 
 def reads_gradient(rule) -> bool:
@@ -104,8 +110,7 @@ def _init_layers(member, key, site, config=None, params=None):
         layer_key = jax.random.fold_in(key, layer)
         if params is None:
             return member.init_leaves(layer_key, site, layer)
-        pick = lambda w: jax.lax.dynamic_index_in_dim(w, layer - stack.start, 0, False)  # noqa: E731
-        base = None if kernel is None else pick(kernel["kernel"])
+        base = None if kernel is None else _at(kernel["kernel"], layer - stack.start)
         grad = None if base is None else jnp.zeros(base.shape)
         return member.init_leaves(layer_key, site, layer, base=base, base_grad=grad)
 

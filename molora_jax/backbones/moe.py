@@ -67,7 +67,7 @@ class Moe(Llama):
             wide = ("tensor", "fsdp") if site == "down" else ("fsdp", "tensor")
             specs = (P(None, "expert", *wide), P(None, None, *wide))
             out[f"blocks/experts/{site}"] = Leaf(
-                (L, E, d_in, d_out), specs, f"{at}.experts.{{}}.{name}.weight", 2, True, scale[site]
+                (L, E, d_in, d_out), specs, f"{at}.experts.{{}}.{name}.weight", 2, True, scale[site], product=True
             )
         if self.shared_width:
             for site, name in zip(FFN, theirs, strict=True):

@@ -5,14 +5,18 @@ import jax.numpy as jnp
 
 from molora_jax.backbones.base import Backbone
 from molora_jax.core import trees
+from molora_jax.core.quant import empty
 from molora_jax.core.trees import set_path
 
 
-def base_shapes(backbone: Backbone) -> dict:
+def base_shapes(backbone: Backbone, dtype=jnp.float32, quant: str = "none") -> dict:
     """The tree of a base's parameters, as shapes."""
     shapes: dict = {}
     for path, leaf in backbone.shapes().items():
-        set_path(shapes, path, jax.ShapeDtypeStruct(leaf.shape, jnp.float32))
+        held = jax.ShapeDtypeStruct(leaf.shape, dtype)
+        if quant != "none" and leaf.product:
+            held = empty(leaf.shape, quant, dtype, jax.ShapeDtypeStruct, where=path)
+        set_path(shapes, path, held)
     return shapes
 
 

@@ -16,6 +16,7 @@ from jax.ad_checkpoint import checkpoint_name
 from kernels_pallas.tiles import PRODUCT, InStack
 from molora_jax.backbones.base import BlockContext, Stack
 from molora_jax.backbones.layer import Layer
+from molora_jax.core.quant import is_quantised
 from molora_jax.core.types import Array, Context
 
 _policies = jax.checkpoint_policies
@@ -125,7 +126,7 @@ class StackRunner:
             base = jax.tree.map(lambda w: jax.lax.dynamic_index_in_dim(w, place, 0, False), sliced)
             base, zeros = (base, zeros) if tap is None else tap.kernels(index, base, zeros)
             base = jax.tree.map(lambda w: checkpoint_name(w, "base"), base)
-            base |= jax.tree.map(lambda w: InStack(None, w, place), experts)
+            base |= jax.tree.map(lambda w: InStack(None, w, place), experts, is_leaf=is_quantised)
             adapt = Layer(
                 config, segment, active, model.losses, (own, shared, own_state), carry,
                 ctx.replace(layer=index), self.given, self.collect, model.engine,

@@ -12,6 +12,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
+from molora_jax.core.quant import dense
 from molora_jax.core.types import Array
 
 
@@ -26,7 +27,7 @@ class Tap:
     def kernels(self, layer: Array, base: dict, zeros: dict) -> tuple[dict, dict]:
         """`base`, the parameters of `layer`, with the zeros on the sites that are asked for, and the zeros."""
         for site in zeros:
-            kernel, out = _tapped(base[site]["kernel"], zeros[site], layer == self.layer)
+            kernel, out = _tapped(dense(base[site]["kernel"]), zeros[site], layer == self.layer)
             base, zeros = base | {site: base[site] | {"kernel": kernel}}, zeros | {site: out}
         return base, zeros
 

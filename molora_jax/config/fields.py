@@ -77,7 +77,11 @@ TEXT = Field(str)
 
 FIELDS = {
     "seed": between(0, 2**31 - 1),
-    "base": {"source": TEXT, "dtype": choice("float32", "bfloat16")},
+    "base": {
+        "source": TEXT,
+        "dtype": choice("float32", "bfloat16"),
+        "quant": since(choice("none", "int8", "nf4"), "none"),
+    },
     "data": {
         "tasks": TEXT,
         "valid": since(TEXT, ""),

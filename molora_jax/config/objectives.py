@@ -64,6 +64,10 @@ def problems(config):
     if "all" in names and rules:
         reason = "no rules: beside experts the gradient of a frozen kernel is not formed"
         yield wrong("method.train_base", "'all' with rules", reason, "Take the rules out, or name embed,head,norms.")
+    quant = config["base"].get("quant", "none")
+    if "all" in names and quant != "none":
+        reason = "'' or some of embed,head,norms with base.quant: the codes of a kernel have no gradient"
+        yield wrong("method.train_base", f"'all' with base.quant={quant!r}", reason, "Set base.quant=none.")
     beside = bool(names) or any(value.get("name") != "lm" for value in used(config).values() if hasattr(value, "get"))
     if beside and isinstance(rules, dict) and "modules" in rules:
         reason = "another name: the trained modules beside the rules stand under it"

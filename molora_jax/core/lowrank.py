@@ -1,6 +1,6 @@
 """Frozen projections and the routed low-rank product: written once, for every `Factors`.
 
-Every use of a base weight goes through `frozen_linear`, so that quantised bases come later without edits elsewhere.
+Every product with a base's projection goes through `frozen_linear`, which takes kernels in 8 and 4 bits too (`quant`).
 T tokens, D width, E experts, K slots, R rank.
 """
 
@@ -11,15 +11,34 @@ import jax.extend
 import jax.numpy as jnp
 
 from kernels_pallas import grouped_expand, grouped_lora, grouped_shrink, low_rank_op, rank_gated
+from molora_jax.core.quant import Quantised, dense, is_quantised
 from molora_jax.core.types import Array, Factors
 
 F32 = jnp.float32
 
 
 @jax.named_scope("base")
-def frozen_linear(W: Array, x: Array) -> Array:
+def frozen_linear(W: Array | Quantised, x: Array) -> Array:
     """`x [..., D_in]`, `W [D_in, D_out]` -> `[..., D_out]` in x's dtype."""
-    return jnp.dot(x, W.astype(x.dtype), preferred_element_type=F32).astype(x.dtype)
+    return _by_codes(W, x) if is_quantised(W) else _product(W, x)
+
+
+def _product(W, x):
+    return jnp.dot(x, dense(W, x.dtype), preferred_element_type=F32).astype(x.dtype)
+
+
+# The backward pass forms the dense kernel again, whatever `jax.checkpoint` keeps: else it may be kept, of every layer.
+@jax.custom_vjp
+def _by_codes(W, x):
+    return _product(W, x)
+
+
+def _by_codes_back(W, dy):
+    contract = (((dy.ndim - 1,), (1,)), ((), ()))
+    return None, jax.lax.dot_general(dy, dense(W, dy.dtype), contract, preferred_element_type=F32).astype(dy.dtype)
+
+
+_by_codes.defvjp(lambda W, x: (_product(W, x), W), _by_codes_back)
 
 
 @flax.struct.dataclass

@@ -7,6 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
+from kernels_pallas.quantised import is_quantised
+
 
 def split(tree: dict, frozen: tuple[str, ...]) -> tuple[dict, dict]:
     """`(trainable, frozen)` nested dicts; a path `rule/segment/site/leaf` is frozen when a pattern matches it."""
@@ -61,7 +63,13 @@ def repeated(tree, n: int):
 
 
 def count(tree) -> int:
-    return sum(int(np.prod(x.shape)) for x in jax.tree.leaves(tree))
+    """Numbers in a tree; of a quantised kernel those of the dense one."""
+    return sum(int(np.prod(x.shape)) for x in jax.tree.leaves(tree, is_leaf=is_quantised))
+
+
+def num_bytes(tree) -> int:
+    """Bytes of a tree of arrays or shapes."""
+    return sum(int(np.prod(x.shape)) * np.dtype(x.dtype).itemsize for x in jax.tree.leaves(tree))
 
 
 def set_path(tree: dict, path: str, leaf) -> None:

@@ -16,6 +16,7 @@ import numpy as np
 from molora_jax import placements
 from molora_jax.adapters.base import Adapter
 from molora_jax.core import rules as rules_lib
+from molora_jax.core.quant import BLOCK, BLOCK8
 from molora_jax.core.types import Context
 from molora_jax.engines.base import ENGINES, Engine, Traffic
 from molora_jax.errors import InputError
@@ -67,7 +68,14 @@ def routed(model):
                     yield rule, segment, experts, name
 
 
-def traffic(model, rule, segment, experts: int, name: str, *, on: Engine, tokens: int, itemsize: int) -> Traffic:
+def kernel_bytes(itemsize: int, quant: str) -> float:
+    """Of a number of the base's kernels; what is there once for an output channel or a kernel is left out."""
+    return {"int8": 1 + 4 / BLOCK8, "nf4": 0.5 + 1 / BLOCK}.get(quant, itemsize)
+
+
+def traffic(
+    model, rule, segment, experts: int, name: str, *, on: Engine, tokens: int, itemsize: int, quant: str = "none"
+) -> Traffic:
     """The traffic of one site of one layer. `tokens` on one device; `itemsize`: bytes of an activation's number."""
     placement, ways, leaves, rank = placements.of(rule), on.ways("tensor"), [], 0
     for site in placement.owns(rule, name):
@@ -83,13 +91,13 @@ def traffic(model, rule, segment, experts: int, name: str, *, on: Engine, tokens
     return Traffic(
         T=tokens, K=placement.slots(rule, experts, model.config), E=experts,
         row_in=row[0] * itemsize, row_out=row[1] * itemsize,
-        frozen=placement.frozen(model.config, name) * itemsize / ways,
+        frozen=placement.frozen(model.config, name) * kernel_bytes(itemsize, quant) / ways,
         sent=sent * itemsize, ids=4 * placement.IDS, leaves=tuple(leaves), passes=1 if model.remat == "none" else 2,
         last=placement.ends(rule, name), again=_met_before(placement, rule, name),
     )  # fmt: skip
 
 
-def unchanged_experts(model, *, on: Engine, tokens: int, itemsize: int):
+def unchanged_experts(model, *, on: Engine, tokens: int, itemsize: int, quant: str = "none"):
     """`(layers, Traffic)` of a base's own experts where no rule changes them: tokens and kernels meet all the same."""
     placement, config = BaseExperts(), model.config
     for segment in model.segments:
@@ -99,7 +107,7 @@ def unchanged_experts(model, *, on: Engine, tokens: int, itemsize: int):
             yield len(segment.layers), Traffic(
                 T=tokens, K=config.active, E=config.experts, row_in=config.width * itemsize,
                 row_out=config.width * itemsize, sent=config.width * itemsize, ids=4 * placement.IDS, leaves=(),
-                frozen=placement.frozen(config, "ffn") * itemsize / on.ways("tensor"),
+                frozen=placement.frozen(config, "ffn") * kernel_bytes(itemsize, quant) / on.ways("tensor"),
                 passes=1 if model.remat == "none" else 2, last=True,
             )  # fmt: skip
 
@@ -148,20 +156,20 @@ def refusal(model, on: Engine) -> str:
     return ""
 
 
-def table(model, on: Engine, *, tokens: int, itemsize: int) -> list[Row]:
+def table(model, on: Engine, *, tokens: int, itemsize: int, quant: str = "none") -> list[Row]:
     """A row for every engine; `on` gives mesh and options. `tokens` of a micro-step on one device."""
-    rows = []
+    rows, sizes = [], dict(tokens=tokens, itemsize=itemsize, quant=quant)
     for name in dict.fromkeys((*ENGINES, on.name)):  # the last may be from outside
         own = _named(on, name)
         refused = refusal(model, own) or _emulated(own)
         shipped = useful = 0.0
         for rule, segment, experts, site in routed(model):
             at = own if placements.of(rule).DROPS else dataclasses.replace(own, capacity=0.0)
-            asked = traffic(model, rule, segment, experts, site, on=at, tokens=tokens, itemsize=itemsize)
+            asked = traffic(model, rule, segment, experts, site, on=at, **sizes)
             a, b = own.module.bytes_moved(asked, at)
             shipped, useful = shipped + a * len(segment.layers), useful + b * len(segment.layers)
         whole = dataclasses.replace(own, capacity=0.0, rank_space=False)  # a base drops no token
-        for layers, asked in unchanged_experts(model, on=whole, tokens=tokens, itemsize=itemsize):
+        for layers, asked in unchanged_experts(model, on=whole, **sizes):
             a, b = own.module.bytes_moved(asked, whole)
             shipped, useful = shipped + a * layers, useful + b * layers
         rows.append(Row(name, shipped, useful, refused))
@@ -207,7 +215,9 @@ def report(rows: list[Row], name: str, why: str) -> str:
     return f"{columns(lines, right=(1, 2))}\nengine {name}: {why}"
 
 
-def resolve(model, *, engine: str, mesh, capacity: float, rank_space: bool, tokens: int, itemsize: int):
+def resolve(
+    model, *, engine: str, mesh, capacity: float, rank_space: bool, tokens: int, itemsize: int, quant: str = "none"
+):
     """The engine of a run, and the table to print (None on one device, or with nothing to place).
 
     Raises:
@@ -222,7 +232,7 @@ def resolve(model, *, engine: str, mesh, capacity: float, rank_space: bool, toke
             "engine", got=repr(engine), expected=f"an engine that can serve every rule ({refused})",
             fix="Set engine to 'gather', 'replicate' or 'auto'.",
         )  # fmt: skip
-    rows = table(model, on, tokens=tokens, itemsize=itemsize)
+    rows = table(model, on, tokens=tokens, itemsize=itemsize, quant=quant)
     if engine != "auto":
         name, why = engine, "the config asks for it"
     else:

@@ -19,9 +19,10 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
+from molora_jax.core.quant import finer, is_quantised
 from molora_jax.core.types import Array
 from molora_jax.engines.base import Engine
-from molora_jax.placements.base import At, Axes, Beside, Region, Rows
+from molora_jax.placements.base import At, Axes, Beside, Region, Rows, of_kernel
 from molora_jax.placements.ffn import Hidden
 from molora_jax.placements.projection import Linear
 from molora_jax.sharding import AXES, ROWS
@@ -77,7 +78,7 @@ def meet(on: Engine, region: Region, arrays: dict, parts):
 
     rows, ways = on.row_axes(num_tokens), on.ways("tensor")
     split = region.inner is not None and on.tensor(region.inner)
-    parts = [_padded(part, on) for part in parts]
+    parts = [_padded(_in_shards(part, part.axes(on.rank_space), on), on) for part in parts]
     axes = [part.axes(on.rank_space) for part in parts]
     away = [on.moves(part) for part in parts]
     specs = [jax.tree.map(lambda a, p=p: on.spec(a, rows, p), a) for a, p in zip(axes, parts, strict=True)]
@@ -86,6 +87,7 @@ def meet(on: Engine, region: Region, arrays: dict, parts):
         early = _early(on, rows, arrays["x"], parts, axes, specs)
     arrays = region.enter(arrays, parts, moved=any(away), split=ways > 1)
     named, outs = region.axes(), region.outs()
+    arrays = {n: _in_shards(a, of_kernel(a, named[n]), on) for n, a in arrays.items()}
 
     def local(arrays, parts, early):
         at = At(_rows(rows, len(arrays["x"])), (jax.lax.axis_index("tensor"), ways) if split else (0, 1))
@@ -105,12 +107,23 @@ def meet(on: Engine, region: Region, arrays: dict, parts):
         return region.end(arrays, out), counts
 
     spec = lambda a: on.spec(a, rows)  # noqa: E731
+    enter = {n: jax.tree.map(spec, of_kernel(a, named[n])) for n, a in arrays.items()}
     run = jax.shard_map(
-        local, mesh=on.mesh, in_specs=({n: spec(named[n]) for n in arrays}, specs, P(rows)),
+        local, mesh=on.mesh, in_specs=(enter, specs, P(rows)),
         out_specs=(jax.tree.map(spec, outs), P(rows)), check_vma=False,
         axis_names=set(ROWS if region.inner is None and ways > 1 else AXES),
     )  # fmt: skip
     return run(arrays, parts, early)
+
+
+def _in_shards(tree, axes, on):
+    """Quantised kernels of a tree in blocks that end where the shards of D_in over `tensor` do."""
+
+    def fit(W, a):
+        split = is_quantised(W) and on.spec(a.arrays["codes"], ())[-2] == "tensor"
+        return finer(W, on.ways("tensor")) if split else W
+
+    return jax.tree.map(fit, tree, axes, is_leaf=is_quantised)
 
 
 def _travel(on, part, arrays, out, at):

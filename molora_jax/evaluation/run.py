@@ -30,7 +30,7 @@ from molora_jax.data.turns import read_messages
 from molora_jax.decode import generate as decoding
 from molora_jax.errors import InputError
 from molora_jax.evaluation import measure
-from molora_jax.io.base import load_base
+from molora_jax.io.base import configured_base
 from molora_jax.io.templates import characters
 from molora_jax.objectives import Objective, compile_objective
 from molora_jax.runs import parents, written
@@ -378,7 +378,7 @@ def write_run(workdir, run: Run, *, view: View | None = None, config=None) -> pa
 def load_base_run(config, *, mesh=None) -> Run:
     """The frozen base of a config alone, in the same form: no rules, no adapters. `mesh`: as in `load_run`."""
     mesh = sharding.local_mesh(mesh)
-    base = load_base(config.base.source, dtype=config.base.dtype)
+    base = configured_base(config)
     model = compile_base(config, base.config)
     params = _put_base(base, mesh)
     return Run(config, model, params, {}, {}, base.tokenizer, base_params=params, mesh=mesh)

@@ -23,6 +23,7 @@ from molora_jax import config as config_lib
 from molora_jax import placements
 from molora_jax.adapters import ADAPTERS
 from molora_jax.adapters.base import Adapter
+from molora_jax.core.quant import dense
 from molora_jax.core.rules import adapter_sites
 from molora_jax.core.types import Context
 from molora_jax.export import molora_torch
@@ -96,7 +97,7 @@ def _factors(source, rule):
         kernel = source.opened.base.params[stack.name].get(site.name, {}).get("kernel")
         for layer in site.layers:
             own = source.by_site.get((rule.name, layer, site.name), {})
-            W = None if kernel is None else jnp.asarray(kernel[layer - stack.start])
+            W = None if kernel is None else jnp.asarray(dense(kernel[layer - stack.start]))
             ctx = Context(None, None, None, None, None, base=W, site=site, layer=layer)
             yield layer, site, own, rule.adapter.factors(own, source.shared(rule), ctx)
 

@@ -43,4 +43,9 @@ def perform(workdir, format: str, out, *, step="best", note=LOG.info) -> pathlib
         part.mkdir()
         for line in FORMATS[format].write(source, part):
             note(line)
+    quant = opened.config.base.get("quant", "none")
+    if quant != "none":
+        own = "with other kernels the adapters' reader has another base; --format=merged writes the run's"
+        own = "its kernels are written as the values of their codes" if format == "merged" else own
+        note(f"the run was trained on its base in {quant}: {own}")
     return target

@@ -14,7 +14,8 @@ A GGUF file (or a model in parts, by any of them) is dequantised once, into a Hu
 `CACHE/converted/<digest>-<dtype>-v2`; later starts only map that. The folder is written under another name and renamed
 when it is complete, so a kill leaves no half model and two processes at once do no harm. `molora.json` in it holds the
 sha256 of every file and of itself, and all are hashed at every start (0.4 s for 540 MB, while they are copied): a
-flipped bit on the disk would otherwise pass as a slightly different model.
+flipped bit on the disk would otherwise pass as a slightly different model. A base that is read quantised (`quant`) lies
+beside it in the same way, as `<digest>-<dtype>-<quant>-v1`, made of one tensor of its folder at a time.
 """
 
 import concurrent.futures
@@ -26,17 +27,22 @@ import os
 import pathlib
 import shutil
 
+import jax
 import ml_dtypes
 import numpy as np
+from flax.traverse_util import flatten_dict
 
 from molora_jax.backbones import families, hf_config
 from molora_jax.backbones.base import Backbone
 from molora_jax.backbones.hf_fields import shown
+from molora_jax.backbones.sizes import base_shapes
+from molora_jax.core.quant import FORMS, is_quantised, quantised_tree
 from molora_jax.errors import InputError
-from molora_jax.io import fetch, gguf, gguf_model, gguf_tokenizer, huggingface, random_init, tokenizer
+from molora_jax.io import fetch, gguf, gguf_model, gguf_tokenizer, huggingface, random_init, tensors, tokenizer
 
 _DTYPES = {"float32": np.float32, "bfloat16": ml_dtypes.bfloat16, "float16": np.float16}
 _FORMAT = "v2"  # raise it when a conversion changes: old folders are then not used
+_QUANT_FORMAT = "v1"
 _NOTE = "molora.json"
 _WEIGHTS = "model.safetensors"
 
@@ -45,8 +51,9 @@ _WEIGHTS = "model.safetensors"
 class Base:
     """A loaded base.
 
-    `params`: nested dict of numpy arrays, as the backbone's `shapes()` says. `digest`: hex sha256 of the weights' own
-    content (the GGUF file, the safetensors files, the random values), the same on every machine and for every dtype.
+    `params`: nested dict of numpy arrays, as the backbone's `shapes()` says, kernels maybe quantised. `digest`: hex
+    sha256 of the weights' own content (the GGUF file, the safetensors files, the random values), the same on every
+    machine and for every dtype and `quant`.
     `folder`: the Hugging Face folder that it was read from (of a GGUF file the converted one), None of random values.
     """
 
@@ -58,12 +65,21 @@ class Base:
     folder: pathlib.Path | None = None
 
 
-def load_base(source: str, *, dtype: str = "float32", seed: int = 0, known=()) -> Base:
+def configured_base(config, known=()) -> Base:
+    """The base that a config asks for; `known` as in `load_base`."""
+    base = config.base
+    return load_base(
+        base.source, dtype=base.dtype, quant=base.get("quant", "none"), seed=config.get("seed", 0), known=known
+    )
+
+
+def load_base(source: str, *, dtype: str = "float32", quant: str = "none", seed: int = 0, known=()) -> Base:
     """Loads a frozen base model.
 
     Args:
       source: one of the forms at the top of this file.
       dtype: float32, bfloat16 or float16; of every parameter.
+      quant: "int8" or "nf4" of the kernels of projections and experts (`core/quant.py`), or "none".
       seed, known: of a run that is there, its seed and the digests that it recorded. In older versions a random base
         without `@` followed the run's seed: where that is the base that was recorded, it is the one.
 
@@ -77,6 +93,8 @@ def load_base(source: str, *, dtype: str = "float32", seed: int = 0, known=()) -
     """
     if dtype not in _DTYPES:
         raise InputError("base.dtype", got=repr(dtype), expected=f"one of {', '.join(_DTYPES)}")
+    if quant not in ("none", *FORMS):
+        raise InputError("base.quant", got=repr(quant), expected=f"one of none, {', '.join(FORMS)}")
     scheme, _, rest = source.partition(":")
     schemes = ("random", "pkg", "gguf", "dir", "hf")
     if scheme not in schemes and (pathlib.Path(source).expanduser() / "config.json").is_file():
@@ -88,6 +106,7 @@ def load_base(source: str, *, dtype: str = "float32", seed: int = 0, known=()) -
         if known and digest not in known and not at:
             older = random_init.random_params(config, seed=seed, dtype=_DTYPES[dtype])
             params, digest = older if older[1] in known else (params, digest)
+        params = params if quant == "none" else quantised_tree(config, params, quant)
         return Base(config, params, tokenizer.byte_tokenizer(), digest, source)
     if scheme not in schemes or not rest or scheme == "random":
         raise InputError(
@@ -97,14 +116,14 @@ def load_base(source: str, *, dtype: str = "float32", seed: int = 0, known=()) -
         )  # fmt: skip
     try:
         if scheme == "pkg":
-            return _load_package(rest, dtype, source)
+            return _load_package(rest, dtype, quant, source)
         if scheme == "gguf":
             path = pathlib.Path(rest).expanduser()
             digests = [fetch.remembered_sha256(part) for part in gguf.files(path)]
             digest = digests[0] if len(digests) == 1 else hashlib.sha256("\n".join(digests).encode()).hexdigest()
-            return _load_converted(_converted(digest, dtype, lambda: path), dtype, digest, source)
+            return _load_converted(_converted(digest, dtype, lambda: path), dtype, quant, digest, source)
         folder = fetch.hub_folder(rest) if scheme == "hf" else pathlib.Path(rest).expanduser()
-        return _load_folder(folder, dtype, source)
+        return _load_folder(folder, dtype, quant, source)
     except OSError as error:  # a full disk, a folder without permission
         raise InputError(
             f"{source}: {error.filename or 'a file'}", got=error.strerror or str(error), expected="to read or write it",
@@ -112,16 +131,22 @@ def load_base(source: str, *, dtype: str = "float32", seed: int = 0, known=()) -
         ) from error  # fmt: skip
 
 
-def _load_package(alias, dtype, source):
+def _load_package(alias, dtype, quant, source):
     if alias not in fetch.PACKAGES:
         fetch.package_file(alias)  # raises, with the names that exist
     digest = fetch.PACKAGES[alias].member_sha256
     if fetch.PACKAGES[alias].beside:  # a Hugging Face folder, whose files are checked at every start
-        return _load_folder(fetch.package_file(alias).parent, dtype, source, digest=digest)
-    return _load_converted(_converted(digest, dtype, lambda: fetch.package_file(alias)), dtype, digest, source)
+        return _load_folder(fetch.package_file(alias).parent, dtype, quant, source, digest=digest)
+    folder = _converted(digest, dtype, lambda: fetch.package_file(alias))
+    return _load_converted(folder, dtype, quant, digest, source)
 
 
-def _load_converted(folder, dtype, digest, source):
+def _load_converted(folder, dtype, quant, digest, source):
+    return _checked(folder, digest, dtype, lambda: _load_folder(folder, dtype, quant, source, digest=digest))
+
+
+def _checked(folder, digest, dtype, load):
+    """`load()`, while the files of a folder of the cache are held against its note."""
     expected = _read_note(folder, digest, dtype)
     found = {path.name for path in folder.iterdir() if not path.name.startswith(".")} - {_NOTE}
     wrong = found ^ expected.keys()
@@ -132,9 +157,9 @@ def _load_converted(folder, dtype, digest, source):
     weights = folder / _WEIGHTS
     with concurrent.futures.ThreadPoolExecutor(1) as pool:
         hashing = pool.submit(fetch.file_sha256, weights)  # hashlib releases the GIL
-        base = _load_folder(folder, dtype, source, digest=digest)
+        made = load()
         _same_digest(weights, hashing.result(), expected[_WEIGHTS])
-    return base
+    return made
 
 
 def _same_digest(path, got, expected):
@@ -170,15 +195,44 @@ def _read_note(folder, digest, dtype) -> dict[str, str]:
     return note["files"]
 
 
-def _load_folder(folder, dtype, source, *, digest=None):
-    config, params = huggingface.read_folder(folder, _DTYPES[dtype])
+def _load_folder(folder, dtype, quant, source, *, digest=None):
+    config, views, origin = huggingface.opened(folder)
     text = tokenizer.from_folder(folder, end="eos" if config.CAUSAL else "sep")
     check_ids(text, config.vocab, where=str(folder))
     if digest is None:
         files = huggingface.weight_files(folder)
         joined = "\n".join(f"{path.name} {fetch.remembered_sha256(path)}" for path in files)
         digest = hashlib.sha256(joined.encode()).hexdigest()
+    make = lambda: huggingface.assembled(views, origin, config, _DTYPES[dtype], quant, where=str(folder))  # noqa: E731
+    params = make() if quant == "none" else _quantised(config, digest, dtype, quant, make)
     return Base(config, params, text, digest, source, pathlib.Path(folder))
+
+
+def _quantised(config, digest, dtype, quant, make) -> dict:
+    """The parameters of a quantised base, from the cache; `make()` gives them where they are not there yet."""
+    kind = f"{dtype}-{quant}"
+    folder = fetch.cache_dir() / "converted" / f"{digest[:32]}-{kind}-{_QUANT_FORMAT}"
+    if not folder.exists():
+
+        def write(part):
+            flat = flatten_dict(make(), sep="/")
+            packed = {path: flat.pop(path) for path, W in list(flat.items()) if is_quantised(W)}
+            own = {f"{path}/{name}": a for path, W in packed.items() for name, a in W.arrays.items()}
+            tensors.write_named(part / _WEIGHTS, flat | own)
+            _write_note(part, digest, quant, kind)
+
+        _written(folder, write)
+    return _checked(folder, digest, kind, lambda: _read_quantised(config, folder / _WEIGHTS, dtype, quant))
+
+
+def _read_quantised(config, path, dtype, quant) -> dict:
+    """The tree of `base_shapes`, filled from a file; what it holds is checked against its digest meanwhile."""
+    views = tensors.read(path)
+
+    def of_leaf(path, _):
+        return np.array(views["/".join(str(k.key) for k in path)])
+
+    return jax.tree_util.tree_map_with_path(of_leaf, base_shapes(config, _DTYPES[dtype], quant))
 
 
 def check_ids(text: tokenizer.Tokenizer, rows: int, *, where: str) -> None:
@@ -208,20 +262,30 @@ def _converted(digest, dtype, gguf_path) -> pathlib.Path:
     if folder.exists():
         return folder
     path = gguf_path()
-    root.mkdir(exist_ok=True)
-    fetch.sweep(root)
-    part = fetch.temporary(root)
-    part.mkdir()
-    try:
+
+    def write(part):
         file = gguf.read(path)
         config = gguf_model.hf_config(file)
         sources = gguf_model.tensor_sources(file, hf_config.from_hf(config, where=str(path)))
         huggingface.write_folder(part, config, sources, gguf_tokenizer.tokenizer(file), _DTYPES[dtype])
         _write_note(part, digest, path.name, dtype)
+
+    _written(folder, write)
+    return folder
+
+
+def _written(folder, write) -> None:
+    """A folder of the cache that is there whole or not at all; `write(part)` fills it."""
+    root = folder.parent
+    root.mkdir(exist_ok=True)
+    fetch.sweep(root)
+    part = fetch.temporary(root)
+    part.mkdir()
+    try:
+        write(part)
         with contextlib.suppress(OSError):  # another process was first: its folder holds the same
             os.rename(part, folder)
     finally:
         shutil.rmtree(part, ignore_errors=True)
     if not folder.exists():
         raise InputError(str(folder), got="a folder that could not be renamed", expected="the converted model")
-    return folder

@@ -21,6 +21,7 @@ from flax.traverse_util import flatten_dict
 from molora_jax.backbones import gemma, hf_config
 from molora_jax.backbones.base import Backbone
 from molora_jax.backbones.hf_fields import shown
+from molora_jax.core.quant import dense, empty, is_quantised, quantise
 from molora_jax.core.trees import set_path
 from molora_jax.errors import InputError
 from molora_jax.io import mxfp4, tensors
@@ -44,12 +45,18 @@ def weight_files(folder: pathlib.Path) -> list[pathlib.Path]:
     return [folder / name for name in sorted(set(tensors.read_index(index).values()))]
 
 
-def read_folder(folder: pathlib.Path, dtype) -> tuple[Backbone, dict]:
-    """Config and parameters (numpy, `dtype`). Fields of the config that nobody knows are told on stderr.
+def read_folder(folder: pathlib.Path, dtype, quant: str = "none") -> tuple[Backbone, dict]:
+    """Config and parameters (numpy, `dtype`, kernels in the form `quant`), as of `opened`.
 
     Raises:
       InputError: a file, tensor name, shape, dtype or value that does not fit the config.
     """
+    config, views, origin = opened(folder)
+    return config, assembled(views, origin, config, dtype, quant, where=str(folder))
+
+
+def opened(folder: pathlib.Path) -> tuple[Backbone, dict, dict]:
+    """Config, a view of every tensor, and its file. Fields of the config that nobody knows are told on stderr."""
     note = lambda text: print(f"note: {text}", file=sys.stderr, flush=True)  # noqa: E731
     path = folder / "config.json"
     said = read_json(path)
@@ -74,7 +81,7 @@ def read_folder(folder: pathlib.Path, dtype) -> tuple[Backbone, dict]:
     if getattr(config, "tied", False) and not _is_tied(views, config):
         note(f"{folder}: lm_head.weight differs from the embedding, so it is used, though config.json says tied")
         config = dataclasses.replace(config, tied=False)
-    return config, _assemble(views, origin, config, dtype, where=str(folder))
+    return config, views, origin
 
 
 def _check_index(index, origin):
@@ -92,8 +99,11 @@ def _is_tied(views, config) -> bool:
     return head is None or embed is None or (head.shape == embed.shape and np.array_equal(head, embed))
 
 
-def _assemble(views, origin, config, dtype, *, where):
-    """Checks every name and shape against the template before the first allocation, then stacks and transposes."""
+def assembled(views, origin, config, dtype, quant: str = "none", *, where) -> dict:
+    """Checks every name and shape against the template before the first allocation, then stacks and transposes.
+
+    A tensor at a time is cast or quantised: beside what comes out there are as many dense ones as threads, 8 at most.
+    """
     shapes, left = config.shapes(), set(views)
     for leaf in shapes.values():
         for name, _ in leaf.files():
@@ -115,15 +125,22 @@ def _assemble(views, origin, config, dtype, *, where):
 
     tree, jobs = {}, []
     for path, leaf in shapes.items():
-        values = np.empty(leaf.shape, dtype)
+        packed = leaf.product and quant != "none"
+        values = empty(leaf.shape, quant, dtype, where=path) if packed else np.empty(leaf.shape, dtype)
         set_path(tree, path, values)
-        jobs += [(name, leaf, values[index].T if leaf.turned else values[index]) for name, index in leaf.files()]
+        jobs += [(name, leaf, values[index]) for name, index in leaf.files()]
 
     def copy(job):
         name, leaf, out = job
+        found = leaf.taken(views[name])
+        found = found.T if leaf.turned else found
         with np.errstate(over="ignore"):  # a value too large for `dtype` shows as infinite below
-            np.copyto(out, leaf.taken(views[name]), casting="unsafe")
-        if not np.isfinite(out).all():
+            if not is_quantised(out):
+                np.copyto(out, found, casting="unsafe")
+            sound = np.isfinite(found if is_quantised(out) else out).all()
+        if sound and is_quantised(out):
+            quantise(found, out)
+        if not sound:
             raise InputError(
                 f"{origin[name]}: tensor {name}", got=f"NaN or values that are infinite in {np.dtype(dtype).name}",
                 expected="finite weights", fix="Fetch the file again, or load it as float32.",
@@ -167,21 +184,26 @@ _BESIDE = (  # files of a model's folder that say what its tokenizer and its ans
 def write_base(folder: pathlib.Path, base) -> None:
     """A loaded base (`io.base.Base`, perhaps with other params) as a folder that this module and `transformers` read.
 
-    Weights are float32; config and tokenizer are the files that the base was read with, else written from it.
+    Weights are float32, of a quantised base those that its codes say; config and tokenizer are the files that the base
+    was read with, else written from it.
     """
     shapes, params = base.config.shapes(), flatten_dict(base.params, sep="/")
     held: dict = {}  # name -> its leaves and their values
     for path, leaf in shapes.items():
         for name, index in leaf.files():
-            held.setdefault(name, []).append((leaf, params[path][index]))
+            held.setdefault(name, []).append((leaf, params[path], index))
 
     def whole(leaves):
+        def of(leaf, values, index):
+            one = np.asarray(dense(values[index]))
+            return one.T if leaf.turned else one
+
         if leaves[0][0].part is None:
-            ((leaf, value),) = leaves
-            return value.T if leaf.turned else value
+            (own,) = leaves
+            return of(*own)
         out = np.empty(leaves[0][0].file_shape, leaves[0][1].dtype)
-        for leaf, value in leaves:
-            leaf.taken(out)[...] = value.T if leaf.turned else value
+        for own in leaves:
+            own[0].taken(out)[...] = of(*own)
         return out
 
     sources = {n: (leaves[0][0].file_shape, lambda leaves=leaves: whole(leaves)) for n, leaves in held.items()}

@@ -26,6 +26,7 @@ from typing import ClassVar, NamedTuple
 
 import jax
 
+from molora_jax.core.quant import is_quantised
 from molora_jax.core.types import Array, Factors
 
 
@@ -41,6 +42,18 @@ class Axes:
 
     names: tuple[str | None, ...] = ()
     site: str = ""
+
+
+def of_kernel(W, axes: Axes):
+    """`axes` of a frozen kernel; of a quantised one a tree of the same form: a scale stands where its codes do."""
+    if not is_quantised(W):
+        return axes
+
+    def own(a):
+        names = zip(a.shape[-len(axes.names) :], axes.names, strict=True)
+        return Axes(tuple(None if n == 1 else name for n, name in names), axes.site)
+
+    return W.map(own)
 
 
 class At(NamedTuple):

@@ -26,7 +26,7 @@ from molora_jax.config.fields import FFN as SITES
 from molora_jax.core import lowrank
 from molora_jax.core import routing as routing_math
 from molora_jax.core.types import Array, Factors
-from molora_jax.placements.base import At, Axes, Part, Placement, Region, replicated
+from molora_jax.placements.base import At, Axes, Part, Placement, Region, of_kernel, replicated
 
 BIASES = tuple(f"{site}_bias" for site in SITES)
 
@@ -62,7 +62,7 @@ class BaseExpertsPart(Part):
         widths = {"gate": ("width", "out"), "up": ("width", "out"), "down": ("in", "width")}
         kernels = {site: Axes(("frozen_expert", *widths[site]), site) for site in SITES}
         kernels |= {f"{site}_bias": Axes(("frozen_expert", widths[site][1]), site) for site in SITES}
-        kernels = {name: kernels[name] for name in self.kernels}
+        kernels = {name: of_kernel(W, kernels[name]) for name, W in self.kernels.items()}
         E = self.kernels["gate"].shape[0]  # with masked ones
         factors = {site: self.placement.axes(f, site, rank_space, E) for site, f in self.factors.items()}
         return self.replace(

@@ -12,7 +12,7 @@ import numpy as np
 from molora_jax import config as config_lib
 from molora_jax.backbones.compile import compile_model
 from molora_jax.errors import InputError
-from molora_jax.io.base import load_base
+from molora_jax.io.base import configured_base
 from molora_jax.io.base_facts import base_facts, pinned
 from molora_jax.runs import folders, identity, parents, saved
 from molora_jax.runs.bases import check_bases
@@ -62,7 +62,7 @@ def open_run(workdir, step="best", *, config=None, warn) -> Opened:
     if facts and not {"tokenizer", "config"} <= facts.keys():
         warn(f"{folder} is of an older version: its tokenizer, template and base's config are not compared")
     known = [str(facts["digest"])] if "digest" in facts else []
-    base = load_base(config.base.source, dtype=config.base.dtype, seed=config.seed, known=known)
+    base = configured_base(config, known)
     trained_on = facts.get("digest") or base.digest
     if trained_on != base.digest:
         raise InputError(

@@ -115,6 +115,7 @@ def write(workdir, *, config, items: dict, facts: dict, backbone=None, base: Bas
                 written = _write_base(part / saved.BASE, base)
                 with config.unlocked():
                     config.base.source = f"dir:{target / saved.BASE}"
+                    config.base.quant = "none"  # a surgery that writes a base has made its kernels dense
                 own, day = pinned(written, (facts.get("base") or {}).get("day"))
                 facts = facts | {"base_digest": own.digest, "base": base_facts(own, day=day)}
                 files = {"base_files": describe_files(part / saved.BASE)}

@@ -6,7 +6,8 @@ i `[D_in]` and o `[D_out]` are an adapter's factors of the frozen product (DoRA'
 `[R, R]` what stands between A and B. Trained copies of base leaves (`method.train_base`) take their leaves' places; a
 trained head stays a module of the run. LoRA on a base's own experts (`base_experts`) goes into each expert's kernel, a
 trained copy of its router into its place. A routed rule cannot be merged: what it adds depends on the token. Weights
-are written as float32.
+are written as float32; those of a quantised base (`base.quant`) as the values that its codes stand for, on which the
+run was trained, and the new run's base is not quantised.
 """
 
 import dataclasses
@@ -18,6 +19,7 @@ import numpy as np
 
 from molora_jax import placements
 from molora_jax.adapters.base import Adapter
+from molora_jax.core.quant import dense, is_quantised
 from molora_jax.core.rules import adapter_sites
 from molora_jax.core.types import Context
 from molora_jax.placements.base_experts import BaseExperts
@@ -126,5 +128,14 @@ def merged_kernel(W: np.ndarray, adapters: list) -> tuple[np.ndarray, np.ndarray
 
 
 def _copied(tree):
-    """The same leaves as float32 arrays of their own."""
-    return {k: _copied(v) if isinstance(v, dict) else np.array(v, np.float32) for k, v in tree.items()}
+    """The same leaves as float32 arrays of their own, dense: of a quantised kernel a layer at a time."""
+    return {k: _copied(v) if isinstance(v, dict) else _dense(v) for k, v in tree.items()}
+
+
+def _dense(leaf):
+    if not is_quantised(leaf):
+        return np.array(leaf, np.float32)
+    out = np.empty(leaf.shape, np.float32)
+    for layer in range(len(out)):
+        out[layer] = dense(leaf[layer])
+    return out

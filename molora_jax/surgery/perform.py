@@ -82,6 +82,12 @@ def _opened(inputs, note) -> tuple[Parent, ...]:
                 expected=f"runs on one base: {inputs[0]} is on {out[0].opened.base.digest[:16]}",
                 fix="Choose runs of the same base.source.",
             )  # fmt: skip
+        quants = [run.config.base.get("quant", "none") for run in (opened, *(parent.opened for parent in out[:1]))]
+        if quants[0] != quants[-1]:
+            raise InputError(
+                "surgery.inputs", got=f"{name}, with base.quant={quants[0]}",
+                expected=f"that of {inputs[0]}: {quants[-1]}", fix="Choose runs on the same form of the base.",
+            )  # fmt: skip
         params = out[0].opened.base.params if out else opened.base.params
         base = dataclasses.replace(opened.base, params=params)
         out.append(Parent(name, dataclasses.replace(opened, base=base)))

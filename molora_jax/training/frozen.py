@@ -8,6 +8,8 @@ import hashlib
 import json
 import pathlib
 
+import jax
+
 from molora_jax import sharding
 from molora_jax.backbones.compile import compile_base
 from molora_jax.engines import Engine
@@ -67,6 +69,7 @@ def load_frozen(
         )  # fmt: skip
     frozen_model = dataclasses.replace(frozen_model, max_segments=model.max_segments, tasks=model.tasks)
     same = (other.digest, other.config) == (base.digest, base.config) and own["embed"].dtype == params["embed"].dtype
+    same = same and jax.tree.structure(other.params) == jax.tree.structure(params)  # of the same quantisation
     if same and own is other.params:  # no trained copies: the arrays that are there
         own = params
     else:

@@ -83,6 +83,8 @@ def train(config, workdir: str, *, profile: bool = False, note=None) -> Result:
     with Workdir(workdir, writer=writer) as folder, StopRequest(signals=signals) as stop, obstacles(workdir), watchdog:
         run = TrainingRun(folder.followed(config, note), folder, note=note)
         note(summary.machine(run.mesh, run.config.base.dtype))
+        if run.config.base.get("quant", "none") != "none":
+            note(summary.base_table(run.params))
         steps = run.config.train.steps
         if steps != config.train.steps and not config.train.get("epochs", 0.0):
             note(f"train.steps: {config.train.steps} asked for, {steps} made: whole turns of {run.turn} clients")

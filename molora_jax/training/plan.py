@@ -25,7 +25,7 @@ from molora_jax.backbones.base import Backbone
 from molora_jax.backbones.compile import compile_model
 from molora_jax.backbones.sizes import base_shapes
 from molora_jax.config.resolve import split_commas
-from molora_jax.core import trees
+from molora_jax.core.trees import num_bytes
 from molora_jax.data.packing import empty_batch
 from molora_jax.engines import hlo
 from molora_jax.errors import InputError
@@ -101,8 +101,8 @@ def plan(config, backbone: Backbone, devices, chip: str, *, own_mesh: bool, own_
 
 def _candidates(config, backbone, devices, limit, own_mesh, own_batch):
     """`(mesh, batch)` from what is likely to be fastest to what needs least memory."""
-    N, itemsize = len(devices), 2 if config.base.dtype == "bfloat16" else 4
-    base = itemsize * trees.count(base_shapes(backbone))
+    N = len(devices)
+    base = num_bytes(_base(config, backbone))
     if own_mesh:
         meshes = [config_lib.check_mesh(config, N)]
     else:
@@ -138,7 +138,7 @@ def _compiled(config, backbone, devices, chip, sizes, batch) -> Plan:
     config_lib.check_mesh(config, len(devices))
     config_lib.check_model(config, backbone.layers, backbone.dims, backbone.ABSENT)
     mesh, dtype = sharding.make_mesh(sizes, devices), jnp.dtype(config.base.dtype)
-    shapes = jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, dtype), base_shapes(backbone))
+    shapes = _base(config, backbone)
     where = sharding.param_shardings(backbone, shapes, mesh)
     params = jax.tree.map(lambda s, at: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=at), shapes, where)
     tasks = tuple(split_commas(config.data.tasks))
@@ -184,7 +184,7 @@ def _compiled(config, backbone, devices, chip, sizes, batch) -> Plan:
     if key is not None and program is not None:
         flops = per_token(model, step.shapes.adapters, step.shapes.modules, step.program.frozen, S) * batch * S
         passes = (3 if config.train.remat == "full" else 2) * config.train.accumulate
-        read = passes * dtype.itemsize * trees.count(shapes) / sizes["tensor"]
+        read = passes * num_bytes(shapes) / sizes["tensor"]
         times = {
             "compute": flops / len(devices) / DEVICES[key].flops_per_second,
             "memory": read / DEVICES[key].bytes_per_second,
@@ -197,9 +197,19 @@ def _compiled(config, backbone, devices, chip, sizes, batch) -> Plan:
     return Plan(
         fits=program is not None and (limit is None or memory["total"] <= USABLE * limit), memory=memory,
         collectives=found, compile_s=round(seconds, 1), engine=model.engine.name, why=why, roofline_s=roofline,
-        bound=bound, mesh=dict(sizes), batch=batch, seq_len=S, dtype=str(dtype), devices=len(devices),
+        bound=bound, mesh=dict(sizes), batch=batch, seq_len=S, dtype=_form(config), devices=len(devices),
         kind=devices[0].device_kind, limit=limit,
     )  # fmt: skip
+
+
+def _base(config, backbone) -> dict:
+    return base_shapes(backbone, jnp.dtype(config.base.dtype), config.base.get("quant", "none"))
+
+
+def _form(config) -> str:
+    """`bfloat16`, or `bfloat16 and nf4`."""
+    quant = config.base.get("quant", "none")
+    return config.base.dtype if quant == "none" else f"{config.base.dtype} and {quant}"
 
 
 def _rows(config, mesh, batch: int) -> dict:
@@ -261,7 +271,9 @@ def _advice(made: Plan, own_mesh: bool, own_batch: bool) -> str:
         if rows > 1:
             ideas.append(f"{rows} rows a device: try fewer, or train.accumulate={rows}")
         ideas.append("train.remat=full, and a shorter data.seq_len")
-    if made.dtype == "float32":
+    if made.dtype.startswith("float32"):
         ideas.append("base.dtype=bfloat16")
+    if " " not in made.dtype:
+        ideas.append("base.quant=nf4")
     ideas.append("a topology of more chips")
     return "; ".join(ideas)

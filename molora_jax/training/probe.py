@@ -20,6 +20,7 @@ from jax.sharding import PartitionSpec as P
 from molora_jax import sharding
 from molora_jax.backbones import leaves
 from molora_jax.backbones.tap import Tap
+from molora_jax.core.quant import is_quantised
 from molora_jax.engines import ALONE
 from molora_jax.objectives import Forward, Frozen
 from molora_jax.training.devices import Devices
@@ -152,5 +153,6 @@ class Probe:
 
 def _of_layer(kernel) -> NamedSharding:
     """Where one layer of a stacked kernel lies."""
+    kernel = kernel.arrays["codes"] if is_quantised(kernel) else kernel
     mesh = kernel.sharding.mesh
     return NamedSharding(mesh, P(*kernel.sharding.spec[1:]))

@@ -9,7 +9,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from flax.traverse_util import flatten_dict, unflatten_dict
+from flax.traverse_util import flatten_dict
 
 from molora_jax import config as config_lib
 from molora_jax import runtime, sharding
@@ -120,15 +120,16 @@ def _check_freeze(run, patterns: tuple[str, ...], leaves: dict, *, field: str):
 
 def compiled_step(run, program: Program) -> "CompiledStep":
     """The step of a program under a run's mesh and batch; the last few are kept for other runs of this process."""
-    shapes = flatten_dict(jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), run.params))
+    shapes, tree = jax.tree.flatten(jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), run.params))
     return _compiled_step(
-        program, tuple(shapes.items()), run.mesh, run.config.train.accumulate, run.targets_per_row, run.exact
+        program, (tuple(shapes), tree), run.mesh, run.config.train.accumulate, run.targets_per_row, run.exact
     )
 
 
 @functools.lru_cache(maxsize=4)
 def _compiled_step(program, shapes, mesh, accumulate, targets_per_row, exact):
-    return CompiledStep(program, unflatten_dict(dict(shapes)), mesh, accumulate, targets_per_row, exact)
+    leaves, tree = shapes
+    return CompiledStep(program, jax.tree.unflatten(tree, leaves), mesh, accumulate, targets_per_row, exact)
 
 
 class CompiledStep:

@@ -14,7 +14,7 @@ from molora_jax.backbones.model import Model
 from molora_jax.config import objectives as objectives_config
 from molora_jax.engines import Engine, auto
 from molora_jax.errors import InputError
-from molora_jax.io.base import load_base
+from molora_jax.io.base import configured_base
 from molora_jax.io.base_facts import base_facts, pinned
 from molora_jax.objectives import compile_objective
 from molora_jax.runs.modules import Modules, compile_modules
@@ -64,7 +64,7 @@ def setup(config, *, devices=None, recorded: dict | None = None, beside: Setup |
     mesh = sharding.make_mesh(config_lib.check_mesh(config, len(devices)), devices) if beside is None else beside.mesh
     known, day = _recorded(recorded or {})
     if beside is None:
-        base = load_base(config.base.source, dtype=config.base.dtype, seed=config.seed, known=known)
+        base = configured_base(config, known)
     else:
         base = dataclasses.replace(beside.base, params=beside.params)
     for where, value in objectives_config.used(config).items():
@@ -123,6 +123,6 @@ def with_engine(config, model: Model, mesh) -> tuple[Model, str | None]:
     on, text = auto.resolve(
         model, engine=config.engine, mesh=mesh, capacity=config.expert_parallel.capacity,
         rank_space=config.expert_parallel.rank_space, tokens=rows * config.data.seq_len,
-        itemsize=2 if config.base.dtype == "bfloat16" else 4,
+        itemsize=2 if config.base.dtype == "bfloat16" else 4, quant=config.base.get("quant", "none"),
     )  # fmt: skip
     return dataclasses.replace(model, engine=on), text

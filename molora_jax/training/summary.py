@@ -8,6 +8,7 @@ from flax.traverse_util import flatten_dict
 
 from molora_jax import runtime
 from molora_jax.core import trees
+from molora_jax.core.quant import FORMULAS, is_quantised
 from molora_jax.runs.view import keys_of
 from molora_jax.sharding import axes_text
 from molora_jax.text import table
@@ -53,6 +54,27 @@ def rules_table(model, adapters, frozen: tuple[str, ...], num_base: int, modules
     own = sum(int(np.prod(x.shape)) for x in trainable.values())
     rows.append(("total", "", "", "", "", "", "", f"{own:,}", f"{own / total:.2%}", memory(still.values())))
     return table(rows, right=(7, 8))
+
+
+def base_table(base) -> str:
+    """Of a quantised base: the bytes of every kernel (by the formula that is printed with them), and of all else.
+
+    Args:
+      base: the tree of its parameters, arrays or shapes.
+    """
+    rows, kept, form, all_dense = [("kernel", "shape", "form", "bytes", "dense")], [], "", 0
+    for path, leaf in flatten_dict(base, sep="/").items():
+        if is_quantised(leaf):
+            form = leaf.form
+            dense = int(np.prod(leaf.shape)) * np.dtype(leaf.dtype).itemsize
+            rows.append((path, "x".join(map(str, leaf.shape)), form, f"{leaf.nbytes:,}", f"{dense:,}"))
+            all_dense += dense
+        else:
+            kept.append(leaf)
+    rest, total = trees.num_bytes(kept), trees.num_bytes(base)
+    rows.append(("all else", "", ", ".join(sorted({str(x.dtype) for x in kept})), f"{rest:,}", f"{rest:,}"))
+    rows.append(("total", "", "", f"{total:,}", f"{rest + all_dense:,}"))
+    return f"{table(rows, right=(3, 4))}\nbytes of a kernel [D_in, D_out] in {form}: {FORMULAS[form]}"
 
 
 def sites_table(adapters, frozen: tuple[str, ...], modules: dict | None = None) -> str:
