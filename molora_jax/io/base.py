@@ -26,9 +26,12 @@ import os
 import pathlib
 import shutil
 
+import jax
 import ml_dtypes
 import numpy as np
+from jax.experimental import multihost_utils
 
+from molora_jax import stores
 from molora_jax.backbones import families, hf_config
 from molora_jax.backbones.base import Backbone
 from molora_jax.backbones.hf_fields import shown
@@ -58,7 +61,7 @@ class Base:
     folder: pathlib.Path | None = None
 
 
-def load_base(source: str, *, dtype: str = "float32", seed: int = 0, known=()) -> Base:
+def load_base(source: str, *, dtype: str = "float32", seed: int = 0, known=(), stored: bool = False) -> Base:
     """Loads a frozen base model.
 
     Args:
@@ -66,6 +69,8 @@ def load_base(source: str, *, dtype: str = "float32", seed: int = 0, known=()) -
       dtype: float32, bfloat16 or float16; of every parameter.
       seed, known: of a run that is there, its seed and the digests that it recorded. In older versions a random base
         without `@` followed the run's seed: where that is the base that was recorded, it is the one.
+      stored: leaves of `params` that lie in files are read when they are indexed, so that each process reads its part
+        (`huggingface.Stored`). Of several processes each digests some of the files: all have to call this together.
 
     Raises:
       InputError: whatever is wrong with the source, in terms of what to change.
@@ -97,14 +102,14 @@ def load_base(source: str, *, dtype: str = "float32", seed: int = 0, known=()) -
         )  # fmt: skip
     try:
         if scheme == "pkg":
-            return _load_package(rest, dtype, source)
+            return _load_package(rest, dtype, source, stored)
         if scheme == "gguf":
-            path = pathlib.Path(rest).expanduser()
+            path = pathlib.Path(stores.at_hand(rest, where="base.source")).expanduser()
             digests = [fetch.remembered_sha256(part) for part in gguf.files(path)]
             digest = digests[0] if len(digests) == 1 else hashlib.sha256("\n".join(digests).encode()).hexdigest()
-            return _load_converted(_converted(digest, dtype, lambda: path), dtype, digest, source)
-        folder = fetch.hub_folder(rest) if scheme == "hf" else pathlib.Path(rest).expanduser()
-        return _load_folder(folder, dtype, source)
+            return _load_converted(_converted(digest, dtype, lambda: path), dtype, digest, source, stored)
+        folder = fetch.hub_folder(rest) if scheme == "hf" else _folder(rest)
+        return _load_folder(folder, dtype, source, stored=stored)
     except OSError as error:  # a full disk, a folder without permission
         raise InputError(
             f"{source}: {error.filename or 'a file'}", got=error.strerror or str(error), expected="to read or write it",
@@ -112,16 +117,25 @@ def load_base(source: str, *, dtype: str = "float32", seed: int = 0, known=()) -
         ) from error  # fmt: skip
 
 
-def _load_package(alias, dtype, source):
+def _folder(path) -> pathlib.Path:
+    return pathlib.Path(stores.at_hand(path, where="base.source", skip=_of_no_use)).expanduser()
+
+
+def _of_no_use(name: str) -> bool:
+    """Other copies of the weights that lie beside: in folders (onnx, original), or in formats that are not read."""
+    return "/" in name or not name.endswith((".json", ".jinja", ".safetensors"))
+
+
+def _load_package(alias, dtype, source, stored):
     if alias not in fetch.PACKAGES:
         fetch.package_file(alias)  # raises, with the names that exist
     digest = fetch.PACKAGES[alias].member_sha256
     if fetch.PACKAGES[alias].beside:  # a Hugging Face folder, whose files are checked at every start
-        return _load_folder(fetch.package_file(alias).parent, dtype, source, digest=digest)
-    return _load_converted(_converted(digest, dtype, lambda: fetch.package_file(alias)), dtype, digest, source)
+        return _load_folder(fetch.package_file(alias).parent, dtype, source, digest=digest, stored=stored)
+    return _load_converted(_converted(digest, dtype, lambda: fetch.package_file(alias)), dtype, digest, source, stored)
 
 
-def _load_converted(folder, dtype, digest, source):
+def _load_converted(folder, dtype, digest, source, stored):
     expected = _read_note(folder, digest, dtype)
     found = {path.name for path in folder.iterdir() if not path.name.startswith(".")} - {_NOTE}
     wrong = found ^ expected.keys()
@@ -132,7 +146,7 @@ def _load_converted(folder, dtype, digest, source):
     weights = folder / _WEIGHTS
     with concurrent.futures.ThreadPoolExecutor(1) as pool:
         hashing = pool.submit(fetch.file_sha256, weights)  # hashlib releases the GIL
-        base = _load_folder(folder, dtype, source, digest=digest)
+        base = _load_folder(folder, dtype, source, digest=digest, stored=stored)
         _same_digest(weights, hashing.result(), expected[_WEIGHTS])
     return base
 
@@ -170,15 +184,28 @@ def _read_note(folder, digest, dtype) -> dict[str, str]:
     return note["files"]
 
 
-def _load_folder(folder, dtype, source, *, digest=None):
-    config, params = huggingface.read_folder(folder, _DTYPES[dtype])
+def _load_folder(folder, dtype, source, *, digest=None, stored=False):
+    config, params = huggingface.read_folder(folder, _DTYPES[dtype], stored=stored)
     text = tokenizer.from_folder(folder, end="eos" if config.CAUSAL else "sep")
     check_ids(text, config.vocab, where=str(folder))
     if digest is None:
         files = huggingface.weight_files(folder)
-        joined = "\n".join(f"{path.name} {fetch.remembered_sha256(path)}" for path in files)
+        digests = _shared_out(files) if stored else map(fetch.remembered_sha256, files)
+        joined = "\n".join(f"{path.name} {digest}" for path, digest in zip(files, digests, strict=True))
         digest = hashlib.sha256(joined.encode()).hexdigest()
     return Base(config, params, text, digest, source, pathlib.Path(folder))
+
+
+def _shared_out(files: list[pathlib.Path]) -> list[str]:
+    """The sha256 of every file; of several processes each reads some of them."""
+    count, own = jax.process_count(), jax.process_index()
+    mine = {i: fetch.remembered_sha256(path) for i, path in enumerate(files) if i % count == own}
+    if count == 1:
+        return list(mine.values())
+    table = np.zeros((len(files), 32), np.uint8)
+    for i, digest in mine.items():
+        table[i] = list(bytes.fromhex(digest))
+    return [bytes(row).hex() for row in multihost_utils.process_allgather(table).max(0)]
 
 
 def check_ids(text: tokenizer.Tokenizer, rows: int, *, where: str) -> None:

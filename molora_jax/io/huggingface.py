@@ -10,13 +10,14 @@ import concurrent.futures
 import dataclasses
 import fnmatch
 import json
+import math
 import os
 import pathlib
 import shutil
 import sys
 
 import numpy as np
-from flax.traverse_util import flatten_dict
+from flax.traverse_util import flatten_dict, unflatten_dict
 
 from molora_jax.backbones import gemma, hf_config
 from molora_jax.backbones.base import Backbone
@@ -44,8 +45,62 @@ def weight_files(folder: pathlib.Path) -> list[pathlib.Path]:
     return [folder / name for name in sorted(set(tensors.read_index(index).values()))]
 
 
-def read_folder(folder: pathlib.Path, dtype) -> tuple[Backbone, dict]:
+class Stored:
+    """A leaf of a base in its files, of some `shape` and `dtype`. Indexing it (by slices) reads that part and no more,
+    as numpy."""
+
+    def __init__(self, leaf, views: dict, origin: dict, dtype):
+        self.shape, self.dtype = leaf.shape, np.dtype(dtype)
+        self._leaf, self._views, self._origin = leaf, views, origin
+        self.lets_go = True  # of the files' pages, once a part is read
+
+    ndim = property(lambda self: len(self.shape))
+    size = property(lambda self: math.prod(self.shape))
+    nbytes = property(lambda self: self.size * self.dtype.itemsize)
+
+    def __array__(self, dtype=None, copy=None):
+        return self[...].astype(dtype or self.dtype, copy=False)
+
+    def __getitem__(self, index) -> np.ndarray:
+        index = () if index is Ellipsis else index if isinstance(index, tuple) else (index,)
+        index += (slice(None),) * (self.ndim - len(index))
+        ranges = [range(*one.indices(size)) for one, size in zip(index, self.shape, strict=True)]
+        lead, rest = ranges[: self._leaf.stacked], index[self._leaf.stacked :]
+        shape = [len(one) for one in ranges]
+        out = _aligned(shape, self.dtype) if self.lets_go else np.empty(shape, self.dtype)
+        for name, at in self._leaf.files():
+            if all(i in own for i, own in zip(at, lead, strict=True)):
+                place = tuple(own.index(i) for i, own in zip(at, lead, strict=True))
+                self._copy(name, rest, out[place] if place else out)
+        return out
+
+    def _copy(self, name, index, out):
+        view = self._views[name]
+        tensor = np.asarray(self._leaf.taken(view))
+        with np.errstate(over="ignore"):  # a value too large for `dtype` shows as infinite below
+            np.copyto(out, (tensor.T if self._leaf.turned else tensor)[index], casting="unsafe")
+        if self.lets_go:
+            tensors.let_go(view)
+        if not np.isfinite(out).all():
+            raise InputError(
+                f"{self._origin[name]}: tensor {name}", got=f"NaN or values that are infinite in {self.dtype.name}",
+                expected="finite weights", fix="Fetch the file again, or load it as float32.",
+            )  # fmt: skip
+
+
+def _aligned(shape, dtype) -> np.ndarray:
+    """An empty array that a CPU device of jax takes as it is, without a copy: it begins at a multiple of 64 bytes."""
+    size = math.prod(shape) * dtype.itemsize
+    raw = np.empty(size + 64, np.uint8)
+    begin = -raw.ctypes.data % 64
+    return raw[begin : begin + size].view(dtype).reshape(shape)
+
+
+def read_folder(folder: pathlib.Path, dtype, *, stored: bool = False) -> tuple[Backbone, dict]:
     """Config and parameters (numpy, `dtype`). Fields of the config that nobody knows are told on stderr.
+
+    Args:
+      stored: leaves are `Stored`: each part is read when it is asked for.
 
     Raises:
       InputError: a file, tensor name, shape, dtype or value that does not fit the config.
@@ -74,7 +129,8 @@ def read_folder(folder: pathlib.Path, dtype) -> tuple[Backbone, dict]:
     if getattr(config, "tied", False) and not _is_tied(views, config):
         note(f"{folder}: lm_head.weight differs from the embedding, so it is used, though config.json says tied")
         config = dataclasses.replace(config, tied=False)
-    return config, _assemble(views, origin, config, dtype, where=str(folder))
+    tree = _assemble(views, origin, config, dtype, where=str(folder))
+    return config, tree if stored else _read(tree)
 
 
 def _check_index(index, origin):
@@ -93,7 +149,7 @@ def _is_tied(views, config) -> bool:
 
 
 def _assemble(views, origin, config, dtype, *, where):
-    """Checks every name and shape against the template before the first allocation, then stacks and transposes."""
+    """Checks every name and shape against the template; nothing of the weights is read."""
     shapes, left = config.shapes(), set(views)
     for leaf in shapes.values():
         for name, _ in leaf.files():
@@ -113,26 +169,19 @@ def _assemble(views, origin, config, dtype, *, where):
             expected="only those of its family", fix="Choose a plain model of a supported family.",
         )  # fmt: skip
 
-    tree, jobs = {}, []
+    tree: dict = {}
     for path, leaf in shapes.items():
-        values = np.empty(leaf.shape, dtype)
-        set_path(tree, path, values)
-        jobs += [(name, leaf, values[index].T if leaf.turned else values[index]) for name, index in leaf.files()]
-
-    def copy(job):
-        name, leaf, out = job
-        with np.errstate(over="ignore"):  # a value too large for `dtype` shows as infinite below
-            np.copyto(out, leaf.taken(views[name]), casting="unsafe")
-        if not np.isfinite(out).all():
-            raise InputError(
-                f"{origin[name]}: tensor {name}", got=f"NaN or values that are infinite in {np.dtype(dtype).name}",
-                expected="finite weights", fix="Fetch the file again, or load it as float32.",
-            )  # fmt: skip
-
-    # numpy releases the GIL in these copies
-    with concurrent.futures.ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-        list(pool.map(copy, jobs))
+        set_path(tree, path, Stored(leaf, views, origin, dtype))
     return tree
+
+
+def _read(tree: dict) -> dict:
+    """Every leaf whole; numpy releases the GIL in its copies."""
+    flat = flatten_dict(tree, sep="/")
+    for leaf in flat.values():
+        leaf.lets_go = False  # others are read at the same time
+    with concurrent.futures.ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+        return unflatten_dict(dict(zip(flat, pool.map(lambda x: x[...], flat.values()), strict=True)), sep="/")
 
 
 def write_folder(folder: pathlib.Path, config: dict, sources: dict, tokenizer: Tokenizer, dtype) -> None:
