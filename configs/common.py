@@ -91,7 +91,7 @@ def get_config():
             # steps=0: to the end; an objective here is the stage's own
             schedule=dict(s00=dict(steps=0, tasks="", freeze="", set=dict(), route="", objective=dict())),
             regime=dict(name="stages"),  # how training is organised: stages, federated, continual (docs/regimes.md)
-            mesh=dict(data=-1, fsdp=1, expert=1, tensor=1),
+            mesh=dict(data=-1, fsdp=1, expert=1, tensor=1, dcn=1),
             engine="auto",  # where experts live: replicate, gather, all_to_all, ragged_all_to_all (docs/parallelism.md)
             expert_parallel=dict(
                 capacity=0.0,  # rows a device sends to each peer, times the mean; 0 never drops

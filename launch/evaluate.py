@@ -33,6 +33,7 @@ def run(argv):
     from molora_jax.evaluation import report as reports
     from molora_jax.evaluation.progress import Phases
     from molora_jax.evaluation.run import load_run
+    from molora_jax.runs import remote
 
     phases = Phases()
     phases.start("run and base model", 1)
@@ -46,7 +47,9 @@ def run(argv):
         print(f"no test item: {', '.join(report['without_items'])}")
     sys.stdout.flush()  # the table is printed whatever the disk does
     written = reports.write(loaded, report)
-    for path in [*reports.pictures(loaded, report), written]:
+    paths = [*reports.pictures(loaded, report), written]
+    remote.put_back(args.workdir, loaded.workdir, "report")
+    for path in paths:
         print(path)
 
 

@@ -20,7 +20,7 @@ import traceback
 from ml_collections import ConfigDict
 
 from molora_jax import config as schema
-from molora_jax import runtime
+from molora_jax import runtime, stores
 from molora_jax.config import shipped
 from molora_jax.config.fields import REQUIRED, RULE, Field, did_you_mean, wrong
 from molora_jax.config.members import is_member, loss_of, member_problem, members, options
@@ -130,7 +130,7 @@ def home(where, path):
     """`~` as the home folder: a shell expands it at the start of a word, but not in `--flag=~/run`."""
     if not path:
         raise wrong(where, "nothing", "a path", "Give it, or leave the flag out.")
-    expanded = os.path.expanduser(local(where, path))
+    expanded = os.path.expanduser((stores.served if where == "--workdir" else local)(where, path))
     if expanded.startswith("~") and not os.path.exists(expanded):
         raise wrong(where, repr(path), "~/ or ~USER/ of a user of this machine", "Write the folder out.")
     return expanded

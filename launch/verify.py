@@ -7,7 +7,6 @@ not.
 """
 
 import json
-import pathlib
 
 from launch import flags
 from molora_jax.errors import InputError
@@ -21,10 +20,11 @@ FLAGS = [
 
 def run(argv):
     _, args = flags.parse(__doc__, FLAGS, argv, need_config=False)
+    from molora_jax.runs import remote
     from molora_jax.runs.folders import no_run, runs_in
     from molora_jax.runs.verify import verify
 
-    folder = pathlib.Path(args.workdir).expanduser()
+    folder = remote.at_hand(args.workdir)
     if runs_in(folder):
         raise no_run(folder)
     if not any((folder / name).exists() for name in ("config.json", "identity.json", "checkpoints")):

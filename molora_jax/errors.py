@@ -27,17 +27,21 @@ class InputError(ValueError):
         super().__init__(f"{message} {fix}".rstrip())
 
 
+def urls(path) -> list[str]:
+    """The URLs in a path, or in a text with paths in it: `gs://b/a` of `jsonl:gs://b/a`."""
+    return _REMOTE.findall(os.fspath(path)) if isinstance(path, (str, os.PathLike)) else []
+
+
 def local(where: str, path):
-    """The path (or text with paths in it), if it is of a file system that is mounted here.
+    """The path, if it is of a file system that is mounted here.
 
     Raises:
       InputError: a URL such as `gs://bucket/run`, which `pathlib` takes for a folder called `gs:`.
     """
-    found = _REMOTE.search(os.fspath(path)) if isinstance(path, (str, os.PathLike)) else None
+    found = urls(path)
     if found:
         raise InputError(
-            where, got=found[1], expected="a path of a mounted file system",
-            fix="URLs of object stores are not served: mount the bucket (gcsfuse, mountpoint-s3) to read, and keep "
-            "a run's folder on a disk that all processes share.",
+            where, got=found[0], expected="a path of a mounted file system",
+            fix="Only a run's folder, its inputs and finished runs may lie on an object store: write it to a disk.",
         )  # fmt: skip
     return path

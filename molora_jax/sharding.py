@@ -8,6 +8,7 @@ import functools
 
 import jax
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -25,11 +26,43 @@ ROWS = ("data", "fsdp", "expert")
 CHANGE = "change"  # an optimizer's leaf of what a pair A, B does to its whole kernel: `rule/segment/site/change`
 
 
-def make_mesh(sizes: dict[str, int], devices=None) -> Mesh:
-    """A mesh of the four axes. `sizes` multiply to the number of devices (checked by the config)."""
+def make_mesh(sizes: dict[str, int], devices=None, *, slices: int = 1) -> Mesh:
+    """A mesh of the four axes. `sizes` multiply to the number of devices (checked by the config).
+
+    Args:
+      slices: TPU slices (or hosts of GPUs; of other devices, processes) that only the axis `data` leads across, as its
+        outer part: all other axes stay on the fast network inside a slice.
+
+    Raises:
+      InputError: there are no so many equal slices.
+    """
     devices = jax.devices() if devices is None else devices
     shape = tuple(sizes[a] for a in AXES)
-    return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
+    if slices > 1:
+        inner = sizes | dict(data=sizes["data"] // slices)
+        parts = [make_mesh(inner, part).devices for part in _slices(devices, slices)]
+        return Mesh(np.concatenate(parts), AXES, axis_types=(AxisType.Auto,) * len(AXES))
+    types = (AxisType.Auto,) * len(AXES)
+    try:
+        return jax.make_mesh(shape, AXES, axis_types=types, devices=devices)
+    except NotImplementedError:  # fsdp=2 on a torus of 16x16: no whole axis of the chips is of that size
+        split = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
+        return Mesh(split, AXES, axis_types=types)
+
+
+def _slices(devices, count: int) -> list[list]:
+    """The devices in so many groups, each of whole slices."""
+    of = [getattr(device, "slice_index", None) for device in devices]
+    of = of if len(set(of)) > 1 else [device.process_index for device in devices]
+    groups = [[d for d, own in zip(devices, of, strict=True) if own == name] for name in sorted(set(of))]
+    if len(groups) % count or len({len(group) for group in groups}) > 1:
+        sizes = ", ".join(str(len(group)) for group in groups)
+        raise InputError(
+            "mesh.dcn", got=f"{count} for {len(groups)} slices (of {sizes} devices)",
+            expected="a divisor of the number of slices, which are alike", fix="Give the number of slices, or 1.",
+        )  # fmt: skip
+    each = len(groups) // count
+    return [sum(groups[i : i + each], []) for i in range(0, len(groups), each)]
 
 
 def local_mesh(sizes: dict[str, int] | None) -> Mesh:
@@ -177,11 +210,20 @@ def put(tree, shardings):
     """Host arrays onto the mesh; every process holds the same values."""
 
     def put_leaf(x, sharding):
-        return jax.make_array_from_callback(x.shape, sharding, lambda index: x[index])
+        x = np.asarray(x) if isinstance(x, (jax.Array, int, float)) else x
+        read: dict = {}  # devices that hold the same part: one reading of what lies in files (`huggingface.Stored`)
+
+        def part(index):
+            key = str(index)
+            if key not in read:
+                read[key] = x[index]
+            return read[key]
+
+        return jax.make_array_from_callback(x.shape, sharding, part)
 
     if isinstance(shardings, NamedSharding):
-        return jax.tree.map(lambda x: put_leaf(np.asarray(x), shardings), tree)
-    return jax.tree.map(lambda x, s: put_leaf(np.asarray(x), s), tree, shardings)
+        return jax.tree.map(lambda x: put_leaf(x, shardings), tree)
+    return jax.tree.map(put_leaf, tree, shardings)
 
 
 def adapter_shardings(adapters, model, mesh: Mesh):

@@ -8,6 +8,7 @@ PACKAGE = pathlib.Path(__file__).parents[1] / "molora_jax"
 # From the ground up; rooms of one line may not import each other. (kernels_pallas lies below core.)
 FLOORS = (
     ("errors",),
+    ("stores",),
     ("config", "cluster", "text", "pictures"),
     ("runtime",),
     ("core", "sharding"),

@@ -280,6 +280,9 @@ def test_mesh():
         assert caught.value.where == "mesh"
     with pytest.raises(InputError):
         schema.check_mesh(mixlora(**{"train.batch_size": 6}), 4)
+    assert schema.resolve_mesh({**mesh, "dcn": 2}, 8)["data"] == 4, "over slices and within"
+    with pytest.raises(InputError, match="mesh.dcn"):
+        schema.resolve_mesh({**mesh, "dcn": 3}, 8)
 
 
 def test_model():

@@ -14,7 +14,8 @@ from molora_jax.config.regimes import regime_problems
 from molora_jax.config.resolve import at_fault, split_commas
 from molora_jax.config.rule_checks import rule_problems
 from molora_jax.config.values import MOST, group_problems, member_problems, parts_of, path_of, shown, there
-from molora_jax.errors import InputError, local
+from molora_jax.errors import InputError
+from molora_jax.stores import is_url, served
 
 FREEZE = re.compile(r"[\w*?/.\-\[\]!]+")
 STAGE_NAME = re.compile(r"s\d\d")
@@ -44,7 +45,7 @@ def problems(config):
 
 
 def _remote(where, value):
-    """Texts that name a place which is not mounted here."""
+    """Texts that name a place which is neither mounted here nor of a store that is served."""
     if isinstance(value, dict):
         for name, own in value.items():
             if isinstance(name, str):
@@ -54,7 +55,7 @@ def _remote(where, value):
             yield from _remote(where, own)
     elif where != "data.system":
         try:
-            local(where, value)
+            served(where, value)
         except InputError as problem:
             yield problem
 
@@ -152,7 +153,7 @@ def _train(config):
         fix = "Set train.eval_every to the steps between two evaluations, or train.patience to 0."
         yield wrong("train.patience", shown(config["train"]["patience"]), "0 where train.eval_every=0", fix)
     start = config["train"].get("init_from")
-    if isinstance(start, str) and start and not there(path_of(start).is_dir):
+    if isinstance(start, str) and start and not is_url(start) and not there(path_of(start).is_dir):
         yield wrong(
             "train.init_from", f"{start!r} (no such folder)", 'a workdir to start from, or ""', "Check the path."
         )
@@ -165,6 +166,8 @@ def _mesh(config):
     if not all(isinstance(n, int) and n and -1 <= n <= MOST for n in numbers):
         return
     data, fsdp, expert, batch, parts = numbers
+    slices = mesh.get("dcn", 1)
+    data = max(data, 1) * (slices if isinstance(slices, int) and slices > 0 else 1)
     if batch % parts:
         fix = "Change batch_size or accumulate."
         yield wrong("train.batch_size", batch, f"a multiple of train.accumulate = {parts}", fix)
@@ -173,7 +176,7 @@ def _mesh(config):
     if batch // parts % unit:
         expected = f"whole units of {unit} rows a micro-step, which this objective keeps together"
         yield wrong("train.batch_size", f"{batch} in {parts} micro-steps", expected, "Change batch_size or accumulate.")
-    elif batch // parts % (max(data, 1) * fsdp * expert * unit):
+    elif batch // parts % (data * fsdp * expert * unit):
         rows = f"{batch // parts} rows" if unit == 1 else f"{batch // parts} rows (units of {unit} rows)"
         expected = f"data * fsdp * expert to divide the {rows} of a micro-step"
         got = f"data={shown(data)}, fsdp={shown(fsdp)}, expert={shown(expert)}"

@@ -1,12 +1,14 @@
 """The checks of `config.base` and `config.data`: where model and rows come from."""
 
+import importlib.util
 import re
 
 from molora_jax.config import fields as tables
 from molora_jax.config.fields import did_you_mean, one_of, wrong
-from molora_jax.config.resolve import resolve_fields, resolve_template_args, split_commas
+from molora_jax.config.resolve import FILES, file_of, resolve_fields, resolve_template_args, split_commas
 from molora_jax.config.values import path_of, shown, there
 from molora_jax.errors import InputError
+from molora_jax.stores import is_url
 
 FAMILY = re.compile(r"(\w+):[\w\-]+(/[\w\-]+)*")
 HUB_NAME = re.compile(r"[\w.\-]+/[\w.\-]+(@[\w.\-/]+)?")
@@ -29,6 +31,9 @@ def base_problems(config):
         name = drawn[1] if drawn else name
         if name not in names:
             yield wrong(where, shown(source), f"{form}: and {one_of(names)}", did_you_mean(name, names))
+    elif is_url(name):
+        if form not in ("dir", "gguf"):
+            yield wrong(where, shown(source), "dir: or gguf: before a URL")
     elif form == "gguf" and not there(path_of(name).is_file):
         yield wrong(where, f"{source!r} (no such file)", "an existing GGUF file", "Check the path.")
     elif form == "dir" and not there((path_of(name) / "config.json").is_file):
@@ -42,19 +47,20 @@ def data_problems(config):
     data = config["data"]
     names = tasks_of(config)
     for name in names:
-        if name.startswith("jsonl:"):
+        if name.startswith(FILES):
             yield from _file("data.tasks", name, r" (a comma in its path is written \,)")
         elif name not in tables.TASKS and not of_family(name):
-            expected = f"jsonl:PATH, {', '.join(tables.TASK_FAMILIES.values())} or {one_of(tables.TASKS)}"
+            files = "jsonl:PATH, parquet:PATH"
+            expected = f"{files}, {', '.join(tables.TASK_FAMILIES.values())} or {one_of(tables.TASKS)}"
             yield wrong("data.tasks", shown(name), expected, did_you_mean(name, tables.TASKS))
     if not names or len(names) != len(set(names)):
         yield wrong("data.tasks", shown(data.get("tasks")), "every task once, at least one (task names or jsonl:PATH)")
     valid = data.get("valid", "")
     for name in task_list(valid):
-        if name.startswith("jsonl:"):
+        if name.startswith(FILES):
             yield from _file("data.valid", name)
         else:
-            yield wrong("data.valid", shown(name), 'jsonl:PATH, or "" to hold out rows of data.tasks')
+            yield wrong("data.valid", shown(name), 'jsonl:PATH, parquet:PATH, or "" to hold out rows of data.tasks')
     yield from _resolved(data, "fields", resolve_fields)
     yield from _resolved(data, "template_args", resolve_template_args)
     yield from raw_problems(data)
@@ -87,13 +93,18 @@ def task_list(text):
 
 def may_name_more(tasks):
     """Whether there may be tasks of other names: a file's are known once it is read (`DataSet` checks them then)."""
-    return any(task.startswith("jsonl:") for task in tasks)
+    return any(task.startswith(FILES) for task in tasks)
 
 
 def _file(where, entry, beside=""):
-    if not there(path_of(entry[6:]).is_file):
+    path, form = file_of(entry), entry.partition(":")[0]
+    if not is_url(path) and not there(path_of(path).is_file):
         yield wrong(
-            where, f"{entry[:200]!r} (no such file, or a folder)", f"an existing jsonl file{beside}", "Check it."
+            where, f"{entry[:200]!r} (no such file, or a folder)", f"an existing {form} file{beside}", "Check it."
+        )
+    if form == "parquet" and importlib.util.find_spec("pyarrow") is None:
+        yield wrong(
+            where, f"{entry[:200]!r}, without pyarrow", "the extra `parquet`", "pip install 'molora_jax[parquet]'."
         )
 
 

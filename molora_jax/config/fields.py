@@ -108,6 +108,7 @@ FIELDS = {
     "mesh": {
         "data": Field(int, ">= 1, or -1 for all devices that are left", lambda size: size >= 1 or size == -1),
         **{axis: at_least(1) for axis in MESH_AXES[1:]},
+        "dcn": since(at_least(1), 1),
     },
     "engine": TEXT,
     "expert_parallel": {"capacity": at_least(0, float), "rank_space": Field(bool)},

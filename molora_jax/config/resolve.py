@@ -91,21 +91,24 @@ def resolve_experts(spec, num_layers, *, where="experts"):
 
 
 def resolve_mesh(mesh, num_devices, *, rows=None, unit=1):
-    """`{data, fsdp, expert, tensor}` with -1 filled in.
+    """`{data, fsdp, expert, tensor}` with -1 filled in; `data` over all slices (`dcn` times that of the config).
 
     `rows`, if given: the rows of a micro-step, to be divided by `unit` rows that belong together.
     """
-    sizes = {axis: int(mesh[axis]) for axis in MESH_AXES}
+    sizes, slices = {axis: int(mesh[axis]) for axis in MESH_AXES}, int(mesh.get("dcn", 1))
+    if slices < 1 or num_devices % slices:
+        raise wrong("mesh.dcn", slices, f"a divisor of the {num_devices} devices", "Give the number of slices.")
     for axis, size in sizes.items():
         if size < 1 and not (axis == "data" and size == -1):
             raise wrong(f"mesh.{axis}", size, ">= 1, or -1 for data alone")
     others = [axis for axis in MESH_AXES if axis != "data"]
-    rest = math.prod(sizes[axis] for axis in others)
+    rest = slices * math.prod(sizes[axis] for axis in others)
     if num_devices % rest:
         expected = f"axes whose product divides the {num_devices} devices"
         raise wrong("mesh", _text(sizes), expected, f"Change {at_fault(sizes, others, num_devices)}.")
     if sizes["data"] == -1:
         sizes["data"] = num_devices // rest
+    sizes["data"] *= slices
     if math.prod(sizes.values()) != num_devices:
         expected = f"a product of {num_devices}, the number of devices"
         fix = f"Let mesh.data be -1, or {num_devices // rest}."
@@ -149,6 +152,14 @@ def split_commas(text):
     r"""The parts of a comma list; `\,` is a comma inside a part (a path)."""
     parts = re.split(r"(?<!\\),", text)
     return tuple(part.strip().replace("\\,", ",") for part in parts if part.strip())
+
+
+FILES = ("jsonl:", "parquet:")  # entries of `data.tasks` that are files
+
+
+def file_of(entry: str) -> str:
+    """The path of `jsonl:PATH` or `parquet:PATH`; "" of the name of a task."""
+    return next((entry.removeprefix(form) for form in FILES if entry.startswith(form)), "")
 
 
 FOREIGN = ("peft", "molora")  # adapters that no run of ours holds, in `load`

@@ -9,6 +9,7 @@ from molora_jax.config.members import attribute, member_problem, members, stated
 from molora_jax.config.resolve import adapter_source, expert_counts, resolve_experts, resolve_layers, resolve_sites
 from molora_jax.config.values import group_problems, member_problems, path_of, shown, there
 from molora_jax.errors import InputError
+from molora_jax.stores import is_url
 
 NAME = re.compile(r"[a-z0-9_]+")
 
@@ -61,7 +62,7 @@ def _rule(where, rule, *, start):
         yield problem
     for path in rule["load"]:
         own = adapter_source(path)[1] if isinstance(path, str) else ""
-        if not own or not there(path_of(own).exists):
+        if not own or not is_url(own) and not there(path_of(own).exists):
             fix = "Check the path." if isinstance(path, str) else "Write (PATH,), with a comma, for one."
             yield wrong(f"{where}.load", shown(path), "paths that exist: DIR of a run, peft:DIR or molora:DIR", fix)
     if rule["load"]:

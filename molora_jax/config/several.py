@@ -116,5 +116,5 @@ def _plain(value: str) -> str:
     try:
         value = str(int(value)) if re.fullmatch(r"\d+", value) else repr(float(value))
     except ValueError:
-        value = re.sub(r"jsonl:(?:[^,]*/)?([^,]*?)(?:\.jsonl)?(?=,|$)", r"\1", value)
+        value = re.sub(r"(?:jsonl|parquet):(?:[^,]*/)?([^,]*?)(?:\.jsonl|\.parquet)?(?=,|$)", r"\1", value)
     return re.sub(r"[^\w.+-]+", "-", value).strip("-.") or "none"

@@ -2,11 +2,13 @@
 
 The key covers everything that the arrays depend on, so an entry is never updated. A file is written beside its place
 and renamed, so a reader sees a whole file or none; it ends with a digest of its key and of all before it, and a file
-where that does not hold, or is another entry's, is made again. No pickle is read or written. A folder that
+where that does not hold, or is another entry's, is made again. Once its digest is seen to hold it is mapped: a page is
+read when it is used, and several processes of a machine have it once. No pickle is read or written. A folder that
 cannot be written costs speed only. Users may share one: files are readable as the umask says, and what another user's
 file does not let us read is a miss.
 """
 
+import collections.abc
 import contextlib
 import hashlib
 import io
@@ -15,12 +17,15 @@ import logging
 import os
 import pathlib
 import tempfile
+import zipfile
 
 import numpy as np
 
 from molora_jax.io.files import sweep
 
 DIGEST = 32  # bytes of a SHA-256
+CHUNK = 1 << 22  # bytes hashed at a time
+SEPARATOR = b", "  # between the values of a list, as json writes it
 log = logging.getLogger(__name__)
 STALE_SECONDS = 86_400
 
@@ -30,15 +35,27 @@ def folder() -> pathlib.Path:
     return pathlib.Path(root).expanduser() / "data"
 
 
+def place() -> pathlib.Path | None:
+    """Where large temporaries go; None, the system's own, where the cache cannot be written."""
+    try:
+        folder().mkdir(parents=True, exist_ok=True)
+    except OSError:
+        return None
+    return folder() if os.access(folder(), os.W_OK) else None
+
+
 def load(key: str) -> dict[str, np.ndarray] | None:
     """The arrays saved under `key`, or None if there are none or they are damaged."""
     path = folder() / f"{key}.npz"
     try:
-        raw = path.read_bytes()
-        if raw[-DIGEST:] != _digest(key, memoryview(raw)[:-DIGEST]):
-            raise ValueError("its digest does not hold")
-        with np.load(io.BytesIO(raw[:-DIGEST]), allow_pickle=False) as file:
-            return {name: file[name] for name in file.files}
+        with open(path, "rb") as file:
+            total, left = hashlib.sha256(f"{key}\0".encode()), path.stat().st_size - DIGEST
+            while left > 0 and (chunk := file.read(min(left, CHUNK))):
+                total.update(chunk)
+                left -= len(chunk)
+            if left or file.read() != total.digest():
+                raise ValueError("its digest does not hold")
+            return _mapped(path, file)
     except FileNotFoundError:
         return None
     except OSError as error:
@@ -57,10 +74,9 @@ def save(key: str, arrays: dict[str, np.ndarray]) -> None:
         sweep(folder(), older=STALE_SECONDS)
         with tempfile.NamedTemporaryFile(dir=folder(), prefix=".", suffix=".tmp", delete=False) as file:
             temporary = file.name
-            whole = io.BytesIO()
-            np.savez(whole, **arrays)
-            file.write(whole.getbuffer())
-            file.write(_digest(key, whole.getbuffer()))
+            hashing = _Hashing(file, key)
+            np.savez(hashing, **arrays)
+            file.write(hashing.total.digest())
             os.fchmod(file.fileno(), 0o666 & ~_umask())  # a temporary file's 0600 would lock other users out
             file.flush()
             os.fsync(file.fileno())
@@ -79,10 +95,65 @@ def _umask() -> int:
     return mask
 
 
-def _digest(key: str, content) -> bytes:
-    total = hashlib.sha256(f"{key}\0".encode())
-    total.update(content)
-    return total.digest()
+class _Hashing:
+    """A file that is written from its start to its end, with the digest of its key and of what is in it so far."""
+
+    def __init__(self, file, key: str):
+        self._file, self.total = file, hashlib.sha256(f"{key}\0".encode())
+
+    def write(self, data) -> int:
+        self.total.update(data)
+        return self._file.write(data)
+
+    def read(self, *_):  # numpy asks for one to tell a file from a path
+        raise io.UnsupportedOperation("read")
+
+    def flush(self):
+        self._file.flush()
+
+
+def _mapped(path, file) -> dict[str, np.ndarray]:
+    """The arrays of an uncompressed npz in their places in the file: a page is read when it is used."""
+    arrays = {}
+    with zipfile.ZipFile(file) as archive:
+        for info in archive.infolist():
+            if info.compress_type != zipfile.ZIP_STORED:
+                raise ValueError(f"{info.filename} is compressed")
+            file.seek(info.header_offset + 26)
+            name, extra = (int.from_bytes(file.read(2), "little") for _ in range(2))
+            file.seek(info.header_offset + 30 + name + extra)
+            version = np.lib.format.read_magic(file)
+            read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+            shape, fortran, dtype = read(file)
+            if dtype.hasobject or fortran and len(shape) > 1:
+                raise ValueError(f"{info.filename} is no plain array")
+            empty = 0 in shape
+            mapped = np.zeros(shape, dtype) if empty else np.memmap(path, dtype, "r", file.tell(), shape)
+            arrays[info.filename.removesuffix(".npy")] = mapped
+    return arrays
+
+
+def pack_texts(values) -> tuple[np.ndarray, np.ndarray]:
+    """`(JSON of a list as bytes, where each of its values begins)`; the last entry is behind the last one."""
+    parts = [json.dumps(value, ensure_ascii=False).encode() for value in values]
+    at = 1 + np.cumsum([0, *(len(part) + len(SEPARATOR) for part in parts)]).astype(np.int64)
+    return np.frombuffer(b"[" + SEPARATOR.join(parts) + b"]", np.uint8), at
+
+
+class Texts(collections.abc.Sequence):
+    """The values of a packed list, each decoded when it is asked for."""
+
+    def __init__(self, packed: np.ndarray, at: np.ndarray):
+        self._packed, self._at = packed, at
+
+    def __len__(self):
+        return len(self._at) - 1
+
+    def __getitem__(self, index):
+        index = range(len(self))[index]
+        if isinstance(index, range):
+            return [self[i] for i in index]
+        return json.loads(self._packed[self._at[index] : self._at[index + 1] - len(SEPARATOR)].tobytes())
 
 
 def pack_json(value) -> np.ndarray:

@@ -35,8 +35,7 @@ def divide(
         number = {task: i for i, task in enumerate(task_ids)}
         owner = np.array([number[int(t)] % clients for t in tasks[members]], np.int64)
     else:
-        last = split.start + split.length - 1
-        classes = split.ids[last] if labelled else tasks
+        classes = np.array([split.tokens(i)[-1] for i in range(len(tasks))]) if labelled else tasks
         owner = np.empty(len(members), np.int64)
         rng = np.random.Generator(np.random.Philox(seed_of("clients", seed)))
         for c in np.unique(classes[members]).tolist():

@@ -9,7 +9,7 @@ import numpy as np
 
 from molora_jax.config.data_checks import of_family
 from molora_jax.config.fields import TASK_FAMILIES
-from molora_jax.config.resolve import split_commas
+from molora_jax.config.resolve import file_of, split_commas
 from molora_jax.data.encode import Task, load_tasks, tokenizer_digest
 from molora_jax.data.example import Encoded
 from molora_jax.data.options import Options
@@ -65,13 +65,14 @@ def parse_tasks(tasks: str) -> tuple[str, ...]:
       InputError: none, one twice, or one that is no task, no name of a family (`rg:`, `bb:`) and no `jsonl:PATH`.
     """
     entries = split_commas(tasks)
-    accepted = f"task names ({', '.join(SOURCES)}), {', '.join(TASK_FAMILIES.values())} or jsonl:PATH, by commas"
+    named = f"task names ({', '.join(SOURCES)}), {', '.join(TASK_FAMILIES.values())}"
+    accepted = f"{named}, jsonl:PATH or parquet:PATH, by commas"
     if not entries:
         raise InputError("data.tasks", got=repr(tasks), expected=accepted, fix="Name at least one task.")
     for entry in entries:
         if entries.count(entry) > 1:
             raise InputError("data.tasks", got=f"{entry!r} twice", expected="each task once", fix="Drop one.")
-        if entry in SOURCES or of_family(entry) or (entry.startswith("jsonl:") and entry != "jsonl:"):
+        if entry in SOURCES or of_family(entry) or file_of(entry):
             continue
         near = difflib.get_close_matches(entry, list(SOURCES), n=1, cutoff=0.5)
         fix = f"Did you mean {near[0]!r}?" if near else "For a file of your own write `jsonl:PATH`."
@@ -82,7 +83,7 @@ def parse_tasks(tasks: str) -> tuple[str, ...]:
 def _distinct_names(tasks: tuple[Task, ...]) -> tuple[Task, ...]:
     """Two files of one stem, or a file's task named as a package's, get a number: `train`, `train-2`."""
     taken, renamed = set(), {}
-    for i, task in sorted(enumerate(tasks), key=lambda item: item[1].entry.startswith("jsonl:")):
+    for i, task in sorted(enumerate(tasks), key=lambda item: bool(file_of(item[1].entry))):
         name, number = task.name, 2
         while name in taken:
             name, number = f"{task.name}-{number}", number + 1
@@ -93,13 +94,13 @@ def _distinct_names(tasks: tuple[Task, ...]) -> tuple[Task, ...]:
 
 def _fingerprint(tasks: tuple[Task, ...]) -> str:
     """Hex digest of the examples, the filters and the package versions; paths and file names do not enter."""
-    parts = [("jsonl" if task.entry.startswith("jsonl:") else identity(task.entry), task.content) for task in tasks]
+    parts = [("jsonl" if file_of(task.entry) else identity(task.entry), task.content) for task in tasks]
     return hashlib.sha256(repr(parts).encode()).hexdigest()
 
 
 def _check_fields(options: Options, tasks: tuple[Task, ...]):
     """A name of `data.fields` that no row of any file has is a mistake."""
-    files = [task for task in tasks if task.entry.startswith("jsonl:")]
+    files = [task for task in tasks if file_of(task.entry)]
     missing = [own for own in options.names if not any(own in task.fields for task in files)]
     if missing:
         raise InputError(

@@ -10,14 +10,16 @@ import functools
 import hashlib
 import json
 import pathlib
+import tempfile
 
 import numpy as np
 
-from molora_jax.config.resolve import resolve_template_args
+from molora_jax.config.resolve import file_of, resolve_template_args
 from molora_jax.data import cache, labelled, packages, render, traces
 from molora_jax.data.example import split_of
 from molora_jax.data.options import Options
 from molora_jax.data.read import Read, source, stem
+from molora_jax.data.spilled import Spilled
 from molora_jax.errors import InputError
 
 LONGEST_SHOWN = 60  # characters of a template's text in a message
@@ -31,8 +33,8 @@ class Task:
     ids: [sum of lengths] int32, context and target of each example one after another. mask: [sum of lengths] uint8, 1
     where an id is trained on. offsets: [N + 1] int64 into both. context: [N] int32, how many ids stand before the last
     answer, 0 in plain text. lead: [N] int32, how many of the answer's ids the template puts before its text. split: [N]
-    uint8. content: digest of the examples as text. texts: JSON of [prompt, target, group], of a multiple choice also
-    [offered, turns, tools, text], decoded only when asked for.
+    uint8. content: digest of the examples as text. packed_texts: JSON of [prompt, target, group], of a multiple choice
+    also [offered, turns, tools, text], at `texts_at`.
     dropped: why rows were left out -> how many. unused: what of the kept rows has no use -> in how many.
     """
 
@@ -49,6 +51,7 @@ class Task:
     dropped: dict[str, int]
     unused: dict[str, int]
     packed_texts: np.ndarray
+    texts_at: np.ndarray
     unnamed: bool = False  # a file's rows without a task of their own
     fields: tuple[str, ...] = ()  # the names of `data.fields` that its rows have
     also_trained: int = 0  # rows of data.valid that are training rows as well
@@ -57,8 +60,8 @@ class Task:
     labels: tuple[str, ...] = ()  # of labelled texts: names of the classes, whose number is an example's last id
 
     @functools.cached_property
-    def texts(self) -> list:
-        return cache.unpack_json(self.packed_texts)
+    def texts(self) -> cache.Texts:
+        return cache.Texts(self.packed_texts, self.texts_at)
 
 
 def load_tasks(
@@ -78,6 +81,11 @@ def load_tasks(
         arrays = {f"{i}.{name}": array for i, task in enumerate(encoded) for name, array in task.items()}
         if digest:
             cache.save(key, arrays)
+            if any(isinstance(task.examples, Spilled) for task in reads):
+                arrays = cache.load(key) or arrays  # the temporaries give way
+        for task in reads:
+            if isinstance(task.examples, Spilled):
+                task.examples.close()
     tasks = []
     while f"{len(tasks)}.meta" in arrays:
         tasks.append(_task(entry, {name: arrays[f"{len(tasks)}.{name}"] for name in ARRAYS}))
@@ -85,14 +93,14 @@ def load_tasks(
 
 
 NUMBERS = ("ids", "mask", "offsets", "context", "lead", "split")
-ARRAYS = (*NUMBERS, "texts", "meta")
+ARRAYS = (*NUMBERS, "texts", "texts_at", "meta")
 
 
 def _task(entry, arrays) -> Task:
     meta = cache.unpack_json(arrays["meta"])
     return Task(
         entry=entry,
-        name=meta["name"] or stem(entry.removeprefix("jsonl:")),  # a file's stem: not cached, it may be renamed
+        name=meta["name"] or stem(file_of(entry)),  # a file's stem: not cached, it may be renamed
         choices=tuple(meta["choices"]) if meta["choices"] else None,
         dropped=meta["dropped"],
         unused=meta["unused"],
@@ -102,7 +110,8 @@ def _task(entry, arrays) -> Task:
         labels=tuple(meta["labels"]),
         asked=tuple(meta["asked"]),
         packed_texts=arrays["texts"],
-        content=hashlib.sha256(arrays["texts"].tobytes() + meta["more"].encode()).hexdigest(),
+        texts_at=arrays["texts_at"],
+        content=meta["content"],
         **{field: arrays[field] for field in NUMBERS},
     )
 
@@ -137,7 +146,56 @@ def _encode(read: Read, *, tokenizer, options: Options) -> dict[str, np.ndarray]
             expected="one whose answers can end",
             fix="Name an eos_token in its tokenizer_config.json.",
         )
-    labels = sorted({example.target for example in read.examples}) if options.reads == "label" else []
+    labels = read.labels if options.reads == "label" else []
+    columns = _Columns(cache.place(), on_disk=isinstance(read.examples, Spilled))
+    texts, more = _JsonList(columns, ensure_ascii=False), _JsonList(sort_keys=True)
+    asked, choices = ["", 0], None
+    for block in read.blocks():
+        examples, encoded, own = _encode_block(block, tokenizer=tokenizer, options=options, labels=labels)
+        if not examples:
+            continue
+        if own:
+            asked = [asked[0] or own[0][:LONGEST_SHOWN], asked[1] + len(own)]
+        choices = choices if texts.count else examples[0].choices
+        more.extend([[i, e.more] for i, e in enumerate(examples, start=texts.count) if e.more is not None])
+        texts.extend([
+            [e.prompt, e.target, e.group, *([[e.offered, e.turns, e.tools, e.text]] * bool(e.offered))]
+            for e in examples
+        ])  # fmt: skip
+        ids = np.concatenate([np.asarray(result.ids, np.int32) for result in encoded])
+        if ids.min() < 0 or ids.max() >= tokenizer.vocab_size:
+            raise InputError(
+                f"data.tasks, {read.path or read.name}",
+                got=f"token ids from {ids.min()} to {ids.max()}",
+                expected=f"ids below the vocabulary size {tokenizer.vocab_size}",
+                fix="The tokenizer and the model do not belong together.",
+            )
+        columns.add("ids", ids)
+        columns.add("mask", np.concatenate([np.asarray(result.loss_mask, np.uint8) for result in encoded]))
+        columns.add("lengths", np.asarray([len(result.ids) for result in encoded], np.int64))
+        columns.add("context", np.asarray([result.context for result in encoded], np.int32))
+        columns.add("lead", np.asarray([result.lead for result in encoded], np.int32))
+        places = [split_of(read.split_key, e.group, options.test_share) for e in examples]
+        columns.add("split", np.asarray(places, np.uint8))
+    if not texts.count:
+        return None
+    texts.end()
+    more = more.end().hexdigest() if more.count else ""
+    content = texts.total.copy()
+    content.update(more.encode())
+    meta = dict(
+        name=read.name, choices=choices, dropped=read.dropped, unused=read.unused, fields=sorted(read.fields),
+        unit=2 if options.reads == "pair" else 1, labels=labels, asked=asked, content=content.hexdigest(),
+    )  # fmt: skip
+    lengths = columns.done("lengths")
+    offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
+    arrays = {name: columns.done(name) for name in ("ids", "mask", "context", "lead", "split", "texts", "texts_at")}
+    return arrays | dict(offsets=offsets, meta=cache.pack_json(meta))
+
+
+def _encode_block(read: Read, *, tokenizer, options: Options, labels: list[str]):
+    """`(examples, ids of each, what they are asked with)` of some rows that are held in memory, without those that are
+    left out."""
     chat = functools.partial(
         render.encode_examples, tokenizer, system=options.system, train_on=options.train_on,
         template_args=resolve_template_args(options.template_args),
@@ -155,11 +213,7 @@ def _encode(read: Read, *, tokenizer, options: Options) -> dict[str, np.ndarray]
     read.leave_out(refused, bad_rows=options.bad_rows)
     encoded = [result for result in encoded if not isinstance(result, render.Refused)]
     encoded = traces.drop_untraced(read, encoded, system=options.system, bad_rows=options.bad_rows)
-    if not encoded:
-        return None
-    examples = read.examples
-    asked = [result.asked for result in encoded if result.asked]
-    asked = [asked[0][:LONGEST_SHOWN], len(asked)] if asked else ["", 0]
+    examples, asked = read.examples, [result.asked for result in encoded if result.asked]
     if options.reads == "pair":
         # a template may write two answers alike
         same = [result.chosen.ids == result.rejected.ids for result in encoded]
@@ -168,32 +222,55 @@ def _encode(read: Read, *, tokenizer, options: Options) -> dict[str, np.ndarray]
         encoded = [result for result, tie in zip(encoded, same, strict=True) if not tie]
         examples = [side for e in examples for side in (e, e.rejected)]
         encoded = [side for result in encoded for side in (result.chosen, result.rejected)]
-        if not encoded:
-            return None
-    ids = np.concatenate([np.asarray(result.ids, np.int32) for result in encoded])
-    if ids.min() < 0 or ids.max() >= tokenizer.vocab_size:
-        raise InputError(
-            f"data.tasks, {read.path or read.name}",
-            got=f"token ids from {ids.min()} to {ids.max()}",
-            expected=f"ids below the vocabulary size {tokenizer.vocab_size}",
-            fix="The tokenizer and the model do not belong together.",
-        )
-    texts = [
-        [e.prompt, e.target, e.group, *([[e.offered, e.turns, e.tools, e.text]] * bool(e.offered))] for e in examples
-    ]
-    more = [[i, example.more] for i, example in enumerate(examples) if example.more is not None]
-    more = hashlib.sha256(json.dumps(more, sort_keys=True).encode()).hexdigest() if more else ""
-    meta = dict(
-        name=read.name, choices=examples[0].choices, dropped=read.dropped, unused=read.unused,
-        fields=sorted(read.fields), more=more, unit=2 if options.reads == "pair" else 1, labels=labels, asked=asked,
-    )  # fmt: skip
-    return dict(
-        ids=ids,
-        mask=np.concatenate([np.asarray(result.loss_mask, np.uint8) for result in encoded]),
-        offsets=np.cumsum([0, *(len(result.ids) for result in encoded)]).astype(np.int64),
-        context=np.asarray([result.context for result in encoded], np.int32),
-        lead=np.asarray([result.lead for result in encoded], np.int32),
-        split=np.asarray([split_of(read.split_key, e.group, options.test_share) for e in examples], np.uint8),
-        texts=cache.pack_json(texts),
-        meta=cache.pack_json(meta),
-    )
+    return examples, encoded, asked
+
+
+class _Columns:
+    """Arrays that grow at their ends, in memory or in files without a name."""
+
+    def __init__(self, folder, on_disk: bool):
+        self._folder, self._on_disk, self._parts, self._dtypes = folder, on_disk, {}, {}
+
+    def add(self, name: str, values: np.ndarray):
+        self._dtypes[name] = values.dtype
+        if not self._on_disk:
+            self._parts.setdefault(name, []).append(values)
+            return
+        if name not in self._parts:
+            self._parts[name] = tempfile.TemporaryFile(dir=self._folder)  # noqa: SIM115 - mapped in `done`
+        self._parts[name].write(values.tobytes())
+
+    def done(self, name: str) -> np.ndarray:
+        part = self._parts.pop(name)
+        if not self._on_disk:
+            return np.concatenate(part)
+        part.flush()
+        return np.memmap(part, self._dtypes[name], "r")
+
+
+class _JsonList:
+    """A list of values as JSON, some after the others: its digest, and where there are columns its text and places."""
+
+    def __init__(self, columns: _Columns | None = None, **options):
+        self.count, self.total, self._columns, self._at, self._options = 0, hashlib.sha256(), columns, 0, options
+
+    def extend(self, values: list):
+        parts = [json.dumps(value, **self._options).encode() for value in values]
+        if parts:
+            text = (cache.SEPARATOR if self.count else b"[") + cache.SEPARATOR.join(parts)
+            begin = self._at + (len(cache.SEPARATOR) if self.count else 1)
+            steps = np.cumsum([0, *(len(part) + len(cache.SEPARATOR) for part in parts[:-1])])
+            self._write(text, begin + steps)
+            self.count += len(parts)
+
+    def end(self):
+        """The digest of the whole list."""
+        self._write(b"]", np.array([self._at + len(cache.SEPARATOR)]))
+        return self.total
+
+    def _write(self, text: bytes, places: np.ndarray):
+        self.total.update(text)
+        self._at += len(text)
+        if self._columns is not None:
+            self._columns.add("texts", np.frombuffer(text, np.uint8))
+            self._columns.add("texts_at", places.astype(np.int64))

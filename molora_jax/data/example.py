@@ -125,15 +125,28 @@ def distinct(examples, *, several_answers: bool = False):
 
     One answer a question (the smallest) unless `several_answers`, where only equal pairs are repeats.
     """
-    kept = {}
-    for example in sorted(examples, key=lambda e: (e.prompt, e.target)):
+    return list(unrepeated(sorted(examples, key=in_order), several_answers=several_answers))
+
+
+def in_order(example: Example) -> tuple[str, str]:
+    return example.prompt, example.target
+
+
+def unrepeated(examples, *, several_answers: bool):
+    """Those of sorted examples that are the first of their kind, one after another."""
+    prompt, seen = None, set()
+    for example in examples:
+        if example.prompt != prompt:
+            prompt, seen = example.prompt, set()
         parts = [example.turns, example.tools, example.weights, example.text]
         parts += [example.offered] if example.offered else []
         if example.rejected is not None:
             parts += [example.rejected.target, example.rejected.turns]
         more = json.dumps(parts, sort_keys=True) if any(part is not None for part in parts) else None
-        kept.setdefault((example.prompt, example.target if several_answers else "", more), example)
-    return list(kept.values())
+        kind = (example.target if several_answers else "", more)
+        if kind not in seen:
+            seen.add(kind)
+            yield example
 
 
 def seed_of(*key) -> int:

@@ -9,11 +9,13 @@ import json
 import math
 import pathlib
 
+from molora_jax import stores
 from molora_jax.errors import InputError
 from molora_jax.io.files import plain
 
 BOM = b"\xef\xbb\xbf"  # what Windows puts before UTF-8 text
 MOST_BYTES = 10_000_000  # of a row
+LARGE = 64_000_000  # bytes of a file: from here on its rows are not held in memory
 MOST_DEPTH = 64
 OTHER_FORMATS = {
     b"\x1f\x8b": "a gzip file", b"PK\x03\x04": "a zip file", b"PAR1": "a parquet file",
@@ -34,6 +36,52 @@ class BadRow(Exception):
         return InputError(f"{path}, row {row}", got=self.got, expected=self.expected, fix=self.fix)
 
 
+def found(path: str, *, where: str, field: str = "data.tasks") -> pathlib.Path:
+    """The file of a path or a URL.
+
+    Raises:
+      InputError: there is no such file.
+    """
+    try:
+        return plain(pathlib.Path(stores.at_hand(path, where=field)).expanduser())
+    except InputError:
+        raise
+    except (OSError, ValueError, RuntimeError) as error:
+        reason = getattr(error, "strerror", None) or str(error)
+        raise InputError(where, got=reason, expected="a readable file", fix="Correct the path.") from error
+
+
+def is_large(file: pathlib.Path) -> bool:
+    """Whether a file is read line by line (`stream`), its examples sorted on disk; one JSON list is read whole."""
+    if file.stat().st_size <= LARGE:
+        return False
+    with open(file, "rb") as opened:
+        return not opened.read(1000).removeprefix(BOM).lstrip().startswith(b"[")
+
+
+def stream(file: pathlib.Path, *, where: str):
+    """As `rows`, of a file of one object a line that need not fit into memory."""
+    with open(file, "rb") as opened:
+        _refuse_other_formats(opened.read(16), where)
+        opened.seek(0)
+        number = 0
+        while line := opened.readline(MOST_BYTES + 2):
+            number += 1
+            size = len(line)
+            while not line.endswith(b"\n") and (more := opened.readline(MOST_BYTES)):  # too long: not held
+                size += len(more)
+                line = line[: MOST_BYTES + 1] + more[-1:]
+            last = not line.endswith(b"\n")
+            line = (line.removeprefix(BOM) if number == 1 else line).removesuffix(b"\n")
+            if line.strip():
+                try:
+                    if size > MOST_BYTES + 2:
+                        raise _too_long(size)
+                    yield number, _line(line, last=last)
+                except BadRow as bad:
+                    yield number, bad
+
+
 def content(path: str, *, field: str = "data.tasks") -> bytes:
     """The file's bytes.
 
@@ -42,17 +90,27 @@ def content(path: str, *, field: str = "data.tasks") -> bytes:
     """
     where = f"{field}, jsonl:{path}"
     try:
-        raw = plain(pathlib.Path(path).expanduser()).read_bytes()
-    except (OSError, ValueError, RuntimeError) as error:
-        reason = getattr(error, "strerror", None) or str(error)
-        raise InputError(where, got=reason, expected="a readable file", fix="Correct the path.") from error
+        raw = found(path, where=where, field=field).read_bytes()
+    except OSError as error:
+        raise InputError(
+            where, got=error.strerror or str(error), expected="a readable file", fix="Correct the path."
+        ) from error
     if not raw.removeprefix(BOM).strip():
         raise InputError(where, got="an empty file", expected="one JSON object a line", fix="Add rows, or drop it.")
+    _refuse_other_formats(raw, where)
+    return raw
+
+
+def _refuse_other_formats(raw: bytes, where: str):
     for start, name in OTHER_FORMATS.items():
         if raw.startswith(start):
             fix = "Unpack it, or write it as JSON lines in UTF-8."
+            fix = "Write parquet:PATH for it." if start == b"PAR1" else fix
             raise InputError(where, got=name, expected="one JSON object a line, in UTF-8", fix=fix)
-    return raw
+
+
+def _too_long(size: int) -> BadRow:
+    return BadRow(f"a row of {size:,} bytes", f"at most {MOST_BYTES:,}", "Split it, or leave it out.")
 
 
 def rows(raw: bytes, *, path: str):
@@ -77,7 +135,7 @@ def rows(raw: bytes, *, path: str):
 
 def _line(line: bytes, *, last: bool) -> dict:
     if len(line) > MOST_BYTES:
-        raise BadRow(f"a row of {len(line):,} bytes", f"at most {MOST_BYTES:,}", "Split it, or leave it out.")
+        raise _too_long(len(line))
     try:
         text = line.decode("utf-8")
     except UnicodeDecodeError as error:

@@ -4,15 +4,20 @@ import collections
 import dataclasses
 import functools
 import hashlib
+import itertools
 
-from molora_jax.data import jsonl, packages, pairs
-from molora_jax.data.example import Example, distinct
+from molora_jax.config.resolve import file_of
+from molora_jax.data import cache, jsonl, packages, pairs, parquet
+from molora_jax.data.example import Example, distinct, unrepeated
 from molora_jax.data.options import Options
 from molora_jax.data.rows import to_example
 from molora_jax.data.sources import SOURCES, find
+from molora_jax.data.spilled import Spilled
 from molora_jax.errors import InputError
 
 MOST_TASKS = 1_000  # of a file: more are ids of rows, not tasks
+LARGE_ROWS = 200_000  # of a parquet file: from here on its rows are not held in memory
+BLOCK = 20_000  # examples of such a file that become ids together
 SPLIT_KEY = "jsonl"  # the splits of a file depend on its rows, not on its name
 
 
@@ -27,12 +32,36 @@ class Read:
 
     name: str
     split_key: str
-    examples: list[Example]
+    examples: list[Example] | Spilled
     path: str = ""
     dropped: collections.Counter = dataclasses.field(default_factory=collections.Counter)
     unused: collections.Counter = dataclasses.field(default_factory=collections.Counter)
     fields: set[str] = dataclasses.field(default_factory=set)
     first_error: InputError | None = None
+
+    def blocks(self):
+        """The examples as `Read`s with a list each, in order and without repeats, which share what is counted."""
+        if not isinstance(self.examples, Spilled):
+            yield self
+            return
+        examples = unrepeated(iter(self.examples), several_answers=True)
+        kept = 0
+        while block := list(itertools.islice(examples, BLOCK)):
+            kept += len(block)
+            part = dataclasses.replace(self, examples=block)
+            yield part
+            self.first_error = self.first_error or part.first_error
+        self.dropped["repeats"] += self.examples.count - kept
+
+    @property
+    def has_some(self) -> bool:
+        return bool(self.examples.count if isinstance(self.examples, Spilled) else self.examples)
+
+    @property
+    def labels(self) -> list[str]:
+        """The classes of labelled texts."""
+        own = self.examples
+        return sorted(own.labels if isinstance(own, Spilled) else {example.target for example in own})
 
     def leave_out(self, refused, *, bad_rows: str):
         """Takes out examples that no template or tokenizer takes.
@@ -66,11 +95,24 @@ class Read:
 
 def source(entry: str, options: Options, *, field: str = "data.tasks"):
     """(what the examples depend on, as text; a function that reads them)."""
-    if entry.startswith("jsonl:"):
-        path = entry.removeprefix("jsonl:")
-        raw = jsonl.content(path, field=field)
-        depends = f"{hashlib.sha256(raw).hexdigest()} {options.reading!r} {path.lower().endswith('.json')}"
-        return depends, functools.partial(_read_file, raw, path=path, options=options)
+    path = file_of(entry)
+    if path:
+        where = f"{field}, {entry}"
+        file = jsonl.found(path, where=where, field=field)
+        kind = "parquet" if entry.startswith("parquet:") else path.lower().endswith(".json")
+        if kind == "parquet":
+            opened = parquet.opened(file, where=where)
+            rows, large = functools.partial(parquet.rows, opened), opened.metadata.num_rows > LARGE_ROWS
+        else:
+            rows, large = functools.partial(jsonl.stream, file, where=where), jsonl.is_large(file)
+        if large or kind == "parquet":
+            with open(file, "rb") as opened:
+                digest = hashlib.file_digest(opened, "sha256").hexdigest()
+        else:
+            raw = jsonl.content(path, field=field)
+            digest, rows = hashlib.sha256(raw).hexdigest(), functools.partial(jsonl.rows, raw, path=path)
+        depends = f"{digest} {options.reading!r} {kind}"
+        return depends, lambda: _read_file(rows(), path=path, options=options, large=large)
     files = find(entry).files()
     depends = f"{packages.digest_files(files)} {identity(entry)} {options.reads}"
     return depends, functools.partial(_read_package, entry, files, options.reads)
@@ -89,7 +131,7 @@ def several_answers(entry: str) -> bool:
 
 def verifier(entry: str):
     """See `DataSet.verifier`."""
-    return None if entry.startswith("jsonl:") else getattr(find(entry), "verify", None)
+    return None if file_of(entry) else getattr(find(entry), "verify", None)
 
 
 def stem(path: str) -> str:
@@ -120,14 +162,18 @@ def _read_package(entry: str, files, reads: str) -> list[Read]:
     return [Read(entry, entry, examples)]
 
 
-def _read_file(raw: bytes, *, path: str, options: Options) -> list[Read]:
+def _read_file(rows, *, path: str, options: Options, large: bool = False) -> list[Read]:
     """One `Read` for each name in the rows' `task`; rows without one have the file's stem ("" here).
+
+    Args:
+      rows: of `jsonl.rows`. large: their examples are sorted on disk.
 
     Raises:
       InputError: a bad row under `bad_rows="error"`, or no row to train on at all.
     """
-    found, bad, first_error, names = {}, collections.Counter(), None, set()
-    for number, row in jsonl.rows(raw, path=path):
+    found, bad, first_error, names, told = {}, collections.Counter(), None, set(), set()
+    together = large and not options.file_tasks  # one sequence on disk, whatever the names
+    for number, row in rows:
         try:
             if isinstance(row, jsonl.BadRow):
                 raise row
@@ -141,15 +187,25 @@ def _read_file(raw: bytes, *, path: str, options: Options) -> list[Read]:
             bad[task if isinstance(task, str) else ""] += 1
             continue
         name = row.get("task") or "" if example is None else example.task
-        read = found.setdefault(name, Read(name, SPLIT_KEY, [], path))
+        told.add(name)
+        name = "" if together else name
+        if name not in found:
+            if len(found) > MOST_TASKS and large:
+                raise _too_many_tasks(len(found), path, "more than ")
+            found[name] = Read(name, SPLIT_KEY, Spilled(cache.place()) if large else [], path)
+        read = found[name]
         read.unused.update(f"field {field!r}" for field in unused)
         if example is None:
             read.dropped["weight 0"] += 1
         elif example.tie:
             read.dropped["ties"] += 1
+        elif large:
+            read.examples.add(example, label=options.reads == "label")
         else:
             read.examples.append(example)
-    kept = {name: read for name, read in found.items() if read.examples}
+    if together and len(told) == 1 and found:
+        found = {name: dataclasses.replace(found[""], name=name) for name in told}
+    kept = {name: read for name, read in found.items() if read.has_some}
     if not kept:
         weightless, ties = (sum(read.dropped[why] for read in found.values()) for why in ("weight 0", "ties"))
         reasons = [f"{bad.total()} bad rows"] * bool(bad or not found)
@@ -158,25 +214,32 @@ def _read_file(raw: bytes, *, path: str, options: Options) -> list[Read]:
         reasons = ", ".join(reasons)
         fix = f"First: {first_error}" if first_error else "Give a weight of 1 to an answer, or leave the file out."
         raise InputError(path, got=f"{reasons} and no good one", expected="at least one good row", fix=fix)
-    if not options.file_tasks and len(kept) > 1:
+    if not large and not options.file_tasks and len(kept) > 1:
         kept = {"": _together(kept.values(), path)}
     if len(kept) > MOST_TASKS:
-        raise InputError(
-            path, got=f"rows that name {len(kept):,} tasks", expected=f"at most {MOST_TASKS:,} tasks in a file",
-            fix="Leave the names out with data.fields=drop=task, or take all rows as one with data.file_tasks=False.",
-        )  # fmt: skip
+        raise _too_many_tasks(len(kept), path)
     main = next(iter(kept.values()))
     for read in found.values():  # a task without a row to train on: its counts go to the file's first
-        if not read.examples:
+        if not read.has_some:
             main.dropped.update(read.dropped)
             main.unused.update(read.unused)
     for name, count in bad.items():
         kept.get(name, main).dropped["bad rows"] += count
     for read in kept.values():
+        if large:
+            read.fields = names
+            continue
         examples = distinct(read.examples, several_answers=True)
         read.dropped["repeats"] += len(read.examples) - len(examples)
         read.examples, read.fields = examples, names
     return list(kept.values())
+
+
+def _too_many_tasks(count: int, path: str, more: str = "") -> InputError:
+    return InputError(
+        path, got=f"rows that name {more}{count:,} tasks", expected=f"at most {MOST_TASKS:,} tasks in a file",
+        fix="Leave the names out with data.fields=drop=task, or take all rows as one with data.file_tasks=False.",
+    )  # fmt: skip
 
 
 def _together(reads, path: str) -> Read:

@@ -15,21 +15,20 @@ from molora_jax.data.encode import Task
 from molora_jax.data.example import HELD_OUT, SPLITS, Encoded, Example
 from molora_jax.errors import InputError
 
+AT_ONCE = 50_000  # examples whose masks are counted together
+
 
 @dataclasses.dataclass(frozen=True)
 class Split:
     """N examples; an example's id is its index.
 
-    ids, mask: the tokens of all examples, and which of them are trained on. start, length: [N] int64, where the tokens
-    of an example lie in both. context: [N] int64, how many of them stand before the last answer. targets: [N] int64,
-    how many have a loss (the first token has none). positions: length - 1. task_ids: [N] int32. rows: [N] int64, the
-    index within its task, for its texts.
+    start, length: [N] int64, where the tokens of an example lie in its task's `ids` and `mask`. context: [N] int64, how
+    many of them stand before the last answer. targets: [N] int64, how many have a loss (the first token has none).
+    positions: length - 1. task_ids: [N] int32. rows: [N] int64, the index within its task, for its texts.
     """
 
     name: str
     tasks: tuple[Task, ...]
-    ids: np.ndarray
-    mask: np.ndarray
     start: np.ndarray
     length: np.ndarray
     context: np.ndarray
@@ -43,10 +42,13 @@ class Split:
         return self.length - 1
 
     def tokens(self, example_id: int) -> np.ndarray:
-        return self.ids[self._where(example_id)]
+        return self._task(example_id).ids[self._where(example_id)]
 
     def loss_mask(self, example_id: int) -> np.ndarray:
-        return self.mask[self._where(example_id)]
+        return self._task(example_id).mask[self._where(example_id)]
+
+    def _task(self, example_id: int) -> Task:
+        return self.tasks[int(self.task_ids[example_id])]
 
     def _where(self, example_id: int) -> slice:
         begin = self.start[example_id]
@@ -60,7 +62,7 @@ class Split:
         return values
 
     def example(self, example_id: int) -> Encoded:
-        task = self.tasks[int(self.task_ids[example_id])]
+        task = self._task(example_id)
         encoded = self._text(example_id)
         return encoded if task.unit == 1 else dataclasses.replace(encoded, rejected=self._text(example_id + 1))
 
@@ -115,16 +117,12 @@ def make_splits(tasks: tuple[Task, ...], *, seq_len: int, overlong: str) -> dict
       InputError: an over-long example under `overlong="error"`.
     """
     tasks, cut = zip(*(shorten(task, seq_len=seq_len, overlong=overlong) for task in tasks), strict=True)
-    ids, mask = (np.concatenate([getattr(task, field) for task in tasks]) for field in ("ids", "mask"))
-    limits = dict(seq_len=seq_len, overlong=overlong)
-    return {name: make_split(name, tasks, cut, ids=ids, mask=mask, **limits) for name in SPLITS}
+    return {name: make_split(name, tasks, cut, seq_len=seq_len, overlong=overlong) for name in SPLITS}
 
 
-def make_split(
-    name: str, tasks: tuple[Task, ...], shortened, *, ids: np.ndarray, mask: np.ndarray, seq_len: int, overlong: str
-) -> Split:
-    """`ids` and `mask` are the concatenations of the tasks' own; `shortened`: of each task, as from `shorten`."""
-    parts, counts, shift = [], {}, 0
+def make_split(name: str, tasks: tuple[Task, ...], shortened, *, seq_len: int, overlong: str) -> Split:
+    """`shortened`: of each task, as from `shorten`."""
+    parts, counts = [], {}
     for task_id, task in enumerate(tasks):
         rows = np.flatnonzero((task.split == SPLITS.index(name)) | ((task.split == HELD_OUT) & (name != "train")))
         start, length = task.offsets[rows], (task.offsets[1:] - task.offsets[:-1])[rows]
@@ -144,19 +142,28 @@ def make_split(
         drop = _together(drop, task.unit)
         cut = np.where(drop, 0, _together(np.maximum(length - 1 - seq_len, 0), task.unit))
         context = np.maximum(context - cut, 1)
-        trained = np.concatenate([[0], np.cumsum(task.mask, dtype=np.int64)])
-        targets = trained[start + length] - trained[start + cut + 1]
+        targets = _trained(task.mask, start + cut + 1, start + length)
         drop = _together(drop | (targets == 0), task.unit)
         cut = np.where(drop, 0, cut)
         counts[task.name] = dict(
             skipped=int(drop.sum()) // task.unit,
             truncated=int(((cut > 0) | (shortened[task_id][rows] & ~drop)).sum()) // task.unit,
         )
-        columns = (shift + start + cut, length - cut, context, targets, np.full(len(rows), task_id), rows)
+        columns = (start + cut, length - cut, context, targets, np.full(len(rows), task_id), rows)
         parts.append([column[~drop] for column in columns])
-        shift += len(task.ids)
     start, length, context, targets, task_ids, rows = (np.concatenate(column) for column in zip(*parts, strict=True))
-    return Split(name, tasks, ids, mask, start, length, context, targets, task_ids.astype(np.int32), rows, counts)
+    return Split(name, tasks, start, length, context, targets, task_ids.astype(np.int32), rows, counts)
+
+
+def _trained(mask: np.ndarray, begin: np.ndarray, end: np.ndarray) -> np.ndarray:
+    """How many ids are trained on from each `begin` to before `end`; both rise. Some million ids are held at once."""
+    out = np.zeros(len(begin), np.int64)
+    for first in range(0, len(begin), AT_ONCE):
+        some = slice(first, first + AT_ONCE)
+        low, high = int(begin[some][0]), int(end[some][-1])
+        counts = np.concatenate([[0], np.cumsum(mask[low:high], dtype=np.int64)])
+        out[some] = counts[end[some] - low] - counts[begin[some] - low]
+    return out
 
 
 def _together(values: np.ndarray, unit: int) -> np.ndarray:

@@ -39,8 +39,9 @@ def _join(task: Task, held: Task) -> Task:
         name: np.concatenate([getattr(task, name), getattr(held, name)])
         for name in ("ids", "mask", "context", "lead", "split")
     }
+    packed, at = cache.pack_texts([*task.texts, *held.texts])
     return dataclasses.replace(
         task, **together, offsets=np.concatenate([task.offsets, task.offsets[-1] + held.offsets[1:]]),
-        packed_texts=cache.pack_json(task.texts + held.texts), dropped=dropped, unused=unused,
+        packed_texts=packed, texts_at=at, dropped=dropped, unused=unused,
         also_trained=also, asked=(task.asked[0] or held.asked[0], task.asked[1] + held.asked[1]),
     )  # fmt: skip

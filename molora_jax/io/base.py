@@ -5,6 +5,7 @@
     gguf:PATH                    a GGUF file
     dir:PATH                     a Hugging Face folder with safetensors; also the path of such a folder alone
     hf:ORG/NAME[@revision]       the Hugging Face hub (extra `hub`)
+    sandbox:6m                   a decoder of 5.6 million parameters that this repository pretrains and ships
     random:tiny                  four random layers and a byte tokenizer; also tiny-untied (a head of its own),
                                  tiny-qwen3 (query and key norms, heads wider than the model), tiny-bert (an encoder),
                                  tiny-moe (experts of its own), tiny-mamba (state-space blocks); random:tiny@7 is
@@ -31,14 +32,16 @@ import jax
 import ml_dtypes
 import numpy as np
 from flax.traverse_util import flatten_dict
+from jax.experimental import multihost_utils
 
+from molora_jax import stores
 from molora_jax.backbones import families, hf_config
 from molora_jax.backbones.base import Backbone
 from molora_jax.backbones.hf_fields import shown
 from molora_jax.backbones.sizes import base_shapes
 from molora_jax.core.quant import FORMS, is_quantised, quantised_tree
 from molora_jax.errors import InputError
-from molora_jax.io import fetch, gguf, gguf_model, gguf_tokenizer, huggingface, random_init, tensors, tokenizer
+from molora_jax.io import fetch, gguf, gguf_model, gguf_tokenizer, huggingface, random_init, sandbox, tensors, tokenizer
 
 _DTYPES = {"float32": np.float32, "bfloat16": ml_dtypes.bfloat16, "float16": np.float16}
 _FORMAT = "v2"  # raise it when a conversion changes: old folders are then not used
@@ -65,15 +68,16 @@ class Base:
     folder: pathlib.Path | None = None
 
 
-def configured_base(config, known=()) -> Base:
-    """The base that a config asks for; `known` as in `load_base`."""
-    base = config.base
-    return load_base(
-        base.source, dtype=base.dtype, quant=base.get("quant", "none"), seed=config.get("seed", 0), known=known
-    )
+def configured_base(config, known=(), *, stored: bool = False) -> Base:
+    """The base that a config asks for; `known` and `stored` as in `load_base`."""
+    base, seed = config.base, config.get("seed", 0)
+    quant = base.get("quant", "none")
+    return load_base(base.source, dtype=base.dtype, quant=quant, seed=seed, known=known, stored=stored)
 
 
-def load_base(source: str, *, dtype: str = "float32", quant: str = "none", seed: int = 0, known=()) -> Base:
+def load_base(
+    source: str, *, dtype: str = "float32", quant: str = "none", seed: int = 0, known=(), stored: bool = False
+) -> Base:
     """Loads a frozen base model.
 
     Args:
@@ -82,6 +86,9 @@ def load_base(source: str, *, dtype: str = "float32", quant: str = "none", seed:
       quant: "int8" or "nf4" of the kernels of projections and experts (`core/quant.py`), or "none".
       seed, known: of a run that is there, its seed and the digests that it recorded. In older versions a random base
         without `@` followed the run's seed: where that is the base that was recorded, it is the one.
+      stored: leaves of `params` that lie in files are read when they are indexed, so that each process reads its part
+        (`huggingface.Stored`); not those of a quantised base. Of several processes each digests some of the files: all
+        have to call this together.
 
     Raises:
       InputError: whatever is wrong with the source, in terms of what to change.
@@ -96,7 +103,7 @@ def load_base(source: str, *, dtype: str = "float32", quant: str = "none", seed:
     if quant not in ("none", *FORMS):
         raise InputError("base.quant", got=repr(quant), expected=f"one of none, {', '.join(FORMS)}")
     scheme, _, rest = source.partition(":")
-    schemes = ("random", "pkg", "gguf", "dir", "hf")
+    schemes = ("random", "pkg", "gguf", "dir", "hf", "sandbox")
     if scheme not in schemes and (pathlib.Path(source).expanduser() / "config.json").is_file():
         scheme, rest = "dir", source
     name, at, draw = rest.partition("@")
@@ -111,19 +118,22 @@ def load_base(source: str, *, dtype: str = "float32", quant: str = "none", seed:
     if scheme not in schemes or not rest or scheme == "random":
         raise InputError(
             "base.source", got=repr(source),
-            expected="pkg:NAME, gguf:PATH, dir:PATH, hf:ORG/NAME[@revision] or "
+            expected="pkg:NAME, gguf:PATH, dir:PATH, hf:ORG/NAME[@revision], sandbox:6m or "
             "random:tiny[-untied|-qwen3|-bert|-moe][@draw]",
         )  # fmt: skip
     try:
         if scheme == "pkg":
-            return _load_package(rest, dtype, quant, source)
+            return _load_package(rest, dtype, quant, source, stored)
         if scheme == "gguf":
-            path = pathlib.Path(rest).expanduser()
+            path = pathlib.Path(stores.at_hand(rest, where="base.source")).expanduser()
             digests = [fetch.remembered_sha256(part) for part in gguf.files(path)]
             digest = digests[0] if len(digests) == 1 else hashlib.sha256("\n".join(digests).encode()).hexdigest()
-            return _load_converted(_converted(digest, dtype, lambda: path), dtype, quant, digest, source)
-        folder = fetch.hub_folder(rest) if scheme == "hf" else pathlib.Path(rest).expanduser()
-        return _load_folder(folder, dtype, quant, source)
+            return _load_converted(_converted(digest, dtype, lambda: path), dtype, quant, digest, source, stored)
+        if scheme == "sandbox":
+            folder = sandbox.folder(rest)
+        else:
+            folder = fetch.hub_folder(rest) if scheme == "hf" else _folder(rest)
+        return _load_folder(folder, dtype, quant, source, stored=stored)
     except OSError as error:  # a full disk, a folder without permission
         raise InputError(
             f"{source}: {error.filename or 'a file'}", got=error.strerror or str(error), expected="to read or write it",
@@ -131,18 +141,28 @@ def load_base(source: str, *, dtype: str = "float32", quant: str = "none", seed:
         ) from error  # fmt: skip
 
 
-def _load_package(alias, dtype, quant, source):
+def _folder(path) -> pathlib.Path:
+    return pathlib.Path(stores.at_hand(path, where="base.source", skip=_of_no_use)).expanduser()
+
+
+def _of_no_use(name: str) -> bool:
+    """Other copies of the weights that lie beside: in folders (onnx, original), or in formats that are not read."""
+    return "/" in name or not name.endswith((".json", ".jinja", ".safetensors"))
+
+
+def _load_package(alias, dtype, quant, source, stored):
     if alias not in fetch.PACKAGES:
         fetch.package_file(alias)  # raises, with the names that exist
     digest = fetch.PACKAGES[alias].member_sha256
     if fetch.PACKAGES[alias].beside:  # a Hugging Face folder, whose files are checked at every start
-        return _load_folder(fetch.package_file(alias).parent, dtype, quant, source, digest=digest)
+        return _load_folder(fetch.package_file(alias).parent, dtype, quant, source, digest=digest, stored=stored)
     folder = _converted(digest, dtype, lambda: fetch.package_file(alias))
-    return _load_converted(folder, dtype, quant, digest, source)
+    return _load_converted(folder, dtype, quant, digest, source, stored)
 
 
-def _load_converted(folder, dtype, quant, digest, source):
-    return _checked(folder, digest, dtype, lambda: _load_folder(folder, dtype, quant, source, digest=digest))
+def _load_converted(folder, dtype, quant, digest, source, stored):
+    load = lambda: _load_folder(folder, dtype, quant, source, digest=digest, stored=stored)  # noqa: E731
+    return _checked(folder, digest, dtype, load)
 
 
 def _checked(folder, digest, dtype, load):
@@ -195,17 +215,32 @@ def _read_note(folder, digest, dtype) -> dict[str, str]:
     return note["files"]
 
 
-def _load_folder(folder, dtype, quant, source, *, digest=None):
-    config, views, origin = huggingface.opened(folder)
+def _load_folder(folder, dtype, quant, source, *, digest=None, stored=False):
+    config, params = huggingface.opened(folder, _DTYPES[dtype])
     text = tokenizer.from_folder(folder, end="eos" if config.CAUSAL else "sep")
     check_ids(text, config.vocab, where=str(folder))
     if digest is None:
         files = huggingface.weight_files(folder)
-        joined = "\n".join(f"{path.name} {fetch.remembered_sha256(path)}" for path in files)
+        digests = _shared_out(files) if stored else map(fetch.remembered_sha256, files)
+        joined = "\n".join(f"{path.name} {digest}" for path, digest in zip(files, digests, strict=True))
         digest = hashlib.sha256(joined.encode()).hexdigest()
-    make = lambda: huggingface.assembled(views, origin, config, _DTYPES[dtype], quant, where=str(folder))  # noqa: E731
-    params = make() if quant == "none" else _quantised(config, digest, dtype, quant, make)
+    if quant != "none":
+        params = _quantised(config, digest, dtype, quant, lambda: huggingface.quantised(config, params, quant))
+    elif not stored:
+        params = huggingface.read(params)
     return Base(config, params, text, digest, source, pathlib.Path(folder))
+
+
+def _shared_out(files: list[pathlib.Path]) -> list[str]:
+    """The sha256 of every file; of several processes each reads some of them."""
+    count, own = jax.process_count(), jax.process_index()
+    mine = {i: fetch.remembered_sha256(path) for i, path in enumerate(files) if i % count == own}
+    if count == 1:
+        return list(mine.values())
+    table = np.zeros((len(files), 32), np.uint8)
+    for i, digest in mine.items():
+        table[i] = list(bytes.fromhex(digest))
+    return [bytes(row).hex() for row in multihost_utils.process_allgather(table).max(0)]
 
 
 def _quantised(config, digest, dtype, quant, make) -> dict:

@@ -10,18 +10,19 @@ import concurrent.futures
 import dataclasses
 import fnmatch
 import json
+import math
 import os
 import pathlib
 import shutil
 import sys
 
 import numpy as np
-from flax.traverse_util import flatten_dict
+from flax.traverse_util import flatten_dict, unflatten_dict
 
 from molora_jax.backbones import gemma, hf_config
 from molora_jax.backbones.base import Backbone
 from molora_jax.backbones.hf_fields import shown
-from molora_jax.core.quant import dense, empty, is_quantised, quantise
+from molora_jax.core.quant import dense, empty, quantise
 from molora_jax.core.trees import set_path
 from molora_jax.errors import InputError
 from molora_jax.io import mxfp4, tensors
@@ -45,18 +46,75 @@ def weight_files(folder: pathlib.Path) -> list[pathlib.Path]:
     return [folder / name for name in sorted(set(tensors.read_index(index).values()))]
 
 
-def read_folder(folder: pathlib.Path, dtype, quant: str = "none") -> tuple[Backbone, dict]:
-    """Config and parameters (numpy, `dtype`, kernels in the form `quant`), as of `opened`.
+class Stored:
+    """A leaf of a base in its files, of some `shape` and `dtype`. Indexing it (by slices) reads that part and no more,
+    as numpy."""
+
+    def __init__(self, leaf, views: dict, origin: dict, dtype):
+        self.shape, self.dtype = leaf.shape, np.dtype(dtype)
+        self._leaf, self._views, self._origin = leaf, views, origin
+        self.lets_go = True  # of the files' pages, once a part is read
+
+    ndim = property(lambda self: len(self.shape))
+    size = property(lambda self: math.prod(self.shape))
+    nbytes = property(lambda self: self.size * self.dtype.itemsize)
+
+    def __array__(self, dtype=None, copy=None):
+        return self[...].astype(dtype or self.dtype, copy=False)
+
+    def __getitem__(self, index) -> np.ndarray:
+        index = () if index is Ellipsis else index if isinstance(index, tuple) else (index,)
+        index += (slice(None),) * (self.ndim - len(index))
+        ranges = [range(*one.indices(size)) for one, size in zip(index, self.shape, strict=True)]
+        lead, rest = ranges[: self._leaf.stacked], index[self._leaf.stacked :]
+        shape = [len(one) for one in ranges]
+        out = _aligned(shape, self.dtype) if self.lets_go else np.empty(shape, self.dtype)
+        for name, at in self._leaf.files():
+            if all(i in own for i, own in zip(at, lead, strict=True)):
+                place = tuple(own.index(i) for i, own in zip(at, lead, strict=True))
+                self._copy(name, rest, out[place] if place else out)
+        return out
+
+    def of_tensor(self, place, dtype) -> np.ndarray:
+        """What one tensor of the files holds, at a place of the stacked axes."""
+        alone = Stored(self._leaf, self._views, self._origin, dtype)
+        alone.lets_go = False
+        return alone[tuple(slice(i, i + 1) for i in place)].reshape(self.shape[len(place) :])
+
+    def _copy(self, name, index, out):
+        view = self._views[name]
+        tensor = np.asarray(self._leaf.taken(view))
+        with np.errstate(over="ignore"):  # a value too large for `dtype` shows as infinite below
+            np.copyto(out, (tensor.T if self._leaf.turned else tensor)[index], casting="unsafe")
+        if self.lets_go:
+            tensors.let_go(view)
+        if not np.isfinite(out).all():
+            raise InputError(
+                f"{self._origin[name]}: tensor {name}", got=f"NaN or values that are infinite in {self.dtype.name}",
+                expected="finite weights", fix="Fetch the file again, or load it as float32.",
+            )  # fmt: skip
+
+
+def _aligned(shape, dtype) -> np.ndarray:
+    """An empty array that a CPU device of jax takes as it is, without a copy: it begins at a multiple of 64 bytes."""
+    size = math.prod(shape) * dtype.itemsize
+    raw = np.empty(size + 64, np.uint8)
+    begin = -raw.ctypes.data % 64
+    return raw[begin : begin + size].view(dtype).reshape(shape)
+
+
+def read_folder(folder: pathlib.Path, dtype) -> tuple[Backbone, dict]:
+    """Config and parameters (numpy, `dtype`), as of `opened`, read."""
+    config, tree = opened(folder, dtype)
+    return config, read(tree)
+
+
+def opened(folder: pathlib.Path, dtype) -> tuple[Backbone, dict]:
+    """Config and parameters, each `Stored`. Fields of the config that nobody knows are told on stderr.
 
     Raises:
-      InputError: a file, tensor name, shape, dtype or value that does not fit the config.
+      InputError: a file, tensor name, shape or dtype that does not fit the config; values only when they are read.
     """
-    config, views, origin = opened(folder)
-    return config, assembled(views, origin, config, dtype, quant, where=str(folder))
-
-
-def opened(folder: pathlib.Path) -> tuple[Backbone, dict, dict]:
-    """Config, a view of every tensor, and its file. Fields of the config that nobody knows are told on stderr."""
     note = lambda text: print(f"note: {text}", file=sys.stderr, flush=True)  # noqa: E731
     path = folder / "config.json"
     said = read_json(path)
@@ -81,7 +139,7 @@ def opened(folder: pathlib.Path) -> tuple[Backbone, dict, dict]:
     if getattr(config, "tied", False) and not _is_tied(views, config):
         note(f"{folder}: lm_head.weight differs from the embedding, so it is used, though config.json says tied")
         config = dataclasses.replace(config, tied=False)
-    return config, views, origin
+    return config, _assemble(views, origin, config, dtype, where=str(folder))
 
 
 def _check_index(index, origin):
@@ -99,11 +157,8 @@ def _is_tied(views, config) -> bool:
     return head is None or embed is None or (head.shape == embed.shape and np.array_equal(head, embed))
 
 
-def assembled(views, origin, config, dtype, quant: str = "none", *, where) -> dict:
-    """Checks every name and shape against the template before the first allocation, then stacks and transposes.
-
-    A tensor at a time is cast or quantised: beside what comes out there are as many dense ones as threads, 8 at most.
-    """
+def _assemble(views, origin, config, dtype, *, where):
+    """Checks every name and shape against the template; nothing of the weights is read."""
     shapes, left = config.shapes(), set(views)
     for leaf in shapes.values():
         for name, _ in leaf.files():
@@ -123,33 +178,41 @@ def assembled(views, origin, config, dtype, quant: str = "none", *, where) -> di
             expected="only those of its family", fix="Choose a plain model of a supported family.",
         )  # fmt: skip
 
-    tree, jobs = {}, []
+    tree: dict = {}
     for path, leaf in shapes.items():
-        packed = leaf.product and quant != "none"
-        values = empty(leaf.shape, quant, dtype, where=path) if packed else np.empty(leaf.shape, dtype)
-        set_path(tree, path, values)
-        jobs += [(name, leaf, values[index]) for name, index in leaf.files()]
-
-    def copy(job):
-        name, leaf, out = job
-        found = leaf.taken(views[name])
-        found = found.T if leaf.turned else found
-        with np.errstate(over="ignore"):  # a value too large for `dtype` shows as infinite below
-            if not is_quantised(out):
-                np.copyto(out, found, casting="unsafe")
-            sound = np.isfinite(found if is_quantised(out) else out).all()
-        if sound and is_quantised(out):
-            quantise(found, out)
-        if not sound:
-            raise InputError(
-                f"{origin[name]}: tensor {name}", got=f"NaN or values that are infinite in {np.dtype(dtype).name}",
-                expected="finite weights", fix="Fetch the file again, or load it as float32.",
-            )  # fmt: skip
-
-    # numpy releases the GIL in these copies
-    with concurrent.futures.ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-        list(pool.map(copy, jobs))
+        set_path(tree, path, Stored(leaf, views, origin, dtype))
     return tree
+
+
+def read(tree: dict) -> dict:
+    """Every leaf whole."""
+    flat = flatten_dict(tree, sep="/")
+    for leaf in flat.values():
+        leaf.lets_go = False  # others are read at the same time
+    return unflatten_dict(dict(zip(flat, _side_by_side(lambda leaf: leaf[...], flat.values()), strict=True)), sep="/")
+
+
+def quantised(config: Backbone, tree: dict, form: str) -> dict:
+    """Every leaf, kernels in a `form` of `core/quant.py`.
+
+    One tensor of a file at a time is read and quantised: beside what comes out there are as many dense ones as threads.
+    """
+    flat, shapes = flatten_dict(tree, sep="/"), config.shapes()
+    packed = {path: empty(x.shape, form, x.dtype, where=path) for path, x in flat.items() if shapes[path].product}
+    rest = read(unflatten_dict({path: x for path, x in flat.items() if path not in packed}, sep="/"))
+
+    def one(job):
+        path, place = job
+        quantise(flat[path].of_tensor(place, np.float32), packed[path][place])
+
+    _side_by_side(one, [(p, at) for p in packed for at in np.ndindex(*flat[p].shape[: shapes[p].stacked])])
+    return unflatten_dict(flatten_dict(rest, sep="/") | packed, sep="/")
+
+
+def _side_by_side(do, jobs) -> list:
+    """`do` of each job, on threads: numpy releases the GIL in its copies."""
+    with concurrent.futures.ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+        return list(pool.map(do, jobs))
 
 
 def write_folder(folder: pathlib.Path, config: dict, sources: dict, tokenizer: Tokenizer, dtype) -> None:
@@ -181,11 +244,11 @@ _BESIDE = (  # files of a model's folder that say what its tokenizer and its ans
 )  # fmt: skip
 
 
-def write_base(folder: pathlib.Path, base) -> None:
+def write_base(folder: pathlib.Path, base, dtype=np.float32) -> None:
     """A loaded base (`io.base.Base`, perhaps with other params) as a folder that this module and `transformers` read.
 
-    Weights are float32, of a quantised base those that its codes say; config and tokenizer are the files that the base
-    was read with, else written from it.
+    Weights are of `dtype`, of a quantised base those that its codes say; config and tokenizer are the files that the
+    base was read with, else written from it.
     """
     shapes, params = base.config.shapes(), flatten_dict(base.params, sep="/")
     held: dict = {}  # name -> its leaves and their values
@@ -208,7 +271,7 @@ def write_base(folder: pathlib.Path, base) -> None:
 
     sources = {n: (leaves[0][0].file_shape, lambda leaves=leaves: whole(leaves)) for n, leaves in held.items()}
     if base.folder is None:
-        write_folder(folder, hf_config.to_hf(base.config), sources, base.tokenizer, np.float32)
+        write_folder(folder, hf_config.to_hf(base.config), sources, base.tokenizer, dtype)
         return
     for name in _BESIDE:
         if (base.folder / name).is_file():
@@ -216,11 +279,11 @@ def write_base(folder: pathlib.Path, base) -> None:
     config = read_json(folder / "config.json")
     config = gemma.text_tower(config, "config.json") if config.get("text_config") else config  # no vision tower here
     config.pop("quantization_config", None)  # what was packed is not any more
-    config |= {"dtype": "float32", "torch_dtype": "float32"}
+    config |= {"dtype": np.dtype(dtype).name, "torch_dtype": np.dtype(dtype).name}
     if "tie_word_embeddings" in config or getattr(base.config, "tied", False):
         config["tie_word_embeddings"] = bool(getattr(base.config, "tied", False))  # the file's own head may overrule it
     (folder / "config.json").write_text(json.dumps(config, indent=1), encoding="utf-8")
     tensors.write(
-        folder / "model.safetensors", {name: shape for name, (shape, _) in sources.items()}, np.float32,
+        folder / "model.safetensors", {name: shape for name, (shape, _) in sources.items()}, dtype,
         (read() for _, read in sources.values()),
     )  # fmt: skip

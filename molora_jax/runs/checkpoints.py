@@ -9,7 +9,8 @@ with a step's name was whole when it appeared. It is *valid* while its files are
 `restore` also checks every leaf's digest. Orbax alone notices neither a flipped bit nor a changed dtype.
 
 On several processes every method is called by all of them, on one shared file system. Process 0 writes the manifest,
-renames and deletes.
+renames and deletes. With a `remote` (an object store) each process has a folder of its own: what they hold is gathered,
+process 0 writes all of it, and a step counts once it is in the store.
 
 Example:
   >>> with Checkpoints("run/checkpoints", keep=2) as checkpoints:
@@ -19,6 +20,7 @@ Example:
   ...     items = checkpoints.restore(step, {"adapters": adapters, "opt": opt_state})
 """
 
+import contextlib
 import dataclasses
 import json
 import logging
@@ -43,7 +45,8 @@ from molora_jax.runs import manifest as manifests
 from molora_jax.runs import orbax_quiet
 from molora_jax.runs import steps as steps_lib
 from molora_jax.runs.manifest import read_manifest
-from molora_jax.runs.snapshot import digests_of_shards, shape_dtype, snapshot
+from molora_jax.runs.snapshot import digests_of_shards, gathered, shape_dtype, snapshot
+from molora_jax.stores import Unanswered
 
 __all__ = ["Checkpoints", "Failure", "from_plain", "read_manifest", "to_plain"]
 
@@ -70,13 +73,14 @@ class Checkpoints:
       keep: how many of the newest valid steps stay, beside the best one; at least 1.
       warn: called with a line of text for each failed save and each step that is skipped; a log record by default.
       writer: False only reads: a step that another process is just now replacing is left alone.
+      remote: of a run on an object store (`remote.Remote`).
     """
 
-    def __init__(self, directory, *, keep: int, warn=LOG.warning, writer: bool = True):
+    def __init__(self, directory, *, keep: int, warn=LOG.warning, writer: bool = True, remote=None):
         if keep < 1:
             raise InputError("train.keep", got=f"{keep}", expected="at least 1")
         self.directory = pathlib.Path(directory).absolute()
-        self.keep, self.warn, self.writer = keep, warn, writer
+        self.keep, self.warn, self.writer, self.remote = keep, warn, writer, remote
         self.failures: list[Failure] = []
         self._verified: set[int] = set()  # steps found valid by this object
         self._reported = 0
@@ -110,14 +114,18 @@ class Checkpoints:
         self.wait()
         host = {name: {k: snapshot(f"{name}/{k}", x) for k, x in names(tree).items()} for name, tree in items.items()}
         self._last_failed = False
-        digests = digests_of_shards(host) if jax.process_count() > 1 else {}
+        if self._apart:
+            host = gathered(host)
+        digests = digests_of_shards(host) if self._joined else {}
         self.reached("snapshot")
+        if self._apart and jax.process_index() != 0:
+            return
         try:
             if jax.process_index() == 0:
                 self.directory.mkdir(parents=True, exist_ok=True)
             self._sweep()
             trees = {name: nest(leaves or {PLACEHOLDER: np.zeros((), np.int8)}) for name, leaves in host.items()}
-            with _context():
+            with _context(alone=self._apart), orbax_quiet.without_peers() if self._apart else contextlib.nullcontext():
                 response = ocp.save_checkpointables_async(self._staging(step), trees)
         except Exception as error:  # a full disk shows here or in the thread: one treatment
             self._failed(step, "save", error)
@@ -157,7 +165,18 @@ class Checkpoints:
         return self.wait()
 
     def reached(self, point: str):
-        """Called at `snapshot`, `written`, `manifest`, `read back`, `renamed`, `best`, `deleting`: tests stop here."""
+        """Called at `snapshot`, `written`, `manifest`, `read back`, `renamed`, `best`, `stored`, `deleting`: tests stop
+        here."""
+
+    @property
+    def _joined(self) -> bool:
+        """Whether several processes write one folder together."""
+        return jax.process_count() > 1 and self.remote is None
+
+    @property
+    def _apart(self) -> bool:
+        """Whether there are several processes, each with a folder of its own."""
+        return jax.process_count() > 1 and self.remote is not None
 
     def _commit(self, response, job):
         step, staging = job["step"], self._staging(job["step"])
@@ -174,18 +193,23 @@ class Checkpoints:
             manifest = manifests.build(step, meta=job["meta"] | {"best": bool(job["best"])}, tree=tree, files=files)
             manifests.write(staging, manifest)
             self.reached("manifest")
-            if jax.process_count() == 1:  # Orbax reads behind a barrier: not from one process, nor from a thread
-                load(staging, manifest, list(tree))
+            if not self._joined:  # Orbax reads behind a barrier: not from one process, nor from a thread
+                load(staging, manifest, list(tree), alone=self._apart)
             self.reached("read back")
             self._publish(step, staging)
             if job["best"]:
                 write_atomically(self.directory / "best.json", json.dumps({"step": step}))
                 self.reached("best")
+            if self.remote is not None:
+                self.remote.push_step(step)
+                self.reached("stored")
         except BaseException as error:
             self._failed(step, "save", error)
             return
         try:
             self._retain(step)
+            if self.remote is not None:
+                self.remote.keep_steps(self.steps())
         except Exception as error:
             self._failed(step, "retention", error)
 
@@ -320,7 +344,7 @@ class Checkpoints:
             valid, reason = self.valid(step)
             if not valid:
                 raise InputError(str(folder), got=reason, expected="files as they were written", fix=manifests.DAMAGED)
-        loaded = load(folder, manifest, list(template))
+        loaded = load(folder, manifest, list(template), alone=self._apart)
         return {item: jax.tree.map(_as_leaf, tree, from_plain(loaded[item], tree)) for item, tree in template.items()}
 
 
@@ -333,8 +357,8 @@ def _match(where, saved, wanted):
             raise InputError(f"{where}/{name}", got=f"{was[1]}{list(was[0])}", expected=f"{dtype}{list(shape)}")
 
 
-def load(folder, manifest, items) -> dict:
-    """The items as plain trees of numpy arrays, every leaf's digest checked."""
+def load(folder, manifest, items, *, alone: bool = False) -> dict:
+    """The items as plain trees of numpy arrays, every leaf's digest checked; `alone`: by this process of several."""
     try:
         abstract = {
             item: nest(
@@ -342,7 +366,7 @@ def load(folder, manifest, items) -> dict:
             )
             for item in items
         }
-        with _context():
+        with _context(alone=alone):
             loaded = ocp.load_checkpointables(folder, abstract)
     except Exception as error:
         raise InputError(str(folder), got=_first_cause(error)[0], expected=f"readable items {items}") from None
@@ -360,8 +384,10 @@ def load(folder, manifest, items) -> dict:
 
 def _first_cause(error) -> tuple[str, int | None]:
     """Orbax wraps what went wrong in a page about its handlers: the line that says it, and its errno."""
-    while error.__cause__ or error.__context__:
+    while not isinstance(error, Unanswered) and (error.__cause__ or error.__context__):
         error = error.__cause__ or error.__context__
+    if isinstance(error, Unanswered):
+        return f"{error.filename}: {error.strerror}", error.errno
     text = " ".join(str(error).split())
     code = re.search(r"\[os_error_code='(\d+)'\]", text)  # tensorstore's, after a page of JSON
     if code:
@@ -388,8 +414,11 @@ def _as_leaf(leaf, value):
     return value if isinstance(leaf, (np.ndarray, np.generic)) else value.item()
 
 
-def _context():
+def _context(*, alone: bool = False):
     context = ocp.Context()
+    if alone:  # no barrier: the others do something else
+        context.multiprocessing.primary_host = jax.process_index()
+        context.multiprocessing.active_processes = {jax.process_index()}
     context.array.saving.use_ocdbt = False
     context.array.saving.use_compression = False  # saves 7 % on float32 weights
     # Orbax's writers wait 300 s for folders that the disk did not let it make, and keep the process that long. Made

@@ -6,6 +6,7 @@ import pathlib
 import numpy as np
 from flax.traverse_util import unflatten_dict
 
+from molora_jax import stores
 from molora_jax.backbones.compile import compile_model
 from molora_jax.config import outside
 from molora_jax.io import tensors
@@ -21,7 +22,7 @@ def read(path: str, decoder, base_digest: str, *, refuse) -> dict:
     Raises:
       InputError: no such file, another base, a mixture, trained base leaves, leaves that are not what its config says.
     """
-    file = pathlib.Path(path).expanduser() / FILE
+    file = pathlib.Path(stores.at_hand(path)).expanduser() / FILE
     if not file.is_file():
         raise refuse(f"without {FILE}", "a folder that launch.export --format=molora wrote")
     outside.no_code_from(file.parent)

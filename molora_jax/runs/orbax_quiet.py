@@ -6,9 +6,12 @@ save that one leaf has failed, and the complaint of tensorstore's callbacks that
 closed.
 """
 
+import contextlib
 import logging
 import os
 import sys
+
+from orbax.checkpoint.experimental.v1._src.saving import execution
 
 _ORBAX = f"{os.sep}orbax{os.sep}checkpoint{os.sep}"
 
@@ -46,3 +49,19 @@ def _late_callback(error, trace) -> bool:
             return False
         trace = trace.tb_next
     return isinstance(error, RuntimeError) and str(error) == "Event loop is closed"
+
+
+@contextlib.contextmanager
+def without_peers():
+    """Lets one process of several begin a save by itself: Orbax 0.12 compares the folder's name over all of them, by
+    collectives, whichever processes it was told are active. `tests/stores/test_s3.py` would hang without this."""
+    name = "_check_directory_consistency"
+    check = getattr(execution, name, None)
+    if check is None:  # another version
+        yield
+        return
+    setattr(execution, name, lambda directory: None)
+    try:
+        yield
+    finally:
+        setattr(execution, name, check)

@@ -15,6 +15,7 @@ import re
 
 import numpy as np
 
+from molora_jax import stores
 from molora_jax.config.fields import shown
 from molora_jax.io import tensors
 from molora_jax.io.files import plain
@@ -40,7 +41,7 @@ def read(path: str, backbone, *, refuse) -> dict:
     Raises:
       InputError: another kind of adapter, a module that the base has not as a site, shapes that do not fit, NaN.
     """
-    folder = pathlib.Path(path).expanduser()
+    folder = pathlib.Path(stores.at_hand(path)).expanduser()
     if (folder / PICKLED).exists() and not (folder / WEIGHTS).exists():
         raise refuse(
             f"with a pickled {PICKLED}, which could run any code", WEIGHTS,

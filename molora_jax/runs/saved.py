@@ -6,14 +6,15 @@ import os
 import pathlib
 
 from molora_jax import config as config_lib
+from molora_jax import stores
 from molora_jax.config import defaults as config_defaults
 from molora_jax.config import outside
 from molora_jax.config.data_checks import of_family
 from molora_jax.config.fields import TASKS
-from molora_jax.config.resolve import split_commas
-from molora_jax.errors import InputError, local
+from molora_jax.config.resolve import FILES, split_commas
+from molora_jax.errors import InputError
 from molora_jax.io.files import plain
-from molora_jax.runs import identity
+from molora_jax.runs import identity, remote
 from molora_jax.runs import steps as steps_lib
 from molora_jax.runs.folders import FIX, no_run
 from molora_jax.runs.manifest import read_manifest
@@ -62,15 +63,20 @@ def read_config(workdir, step="best", *, warn=None, need_base: bool = True):
 
 
 def split_step(run, step="best"):
-    """`(DIR, step)` of `DIR` or `DIR@step`; a folder that is there under the whole name is meant as it stands.
+    """`(DIR, step)` of `DIR` or `DIR@step`; a folder that is there under the whole name is meant as it stands. Of a URL
+    DIR is a local copy of the run, brought up to date.
 
     Raises:
       InputError: a step that is none.
     """
-    local("workdir", run)
     text = os.fspath(run) if isinstance(run, (str, os.PathLike)) else ""
     folder, at, own = text.rpartition("@")
-    if not at or not folder or pathlib.Path(text).expanduser().exists():
+    if stores.is_url(text):
+        at = at if own in ("best", "latest") or own.isdecimal() else ""
+        run, folder = (remote.at_hand(folder if at else text),) * 2
+    elif at and folder and pathlib.Path(text).expanduser().exists():
+        at = ""
+    if not at or not folder:
         return run, parse_step(step)
     if step not in ("best", parse_step(own), own):
         raise InputError("step", got=f"{step!r}, with {text}", expected="a step once", fix=f"Leave it out, or @{own}.")
@@ -172,7 +178,7 @@ def without_inputs(config, *, keep_data: bool = False):
         for rule in config.method.rules.values():
             rule.load = ()
         if not keep_data:
-            files = "jsonl:" in str(config.data.tasks)  # whose tasks stages and routers may name
+            files = any(form in str(config.data.tasks) for form in FILES)  # whose tasks stages and routers may name
             named = [task for task in split_commas(str(config.data.tasks)) if of_family(task)]
             config.data.tasks = ",".join((*TASKS, *named, *[ANY_FILE] * files))
             config.data.valid = ""
@@ -183,7 +189,7 @@ def without_inputs(config, *, keep_data: bool = False):
 
 def fingerprint(workdir, step: int) -> str | None:
     """That of the data on which a step was trained; None where nothing says it."""
-    folder = pathlib.Path(workdir).expanduser()
+    folder = remote.at_hand(workdir)
     run = (manifest_of(folder, step) or {}).get("run") or identity.read(folder / "identity.json") or {}
     return run["data"].get("fingerprint") if isinstance(run.get("data"), dict) else None
 

@@ -23,6 +23,15 @@ def snapshot(where, leaf):
     return np.array(leaf, order="C")  # np.asarray of a CPU array is a view of the buffer that gets donated
 
 
+def gathered(host: dict) -> dict:
+    """The snapshots of all items with every array whole in host memory. Called by all processes, on the main thread."""
+    whole = lambda x: np.asarray(multihost_utils.process_allgather(x, tiled=True))  # noqa: E731
+    return {
+        item: {name: whole(x) if isinstance(x, jax.Array) else x for name, x in leaves.items()}
+        for item, leaves in host.items()
+    }
+
+
 def digests_of_shards(host) -> dict[tuple[str, str], str]:
     """Digests on several processes: each adds up its own shards, then all add up. Called by all, on the main thread."""
     keys = [(item, name) for item, leaves in host.items() for name in leaves]

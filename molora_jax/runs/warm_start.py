@@ -8,7 +8,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from molora_jax.adapters import ADAPTERS
 from molora_jax.config import outside
 from molora_jax.errors import InputError
-from molora_jax.runs import identity
+from molora_jax.runs import identity, remote
 from molora_jax.runs.bases import check_bases
 from molora_jax.runs.checkpoints import Checkpoints, read_manifest
 from molora_jax.runs.folders import no_run, runs_in
@@ -61,7 +61,7 @@ def newest(run: str, *, where: str) -> tuple[pathlib.Path, int, dict]:
     Raises:
       InputError: no such run, or none of its steps is valid.
     """
-    folder = pathlib.Path(run).expanduser() / "checkpoints"
+    folder = remote.at_hand(run, where=where) / "checkpoints"
     step = Checkpoints(folder, keep=1, writer=False).newest_valid()
     if step is None:
         if runs_in(folder.parent):
@@ -76,7 +76,7 @@ def check_base(run: str, manifest: dict, base_digest: str, *, where: str):
     """Raises InputError where a run's step was trained on another base (an older step says so in identity.json)."""
     told = identity.of_step(manifest) if "run" in manifest else None
     if told is None:
-        path = pathlib.Path(run).expanduser() / "identity.json"
+        path = remote.at_hand(run, where=where) / "identity.json"
         told = identity.read(path)
         if told is not None:
             identity.check_record(told, manifest, where=str(path))

@@ -14,7 +14,7 @@ import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from molora_jax.config.fields import did_you_mean
-from molora_jax.config.resolve import split_commas
+from molora_jax.config.resolve import file_of, split_commas
 from molora_jax.errors import InputError
 
 WHERE = "eval.without"
@@ -27,7 +27,7 @@ def names_of(rule, config) -> tuple[str, ...]:
         return tuple(pathlib.Path(path).name for path in load)
     public, own = split_commas(getattr(rule.router, "public", "")), []
     for entry in split_commas(config.data.tasks):
-        name = pathlib.Path(entry.removeprefix("jsonl:")).stem if entry.startswith("jsonl:") else entry
+        name = pathlib.Path(file_of(entry)).stem if file_of(entry) else entry
         own += [] if {entry, name} & {*public} else [name]
     return tuple(own) if len(own) == E else tuple(map(str, range(E)))
 

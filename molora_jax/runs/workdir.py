@@ -16,13 +16,15 @@ import os
 import pathlib
 import socket
 
-from molora_jax.errors import InputError, local
+from molora_jax import stores
+from molora_jax.errors import InputError
 from molora_jax.io import disk
 from molora_jax.io.files import sweep, write_atomically
 from molora_jax.runs import identity as identity_lib
 from molora_jax.runs.folders import is_group, runs_in
 from molora_jax.runs.identity import differences, identity
 from molora_jax.runs.manifest import json_hash
+from molora_jax.runs.remote import Remote
 from molora_jax.runs.steps import list_steps
 
 __all__ = ["Workdir", "differences", "identity"]
@@ -32,13 +34,21 @@ class Workdir:
     """Makes the folder and takes its lock. Raises InputError, naming the holder, while another writer has it.
 
     On several processes only process 0 is the `writer`; the others take no lock and write nothing.
+
+    Of a URL (`gs://`, `s3://`) the folder is one of this machine, and `remote` what keeps the store as it is
+    (`remote.py`); the other processes have a copy each.
     """
 
-    def __init__(self, path, *, writer: bool = True):
-        self.path, self.writer = pathlib.Path(local("workdir", path)).expanduser().absolute(), writer
+    def __init__(self, path, *, writer: bool = True, note=lambda text: None):
+        self.url = stores.served("workdir", path) if stores.is_url(path) else None
+        kind = "run" if writer else f"run-{os.getpid()}"
+        self.path = pathlib.Path(path).expanduser().absolute() if self.url is None else stores.place(self.url, kind)
+        self.writer, self.remote = writer, None
         self._lock, self._inode = None, None
         self.identity = None  # the dict, once it is checked
         if not writer:
+            if self.url is not None:
+                self.remote = Remote(self.url, self.path, writer=False)
             return
         if not str(path).strip():
             raise InputError("workdir", got="an empty path", expected="a folder for the run", fix="Name one.")
@@ -78,10 +88,19 @@ class Workdir:
             os.pwrite(self._lock, f"process {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
         here = os.stat(self.path)
         self._inode = here.st_dev, here.st_ino
+        if self.url is not None:
+            try:
+                self.remote = Remote(self.url, self.path, writer=True, note=note)
+            except BaseException:
+                self._unlock()
+                raise
         sweep(self.path)  # what a killed start left, now that no other one writes
         sweep(self.path / "report", older=3600.0)  # an evaluation takes no lock
         # A forked data worker that outlives us must not keep the lock. Closing its copy does not unlock ours.
-        os.register_at_fork(after_in_child=self.close)
+        os.register_at_fork(after_in_child=self._unlock)
+
+    def __str__(self):
+        return self.url or str(self.path)
 
     def __fspath__(self):
         return str(self.path)
@@ -94,12 +113,22 @@ class Workdir:
 
     def close(self):
         """Gives the lock back. The file stays: deleting it would let two writers lock two files of one name."""
+        if self.remote is not None:
+            self.remote.close()
+            if not self.writer:
+                stores.forget(self.url, self.path.parent.parent.name)
+        self._unlock()
+
+    def _unlock(self):
         if self._lock is not None:
             os.close(self._lock)
             self._lock = None
 
     def check_there(self):
-        """Raises InputError where the folder was removed, moved or put in another's place since this start."""
+        """Raises InputError where the folder was removed, moved or put in another's place since this start, or the
+        lease of a store is another process's."""
+        if self.remote is not None:
+            self.remote.check()
         try:
             now = os.stat(self.path)
             gone = (now.st_dev, now.st_ino) != self._inode

@@ -18,7 +18,7 @@ import numpy as np
 from molora_jax import config as config_lib
 from molora_jax.backbones.compile import compile_model
 from molora_jax.core.trees import set_path
-from molora_jax.errors import InputError
+from molora_jax.errors import InputError, local
 from molora_jax.io import fetch, huggingface
 from molora_jax.io.base import Base, load_base
 from molora_jax.io.base_facts import base_facts, pinned
@@ -40,7 +40,7 @@ def free(workdir, *, where: str = "workdir") -> pathlib.Path:
     """
     if not isinstance(workdir, (str, os.PathLike)) or not str(workdir).strip():
         raise InputError(where, got=repr(workdir), expected="a folder for the run", fix="Name one.")
-    path = pathlib.Path(workdir).expanduser().absolute()
+    path = pathlib.Path(local(where, workdir)).expanduser().absolute()
     try:
         if path.is_dir():
             held = sorted(entry.name for entry in path.iterdir())

@@ -6,7 +6,6 @@ They lie on the mesh beside the run's own arrays. What they are made of is part 
 import dataclasses
 import hashlib
 import json
-import pathlib
 
 import jax
 
@@ -16,6 +15,7 @@ from molora_jax.engines import Engine
 from molora_jax.errors import InputError
 from molora_jax.io.base import Base, load_base
 from molora_jax.objectives import Frozen
+from molora_jax.runs import remote
 from molora_jax.runs.checkpoints import read_manifest
 from molora_jax.runs.modules import in_place
 from molora_jax.runs.opened import open_run
@@ -48,7 +48,7 @@ def load_frozen(
     if source == "base":
         return own_reference(source, params, {}, model), base.digest
     adapters, state, whole = {}, {}, sharding.replicated(mesh)
-    folder = pathlib.Path(source).expanduser()
+    folder = remote.at_hand(source, where=where)
     if (folder / "config.json").is_file() and (folder / "checkpoints").is_dir():
         run = open_run(folder, warn=lambda text: None)
         other, frozen_model = run.base, dataclasses.replace(run.model, engine=Engine("replicate", mesh))

@@ -23,7 +23,7 @@ from molora_jax import sharding
 from molora_jax.backbones.compile import apart, compile_losses
 from molora_jax.config.members import attribute
 from molora_jax.core import trees
-from molora_jax.errors import InputError
+from molora_jax.errors import InputError, local
 from molora_jax.io import disk
 from molora_jax.io.files import write_atomically
 from molora_jax.regimes import Stages, compile_regime, stage_at
@@ -57,7 +57,7 @@ def train_together(configs: dict, folder, *, note=None) -> dict[str, Result]:
     if refused is not None:
         raise refused
     progress = Progress(first.train.steps, log_every=first.train.log_every)
-    note, folder = note or progress.note, pathlib.Path(folder).expanduser()
+    note, folder = note or progress.note, pathlib.Path(local("workdir", folder)).expanduser()
     with contextlib.ExitStack() as held:
         stop = held.enter_context(StopRequest())
         held.enter_context(obstacles(folder))

@@ -20,7 +20,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from molora_jax import config as config_lib
-from molora_jax import sharding
+from molora_jax import sharding, stores
 from molora_jax.core import trees
 from molora_jax.errors import InputError
 from molora_jax.regimes import base as regimes
@@ -78,9 +78,13 @@ def train(config, workdir: str, *, profile: bool = False, note=None) -> Result:
     began, writer = time.monotonic(), jax.process_index() == 0
     progress = Progress(config.train.steps, log_every=config.train.log_every)
     note = note or (progress.note if writer else lambda text: None)
-    watchdog = Watchdog(config.train.get("hang_seconds", 0.0), workdir, process=jax.process_index())
+    at_hand = stores.place(workdir, "run") if stores.is_url(workdir) else workdir
+    watchdog = Watchdog(config.train.get("hang_seconds", 0.0), at_hand, process=jax.process_index())
     signals = SIGNALS if jax.process_count() == 1 else ALONE
-    with Workdir(workdir, writer=writer) as folder, StopRequest(signals=signals) as stop, obstacles(workdir), watchdog:
+    with (
+        Workdir(workdir, writer=writer, note=note) as folder, StopRequest(signals=signals) as stop,
+        obstacles(at_hand), watchdog,
+    ):  # fmt: skip
         run = TrainingRun(folder.followed(config, note), folder, note=note)
         note(summary.machine(run.mesh, run.config.base.dtype))
         if run.config.base.get("quant", "none") != "none":
@@ -288,7 +292,7 @@ def _finish(run, result: Result, start: int, note, timed: Clock):
     rows = [
         ("steps", "loss", "tokens/s with compile", "time", "peak memory", "checkpoint"),
         (f"{start} -> {result.step}", "-" if result.loss is None else f"{result.loss:.4f}", f"{rate:,.0f}",
-         duration(result.seconds), f"{result.peak_bytes / 1e9:.2f} GB", f"{run.checkpoints.directory}/{result.step}"),
+         duration(result.seconds), f"{result.peak_bytes / 1e9:.2f} GB", f"{run.workdir}/checkpoints/{result.step}"),
     ]  # fmt: skip
     note(table(rows))
     if done:

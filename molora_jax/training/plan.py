@@ -88,6 +88,11 @@ def plan(config, backbone: Backbone, devices, chip: str, *, own_mesh: bool, own_
     """
     if config.get("regime", {}).get("name", "stages") != "stages":
         raise InputError("regime.name", got=repr(config.regime.name), expected="'stages'", fix="Plan one stage of it.")
+    if config.mesh.get("dcn", 1) > 1:
+        raise InputError(
+            "mesh.dcn", got=str(config.mesh.dcn), expected="1: topologies are of one slice",
+            fix="Plan one slice, with its part of train.batch_size.",
+        )  # fmt: skip
     limit = CHIPS[chip][0]
     made = None
     for mesh, batch in _candidates(config, backbone, devices, limit, own_mesh, own_batch):
@@ -158,8 +163,8 @@ def _compiled(config, backbone, devices, chip, sizes, batch) -> Plan:
         with jax.set_mesh(mesh):  # for tracing alone: what is computed in here would be computed on those devices
             program = step.step.lower(step.loop_shapes, params, rows, {}, knobs).compile()
     except jax.errors.JaxRuntimeError as error:
-        needed = _asked_for(str(error))
-        if needed is None:
+        temp, needed = _asked_for(str(error))
+        if temp is None and needed is None:
             raise
         program = None
     seconds, S = time.monotonic() - began, config.data.seq_len
@@ -168,7 +173,9 @@ def _compiled(config, backbone, devices, chip, sizes, batch) -> Plan:
     memory = dict(base=_on_device(params), adapters=adapters, optimizer=_on_device(state.opt))
     limit, links, key = CHIPS[chip]
     if program is None:
-        memory |= dict(activations=0, temp=max(0, needed - sum(memory.values())), total=needed)
+        temp = max(0, needed - sum(memory.values())) if temp is None else temp
+        memory |= dict(activations=0, temp=temp)
+        memory["total"] = sum(memory.values())
         found = []
     else:
         asked = program.memory_analysis()
@@ -229,10 +236,15 @@ def _on_device(tree) -> int:
     return sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in leaves)
 
 
-def _asked_for(message: str) -> int | None:
-    """Bytes that a compiler wanted when it gave up: `Used 23.45G of 15.75G hbm`."""
-    found = re.search(r"Used ([\d.]+)([KMGT]) of [\d.]+[KMGT] hbm", message)
-    return None if found is None else int(float(found[1]) * 1024 ** ("KMGT".index(found[2]) + 1))
+def _asked_for(message: str) -> tuple[int | None, int | None]:
+    """Bytes that a compiler wanted when it gave up, `(temporaries, all)`, of which it says one or none.
+
+    `Used 23.45G of 15.75G hbm`, or `HLO temporaries (19.24G) exceeds available HBM`.
+    """
+    found = [
+        re.search(form, message) for form in (r"HLO temporaries \(([\d.]+)([KMGT])\)", r"Used ([\d.]+)([KMGT]) of")
+    ]
+    return tuple(m and int(float(m[1]) * 1024 ** ("KMGT".index(m[2]) + 1)) for m in found)
 
 
 def _collectives(text: str, mesh, layers: int) -> list[dict]:

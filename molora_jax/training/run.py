@@ -64,7 +64,9 @@ class TrainingRun:
                 "train.eval_every", got="no held-out item in the split valid", expected="at least one",
                 fix="Give more rows, or set train.eval_every=0.",
             )  # fmt: skip
-        self.checkpoints = Checkpoints(pathlib.Path(workdir) / "checkpoints", keep=config.train.keep, warn=note)
+        self.checkpoints = Checkpoints(
+            pathlib.Path(workdir) / "checkpoints", keep=config.train.keep, warn=note, remote=workdir.remote
+        )
         plain = config_lib.to_dict(config)
         try:
             self.newest = self.checkpoints.newest_valid()

@@ -61,10 +61,14 @@ def setup(config, *, devices=None, recorded: dict | None = None, beside: Setup |
       InputError: before anything is compiled.
     """
     devices = jax.devices() if devices is None else devices
-    mesh = sharding.make_mesh(config_lib.check_mesh(config, len(devices)), devices) if beside is None else beside.mesh
+    if beside is None:
+        sizes = config_lib.check_mesh(config, len(devices))
+        mesh = sharding.make_mesh(sizes, devices, slices=config.mesh.get("dcn", 1))
+    else:
+        mesh = beside.mesh
     known, day = _recorded(recorded or {})
     if beside is None:
-        base = configured_base(config, known)
+        base = configured_base(config, known, stored=True)
     else:
         base = dataclasses.replace(beside.base, params=beside.params)
     for where, value in objectives_config.used(config).items():

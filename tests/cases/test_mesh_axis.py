@@ -2,6 +2,7 @@
 
 import dataclasses
 import re
+import types
 
 import jax
 import jax.numpy as jnp
@@ -124,3 +125,16 @@ def test_a_vocabulary_that_nothing_divides_gives_the_numbers_of_one_device(sizes
     many = run(placed, sharding.put_batch(BATCH, mesh, 8))
     one = run(params, BATCH)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), many, one)
+
+
+def test_slices_are_whole_and_only_data_leads_across_them():
+    def device(number, of_slice, process):
+        return types.SimpleNamespace(id=number, slice_index=of_slice, process_index=process)
+
+    of_slices = [device(i, i // 4, i // 2) for i in range(16)]
+    assert [[d.id for d in part] for part in sharding._slices(of_slices, 2)] == [list(range(8)), list(range(8, 16))]
+    of_processes = [device(i, 0, i // 4) for i in range(8)]
+    assert [[d.id for d in part] for part in sharding._slices(of_processes, 2)] == [[0, 1, 2, 3], [4, 5, 6, 7]]
+    for devices, count in ((of_slices, 3), (of_processes[:6], 2), (of_processes[:4], 2)):
+        with pytest.raises(InputError, match="mesh.dcn"):
+            sharding._slices(devices, count)

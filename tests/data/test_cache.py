@@ -125,7 +125,7 @@ def test_another_users_file_that_cannot_be_read_is_a_miss(make, own_cache, monke
         raise PermissionError(13, "Permission denied")
 
     with monkeypatch.context() as patch:
-        patch.setattr(np, "load", denied)
+        patch.setattr(cache, "_mapped", denied)
         patch.setattr(os, "replace", denied)  # nor replaced
         again, calls = make()
     assert calls > 100 and same(first, again)

@@ -76,6 +76,28 @@ def test_any_mesh_over_any_number_of_processes(tmp_path, processes, devices, siz
     np.testing.assert_allclose(losses(several), losses(one), rtol=1e-6)
 
 
+@pytest.mark.slow
+def test_data_over_slices_and_a_restore_on_another_number_of_them(tmp_path):
+    """Processes stand for slices: two of two devices equal one of four, and goes on as that, and back."""
+    task = tiny.write_task(tmp_path / "task.jsonl")
+    common = [
+        "-m", "launch.train", "--config=configs/mixlora.py", "--config.base.source=random:tiny",
+        f"--config.data.tasks=jsonl:{task}", "--config.data.seq_len=64", "--config.train.steps=6",
+        "--config.train.eval_every=0", "--config.train.save_every=2", "--config.mesh.fsdp=2",
+    ]  # fmt: skip
+    one, two = tmp_path / "one", tmp_path / "two"
+    stops = lambda step: f"--config.train.stop_after={step}"  # noqa: E731
+    slices = dict(processes=2, devices=4)
+    runs = [((), one, dict(processes=None, devices=4)), (("--config.mesh.dcn=2", stops(2)), two, slices)]
+    runs += [((stops(4),), two, dict(processes=None, devices=4)), (("--config.mesh.dcn=2",), two, slices)]
+    for arguments, folder, machines in runs:
+        done = launch(*common, *arguments, f"--workdir={folder}", **machines)
+        assert done.returncode == 0, done.stdout + done.stderr
+    np.testing.assert_allclose(losses(two), losses(one), rtol=1e-5)
+    done = launch(*common, "--config.mesh.dcn=2", f"--workdir={tmp_path / 'no'}", processes=None, devices=4)
+    assert done.returncode and "mesh.dcn: got 2 for 1 slices" in done.stderr
+
+
 @contextlib.contextmanager
 def two_by_hand(folder, *arguments):
     """Two processes of folder/run, which has made steps; each started by hand: nobody ends the one that is left."""

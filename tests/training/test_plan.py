@@ -96,7 +96,10 @@ def test_a_plan_that_does_not_fit_says_what_would():
 
 def test_what_a_compiler_asked_for_is_read_from_its_message():
     text = "RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. Used 23.45G of 15.75G hbm. Exceeded hbm."
-    assert planning._asked_for(text) == int(23.45 * GIB) and planning._asked_for("another error") is None
+    assert planning._asked_for(text) == (None, int(23.45 * GIB))
+    text = "the total memory required for HLO temporaries (19.24G) exceeds available HBM (15.75G)."
+    assert planning._asked_for(text) == (int(19.24 * GIB), None)
+    assert planning._asked_for("another error") == (None, None)
 
 
 def test_groups_of_devices_are_named_by_axis():
