@@ -75,6 +75,8 @@ def method_page(name, row) -> str:
     from molora_jax.backbones.families import SMOLLM2
 
     source = (ROOT / row.config).read_text(encoding="utf-8")
+    said = ast.parse(source).body[0]  # the docstring: a part of the page by itself
+    body = "\n".join(source.splitlines()[said.end_lineno :]).strip()
     changes = "".join(f" --config.{field}={value}" for field, value in getattr(row, "overrides", {}).items())
     launcher, more = ("train", "") if hasattr(row, "axes") else ("surgery", " --config.surgery.inputs=runs/a,runs/b")
     facts = []
@@ -89,7 +91,7 @@ def method_page(name, row) -> str:
     return METHOD.format(
         title=row.title, equation=row.equation, facts="\n".join(f"- {fact}" for fact in facts),
         command=f"python -m launch.{launcher} --config={row.config} --workdir=runs/{name}{changes}{more}",
-        config=row.config, said=ast.get_docstring(ast.parse(source)) or "", source=source.rstrip(),
+        config=row.config, said=ast.get_docstring(ast.parse(source)), source=body,
     )  # fmt: skip
 
 
@@ -114,7 +116,7 @@ METHOD = """\
 
 ## The config
 
-`{config}`, whole:
+`{config}`, below its docstring:
 
 ```python
 {source}

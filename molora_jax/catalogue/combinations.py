@@ -159,16 +159,18 @@ def document(found: dict[Point, Verdict]) -> str:
 TEXT = """\
 # Combinations
 
-Made by `python -m launch.docs`: {works} of {points} points of adapter x router x
-placement x engine work, the others are refused before anything compiles, with the reason that stands below. A point is
-one rule with its members' own defaults; `none` is one expert without a router; `[n]` is a reason.
+Which adapters, routers, placements and engines work together? Of {points} combinations {works} work. The others are
+refused before anything compiles, and `[n]` in the tables points to the reason below. A combination is tried as one
+rule with the members' own defaults; the router `none` means one expert without a router. Made by `python -m
+launch.docs`.
 
-What the config says, whatever the engine. `down="per_expert"`: works with that field of the rule.
+The first table says what the config allows, whatever the engine. `down="per_expert"` means: it works if the rule says
+so.
 
 {configs}
 
-What the engines say, with any router (`base_experts` has the base's), where the config works. One expert without a
-router is whole on every device under all four.
+The second table says which engines serve what the config allows, with any router (`base_experts` uses that of the
+base). One expert without a router is stored whole on every device under all four engines.
 
 {engines}
 
