@@ -282,14 +282,17 @@ def linked(text: str, page: str, source: str) -> str:
 
 
 def on_config(config):
-    """Puts the generated pages into the sections of the nav that end in "..."."""
+    """Fills the entries of the nav that end in "...": with a folder of pages, or with files of docs/ named nowhere."""
     made = sorted(page for page in pages() if page.endswith(".md"))
+    named = re.findall(r"[\w-]+\.md", json.dumps(config["nav"]))
+    found = {"docs": sorted({file.name for file in (ROOT / "docs").glob("*.md")} - set(named))}
 
     def filled(entries):
         for entry in entries:
             for title, below in entry.items() if isinstance(entry, dict) else ():
                 if title.endswith("...") and isinstance(below, str):
-                    yield {title.removesuffix("..."): [page for page in made if page.startswith(f"{below}/")]}
+                    inside = found.get(below, [page for page in made if page.startswith(f"{below}/")])
+                    yield from [{title.removesuffix("..."): inside}] if inside else []
                 else:
                     yield {title: list(filled(below)) if isinstance(below, list) else below}
             if not isinstance(entry, dict):

@@ -99,6 +99,14 @@ def test_fields_that_a_reader_of_another_library_is_sent_to_exist():
         assert (ROOT / "configs" / f"{''.join(name)}.py").is_file(), name
 
 
+def test_the_workflow_runs_the_two_commands_of_the_readme_with_every_python():
+    workflow = (ROOT / ".github" / "workflows" / "readme.yml").read_text(encoding="utf-8")
+    readme, project = ((ROOT / name).read_text(encoding="utf-8") for name in ("README.md", "pyproject.toml"))
+    commands = re.findall(r"^(\./launch/\w+\.sh)", readme, re.M)
+    assert sorted(commands) == sorted(re.findall(r"- run: (\S+)\n", workflow)) and len(commands) == 2
+    assert re.findall(r"Python :: (3\.\d+)", project) == re.findall(r'"(3\.\d+)"', workflow)
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(not importlib.util.find_spec("mkdocs"), reason="needs the extra site: pip install -e '.[site]'")
 def test_it_builds_and_nothing_in_it_is_from_another_host(tmp_path):
