@@ -8,7 +8,7 @@ from setuptools.command.build_py import build_py
 
 ROOT = pathlib.Path(__file__).parent
 INSIDE = ("configs", "launch")
-OF_A_CLONE = ("launch/docs.py",)  # writes the documents, which a wheel has not
+OF_A_CLONE = ("launch/docs.py", "launch/pages.py")  # write the documents and the site, which a wheel has not
 
 
 def put_inside(folder) -> None:

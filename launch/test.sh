@@ -17,6 +17,11 @@ if [[ " $* " == *" --all "* && -z "${TPU_LIBRARY_PATH:-}" ]]; then # the TPU's c
   export TPU_LIBRARY_PATH="$PWD/.venv/tpu/libtpu/libtpu.so"
 fi
 
+if [[ " $* " == *" --all "* ]] && ! python -c 'import material' 2>/dev/null; then
+  echo "setup: the extra site (once)"
+  python -m pip install -qq --disable-pip-version-check -c "$constraints" -e '.[site]'
+fi
+
 paths=tests
 for argument in "$@"; do [ ! -e "${argument%%::*}" ] || paths=; done
 # Compiling keeps one processor busy, so two workers use two; a file's tests stay together and share what it set up.

@@ -82,6 +82,11 @@ def decoder_of(point: Point):
 
 def verdict(point: Point, defaults) -> Verdict:
     """What a run of this point would be told."""
+    return of_engine(point, of_config(point, defaults))
+
+
+def of_config(point: Point, defaults):
+    """What its config is told: the Verdict that refuses it, or `(down, model)` of the form that works."""
     refused = None
     decoder = decoder_of(point)
     for down in ("once", "per_expert"):
@@ -89,19 +94,31 @@ def verdict(point: Point, defaults) -> Verdict:
         try:
             config_lib.validate(config)
             config_lib.check_model(config, decoder.layers, decoder.dims, decoder.ABSENT)
-            model = compile_model(config, decoder)
+            return down, compile_model(config, decoder)
         except InputError as error:
             fix = error.fix.partition("\n  and ")[0]  # of several mistakes the first
             reason = fix if ": " in fix else error.expected
             refused = refused or Verdict("config", reason.partition(": set ")[0])
-            continue
-        reason = auto.refusal(model, Engine(point.engine, MESH))
-        return Verdict("engine", reason.partition(": ")[2] or reason, down) if reason else Verdict(down=down)
     return refused
 
 
+def of_engine(point: Point, told) -> Verdict:
+    """What the point's engine adds to what its config is told."""
+    if isinstance(told, Verdict):
+        return told
+    down, model = told
+    reason = auto.refusal(model, Engine(point.engine, MESH))
+    return Verdict("engine", reason.partition(": ")[2] or reason, down) if reason else Verdict(down=down)
+
+
 def walk(defaults) -> dict[Point, Verdict]:
-    return {point: verdict(point, defaults) for point in points()}
+    """The verdict of every point. A config is asked once for all engines: it is told the same under each."""
+    found = {}
+    for _, alike in itertools.groupby(points(), key=lambda p: (p.adapter, p.router, p.placement)):
+        alike = list(alike)
+        told = of_config(alike[0], defaults)
+        found |= {point: of_engine(point, told) for point in alike}
+    return found
 
 
 def document(found: dict[Point, Verdict]) -> str:
@@ -118,12 +135,15 @@ def document(found: dict[Point, Verdict]) -> str:
 
     def table(axis: str, names, cell, keep) -> str:
         """A row an adapter and placement; a cell joins what the points of the other axis say."""
+        said: dict[tuple, list[Verdict]] = {}
+        for point, v in found.items():
+            if keep(point, v):
+                said.setdefault((point.placement, point.adapter, getattr(point, axis)), []).append(v)
         lines = [f"| placement, adapter | {' | '.join(names)} |", "|---" * (len(names) + 1) + "|"]
         for placement, adapter in itertools.product(PLACEMENTS, ADAPTERS):
             cells = []
             for name in names:
-                at = {"placement": placement, "adapter": adapter, axis: name}
-                here = [v for p, v in found.items() if keep(p, v) and at.items() <= vars(p).items()]
+                here = said.get((placement, adapter, name), ())
                 cells.append(", ".join(dict.fromkeys(map(cell, here))) or "-")
             lines.append(f"| {placement}, {adapter} | {' | '.join(cells)} |")
         return "\n".join(lines)
@@ -139,16 +159,18 @@ def document(found: dict[Point, Verdict]) -> str:
 TEXT = """\
 # Combinations
 
-Made by `python -m launch.docs`: {works} of {points} points of adapter x router x
-placement x engine work, the others are refused before anything compiles, with the reason that stands below. A point is
-one rule with its members' own defaults; `none` is one expert without a router; `[n]` is a reason.
+Which adapters, routers, placements and engines work together? Of {points} combinations {works} work. The others are
+refused before anything compiles, and `[n]` in the tables points to the reason below. A combination is tried as one
+rule with the members' own defaults; the router `none` means one expert without a router. Made by `python -m
+launch.docs`.
 
-What the config says, whatever the engine. `down="per_expert"`: works with that field of the rule.
+The first table says what the config allows, whatever the engine. `down="per_expert"` means: it works if the rule says
+so.
 
 {configs}
 
-What the engines say, with any router (`base_experts` has the base's), where the config works. One expert without a
-router is whole on every device under all four.
+The second table says which engines serve what the config allows, with any router (`base_experts` uses that of the
+base). One expert without a router is stored whole on every device under all four engines.
 
 {engines}
 

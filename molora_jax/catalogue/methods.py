@@ -55,10 +55,11 @@ def _command(row: Method) -> str:
 
 
 LEGEND = """
-Trained parameters, of factors and routers in every stage: p(sites) is the sum of D_in + D_out over the sites of a
-layer, d(sites) of D_in, o(sites) of D_out; L layers, D width; all: q, k, v, o, gate, up, down; attn: q, k, v, o; ffn:
-gate, up, down. The formula's number is the count of the model's own leaves (`tests/battery/test_methods.py`). What
-a method needed elsewhere is in [design.md](design.md).
+Trained parameters are those of factors and routers in all stages. In the formulas, p(sites) is the sum of D_in +
+D_out over the sites of a layer, d(sites) the sum of D_in, o(sites) the sum of D_out; L is the number of layers, D the
+width. "all" means q, k, v, o, gate, up, down; "attn" means q, k, v, o; "ffn" means gate, up, down. A test compares
+each formula with the count of the model's own leaves (`tests/battery/test_methods.py`). [design.md](design.md) has
+what a method needed in other files.
 """
 
 

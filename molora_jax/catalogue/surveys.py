@@ -48,37 +48,37 @@ def reason(item: Item) -> str:
 
 REASONS = {
     "base": """
-        The auction runs over all tokens of a global batch, one after the other, in every layer and step, and
-        gives exact counts; Sinkhorn has the same marginals in a few matrix products, and S-BASE takes it in its
-        place. In use BASE too takes each token's own best expert.""",
+        BASE runs an auction over all tokens of a global batch, one token after the other, in every layer and step. It
+        gives exactly equal counts. Sinkhorn reaches the same balance with a few matrix products, and S-BASE uses it
+        in place of the auction. Once trained, BASE too gives each token its own best expert.""",
     "sparse mixer": """
-        Its estimator draws one expert and scales its output at random for a midpoint rule: a gradient for a
-        router whose other experts are not run. Experts here are low-rank, so running them all costs little:
-        ReLU gates and the dense softmax have the exact gradient, and `straight_through` the cheap one.""",
+        Its estimator draws one expert and scales its output at random, by a midpoint rule. This gives a gradient to a
+        router although the other experts are not run. Experts here have a low rank, so running all of them costs
+        little: ReLU gates and the dense softmax have the exact gradient, and `straight_through` has the cheap one.""",
     "expert choice": """
-        Whether a token is taken depends on the tokens behind it. In decoding they are not there, so the choice
-        would be another one than in training: `expert_choice` is refused on a base that predicts the next
+        Whether an expert takes a token depends on later tokens too. In decoding these do not exist yet, so the choice
+        would differ from the one in training. `expert_choice` is therefore refused on a base that predicts the next
         token.""",
     "soft": """
-        An expert's input is a mean over all tokens of the sequence, those behind a token among them, so no
-        token's output could be decoded: not for causal bases. For an encoder it is no routing of tokens to
-        experts: slots are other inputs, while an expert here changes a projection of the token's own input, of
-        which the frozen product is formed once. A mean over slots has no such frozen product to be added to.""",
+        The input of an expert is a mean over all tokens of the sequence, later ones included. So no token's output can
+        be decoded, and causal bases are out. On an encoder it would not be a routing of tokens to experts: an expert
+        here changes a projection of the token's own input, whose frozen product is computed once. For a mean over
+        tokens there is no such frozen product to add to.""",
     "lory": """
-        The merge of a segment is decided by the hidden states of the one before, in every layer. In decoding
-        that asks for a cache of the router's beside that of keys and values; routers have none.
-        `sequence_gate`, which a prompt settles once, is the form whose cached answers equal the uncached.""",
+        In every layer the merged expert of a segment depends on the hidden states of the segment before. Decoding would
+        need a cache for the router beside that for keys and values, and routers have none. `sequence_gate` decides
+        once, from the prompt, so its answers with and without a cache are equal.""",
     "outputs": """
-        No engine forms what each expert says of a token: gates act on rank activations, and outputs are summed
-        before they travel. Forming them would cost E outputs a token. `diversity` asks for the same of the
-        changes themselves.""",
+        No engine computes what each expert says of a token: gates act on rank activations, and outputs are summed
+        before they are sent. Computing them would take E outputs for each token. `diversity` asks for the same of
+        the weight changes themselves.""",
     "stable": """
-        It asks a second, distilled router for its decision at every site of every step. What it is for, choices
-        that do not change any more, is a stage with `freeze='*/router/*'`; choices by token alone, which its
-        first stage distils, are `fixed` by token, without training.""",
+        It asks a second, distilled router for its decision at every site and step. Its purpose is that choices no
+        longer change; a stage with `freeze='*/router/*'` does that. Its first stage distils a choice by the token
+        alone; `fixed` by token makes such a choice without training.""",
     "consistency": """
-        It runs every batch twice with other experts and pulls the two predictions together: two forward passes
-        a step, and an objective of pairs. The random experts themselves are there (`fixed`).""",
+        It runs every batch twice with different random experts and pulls the two predictions together. This takes two
+        forward passes a step and an objective of pairs. The random experts themselves are there (`fixed`).""",
 }
 
 GATES = (
@@ -205,10 +205,10 @@ SURVEYS = """\
 # The surveys' checklist
 
 Made by `python -m launch.docs` from `molora_jax/catalogue/surveys.py`. Every gating function (G) and every loss that
-keeps routing healthy (L) that two surveys name (Cai et al. 2024, [2407.06204](https://arxiv.org/abs/2407.06204); Mu and
-Lin 2025, [2503.07137](https://arxiv.org/abs/2503.07137)), and where it is: what to write into a rule, or into `losses`.
-The last column is a shipped config that has it. Each is held against float64 numpy in `tests/acceptance`: those of no
-method of their own in `tests/acceptance/test_moe_surveys.py`.
+keeps routing healthy (L) that two surveys name (Cai et al. 2024, [2407.06204](https://arxiv.org/abs/2407.06204); Mu
+and Lin 2025, [2503.07137](https://arxiv.org/abs/2503.07137)), and what to write into a rule, or into `losses`, to get
+it. The last column names a shipped config that uses it. `tests/acceptance` compares each with float64 numpy; those
+that belong to no method of the table are in `tests/acceptance/test_moe_surveys.py`.
 
 Routers work with any adapter, placement and engine, or are refused with the reason: [combinations.md](combinations.md).
 

@@ -28,6 +28,11 @@ KINDS = {"int": int, "float": float, "bool": bool, "str": str, "tuple": tuple}
 
 def members(axis):
     """Names of an axis, as its table lists them; its files where it has none."""
+    return _members(PACKAGE, axis)
+
+
+@functools.cache  # asked dozens of times a config
+def _members(package, axis):
     return tuple(sorted(_listed(axis) or _files(axis)))
 
 
@@ -130,6 +135,11 @@ def stated_with(axis, name, wanted, method):
     """The same where it is stated beside `method` or below: who writes the method anew states it anew."""
     if outside.is_path(name):
         return outside.stated_with(outside.load(axis, name, axis), wanted, method) if is_member(axis, name) else None
+    return _stated_with(axis, name, wanted, method)
+
+
+@functools.cache
+def _stated_with(axis, name, wanted, method):
     found = None
     for body in _bodies(axis, name) if name in members(axis) else ():
         found = None if any(isinstance(n, ast.FunctionDef) and n.name == method for n in body) else found

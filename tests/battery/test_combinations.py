@@ -1,10 +1,13 @@
 """What the walk of docs/combinations.md calls working traces."""
 
+import dataclasses
+
 import jax
 import pytest
 
 from configs import common
-from molora_jax.catalogue.combinations import config_of, decoder_of, points, verdict
+from molora_jax.catalogue.combinations import Verdict, config_of, decoder_of, of_config, points, verdict
+from molora_jax.engines import ENGINES
 from molora_jax.training.step import fresh
 from tests.battery.cases import BATCH, Case
 from tests.engines.problems import mesh
@@ -15,6 +18,13 @@ POINTS = {"-".join(vars(point).values()): point for point in points()}
 @pytest.mark.parametrize("name", ["mos-x_lora-chain-replicate", "mos-sigmoid_topk-ffn-replicate"])
 def test_a_point_traces(name):
     trace(POINTS[name])
+
+
+def test_a_config_is_told_the_same_under_every_engine():
+    """So the walk asks a config once for all four."""
+    for point in points()[::397]:
+        told = [of_config(dataclasses.replace(point, engine=engine), common.get_config()) for engine in ENGINES]
+        assert len({one if isinstance(one, Verdict) else one[0] for one in told}) == 1, point
 
 
 @pytest.mark.slow
