@@ -15,6 +15,7 @@ SSM = ("in_proj", "x_proj", "dt_proj", "out_proj")  # of a state-space block
 PROJECTIONS = (*ATTENTION, *FFN, *SSM)
 TASKS = ("morph", "translate", "emoji", "factbook", "sentiment", "topic", "dialog", "code", "math")
 BASE_PACKAGES = ("smollm2-135m-instruct", "all-minilm-l6-v2")
+BASE_SANDBOX = ("6m",)
 BASE_RANDOM = ("tiny", "tiny-untied", "tiny-qwen3", "tiny-bert", "tiny-moe", "tiny-mamba")
 ENGINES_PLANNED = ("ring", "fssdp")
 MESH_AXES = ("data", "fsdp", "expert", "tensor")

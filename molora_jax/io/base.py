@@ -5,6 +5,7 @@
     gguf:PATH                    a GGUF file
     dir:PATH                     a Hugging Face folder with safetensors; also the path of such a folder alone
     hf:ORG/NAME[@revision]       the Hugging Face hub (extra `hub`)
+    sandbox:6m                   a decoder of 5.6 million parameters that this repository pretrains and ships
     random:tiny                  four random layers and a byte tokenizer; also tiny-untied (a head of its own),
                                  tiny-qwen3 (query and key norms, heads wider than the model), tiny-bert (an encoder),
                                  tiny-moe (experts of its own), tiny-mamba (state-space blocks); random:tiny@7 is
@@ -33,7 +34,7 @@ from molora_jax.backbones import families, hf_config
 from molora_jax.backbones.base import Backbone
 from molora_jax.backbones.hf_fields import shown
 from molora_jax.errors import InputError
-from molora_jax.io import fetch, gguf, gguf_model, gguf_tokenizer, huggingface, random_init, tokenizer
+from molora_jax.io import fetch, gguf, gguf_model, gguf_tokenizer, huggingface, random_init, sandbox, tokenizer
 
 _DTYPES = {"float32": np.float32, "bfloat16": ml_dtypes.bfloat16, "float16": np.float16}
 _FORMAT = "v2"  # raise it when a conversion changes: old folders are then not used
@@ -78,7 +79,7 @@ def load_base(source: str, *, dtype: str = "float32", seed: int = 0, known=()) -
     if dtype not in _DTYPES:
         raise InputError("base.dtype", got=repr(dtype), expected=f"one of {', '.join(_DTYPES)}")
     scheme, _, rest = source.partition(":")
-    schemes = ("random", "pkg", "gguf", "dir", "hf")
+    schemes = ("random", "pkg", "gguf", "dir", "hf", "sandbox")
     if scheme not in schemes and (pathlib.Path(source).expanduser() / "config.json").is_file():
         scheme, rest = "dir", source
     name, at, draw = rest.partition("@")
@@ -92,7 +93,7 @@ def load_base(source: str, *, dtype: str = "float32", seed: int = 0, known=()) -
     if scheme not in schemes or not rest or scheme == "random":
         raise InputError(
             "base.source", got=repr(source),
-            expected="pkg:NAME, gguf:PATH, dir:PATH, hf:ORG/NAME[@revision] or "
+            expected="pkg:NAME, gguf:PATH, dir:PATH, hf:ORG/NAME[@revision], sandbox:6m or "
             "random:tiny[-untied|-qwen3|-bert|-moe][@draw]",
         )  # fmt: skip
     try:
@@ -103,7 +104,10 @@ def load_base(source: str, *, dtype: str = "float32", seed: int = 0, known=()) -
             digests = [fetch.remembered_sha256(part) for part in gguf.files(path)]
             digest = digests[0] if len(digests) == 1 else hashlib.sha256("\n".join(digests).encode()).hexdigest()
             return _load_converted(_converted(digest, dtype, lambda: path), dtype, digest, source)
-        folder = fetch.hub_folder(rest) if scheme == "hf" else pathlib.Path(rest).expanduser()
+        if scheme == "sandbox":
+            folder = sandbox.folder(rest)
+        else:
+            folder = fetch.hub_folder(rest) if scheme == "hf" else pathlib.Path(rest).expanduser()
         return _load_folder(folder, dtype, source)
     except OSError as error:  # a full disk, a folder without permission
         raise InputError(

@@ -164,10 +164,10 @@ _BESIDE = (  # files of a model's folder that say what its tokenizer and its ans
 )  # fmt: skip
 
 
-def write_base(folder: pathlib.Path, base) -> None:
+def write_base(folder: pathlib.Path, base, dtype=np.float32) -> None:
     """A loaded base (`io.base.Base`, perhaps with other params) as a folder that this module and `transformers` read.
 
-    Weights are float32; config and tokenizer are the files that the base was read with, else written from it.
+    Weights are of `dtype`; config and tokenizer are the files that the base was read with, else written from it.
     """
     shapes, params = base.config.shapes(), flatten_dict(base.params, sep="/")
     held: dict = {}  # name -> its leaves and their values
@@ -186,7 +186,7 @@ def write_base(folder: pathlib.Path, base) -> None:
 
     sources = {n: (leaves[0][0].file_shape, lambda leaves=leaves: whole(leaves)) for n, leaves in held.items()}
     if base.folder is None:
-        write_folder(folder, hf_config.to_hf(base.config), sources, base.tokenizer, np.float32)
+        write_folder(folder, hf_config.to_hf(base.config), sources, base.tokenizer, dtype)
         return
     for name in _BESIDE:
         if (base.folder / name).is_file():
@@ -194,11 +194,11 @@ def write_base(folder: pathlib.Path, base) -> None:
     config = read_json(folder / "config.json")
     config = gemma.text_tower(config, "config.json") if config.get("text_config") else config  # no vision tower here
     config.pop("quantization_config", None)  # what was packed is not any more
-    config |= {"dtype": "float32", "torch_dtype": "float32"}
+    config |= {"dtype": np.dtype(dtype).name, "torch_dtype": np.dtype(dtype).name}
     if "tie_word_embeddings" in config or getattr(base.config, "tied", False):
         config["tie_word_embeddings"] = bool(getattr(base.config, "tied", False))  # the file's own head may overrule it
     (folder / "config.json").write_text(json.dumps(config, indent=1), encoding="utf-8")
     tensors.write(
-        folder / "model.safetensors", {name: shape for name, (shape, _) in sources.items()}, np.float32,
+        folder / "model.safetensors", {name: shape for name, (shape, _) in sources.items()}, dtype,
         (read() for _, read in sources.values()),
     )  # fmt: skip
