@@ -1,6 +1,6 @@
 """Every method under one budget: what it learns, what a step costs, what it needs. Goes on from results.json.
 
-python -m experiments.leaderboard [--base=sandbox:6m] [--budget=1000x512] [--methods=all|a,b,c] [--seeds=5]
+python -m experiments.leaderboard [--base=sandbox:6m] [--budget=1000x256] [--methods=all|a,b,c] [--seeds=5]
     [--items=300] [--tables=rank,params] [--out=DIR] [--workdir=runs/leaderboard] [--check=SEED] [--config.X=V ...]
 
 --base says what is compared (`protocol.py`): SmolLM2 on nine tasks of packages, or the sandbox on ten made ones, where
@@ -23,7 +23,7 @@ from molora_jax.runs.workdir import Workdir
 
 FLAGS = [
     ("--base", dict(default=protocols.DEFAULT, help="sandbox:6m, or another base.source, on SmolLM2's tasks")),
-    ("--budget", dict(metavar="STEPSxTOKENS", help="optimizer steps x tokens a step; 40x512, sandbox: 1000x512")),
+    ("--budget", dict(metavar="STEPSxTOKENS", help="optimizer steps x tokens a step; 40x512, sandbox: 1000x256")),
     ("--methods", dict(default="all", help="all, or names of molora_jax/catalogue/methods.py; and full: fine-tuning")),
     ("--seeds", dict(type=int, help="seeds 0 to N - 1; 2, sandbox: 5")),
     ("--items", dict(type=int, help="held-out items a task; 16, sandbox: 300")),

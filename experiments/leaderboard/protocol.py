@@ -56,7 +56,7 @@ def _sandbox(folder) -> list[tuple[str, str]]:
 
 REAL = Protocol(budget="40x512", seeds=2, items=16, out="experiments/leaderboard")
 SANDBOX = Protocol(
-    budget="1000x512",
+    budget="1000x256",
     seeds=5,
     items=tasks.SIZES["test"],
     out="experiments/leaderboard/sandbox",
