@@ -9,6 +9,7 @@ data.seq_len, padding included). An override holds for every method and for the 
 a crash costs one row, which the next start tries again. --check=SEED runs finished rows anew and compares their bits.
 """
 
+import contextlib
 import re
 import signal
 
@@ -41,6 +42,17 @@ FREE = ("train.remat",)
 def main(argv):
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, interrupt)
+    with opened(argv) as (board, args):
+        return go(board, args) if args.check is None else check(board, args.check)
+
+
+@contextlib.contextmanager
+def opened(argv):
+    """`(board, args)` of a command line; nothing runs yet, and no other process may use its workdir.
+
+    Raises:
+      InputError: whatever is wrong with the command line, or results of another setting.
+    """
     _, changes = flags.split(argv)
     config, args = flags.parse(__doc__, FLAGS, argv, need_config=False, defaults=lambda args: common.get_config())
     if args.config:
@@ -79,9 +91,7 @@ def main(argv):
             for table in wanted
         }
         board = work.Board(args.workdir, settled("lora", {}, shared), plan, results, protocol, left)
-        if args.check is not None:
-            return check(board, args.check)
-        return go(board, args)
+        yield board, args
 
 
 def check(board, seed: int) -> int:

@@ -1,6 +1,6 @@
 """Pretrains the base `sandbox:6m`: corpus, tokenizer, a decoder of 5.6 million parameters, what it came to.
 
-python -m experiments.sandbox [--steps=6400] [--decay=1600] [--rows=8] [--workdir=runs/sandbox] [--sources=all|a,b]
+python -m experiments.sandbox [--steps=4800] [--decay=1200] [--rows=8] [--workdir=runs/sandbox] [--sources=all|a,b]
     [--items=100] [--pin]
 
 Stop it whenever you like: the same command goes on. A steady learning rate for --steps, then a linear decay to zero
@@ -26,8 +26,8 @@ from molora_jax.io.files import write_atomically
 from molora_jax.runs.workdir import Workdir
 
 FLAGS = [
-    ("--steps", dict(type=int, default=6400, help="optimizer steps at the full learning rate")),
-    ("--decay", dict(type=int, default=1600, help="optimizer steps in which the learning rate falls to zero")),
+    ("--steps", dict(type=int, default=4800, help="optimizer steps at the full learning rate")),
+    ("--decay", dict(type=int, default=1200, help="optimizer steps in which the learning rate falls to zero")),
     ("--rows", dict(type=int, default=8, help=f"rows a step, of {text.LENGTH} tokens")),
     ("--rate", dict(type=float, default=2e-3, help="learning rate")),
     ("--sources", dict(default="all", help="all, or some of " + ", ".join(corpus.SOURCES))),

@@ -8,11 +8,13 @@ import numpy as np
 import pytest
 from scipy import stats
 
+from experiments.claims import __main__ as claims
+from experiments.claims.claims import CLAIMS, judged, steps
 from experiments.leaderboard import __main__ as board
-from experiments.leaderboard import rates, tasks, verdicts, work
+from experiments.leaderboard import compared, rates, tasks, verdicts, work
 from molora_jax.errors import InputError
 
-ROWS = tasks.rows()
+ROWS, DRAW = tasks.rows(), compared.draw
 
 
 def test_tasks_are_many_and_their_inputs_never_straddle_splits():
@@ -105,8 +107,12 @@ class Fake:
     """In place of child processes. The loss is least at 3e-3; MoLA is better by 0.2 at every seed; 1e-2 diverges."""
 
     def __init__(self, monkeypatch):
-        self.asked, self.shift = [], 0.0
+        self.asked, self.shift, self.drawn = [], 0.0, None
         monkeypatch.setattr(work, "jobs", self.jobs)
+        monkeypatch.setattr(compared, "draw", self.draw)
+
+    def draw(self, *what):
+        self.drawn = what  # a second each: drawn once, at the end
 
     def jobs(self, configs, workdir):
         self.asked.append(workdir.name.rsplit("-", 1)[0])
@@ -147,7 +153,9 @@ def test_every_row_chooses_its_rate_and_goes_on_from_the_file_alone(tmp_path, mo
     line = next(line for line in text.splitlines() if line.startswith("| MoLA"))
     cells = [cell.strip() for cell in line.split("|")]
     assert cells[2:4] == ["3", "0.003"] and "better than LoRA" in cells and "-0.200 \u00b1 0.000 (0.000)" in cells
-    assert "+0.500 \u00b1 0.000" in cells and (out / "results.png").stat().st_size > 1000
+    assert "+0.500 \u00b1 0.000" in cells
+    DRAW(*fake.drawn)
+    assert (out / "results.png").stat().st_size > 1000
     # the same bits again, or not
     assert start(tmp_path, "--check=1") == 0
     fake.shift = 1e-4
@@ -168,3 +176,36 @@ def test_a_rate_at_the_end_of_the_grid_is_told():
     losses = {"0.001": 2.0, "0.003": 1.0, "0.01": None}
     assert rates.best(losses) == "0.003" and not rates.at_edge("0.003", losses)
     assert rates.at_edge("0.01", losses) and rates.mean({"nll": {}}) is None
+
+
+def runs(**losses):
+    """`{method: {seed: result}}` of equal losses on all tasks, a list of seeds a method."""
+    return {m: {i: dict(nll=dict.fromkeys(tasks.TASKS, x), beside={"pretraining": x}) for i, x in enumerate(xs)}
+            for m, xs in losses.items()}  # fmt: skip
+
+
+def test_a_claim_holds_where_every_step_of_its_order_does():
+    base, claim = {"beside": {"pretraining": 0.0}}, CLAIMS["dynmole"]
+    lora = [2.0, 2.1, 1.9, 2.0, 2.05]
+    told = lambda mola, best: judged(steps(claim, runs(lora=lora, mola=mola, dynmole=best), base))  # noqa: E731
+    less = lambda xs, by: [x - by + 0.001 * i for i, x in enumerate(xs)]  # noqa: E731
+    assert told(less(lora, 0.2), less(lora, 0.4)) == "holds"
+    assert told(less(lora, 0.2), less(lora, 0.1)) == "does not hold"  # the first step goes the other way
+    assert told([2.3, 1.8, 1.9, 2.2, 1.7], less(lora, 0.9)) == "cannot be told"
+    assert judged(steps(claim, runs(lora=lora, mola=lora, dynmole=[1.0]), base)) != "holds"
+    values = steps(CLAIMS["loramoe"], runs(lora=[1.0, 2.0], loramoe=[0.5, 1.0]), base)
+    assert values[0][2].mean == pytest.approx(-0.75)
+
+
+def test_pages_of_claims(tmp_path, monkeypatch, capsys):
+    fake = Fake(monkeypatch)
+    argv = ["--claims=mixlora", f"--results={tmp_path}/out", f"--out={tmp_path}/claims", f"--workdir={tmp_path}/work"]
+    assert claims.main(argv) == 0 and fake.take() == []
+    assert "mixlora: not told: fewer than two seeds of mixlora, lora" in capsys.readouterr().out
+    assert claims.main([*argv, "--run", "--seeds=3"]) == 0
+    text = (tmp_path / "claims" / "mixlora.md").read_text()
+    assert text.startswith("# MixLoRA is better than LoRA on many tasks at once: holds")
+    assert "| MixLoRA minus LoRA | 3 | -0.200" in text and "--claims=mixlora --run" in text
+    assert (tmp_path / "claims" / "mixlora.png").stat().st_size > 1000
+    with pytest.raises(InputError, match="--claims: got 'mixlor'"):
+        claims.main(["--claims=mixlor"])
