@@ -51,9 +51,8 @@ def main(argv):
     folder = pathlib.Path(args.workdir).absolute()
     with Workdir(folder):
         listed, tokenizer, entries = prepared(folder, sources)
-        steady, decay = phases(pretrain.start(folder / "start", tokenizer), entries, args, folder)
         base = folder / NAME
-        if not (base / sandbox.WEIGHTS).is_file() and not pretrained(steady, decay, folder, base):
+        if not (base / sandbox.WEIGHTS).is_file() and not pretrained(folder, tokenizer, entries, args):
             return 0
         if args.pin:
             pin(base)
@@ -100,19 +99,18 @@ def prepared(folder: pathlib.Path, sources: list[str]):
     return kept["corpus"], text.as_tokenizer(inner), kept["entries"]
 
 
-def phases(start, entries, args, folder):
-    """The configs of the two runs: a steady rate, then its fall to zero from where the first one ended."""
-    same = dict(rows=args.rows, rate=args.rate)
+def pretrained(folder, tokenizer, entries, args) -> bool:
+    """Two runs, a steady rate and its fall to zero from where the first one ended; whether both are at their end."""
+    start, same = pretrain.start(folder / "start", tokenizer), dict(rows=args.rows, rate=args.rate)
     steady = pretrain.config(start, entries, steps=args.steps, decay="constant", **same)
-    decay = pretrain.config(start, entries, steps=args.decay, decay="linear", init_from=folder / "steady", **same)
-    return steady, decay
-
-
-def pretrained(steady, decay, folder, out) -> bool:
-    """Whether both runs have come to their end, and the base is written."""
-    if not pretrain.trained(steady, folder / "steady") or not pretrain.trained(decay, folder / "decay"):
+    if not pretrain.trained(steady, folder / "steady"):
         return False
-    pretrain.write(folder / "decay", folder / "merged", out)
+    decay = pretrain.config(
+        start, entries, steps=args.decay, decay="linear", init_from=folder / "steady", **same
+    )  # fmt: skip
+    if not pretrain.trained(decay, folder / "decay"):
+        return False
+    pretrain.write(folder / "decay", folder / NAME)
     return True
 
 

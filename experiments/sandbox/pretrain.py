@@ -1,7 +1,7 @@
 """A decoder of 5.6 million parameters, trained whole by the trainer that trains everything else.
 
-`train_base="all"` on a base of random values, rows of plain text, the held-out documents as `data.valid`; then the
-trained copies go into the base (surgery `merge_into_base`), and that is written in bfloat16.
+`train_base="all"` on a base of random values, rows of plain text, the held-out documents as `data.valid`; the base with
+the trained copies in its leaves' places is then written in bfloat16.
 """
 
 import contextlib
@@ -10,15 +10,17 @@ import os
 import pathlib
 import shutil
 
+import jax
 import ml_dtypes
+import numpy as np
 
 from configs import common
 from experiments.sandbox import text
 from molora_jax import config as schema
 from molora_jax.backbones.llama import Llama
+from molora_jax.evaluation.run import load_run
 from molora_jax.io import base as bases
 from molora_jax.io import fetch, huggingface, random_init
-from molora_jax.surgery.perform import perform
 from molora_jax.training.loop import train
 
 SHAPE = Llama(
@@ -63,15 +65,13 @@ def trained(made, workdir: pathlib.Path) -> bool:
     return train(made, str(workdir)).step == made.train.steps
 
 
-def write(run: pathlib.Path, merged: pathlib.Path, out: pathlib.Path):
-    """The base with what a run trained, in bfloat16."""
-    if not (merged / "base" / "config.json").is_file():
-        surgery = common.surgery("merge_into_base")
-        surgery.surgery.inputs = (str(run),)
-        perform(surgery, str(merged))
-    base = bases.load_base(f"dir:{merged / 'base'}", dtype="bfloat16")
+def write(run: pathlib.Path, out: pathlib.Path):
+    """The base of a run with what it trained in its leaves' places, in bfloat16."""
+    loaded = load_run(run, "latest")
+    base = bases.load_base(loaded.config.base.source)
+    params = jax.tree.map(np.asarray, loaded.params)
     with replaced(out) as part:
-        huggingface.write_base(part, dataclasses.replace(base, folder=None), dtype=ml_dtypes.bfloat16)
+        huggingface.write_base(part, dataclasses.replace(base, params=params, folder=None), dtype=ml_dtypes.bfloat16)
 
 
 @contextlib.contextmanager

@@ -173,6 +173,7 @@ def without_inputs(config, *, keep_data: bool = False):
             files = "jsonl:" in str(config.data.tasks)  # whose tasks stages and routers may name
             config.data.tasks = ",".join((*TASKS, *[ANY_FILE] * files))
             config.data.valid = ""
+            config.train.eval_every = 0  # on its rows; without them, and with test_share=0, there may be none
             for stage in config.schedule.values():
                 stage.tasks = ""
     return config

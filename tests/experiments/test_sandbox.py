@@ -3,11 +3,12 @@
 import collections
 import json
 import math
-import pathlib
 import shutil
 
+import ml_dtypes
 import numpy as np
 import pytest
+from flax.traverse_util import flatten_dict
 
 from configs import common
 from experiments.sandbox import __main__ as sandbox
@@ -16,6 +17,7 @@ from experiments.sandbox.ngrams import KneserNey
 from molora_jax import config as schema
 from molora_jax.backbones.families import TINY
 from molora_jax.errors import InputError
+from molora_jax.evaluation.run import load_run
 from molora_jax.io import base as bases
 from molora_jax.io import sandbox as shipped
 
@@ -149,26 +151,19 @@ def test_pretraining_from_text_to_a_base(tmp_path, tokenizer, monkeypatch):
     monkeypatch.setattr(corpus, "documents", lambda sources: {"python": DOCS})
     monkeypatch.setenv("MOLORA_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(text, "VOCABULARY", 320)
-    argv = [
-        "--sources=python",
-        "--steps=6",
-        "--decay=4",
-        "--rows=2",
-        "--items=2",
-        f"--workdir={tmp_path}/work",
-        f"--out={tmp_path}/out",
-    ]
+    argv = ["--sources=python", "--steps=6", "--decay=4", "--rows=8", "--items=2"]
+    argv += [f"--workdir={tmp_path}/work", f"--out={tmp_path}/out"]
     assert sandbox.main(argv) == 0
     found = json.loads((tmp_path / "out" / "results.json").read_text())
     assert found["curve"][-1][1] < found["curve"][0][1] and found["nll"]["python"]["base"] < 6
-    first = (tmp_path / "work" / "6m" / "model.safetensors").read_bytes()
-    assert sandbox.main(argv) == 0 and (tmp_path / "work" / "6m" / "model.safetensors").read_bytes() == first
-    (tmp_path / "work" / "6m" / "model.safetensors").unlink()
-    trained = bases.load_base(f"dir:{tmp_path}/work/merged/base", dtype="bfloat16")
-    assert sandbox.main(argv) == 0
-    again = bases.load_base(f"dir:{tmp_path}/work/6m", dtype="bfloat16")
-    assert all(
-        np.array_equal(a, b)
-        for a, b in zip(trained.params["blocks"]["q"].values(), again.params["blocks"]["q"].values(), strict=True)
-    )
-    assert pathlib.Path(shipped.cached("6m", sandbox.digests(tmp_path / "work" / "6m")["model.safetensors"])).is_dir()
+    weights = tmp_path / "work" / "6m" / "model.safetensors"
+    first = weights.read_bytes()
+    assert sandbox.main(argv) == 0 and weights.read_bytes() == first
+    run, base = load_run(tmp_path / "work" / "decay", "latest"), bases.load_base(f"dir:{tmp_path}/work/6m")
+    assert not np.array_equal(run.params["embed"], run.base_params["embed"])
+    for path, value in flatten_dict(run.params).items():
+        written = flatten_dict(base.params)[path]
+        np.testing.assert_array_equal(written, np.asarray(value).astype(ml_dtypes.bfloat16).astype(np.float32))
+    assert shipped.cached("6m", sandbox.digests(weights.parent)["model.safetensors"]).is_dir()
+    with pytest.raises(InputError, match="--sources"):
+        sandbox.main(["--sources=bible", *argv[1:]])
