@@ -72,7 +72,9 @@ def draw(found: dict, path):
     axes.plot(at / 1e6, loss, color=pictures.TUNED, label="the base, on what it is trained on")
     for (name, value), style in zip(totals(found["nll"]).items(), (":", "--", "-"), strict=True):
         axes.axhline(value, color=pictures.TUNED if name == "base" else "#555555", linestyle=style, linewidth=1)
-        axes.annotate(f"{name}, held out: {value:.2f}", (at[-1] / 1e6, value), ha="right", va="bottom", fontsize=9)
+        axes.annotate(
+            f"{name}, held out: {value:.2f}", (1.01, value), xycoords=("axes fraction", "data"), va="center", fontsize=9
+        )
     axes.set(xlabel="million tokens", ylabel="nats a token", ylim=(min(loss.min(), 3.5) - 0.3, min(8.5, loss.max())))
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False)

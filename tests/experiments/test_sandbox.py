@@ -20,6 +20,7 @@ from molora_jax.errors import InputError
 from molora_jax.evaluation.run import load_run
 from molora_jax.io import base as bases
 from molora_jax.io import sandbox as shipped
+from molora_jax.runs import saved
 
 WORDS = "the river and the stone stand by the old house where nobody lives, 1234 years  later\n\nit is a tower. ".split(
     " "
@@ -141,6 +142,15 @@ def test_the_report_says_all_numbers(tmp_path):
     assert "| all | | 5.000 | 4.500 | 3.250 | |" in lines and "- **In the** beginning\\n" in lines
     assert "| bible | 100 | 5.000 | 4.500 | 4.000 | 1.44 |" in lines  # 4 nats / (4 bytes ln 2)
     assert (tmp_path / "results.png").stat().st_size > 1000
+
+
+def test_a_run_whose_held_out_rows_are_data_valid_alone_opens_without_them():
+    """`load_run` checks a config without its files: an interval of evaluation is then of nothing."""
+    config = common.get_config()
+    config.method.train_base = "all"
+    config.data.update(tasks="jsonl:gone.jsonl", valid="jsonl:gone too.jsonl", test_share=0.0)
+    config.train.eval_every = 10
+    schema.validate(saved.without_inputs(config))
 
 
 @pytest.mark.slow
