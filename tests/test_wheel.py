@@ -36,12 +36,17 @@ def python(*arguments, cwd, path=None, executable=sys.executable):
 def built(tmp_path_factory):
     """The files of a wheel as its build lays them out: the packages that pyproject.toml asks for, then setup.py's."""
     folder = tmp_path_factory.mktemp("built")
-    asked = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]["find"]["include"]
+    said = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
+    asked = said["packages"]["find"]["include"]
     files = [file for name in os.listdir(ROOT) if name[0] != "." for file in (ROOT / name).rglob("*.py")]
     for file in (file.relative_to(ROOT) for file in files):
         if any(fnmatch.fnmatchcase(".".join(file.parent.parts), pattern) for pattern in asked):
             (folder / file).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(ROOT / file, folder / file)
+    for package, patterns in said["package-data"].items():
+        for file in (file for pattern in patterns for file in (ROOT / package).glob(pattern)):
+            (folder / file.relative_to(ROOT)).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(file, folder / file.relative_to(ROOT))
     with pytest.MonkeyPatch.context() as patch:  # setuptools itself need not be there
         for name in ("setuptools", "setuptools.command", "setuptools.command.build_py"):
             patch.setitem(sys.modules, name, types.SimpleNamespace(setup=None, build_py=object))

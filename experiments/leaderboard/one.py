@@ -1,34 +1,84 @@
-"""One run of the leaderboard, in a process of its own: trains, scores the held-out items, says what it came to.
+"""Runs of the leaderboard in a process of its own: trains, scores the held-out items, says what it came to.
 
-Reads a job `{"config", "workdir"}` as JSON on standard input; without rules in the config, the base alone is scored.
-The last line on standard output is the result, or the `error` that the config's user can mend.
+Reads a job `{"configs": {name: config}, "workdir"}` as JSON on standard input. Several configs train in one step
+(`training.group`), one by itself; a config that trains nothing is the base alone. The last line on standard output is
+`{name: result}`, or the `error` that the config's user can mend.
 """
 
+import hashlib
 import json
 import pathlib
 import statistics
 import sys
+
+BLOCKS = 20  # of held-out items: how much another draw of them would change
+
+
+def trains(config) -> bool:
+    return bool(config.method.rules or config.method.train_base)
 
 
 def run(config, workdir: str) -> dict:
     """Trains (or goes on) in `workdir`, then scores the last step.
 
     Returns:
-      `nll` {task: nats an answer token}, `peak_mb` of the training process, `seconds` of training with compilation,
-      `first5`, `last5` (mean loss on answer tokens of the first and last five steps), `active_experts` (mean over
-      sites, layers and the last five steps; None without a router).
+      `nll` {task: nats an answer token} of the tasks that train, `beside` likewise of those that are only scored,
+      `blocks` (see `scored`), `digest` of what was trained, `peak_mb` of the training process, `seconds` of training
+      with compilation, `first5`, `last5` (mean loss on answer tokens of the first and last five steps),
+      `active_experts` (mean over sites, layers and the last five steps; None without a router).
     """
-    from molora_jax.evaluation.run import load_run
     from molora_jax.training.loop import train
 
     made = train(config, workdir)
-    if made.step < config.train.steps:
+    return result(config, workdir, made)
+
+
+def together(configs: dict, workdir: str) -> dict:
+    """`{name: result}` of runs in one step; a run without a finite gradient has no `nll`."""
+    from molora_jax.errors import InputError
+    from molora_jax.training.group import train_together
+
+    try:
+        made = train_together(configs, workdir)
+    except InputError as error:  # a rate too high for one run harms no other: each has its last step
+        if "finite" not in error.got:
+            raise
+        made = None
+    out = {}
+    for name, config in configs.items():
+        try:
+            out[name] = result(config, str(pathlib.Path(workdir) / name), made and made[name])
+        except FloatingPointError:
+            out[name] = {"nll": {}}
+    return out
+
+
+def result(config, workdir: str, made) -> dict:
+    import math
+
+    from molora_jax.evaluation.run import load_run
+
+    if made is not None and made.step < config.train.steps:
         raise SystemExit(f"stopped after step {made.step}")
-    return scored(load_run(workdir, "latest", config=config), base=False) | {
-        "peak_mb": round(made.peak_bytes / 2**20),
-        "seconds": round(made.seconds, 1),
-        **training(pathlib.Path(workdir) / "metrics.jsonl"),
-    }
+    loaded = load_run(workdir, "latest", config=config)
+    out = scored(loaded, base=False) | {"digest": trained_digest(loaded)}
+    if not all(map(math.isfinite, out["nll"].values())):
+        raise FloatingPointError(workdir)
+    if made is not None:
+        out |= {"peak_mb": round(made.peak_bytes / 2**20), "seconds": round(made.seconds, 1)}
+    return out | training(pathlib.Path(workdir) / "metrics.jsonl")
+
+
+def trained_digest(loaded) -> str:
+    """Of every trained value, bit by bit: two runs with the same one are the same."""
+    import jax
+    import numpy as np
+
+    total = hashlib.sha256()
+    trees = (loaded.adapters, loaded.modules, loaded.router_state)
+    for path, leaf in jax.tree_util.tree_leaves_with_path(trees):
+        total.update(jax.tree_util.keystr(path).encode() + np.ascontiguousarray(leaf).tobytes())
+    return total.hexdigest()[:16]
 
 
 def training(path) -> dict:
@@ -44,7 +94,10 @@ def training(path) -> dict:
 
 
 def scored(run, *, base: bool) -> dict:
-    """`nll` by task on the test split, `items` and `answer_tokens` likewise."""
+    """`nll`, `items` and `answer_tokens` by task on the test split; `beside`: the NLL of tasks that nothing trains on.
+
+    `blocks`: the mean over tasks of the NLL in each of BLOCKS parts of every task's items, [] where a task has fewer.
+    """
     import numpy as np
 
     from molora_jax.evaluation.progress import Phases
@@ -53,12 +106,20 @@ def scored(run, *, base: bool) -> dict:
     examples = run.data.heldout("test", run.config.eval.num_items)
     scores = score(run, examples, base=base, phases=Phases())
     task = np.array([e.task_id for e in examples])
-    out: dict = {"nll": {}, "items": {}, "answer_tokens": {}}
+    out: dict = {"nll": {}, "items": {}, "answer_tokens": {}, "beside": {}}
+    blocks = []
     for i, name in enumerate(run.data.task_names):
-        here = task == i
-        if here.any():
-            out["nll"][name] = round(float(scores.nll[here].sum() / scores.tokens[here].sum()), 5)
-            out["items"][name], out["answer_tokens"][name] = int(here.sum()), int(scores.tokens[here].sum())
+        here = np.flatnonzero(task == i)
+        if not len(here):
+            continue
+        nll, tokens, trained = scores.nll[here], scores.tokens[here], i < run.data.num_trained
+        out["nll" if trained else "beside"][name] = round(float(nll.sum() / tokens.sum()), 5)
+        if trained:
+            out["items"][name], out["answer_tokens"][name] = len(here), int(tokens.sum())
+            parts = [slice(k, None, BLOCKS) for k in range(BLOCKS)]
+            blocks.append([float(nll[p].sum() / tokens[p].sum()) for p in parts] if len(here) >= BLOCKS else None)
+    if blocks and all(blocks):
+        out["blocks"] = [round(float(x), 5) for x in np.mean(blocks, axis=0)]
     return out
 
 
@@ -71,15 +132,19 @@ def main():
     from molora_jax.evaluation.run import load_base_run
 
     runtime.configure()
-    config = config_lib.from_dict(job["config"])
+    configs = {name: config_lib.from_dict(config) for name, config in job["configs"].items()}
+    first = next(iter(configs.values()))
     try:
-        if config.method.rules:
-            result = run(config, job["workdir"])
+        if len(configs) > 1:
+            results = together(configs, job["workdir"])
         else:
-            result = scored(load_base_run(config), base=True)
+            alone = run(first, job["workdir"]) if trains(first) else scored(load_base_run(first), base=True)
+            results = {name: alone for name in configs}
     except InputError as error:
-        result = {"error": str(error)}
-    print(json.dumps(result), file=answers, flush=True)
+        results = {"error": str(error)}
+    except FloatingPointError:
+        results = {"error": "no finite loss on the held-out items"}
+    print(json.dumps(results), file=answers, flush=True)
 
 
 if __name__ == "__main__":

@@ -12,7 +12,6 @@ from scipy import stats
 
 from experiments.leaderboard.results import key
 from molora_jax import pictures
-from molora_jax.catalogue.methods import METHODS
 from molora_jax.io.files import write_atomically
 
 TITLES = {
@@ -33,10 +32,10 @@ class Row:
     """What is known of an entry: its finished runs by seed, and its cost."""
 
     def __init__(self, entry, tree):
-        self.entry, self.title, keys = entry, METHODS[entry.method].title, list(map(key, entry.configs))
+        self.entry, self.title, keys = entry, entry.title, list(map(key, entry.configs))
         by_key = {run["key"]: run for run in tree["runs"]}
         self.runs = {seed: by_key[k] for seed, k in enumerate(keys) if k in by_key}
-        self.cost = next((cost["ratio"] for cost in tree["costs"] if cost["key"] == keys[0]), None)
+        self.cost = next((cost["ratio"] for cost in tree["costs"] if cost["key"] == (keys or [None])[0]), None)
         self.scores = {seed: statistics.fmean(run["nll"].values()) for seed, run in self.runs.items()}
 
     @property

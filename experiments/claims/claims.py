@@ -1,0 +1,116 @@
+"""Claims of papers as orders of methods on the sandbox's leaderboard: best first, in one measure.
+
+    nll         mean over all tasks                domains, facts, ...   over the tasks of a family
+    forgotten   nats a token that the pretraining text is worse by than for the base
+
+A claim holds where every step of its order does (`judged`); one step that goes the other way, and it does not.
+"""
+
+import dataclasses
+import math
+import statistics
+
+from experiments.leaderboard import tasks, verdicts
+
+HOLDS, FAILS, OPEN = "holds", "does not hold", "cannot be told"
+
+
+@dataclasses.dataclass(frozen=True)
+class Claim:
+    """`order`: methods, best first; `change`: what would change the verdict."""
+
+    title: str
+    paper: str
+    says: str
+    order: tuple[str, ...]
+    measure: str
+    change: str
+    table: str = "params"
+
+
+CLAIMS = {
+    "dynmole": Claim(
+        "DynMoLE is better than MoLA, and that than LoRA", "2504.00661",
+        "Routing by entropy beats a fixed number of experts by layer, and that beats one adapter (table 1 there).",
+        ("dynmole", "mola", "lora"), "nll", "Longer training, in which routers specialise; larger bases.",
+    ),
+    "mixlora": Claim(
+        "MixLoRA is better than LoRA on many tasks at once", "2404.15159",
+        "In multi-task learning MixLoRA is ahead of LoRA of about as many parameters (table 4 there).",
+        ("mixlora", "lora"), "nll", "More tasks than ten, or tasks further apart.",
+    ),
+    "llava_mole": Claim(
+        "A mixture keeps domains from conflicting", "2401.16160",
+        "Where domains want different answers, a sparse mixture learns what one LoRA does not. (That it does so even "
+        "against LoRA with twice the samples is not tried here.)",
+        ("llava_mole", "lora"), "domains", "Domains that are told apart by more than one word of the prompt.",
+    ),
+    "smora": Claim(
+        "Finer partition is better", "2501.15103",
+        "A router over single ranks is ahead of one over experts of several ranks (figure 5 there).",
+        ("smora", "mixlora"), "nll", "The same sites for both: MixLoRA routes the FFN alone.",
+    ),
+    "loramoe": Claim(
+        "LoRAMoE forgets less than LoRA", "2312.09979",
+        "Experts for world knowledge, kept apart by a loss, keep what the base knew.",
+        ("loramoe", "lora"), "forgotten",
+        "More steps, so that more is forgotten; the same sites: LoRAMoE leaves attention alone.",
+    ),
+    "randlora": Claim(
+        "Full rank is better where the task needs it", "2502.00987",
+        "At equal parameters a change of full rank remembers what a low rank cannot.",
+        ("randlora", "lora"), "facts", "More facts than LoRA of rank 16 has room for.",
+    ),
+    "lora_pro": Claim(
+        "LoRA-Pro comes nearer to full fine-tuning than LoRA", "2407.18242",
+        "With its gradients corrected LoRA follows full fine-tuning (equation 4 there).",
+        ("lora_pro", "lora"), "nll", "A task on which LoRA stays far behind full fine-tuning.",
+    ),
+    "lora_ga": Claim(
+        "LoRA-GA comes nearer to full fine-tuning than LoRA", "2407.05000",
+        "A start from the gradient's own directions closes most of the gap.",
+        ("lora_ga", "lora"), "nll", "Fewer steps, where the start counts for more.",
+    ),
+}  # fmt: skip
+
+
+def measured(run: dict, base: dict, measure: str) -> float:
+    """A run's value in a measure; less is better."""
+    if measure == "forgotten":
+        return run["beside"][tasks.FORGOTTEN] - base["beside"][tasks.FORGOTTEN]
+    names = tasks.FAMILIES.get(measure, run["nll"].keys())
+    return statistics.fmean(run["nll"][name] for name in names)
+
+
+def steps(claim: Claim, runs: dict[str, dict[int, dict]], base: dict) -> list[tuple]:
+    """`(better, worse, Difference)` of every step of the order, paired by the seeds that both have.
+
+    Args:
+      runs: `{method: {seed: result}}`.
+    """
+    out = []
+    for better, worse in zip(claim.order, claim.order[1:], strict=False):
+        seeds = [seed for seed in runs[better] if seed in runs[worse]]
+        values = [
+            measured(runs[better][s], base, claim.measure) - measured(runs[worse][s], base, claim.measure)
+            for s in seeds
+        ]
+        out.append((better, worse, verdicts.difference(values)))
+    return out
+
+
+def judged(found: list[tuple]) -> str:
+    """Each step: Holm-corrected p below 0.05 and the right sign holds; an interval that leaves no advantage of MARGIN
+    does not hold."""
+    known = {i: d for i, (*_, d) in enumerate(found)}
+    corrected = verdicts.holm({i: d.p if d else math.nan for i, d in known.items()})
+    words = [_step(d, corrected[i]) for i, d in known.items()]
+    return FAILS if FAILS in words else HOLDS if set(words) == {HOLDS} else OPEN
+
+
+def _step(d, p: float) -> str:
+    if d is None or math.isnan(p):
+        return OPEN
+    if p < verdicts.LEVEL and d.mean < 0:
+        return HOLDS
+    return FAILS if d.mean - d.width > -verdicts.MARGIN else OPEN
