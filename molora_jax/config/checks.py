@@ -26,7 +26,7 @@ def problems(config):
     """All mistakes of a plain nested dict, as a list of InputErrors."""
     if not isinstance(config, dict):
         return [wrong("config", f"a {type(config).__name__}", "groups of fields", "See configs/common.py.")]
-    found = list(group_problems("", config, tables.FIELDS)) + list(_remote("", config))
+    found = list(group_problems("", config, tables.FIELDS)) + list(_remote(config))
     if any(not isinstance(config.get(key), dict) for key, field in tables.FIELDS.items() if isinstance(field, dict)):
         return found  # a section is missing: the rest would only repeat that
     rules = list(rule_problems(config))
@@ -44,20 +44,20 @@ def problems(config):
     return found + list(_schedule(config, valid=not found))
 
 
-def _remote(where, value):
+def _remote(config):
     """Texts that name a place which is neither mounted here nor of a store that is served."""
-    if isinstance(value, dict):
-        for name, own in value.items():
-            if isinstance(name, str):
-                yield from _remote(f"{where}.{name}".lstrip("."), own)
-    elif isinstance(value, (tuple, list)):
-        for own in value:
-            yield from _remote(where, own)
-    elif where != "data.system":
-        try:
-            served(where, value)
-        except InputError as problem:
-            yield problem
+    left = [("", config)]  # no recursion: a wrong config may be deeper than Python's stack
+    while left:
+        where, value = left.pop()
+        if isinstance(value, dict):
+            left += [(f"{where}.{name}".lstrip("."), own) for name, own in value.items() if isinstance(name, str)]
+        elif isinstance(value, (tuple, list)):
+            left += [(where, own) for own in value]
+        elif where != "data.system":
+            try:
+                served(where, value)
+            except InputError as problem:
+                yield problem
 
 
 def _losses(config):

@@ -2,6 +2,7 @@
 
 from molora_jax.config.fields import did_you_mean, one_of, wrong
 from molora_jax.config.members import attribute, is_member
+from molora_jax.config.values import shown
 
 PLAIN = {"name": "lm"}  # of a config without `objective`, as older versions wrote it
 COPIES = ("embed", "head", "norms", "all")
@@ -96,4 +97,4 @@ def _form(config, kind):
     if kind == "label":
         for name in ("system", "template_args"):
             if data.get(name):
-                yield wrong(f"data.{name}", repr(data[name])[:80], '"": a labelled text has no chat template')
+                yield wrong(f"data.{name}", shown(data[name]), '"": a labelled text has no chat template')

@@ -615,7 +615,11 @@ MANY = dict(  # what is of the whole batch: noise, a load, balanced choices, his
     q=dict(name="noisy_topk", k=2), k=dict(name="relu", k=1, start=0.1), v=dict(name="sinkhorn", k=1),
     o=dict(name="biased_topk", k=2, score="sigmoid", bias="quantile", bias_rate=0.5, groups=2, keep_groups=1),
 )  # fmt: skip
-REST = dict(gate=dict(name="fixed"), up=dict(name="null_experts"), down=dict(name="dselect_k"))
+REST = dict(
+    q=dict(name="task_gate"), k=dict(name="nonlinear_topk"), v=dict(name="prototypes"),
+    o=dict(name="controlled_threshold"), gate=dict(name="fixed"), up=dict(name="null_experts"),
+    down=dict(name="dselect_k"),
+)  # fmt: skip
 
 
 def many(routers):
@@ -632,21 +636,24 @@ def many(routers):
     return changed(made, {"base.source": "random:tiny", "optim.warmup": 0})
 
 
-def test_acceptance_8_gates_losses_and_state_are_equal_on_1_and_8_devices(request):
+@pytest.mark.parametrize(
+    "routers, keep_state", [(MANY, {"k", "o"}), pytest.param(REST, {"o"}, marks=pytest.mark.slow)], ids=["many", "rest"]
+)
+def test_acceptance_8_gates_losses_and_state_are_equal_on_1_and_8_devices(routers, keep_state):
     """Training noise, balanced choices and statistics are of the whole batch; state moves once a step."""
-    routers = MANY | (REST if request.config.getoption("--all") else {})
     one, eight = Case(many(routers)), Case(many(routers), mesh=mesh8())
     before = jax.device_get(one.start().router_state)
     after, metrics, gradients = one.run(one.start())
     after8, metrics8, gradients8 = eight.run(one.start())
-    same_step(metrics, gradients, metrics8, gradients8)
-    assert {"aux/load", "aux/router_cost", "aux/mean_entropy"} <= metrics.keys() and float(metrics["aux/load"]) > 0
+    same_step(metrics, gradients, metrics8, gradients8, atol=2e-7)  # mutual information: entropies near 1, subtracted
+    assert {"aux/load", "aux/router_cost", "aux/mean_entropy"} <= metrics.keys()
+    assert routers is REST or float(metrics["aux/load"]) > 0
     moved, moved8 = (jax.device_get(s.router_state) for s in (after, after8))
     jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-6), moved, moved8)
-    assert set(moved) == {"k", "o"}
+    assert set(moved) == keep_state
     for rule in moved:
         pairs = zip(*map(jax.tree.leaves, (before[rule], moved[rule])), strict=True)
-        assert all((np.asarray(a) != b).any() for a, b in pairs)
+        assert any((np.asarray(a) != b).any() for a, b in pairs)
 
 
 def test_a_decision_counts_no_padding():

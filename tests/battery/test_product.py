@@ -10,7 +10,7 @@ from flax.traverse_util import flatten_dict
 from molora_jax import config as schema
 from molora_jax.core import trees
 from molora_jax.errors import InputError
-from molora_jax.training.step import fresh
+from molora_jax.training.step import COUNTS, fresh
 from tests.battery import reference
 from tests.battery.cases import (
     BATCH,
@@ -84,7 +84,8 @@ def test_shapes_of_every_combination(point, request):
     assert set(names) <= {*rule.adapter.FROZEN, *(rule.router.FROZEN if rule.router is not None else ())}
     assert flatten_dict(state.opt[0], sep="/").keys() == trainable.keys(), "optimizer state for trainable leaves alone"
     for table in metrics.pop("site").values():
-        assert {x.shape for x in table.values()} == {(SMALL.layers,)}
+        for name, x in table.items():
+            assert x.shape[:1] == (SMALL.layers,) and len(x.shape) == 1 + (name in COUNTS), name
     assert all(x.shape == () for x in metrics.values())
 
 

@@ -70,7 +70,7 @@ def test_a_large_file_gives_what_a_small_one_does(file, monkeypatch, file_tasks)
 
 @pytest.mark.parametrize("large", [False, True])
 def test_parquet_gives_what_jsonl_does(file, tmp_path, monkeypatch, large):
-    pa = pytest.importorskip("pyarrow", reason="pip install 'molora_jax[parquet]'")
+    import pyarrow as pa
     import pyarrow.parquet
 
     pyarrow.parquet.write_table(pa.Table.from_pylist(list(rows_of()), schema=schema(pa)), tmp_path / "rows.parquet")
