@@ -41,11 +41,11 @@ def mutated(base, every, draw):
             continue
         what = draw.random()
         if what < 0.7:
-            group[last] = draw.choice(VALUES)
+            group[last] = copy.deepcopy(draw.choice(VALUES))
         elif what < 0.8:
             group.pop(last, None)
         elif what < 0.9:
-            group[draw.choice(NAMES)] = draw.choice(VALUES)
+            group[draw.choice(NAMES)] = copy.deepcopy(draw.choice(VALUES))
         else:
             group[last] = copy.deepcopy(draw.choice(list(base.values())))
     return config

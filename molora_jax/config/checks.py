@@ -46,9 +46,13 @@ def problems(config):
 
 def _remote(config):
     """Texts that name a place which is neither mounted here nor of a store that is served."""
-    left = [("", config)]  # no recursion: a wrong config may be deeper than Python's stack
+    left, seen = [("", config)], set()  # no recursion: a wrong config may be deep, or hold itself
     while left:
         where, value = left.pop()
+        if isinstance(value, (dict, tuple, list)):
+            if id(value) in seen:
+                continue
+            seen.add(id(value))
         if isinstance(value, dict):
             left += [(f"{where}.{name}".lstrip("."), own) for name, own in value.items() if isinstance(name, str)]
         elif isinstance(value, (tuple, list)):
