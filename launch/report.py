@@ -10,7 +10,7 @@ from launch import flags
 from molora_jax.config.fields import wrong
 
 FLAGS = [
-    ("--workdir", dict(required=True, action="append", metavar="RUN", help="the folder of a run, or of runs; again")),
+    ("--workdir", dict(required=True, action="append", metavar="DIR", help="the folder of a run, or of runs; again")),
     ("--out", dict(required=True, metavar="FILE.html", help="the page")),
 ]
 
@@ -21,7 +21,7 @@ def run(argv):
         raise wrong("--out", repr(args.out), "a file FILE.html", f"Write --out={args.out}.html.")
     from molora_jax.comparing import facts, page
 
-    runs = facts.read([flags.home("--workdir", given) for given in args.workdir])
+    runs = facts.read(args.workdir)
     try:
         path = page.write(runs, args.out)
     except OSError as error:

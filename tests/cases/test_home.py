@@ -39,7 +39,8 @@ def test_every_path_of_every_launcher(module, home, monkeypatch):
     config, args = flags.parse("Test.", found, argv, need_config=False)
     assert config.method.rules and args.config == str(home / "mine.py")
     for name in paths:
-        assert getattr(args, name[2:]) == str(home / "some/where")
+        several = dict(found)[name].get("action") == "append"
+        assert getattr(args, name[2:]) == ([str(home / "some/where")] if several else str(home / "some/where"))
 
 
 def test_the_words_of_a_separate_argument(home):

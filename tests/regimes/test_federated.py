@@ -146,7 +146,7 @@ def test_every_example_has_one_client(data, tmp_path, how):
     every = np.concatenate(ids)
     assert len(every) == len(set(every.tolist())) == stream.size == sum(source.sizes)
     split = stream.split
-    labels = split.ids[split.start + split.length - 1]
+    labels = np.array([split.tokens(i)[-1] for i in range(stream.size)])
     shares = np.array([[np.mean(labels[own] == c) for c in np.unique(labels)] for own in ids])
     if how == "task":
         assert all(len(part.task_ids) == 1 for part in source.parts)
