@@ -81,7 +81,7 @@ def test_acceptance_3_the_first_step_of_sgd_is_loras_at_eta_times_the_rate():
     np.testing.assert_allclose(rates(start["A"], start["B"], 4.0), 2.0, rtol=1e-6)
     grad = lambda adapter: jax.grad(lambda p: jnp.sum(output(adapter, p) * DY))(start)  # noqa: E731
     ours, plain = grad(make(4.0)), grad(make(name="lora"))
-    np.testing.assert_allclose(ours["B"], 2.0 * plain["B"], rtol=1e-5)
+    np.testing.assert_allclose(ours["B"], 2.0 * plain["B"], rtol=1e-5, atol=2e-6)  # an entry of sums that cancel
     assert not np.any(ours["A"]) and not np.any(plain["A"])
 
 
