@@ -191,7 +191,7 @@ def test_a_folder_is_quantised_once_and_checked(tmp_path, monkeypatch):
     (tmp_path / "m").mkdir()
     huggingface.write_base(tmp_path / "m", load_base("random:tiny-moe"))
     first = load_base(f"dir:{tmp_path / 'm'}", quant="nf4")
-    monkeypatch.setattr(huggingface, "assembled", None)  # from the cache
+    monkeypatch.setattr(huggingface, "quantised", None)  # from the cache
     again = load_base(f"dir:{tmp_path / 'm'}", quant="nf4")
     assert first.digest == again.digest
     jax.tree.map(np.testing.assert_array_equal, first.params, again.params)
