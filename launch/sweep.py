@@ -50,9 +50,9 @@ def run(argv):
     if signal is not None:
         note(f"stopped by signal {signal}: the same command goes on from there")
         return 128 + signal
-    failed = [member.name for member in members if sweep.stand(member).state != sweeps.DONE]
-    for name in failed:
-        note(f"failed: {name}: {sweep.stand(next(m for m in members if m.name == name)).error}")
+    failed = [run for one in found["settings"] for run in one["runs"] if run["state"] != sweeps.DONE]
+    for run in failed:
+        note(f"failed: {run['workdir']}: {run['error']}")
     return 1 if failed else 0
 
 
@@ -78,9 +78,7 @@ def members_of(config, grid: str, seeds: int, *, note):
             except InputError as error:
                 if name == "config":
                     raise
-                raise InputError(
-                    f"--grid, {name}: {error.where}", got=error.got, expected=error.expected, fix=error.fix
-                ) from None
+                raise error.inside(f"--grid, {name}") from None
             folder = f"seed={seed}" if name == "config" else f"{name}_seed={seed}"
             members.append(Member(folder, name, seed, one))
     return settings, members

@@ -26,6 +26,10 @@ class InputError(ValueError):
         message = f"{where}: got {got}; expected {expected}."
         super().__init__(f"{message} {fix}".rstrip())
 
+    def inside(self, place: str) -> "InputError":
+        """The same mistake, of a part of `place`: `--grid, a: optim.name`."""
+        return InputError(f"{place}: {self.where}", got=self.got, expected=self.expected, fix=self.fix)
+
 
 def urls(path) -> list[str]:
     """The URLs in a path, or in a text with paths in it: `gs://b/a` of `jsonl:gs://b/a`."""

@@ -72,15 +72,12 @@ def text(tree, rows, found, left) -> str:
         parts += [f"\nNot run yet: {', '.join(waiting)}."] if waiting else []
     if left:
         parts += ["\n## Left out\n", *(f"- {name}: {why}" for name, why in left.items())]
-    if tree["failed"]:
-        parts += ["\n## Failed (the next start tries them again)\n"]
-        parts += [f"- {message.splitlines()[0]}" for message in tree["failed"].values()]
-    return "\n".join(parts) + "\n"
+    return "\n".join([*parts, *report.failed(tree)]) + "\n"
 
 
 def _head(tree):
     setting = tree["setting"]
-    changes = "".join(f" --config.{field}={value}" for field, value in setting["config"].items())
+    changes = report.overrides(setting)
     yield "# Leaderboard on the sandbox\n"
     yield f"Made by `python -m experiments.leaderboard --base=sandbox:6m --budget={setting['budget']}"
     yield f"--items={setting['items']}{changes}`; the protocol is in [the README](../README.md). Lower is better.\n"

@@ -8,10 +8,9 @@ import math
 import pathlib
 import statistics
 
-from scipy import stats
-
 from experiments.leaderboard.results import key
 from molora_jax import pictures
+from molora_jax.comparing import seeds
 from molora_jax.io.files import write_atomically
 
 TITLES = {
@@ -22,10 +21,8 @@ TITLES = {
 
 def t_interval(values) -> tuple[float, float]:
     """`(mean, half width)` of the 95 % interval over independent values; NaN for a single one."""
-    n, mean = len(values), statistics.fmean(values)
-    if n < 2:
-        return mean, math.nan
-    return mean, float(stats.t.ppf(0.975, n - 1)) * statistics.stdev(values) / math.sqrt(n)
+    mean, low, _ = seeds.interval(values)
+    return mean, math.nan if low is None else mean - low
 
 
 class Row:
@@ -71,17 +68,25 @@ def text(tree: dict, rows: dict, head) -> str:
         parts += ["\nChanged in the shipped configs (fields below `method.rules`):\n", _changes(group)]
         left = [row.title for row in group if not row.runs]
         parts += [f"\nNot run yet: {', '.join(left)}."] if left else []
+    return "\n".join([*parts, *failed(tree)]) + "\n"
+
+
+def failed(tree):
+    """The section of what failed, where something did."""
     if tree["failed"]:
-        parts += ["\n## Failed (the next start tries them again)\n"]
-        parts += [f"- {message.splitlines()[0]}" for message in tree["failed"].values()]
-    return "\n".join(parts) + "\n"
+        yield "\n## Failed (the next start tries them again)\n"
+        yield from (f"- {message.splitlines()[0]}" for message in tree["failed"].values())
+
+
+def overrides(setting: dict) -> str:
+    """The fields that a command line set, as it set them."""
+    return "".join(f" --config.{field}={value}" for field, value in setting["config"].items())
 
 
 def _head(tree):
     setting = tree["setting"]
     yield "# Leaderboard\n"
-    changes = "".join(f" --config.{field}={value}" for field, value in setting["config"].items())
-    budget, items = setting["budget"], setting["items"]
+    budget, items, changes = setting["budget"], setting["items"], overrides(setting)
     yield f"Made by `python -m experiments.leaderboard --budget={budget} --items={items}{changes}` (more runs with"
     yield "`--methods` and `--seeds`; what is finished is kept). Lower is better.\n"
     yield from machines(tree)

@@ -15,6 +15,8 @@ import statistics
 
 from scipy import stats
 
+from experiments.leaderboard.report import t_interval
+
 MARGIN = 0.02  # nats: less is of no interest here
 LEVEL = 0.05
 
@@ -35,14 +37,11 @@ def difference(values, blocks=()) -> Difference | None:
     """Of paired differences by seed; `blocks`: the same differences by block of items, averaged over seeds."""
     if not values:
         return None
-    n, mean = len(values), statistics.fmean(values)
-    items = math.nan
-    if len(blocks) > 1:
-        items = float(stats.t.ppf(0.975, len(blocks) - 1)) * statistics.stdev(blocks) / math.sqrt(len(blocks))
+    n, (mean, width) = len(values), t_interval(values)
+    items = t_interval(blocks)[1] if len(blocks) else math.nan
     if n < 2:
-        return Difference(mean, math.nan, math.nan, n, items)
+        return Difference(mean, width, math.nan, n, items)
     error = statistics.stdev(values) / math.sqrt(n)
-    width = float(stats.t.ppf(0.975, n - 1)) * error
     p = 2 * float(stats.t.sf(abs(mean) / error, n - 1)) if error else float(mean == 0)
     return Difference(mean, width, p, n, items)
 

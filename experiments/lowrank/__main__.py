@@ -64,7 +64,7 @@ def entry(name: str, decoder, changes: list, seeds: int):
 
 def head(tree):
     setting = tree["setting"]
-    changes = "".join(f" --config.{field}={value}" for field, value in setting["config"].items())
+    changes = report.overrides(setting)
     steps = setting["budget"].partition("x")[0]
     yield "# Low-rank methods\n"
     yield f"Made by `python -m experiments.lowrank --steps={steps} --items={setting['items']}{changes}`."

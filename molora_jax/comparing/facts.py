@@ -3,7 +3,6 @@
 import contextlib
 import dataclasses
 import json
-import math
 import os
 import pathlib
 
@@ -14,7 +13,7 @@ from molora_jax.config.resolve import resolve_experts, resolve_layers
 from molora_jax.errors import InputError
 from molora_jax.io.files import plain
 from molora_jax.runs import folders, saved
-from molora_jax.runs.metrics_file import read_rows
+from molora_jax.runs.metrics_file import is_finite, read_rows
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,7 +35,7 @@ class Facts:
         out = []
         for row in self.rows:
             value = next((row[name] for name in names if name in row), None)
-            if isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value):
+            if is_finite(value):
                 out.append((row["step"], float(value)))
         return out
 
@@ -68,7 +67,7 @@ class Facts:
     def notes(self) -> list[str]:
         """What went wrong on the way."""
         out = []
-        skipped = sum(1 for row in self.rows if _number(row.get("skipped")) and row["skipped"] > 0)
+        skipped = sum(1 for row in self.rows if is_finite(row.get("skipped")) and row["skipped"] > 0)
         if skipped:
             out.append(f"{skipped} steps without a finite gradient were skipped")
         collapsed = [(row["step"], row["watch/collapsed"]) for row in self.rows if row.get("watch/collapsed")]
@@ -82,7 +81,8 @@ class Facts:
 
     def speed(self) -> tuple[float, float] | None:
         """`(seconds a step, tokens a second)`, medians after the first two steps of the file."""
-        rows = [r for r in self.rows[2:] if _number(r.get("seconds")) and _number(r.get("tokens")) and r["seconds"] > 0]
+        timed = [r for r in self.rows[2:] if is_finite(r.get("seconds")) and is_finite(r.get("tokens"))]
+        rows = [r for r in timed if r["seconds"] > 0]
         if not rows:
             return None
         rate = [row["tokens"] / row["seconds"] for row in rows]
@@ -169,16 +169,12 @@ def _routing(routing) -> bool:
 
 def _task(task) -> bool:
     """Whether an entry of a report has numbers where a page reads them."""
-    triple = lambda v: isinstance(v, list) and len(v) == 3 and all(map(_number, v))  # noqa: E731
+    triple = lambda v: isinstance(v, list) and len(v) == 3 and all(map(is_finite, v))  # noqa: E731
     return (
-        _number(task["items"])
+        is_finite(task["items"])
         and all(triple(task[key]) for key in ("nll",))
         and all(
             task.get(key) is None or triple(task[key])
             for key in ("nll_base", "nll_start", "exact", "exact_base", "accuracy", "accuracy_start")
         )
     )
-
-
-def _number(value) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)

@@ -13,7 +13,6 @@ The value of a run is its lowest held-out NLL (split valid), which is that of it
 
 import dataclasses
 import json
-import math
 import pathlib
 import re
 import traceback
@@ -27,11 +26,10 @@ from molora_jax.errors import InputError
 from molora_jax.io.files import write_atomically
 from molora_jax.pictures import TUNED, figure, plain, save, say
 from molora_jax.runs import folders, identity, saved
-from molora_jax.runs.metrics_file import read_rows
+from molora_jax.runs.metrics_file import MAX_SKIPPED, is_finite, read_rows
 from molora_jax.text import table
 
 FILE = "sweep.json"
-MAX_SKIPPED = 5  # as of `training.loop`
 DONE, FAILED, BEGUN, NONE = "done", "failed", "begun", "not begun"
 
 
@@ -76,7 +74,7 @@ class Sweep:
         rows = read_rows(folder / "metrics.jsonl")
         step, waited = manifest["step"], (manifest.get("patience") or {}).get("waited", 0)
         stopped = 0 < member.config.train.get("patience", 0) <= waited
-        rounds = [(r["valid_nll"], r["step"]) for r in rows if _number(r.get("valid_nll")) and r["step"] <= step]
+        rounds = [(r["valid_nll"], r["step"]) for r in rows if is_finite(r.get("valid_nll")) and r["step"] <= step]
         value, best_step = min(rounds, default=(None, None))
         over = stopped or step >= target(member.config, manifest)
         skipped = rows[-1].get("skipped", 0) if rows else 0
@@ -161,9 +159,7 @@ class Sweep:
             try:
                 made = setup(member.config, beside=first.get(key))
             except InputError as error:
-                raise InputError(
-                    f"--grid, {member.name}: {error.where}", got=error.got, expected=error.expected, fix=error.fix
-                ) from None
+                raise error.inside(f"--grid, {member.name}") from None
             first.setdefault(key, made)
 
     def _together(self, unit) -> int | None:
@@ -220,22 +216,21 @@ class Sweep:
             "best": None if best is None else dataclasses.asdict(best),
         }
 
-    def write(self) -> dict:
-        """`sweep.json`, the names of the runs that are there, and the losses of all."""
+    def write(self) -> tuple[dict, list[str]]:
+        """`sweep.json`, and the names of the runs that are there."""
         found = self.found()
         self.out.mkdir(parents=True, exist_ok=True)
         write_atomically(self.out / FILE, json.dumps(found, indent=1) + "\n")
         there = [member.name for member in self.members if folders.is_run(self.out / member.name)]
         if there:
             write_atomically(self.out / folders.GROUP, json.dumps({"runs": there}, indent=1) + "\n")
-        return found
+        return found, there
 
     def finish(self) -> tuple[dict, list[pathlib.Path]]:
         """`(sweep.json, pictures)`."""
         from molora_jax.training.loss_picture import plot_losses
 
-        found = self.write()
-        there = [member.name for member in self.members if folders.is_run(self.out / member.name)]
+        found, there = self.write()
         return found, [plot(found, self.out / "sweep.png"), *([plot_losses(self.out, there)] if there else [])]
 
 
@@ -315,10 +310,6 @@ def plot(found: dict, path) -> pathlib.Path:
     if not drawn:
         say(ax, "no run has come to an end")
     return save(fig, path)
-
-
-def _number(value) -> bool:
-    return isinstance(value, (int, float)) and math.isfinite(value)
 
 
 def _last_line(error) -> str:

@@ -8,7 +8,6 @@ cannot be written costs speed only. Users may share one: files are readable as t
 file does not let us read is a miss.
 """
 
-import collections.abc
 import contextlib
 import hashlib
 import io
@@ -25,7 +24,6 @@ from molora_jax.io.files import sweep
 
 DIGEST = 32  # bytes of a SHA-256
 CHUNK = 1 << 22  # bytes hashed at a time
-SEPARATOR = b", "  # between the values of a list, as json writes it
 log = logging.getLogger(__name__)
 STALE_SECONDS = 86_400
 
@@ -131,29 +129,6 @@ def _mapped(path, file) -> dict[str, np.ndarray]:
             mapped = np.zeros(shape, dtype) if empty else np.memmap(path, dtype, "r", file.tell(), shape)
             arrays[info.filename.removesuffix(".npy")] = mapped
     return arrays
-
-
-def pack_texts(values) -> tuple[np.ndarray, np.ndarray]:
-    """`(JSON of a list as bytes, where each of its values begins)`; the last entry is behind the last one."""
-    parts = [json.dumps(value, ensure_ascii=False).encode() for value in values]
-    at = 1 + np.cumsum([0, *(len(part) + len(SEPARATOR) for part in parts)]).astype(np.int64)
-    return np.frombuffer(b"[" + SEPARATOR.join(parts) + b"]", np.uint8), at
-
-
-class Texts(collections.abc.Sequence):
-    """The values of a packed list, each decoded when it is asked for."""
-
-    def __init__(self, packed: np.ndarray, at: np.ndarray):
-        self._packed, self._at = packed, at
-
-    def __len__(self):
-        return len(self._at) - 1
-
-    def __getitem__(self, index):
-        index = range(len(self))[index]
-        if isinstance(index, range):
-            return [self[i] for i in index]
-        return json.loads(self._packed[self._at[index] : self._at[index + 1] - len(SEPARATOR)].tobytes())
 
 
 def pack_json(value) -> np.ndarray:

@@ -8,9 +8,7 @@ import dataclasses
 import datetime
 import functools
 import hashlib
-import json
 import pathlib
-import tempfile
 
 import numpy as np
 
@@ -18,6 +16,7 @@ from molora_jax.config.resolve import file_of, resolve_template_args
 from molora_jax.data import cache, labelled, packages, render, traces
 from molora_jax.data.example import split_of
 from molora_jax.data.options import Options
+from molora_jax.data.packed import Columns, JsonList, Texts
 from molora_jax.data.read import Read, source, stem
 from molora_jax.data.spilled import Spilled
 from molora_jax.errors import InputError
@@ -60,8 +59,8 @@ class Task:
     labels: tuple[str, ...] = ()  # of labelled texts: names of the classes, whose number is an example's last id
 
     @functools.cached_property
-    def texts(self) -> cache.Texts:
-        return cache.Texts(self.packed_texts, self.texts_at)
+    def texts(self) -> Texts:
+        return Texts(self.packed_texts, self.texts_at)
 
 
 def load_tasks(
@@ -147,8 +146,8 @@ def _encode(read: Read, *, tokenizer, options: Options) -> dict[str, np.ndarray]
             fix="Name an eos_token in its tokenizer_config.json.",
         )
     labels = read.labels if options.reads == "label" else []
-    columns = _Columns(cache.place(), on_disk=isinstance(read.examples, Spilled))
-    texts, more = _JsonList(columns, ensure_ascii=False), _JsonList(sort_keys=True)
+    columns = Columns(cache.place(), on_disk=isinstance(read.examples, Spilled))
+    texts, more = JsonList(columns, ensure_ascii=False), JsonList(sort_keys=True)
     asked, choices = ["", 0], None
     for block in read.blocks():
         examples, encoded, own = _encode_block(block, tokenizer=tokenizer, options=options, labels=labels)
@@ -223,54 +222,3 @@ def _encode_block(read: Read, *, tokenizer, options: Options, labels: list[str])
         examples = [side for e in examples for side in (e, e.rejected)]
         encoded = [side for result in encoded for side in (result.chosen, result.rejected)]
     return examples, encoded, asked
-
-
-class _Columns:
-    """Arrays that grow at their ends, in memory or in files without a name."""
-
-    def __init__(self, folder, on_disk: bool):
-        self._folder, self._on_disk, self._parts, self._dtypes = folder, on_disk, {}, {}
-
-    def add(self, name: str, values: np.ndarray):
-        self._dtypes[name] = values.dtype
-        if not self._on_disk:
-            self._parts.setdefault(name, []).append(values)
-            return
-        if name not in self._parts:
-            self._parts[name] = tempfile.TemporaryFile(dir=self._folder)  # noqa: SIM115 - mapped in `done`
-        self._parts[name].write(values.tobytes())
-
-    def done(self, name: str) -> np.ndarray:
-        part = self._parts.pop(name)
-        if not self._on_disk:
-            return np.concatenate(part)
-        part.flush()
-        return np.memmap(part, self._dtypes[name], "r")
-
-
-class _JsonList:
-    """A list of values as JSON, some after the others: its digest, and where there are columns its text and places."""
-
-    def __init__(self, columns: _Columns | None = None, **options):
-        self.count, self.total, self._columns, self._at, self._options = 0, hashlib.sha256(), columns, 0, options
-
-    def extend(self, values: list):
-        parts = [json.dumps(value, **self._options).encode() for value in values]
-        if parts:
-            text = (cache.SEPARATOR if self.count else b"[") + cache.SEPARATOR.join(parts)
-            begin = self._at + (len(cache.SEPARATOR) if self.count else 1)
-            steps = np.cumsum([0, *(len(part) + len(cache.SEPARATOR) for part in parts[:-1])])
-            self._write(text, begin + steps)
-            self.count += len(parts)
-
-    def end(self):
-        """The digest of the whole list."""
-        self._write(b"]", np.array([self._at + len(cache.SEPARATOR)]))
-        return self.total
-
-    def _write(self, text: bytes, places: np.ndarray):
-        self.total.update(text)
-        self._at += len(text)
-        if self._columns is not None:
-            self._columns.add("texts", np.frombuffer(text, np.uint8))
-            self._columns.add("texts_at", places.astype(np.int64))

@@ -82,15 +82,14 @@ def stream(file: pathlib.Path, *, where: str):
                     yield number, bad
 
 
-def content(path: str, *, field: str = "data.tasks") -> bytes:
+def content(file: pathlib.Path, *, where: str) -> bytes:
     """The file's bytes.
 
     Raises:
       InputError: there is no such file, it is empty, or of another format.
     """
-    where = f"{field}, jsonl:{path}"
     try:
-        raw = found(path, where=where, field=field).read_bytes()
+        raw = file.read_bytes()
     except OSError as error:
         raise InputError(
             where, got=error.strerror or str(error), expected="a readable file", fix="Correct the path."

@@ -109,7 +109,7 @@ def source(entry: str, options: Options, *, field: str = "data.tasks"):
             with open(file, "rb") as opened:
                 digest = hashlib.file_digest(opened, "sha256").hexdigest()
         else:
-            raw = jsonl.content(path, field=field)
+            raw = jsonl.content(file, where=where)
             digest, rows = hashlib.sha256(raw).hexdigest(), functools.partial(jsonl.rows, raw, path=path)
         depends = f"{digest} {options.reading!r} {kind}"
         return depends, lambda: _read_file(rows(), path=path, options=options, large=large)

@@ -8,9 +8,9 @@ import dataclasses
 
 import numpy as np
 
-from molora_jax.data import cache
 from molora_jax.data.encode import Task
 from molora_jax.data.example import HELD_OUT
+from molora_jax.data.packed import pack_texts
 
 
 def join_valid(tasks: tuple[Task, ...], valid: tuple[Task, ...]) -> tuple[Task, ...]:
@@ -39,7 +39,7 @@ def _join(task: Task, held: Task) -> Task:
         name: np.concatenate([getattr(task, name), getattr(held, name)])
         for name in ("ids", "mask", "context", "lead", "split")
     }
-    packed, at = cache.pack_texts([*task.texts, *held.texts])
+    packed, at = pack_texts([*task.texts, *held.texts])
     return dataclasses.replace(
         task, **together, offsets=np.concatenate([task.offsets, task.offsets[-1] + held.offsets[1:]]),
         packed_texts=packed, texts_at=at, dropped=dropped, unused=unused,

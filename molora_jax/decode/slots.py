@@ -77,7 +77,6 @@ class Slots:
         self.model, self.trees = model, (params, adapters, router_state)
         self.count, self.context = count, min(context, model.config.context)
         self.dtype = params["embed"].dtype
-        self.free = list(range(count))[::-1]
         self.clear()
 
     def clear(self) -> None:
@@ -224,7 +223,7 @@ def _choose(logits, seen, rows):
 
 def _chosen(logits, seen, rows):
     """`(ids [B], logprobs [B], top ids [B, TOP], their logprobs), seen`; what no row asked for is not computed."""
-    B, live = len(logits), rows["live"]
+    B, n, live = len(logits), min(TOP, logits.shape[-1]), rows["live"]
     some = lambda name, off: jnp.any(live & (rows[name] != off))  # noqa: E731
     z = jax.lax.cond(
         some("repetition_penalty", 1), lambda z: sampling.penalised(z, seen, rows["repetition_penalty"]), lambda z: z,
@@ -246,10 +245,9 @@ def _chosen(logits, seen, rows):
 
     def told(logits):
         logprobs = jax.nn.log_softmax(logits, axis=-1)
-        tops, top = jax.lax.top_k(logprobs, min(TOP, logits.shape[-1]))
+        tops, top = jax.lax.top_k(logprobs, n)
         return jnp.take_along_axis(logprobs, ids[:, None], axis=-1)[:, 0], top.astype(jnp.int32), tops
 
-    n = min(TOP, logits.shape[-1])
     silent = lambda _: (jnp.zeros(B), jnp.zeros((B, n), jnp.int32), jnp.zeros((B, n)))  # noqa: E731
     more = jax.lax.cond(jnp.any(live & rows["logprobs"]), told, silent, logits)
     return (ids, *more), seen.at[jnp.arange(B), jnp.where(live, ids, logits.shape[-1])].set(True, mode="drop")

@@ -59,10 +59,9 @@ def evaluate(run, *, phases=None) -> dict:
     if run.objective.READS == "text":
         base, tuned = (score(run, examples, base=base, phases=phases) for base in (True, False))
         likely = [multiple_choice.score(run, examples, base=base, phases=phases) for base in (True, False)]
-        gates, rows = tuned.gates, tasks(run, examples, base, tuned, likely)
-        answered = zip(examples, tuned.answers, strict=True)
-        right = [None if answer is None else _is_right(run, example, answer) for example, answer in answered]
-        seen, answers = items(run, examples, tuned.nll, tuned.tokens, right), shown(run, examples, base, tuned)
+        right = [judged(run, examples, scores.answers) for scores in (base, tuned)]
+        gates, rows = tuned.gates, tasks(run, examples, base, tuned, likely, right)
+        seen, answers = items(run, examples, tuned.nll, tuned.tokens, right[1]), shown(run, examples, base, tuned)
     else:
         start, tuned = (choices.score(run, examples, start=start, phases=phases) for start in (True, False))
         gates, rows = tuned["gates"], choices.tasks(run, examples, start, tuned)
@@ -124,8 +123,8 @@ def _written(path):
         ) from None  # fmt: skip
 
 
-def tasks(run, examples, base, tuned, likely) -> dict:
-    """A row a task; `likely`: of `multiple_choice.score`, of the base and of the run."""
+def tasks(run, examples, base, tuned, likely, right) -> dict:
+    """A row a task; `likely`: of `multiple_choice.score`, `right`: of `judged`, of the base and of the run."""
     task_ids = np.array([e.task_id for e in examples])
     picked = set(chosen(examples, run.config.eval.num_generated))
     out = {}
@@ -136,9 +135,8 @@ def tasks(run, examples, base, tuned, likely) -> dict:
         generated = [i for i in items.tolist() if i in picked]
         count = tuned.tokens[items]
 
-        def exact(scores, generated=generated):
-            right = sum(_is_right(run, examples[i], scores.answers[i]) for i in generated)
-            return intervals.wilson(right, len(generated)) if generated else None
+        def exact(right, generated=generated):
+            return intervals.wilson(sum(right[i] for i in generated), len(generated)) if generated else None
 
         out[name] = {
             "items": len(items),
@@ -146,8 +144,8 @@ def tasks(run, examples, base, tuned, likely) -> dict:
             "nll": intervals.ratio(tuned.nll[items], count),
             "nll_base": intervals.ratio(base.nll[items], count),
             "nll_change": intervals.ratio_change(base.nll[items], tuned.nll[items], count),
-            "exact": exact(tuned),
-            "exact_base": exact(base),
+            "exact": exact(right[1]),
+            "exact_base": exact(right[0]),
             "generated": len(generated),
             "too_long": sum(len(examples[i].target_ids) > run.config.eval.max_new_tokens for i in generated),
             **multiple_choice.rows(examples, items.tolist(), *likely),
@@ -178,6 +176,12 @@ def shown(run, examples, base, tuned) -> dict:
             cut = [text if len(text) <= LONGEST else text[:LONGEST] + " ..." for text in texts]
             mine.append(dict(zip(("prompt", "target", "base", "tuned"), cut, strict=True)))
     return out
+
+
+def judged(run, examples, answers) -> list[float | None]:
+    """`_is_right` of each answer; None where none was generated."""
+    pairs = zip(examples, answers, strict=True)
+    return [None if answer is None else _is_right(run, example, answer) for example, answer in pairs]
 
 
 def _is_right(run, example, answer: str) -> float:

@@ -7,6 +7,8 @@ used before it has passed here: its names cannot leave the step's folder, its sh
 import math
 import re
 
+from molora_jax.runs.metrics_file import is_finite
+
 # groups of a config
 SECTIONS = {
     "base", "data", "eval", "losses", "mesh", "method", "objective", "optim", "schedule", "surgery", "train",
@@ -63,8 +65,7 @@ def malformed(manifest: dict) -> str:
 def _patience(value) -> bool:
     """Of `training.patience`: what a run that goes on reads of it."""
     lowest = value.get("lowest") if isinstance(value, dict) else ""
-    number = isinstance(lowest, (int, float)) and not isinstance(lowest, bool) and math.isfinite(lowest)
-    return (lowest is None or number) and count(value.get("waited", 0))
+    return (lowest is None or is_finite(lowest)) and count(value.get("waited", 0))
 
 
 def count(value) -> bool:

@@ -19,6 +19,7 @@ from molora_jax.io.files import replacing
 
 MOST_WAITING = 100_000  # rows in memory while the disk refuses them
 RETRY_SECONDS = 60.0  # between tries to open a TensorBoard file
+MAX_SKIPPED = 5  # of the column `skipped`: steps in a row without a finite gradient before a run gives up
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,6 +103,11 @@ def read_rows(path) -> list[dict]:
     rows = map(_row, path.read_bytes().splitlines() if path.is_file() else [])
     found = [{name: _number(value) for name, value in row.items()} for row in rows if row is not None]
     return [row | {"step": int(row["step"])} for row in found]
+
+
+def is_finite(value) -> bool:
+    """Whether a value of JSON is a number, and a finite one."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def _number(value):

@@ -39,7 +39,7 @@ class Lease:
     def __init__(self, store: stores.Store, *, note):
         self.store, self.note, self.generation = store, note, 0
         self.me = f"process {os.getpid()} on {socket.gethostname()}"
-        self._nonce, self._lost, self._beat = secrets.token_hex(8), "", 0
+        self.nonce, self._lost, self._beat = secrets.token_hex(8), "", 0
 
     def take(self, *, dead: str = ""):
         """Waits for a lease that is not renewed to be over.
@@ -113,11 +113,7 @@ class Lease:
             self.store.put(self._text(released=True), self._name(self.generation))
 
     def _text(self, **more) -> bytes:
-        return json.dumps({"holder": self.me, "nonce": self._nonce, "beat": self._beat, **more}).encode()
-
-    @property
-    def nonce(self) -> str:
-        return self._nonce
+        return json.dumps({"holder": self.me, "nonce": self.nonce, "beat": self._beat, **more}).encode()
 
     @staticmethod
     def _name(generation):
@@ -189,8 +185,7 @@ class Remote:
             self.push()
             folder = self.path / CHECKPOINTS / str(step)
             own = f"{CHECKPOINTS}/{step}/"
-            there = self.store.list(own)
-            self.store.delete(sorted(there, key=lambda name: not name.endswith(f"/{MANIFEST}")))
+            self._delete(self.store.list(own))
             paths = [path for path in sorted(folder.rglob("*")) if path.is_file() and path != folder / MANIFEST]
             with concurrent.futures.ThreadPoolExecutor(AT_ONCE) as pool:
                 list(pool.map(lambda path: self.store.put(path, path.relative_to(self.path).as_posix()), paths))
@@ -202,12 +197,16 @@ class Remote:
             stores.note_tags(self.path, self.store.list(own))
 
     def keep_steps(self, steps: list[int]):
-        """Takes away the steps in the store that are not these: a step's manifest goes first."""
+        """Takes away the steps in the store that are not these."""
         with self._lock:
             self.check()
             doomed = [name for name in self.store.list(CHECKPOINTS) if (m := _STEP_FILE.match(name))
                       and int(m[1]) not in steps]  # fmt: skip
-            self.store.delete(sorted(doomed, key=lambda name: not name.endswith(f"/{MANIFEST}")))
+            self._delete(doomed)
+
+    def _delete(self, names):
+        """Of steps: a manifest goes first, so that what is left of a step is never taken for one."""
+        self.store.delete(sorted(names, key=lambda name: not name.endswith(f"/{MANIFEST}")))
 
     def push(self):
         """Puts every file that changed, but those of steps and temporaries; `metrics.jsonl` by parts."""
@@ -252,11 +251,9 @@ class Remote:
             del self._parts[count:]
 
     def _renewing(self):
-        last = time.monotonic()
         while not self._stop.wait(RENEW):
             try:
                 self.lease.renew()
-                last = time.monotonic()
                 with self._lock:
                     self._push_metrics()
                 self._told = False
@@ -267,8 +264,6 @@ class Remote:
                 if not self._told:
                     self._told = True
                     self.note(f"{self.url} does not answer ({error.strerror or error}): the run goes on")
-                if time.monotonic() - last > LEASE:  # others may think that we are gone: the next answer decides
-                    last = time.monotonic()
 
     def close(self):
         """Puts what is left and gives the lease back. Errors of the store are told: those of a step are elsewhere."""

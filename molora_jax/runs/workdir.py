@@ -30,6 +30,13 @@ from molora_jax.runs.steps import list_steps
 __all__ = ["Workdir", "differences", "identity"]
 
 
+def at_hand(path, *, writer: bool = True) -> pathlib.Path:
+    """The folder in which a run works: the workdir, of a URL one of this machine (another for each that only reads)."""
+    if stores.is_url(path):
+        return stores.place(stores.served("workdir", path), "run" if writer else f"run-{os.getpid()}")
+    return pathlib.Path(path).expanduser().absolute()
+
+
 class Workdir:
     """Makes the folder and takes its lock. Raises InputError, naming the holder, while another writer has it.
 
@@ -40,9 +47,7 @@ class Workdir:
     """
 
     def __init__(self, path, *, writer: bool = True, note=lambda text: None):
-        self.url = stores.served("workdir", path) if stores.is_url(path) else None
-        kind = "run" if writer else f"run-{os.getpid()}"
-        self.path = pathlib.Path(path).expanduser().absolute() if self.url is None else stores.place(self.url, kind)
+        self.url, self.path = path if stores.is_url(path) else None, at_hand(path, writer=writer)
         self.writer, self.remote = writer, None
         self._lock, self._inode = None, None
         self.identity = None  # the dict, once it is checked

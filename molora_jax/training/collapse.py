@@ -16,8 +16,6 @@ import collections
 
 import numpy as np
 
-from molora_jax.config.members import members
-
 WINDOW, EVERY, LIMIT = 20, 5, 0.1
 
 
@@ -86,9 +84,7 @@ class CollapseWatch:
         """What to change, with the values that the config has now."""
         losses, options = self.config.get("losses", {}), []
         known = [name for name in losses if "balance" in str(losses[name].get("name", name))]
-        known += [
-            name for name in losses if name in ("importance", "load", "mean_entropy") and name in members("losses")
-        ]
+        known += [name for name in losses if name in ("importance", "load", "mean_entropy")]
         if known:
             options.append(f"raise losses.{known[0]}.weight (now {losses[known[0]].get('weight', 0.01):g})")
         else:

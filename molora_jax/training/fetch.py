@@ -8,7 +8,7 @@ from molora_jax.backbones.sizes import base_shapes
 from molora_jax.config import objectives as objectives_config
 from molora_jax.config.resolve import adapter_source
 from molora_jax.core import trees
-from molora_jax.io.base import load_base
+from molora_jax.io.base import configured_base, load_base
 from molora_jax.io.base_facts import pinned
 from molora_jax.objectives import compile_objective
 from molora_jax.runs import remote
@@ -21,7 +21,7 @@ def fetch(config):
     Raises:
       InputError: what the run's start would raise of its base, its rows and its inputs.
     """
-    base = load_base(config.base.source, dtype=config.base.dtype, seed=config.seed, stored=True)
+    base = configured_base(config, stored=True)
     base, _ = pinned(base, None)
     count = trees.count(base_shapes(base.config))
     at = "made from a seed" if base.folder is None else base.folder

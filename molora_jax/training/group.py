@@ -239,8 +239,7 @@ class Group:
         self._finish(results, start)
         for name, log in zip(self.names, logs, strict=True):
             if step > start and log.skipped >= min(step - start, MAX_SKIPPED):
-                error = not_finite(log.skipped, step)
-                raise InputError(f"{name}: {error.where}", got=error.got, expected=error.expected, fix=error.fix)
+                raise not_finite(log.skipped, step).inside(name)
         return dict(zip(self.names, results, strict=True))
 
     def _at(self, step):

@@ -26,8 +26,9 @@ from molora_jax.errors import InputError
 from molora_jax.regimes import base as regimes
 from molora_jax.regimes import stage_at
 from molora_jax.runs.metrics import MetricsWriter, Progress, duration
+from molora_jax.runs.metrics_file import MAX_SKIPPED
 from molora_jax.runs.obstacles import not_saved, obstacles, stop_trace
-from molora_jax.runs.workdir import Workdir
+from molora_jax.runs.workdir import Workdir, at_hand
 from molora_jax.text import table
 from molora_jax.training import many, summary
 from molora_jax.training.clock import Clock
@@ -42,7 +43,6 @@ from molora_jax.training.watchdog import Watchdog
 
 RETRY_SECONDS = 10.0  # from a failed save to the next try, doubled each time; the steps of save_every try anyway
 ALONE = (signal.SIGINT,)  # of several processes: SIGTERM is heard by jax, which agrees with the others on a step
-MAX_SKIPPED = 5  # steps in a row without a finite gradient before the run gives up
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,14 +78,14 @@ def train(config, workdir: str, *, profile: bool = False, note=None) -> Result:
     began, writer = time.monotonic(), jax.process_index() == 0
     progress = Progress(config.train.steps, log_every=config.train.log_every)
     note = note or (progress.note if writer else lambda text: None)
-    at_hand = stores.place(workdir, "run") if stores.is_url(workdir) else workdir
-    watchdog = Watchdog(config.train.get("hang_seconds", 0.0), at_hand, process=jax.process_index())
+    folder = at_hand(workdir) if stores.is_url(workdir) else workdir
+    watchdog = Watchdog(config.train.get("hang_seconds", 0.0), folder, process=jax.process_index())
     signals = SIGNALS if jax.process_count() == 1 else ALONE
     with (
-        Workdir(workdir, writer=writer, note=note) as folder, StopRequest(signals=signals) as stop,
-        obstacles(at_hand), watchdog,
+        Workdir(workdir, writer=writer, note=note) as opened, StopRequest(signals=signals) as stop,
+        obstacles(folder), watchdog,
     ):  # fmt: skip
-        run = TrainingRun(folder.followed(config, note), folder, note=note)
+        run = TrainingRun(opened.followed(config, note), opened, note=note)
         note(summary.machine(run.mesh, run.config.base.dtype))
         if run.config.base.get("quant", "none") != "none":
             note(summary.base_table(run.params))

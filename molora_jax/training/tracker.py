@@ -66,8 +66,7 @@ class Wandb(NoTracker):
         try:
             run = self._begin()
             while (row := self._rows.get()) is not None:
-                numbers = {name: value for name, value in scalars(row).items()}
-                run.log(numbers | {"step": row["step"]})
+                run.log(scalars(row) | {"step": row["step"]})
             run.finish()
         except BaseException as error:  # wandb raises its own kinds, and SystemExit where nobody is logged in
             self._failed = True

@@ -26,6 +26,14 @@ def launch(*arguments, processes=None, devices=4):
     return subprocess.run([*head, *arguments], cwd=ROOT, env=env, capture_output=True, text=True, timeout=1500)
 
 
+def training(task, steps: int) -> list[str]:
+    """The arguments of a run of MixLoRA on four random layers."""
+    return [
+        "-m", "launch.train", "--config=configs/mixlora.py", "--config.base.source=random:tiny",
+        f"--config.data.tasks=jsonl:{task}", "--config.data.seq_len=64", f"--config.train.steps={steps}",
+    ]  # fmt: skip
+
+
 def losses(folder):
     return [json.loads(line)["loss"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
@@ -63,9 +71,7 @@ def test_any_mesh_over_any_number_of_processes(tmp_path, processes, devices, siz
     """`tensor` and `expert` across processes: batch rows and base weights follow the sharding, not the process."""
     task = tiny.write_task(tmp_path / "task.jsonl")
     common = [
-        "-m", "launch.train", "--config=configs/mixlora.py", "--config.base.source=random:tiny",
-        f"--config.data.tasks=jsonl:{task}", "--config.data.seq_len=64", "--config.train.steps=3",
-        "--config.train.eval_every=3", "--config.eval.num_items=4", "--config.train.log_every=1",
+        *training(task, 3), "--config.train.eval_every=3", "--config.eval.num_items=4", "--config.train.log_every=1",
         *(f"--config.mesh.{size}" for size in sizes),
     ]  # fmt: skip
     several, one = tmp_path / "several", tmp_path / "one"
@@ -81,9 +87,7 @@ def test_data_over_slices_and_a_restore_on_another_number_of_them(tmp_path):
     """Processes stand for slices: two of two devices equal one of four, and goes on as that, and back."""
     task = tiny.write_task(tmp_path / "task.jsonl")
     common = [
-        "-m", "launch.train", "--config=configs/mixlora.py", "--config.base.source=random:tiny",
-        f"--config.data.tasks=jsonl:{task}", "--config.data.seq_len=64", "--config.train.steps=6",
-        "--config.train.eval_every=0", "--config.train.save_every=2", "--config.mesh.fsdp=2",
+        *training(task, 6), "--config.train.eval_every=0", "--config.train.save_every=2", "--config.mesh.fsdp=2",
     ]  # fmt: skip
     one, two = tmp_path / "one", tmp_path / "two"
     stops = lambda step: f"--config.train.stop_after={step}"  # noqa: E731

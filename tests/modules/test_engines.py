@@ -25,9 +25,7 @@ def mesh(**sizes):
 
 def close(a, b):
     for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
-        largest = max(
-            1.0, float(np.abs(np.asarray(y)).max(initial=0.0))
-        )  # what cancels keeps its terms' error
+        largest = max(1.0, float(np.abs(np.asarray(y)).max(initial=0.0)))  # what cancels keeps its terms' error
         np.testing.assert_allclose(x, y, atol=1e-6 * largest + 1e-4, rtol=1e-4)
 
 
