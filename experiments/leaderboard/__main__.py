@@ -40,9 +40,7 @@ FREE = ("train.remat",)
 
 
 def main(argv):
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, interrupt)
-    with opened(argv) as (board, args):
+    with interruptible(), opened(argv) as (board, args):
         return go(board, args) if args.check is None else check(board, args.check)
 
 
@@ -102,8 +100,19 @@ def check(board, seed: int) -> int:
     return 0 if all(same) else 1
 
 
+@contextlib.contextmanager
+def interruptible():
+    """SIGTERM ends the block as Ctrl-C does: the child is told to stop, and the results file is whole."""
+    before = {number: signal.signal(number, interrupt) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
 def interrupt(*_):
-    raise KeyboardInterrupt  # the child is told to stop, and we end as after Ctrl-C
+    raise KeyboardInterrupt
 
 
 def go(board, args) -> int:

@@ -8,8 +8,6 @@ projections of their shipped configs, with LoRA's number of trained parameters w
 own config's learning rate times five (1e-3 for LoRA, the quickstart's). It goes on from results.json.
 """
 
-import signal
-
 from configs import common
 from experiments.leaderboard import __main__ as leaderboard
 from experiments.leaderboard import report, tables, work
@@ -76,8 +74,11 @@ def head(tree):
 
 
 def main(argv):
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, leaderboard.interrupt)
+    with leaderboard.interruptible():
+        return _measured(argv)
+
+
+def _measured(argv):
     _, changes = flags.split(argv)
     config, args = flags.parse(__doc__, FLAGS, argv, need_config=False, defaults=lambda args: common.get_config())
     if args.config:

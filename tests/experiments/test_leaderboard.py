@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import signal
 
 import pytest
 
@@ -47,7 +48,10 @@ class Fake:
 
 
 def start(tmp_path, *argv):
-    return board.main([f"--out={tmp_path}/out", f"--workdir={tmp_path}/work", BASE, *argv])
+    before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    status = board.main([f"--out={tmp_path}/out", f"--workdir={tmp_path}/work", BASE, *argv])
+    assert before == [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    return status
 
 
 def test_goes_on_from_the_results_file_alone(tmp_path, monkeypatch):
