@@ -29,7 +29,7 @@ from molora_jax.data.jsonl import BadRow
 from molora_jax.data.turns import read_messages
 from molora_jax.decode import generate as decoding
 from molora_jax.errors import InputError
-from molora_jax.evaluation import measure
+from molora_jax.evaluation import consistency, measure
 from molora_jax.io.base import configured_base
 from molora_jax.io.templates import characters
 from molora_jax.objectives import Objective, compile_objective
@@ -192,6 +192,20 @@ class Run:
             rule: {scope: np.asarray(g)[:, 0, : len(ids)] for scope, g in scopes.items()}
             for rule, scopes in gates.items()
         }
+
+    def consistency(self, texts, segment: int = 16) -> dict[str, dict[str, list]]:
+        """How far consecutive tokens use the same experts: SRP of every routed rule and layer (`consistency.py`).
+
+        Args:
+          texts: each read as it stands; those shorter than `segment` tokens count for nothing.
+
+        Returns:
+          `{rule: {site | attn | ffn | model: [SRP, ...]}}`, one a layer, None where the rule does not act.
+
+        Raises:
+          InputError: no text as long as a segment, or longer than the model's context.
+        """
+        return consistency.of_run(self, texts, segment)
 
     def _ids_of(self, text) -> list[int]:
         """A text, read as it stands."""

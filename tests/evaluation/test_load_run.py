@@ -10,6 +10,7 @@ import pytest
 import molora_jax
 from molora_jax.backbones.gates import by_layer
 from molora_jax.errors import InputError
+from molora_jax.evaluation.consistency import srp
 from molora_jax.evaluation.run import load_base_run
 from molora_jax.runs import saved
 from molora_jax.runs.checkpoints import Checkpoints
@@ -97,6 +98,19 @@ def test_gates_by_layer_over_segments_and_scopes():
             assert g.shape == (1 if scope == "model" else 4, 1, 8, max(rule.experts))
             for layer, count in enumerate(rule.experts if scope != "model" else ()):
                 assert not np.any(g[layer, ..., count:]) and np.any(g[layer, ..., :count])
+
+
+def test_consistency_is_that_of_the_gates(run):
+    texts = ["Is 12 even? Grüße an alle", "Double 3 and then halve it again"]
+    found = run.consistency(texts, segment=4)["ffn"]["ffn"]
+    assert len(found) == 4
+    layer = [run.routing(text)["ffn"]["ffn"][2] for text in texts]
+    wanted = srp([np.argsort(-gates, kind="stable")[:, :2] for gates in layer], 8, 4)
+    assert found[2] == wanted and 0 < found[2].permuted < 1
+    with pytest.raises(InputError, match="texts"):
+        run.consistency("one text")
+    with pytest.raises(InputError, match="at least 400 tokens"):
+        run.consistency(texts, segment=400)
 
 
 def test_a_rule_on_some_layers_has_zeros_on_the_others():
