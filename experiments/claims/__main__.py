@@ -64,13 +64,16 @@ def main(argv):
 
 def page(name, claim, rows, base, found) -> str:
     title = lambda method: rows[method].title  # noqa: E731
-    what = {"nll": "the mean over all ten tasks", "forgotten": "what is forgotten of the pretraining text"}
-    what = what.get(claim.measure, f"the mean over the family `{claim.measure}`")
+    what = {
+        "nll": "the mean over all ten tasks, in nats",
+        "forgotten": "what is forgotten of the pretraining text, in nats",
+        "consistency": "SRP of 16 tokens on the pretraining text below that of the same loads without memory",
+    }.get(claim.measure, f"the mean over the family `{claim.measure}`, in nats")
     lines = [
         f"# {claim.title}: {judged(found)}\n",
         f"**Claim** ([{claim.paper}](https://arxiv.org/abs/{claim.paper})). {claim.says}\n",
         f"**Protocol.** That of the [sandbox's leaderboard](../leaderboard/README.md), table `{claim.table}`;",
-        f"measured: {what}, in nats, less is better. `python -m experiments.claims --claims={name} --run`\n",
+        f"measured: {what}, less is better. `python -m experiments.claims --claims={name} --run`\n",
     ]
     lines += ["| step of the claim | seeds | difference | p |", "|---|---|---|---|"]
     for better, worse, d in found:
@@ -100,7 +103,8 @@ def draw(claim, rows, base, path):
         axes.plot(list(points[method].values()), [i] * len(points[method]), "o", color=pictures.TUNED, ms=6, zorder=2)
     axes.set_yticks(range(len(claim.order)), [rows[method].title for method in claim.order])
     axes.invert_yaxis()
-    axes.set_xlabel("nats (less is better), a dot a seed; the claim: each row left of the one below it", fontsize=8)
+    unit = "SRP without memory minus SRP" if claim.measure == "consistency" else "nats"
+    axes.set_xlabel(f"{unit} (less is better), a dot a seed; the claim: each row left of the one below it", fontsize=8)
     axes.spines[["top", "right"]].set_visible(False)
     pictures.save(figure, path)
 

@@ -1,7 +1,8 @@
 """Claims of papers as orders of methods on the sandbox's leaderboard: best first, in one measure.
 
-    nll         mean over all tasks                domains, facts, ...   over the tasks of a family
-    forgotten   nats a token that the pretraining text is worse by than for the base
+    nll           mean over all tasks                domains, facts, ...   over the tasks of a family
+    forgotten     nats a token that the pretraining text is worse by than for the base
+    consistency   SRP of 16 tokens on the pretraining text above that of the same loads without memory, less than zero
 
 A claim holds where every step of its order does (`judged`); one step that goes the other way, and it does not.
 """
@@ -41,9 +42,30 @@ CLAIMS = {
     ),
     "llava_mole": Claim(
         "A mixture keeps domains from conflicting", "2401.16160",
-        "Where domains want different answers, a sparse mixture learns what one LoRA does not. (That it does so even "
-        "against LoRA with twice the samples is not tried here.)",
+        "Where domains want different answers, a sparse mixture learns what one LoRA does not.",
         ("llava_mole", "lora"), "domains", "Domains that are told apart by more than one word of the prompt.",
+    ),
+    "llava_mole_twice": Claim(
+        "A mixture keeps domains apart better than LoRA with twice the samples", "2401.16160",
+        "The mixture is ahead even of one LoRA that is trained on twice as many samples (table 2 there).",
+        ("llava_mole", "lora_twice"), "domains", "Tasks with fewer rows: here twice the steps are no new rows.",
+    ),
+    "mola": Claim(
+        "More experts in higher layers are better than as many everywhere, and these than more in lower ones",
+        "2402.08562",
+        "At as many experts in all, the inverted triangle is ahead of the rectangle, that of the triangle (table 2).",
+        ("mola", "mola_rectangle", "mola_triangle"), "nll", "A base of more layers than six.",
+    ),
+    "balance": Claim(
+        "A mixture is better with its balance loss", "2404.15159",
+        "Without the loss the router sends most tokens to few experts, and the others learn little.",
+        ("mixlora", "mixlora_unbalanced"), "nll", "A router that does collapse: more experts, more steps.",
+    ),
+    "consistency": Claim(
+        "The less a router is balanced, the longer consecutive tokens keep their experts", "2505.16056",
+        "Without the balance loss local routing consistency is higher, with ten times of it lower (toy models there).",
+        ("mixlora_unbalanced", "mixlora", "mixlora_balanced"), "consistency",
+        "Experts of a pretrained mixture; text of topics that last longer than a row.",
     ),
     "smora": Claim(
         "Finer partition is better", "2501.15103",
@@ -71,6 +93,11 @@ CLAIMS = {
         "A start from the gradient's own directions closes most of the gap.",
         ("lora_ga", "lora"), "nll", "Fewer steps, where the start counts for more.",
     ),
+    "lora_sb": Claim(
+        "LoRA-SB is better than LoRA with a fraction of the parameters", "2411.19557",
+        "A core between two frozen factors, started from the gradient, is ahead of LoRA of the same rank.",
+        ("lora_sb", "lora"), "nll", "A higher rank: the core has the square of it.", table="rank",
+    ),
 }  # fmt: skip
 
 
@@ -78,6 +105,8 @@ def measured(run: dict, base: dict, measure: str) -> float:
     """A run's value in a measure; less is better."""
     if measure == "forgotten":
         return run["beside"][tasks.FORGOTTEN] - base["beside"][tasks.FORGOTTEN]
+    if measure == "consistency":
+        return run["consistency"]["permuted"] - run["consistency"]["value"]
     names = tasks.FAMILIES.get(measure, run["nll"].keys())
     return statistics.fmean(run["nll"][name] for name in names)
 

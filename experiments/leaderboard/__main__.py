@@ -17,7 +17,7 @@ from configs import common
 from experiments.leaderboard import protocol as protocols
 from experiments.leaderboard import work
 from experiments.leaderboard.results import Results
-from experiments.leaderboard.tables import FULL, TABLES, check_methods, entry, settled
+from experiments.leaderboard.tables import FULL, TABLES, base_of, check_methods, entry, settled
 from launch import flags
 from molora_jax.io.base import load_base
 from molora_jax.runs.workdir import Workdir
@@ -84,12 +84,13 @@ def opened(argv):
             name, why = next(iter(left.items()))
             raise flags.wrong("--methods", repr(name), f"methods that have a sense on {args.base}", f"It has {why}.")
         methods, seeds = [name for name in methods if name not in left], max(args.seeds, (args.check or 0) + 1)
-        plan = {
-            table: [entry(table, m, decoder, shared, seeds, protocol.own.get(m, {}).items()) for m in methods]
-            for table in wanted
-        }
-        board = work.Board(args.workdir, settled("lora", {}, shared), plan, results, protocol, left)
-        yield board, args
+
+        def one(table, method, seeds):
+            return entry(table, method, decoder, shared, seeds, protocol.own.get(base_of(method), {}).items())
+
+        plan = {table: [one(table, method, seeds) for method in methods] for table in wanted}
+        lora = settled("lora", {}, shared)
+        yield work.Board(args.workdir, lora, plan, results, entry=one, protocol=protocol, left=left), args
 
 
 def check(board, seed: int) -> int:

@@ -23,9 +23,9 @@ def run(config, workdir: str) -> dict:
 
     Returns:
       `nll` {task: nats an answer token} of the tasks that train, `beside` likewise of those that are only scored,
-      `blocks` (see `scored`), `digest` of what was trained, `peak_mb` of the training process, `seconds` of training
-      with compilation, `first5`, `last5` (mean loss on answer tokens of the first and last five steps),
-      `active_experts` (mean over sites, layers and the last five steps; None without a router).
+      `blocks` (see `scored`), `consistency` (see there), `digest` of what was trained, `peak_mb` of the training
+      process, `seconds` of training with compilation, `first5`, `last5` (mean loss on answer tokens of the first and
+      last five steps), `active_experts` (mean over sites, layers and the last five steps; None without a router).
     """
     from molora_jax.training.loop import train
 
@@ -61,7 +61,7 @@ def result(config, workdir: str, made) -> dict:
     if made is not None and made.step < config.train.steps:
         raise SystemExit(f"stopped after step {made.step}")
     loaded = load_run(workdir, "latest", config=config)
-    out = scored(loaded, base=False) | {"digest": trained_digest(loaded)}
+    out = scored(loaded, base=False) | {"digest": trained_digest(loaded), "consistency": consistency(loaded)}
     if not all(map(math.isfinite, out["nll"].values())):
         raise FloatingPointError(workdir)
     if made is not None:
@@ -91,6 +91,18 @@ def training(path) -> dict:
         "last5": round(statistics.mean(loss[-5:]), 4),
         "active_experts": round(statistics.mean(map(float, used)), 3) if used else None,
     }
+
+
+def consistency(run) -> dict | None:
+    """SRP of 16 tokens (`molora_jax.evaluation.consistency`) on the rows that nothing trains on, the mean over rules,
+    scopes and layers: `value`, and `permuted`, the same loads without memory. None without such rows or a router."""
+    examples = run.data.heldout("test", run.config.eval.num_items)
+    rows = [list(e.ids) for e in examples if e.task_id >= run.data.num_trained and len(e.ids) >= 16]
+    routed = run.consistency(rows) if rows else {}
+    found = [srp for scopes in routed.values() for layers in scopes.values() for srp in layers if srp is not None]
+    if not found:
+        return None
+    return {name: round(statistics.mean(getattr(srp, name) for srp in found), 5) for name in ("value", "permuted")}
 
 
 def scored(run, *, base: bool) -> dict:

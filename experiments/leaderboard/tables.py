@@ -54,6 +54,34 @@ WHOLE = dict.fromkeys(("x_lora", "meteora"), "an expert for each task, and R is 
 
 
 @dataclasses.dataclass(frozen=True)
+class Variant:
+    """A method with other fields, which a claim is about; no row of a table of all methods. `times`: of the steps."""
+
+    method: str
+    title: str
+    changes: dict[str, str] = dataclasses.field(default_factory=dict)
+    times: int = 1
+
+
+VARIANTS = {
+    "lora_twice": Variant("lora", "LoRA with twice the samples", times=2),
+    "mola_rectangle": Variant("mola", "MoLA, as many experts in every layer", {"method.rules.all.experts": "5"}),
+    "mola_triangle": Variant("mola", "MoLA, more experts in lower layers", {"method.rules.all.experts": "8|6|4|2"}),
+    "mixlora_unbalanced": Variant("mixlora", "MixLoRA without its balance loss", {"losses.balance.weight": "0.0"}),
+    "mixlora_balanced": Variant("mixlora", "MixLoRA with ten times the balance loss", {"losses.balance.weight": "0.1"}),
+}
+
+
+def base_of(method: str) -> str:
+    """The method that a name stands for, variants included."""
+    return VARIANTS[method].method if method in VARIANTS else method
+
+
+def title(method: str) -> str:
+    return VARIANTS[method].title if method in VARIANTS else METHODS[method].title
+
+
+@dataclasses.dataclass(frozen=True)
 class Entry:
     """A method in a table: its `changes`, and its config for each seed.
 
@@ -71,7 +99,7 @@ class Entry:
 
     @property
     def title(self) -> str:
-        return TITLE if self.method == FULL else METHODS[self.method].title
+        return TITLE if self.method == FULL else title(self.method)
 
 
 def settled(method: str, changes: dict, common: list):
@@ -93,6 +121,13 @@ def entry(table: str, method: str, decoder, common: list, seeds: int, own=()) ->
     Raises:
       InputError: a config that the decoder does not fit.
     """
+    if method in VARIANTS:
+        variant = VARIANTS[method]
+        changes = dict(variant.changes)
+        if variant.times != 1:
+            changes["train.steps"] = str(variant.times * int(dict(common)["train.steps"]))
+        found = entry(table, variant.method, decoder, common, seeds, [*own, *changes.items()])
+        return dataclasses.replace(found, method=method, changes=changes | found.changes)
     if method == FULL:
         configs = [settled(method, {}, [*common, ("seed", str(seed))]) for seed in range(seeds)]
         count = sum(math.prod(leaf.shape) for leaf in decoder.shapes().values())
@@ -192,9 +227,12 @@ def _at(config, field):
 
 
 def check_methods(text: str, extra=()) -> list[str]:
-    """The names of `--methods`, in the order of the table of methods; `extra` ones come first."""
-    every = [*extra, *METHODS]
-    names = every if text == "all" else [name.strip() for name in text.split(",")]
+    """The names of `--methods`, in the order of the table of methods; `extra` ones come first, variants last.
+
+    All are all but the variants.
+    """
+    every = [*extra, *METHODS, *VARIANTS]
+    names = [*extra, *METHODS] if text == "all" else [name.strip() for name in text.split(",")]
     for name in names:
         if name not in every:
             near = flags.did_you_mean(name, every)

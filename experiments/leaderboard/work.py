@@ -9,7 +9,7 @@ import shutil
 import subprocess
 import sys
 
-from experiments.leaderboard import compared, rates, report
+from experiments.leaderboard import compared, rates, report, tables
 from experiments.leaderboard.results import key
 from launch import bench
 from molora_jax import config as config_lib
@@ -21,12 +21,13 @@ class Failed(Exception):
 
 
 class Board:
-    """`lora`: the config of plain LoRA under the same budget; `plan`: `{table: [Entry]}`."""
+    """`lora`: the config of plain LoRA under the same budget; `plan`: `{table: [Entry]}`, what is to be run;
+    `entry(table, method, seeds)` makes one more; `left`: `{method: why}`, those left out."""
 
-    def __init__(self, workdir, lora, plan, results, protocol=None, left=None):
+    def __init__(self, workdir, lora, plan, results, *, entry, protocol=None, left=None):
         self.folder, self.lora, self.plan, self.results = pathlib.Path(workdir), lora, plan, results
-        self.protocol, self.left = protocol, left or {}  # left out: {method: why}
-        self._grid_keys = {}
+        self.entry, self.protocol, self.left = entry, protocol, left or {}
+        self._grid_keys, self._others = {}, {}
 
     def base(self):
         """The frozen model's score, for the first line of the tables."""
@@ -88,16 +89,40 @@ class Board:
 
     def write(self):
         if self.protocol is None or not self.protocol.rates:
-            report.write(self.results.path.parent, self.results.tree, self.plan)
+            report.write(self.results.path.parent, self.results.tree, self.shown())
         else:
-            compared.write(self.results.path.parent, self.results.tree, self.known(), left=self.left)
+            compared.write(self.results.path.parent, self.results.tree, self.known(self.shown()), left=self.left)
 
-    def known(self) -> dict:
-        """The plan, each row with its rate where that is known; another row has no runs yet."""
-        if self.protocol is None or not self.protocol.rates:
-            return self.plan
+    def shown(self) -> dict:
+        """The plan without variants, and all that earlier starts have run: files name every row that is known."""
+        recorded = [*self.results.tree["runs"], *self.results.tree["grid"]]
+        seeds = {}
+        for run in recorded:
+            seeds[run["method"]] = max(seeds.get(run["method"], 0), run.get("seed", 0) + 1)
         out = {}
-        for table, entries in self.plan.items():
+        for table in self.plan if self.protocol is None else tables.TABLES:
+            planned = {entry.method: entry for entry in self.plan.get(table, ())}
+            out[table] = []
+            for method in tables.check_methods("all", (tables.FULL,)):
+                if method in seeds and method not in self.left:
+                    count = max(seeds[method], len(planned[method].configs) if method in planned else 0)
+                    if (table, method, count) not in self._others:
+                        self._others[table, method, count] = self.entry(table, method, count)
+                    out[table].append(self._others[table, method, count])
+                elif method in planned:
+                    out[table].append(planned[method])
+        return {table: entries for table, entries in out.items() if table in self.plan or self._has_runs(entries)}
+
+    def _has_runs(self, entries) -> bool:
+        return any(report.Row(entry, self.results.tree).runs for entry in self.known({"": entries})[""])
+
+    def known(self, plan=None) -> dict:
+        """The plan, each row with its rate where that is known; another row has no runs yet."""
+        plan = self.plan if plan is None else plan
+        if self.protocol is None or not self.protocol.rates:
+            return plan
+        out = {}
+        for table, entries in plan.items():
             out[table] = []
             for entry in entries:
                 grid = self.results.find("grid", self._grid_key(entry))

@@ -33,12 +33,12 @@ FASTER, WARMUP, TOKENS = 5.0, 4, 512
 
 class Board(work.Board):
     def write(self):
-        report.write(self.results.path.parent, self.results.tree, self.plan, head=head, picture=draw)
+        report.write(self.results.path.parent, self.results.tree, self.shown(), head=head, picture=draw)
 
 
 def plain(name: str) -> bool:
     """Whether all rules of a method are adapters of projections, without a router."""
-    rules = flags.load(flags.ROOT / METHODS[name].config).method.rules.values()
+    rules = flags.load(flags.ROOT / METHODS[tables.base_of(name)].config).method.rules.values()
     return all("router" not in rule and "placement" not in rule and rule.sites != "ffn" for rule in rules)
 
 
@@ -92,7 +92,9 @@ def _measured(argv):
     with Workdir(args.workdir):
         decoder = load_base(config.base.source, dtype=config.base.dtype).config
         plan = {"params": [entry(name, decoder, shared, args.seeds) for name in chosen(args.methods)]}
-        return leaderboard.go(Board(args.workdir, tables.settled("lora", {}, shared), plan, results), args)
+        lora = tables.settled("lora", {}, shared)
+        one = lambda table, name, seeds: entry(name, decoder, shared, seeds)  # noqa: E731
+        return leaderboard.go(Board(args.workdir, lora, plan, results, entry=one), args)
 
 
 if __name__ == "__main__":

@@ -31,12 +31,11 @@ def text_batch(run, ids) -> dict:
 
 def logits(run, ids) -> np.ndarray:
     needs_head(run.model.config, "logits", "base.source")
-    ids = _token_ids(ids, run.model.config.vocab)
     found = _logits(run.params, run.adapters, run.router_state, text_batch(run, ids), model=run.model)
     return np.asarray(found)[0, : len(ids)]
 
 
-def _token_ids(ids, vocab: int) -> np.ndarray:
+def token_ids(ids, vocab: int) -> np.ndarray:
     """`[tokens]` int; raises InputError for what is no token of the model."""
     found = np.asarray(ids)
     wrong = found.ndim != 1 or found.size and not np.issubdtype(found.dtype, np.integer)

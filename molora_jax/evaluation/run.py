@@ -177,15 +177,18 @@ class Run:
         ended = ids[-1:] and ids[-1] in self.tokenizer.end_ids  # it need not be marked as special
         return self.tokenizer.decode(ids[:-1] if ended else ids, skip_special_tokens=True)
 
-    def routing(self, text: str) -> dict[str, dict[str, np.ndarray]]:
+    def routing(self, text) -> dict[str, dict[str, np.ndarray]]:
         """The gates of every routed rule for a text, read as it stands (no chat template).
+
+        Args:
+          text: or a list of token ids.
 
         Returns:
           `{rule: {site | attn | ffn | model: [layers, tokens, E_max]}}` float32: a row for each layer of the model, 0
           where the rule does not act or beyond a layer's experts; `model` (one decision for all layers) is
           `[1, tokens, E]`.
         """
-        ids = self._ids_of(text)
+        ids = self._given(text)
         batch = measure.text_batch(self, ids)
         gates = _gates(self.params, self.adapters, self.router_state, batch, model=self.model)
         return {
@@ -197,7 +200,7 @@ class Run:
         """How far consecutive tokens use the same experts: SRP of every routed rule and layer (`consistency.py`).
 
         Args:
-          texts: each read as it stands; those shorter than `segment` tokens count for nothing.
+          texts: each read as it stands, or a list of token ids; those shorter than `segment` count for nothing.
 
         Returns:
           `{rule: {site | attn | ffn | model: [SRP, ...]}}`, one a layer, None where the rule does not act.
@@ -206,6 +209,12 @@ class Run:
           InputError: no text as long as a segment, or longer than the model's context.
         """
         return consistency.of_run(self, texts, segment)
+
+    def _given(self, text):
+        """The ids of a text, or ids as they were given."""
+        if isinstance(text, (list, np.ndarray)):
+            return measure.token_ids(text, self.model.config.vocab)
+        return self._ids_of(text)
 
     def _ids_of(self, text) -> list[int]:
         """A text, read as it stands."""
@@ -224,7 +233,7 @@ class Run:
         Raises:
           InputError: no text, or one that does not fit the model's context; a base without a head.
         """
-        return measure.logits(self, text if isinstance(text, (list, np.ndarray)) else self._ids_of(text))
+        return measure.logits(self, self._given(text))
 
     def nll(self, prompt, answer):
         """Nats a token of an answer to a prompt in the run's own template, end token included.

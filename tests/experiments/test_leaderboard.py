@@ -79,6 +79,12 @@ def test_goes_on_from_the_results_file_alone(tmp_path, monkeypatch):
     # seeds 0 and 1: means over tasks 1.5 and 1.55; t(0.975, 1) s / sqrt(2) = 12.706 * 0.025
     assert text.count("| 1.525 \u00b1 0.318 |") == 4 and text.count("| +0.000 \u00b1 0.000 |") == 2
     assert (out / "results.png").stat().st_size > 1000
+    # a start for one method writes the rows of the others as well, and a variant is in no table of methods
+    asked = ("--budget=4x512", "--items=2", "--tables=rank", "--cost_steps=0")
+    assert start(tmp_path, *asked, "--methods=lora,mola_triangle", "--seeds=1") == 0
+    assert [name.split("-")[0] for name in fake.take()] == ["mola_triangle"]
+    again = (out / "results.md").read_text()
+    assert again == text and json.loads((out / "results.json").read_text())["runs"][-1]["method"] == "mola_triangle"
     # a step of LoRA is the unit, whatever a pair of it with itself measured; that is said as the column's noise
     cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines() if line.startswith("| ")]
     steps = {(row[0], row[4]) for row in cells if len(row) > 5 and row[0] in ("LoRA", "MoS")}
@@ -140,6 +146,18 @@ def test_equal_parameters_within_5_percent_or_the_reason():
     assert tables.entry("params", "mos", TINY, [], 1).changes == {"method.rules.all.adapter.budget": "16"}
     nine = tables.entry("params", "x_lora", TINY, [], 1)
     assert "each task" in nine.cannot and nine.configs[0].method.rules.mix.experts == "9"
+
+
+def test_variants_are_their_method_but_for_what_the_claim_is_about():
+    made = {m: tables.entry("params", m, TINY, board.budget("6x512", 128), 1) for m in ("lora", *tables.VARIANTS)}
+    plain, twice, triangle = made["lora"], made["lora_twice"], made["mola_triangle"]
+    assert plain.configs[0].train.steps == 6 and twice.configs[0].train.steps == 12
+    assert twice.trainable == plain.trainable and twice.title == "LoRA with twice the samples"
+    counts = triangle.configs[0].method.rules.all.experts
+    assert (
+        counts == triangle.changes["method.rules.all.experts"] and counts.split("|") == sorted(counts.split("|"))[::-1]
+    )
+    assert not tables.VARIANTS.keys() & set(tables.check_methods("all"))
 
 
 def test_a_run_is_known_by_what_it_is():
