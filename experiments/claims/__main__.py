@@ -63,10 +63,11 @@ def main(argv):
 
 
 def page(name, claim, rows, base, found) -> str:
-    title = lambda method: rows[method].title  # noqa: E731
+    title = lambda method: rows[method].title if method else "zero"  # noqa: E731
     what = {
         "nll": "the mean over all ten tasks, in nats",
         "forgotten": "what is forgotten of the pretraining text, in nats",
+        "experts": "experts a token uses on easy tasks minus those on hard ones",
         "consistency": "SRP of 16 tokens on the pretraining text below that of the same loads without memory",
     }.get(claim.measure, f"the mean over the family `{claim.measure}`, in nats")
     lines = [
@@ -103,8 +104,10 @@ def draw(claim, rows, base, path):
         axes.plot(list(points[method].values()), [i] * len(points[method]), "o", color=pictures.TUNED, ms=6, zorder=2)
     axes.set_yticks(range(len(claim.order)), [rows[method].title for method in claim.order])
     axes.invert_yaxis()
-    unit = "SRP without memory minus SRP" if claim.measure == "consistency" else "nats"
-    axes.set_xlabel(f"{unit} (less is better), a dot a seed; the claim: each row left of the one below it", fontsize=8)
+    unit = {"consistency": "SRP without memory minus SRP", "experts": "experts, easy minus hard tasks"}
+    wanted = "each row left of the one below it" if len(claim.order) > 1 else "left of zero"
+    told = f"{unit.get(claim.measure, 'nats')} (less is better), a dot a seed; the claim: {wanted}"
+    axes.set_xlabel(told, fontsize=8)
     axes.spines[["top", "right"]].set_visible(False)
     pictures.save(figure, path)
 

@@ -2,6 +2,7 @@
 
     nll           mean over all tasks                domains, facts, ...   over the tasks of a family
     forgotten     nats a token that the pretraining text is worse by than for the base
+    experts       experts a token uses on easy tasks minus those on hard ones; of one method, against zero
     consistency   SRP of 16 tokens on the pretraining text above that of the same loads without memory, less than zero
 
 A claim holds where every step of its order does (`judged`); one step that goes the other way, and it does not.
@@ -67,6 +68,11 @@ CLAIMS = {
         ("mixlora_unbalanced", "mixlora", "mixlora_balanced"), "consistency",
         "Experts of a pretrained mixture; text of topics that last longer than a row.",
     ),
+    "dynamic_moe": Claim(
+        "Easy tokens use fewer experts", "2403.07652",
+        "With a threshold on probability in place of a number, harder tasks take more experts (table 2 there).",
+        ("dynamic_moe",), "experts", "Tasks further apart in difficulty; a base whose own uncertainty is better known.",
+    ),
     "smora": Claim(
         "Finer partition is better", "2501.15103",
         "A router over single ranks is ahead of one over experts of several ranks (figure 5 there).",
@@ -105,6 +111,9 @@ def measured(run: dict, base: dict, measure: str) -> float:
     """A run's value in a measure; less is better."""
     if measure == "forgotten":
         return run["beside"][tasks.FORGOTTEN] - base["beside"][tasks.FORGOTTEN]
+    if measure == "experts":
+        mean = lambda names: statistics.fmean(run["experts_by_task"][name] for name in names)  # noqa: E731
+        return mean(tasks.EASY) - mean(tasks.HARD)
     if measure == "consistency":
         return run["consistency"]["permuted"] - run["consistency"]["value"]
     names = tasks.FAMILIES.get(measure, run["nll"].keys())
@@ -112,11 +121,16 @@ def measured(run: dict, base: dict, measure: str) -> float:
 
 
 def steps(claim: Claim, runs: dict[str, dict[int, dict]], base: dict) -> list[tuple]:
-    """`(better, worse, Difference)` of every step of the order, paired by the seeds that both have.
+    """`(better, worse, Difference)` of every step of the order, paired by the seeds that both have; of one method alone
+    `(method, "", Difference)` to zero.
 
     Args:
       runs: `{method: {seed: result}}`.
     """
+    if len(claim.order) == 1:
+        (method,) = claim.order
+        values = [measured(run, base, claim.measure) for run in runs[method].values()]
+        return [(method, "", verdicts.difference(values))]
     out = []
     for better, worse in zip(claim.order, claim.order[1:], strict=False):
         seeds = [seed for seed in runs[better] if seed in runs[worse]]

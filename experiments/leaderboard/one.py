@@ -23,9 +23,10 @@ def run(config, workdir: str) -> dict:
 
     Returns:
       `nll` {task: nats an answer token} of the tasks that train, `beside` likewise of those that are only scored,
-      `blocks` (see `scored`), `consistency` (see there), `digest` of what was trained, `peak_mb` of the training
-      process, `seconds` of training with compilation, `first5`, `last5` (mean loss on answer tokens of the first and
-      last five steps), `active_experts` (mean over sites, layers and the last five steps; None without a router).
+      `blocks` (see `scored`), `consistency` and `experts_by_task` (see there), `digest` of what was trained, `peak_mb`
+      of the training process, `seconds` of training with compilation, `first5`, `last5` (mean loss on answer tokens of
+      the first and last five steps), `active_experts` (mean over sites, layers and the last five steps; None without a
+      router).
     """
     from molora_jax.training.loop import train
 
@@ -47,13 +48,13 @@ def together(configs: dict, workdir: str) -> dict:
     out = {}
     for name, config in configs.items():
         try:
-            out[name] = result(config, str(pathlib.Path(workdir) / name), made and made[name])
+            out[name] = result(config, str(pathlib.Path(workdir) / name), made and made[name], routing=False)
         except FloatingPointError:
             out[name] = {"nll": {}}
     return out
 
 
-def result(config, workdir: str, made) -> dict:
+def result(config, workdir: str, made, *, routing: bool = True) -> dict:
     import math
 
     from molora_jax.evaluation.run import load_run
@@ -61,7 +62,9 @@ def result(config, workdir: str, made) -> dict:
     if made is not None and made.step < config.train.steps:
         raise SystemExit(f"stopped after step {made.step}")
     loaded = load_run(workdir, "latest", config=config)
-    out = scored(loaded, base=False) | {"digest": trained_digest(loaded), "consistency": consistency(loaded)}
+    out = scored(loaded, base=False) | {"digest": trained_digest(loaded)}
+    if routing:  # what chooses a rate needs no more than the loss
+        out |= {"consistency": consistency(loaded), "experts_by_task": experts_by_task(loaded)}
     if not all(map(math.isfinite, out["nll"].values())):
         raise FloatingPointError(workdir)
     if made is not None:
@@ -103,6 +106,21 @@ def consistency(run) -> dict | None:
     if not found:
         return None
     return {name: round(statistics.mean(getattr(srp, name) for srp in found), 5) for name in ("value", "permuted")}
+
+
+def experts_by_task(run, items: int = 50) -> dict[str, float] | None:
+    """Experts that a token uses, the mean over rules, scopes, layers and tokens of the first items of each task; None
+    without a router."""
+    used: dict[str, list[float]] = {}
+    for e in run.data.heldout("test", min(items, run.config.eval.num_items)):
+        gates = [
+            layer for scopes in run.routing(list(e.ids)).values() for layers in scopes.values() for layer in layers
+        ]
+        counts = [float((layer > 0).sum(-1).mean()) for layer in gates if layer.any()]
+        if not counts:
+            return None
+        used.setdefault(e.task, []).append(statistics.mean(counts))
+    return {task: round(statistics.mean(values), 4) for task, values in used.items()}
 
 
 def scored(run, *, base: bool) -> dict:

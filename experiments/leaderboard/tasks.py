@@ -32,6 +32,7 @@ FAMILIES = {
     "facts": ("recall",),
 }
 TASKS = tuple(task for family in FAMILIES.values() for task in family)
+EASY, HARD = ("west", "larger"), ("north", "south", "add")
 FORGOTTEN = "pretraining"
 HELDOUT = pathlib.Path(__file__).parents[1] / "sandbox" / "heldout.jsonl"  # rows of text, at most 120 tokens each
 SPLITS = ("train", "valid", "test")

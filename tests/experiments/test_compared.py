@@ -193,6 +193,14 @@ def test_a_claim_holds_where_every_step_of_its_order_does():
     assert told(less(lora, 0.2), less(lora, 0.1)) == "does not hold"  # the first step goes the other way
     assert told([2.3, 1.8, 1.9, 2.2, 1.7], less(lora, 0.9)) == "cannot be told"
     assert judged(steps(claim, runs(lora=lora, mola=lora, dynmole=[1.0]), base)) != "holds"
+    used = {task: 2.0 - 0.5 * (task in tasks.EASY) for task in tasks.TASKS}
+    runs_of = lambda shift: {s: dict(nll={}, experts_by_task=used | {"add": 2.0 + 0.01 * s + shift}) for s in range(5)}  # noqa: E731
+    assert judged(steps(CLAIMS["dynamic_moe"], {"dynamic_moe": runs_of(0.0)}, base)) == "holds"
+    assert judged(steps(CLAIMS["dynamic_moe"], {"dynamic_moe": runs_of(-2.5)}, base)) == "does not hold"
+    local = lambda value: {s: dict(consistency=dict(value=value + 0.01 * s, permuted=0.3)) for s in range(3)}  # noqa: E731
+    order = dict(mixlora=local(0.5), mixlora_unbalanced=local(0.6), mixlora_balanced=local(0.4))
+    (*_, first), (*_, second) = steps(CLAIMS["consistency"], order, base)
+    assert first.mean == pytest.approx(-0.1) and second.mean == pytest.approx(-0.1)
     values = steps(CLAIMS["loramoe"], runs(lora=[1.0, 2.0], loramoe=[0.5, 1.0]), base)
     assert values[0][2].mean == pytest.approx(-0.75)
 
