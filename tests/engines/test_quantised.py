@@ -29,10 +29,16 @@ def test_a_projection_on_eight_devices(form, site, rows):
     """192 rows in four shards of 48: blocks of 32 and 64 end elsewhere, so they are cut finer."""
     W, x = packed(form, rows, 32), np.random.default_rng(1).standard_normal((16, rows)).astype(np.float32)
     on = Engine("replicate", mesh(fsdp=2, tensor=4))
-    y, back = jax.jit(lambda x, W: jax.vjp(lambda x: engines.project(on, site, W, None, x, [])[0], x))(x, W)
-    np.testing.assert_allclose(y, x @ np.asarray(quant.dense(W)), rtol=1e-4, atol=1e-4)
-    dy = np.cos(np.arange(y.size)).reshape(y.shape).astype(np.float32)
-    np.testing.assert_allclose(back(jnp.asarray(dy))[0], dy @ np.asarray(quant.dense(W)).T, rtol=1e-4, atol=1e-4)
+    dy, kernel = np.cos(np.arange(16.0 * 32, dtype=np.float32)).reshape(16, 32), np.asarray(quant.dense(W))
+
+    @jax.jit
+    def both(x, W):
+        y, back = jax.vjp(lambda x: engines.project(on, site, W, None, x, [])[0], x)
+        return y, back(dy)[0]
+
+    y, dx = both(x, W)
+    np.testing.assert_allclose(y, x @ kernel, rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(dx, dy @ kernel.T, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("engine", ["replicate", "all_to_all"])
