@@ -17,9 +17,10 @@ if [[ " $* " == *" --all "* && -z "${TPU_LIBRARY_PATH:-}" ]]; then # the TPU's c
   export TPU_LIBRARY_PATH="$PWD/.venv/tpu/libtpu/libtpu.so"
 fi
 
-if [[ " $* " == *" --all "* ]] && ! python -c 'import material' 2>/dev/null; then
-  echo "setup: the extra site (once)"
-  python -m pip install -qq --disable-pip-version-check -c "$constraints" -e '.[site]'
+if [[ " $* " == *" --all "* ]] &&
+  ! python -c 'import lm_eval, material, moto, openai, reasoning_gym, s3fs, wandb' 2>/dev/null; then
+  echo "setup: the extra test-all (once, a few minutes)"
+  python -m pip install -qq --disable-pip-version-check -c "$constraints" -e '.[test-all]'
 fi
 
 paths=tests

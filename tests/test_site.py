@@ -1,7 +1,6 @@
 """The site: what its pages say of the code is so, it builds without a warning, nothing in it is from another host."""
 
 import ast
-import importlib.util
 import os
 import pathlib
 import re
@@ -108,7 +107,6 @@ def test_the_workflow_runs_the_two_commands_of_the_readme_with_every_python():
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not importlib.util.find_spec("mkdocs"), reason="needs the extra site: pip install -e '.[site]'")
 def test_it_builds_and_nothing_in_it_is_from_another_host(tmp_path):
     env = os.environ | {"PYTHONPATH": str(ROOT), "NO_MKDOCS_2_WARNING": "1", "JAX_PLATFORMS": "cpu"}
     command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", f"--site-dir={tmp_path}"]

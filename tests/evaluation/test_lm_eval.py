@@ -106,7 +106,8 @@ metric_list:
 @pytest.mark.slow
 def test_a_local_task_of_lm_eval(run, tmp_path):
     """Needs the extra `eval`; the numbers are those of the run's own logits."""
-    lm_eval = pytest.importorskip("lm_eval", reason="needs the extra eval")
+    import lm_eval
+
     from molora_jax.evaluation.lm_eval import RunLM
 
     rows = [dict(prompt=f"Double {i}", choices=[f"{2 * i}", f"not {i}", "no idea"], answer=i % 3) for i in range(9)]

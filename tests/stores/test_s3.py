@@ -28,8 +28,9 @@ SMALL = [
 
 @pytest.fixture(scope="module")
 def s3():
-    moto = pytest.importorskip("moto.server", reason="pip install 'molora_jax[test-stores]'")
-    server = moto.ThreadedMotoServer(ip_address="127.0.0.1", port=0)
+    from moto.server import ThreadedMotoServer
+
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0)
     server.start()
     port = server.get_host_and_port()[1]
     more = dict(

@@ -1,6 +1,5 @@
 """`train.tracker="wandb"`: what a run sends, that one id serves all starts, that nothing it does costs the run."""
 
-import importlib.util
 import json
 import os
 import sys
@@ -97,7 +96,6 @@ def test_a_run_is_tracked_and_one_without_wandb_ends_as_it_would(wandb, tmp_path
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(importlib.util.find_spec("wandb") is None, reason="needs the extra track")
 def test_the_real_one_offline(tmp_path, monkeypatch):
     """Two starts of one run below its folder; the file of wandb holds the numbers of metrics.jsonl."""
     monkeypatch.setenv("WANDB_MODE", "offline")
