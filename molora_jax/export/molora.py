@@ -28,8 +28,10 @@ from molora_jax.core.rules import adapter_sites
 from molora_jax.core.types import Context
 from molora_jax.export import molora_torch
 from molora_jax.export.base import Source
+from molora_jax.export.peft import IN_TURNS
 from molora_jax.io import tensors
 from molora_jax.routers import ROUTERS
+from molora_jax.routers.x_lora import XLora
 from molora_jax.runs import saved
 
 FAMILIES = (  # decoders of `self_attn` and `mlp`, or of a `mixer`
@@ -68,8 +70,9 @@ def lacks(source: Source) -> str:
     for rule in source.rules:
         where, router = placements.of(rule), rule.router
         if where.NAME not in molora_torch.PLACEMENTS:
-            extra = "; it is static: --format=peft" if source.on_experts(rule) else ""
-            return f"rule {rule.name}: the placement {where.NAME or type(where).__name__}{extra}"
+            return f"rule {rule.name}: the placement {where.NAME or type(where).__name__}"
+        if source.on_experts(rule) and any(isinstance(other.router, XLora) for other in source.rules):
+            return f"rule {rule.name}: base_experts beside x_lora, which reads the base without them"
         if "dt_proj" in rule.projections:
             return f"rule {rule.name}: dt_proj, whose weight transformers takes without its module"
         if router is not None and _name(ROUTERS, router) not in molora_torch.ROUTERS:
@@ -125,10 +128,11 @@ def _spec(source) -> dict:
         one["with_bias"] = any(f.with_bias for *_, f in _factors(source, rule))
         rules.append(one)
     layers = {str(layer): _layer(source, layer) for layer in range(source.backbone.layers)}
-    scaled = getattr(source.backbone, "scaled_embedding", False)
+    scaled, turns = getattr(source.backbone, "scaled_embedding", False), source.backbone.family in IN_TURNS
     return {
         "version": 2, "rules": rules, "layers": layers, "base": sorted(_copies(source)),
         "embed_scale": source.backbone.width**0.5 if scaled else 1.0,
+        "experts": dict(transposed=turns, in_turns=turns),
     }  # fmt: skip
 
 

@@ -5,10 +5,11 @@
     model.generate(...)                           # a router that reads the base's hidden state: use_cache=False
 
 It covers decoders whose layers are `self_attn` and `mlp` (Llama, Mistral, Qwen2, Qwen3, SmolLM3, Phi-3, OLMo2,
-Gemma; on attention Mixtral, OLMoE, Qwen-MoE, gpt-oss) or a `mixer` (Mamba, Falcon-Mamba); adapters that are products
-B A, with row factors or without; the placements and routers of the two tables below. `load` refuses anything else by
-name. Every expert that a token of the batch chose is computed for all its tokens: right before fast. Routers compute in
-float32. For inference: no dropout, no noise, no balance losses.
+Gemma, Mixtral, OLMoE, Qwen-MoE, gpt-oss) or a `mixer` (Mamba, Falcon-Mamba); adapters that are products B A, with row
+factors or without; the placements and routers of the two tables below. `load` refuses anything else by name. Every
+expert that a token of the batch chose is computed for all its tokens: right before fast. What is added to the base's
+own experts is added to their weights. Routers compute in float32. For inference: no dropout, no noise, no balance
+losses.
 
 x [..., D_in]; of a site A [1|E, R, D_in], B [1|E, R, D_out] (scales inside), out [E, D_out], inp [E, D_in];
 gates [..., E].
@@ -19,7 +20,7 @@ import math
 import os
 import struct
 
-PLACEMENTS = ("projection", "ffn", "chain")
+PLACEMENTS = ("projection", "ffn", "chain", "base_experts")
 ROUTERS = (
     "softmax_topk", "top_p", "top1", "biased_topk", "sigmoid_topk", "learned_threshold", "entropy_hybrid", "sparsegen",
     "recurrent", "sparse_projection", "core_space", "x_lora",
@@ -404,6 +405,29 @@ def wrap_mlp(mlp, layer, whole, chains, now):
     mlp.forward = forward
 
 
+def add_to_experts(mlp, leaves, layout):
+    """Static products of a base's own experts, added to their stacked weights in place; their router's trained copy.
+
+    `layout`: whether a stack is `[E, D_in, D_out]`, and whether gate and up are in turns there or one after the other.
+    """
+    experts = mlp.experts
+    if not hasattr(experts, "gate_up_proj"):
+        raise NotImplementedError(f"{type(experts).__name__}: its experts are no stack, as transformers 5 has them")
+    for i, site in enumerate(("gate", "up", "down")):
+        A, B = leaves[site]["A"], leaves[site]["B"]
+        weight = (experts.down_proj if site == "down" else experts.gate_up_proj).data
+        weight = weight.transpose(1, 2) if layout["transposed"] else weight
+        if site != "down":
+            F = weight.shape[1] // 2
+            weight = weight[:, i::2] if layout["in_turns"] else weight[:, i * F : (i + 1) * F]
+        for e in range(len(weight)):
+            a, b = (m[e if len(m) > 1 else 0] for m in (A, B))
+            weight[e] += (b.T @ a).to(weight.dtype)
+    if "router" in leaves:
+        gate = mlp.gate if hasattr(mlp, "gate") else mlp.router
+        gate.weight.data.copy_(leaves["router"]["base"]["W"])
+
+
 # ---- loading ---------------------------------------------------------------------------------------------------------
 
 
@@ -449,6 +473,8 @@ def load(model, folder):
         for module, sites in modules.items():
             if any(own for *_, own in sites):
                 wrap_linear(model.get_submodule(module), sites, layer, now)
+        for rule in kind("base_experts"):
+            add_to_experts(model.get_submodule(at["blocks"]["ffn"]), rule.leaves[str(layer)], spec["experts"])
         if kind("ffn") or kind("chain"):
             wrap_mlp(model.get_submodule(at["blocks"]["ffn"]), layer, kind("ffn"), kind("chain"), now)
         for scope in ("attn", "ffn"):

@@ -27,7 +27,8 @@ from molora_jax.export import peft_files, peft_xlora
 from molora_jax.export.base import Source, in_rows, stacked
 from molora_jax.export.peft_files import PREFIX, own_leaves, targets
 
-# families whose experts are stacks in transformers: gate_up_proj is gate's rows, then up's, or has them in turns
+# Families whose experts are stacks in transformers: `[E, D_out, D_in]`, gate_up_proj gate's rows, then up's; or
+# `[E, D_in, D_out]`, gate's and up's columns in turns.
 CONCATENATED, IN_TURNS = ("mixtral", "olmoe", "qwen2_moe", "qwen3_moe"), ("gpt_oss",)
 
 

@@ -29,6 +29,9 @@ MIX_MOE = runs.rules("q,v", experts="4", router=TOP2) | {
 MIX_SSM = runs.rules("in_proj,x_proj", experts="4", router=TOP2) | {
     "more": runs.rules("out_proj", experts="3", router=runs._top2("attn"))["all"]
 }
+SHARED = runs.rules(
+    sites="ffn", rule=dict(placement=dict(name="base_experts", factors="shared_outer"), base_router="trained")
+)["all"]
 GEMMA = ("gemma", "gemma2", "gemma3_text")
 DENSE, MOE, SSM = every_family.DENSE, every_family.MOE, every_family.MAMBA
 CASES = {  # format -> {(family, name): rules}
@@ -48,6 +51,8 @@ CASES = {  # format -> {(family, name): rules}
     | {(f, "all"): runs.rules("in_proj,x_proj,dt_proj,out_proj") for f in SSM},
     "molora": {(f, "mix"): runs.ROUTED["mixlora"][0] for f in DENSE}
     | {(f, "mix"): MIX_MOE for f in MOE}
+    | {(f, "experts"): MIX_MOE | dict(experts=runs.EXPERT["experts"][0]["all"]) for f in ("mixtral", "gpt_oss")}
+    | {(f, "shared, router"): MIX_MOE | dict(experts=SHARED) for f in ("qwen2_moe", "gpt_oss")}
     | {(f, "mix"): MIX_SSM for f in SSM}
     | {
         ("phi3", name): runs.ROUTED[name][0]

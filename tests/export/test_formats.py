@@ -232,7 +232,7 @@ def test_molora_says_what_its_torch_file_does_not_run(exported):
         assert said in notes[0], notes
         assert said in json.loads(tensors.read_metadata(out / "torch.safetensors")["molora_torch"])["lacks"]
     assert set(molora_torch.ROUTERS) <= set(ROUTERS)
-    assert set(PLACEMENTS) - set(molora_torch.PLACEMENTS) == {"base_experts", "block"}
+    assert set(PLACEMENTS) - set(molora_torch.PLACEMENTS) == {"block"}
     used = {rule["router"]["name"] for case, _ in runs.ROUTED.values() for rule in case.values() if "router" in rule}
     assert used == set(molora_torch.ROUTERS)  # those that the comparison with torch runs
 
