@@ -8,7 +8,6 @@ import shutil
 
 import jax
 import numpy as np
-from flax.traverse_util import flatten_dict
 
 from configs import common
 from launch import flags
@@ -98,12 +97,7 @@ def write_family(told: dict, folder):
     """A Hugging Face folder of random weights with the byte tokenizer, of a `config.json`'s content."""
     told = told | {"vocab_size": 320}
     backbone = hf_config.from_hf(told, where="config.json")
-    flat = flatten_dict(random_init.random_params(backbone)[0], sep="/")
-    sources = {
-        file: (leaf.file_shape, lambda v=flat[path][at], turned=leaf.turned: v.T if turned else v)
-        for path, leaf in backbone.shapes().items()
-        for file, at in leaf.files()
-    }
+    sources = huggingface.sources_of(backbone, random_init.random_params(backbone)[0])
     folder.mkdir(parents=True)
     huggingface.write_folder(folder, told, sources, byte_tokenizer(), np.float32)
     return folder

@@ -12,7 +12,10 @@ import pathlib
 import numpy as np
 
 from molora_jax import placements
+from molora_jax.backbones.base import Part
+from molora_jax.core.quant import dense
 from molora_jax.errors import InputError
+from molora_jax.io.tokenizer import read_json
 from molora_jax.placements.base_experts import BaseExperts
 from molora_jax.runs.opened import Opened
 from molora_jax.runs.products import products
@@ -42,24 +45,60 @@ class Source:
     def shared(self, rule) -> dict:
         return self.opened.items["adapters"].get(rule.name, {}).get("shared", {})
 
+    @functools.cached_property
+    def shapes(self) -> dict:
+        return self.backbone.shapes()
+
+    @functools.cached_property
+    def tower(self) -> str:
+        """What stands in the place of `model.` in the names of a model with a vision tower beside its text."""
+        folder = self.opened.base.folder
+        beside = folder is not None and read_json(folder / "config.json").get("text_config")
+        return "model.language_model." if beside else "model."
+
+    def named(self, name: str) -> str:
+        """A tensor's name in the model that transformers makes of the base's folder."""
+        return self.tower + name.removeprefix("model.") if name.startswith("model.") else name
+
+    def place(self, layer: int, site: str) -> tuple[str, Part | None]:
+        """The Hugging Face name of a projection, without `.weight`, and which rows of it are the site's (None: all)."""
+        stack = self.backbone.stack_of(layer)
+        leaf = self.shapes[f"{stack.name}/{site}/kernel"]
+        return self.named(leaf.name.format(layer - stack.start).removesuffix(".weight")), leaf.part
+
     def module(self, layer: int, site: str) -> str:
-        """The Hugging Face name of a projection, without `.weight`.
+        """The name of a projection that is a module of its own.
 
         Raises:
           InputError: the checkpoint has one tensor for several projections, so no adapter of its module is this one.
         """
-        stack, shapes = self.backbone.stack_of(layer), self.backbone.shapes()
-        leaf = shapes[f"{stack.name}/{site}/kernel"]
+        stack, (name, _) = self.backbone.stack_of(layer), self.place(layer, site)
         for other in stack.sites:
-            if other != site and shapes[f"{stack.name}/{other}/kernel"].name == leaf.name:
+            if other != site and self.place(layer, other)[0] == name:
                 raise self.refuse(f"on a base of which {site} and {other} are one tensor", "projections of their own")
-        return [name for name, _ in leaf.files()][layer - stack.start].removesuffix(".weight")
+        return name
 
     def expert_module(self, layer: int, site: str, expert: int) -> str:
-        """That of an expert of the base, as its checkpoint names it."""
+        """That of an expert of the base, as its checkpoint names it.
+
+        Raises:
+          InputError: the checkpoint has one tensor for all experts.
+        """
         stack = self.backbone.stack_of(layer)
-        leaf = self.backbone.shapes()[f"{stack.name}/experts/{site}"]
+        leaf = self.shapes[f"{stack.name}/experts/{site}"]
+        if leaf.stacked < 2:
+            raise self.refuse(
+                f"with experts of the family {self.backbone.family}, which are one tensor",
+                "experts that are tensors of their own", "--format=peft takes them.",
+            )  # fmt: skip
         return leaf.name.format(layer - stack.start, expert).removesuffix(".weight")
+
+    def row_norms(self, layer: int, module: str) -> np.ndarray:
+        """`[D_out]` of the base's weight of a module, whatever sites it is."""
+        stack = self.backbone.stack_of(layer)
+        sites = [site for site in stack.sites if self.place(layer, site)[0] == module]
+        kernels = [self.opened.base.params[stack.name][site]["kernel"][layer - stack.start] for site in sites]
+        return np.concatenate([np.linalg.norm(np.asarray(dense(W), np.float32), axis=0) for W in kernels])
 
     def check_static(self, *, experts: bool) -> None:
         """Raises InputError for a run that is more than static adapters.
@@ -93,14 +132,18 @@ class Source:
 
     @functools.cached_property
     def products(self) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-        """`{module: (A [R, D_in], s B [R, D_out])}` of the rules on projections; rules on one site are stacked."""
+        """`{module: (A [R, D_in], s B [R, D_out])}` of the rules on projections; what meets in a module is stacked.
+
+        Where a module is several sites (Phi-3's qkv_proj), B of each is 0 in the rows of the others.
+        """
         model = dataclasses.replace(
             self.opened.model, rules=tuple(rule for rule in self.rules if not self.on_experts(rule))
         )
         found: dict = {}
-        for (_, layer, site), pair in products(model, self.opened.items["adapters"], refuse=self.refuse).items():
-            found.setdefault(self.module(layer, site), []).append(pair)
-        return {name: tuple(np.concatenate(part) for part in zip(*pairs, strict=True)) for name, pairs in found.items()}
+        for (_, layer, site), (A, B) in products(model, self.opened.items["adapters"], refuse=self.refuse).items():
+            name, part = self.place(layer, site)
+            found.setdefault(name, []).append((A, in_rows(B, part)))
+        return {name: stacked(pairs) for name, pairs in found.items()}
 
     @functools.cached_property
     def expert_factors(self) -> dict[int, dict[str, tuple[np.ndarray, np.ndarray]]]:
@@ -112,6 +155,21 @@ class Source:
                     B = np.float32(rule.adapter.scale()) * own["B"]
                     found.setdefault(layer, {})[site] = (np.asarray(own["A"]), B)
         return found
+
+
+def in_rows(B, part: Part | None) -> np.ndarray:
+    """`B [R, D_out]` of a site as that of the whole module, `[R, size]`: 0 beside the site's own rows."""
+    if part is None:
+        return B
+    wide = np.zeros((len(B), part.size), B.dtype)
+    part.of(wide.T)[...] = B.T
+    return wide
+
+
+def stacked(pairs: list) -> tuple[np.ndarray, np.ndarray]:
+    """Pairs `(A, B)` on one module as one, whose product is their sum."""
+    A, B = zip(*pairs, strict=True)
+    return np.concatenate(A), np.concatenate(B)
 
 
 def source_name(opened) -> str:

@@ -3,8 +3,9 @@
     general.type = adapter, general.architecture, adapter.type = lora, adapter.lora.alpha
     blk.0.attn_q.weight.lora_a [R, D_in], .lora_b [D_out, R]          (GGUF says dimensions fastest first)
 
-llama.cpp multiplies by alpha / R of each tensor: every scale is in B, all ranks are one, and alpha is R. The
-architecture `llama` has the rows of q and k interleaved, so has `lora_b` of these. Layout of the file: `io/gguf.py`.
+llama.cpp multiplies by alpha / R of each tensor: every scale is in B, all ranks are one, and alpha is R. Where an
+architecture (llama, smollm3) has the rows of q and k interleaved, so has `lora_b` of these; where several sites are one
+tensor (phi3), B of each is 0 in the rows of the others. Layout of the file: `io/gguf.py`; names: `io/gguf_arch.py`.
 """
 
 import struct
@@ -12,12 +13,12 @@ import struct
 import numpy as np
 
 from molora_jax.export import vllm
-from molora_jax.export.base import Source
-from molora_jax.io.gguf_arch import LLAMA
+from molora_jax.export.base import Source, in_rows, stacked
+from molora_jax.io.gguf_arch import ARCHITECTURES
 from molora_jax.io.gguf_model import interleaved
 from molora_jax.runs.products import products
 
-ARCHITECTURES = {"llama": "llama", "mistral": "llama", "qwen2": "qwen2", "qwen3": "qwen3"}  # of a base's family
+NAMES = {row.family: name for name, row in ARCHITECTURES.items()} | {"mistral": "llama"}  # of a base's family
 ALIGNMENT = 32
 FLOAT32, STRING = 6, 8
 
@@ -25,22 +26,21 @@ FLOAT32, STRING = 6, 8
 def write(source: Source, folder) -> list[str]:
     source.check_static(experts=False)
     family = source.backbone.family
-    if family not in ARCHITECTURES:
-        raise source.refuse(f"on a base of the family {family}", f"one of {', '.join(ARCHITECTURES)}")
-    found: dict = {}
+    if family not in NAMES:
+        raise source.refuse(f"on a base of the family {family}", f"one of {', '.join(NAMES)}")
+    row, found = ARCHITECTURES[NAMES[family]], {}
     every = products(source.opened.model, source.opened.items["adapters"], refuse=source.refuse)
-    for (_, layer, site), pair in every.items():
-        found.setdefault(f"{LLAMA[site].format(i=layer)}.weight", []).append((site, *pair))
-    sites = {name: some[0][0] for name, some in found.items()}
-    pairs = {name: tuple(np.concatenate([one[i] for one in some]) for i in (1, 2)) for name, some in found.items()}
+    for (_, layer, site), (A, B) in every.items():
+        heads = {"q": source.backbone.heads, "k": source.backbone.kv_heads}.get(site)
+        B = B if heads is None or not row.permuted else interleaved(B.T, heads).T
+        pair = A, in_rows(B, source.place(layer, site)[1])
+        found.setdefault(f"{row.names[site].format(i=layer)}.weight", []).append(pair)
     arrays = {}
-    for name, (A, B) in vllm.padded(pairs).items():
-        heads = {"q": source.backbone.heads, "k": source.backbone.kv_heads}.get(sites[name])
-        B = B.T if heads is None or ARCHITECTURES[family] != "llama" else interleaved(B.T, heads)
-        arrays |= {f"{name}.lora_a": A, f"{name}.lora_b": B}
+    for name, (A, B) in vllm.padded({name: stacked(pairs) for name, pairs in found.items()}).items():
+        arrays |= {f"{name}.lora_a": A, f"{name}.lora_b": B.T}
     rank = len(arrays[next(iter(arrays))])
     metadata = {
-        "general.type": "adapter", "general.architecture": ARCHITECTURES[family],
+        "general.type": "adapter", "general.architecture": NAMES[family],
         "general.name": source.opened.folder.name, "adapter.type": "lora", "adapter.lora.alpha": float(rank),
     }  # fmt: skip
     (folder / "adapter.gguf").write_bytes(encoded(metadata, arrays))

@@ -3,6 +3,7 @@
     mixlora.layers.0.mlp.moe_gate.weight [E, D]
     mixlora.layers.0.mlp.gate_proj.experts.3.lora_A.weight [R, D_in], .lora_B.weight [D_out, R]      also up, down
     mixlora.layers.0.self_attn.q_proj.lora_A.weight ...                                             attention's LoRA
+    of Phi-3: gate_up_proj and qkv_proj, whose B is block-diagonal
 
 It holds experts that are whole feed-forward blocks in every layer, softmax and the top K renormalised, and plain LoRA
 on attention. Its reader knows one rank and one alpha: ranks are padded, scales are in B. It reads `adapter_model.bin`,
@@ -12,27 +13,27 @@ a pickle, which is not written here: docs/export.md says the line that makes one
 from molora_jax import placements
 from molora_jax.config.fields import ATTENTION, FFN
 from molora_jax.export import peft_files, vllm
-from molora_jax.export.base import Source, source_name
+from molora_jax.export.base import Source, in_rows, source_name, stacked
 from molora_jax.io import tensors
 from molora_jax.placements.ffn import FFN as FFNBlock
 from molora_jax.routers.softmax_topk import SoftmaxTopK
 
 ACTIVATIONS = {"gelu_tanh": "gelu_pytorch_tanh"}  # ours -> transformers', where they differ
 NO_DROPOUT = 1e-9  # the package refuses 0, and its experts drop in inference too: no call of `eval()` reaches them
-FAMILIES = ("llama", "mistral", "qwen2")  # of ours, that the package's forward pass has
+FAMILIES = ("llama", "mistral", "qwen2", "gemma", "gemma2", "phi3")  # of ours, that the package's forward pass has
 
 
 def write(source: Source, folder) -> list[str]:
     rule = _check(source)
-    pairs, router = {}, rule.router
+    found, router = {}, rule.router
     for other, layer, site, own in peft_files.own_leaves(source):
-        module, s = source.module(layer, site.name).removeprefix("model."), other.adapter.scale()
+        name, part = source.place(layer, site.name)
+        module, s = name.removeprefix("model."), other.adapter.scale()
         for e in range(site.experts):
             A, B = peft_files.pair(own, e)
             name = f"mixlora.{module}.experts.{e}" if other is rule else f"mixlora.{module}"
-            if name in pairs:
-                raise source.refuse(f"with two adapters on {module}", "one: the package has one")
-            pairs[name] = A, s * B
+            found.setdefault(name, []).append((A, in_rows(s * B, part)))
+    pairs = {name: stacked(some) for name, some in found.items()}
     arrays, rank = {}, 0
     for name, (A, B) in vllm.padded(pairs).items():
         arrays[f"{name}.lora_A.weight"], arrays[f"{name}.lora_B.weight"], rank = A, B.T, len(A)
@@ -44,14 +45,14 @@ def write(source: Source, folder) -> list[str]:
     config = {
         "peft_type": "MIXLORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": source_name(source.opened),
         "bias": "none", "r": rank, "lora_alpha": rank, "lora_dropout": NO_DROPOUT,
-        "target_modules": sorted({source.module(0, site).rpartition(".")[2] for site in sites}),
+        "target_modules": sorted({source.place(0, site)[0].rpartition(".")[2] for site in sites}),
         "routing_strategy": "mixlora", "num_experts": rule.experts[0], "top_k": router.k_max(rule.experts[0]),
-        "router_aux_loss_coef": weight, "router_init_range": 0.02, "jitter_noise": router.jitter, "router_loss": True,
+        "router_aux_loss_coef": weight, "router_init_range": 0.02, "jitter_noise": 0.0, "router_loss": True,
         "act_fn": ACTIVATIONS.get(source.backbone.activation, source.backbone.activation),
     }  # fmt: skip
     peft_files.write_config(folder, config)
     tensors.write_named(folder / peft_files.WEIGHTS, arrays)
-    return []
+    return [f"jitter_noise is 0.0, not {router.jitter}: the package would add it in inference"] if router.jitter else []
 
 
 def _check(source):

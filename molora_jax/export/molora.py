@@ -28,11 +28,16 @@ from molora_jax.core.rules import adapter_sites
 from molora_jax.core.types import Context
 from molora_jax.export import molora_torch
 from molora_jax.export.base import Source
+from molora_jax.export.peft import IN_TURNS
 from molora_jax.io import tensors
 from molora_jax.routers import ROUTERS
+from molora_jax.routers.x_lora import XLora
 from molora_jax.runs import saved
 
-FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "smollm3")  # decoders of `self_attn` and `mlp`
+FAMILIES = (  # decoders of `self_attn` and `mlp`, or of a `mixer`
+    "llama", "mistral", "qwen2", "qwen3", "smollm3", "phi3", "olmo2", "gemma", "gemma2", "gemma3_text", "mixtral",
+    "olmoe", "qwen2_moe", "qwen3_moe", "gpt_oss", "mamba", "falcon_mamba",
+)  # fmt: skip
 LEAVES, TORCH = "molora.safetensors", "torch.safetensors"
 
 
@@ -60,13 +65,16 @@ def write(source: Source, folder) -> list[str]:
 def lacks(source: Source) -> str:
     """What of a run `molora_torch.py` has no mathematics for ("": nothing)."""
     backbone = source.backbone
-    if backbone.family not in FAMILIES and not any(map(source.on_experts, source.rules)):
+    if backbone.family not in FAMILIES:
         return f"a base of the family {backbone.family} (it knows {', '.join(FAMILIES)})"
     for rule in source.rules:
         where, router = placements.of(rule), rule.router
         if where.NAME not in molora_torch.PLACEMENTS:
-            extra = "; it is static: --format=peft" if source.on_experts(rule) else ""
-            return f"rule {rule.name}: the placement {where.NAME or type(where).__name__}{extra}"
+            return f"rule {rule.name}: the placement {where.NAME or type(where).__name__}"
+        if source.on_experts(rule) and any(isinstance(other.router, XLora) for other in source.rules):
+            return f"rule {rule.name}: base_experts beside x_lora, which reads the base without them"
+        if "dt_proj" in rule.projections:
+            return f"rule {rule.name}: dt_proj, whose weight transformers takes without its module"
         if router is not None and _name(ROUTERS, router) not in molora_torch.ROUTERS:
             return f"rule {rule.name}: the router {_name(ROUTERS, router) or type(router).__name__}"
         if _bends(source, rule):
@@ -119,20 +127,38 @@ def _spec(source) -> dict:
             one["router"] = options | {"name": _name(ROUTERS, rule.router)}
         one["with_bias"] = any(f.with_bias for *_, f in _factors(source, rule))
         rules.append(one)
-    names = {
-        str(layer): {site: source.module(layer, site) for site in source.backbone.stack_of(layer).sites}
-        for layer in range(source.backbone.layers)
-    }
-    return {"version": 1, "rules": rules, "modules": names, "base": sorted(_copies(source))}
+    layers = {str(layer): _layer(source, layer) for layer in range(source.backbone.layers)}
+    scaled, turns = getattr(source.backbone, "scaled_embedding", False), source.backbone.family in IN_TURNS
+    return {
+        "version": 2, "rules": rules, "layers": layers, "base": sorted(_copies(source)),
+        "embed_scale": source.backbone.width**0.5 if scaled else 1.0,
+        "experts": dict(transposed=turns, in_turns=turns),
+    }  # fmt: skip
+
+
+def _layer(source, layer: int) -> dict:
+    """Names in transformers of a layer's projections, the rows of those that are a part of a module, its sub-blocks."""
+    places = {site: source.place(layer, site) for site in source.backbone.stack_of(layer).sites}
+    attn = next(iter(places.values()))[0].rpartition(".")[0]
+    return {
+        "modules": {site: name for site, (name, _) in places.items()},
+        "rows": {site: [part.start, part.stop] for site, (_, part) in places.items() if part is not None},
+        "blocks": {"attn": attn, "ffn": f"{attn.rpartition('.')[0]}.mlp"},
+    }  # fmt: skip
 
 
 def _copies(source) -> dict:
     """Trained copies of the base's leaves, by their names in its checkpoint."""
-    copies = flatten_dict((source.opened.items.get("modules") or {}).get("base", {}), sep="/")
-    shapes, out = source.backbone.shapes(), {}
+    copies, out = flatten_dict((source.opened.items.get("modules") or {}).get("base", {}), sep="/"), {}
     for path, value in copies.items():
-        for name, index in shapes[path].files():
-            out[name] = value[index].T if shapes[path].turned else value[index]
+        leaf = source.shapes[path]
+        for name, index in leaf.files():
+            own = value[index].T if leaf.turned else value[index]
+            if leaf.part is not None:  # its neighbours are trained too
+                whole = out.get(source.named(name), np.empty(leaf.file_shape, np.float32))
+                leaf.taken(whole)[...] = own
+                own = whole
+            out[source.named(name)] = own
     return out
 
 

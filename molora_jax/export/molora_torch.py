@@ -4,10 +4,12 @@
     model = molora_torch.load(model, DIR)         # changes the model in place; DIR has torch.safetensors
     model.generate(...)                           # a router that reads the base's hidden state: use_cache=False
 
-It covers decoders whose layers are `self_attn` and `mlp` (Llama, Mistral, Qwen2, Qwen3, SmolLM3); adapters that are
-products B A, with row factors or without; the placements and routers of the two tables below. `load` refuses anything
-else by name. Every expert that a token of the batch chose is computed for all its tokens: right before fast. Routers
-compute in float32. For inference: no dropout, no noise, no balance losses.
+It covers decoders whose layers are `self_attn` and `mlp` (Llama, Mistral, Qwen2, Qwen3, SmolLM3, Phi-3, OLMo2,
+Gemma, Mixtral, OLMoE, Qwen-MoE, gpt-oss) or a `mixer` (Mamba, Falcon-Mamba); adapters that are products B A, with row
+factors or without; the placements and routers of the two tables below. `load` refuses anything else by name. Every
+expert that a token of the batch chose is computed for all its tokens: right before fast. What is added to the base's
+own experts is added to their weights. Routers compute in float32. For inference: no dropout, no noise, no balance
+losses.
 
 x [..., D_in]; of a site A [1|E, R, D_in], B [1|E, R, D_out] (scales inside), out [E, D_out], inp [E, D_in];
 gates [..., E].
@@ -18,7 +20,7 @@ import math
 import os
 import struct
 
-PLACEMENTS = ("projection", "ffn", "chain")
+PLACEMENTS = ("projection", "ffn", "chain", "base_experts")
 ROUTERS = (
     "softmax_topk", "top_p", "top1", "biased_topk", "sigmoid_topk", "learned_threshold", "entropy_hybrid", "sparsegen",
     "recurrent", "sparse_projection", "core_space", "x_lora",
@@ -275,34 +277,53 @@ def low(f, seen, base):
     return y + base * (f["out"][0] - 1).to(seen.dtype) if "out" in f else y
 
 
-def wrap_linear(linear, site, layer, rules, now):
-    """The rules that act on one projection, in place of its forward."""
-    import torch.nn.functional as F
+def wrap_linear(linear, sites, layer, now):
+    """The rules that act on one projection, in place of its forward.
+
+    `sites`: `[(site, its rows of the module or None for all, rules), ...]`.
+    """
+    import torch
 
     frozen = linear.forward
+    sites = sorted(sites, key=lambda one: one[1] or [0])
+    whole = len(sites) == 1 and sites[0][1] is None
 
     def forward(x):
         if now.off:
             return frozen(x)
-        found = []
-        for rule in rules:
-            scope = rule.share if rule.share in ("attn", "ffn", "model") else site
-            decision = None if rule.router is None else now.decide(rule, layer, scope, x)
-            found.append((rule, rule.at(layer, site), None if decision is None else decision.gates))
-        scaled = x
-        for _, f, gates in found:
-            if "inp" in f:
-                scaled = scaled + x * factor(f["inp"], gates).to(x.dtype)
-        base = F.linear(scaled, linear.weight)
-        bias, y = linear.bias, base
-        for rule, f, gates in found:
-            if "out" in f:
-                own = base if bias is None or not rule.spec["with_bias"] else base + bias
-                y = y + own * factor(f["out"], gates).to(x.dtype)
-            y = y + change(x, f, gates)
-        return y if bias is None else y + bias
+        if whole:
+            return projected(x, linear.weight, linear.bias, sites[0][0], layer, sites[0][2], now)
+        parts = []
+        for site, rows, rules in sites:
+            cut = slice(*rows)
+            bias = None if linear.bias is None else linear.bias[cut]
+            parts.append(projected(x, linear.weight[cut], bias, site, layer, rules, now))
+        return torch.cat(parts, dim=-1)
 
     linear.forward = forward
+
+
+def projected(x, weight, bias, site, layer, rules, now):
+    """One site with its rules."""
+    import torch.nn.functional as F
+
+    found = []
+    for rule in rules:
+        scope = rule.share if rule.share in ("attn", "ffn", "model") else site
+        decision = None if rule.router is None else now.decide(rule, layer, scope, x)
+        found.append((rule, rule.at(layer, site), None if decision is None else decision.gates))
+    scaled = x
+    for _, f, gates in found:
+        if "inp" in f:
+            scaled = scaled + x * factor(f["inp"], gates).to(x.dtype)
+    base = F.linear(scaled, weight)
+    y = base
+    for rule, f, gates in found:
+        if "out" in f:
+            own = base if bias is None or not rule.spec["with_bias"] else base + bias
+            y = y + own * factor(f["out"], gates).to(x.dtype)
+        y = y + change(x, f, gates)
+    return y if bias is None else y + bias
 
 
 def wrap_mlp(mlp, layer, whole, chains, now):
@@ -311,12 +332,14 @@ def wrap_mlp(mlp, layer, whole, chains, now):
     import torch.nn.functional as F
 
     frozen = mlp.forward
-    act = mlp.act_fn
 
     def block(x):
         if not whole:
             return frozen(x)
-        g, u = mlp.gate_proj(x), mlp.up_proj(x)
+        if hasattr(mlp, "gate_up_proj"):  # Phi-3
+            act, (g, u) = mlp.activation_fn, mlp.gate_up_proj(x).chunk(2, dim=-1)
+        else:
+            act, g, u = mlp.act_fn, mlp.gate_proj(x), mlp.up_proj(x)
         h0 = act(g) * u
         mix, rest = 0.0, 0.0
         for rule in whole:
@@ -382,6 +405,29 @@ def wrap_mlp(mlp, layer, whole, chains, now):
     mlp.forward = forward
 
 
+def add_to_experts(mlp, leaves, layout):
+    """Static products of a base's own experts, added to their stacked weights in place; their router's trained copy.
+
+    `layout`: whether a stack is `[E, D_in, D_out]`, and whether gate and up are in turns there or one after the other.
+    """
+    experts = mlp.experts
+    if not hasattr(experts, "gate_up_proj"):
+        raise NotImplementedError(f"{type(experts).__name__}: its experts are no stack, as transformers 5 has them")
+    for i, site in enumerate(("gate", "up", "down")):
+        A, B = leaves[site]["A"], leaves[site]["B"]
+        weight = (experts.down_proj if site == "down" else experts.gate_up_proj).data
+        weight = weight.transpose(1, 2) if layout["transposed"] else weight
+        if site != "down":
+            F = weight.shape[1] // 2
+            weight = weight[:, i::2] if layout["in_turns"] else weight[:, i * F : (i + 1) * F]
+        for e in range(len(weight)):
+            a, b = (m[e if len(m) > 1 else 0] for m in (A, B))
+            weight[e] += (b.T @ a).to(weight.dtype)
+    if "router" in leaves:
+        gate = mlp.gate if hasattr(mlp, "gate") else mlp.router
+        gate.weight.data.copy_(leaves["router"]["base"]["W"])
+
+
 # ---- loading ---------------------------------------------------------------------------------------------------------
 
 
@@ -417,24 +463,29 @@ def load(model, folder):
     for name, tensor in copies.items():
         parameters[name].data.copy_(tensor)
     rules, now = [Rule(one, leaves.get(one["name"], {})) for one in spec["rules"]], Pass()
-    for layer, names in ((int(layer), names) for layer, names in spec["modules"].items()):
+    for layer, at in ((int(layer), at) for layer, at in spec["layers"].items()):
         acting = [rule for rule in rules if rule.acts(layer)]
         kind = lambda name: [rule for rule in acting if rule.spec["kind"] == name]  # noqa: E731,B023
-        for site, module in names.items():
+        modules = {}
+        for site, module in at["modules"].items():
             own = [rule for rule in kind("projection") if site in rule.spec["sites"]]
-            if own:
-                wrap_linear(model.get_submodule(module), site, layer, own, now)
-        block = model.get_submodule(names["q"].rsplit(".", 2)[0])
+            modules.setdefault(module, []).append((site, at["rows"].get(site), own))
+        for module, sites in modules.items():
+            if any(own for *_, own in sites):
+                wrap_linear(model.get_submodule(module), sites, layer, now)
+        for rule in kind("base_experts"):
+            add_to_experts(model.get_submodule(at["blocks"]["ffn"]), rule.leaves[str(layer)], spec["experts"])
         if kind("ffn") or kind("chain"):
-            wrap_mlp(block.mlp, layer, kind("ffn"), kind("chain"), now)
-        for scope, part in (("attn", block.self_attn), ("ffn", block.mlp)):
+            wrap_mlp(model.get_submodule(at["blocks"]["ffn"]), layer, kind("ffn"), kind("chain"), now)
+        for scope in ("attn", "ffn"):
             sharing = [rule for rule in kind("projection") if rule.router is not None and rule.share == scope]
             if sharing:
+                part = model.get_submodule(at["blocks"][scope])
                 part.register_forward_pre_hook(_entering(sharing, layer, scope, now), with_kwargs=True)
     model.register_forward_pre_hook(_beginning(model, rules, now), with_kwargs=True)
     whole = [rule for rule in rules if rule.share == "model" and rule.router["name"] != "x_lora"]
     if whole:
-        model.get_input_embeddings().register_forward_hook(_embedded(whole, now))
+        model.get_input_embeddings().register_forward_hook(_embedded(whole, spec["embed_scale"], now))
     return model
 
 
@@ -449,9 +500,13 @@ def _entering(rules, layer, scope, now):
     return hook
 
 
-def _embedded(rules, now):
+def _embedded(rules, scale, now):
+    """The decision for all layers, from what enters the first. `scale`: of Gemma's embedding."""
+
     def hook(module, args, out):
         if not now.off:
+            if not hasattr(module, "embed_scale"):  # transformers 4 scales after the module
+                out = out * out.new_tensor(scale)
             for rule in rules:
                 now.decide(rule, 0, "model", out)
 

@@ -10,6 +10,9 @@
 together; `lora_B [D_out, R E]`, column r E + e. They mean the same whether the stack is `[E, D_out, D_in]` or, where
 the module says `is_transposed`, `[E, D_in, D_out]`: A is always at the input. The wrapper of gate_up_proj is the inner
 one (`experts.base_layer`), that of down_proj the outer (`experts`).
+
+A module that is several of our sites (Phi-3's qkv_proj, gate_up_proj) has their A one below another, B block-diagonal;
+the rows of a site without an adapter keep their magnitude and the factor 1. VeRA and X-LoRA there are refused.
 """
 
 import numpy as np
@@ -21,10 +24,12 @@ from molora_jax.adapters.rslora import RsLora
 from molora_jax.adapters.vera import Vera
 from molora_jax.config.fields import FFN
 from molora_jax.export import peft_files, peft_xlora
-from molora_jax.export.base import Source
+from molora_jax.export.base import Source, in_rows, stacked
 from molora_jax.export.peft_files import PREFIX, own_leaves, targets
 
-CONCATENATED = ("mixtral", "olmoe", "qwen2_moe", "qwen3_moe")  # gate_up_proj is gate's rows, then up's
+# Families whose experts are stacks in transformers: `[E, D_out, D_in]`, gate_up_proj gate's rows, then up's; or
+# `[E, D_in, D_out]`, gate's and up's columns in turns.
+CONCATENATED, IN_TURNS = ("mixtral", "olmoe", "qwen2_moe", "qwen3_moe"), ("gpt_oss",)
 
 
 def write(source: Source, folder) -> list[str]:
@@ -32,8 +37,22 @@ def write(source: Source, folder) -> list[str]:
     if peft_xlora.is_one(source):
         return peft_xlora.write(source, folder)
     source.check_static(experts=True)
-    peft_files.write_adapter(folder, source, *adapter(source))
+    config, arrays = adapter(source)
+    _check_called(source, config["peft_type"])
+    peft_files.write_adapter(folder, source, config, arrays)
     return []
+
+
+def _check_called(source, kind: str) -> None:
+    """Raises InputError for a projection of a state-space block that peft does not adapt, or would for nothing."""
+    for rule in source.rules:
+        for site in rule.projections:
+            got = f"whose rule {rule.name} is on {site}"
+            if site == "dt_proj":  # an adapter of it would be read without a word, and do nothing
+                fix = "--format=merged has it in the kernel."
+                raise source.refuse(got, "sites whose modules transformers calls: of dt_proj it takes the weight", fix)
+            if site == "out_proj" and kind in ("LORA", "ADALORA"):
+                raise source.refuse(got, f"no out_proj: peft refuses {kind} on it in state-space blocks")
 
 
 def adapter(source: Source) -> tuple[dict, dict]:
@@ -60,8 +79,9 @@ def _lora(source):
     if len(plain) == 1 and (RsLora, config["r"]) == next(iter(plain))[:2] and not config["rank_pattern"]:
         config |= {"use_rslora": True, "lora_alpha": source.rules[0].adapter.alpha}
     if source.expert_factors:
-        if source.backbone.family not in CONCATENATED:
-            raise source.refuse(f"with experts of a {source.backbone.family}", f"one of {', '.join(CONCATENATED)}")
+        if source.backbone.family not in (*CONCATENATED, *IN_TURNS):
+            known = ", ".join((*CONCATENATED, *IN_TURNS))
+            raise source.refuse(f"with experts of the family {source.backbone.family}", f"one of {known}")
         stacks = {}
         for layer, sites in source.expert_factors.items():
             found, stacks[layer] = expert_stack(source, sites)
@@ -88,10 +108,12 @@ def expert_stack(source, sites: dict) -> tuple[dict, int]:
     """`({name: flat array}, rank)` of a layer's experts; `sites`: `A [1|E, R, D_in]`, `s B [1|E, R, D_out]`."""
     E = source.backbone.experts
     (Ag, Bg), (Au, Bu), (Ad, Bd) = ([np.broadcast_to(x, (E, *x.shape[1:])) for x in sites[s]] for s in FFN)
-    R = Ag.shape[1]
+    R, F = Ag.shape[1], Bg.shape[2]
     both = np.concatenate([Ag, Au], axis=1)
-    wide = np.zeros((E, 2 * R, Bg.shape[2] + Bu.shape[2]), np.float32)
-    wide[:, :R, : Bg.shape[2]], wide[:, R:, Bg.shape[2] :] = Bg, Bu
+    wide = np.zeros((E, 2 * R, 2 * F), np.float32)
+    turns = source.backbone.family in IN_TURNS
+    gate, up = (slice(0, None, 2), slice(1, None, 2)) if turns else (slice(0, F), slice(F, None))
+    wide[:, :R, gate], wide[:, R:, up] = Bg, Bu
     pad = lambda x: np.concatenate([x, np.zeros((E, 2 * R - x.shape[1], x.shape[2]), np.float32)], axis=1)  # noqa: E731
     out = {}
     for name, A, B in (("base_layer.", both, wide), ("", pad(Ad), pad(Bd))):
@@ -103,23 +125,43 @@ def expert_stack(source, sites: dict) -> tuple[dict, int]:
 def _dora(source):
     pairs, scales, magnitudes = {}, {}, {}
     for rule, layer, site, own in own_leaves(source):
-        name = source.module(layer, site.name)
-        if name in pairs:
+        name, part = source.place(layer, site.name)
+        if any(site.name == other for other, *_ in pairs.get(name, ())) or scales.get(name) not in (
+            None,
+            rule.adapter.scale(),
+        ):
             raise source.refuse(f"with two adapters on {name}", "one: magnitudes do not add")
-        pairs[name], scales[name] = peft_files.pair(own), rule.adapter.scale()
-        magnitudes[f"{PREFIX}{name}.lora_magnitude_vector"] = own["m"][0]
-    config, arrays = peft_files.lora(source, pairs, scales, use_dora=True)
+        A, B = peft_files.pair(own)
+        pairs.setdefault(name, []).append((site.name, A, in_rows(B, part)))
+        scales[name] = rule.adapter.scale()
+        _put(magnitudes, f"{PREFIX}{name}.lora_magnitude_vector", own["m"][0], part, source.row_norms(layer, name))
+    config, arrays = peft_files.lora(
+        source, {name: stacked([pair for _, *pair in found]) for name, found in pairs.items()}, scales, use_dora=True
+    )
     return config, arrays | magnitudes
 
 
+def _put(arrays: dict, key: str, rows, part, rest) -> None:
+    """A site's rows of a vector; those of the module's other sites are `rest`."""
+    if part is None:
+        arrays[key] = rows
+        return
+    part.of(arrays.setdefault(key, np.array(rest, np.float32)))[...] = rows
+
+
 def _ia3(source):
-    arrays, fed = {}, {}
+    arrays, fed, sites = {}, {}, set()
     for _, layer, site, own in own_leaves(source):
-        name, down = source.module(layer, site.name), site.name == "down"
-        if name in fed:
+        (name, part), down = source.place(layer, site.name), site.name == "down"
+        if (name, site.name) in sites:
             raise source.refuse(f"with two adapters on {name}", "one: their factors would multiply there")
+        sites.add((name, site.name))
         fed[name] = down
-        arrays[f"{PREFIX}{name}.ia3_l"] = own["l"][0][None, :] if down else own["l"][0][:, None]
+        key = f"{PREFIX}{name}.ia3_l"
+        if down:
+            arrays[key] = own["l"][0][None, :]
+        else:
+            _put(arrays, key, own["l"][0][:, None], part, np.ones((0 if part is None else part.size, 1)))
     return {
         "peft_type": "IA3", "target_modules": targets(source, fed),
         "feedforward_modules": targets(source, [name for name, down in fed.items() if down]),
@@ -146,8 +188,8 @@ def _vera(source):
 def _adalora(source):
     arrays, names, adapter = {}, [], source.rules[0].adapter
     for _, layer, site, own in own_leaves(source):
-        name = source.module(layer, site.name)
-        if name in names:
+        name, part = source.place(layer, site.name)
+        if name in names or part is not None:
             return _lora(source)
         names.append(name)
         key = f"{PREFIX}{name}."

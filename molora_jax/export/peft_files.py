@@ -70,8 +70,10 @@ def lora(source, modules: dict, scales: dict, **more) -> tuple[dict, dict]:
 
 def targets(source, names) -> list[str]:
     """`target_modules`: the last part of a name where it means these modules and no other, else whole names."""
+    if source.tower != "model.":
+        return sorted(names)  # the vision tower has a q_proj too
     last = lambda name: name.rpartition(".")[2]  # noqa: E731
-    files = [name for leaf in source.backbone.shapes().values() for name, _ in leaf.files() if name.endswith(".weight")]
+    files = {name for leaf in source.shapes.values() for name, _ in leaf.files() if name.endswith(".weight")}
     every, short = (collections.Counter(map(last, some)) for some in ([n[: -len(".weight")] for n in files], names))
     return sorted({last(name) if short[last(name)] == every[last(name)] else name for name in names})
 

@@ -32,6 +32,9 @@ def write(source, folder) -> list[str]:
         raise source.refuse("whose experts are no projections, equally many in all layers", "those")
     if not adapter.LOADS:
         raise source.refuse(f"whose experts are {type(adapter).__name__}", "plain LoRA experts")
+    if not source.place(0, rule.projections[0])[0].startswith("model."):
+        got = f"on a base of the family {source.backbone.family}"
+        raise source.refuse(got, "a base whose modules are in `model`: peft's X-LoRA reads no other names")
     if router.mix == "softmax_topk" and router.top_k == 0:
         mix = {"enable_softmax": True, "enable_softmax_topk": False}
     else:

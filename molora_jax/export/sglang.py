@@ -12,7 +12,7 @@ Every scale is in B, all ranks are one.
 
 import numpy as np
 
-from molora_jax.export import peft_files
+from molora_jax.export import peft_files, vllm
 from molora_jax.export.base import Source
 from molora_jax.export.peft_files import PREFIX
 
@@ -20,7 +20,7 @@ NAMES = {"gate": "w1", "up": "w3", "down": "w2"}
 
 
 def write(source: Source, folder) -> list[str]:
-    source.check_static(experts=True)
+    vllm.check(source)
     ranks = [len(A) for A, _ in source.products.values()]
     ranks += [A.shape[1] for sites in source.expert_factors.values() for A, _ in sites.values()]
     rank = max(ranks)

@@ -4,18 +4,19 @@
     base_model.model.model.layers.0.mlp.experts.3.gate_proj.lora_A.weight ...        (Mixtral: w1, w2, w3)
 
 Every scale is in B and all ranks are one (the largest, by rows of zeros): its reader takes `lora_alpha / r` for all
-modules and no pattern. It has no DoRA and no router.
+modules and no pattern. It has no DoRA and no router, and no adapters on state-space blocks (its class of Mamba lacks
+`SupportsLoRA`). A module that is several sites (Phi-3's qkv_proj) is one there too.
 """
 
 import numpy as np
 
-from molora_jax.config.fields import FFN
+from molora_jax.config.fields import FFN, SSM
 from molora_jax.export import peft_files
 from molora_jax.export.base import Source
 
 
 def write(source: Source, folder) -> list[str]:
-    source.check_static(experts=True)
+    check(source)
     pairs = dict(source.products)
     for layer, sites in source.expert_factors.items():
         for site in FFN:
@@ -25,6 +26,16 @@ def write(source: Source, folder) -> list[str]:
     pairs = padded(pairs)
     peft_files.write_adapter(folder, source, *peft_files.lora(source, pairs, dict.fromkeys(pairs, 1.0)))
     return []
+
+
+def check(source: Source) -> None:
+    """Raises InputError for a run that a server's LoRA cannot be."""
+    source.check_static(experts=True)
+    if set(SSM) & set(source.backbone.sites):
+        raise source.refuse(
+            f"on a base of the family {source.backbone.family}", "a base with attention: the server adapts no other",
+            "--format=merged is a model that it serves.",
+        )  # fmt: skip
 
 
 def padded(pairs: dict) -> dict:

@@ -244,17 +244,13 @@ _BESIDE = (  # files of a model's folder that say what its tokenizer and its ans
 )  # fmt: skip
 
 
-def write_base(folder: pathlib.Path, base, dtype=np.float32) -> None:
-    """A loaded base (`io.base.Base`, perhaps with other params) as a folder that this module and `transformers` read.
-
-    Weights are of `dtype`, of a quantised base those that its codes say; config and tokenizer are the files that the
-    base was read with, else written from it.
-    """
-    shapes, params = base.config.shapes(), flatten_dict(base.params, sep="/")
-    held: dict = {}  # name -> its leaves and their values
-    for path, leaf in shapes.items():
+def sources_of(config: Backbone, params: dict) -> dict:
+    """`{name: (shape, read)}` of a base's tensors in a Hugging Face folder, as `write_folder` takes them; of kernels
+    that are quantised the values that their codes say."""
+    values, held = flatten_dict(params, sep="/"), {}  # held: name -> its leaves and their values
+    for path, leaf in config.shapes().items():
         for name, index in leaf.files():
-            held.setdefault(name, []).append((leaf, params[path], index))
+            held.setdefault(name, []).append((leaf, values[path], index))
 
     def whole(leaves):
         def of(leaf, values, index):
@@ -269,7 +265,16 @@ def write_base(folder: pathlib.Path, base, dtype=np.float32) -> None:
             own[0].taken(out)[...] = of(*own)
         return out
 
-    sources = {n: (leaves[0][0].file_shape, lambda leaves=leaves: whole(leaves)) for n, leaves in held.items()}
+    return {n: (leaves[0][0].file_shape, lambda leaves=leaves: whole(leaves)) for n, leaves in held.items()}
+
+
+def write_base(folder: pathlib.Path, base, dtype=np.float32) -> None:
+    """A loaded base (`io.base.Base`, perhaps with other params) as a folder that this module and `transformers` read.
+
+    Weights are of `dtype`, of a quantised base those that its codes say; config and tokenizer are the files that the
+    base was read with, else written from it.
+    """
+    sources = sources_of(base.config, base.params)
     if base.folder is None:
         write_folder(folder, hf_config.to_hf(base.config), sources, base.tokenizer, dtype)
         return

@@ -6,7 +6,8 @@
 
 The tensors say which modules are adapted, of what rank; the config says only their scales. A pattern is matched as peft
 does, as a regular expression at the end of a module's name; one with groups is refused, for strangers' files may hold
-one that never ends. A pickled `adapter_model.bin` is never read.
+one that never ends. A module that is several of our sites (Phi-3's qkv_proj) is split into them. A pickled
+`adapter_model.bin` is never read.
 """
 
 import json
@@ -16,6 +17,7 @@ import re
 import numpy as np
 
 from molora_jax import stores
+from molora_jax.backbones.gemma import in_text_tower
 from molora_jax.config.fields import shown
 from molora_jax.io import tensors
 from molora_jax.io.files import plain
@@ -53,11 +55,18 @@ def read(path: str, backbone, *, refuse) -> dict:
     config = _config(folder, refuse)
     places, found = _places(backbone), {}
     for module, parts in _modules(folder, refuse).items():
-        if module not in places:
+        here = places.get(module) or places.get(in_text_tower(module) or "")
+        if here is None:
             known = ", ".join(sorted({name.rpartition(".")[2] for name in places}))
             raise refuse(f"which adapts {shown(module)}", f"modules that are sites of this base: {known}")
-        layer, site = places[module]
-        found[layer, site] = [_product(config, module, parts, backbone.dims(site), refuse)]
+        (_, first, part), *_ = here
+        d_in, d_out = backbone.dims(first)
+        A, B = _product(config, module, parts, (d_in, d_out if part is None else part.size), refuse)
+        for layer, site, part in here:
+            own = B if part is None else part.of(B.T).T
+            used = np.ones(len(A), bool) if part is None or not B.any() else own.any(axis=1)
+            if used.any():  # else a site of a fused module that the adapter leaves alone
+                found[layer, site] = [(A[used], own[used])]
     return found
 
 
@@ -99,13 +108,14 @@ def _modules(folder, refuse) -> dict:
 
 
 def _places(backbone) -> dict:
-    """Module of the base's checkpoint -> `(layer, site)`."""
+    """Module of the base's checkpoint -> `[(layer, site, its part of the module or None), ...]`."""
     out, shapes = {}, backbone.shapes()
     for stack in backbone.stacks:
         for site in stack.sites:
-            for layer, (name, _) in enumerate(shapes[f"{stack.name}/{site}/kernel"].files(), stack.start):
-                out[backbone.PREFIX + name.removesuffix(".weight")] = layer, site
-                out[name.removesuffix(".weight")] = layer, site
+            leaf = shapes[f"{stack.name}/{site}/kernel"]
+            for layer, (name, _) in enumerate(leaf.files(), stack.start):
+                for module in {prefix + name.removesuffix(".weight") for prefix in ("", backbone.PREFIX)}:
+                    out.setdefault(module, []).append((layer, site, leaf.part))
     return out
 
 

@@ -121,6 +121,6 @@ ROUTED = {  # what `molora_torch.py` computes: every router and placement that i
 }  # fmt: skip
 REFUSED = {  # what it has no mathematics for -> what it says
     "sequence": (_routed("q,v", dict(name="sequence_gate")), "sequence_gate"),
-    "experts": (EXPERT["experts"], "base_experts"),
+    "experts": ((EXPERT["experts"][0] | {"x": MIXED["x_lora_model"][0]["all"]}, "random:tiny-moe"), "beside x_lora"),
     "forward": (_routed("q", _top2(), "allora", form="forward"), "forward"),
 }

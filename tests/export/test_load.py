@@ -14,10 +14,13 @@ from molora_jax import config as config_lib
 from molora_jax.backbones.compile import compile_model
 from molora_jax.errors import InputError
 from molora_jax.evaluation.run import load_run
+from molora_jax.export.perform import perform
 from molora_jax.io import huggingface, tensors
 from molora_jax.io.base import load_base
 from molora_jax.runs.expert_runs import load_experts
+from tests.backbones import every_family
 from tests.export import runs
+from tests.tiny import write_family
 
 ADAPTERS = pathlib.Path(__file__).parents[1] / "fixtures" / "adapters"
 NAMES = ("patterns", "rslora", "layer", "adalora")
@@ -111,6 +114,40 @@ def test_round_trips_are_equal_to_1e_6(exported, tmp_path):
         want = runs.logits(opened)
         for e in range(3):
             np.testing.assert_allclose(logits(model, base.params, adapters, runs.IDS, only=e), want, atol=1e-6)
+
+
+def test_an_adapter_of_a_fused_module_is_split_into_its_sites(tmp_path):
+    """Phi-3's qkv_proj and gate_up_proj: as one LoRA of a stranger, and as we write it, block-diagonal."""
+    base = write_family(every_family.DECODERS["phi3"], tmp_path / "base")
+    run = runs.made(tmp_path / "run", (runs.rules("q,v,gate,up,down"), f"dir:{base}"))
+    out = perform(run, "peft", tmp_path / "out")
+    model = model_of(rule_of((f"peft:{out}",)), (loaded := load_base(f"dir:{base}")).config)
+    adapters = filled(model, loaded.params, loaded.digest)
+    got = logits(model, loaded.params, adapters, runs.IDS)
+    np.testing.assert_allclose(got, runs.logits(run), atol=1e-6)
+    name, (q, k, v) = "base_model.model.model.layers.0.self_attn.qkv_proj", (slice(0, 48), slice(48, 72), slice(72, 96))
+    rng = np.random.default_rng(0)
+    A, B = (np.float32(rng.standard_normal(shape)) for shape in ((3, 48), (96, 3)))
+    found = {f"{name}.lora_A.weight": A, f"{name}.lora_B.weight": B}
+    tensors.write_named(out / "adapter_model.safetensors", found)
+    told = json.loads((out / "adapter_config.json").read_text())
+    told |= dict(r=3, lora_alpha=6, rank_pattern={}, alpha_pattern={})
+    (out / "adapter_config.json").write_text(json.dumps(told))
+    own = filled(model, loaded.params, loaded.digest)["mix"]["000-001"]
+    for site, rows in (("q", q), ("k", k), ("v", v)):
+        change = 3.0 / 4 * own[site]["B"][0, 0].T @ own[site]["A"][0, 0]
+        np.testing.assert_allclose(change, 2.0 * B[rows] @ A, atol=1e-5)
+
+
+def test_an_adapter_of_a_model_with_a_vision_tower_is_one_of_its_text(tmp_path):
+    base = write_family(every_family.DECODERS["gemma3_text"], tmp_path / "base")
+    told = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps({"model_type": "gemma3", "text_config": told}))
+    run = runs.made(tmp_path / "run", (runs.rules("q,up"), f"dir:{base}"))
+    out = perform(run, "peft", tmp_path / "out")
+    model = model_of(rule_of((f"peft:{out}",)), (loaded := load_base(f"dir:{base}")).config)
+    got = logits(model, loaded.params, filled(model, loaded.params, loaded.digest), runs.IDS)
+    np.testing.assert_allclose(got, runs.logits(run), atol=1e-6)
 
 
 def test_an_ffn_of_experts_takes_adapters_of_the_ffn(exported):

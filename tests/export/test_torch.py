@@ -10,13 +10,9 @@ import sys
 import numpy as np
 import pytest
 
-from molora_jax.export import molora
-from molora_jax.export.perform import perform
 from molora_jax.io import gguf, huggingface
 from molora_jax.io.base import load_base
-from tests.backbones import family_cases
 from tests.export import runs
-from tests.tiny import write_family
 
 ROOT = pathlib.Path(__file__).parents[2]
 PYTHON = os.environ.get("MOLORA_TORCH_PYTHON", sys.executable)
@@ -43,6 +39,14 @@ def bases(tmp_path, cases) -> dict:
     return out
 
 
+def given(folder, jobs):
+    """What the foreign programs give: an open `.npz` of logits by the jobs' names. `folder`: for files between."""
+    (folder / "jobs.json").write_text(json.dumps(jobs))
+    script = ROOT / "tests" / "export" / "with_torch.py"
+    subprocess.run([PYTHON, "-W", "ignore", script, folder / "jobs.json", folder / "out.npz"], check=True)
+    return np.load(folder / "out.npz")
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_foreign_program_gives_our_logits(exported, tmp_path, kind):
@@ -56,38 +60,10 @@ def test_the_foreign_program_gives_our_logits(exported, tmp_path, kind):
         want[name] = runs.logits(run)
         steps = 3 if kind == "molora" and not name.startswith("x_lora") else 0
         jobs.append(dict(name=name, kind=kind, base=str(folders[case[1]]), out=str(out), ids=runs.IDS, steps=steps))
-    (tmp_path / "jobs.json").write_text(json.dumps(jobs))
-    script = ROOT / "tests" / "export" / "with_torch.py"
-    subprocess.run([PYTHON, "-W", "ignore", script, tmp_path / "jobs.json", tmp_path / "out.npz"], check=True)
-    with np.load(tmp_path / "out.npz") as got:
+    with given(tmp_path, jobs) as got:
         assert {name.partition("/")[0] for name in got} == set(cases)
         for name, logits in got.items():
             np.testing.assert_allclose(logits, want[name.partition("/")[0]], atol=1e-5, err_msg=name)
-
-
-FAMILIES = {name: family_cases.KINDS.get(name) or family_cases.MAIN[f"{name}, untied"] for name in molora.FAMILIES}
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("kind", ["peft", "molora"])
-def test_every_family_that_the_docs_name(tmp_path, kind):
-    """A mixture over the whole FFN beside one on attention, by molora_torch.py; static rules, by peft."""
-    if not has(NEEDS[kind]):
-        pytest.skip(f"{PYTHON} has no torch and {NEEDS[kind]}: set MOLORA_TORCH_PYTHON to one that has")
-    which = {"peft": runs.STATIC["two"], "molora": runs.ROUTED["mixlora"]}[kind][0]
-    jobs, want = [], {}
-    for name, told in FAMILIES.items():
-        base = write_family(told, tmp_path / name / "base")
-        run = runs.made(tmp_path / name / "run", (which, f"dir:{base}"))
-        perform(run, kind, tmp_path / name / "out")
-        want[name] = runs.logits(run)
-        jobs.append(dict(name=name, kind=kind, base=str(base), out=str(tmp_path / name / "out"), ids=runs.IDS))
-    (tmp_path / "jobs.json").write_text(json.dumps(jobs))
-    script = ROOT / "tests" / "export" / "with_torch.py"
-    subprocess.run([PYTHON, "-W", "ignore", script, tmp_path / "jobs.json", tmp_path / "out.npz"], check=True)
-    with np.load(tmp_path / "out.npz") as got:
-        for name in FAMILIES:
-            np.testing.assert_allclose(got[name], want[name], atol=1e-5, err_msg=name)
 
 
 @pytest.mark.slow

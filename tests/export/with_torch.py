@@ -59,10 +59,11 @@ def main(jobs, out):
             if job.get("steps"):  # a cached pass: the last tokens one by one
                 ids, n = job["ids"], len(job["ids"]) - job["steps"]
                 seen = model(torch.tensor([ids[:n]]), use_cache=True)
-                parts, cache = [seen.logits[0]], seen.past_key_values
+                name = "cache" if hasattr(seen, "cache") else "past_key_values"  # its name before transformers 5.24
+                parts = [seen.logits[0]]
                 for token in ids[n:]:
-                    seen = model(torch.tensor([[token]]), past_key_values=cache, use_cache=True)
-                    parts, cache = [*parts, seen.logits[0]], seen.past_key_values
+                    seen = model(torch.tensor([[token]]), use_cache=True, **{name: getattr(seen, name)})
+                    parts.append(seen.logits[0])
                 found[f"{job['name']}/cached"] = torch.cat(parts).float().numpy()
     np.savez(out, **found)
 

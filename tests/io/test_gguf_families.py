@@ -23,13 +23,15 @@ def cache(tmp_path, monkeypatch):
     monkeypatch.setenv("MOLORA_CACHE", str(tmp_path / "cache"))
 
 
-def written(path, arch, **changes):
-    """The GGUF file, and the Hugging Face folder of the same weights."""
+def written(path, arch, added=(), **changes):
+    """The GGUF file, and the Hugging Face folder of the same weights; `added`: name -> what its tensor has more."""
     config = gguf_cases.CASES[arch]
     folder = family_cases.write(path / "folder", "folder", config)
     leaves = from_hf(config, where="config.json").shapes().values()
     values = family_cases.tensors(config, {name: leaf.file_shape for leaf in leaves for name, _ in leaf.files()})
     tensors = gguf_cases.tensors(arch, values, config, NAMES)
+    for name, change in dict(added).items():
+        tensors[name] = tensors[name] + change
     vocabulary = tiny_files.byte_vocabulary()
     metadata = gguf_cases.metadata(arch, config) | {
         "tokenizer.ggml.model": "gpt2", "tokenizer.ggml.pre": "smollm", "tokenizer.ggml.tokens": vocabulary,

@@ -10,11 +10,11 @@ from molora_jax import config as config_lib
 from molora_jax.core import trees
 from molora_jax.runs.opened import open_run
 from molora_jax.training import loop, summary
-from tests.backbones import family_cases
+from tests.backbones import every_family, family_cases
 from tests.tiny import write_family
 
 TOP2 = dict(name="softmax_topk", k=2, share="site")
-LLAMA = "q,k,v,o,gate,up,down"
+LLAMA, SSM = "q,k,v,o,gate,up,down", "in_proj,x_proj,dt_proj,out_proj"
 
 
 def rule(sites, router=TOP2, experts="4", name="lora", **more):
@@ -33,17 +33,7 @@ CASES = {
     "pissa": ("random:tiny-qwen3", rule("q,v", None, options=dict(init="pissa"))),
     "vera": ("random:tiny-untied", rule("q,down", None, "1", "vera", options=dict(alpha=0.0))),
 }  # fmt: skip
-MOE = dict(num_hidden_layers=2, num_experts_per_tok=2, intermediate_size=24, moe_intermediate_size=24)
-FAMILIES = {
-    **{name: family_cases.MAIN[f"{name}, untied"] for name in family_cases.FAMILIES},
-    "smollm3": family_cases.KINDS["smollm3"],
-    "sliding": family_cases.KINDS["sliding window (mistral)"],
-    "olmoe": family_cases.config("olmoe", num_experts=4, norm_topk_prob=False, **MOE),
-    "mixtral": family_cases.config("mixtral", num_local_experts=4, sliding_window=None, **MOE),
-    "qwen3_moe": family_cases.config("qwen3_moe", num_experts=4, norm_topk_prob=True, head_dim=16, **MOE),
-    "qwen2_moe": family_cases.config("qwen2_moe", num_experts=4, norm_topk_prob=False, qkv_bias=True,
-                                     shared_expert_intermediate_size=16, **MOE),
-}  # fmt: skip
+FAMILIES = every_family.DECODERS | {"sliding": family_cases.KINDS["sliding window (mistral)"]}
 
 
 def trained(tmp_path, monkeypatch, source, rules, **groups):
@@ -97,9 +87,11 @@ def test_every_trainable_leaf_moves_within_three_steps_and_is_saved(tmp_path, mo
 @pytest.mark.slow
 @pytest.mark.parametrize("name", FAMILIES)
 def test_in_every_family(tmp_path, monkeypatch, name):
-    told, folder = FAMILIES[name], write_family(FAMILIES[name], tmp_path / "base")
-    routes = "num_experts_per_tok" in told
-    rules = rule("ffn", **EXPERTS) | {"attn": rule("q,k,v,o", None)["all"]} if routes else rule(LLAMA)
+    """Of a base that routes its experts and its router too."""
+    folder = write_family(FAMILIES[name], tmp_path / "base")
+    rules = rule(SSM if name in every_family.MAMBA else LLAMA)
+    if name in every_family.MOE:
+        rules = rule("ffn", **EXPERTS) | {"attn": rule("q,k,v,o", None)["all"]}
     check(*trained(tmp_path, monkeypatch, f"dir:{folder}", rules, data=dict(seq_len=64)))
 
 
