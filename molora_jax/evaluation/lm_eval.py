@@ -1,9 +1,10 @@
 """A run as a model of EleutherAI's lm-eval: its tasks, its prompts and metrics, our likelihoods and answers.
 
-    >>> import lm_eval                                                              # pip install "molora_jax[eval]"
+    >>> from lm_eval import simple_evaluate                 # pip install "molora_jax[eval]"
+    >>> from lm_eval.tasks import TaskManager
     >>> from molora_jax.evaluation.lm_eval import RunLM
-    >>> tasks = lm_eval.tasks.TaskManager(include_path="my_tasks")                  # a folder with a YAML task
-    >>> lm_eval.simple_evaluate(RunLM("runs/mix"), tasks=["quiz"], task_manager=tasks)["results"]
+    >>> tasks = TaskManager(include_path="my_tasks")        # a folder with a YAML task
+    >>> simple_evaluate(RunLM("runs/mix"), tasks=["quiz"], task_manager=tasks)["results"]
 
 Texts are encoded as lm-eval's own `hf` model does: nothing is added to them, a text without a context starts with BOS
 (or the end token), what does not fit the context is cut from the left. The chat template is used where it is asked

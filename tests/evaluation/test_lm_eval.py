@@ -106,7 +106,8 @@ metric_list:
 @pytest.mark.slow
 def test_a_local_task_of_lm_eval(run, tmp_path):
     """Needs the extra `eval`; the numbers are those of the run's own logits."""
-    import lm_eval
+    from lm_eval import simple_evaluate
+    from lm_eval.tasks import TaskManager
 
     from molora_jax.evaluation.lm_eval import RunLM
 
@@ -114,10 +115,8 @@ def test_a_local_task_of_lm_eval(run, tmp_path):
     file = tmp_path / "rows.json"
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
     (tmp_path / "quiz.yaml").write_text(YAML.format(file=file))
-    tasks = lm_eval.tasks.TaskManager(include_path=str(tmp_path), include_defaults=False)
-    found = lm_eval.simple_evaluate(RunLM(run), tasks=["quiz"], task_manager=tasks, bootstrap_iters=0)["results"][
-        "quiz"
-    ]
+    tasks = TaskManager(include_path=str(tmp_path), include_defaults=False)
+    found = simple_evaluate(RunLM(run), tasks=["quiz"], task_manager=tasks, bootstrap_iters=0)["results"]["quiz"]
     right = by_length = 0
     for row in rows:
         texts = [f"{row['prompt']}\n {choice}" for choice in row["choices"]]
