@@ -26,5 +26,5 @@ fi
 paths=tests
 for argument in "$@"; do [ ! -e "${argument%%::*}" ] || paths=; done
 # Compiling keeps one processor busy, so two workers use two; a file's tests stay together and share what it set up.
-echo "test: pytest -q -n 2 --dist loadfile $paths $*"
-exec python -m pytest -q -n 2 --dist loadfile $paths "$@"
+echo "test: pytest -q -n 2 --dist loadfile --no-loadscope-reorder $paths $*"
+exec python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder $paths "$@"

@@ -46,13 +46,18 @@ def pytest_configure(config):
 
 
 # Longest first (`--durations=0`, summed by file): two workers take file after file, and one that takes a long file last
-# works alone in the end. What is not listed is short; it comes after, in the usual order.
+# works alone in the end. What is not listed is short; it comes after, in the usual order. xdist would put the files of
+# many tests first, whatever they take: `launch/test.sh` says `--no-loadscope-reorder`.
 LONGEST = (
-    "training/test_loop", "battery/test_methods", "battery/test_product", "kernels/test_ops", "test_faults",
-    "engines/test_hlo", "core/test_step", "core/test_devices", "evaluation/test_report", "core/test_routing",
-    "core/test_contracts", "backbones/test_families", "acceptance/test_x_lora", "training/test_disk",
-    "decode/test_generate", "battery/test_forms", "engines/test_equal", "acceptance/test_rmoe", "test_notebook",
-    "acceptance/test_starts", "acceptance/test_llava_mole", "surgery/test_runs",
+    "training/test_loop", "battery/test_methods", "training/test_probe", "test_faults", "training/test_moves",
+    "battery/test_product", "modules/test_docs", "acceptance/test_rmoe", "training/test_disk", "engines/test_hlo",
+    "core/test_routing", "acceptance/test_moe_surveys", "training/test_stages", "evaluation/test_load_run",
+    "core/test_contracts", "battery/test_members", "modules/test_engines", "acceptance/test_moa_hetero",
+    "decode/test_generate", "acceptance/test_llava_mole", "stores/test_stores", "acceptance/test_lora_mixer",
+    "kernels/test_ops", "cases/test_zero_rows", "acceptance/test_dmoerm", "training/test_knobs", "kernels/test_moe_ffn",
+    "acceptance/test_adalora", "acceptance/test_flexolmo", "acceptance/test_deepseek_moe", "training/test_exact",
+    "core/test_step", "core/test_devices", "evaluation/test_report", "backbones/test_families", "engines/test_equal",
+    "acceptance/test_x_lora", "battery/test_forms", "training/test_group", "acceptance/test_mos", "acceptance/test_starts",
 )  # fmt: skip
 
 

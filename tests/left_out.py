@@ -199,5 +199,12 @@ LEFT_OUT = (
     "backbones/test_families.py::test_a_family[[]qwen2, tied-*",  # llama and qwen3, tied
     "backbones/test_families.py::test_a_family[[]mistral, tied-*",
     "backbones/test_families.py::test_a_kind[[]rope llama3]",  # as a GGUF file
+    "kernels/test_moe_ffn.py::test_values_and_gradients[[]('B_g', 'B_u')-gelu]",  # B_g, B_u and A_d; gelu in test_ops
+    "training/test_moves.py::*[[]ffn]",  # the chain's experts are FFNs
+    "acceptance/test_rmoe.py::test_acceptance_2_the_second_layers_loss_*[[]detach]",  # full is the paper's
+    "acceptance/test_moa_hetero.py::test_acceptance_10_a_cache_changes_nothing*",  # decode/test_generate, stelocoder
+    "acceptance/test_kshot_experts.py::test_acceptance_6_*",  # its pipeline trains gates
+    "battery/test_product.py::test_combination[[]rslora-top_p-projection-pissa]",  # dora-top_p-ffn, lora-pissa
+    "engines/test_quantised.py::test_a_projection_on_eight_devices[[]*-down-512]",  # whole blocks: the shard of 192 cuts
     "acceptance/test_x_lora.py::test_acceptance_8_*[[]options2]",  # a router for each site, and one for the model
 )  # fmt: skip
