@@ -57,7 +57,7 @@ LONGEST = (
     "kernels/test_ops", "cases/test_zero_rows", "acceptance/test_dmoerm", "training/test_knobs", "kernels/test_moe_ffn",
     "acceptance/test_adalora", "acceptance/test_flexolmo", "acceptance/test_deepseek_moe", "training/test_exact",
     "core/test_step", "core/test_devices", "evaluation/test_report", "backbones/test_families", "engines/test_equal",
-    "acceptance/test_x_lora", "battery/test_forms", "training/test_group", "acceptance/test_mos", "acceptance/test_starts",
+    "acceptance/test_x_lora", "battery/test_forms", "training/test_group", "acceptance/test_mos",
 )  # fmt: skip
 
 
