@@ -149,6 +149,7 @@ def draw(tree, rows, found, path):
         right.set_yticks([])
         for ax in (left, right):
             ax.set_ylim(len(seen) - 0.4, -0.6)
+            ax.locator_params(axis="x", nbins=5)
             ax.spines[["top", "right"]].set_visible(False)
         for verdict in ("better", "worse", "equal", "open") if i == 0 else ():
             left.plot([], [], "o", color=COLOURS[verdict], label=WORDS[verdict])
