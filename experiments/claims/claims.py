@@ -3,7 +3,7 @@
     nll           mean over all tasks                domains, facts, ...   over the tasks of a family
     forgotten     nats a token that the pretraining text is worse by than for the base
     experts       experts a token uses on easy tasks minus those on hard ones; of one method, against zero
-    consistency   SRP of 16 tokens on the pretraining text above that of the same loads without memory, less than zero
+    consistency   SRP of the same loads without memory, minus SRP: of 16 tokens, on the pretraining text
 
 A claim holds where every step of its order does (`judged`); one step that goes the other way, and it does not.
 """

@@ -95,22 +95,20 @@ class Board:
 
     def shown(self) -> dict:
         """The plan without variants, and all that earlier starts have run: files name every row that is known."""
-        recorded = [*self.results.tree["runs"], *self.results.tree["grid"]]
-        seeds = {}
-        for run in recorded:
+        seeds, out = {}, {}
+        for run in (*self.results.tree["runs"], *self.results.tree["grid"]):  # a grid has no seed of the results
             seeds[run["method"]] = max(seeds.get(run["method"], 0), run.get("seed", 0) + 1)
-        out = {}
         for table in self.plan if self.protocol is None else tables.TABLES:
             planned = {entry.method: entry for entry in self.plan.get(table, ())}
             out[table] = []
             for method in tables.check_methods("all", (tables.FULL,)):
-                if method in seeds and method not in self.left:
-                    count = max(seeds[method], len(planned[method].configs) if method in planned else 0)
+                entry, count = planned.get(method), seeds.get(method, 0)
+                if method not in self.left and count > (len(entry.configs) if entry else 0):
                     if (table, method, count) not in self._others:
                         self._others[table, method, count] = self.entry(table, method, count)
-                    out[table].append(self._others[table, method, count])
-                elif method in planned:
-                    out[table].append(planned[method])
+                    entry = self._others[table, method, count]
+                if entry is not None:
+                    out[table].append(entry)
         return {table: entries for table, entries in out.items() if table in self.plan or self._has_runs(entries)}
 
     def _has_runs(self, entries) -> bool:

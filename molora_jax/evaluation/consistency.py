@@ -70,9 +70,8 @@ def srp(traces, experts: int, segment: int = 16) -> SRP:
     counts, uses, tokens = _histogram(traces, experts, segment)
     counts = counts.sum(0)
     value, threshold = _best(counts, segment)
-    predicted, all_uses = counts[threshold:].sum(), (counts * np.arange(segment + 1)).sum()
-    grid = np.arange(segment + 1)
-    load = uses / tokens
+    grid, load = np.arange(segment + 1), uses / tokens
+    predicted, all_uses = counts[threshold:].sum(), (counts * grid).sum()
     return SRP(
         value=value,
         threshold=threshold,
@@ -115,7 +114,7 @@ def _histogram(traces, experts, segment):
     if segment < 1:
         raise InputError("segment", got=segment, expected="at least 1 token")
     counts, uses, tokens = np.zeros((experts, segment + 1), np.int64), np.zeros(experts), 0
-    for ids in map(lambda ids: _checked(ids, experts), traces):
+    for ids in _checked(traces, experts):
         f = segment_uses(ids, experts, segment)
         np.add.at(counts, (np.broadcast_to(np.arange(experts), f.shape), f), 1)
         uses, tokens = uses + np.bincount(ids[ids >= 0], minlength=experts), tokens + len(ids)
@@ -160,7 +159,7 @@ def sch_of_segments(traces, experts: int, capacities, segment: int = 16) -> np.n
     """`[capacities]`: the paper's first definition: each segment has the C experts that it uses most."""
     capacities = _capacities(capacities, experts)
     hits, all_uses = np.zeros(len(capacities)), 0
-    for ids in map(lambda ids: _checked(ids, experts), traces):
+    for ids in _checked(traces, experts):
         f = -np.sort(-segment_uses(ids, experts, segment), axis=1)
         hits, all_uses = hits + np.cumsum(f.sum(0))[capacities - 1], all_uses + f.sum()
     return _rate(hits, all_uses)
@@ -176,8 +175,8 @@ def hit_rates(traces, experts: int, capacities, policy: str) -> np.ndarray:
     if policy not in POLICIES:
         raise InputError("policy", got=repr(policy), expected=f"one of {', '.join(POLICIES)}")
     if policy == "fixed":
-        capacities, traces = _capacities(capacities, experts), [_checked(ids, experts) for ids in traces]
-        uses = [-np.sort(-np.bincount(ids[ids >= 0], minlength=experts)) for ids in traces]
+        capacities = _capacities(capacities, experts)
+        uses = [-np.sort(-np.bincount(ids[ids >= 0], minlength=experts)) for ids in _checked(traces, experts)]
         return _rate(sum(np.cumsum(u)[capacities - 1] for u in uses), sum(u.sum() for u in uses))
     order = dict(lru=_Recent, lfu=_Frequent, belady=_Belady)[policy]
     return _simulated(traces, experts, capacities, lambda ids: order(ids, experts))
@@ -246,7 +245,7 @@ class _Belady(_Recent):
 def _simulated(traces, experts, capacities, policy_of) -> np.ndarray:
     capacities = _capacities(capacities, experts)
     hits, all_uses, rows = np.zeros(len(capacities)), 0, np.arange(len(capacities))
-    for ids in map(lambda ids: _checked(ids, experts), traces):
+    for ids in _checked(traces, experts):
         policy, cached, seen = policy_of(ids), np.zeros((len(capacities), experts), bool), np.zeros(experts, bool)
         for token in ids:
             token = token[token >= 0]
@@ -277,11 +276,13 @@ def _capacities(capacities, experts) -> np.ndarray:
     return out
 
 
-def _checked(ids, experts) -> np.ndarray:
-    ids = np.asarray(ids)
-    if ids.ndim != 2 or not np.issubdtype(ids.dtype, np.integer):
-        got = f"shape {ids.shape}, {ids.dtype}"
-        raise InputError("traces", got=got, expected="ids [tokens, K] of each sequence, integers")
-    if ids.size and (ids.min() < -1 or ids.max() >= experts):
-        raise InputError("traces", got=f"ids {ids.min()} to {ids.max()}", expected=f"-1 (none) or 0 to {experts - 1}")
-    return ids
+def _checked(traces, experts):
+    """Each trace as an array of ids."""
+    for ids in map(np.asarray, traces):
+        if ids.ndim != 2 or not np.issubdtype(ids.dtype, np.integer):
+            got = f"shape {ids.shape}, {ids.dtype}"
+            raise InputError("traces", got=got, expected="ids [tokens, K] of each sequence, integers")
+        if ids.size and (ids.min() < -1 or ids.max() >= experts):
+            expected = f"-1 (none) or 0 to {experts - 1}"
+            raise InputError("traces", got=f"ids {ids.min()} to {ids.max()}", expected=expected)
+        yield ids

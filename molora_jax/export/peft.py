@@ -123,30 +123,29 @@ def expert_stack(source, sites: dict) -> tuple[dict, int]:
 
 
 def _dora(source):
-    pairs, scales, magnitudes = {}, {}, {}
+    found, scales, magnitudes, sites = {}, {}, {}, set()
     for rule, layer, site, own in own_leaves(source):
-        name, part = source.place(layer, site.name)
-        if any(site.name == other for other, *_ in pairs.get(name, ())) or scales.get(name) not in (
-            None,
-            rule.adapter.scale(),
-        ):
+        (name, part), scale = source.place(layer, site.name), rule.adapter.scale()
+        if (name, site.name) in sites or scales.setdefault(name, scale) != scale:
             raise source.refuse(f"with two adapters on {name}", "one: magnitudes do not add")
+        sites.add((name, site.name))
         A, B = peft_files.pair(own)
-        pairs.setdefault(name, []).append((site.name, A, in_rows(B, part)))
-        scales[name] = rule.adapter.scale()
-        _put(magnitudes, f"{PREFIX}{name}.lora_magnitude_vector", own["m"][0], part, source.row_norms(layer, name))
-    config, arrays = peft_files.lora(
-        source, {name: stacked([pair for _, *pair in found]) for name, found in pairs.items()}, scales, use_dora=True
-    )
+        found.setdefault(name, []).append((A, in_rows(B, part)))
+        norms = lambda layer=layer, name=name: source.row_norms(layer, name)  # noqa: E731
+        _put(magnitudes, f"{PREFIX}{name}.lora_magnitude_vector", own["m"][0], part, norms)
+    pairs = {name: stacked(some) for name, some in found.items()}
+    config, arrays = peft_files.lora(source, pairs, scales, use_dora=True)
     return config, arrays | magnitudes
 
 
 def _put(arrays: dict, key: str, rows, part, rest) -> None:
-    """A site's rows of a vector; those of the module's other sites are `rest`."""
+    """A site's rows of a vector; those of the module's other sites are what `rest()` has, asked for once."""
     if part is None:
         arrays[key] = rows
         return
-    part.of(arrays.setdefault(key, np.array(rest, np.float32)))[...] = rows
+    if key not in arrays:
+        arrays[key] = np.array(rest(), np.float32)
+    part.of(arrays[key])[...] = rows
 
 
 def _ia3(source):
@@ -161,7 +160,7 @@ def _ia3(source):
         if down:
             arrays[key] = own["l"][0][None, :]
         else:
-            _put(arrays, key, own["l"][0][:, None], part, np.ones((0 if part is None else part.size, 1)))
+            _put(arrays, key, own["l"][0][:, None], part, lambda part=part: np.ones((part.size, 1)))
     return {
         "peft_type": "IA3", "target_modules": targets(source, fed),
         "feedforward_modules": targets(source, [name for name, down in fed.items() if down]),
