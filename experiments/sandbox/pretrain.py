@@ -20,7 +20,8 @@ from molora_jax import config as schema
 from molora_jax.backbones.llama import Llama
 from molora_jax.evaluation.run import load_run
 from molora_jax.io import base as bases
-from molora_jax.io import fetch, huggingface, random_init
+from molora_jax.io import huggingface, random_init
+from molora_jax.io.parts import whole_folder
 from molora_jax.training.loop import train
 
 SHAPE = Llama(
@@ -36,7 +37,7 @@ def start(folder: pathlib.Path, tokenizer, seed: int = 0) -> pathlib.Path:
         return folder
     shape = dataclasses.replace(SHAPE, vocab=tokenizer.vocab_size)
     params, digest = random_init.random_params(shape, seed=seed)
-    with made(folder) as part:
+    with whole_folder(folder) as part:
         huggingface.write_base(part, bases.Base(shape, params, tokenizer, digest, "random"))
     return folder
 
@@ -75,22 +76,11 @@ def write(run: pathlib.Path, out: pathlib.Path):
 
 
 @contextlib.contextmanager
-def made(folder: pathlib.Path):
-    """A folder that appears whole or not at all."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    part = fetch.temporary(folder.parent)
-    part.mkdir()
-    try:
-        yield part
-        os.rename(part, folder)
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
-
-
-@contextlib.contextmanager
 def replaced(folder: pathlib.Path):
-    """`made`, in the place of what is there."""
-    with made(folder.with_name(folder.name + ".new")) as part:
+    """`whole_folder`, in the place of what is there."""
+    new = folder.with_name(folder.name + ".new")
+    shutil.rmtree(new, ignore_errors=True)
+    with whole_folder(new) as part:
         yield part
     shutil.rmtree(folder, ignore_errors=True)
-    os.rename(folder.with_name(folder.name + ".new"), folder)
+    os.rename(new, folder)

@@ -40,7 +40,6 @@ def perform(workdir, format: str, out, *, step="best", note=LOG.info) -> pathlib
         fix="Make room, or choose another folder; nothing was left there.",
     )  # fmt: skip
     with written.whole(target, where="--out", **full) as part:
-        part.mkdir()
         for line in FORMATS[format].write(source, part):
             note(line)
     quant = opened.config.base.get("quant", "none")

@@ -24,9 +24,7 @@ import contextlib
 import dataclasses
 import hashlib
 import json
-import os
 import pathlib
-import shutil
 
 import jax
 import ml_dtypes
@@ -41,7 +39,18 @@ from molora_jax.backbones.hf_fields import shown
 from molora_jax.backbones.sizes import base_shapes
 from molora_jax.core.quant import FORMS, is_quantised, quantised_tree
 from molora_jax.errors import InputError
-from molora_jax.io import fetch, gguf, gguf_model, gguf_tokenizer, huggingface, random_init, sandbox, tensors, tokenizer
+from molora_jax.io import (
+    fetch,
+    gguf,
+    gguf_model,
+    gguf_tokenizer,
+    huggingface,
+    parts,
+    random_init,
+    sandbox,
+    tensors,
+    tokenizer,
+)  # fmt: skip
 
 _DTYPES = {"float32": np.float32, "bfloat16": ml_dtypes.bfloat16, "float16": np.float16}
 _FORMAT = "v2"  # raise it when a conversion changes: old folders are then not used
@@ -248,15 +257,12 @@ def _quantised(config, digest, dtype, quant, make) -> dict:
     kind = f"{dtype}-{quant}"
     folder = fetch.cache_dir() / "converted" / f"{digest[:32]}-{kind}-{_QUANT_FORMAT}"
     if not folder.exists():
-
-        def write(part):
+        with _cached(folder) as part:
             flat = flatten_dict(make(), sep="/")
             packed = {path: flat.pop(path) for path, W in list(flat.items()) if is_quantised(W)}
             own = {f"{path}/{name}": a for path, W in packed.items() for name, a in W.arrays.items()}
             tensors.write_named(part / _WEIGHTS, flat | own)
             _write_note(part, digest, quant, kind)
-
-        _written(folder, write)
     return _checked(folder, digest, kind, lambda: _read_quantised(config, folder / _WEIGHTS, dtype, quant))
 
 
@@ -298,29 +304,21 @@ def _converted(digest, dtype, gguf_path) -> pathlib.Path:
         return folder
     path = gguf_path()
 
-    def write(part):
+    with _cached(folder) as part:
         file = gguf.read(path)
         config = gguf_model.hf_config(file)
         sources = gguf_model.tensor_sources(file, hf_config.from_hf(config, where=str(path)))
         huggingface.write_folder(part, config, sources, gguf_tokenizer.tokenizer(file), _DTYPES[dtype])
         _write_note(part, digest, path.name, dtype)
-
-    _written(folder, write)
     return folder
 
 
-def _written(folder, write) -> None:
-    """A folder of the cache that is there whole or not at all; `write(part)` fills it."""
-    root = folder.parent
-    root.mkdir(exist_ok=True)
-    fetch.sweep(root)
-    part = fetch.temporary(root)
-    part.mkdir()
+@contextlib.contextmanager
+def _cached(folder):
+    """`whole_folder` of the cache, unless another process is first: its folder holds the same."""
     try:
-        write(part)
-        with contextlib.suppress(OSError):  # another process was first: its folder holds the same
-            os.rename(part, folder)
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
-    if not folder.exists():
-        raise InputError(str(folder), got="a folder that could not be renamed", expected="the converted model")
+        with parts.whole_folder(folder) as part:
+            yield part
+    except OSError:
+        if not folder.exists():
+            raise

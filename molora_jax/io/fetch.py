@@ -15,19 +15,16 @@ import json
 import os
 import pathlib
 import re
-import secrets
 import shutil
-import socket
 import subprocess
 import sys
-import time
 import zipfile
 
 from molora_jax.errors import InputError
 from molora_jax.io import tensors
+from molora_jax.io.parts import sweep, temporary
 
 _CHUNK = 1 << 20
-_STALE_SECONDS = 86_400
 _PIP_SECONDS = 1800
 
 
@@ -125,41 +122,6 @@ def remembered_sha256(path: pathlib.Path) -> str:
 def _remembered(stamp, digest) -> dict:
     """What is noted of a file, with a digest of the note itself."""
     return {"stamp": stamp, "sha256": digest, "note": hashlib.sha256(f"{stamp} {digest}".encode()).hexdigest()}
-
-
-def temporary(folder: pathlib.Path) -> pathlib.Path:
-    """A name of this process in `folder`, not there yet. What is made there has the user's usual permissions (umask),
-    so that a cache can be shared; `sweep` knows from the name whose it was."""
-    return folder / f".part-{_host()}-{os.getpid()}-{secrets.token_hex(6)}"
-
-
-def sweep(folder: pathlib.Path) -> None:
-    """Removes what killed processes left: those of this machine at once, others after a day."""
-    for left in folder.glob(".part-*"):
-        with contextlib.suppress(OSError):
-            if _abandoned(left.name) or time.time() - left.stat().st_mtime > _STALE_SECONDS:
-                shutil.rmtree(left) if left.is_dir() else left.unlink()
-
-
-def _host() -> str:
-    """Names where process numbers mean the same: containers may share a host name, but not a name space."""
-    space = ""
-    with contextlib.suppress(OSError):
-        space = str(os.stat("/proc/self/ns/pid").st_ino)
-    return hashlib.sha256(f"{socket.gethostname()} {space}".encode()).hexdigest()[:12]
-
-
-def _abandoned(name) -> bool:
-    match = re.fullmatch(r"\.part-([0-9a-f]{12})-(\d{1,9})-[0-9a-f]+", name)
-    if match is None or match[1] != _host():
-        return False
-    try:
-        os.kill(int(match[2]), 0)  # sends nothing
-    except ProcessLookupError:
-        return True
-    except OSError:  # another user's process
-        return False
-    return False
 
 
 def package_file(alias: str) -> pathlib.Path:

@@ -10,7 +10,6 @@ import contextlib
 import io
 import os
 import pathlib
-import shutil
 
 import jax
 import numpy as np
@@ -19,10 +18,10 @@ from molora_jax import config as config_lib
 from molora_jax.backbones.compile import compile_model
 from molora_jax.core.trees import set_path
 from molora_jax.errors import InputError, local
-from molora_jax.io import fetch, huggingface
+from molora_jax.io import huggingface
 from molora_jax.io.base import Base, load_base
 from molora_jax.io.base_facts import base_facts, pinned
-from molora_jax.io.files import sync_folder
+from molora_jax.io.parts import whole_folder
 from molora_jax.io.plain import names, same_names
 from molora_jax.runs import saved
 from molora_jax.runs.checkpoints import Checkpoints
@@ -69,18 +68,12 @@ def whole(target: pathlib.Path, *, at: str, expected: str, fix: str, where: str 
     Raises:
       InputError: an error of the disk, or somebody was faster.
     """
-    part = fetch.temporary(target.parent)
     try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        fetch.sweep(target.parent)
-        yield part
-        free(target, where=where)  # nobody was faster
-        os.rename(part, target)
-        sync_folder(target.parent)
+        with whole_folder(target) as part:
+            yield part
+            free(target, where=where)  # nobody was faster
     except OSError as error:
         raise InputError(at, got=error.strerror or str(error), expected=expected, fix=fix) from error
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
 
 
 def write(workdir, *, config, items: dict, facts: dict, backbone=None, base: Base | None = None, parents=()):

@@ -15,7 +15,7 @@ from configs.common import get_config
 from launch.generate import read_messages
 from molora_jax import data
 from molora_jax.errors import InputError
-from molora_jax.io import fetch, gguf, tensors
+from molora_jax.io import fetch, gguf, parts, tensors
 from molora_jax.io.base import load_base
 from molora_jax.io.tokenizer import byte_tokenizer
 from tests.io import tiny_files
@@ -217,8 +217,8 @@ def test_a_cache_is_shared_as_the_umask_says(cache, model):
 
 def test_what_a_killed_process_left_is_swept_at_once(cache, model):
     gone = subprocess.run([sys.executable, "-c", "import os; print(os.getpid())"], capture_output=True, text=True)
-    dead = fetch.temporary(cache / "converted").name.replace(f"-{os.getpid()}-", f"-{gone.stdout.strip()}-")
-    mine, elsewhere = fetch.temporary(cache / "converted").name, ".part-ffffffffffff-1-00"
+    dead = parts.temporary(cache / "converted").name.replace(f"-{os.getpid()}-", f"-{gone.stdout.strip()}-")
+    mine, elsewhere = parts.temporary(cache / "converted").name, ".part-ffffffffffff-1-00"
     for name in (dead, mine, elsewhere):
         (cache / "converted" / name).mkdir(parents=True)
     load_base(f"gguf:{model}")
