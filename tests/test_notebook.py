@@ -50,11 +50,7 @@ def test_the_library_in_a_model_that_is_not_ours_runs(tmp_path, monkeypatch):
     assert len([output for output in outputs if "image/png" in output.get("data", {})]) == 1
 
 
-WAITS = ("compare_methods", "compose_adapters", "new_method")  # for `python -m experiments.notebooks NAME ...`
-MARKS = {name: pytest.mark.xfail(strict=True, reason="written, not executed yet") for name in WAITS}
-
-
-@pytest.mark.parametrize("name", [pytest.param(name, marks=MARKS.get(name, ())) for name in NAMES])
+@pytest.mark.parametrize("name", NAMES)
 def test_a_stored_notebook_has_the_outputs_of_one_run(name):
     notebook = nbformat.read(HERE / f"{name}.ipynb", as_version=4)
     nbformat.validate(notebook)
