@@ -5,13 +5,16 @@
 A slot is a row of the cache. Row b keeps its own position, key, number of drawn tokens and sampling settings; they are
 arguments of the step, so nothing compiles when a row comes or goes. Slots without an answer have segment id 0, like
 rows of `generate.py` that are done: never routed, never counted. The functions are `generate.py`'s own, and so are the
-draws: by seed and prompt.
+draws: by seed and prompt. A step has as many rows, of 1, 4, 16, ..., as the last slot in use asks for: a request alone
+does not pay for slots that are empty.
 
 B slots, S_p padded prompt length, S_k cached positions of a row, V vocabulary, L layers.
 """
 
 import dataclasses
 import functools
+import heapq
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -82,10 +85,10 @@ class Slots:
     def clear(self) -> None:
         """Every slot empty."""
         B = self.count
-        self.free = list(range(B))[::-1]
-        self.size = self._bucket(1, SMALLEST)
-        self.memory = self.model.init_cache(B, self.size, self.dtype)
-        self.seen = jnp.zeros((B, self.model.config.vocab), bool)
+        self.free = list(range(B))  # a heap: the first ones are taken first
+        self.width, self.size = 1, self._bucket(1, SMALLEST)
+        self.memory = self.model.init_cache(self.width, self.size, self.dtype)
+        self.seen = jnp.zeros((self.width, self.model.config.vocab), bool)
         self.settled = None  # known from the first prompt
         zeros, ones = lambda kind: np.zeros(B, kind), np.ones(B, np.float32)  # noqa: E731
         self.rows = dict(
@@ -122,30 +125,30 @@ class Slots:
 
     def put(self, prompt: Prompt, draw: Draw, *, logprobs: bool = False) -> tuple[int, Token]:
         """A free slot for an answer, and its first token."""
-        slot, n = self.free.pop(), len(prompt.ids)
+        slot, n = heapq.heappop(self.free), len(prompt.ids)
         key = np.asarray(jax.random.fold_in(jax.random.PRNGKey(draw.seed), digest(prompt.ids)))
         own = dict(token=0, at=0, t=0, keys=key, live=True, logprobs=logprobs, **_settings(draw))
         for name, value in own.items():
             self.rows[name][slot] = value
+        if self.settled is None:
+            self.settled = _wide(prompt.settled, self.model, self.width)
         self._hold(max(n + 1, self._bucket(n, MULTIPLE)))
         seen = np.zeros((1, self.model.config.vocab), bool)
         seen[0, prompt.ids] = True
-        if self.settled is None:
-            self.settled = _wide(prompt.settled, self.model, self.count)
         one = {name: value[slot : slot + 1] for name, value in self.rows.items()}
         out, seen = _choose(prompt.logits, seen, one)
         row = (prompt.memory, seen, prompt.settled)
         self.memory, self.seen, self.settled = _insert(
             (self.memory, self.seen, self.settled), row, np.int32(slot), model=self.model
         )
-        (token,) = self._told(out, [slot], one["logprobs"])
+        (token,) = _told(out, [0], one["logprobs"])
         self.rows["token"][slot], self.rows["at"][slot], self.rows["t"][slot] = token.id, n, 1
         return slot, token
 
     def take(self, slot: int) -> None:
         """The slot is free again."""
         self.rows["live"][slot] = False
-        self.free.append(slot)
+        heapq.heappush(self.free, slot)
 
     def step(self) -> dict[int, Token]:
         """The next token of every answer, by slot."""
@@ -153,21 +156,16 @@ class Slots:
         if not live:
             return {}
         self._hold(int(self.rows["at"][live].max()) + 1)
+        rows = {name: value[: self.width] for name, value in self.rows.items()}
         out, self.memory, self.seen = _step(
-            *self.trees, self.memory, self.seen, self.settled, self.rows, model=self.model, size=self.size
+            *self.trees, self.memory, self.seen, self.settled, rows, model=self.model, size=self.size
         )
-        tokens = self._told(out, live, self.rows["logprobs"])
+        tokens = _told(out, live, rows["logprobs"])
         for slot, token in zip(live, tokens, strict=True):
             self.rows["token"][slot] = token.id
             self.rows["at"][slot] += 1
             self.rows["t"][slot] += 1
         return dict(zip(live, tokens, strict=True))
-
-    def _told(self, out, slots, asked) -> list[Token]:
-        ids, logprobs, top, tops = jax.device_get(out)
-        rows = range(len(ids)) if len(ids) == 1 else slots
-        pairs = lambda b: tuple(zip(top[b].tolist(), tops[b].tolist(), strict=True)) if asked[b] else ()  # noqa: E731
-        return [Token(int(ids[b]), float(logprobs[b]), pairs(b)) for b in rows]
 
     def _bucket(self, positions: int, smallest: int) -> int:
         size = smallest
@@ -176,14 +174,31 @@ class Slots:
         return min(size, round_up(self.context))
 
     def _hold(self, positions: int) -> None:
-        """Caches of at least so many positions a row; smaller ones again where no answer needs them."""
-        live = self.rows["at"][self.rows["live"]]
-        positions = max(positions, int(live.max(initial=0)) + 1)
-        size = self._bucket(positions, SMALLEST)
-        if size > self.size or size * 4 <= self.size:
-            shapes = jax.eval_shape(lambda: self.model.init_cache(self.count, size, self.dtype))
-            self.memory = _resized(self.memory, shapes=tuple(leaf.shape for leaf in jax.tree.leaves(shapes)))
-            self.size = size
+        """Caches of a row for each slot in use, and of at least so many positions; smaller ones again where no answer
+        needs them."""
+        live = np.flatnonzero(self.rows["live"])
+        size = self._bucket(max(positions, int(self.rows["at"][live].max()) + 1), SMALLEST)
+        width = next(width for width in self.widths if width > live[-1])
+        size = size if size > self.size or size * 4 <= self.size else self.size
+        if (width, size) != (self.width, self.size):
+            memory = jax.eval_shape(lambda: self.model.init_cache(width, size, self.dtype))
+            settled = jax.eval_shape(lambda: _wide(self.settled, self.model, width))
+            seen = jax.ShapeDtypeStruct((width, self.seen.shape[1]), bool)
+            shapes = tuple(leaf.shape for leaf in jax.tree.leaves((memory, seen, settled)))
+            self.memory, self.seen, self.settled = _resized((self.memory, self.seen, self.settled), shapes=shapes)
+            self.width, self.size = width, size
+
+    @property
+    def widths(self) -> list[int]:
+        """Rows that a step may have."""
+        return [*itertools.takewhile(lambda width: width < self.count, (4**i for i in itertools.count())), self.count]
+
+
+def _told(out, rows, asked) -> list[Token]:
+    """The tokens of some rows of a step's results."""
+    ids, logprobs, top, tops = jax.device_get(out)
+    pairs = lambda b: tuple(zip(top[b].tolist(), tops[b].tolist(), strict=True)) if asked[b] else ()  # noqa: E731
+    return [Token(int(ids[b]), float(logprobs[b]), pairs(b)) for b in rows]
 
 
 def _settings(draw: Draw) -> dict:
@@ -285,8 +300,8 @@ def _insert(slots, row, slot, *, model):
 
 
 @functools.partial(jax.jit, static_argnames="shapes")
-def _resized(memory, *, shapes):
-    leaves, tree = jax.tree.flatten(memory)
+def _resized(held, *, shapes):
+    leaves, tree = jax.tree.flatten(held)
 
     def resized(leaf, shape):
         kept = leaf[tuple(slice(min(a, b)) for a, b in zip(leaf.shape, shape, strict=True))]

@@ -79,11 +79,15 @@ class Engine:
         self.thread.start()
 
     def warm_up(self) -> None:
-        """Compiles the step of each run before anyone waits for it; before `start`."""
+        """Compiles the steps of each run before anyone waits for them; before `start`."""
         for slots in self.slots.values():
-            slot, _ = slots.put(slots.read([0]), Draw())
-            slots.step()
-            slots.take(slot)
+            prompt, taken = slots.read([0]), []
+            for width in slots.widths:
+                while len(taken) < width:
+                    taken.append(slots.put(prompt, Draw())[0])
+                slots.step()
+            for slot in taken:
+                slots.take(slot)
 
     def submit(self, request: Request) -> None:
         """Raises Full, Closing."""

@@ -56,6 +56,36 @@ def test_answers_are_those_of_generate(run):
     assert _ids(_served(slots, prompts[::-1], draws[::-1], seed=1)) == wanted[::-1]  # other neighbours, other slots
 
 
+def test_a_step_has_no_more_rows_than_the_last_slot_in_use_asks_for(run):
+    slots = _slots(run, count=6, context=64)
+    assert slots.widths == [1, 4, 6]
+    prompts = [[7, 8, 9 + i] for i in range(6)]
+    wanted, answers, seen = _generated(run, prompts), {}, []
+
+    def step():
+        for slot, token in slots.step().items():
+            answers[slot].append(token.id)
+        seen.append(slots.width)
+        assert jax.tree.leaves(slots.memory)[0].shape[1] == len(slots.seen) == slots.width
+
+    for i, prompt in enumerate(prompts):  # the first free slot is taken first: answer i is in slot i
+        slot, token = slots.put(slots.read(prompt), Draw())
+        assert slot == i
+        answers[slot] = [token.id]
+        step()
+    for slot in (0, 5, 4, 3, 2, 1):
+        while len(answers[slot]) < N:
+            step()
+        slots.take(slot)
+        if slot == 2:
+            step()  # only answer 1 is left
+    assert seen[:6] == [1, 4, 4, 4, 6, 6] and seen[-1] == 4
+    assert [answers[i][:N] for i in range(6)] == wanted
+    slots.put(slots.read(prompts[3]), Draw())
+    slots.step()
+    assert slots.width == 1
+
+
 def test_bad_prompts(run):
     slots = _slots(run, count=4, context=64)
     for ids in ([], [1] * 64):
