@@ -10,6 +10,7 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # processes of their own, compiles as shipped.
 FLAGS = ["--xla_force_host_platform_device_count=8", "--xla_backend_optimization_level=0"]
 FLAGS.append("--xla_cpu_parallel_codegen_split_count=1")  # one LLVM module a program: a tenth less time
+FLAGS.append("--xla_llvm_disable_expensive_passes=true")  # a twentieth less
 if importlib.metadata.version("jax") < "0.11":  # later ones do not know the flag
     FLAGS.append("--xla_cpu_use_fusion_emitters=false")
 os.environ["XLA_FLAGS"] = " ".join([os.environ.get("XLA_FLAGS", ""), *FLAGS])
@@ -59,6 +60,11 @@ LONGEST = (
     "core/test_step", "core/test_devices", "evaluation/test_report", "backbones/test_families", "engines/test_equal",
     "acceptance/test_x_lora", "battery/test_forms", "training/test_group", "acceptance/test_mos",
 )  # fmt: skip
+
+
+def pytest_collection_finish(session):
+    gc.collect()
+    gc.freeze()  # modules and items live to the end: no collection has to walk them again
 
 
 def pytest_collection_modifyitems(config, items):
