@@ -8,7 +8,8 @@ Measured, these two commands: held-out accuracy of 64 pairs 50 % -> 90.6 % (81.0
 `data.tasks=morph,sentiment` (rejected: the other class) and 16 steps of 4 pairs, 40 pairs a task: morph 50 % -> 70 %
 (55 to 82), sentiment, which 24 pairs do not teach, 50 % -> 48 % (33 to 63).
 
-A reward head in place of DPO: `--config.objective.form=reward --config.objective.reference=none`. Pairs of your own: rows of prompt, chosen, rejected.
+A reward head in place of DPO: `--config.objective.form=reward --config.objective.reference=none`. Pairs of your own:
+rows of prompt, chosen, rejected.
 """
 
 from configs import common
