@@ -14,17 +14,17 @@ def name(ax, dots):
     ax.get_xlim(), ax.get_ylim()  # settles the limits that the transform needs
     to_axes = (ax.transData + ax.transAxes.inverted()).transform
     columns: list[list] = []
-    for dot in sorted(dots, key=lambda dot: dot[1]):
-        if not columns or to_axes(dot[1:])[0] - to_axes(columns[-1][0][1:])[0] > 1 / 10:
+    for x, y, title in sorted((*to_axes(dot), title) for title, *dot in dots):
+        if not columns or x - columns[-1][0][0] > 1 / 10:
             columns.append([])
-        columns[-1].append(dot)
+        columns[-1].append((x, y, title))
     for column in columns:
-        height = -1.0
-        for title, x, y in sorted(column, key=lambda dot: dot[2]):
-            height = max(to_axes((x, y))[1], height + 0.035)
+        right, height = column[-1][0], -1.0
+        for x, y, title in sorted(column, key=lambda spot: spot[1]):
+            height = max(y, height + 0.035)
             ax.annotate(
-                title, (x, y), xytext=(to_axes((max(dot[1] for dot in column), y))[0] + 0.025, height),
-                textcoords="axes fraction", fontsize=8, va="center", annotation_clip=False,
+                title, (x, y), xytext=(right + 0.025, height), xycoords="axes fraction", fontsize=8, va="center",
+                annotation_clip=False,
                 arrowprops=dict(arrowstyle="-", color="0.6", lw=0.6, shrinkA=0, shrinkB=2, relpos=(0, 0.5)),
             )  # fmt: skip
 
@@ -37,10 +37,10 @@ def draw(rows: dict, tree: dict, path):
         ("step, times plain LoRA", cost, "linear"),
     )
     for ax, (label, at, scale) in zip(axes, panels, strict=True):
-        shown = [row for row in seen if at(row)]
-        for row in shown:
-            values = list(row.scores.values())
-            ax.plot([at(row)] * len(values), values, "o", color=pictures.TUNED, ms=4)
+        for row in seen:
+            if at(row):
+                values = list(row.scores.values())
+                ax.plot([at(row)] * len(values), values, "o", color=pictures.TUNED, ms=4)
         ax.set_xscale(scale)
         ax.set_xlabel(label, fontsize=8)
         ax.grid(alpha=0.3)

@@ -155,7 +155,7 @@ class Slots:
         live = np.flatnonzero(self.rows["live"]).tolist()
         if not live:
             return {}
-        self._hold(int(self.rows["at"][live].max()) + 1)
+        self._hold()
         rows = {name: value[: self.width] for name, value in self.rows.items()}
         out, self.memory, self.seen = _step(
             *self.trees, self.memory, self.seen, self.settled, rows, model=self.model, size=self.size
@@ -173,9 +173,9 @@ class Slots:
             size *= 2
         return min(size, round_up(self.context))
 
-    def _hold(self, positions: int) -> None:
-        """Caches of a row for each slot in use, and of at least so many positions; smaller ones again where no answer
-        needs them."""
+    def _hold(self, positions: int = 0) -> None:
+        """Caches of a row for each slot in use, and of positions for the next token of each, at least so many; smaller
+        ones again where no answer needs them."""
         live = np.flatnonzero(self.rows["live"])
         size = self._bucket(max(positions, int(self.rows["at"][live].max()) + 1), SMALLEST)
         width = next(width for width in self.widths if width > live[-1])

@@ -24,6 +24,7 @@ import contextlib
 import dataclasses
 import hashlib
 import json
+import os
 import pathlib
 
 import jax
@@ -315,10 +316,10 @@ def _converted(digest, dtype, gguf_path) -> pathlib.Path:
 
 @contextlib.contextmanager
 def _cached(folder):
-    """`whole_folder` of the cache, unless another process is first: its folder holds the same."""
-    try:
-        with parts.whole_folder(folder) as part:
-            yield part
-    except OSError:
-        if not folder.exists():
-            raise
+    """A new folder that becomes `folder` of the cache as a whole, or not at all."""
+    with parts.scratch(folder.parent) as part:
+        yield part
+        with contextlib.suppress(OSError):  # another process was first: its folder holds the same
+            os.rename(part, folder)
+    if not folder.exists():
+        raise InputError(str(folder), got="a folder that could not be renamed", expected="the converted model")

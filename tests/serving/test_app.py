@@ -86,15 +86,17 @@ def test_stop(app, run, wanted):
 
 
 def test_logprobs(app):
-    one, stream, text = ask(
-        app, (CHAT, chat(logprobs=True, top_logprobs=3)), (CHAT, chat(logprobs=True, top_logprobs=3, stream=True)),
-        (TEXT, dict(model="run", prompt="Double 4", temperature=0, max_tokens=5, logprobs=2)),
+    one, stream, text = (
+        ask(app, asked)[0]  # one after the other: bits depend on how many rows a step has
+        for asked in (
+            (CHAT, chat(logprobs=True, top_logprobs=3)), (CHAT, chat(logprobs=True, top_logprobs=3, stream=True)),
+            (TEXT, dict(model="run", prompt="Double 4", temperature=0, max_tokens=5, logprobs=2)),
+        )
     )  # fmt: skip
     content = one.json["choices"][0]["logprobs"]["content"]
     told = [t for c in stream.events for t in ((c["choices"][0]["logprobs"] or {}).get("content") or [])]
-    assert content and [t["token"] for t in told] == [t["token"] for t in content]
-    for same, token in zip(told, content, strict=True):
-        assert same["logprob"] == pytest.approx(token["logprob"], abs=1e-5)  # steps of other rows round otherwise
+    assert told == content and content
+    for token in content:
         assert token["logprob"] <= 0 and len(token["top_logprobs"]) == 3
         assert token["top_logprobs"][0]["logprob"] == max(t["logprob"] for t in token["top_logprobs"])
         assert abs(token["logprob"] - token["top_logprobs"][0]["logprob"]) < 1e-6  # greedy
