@@ -6,7 +6,8 @@
 level of its module, a dataclass as class variables.
 
     NEEDS   what it reads: "base", the site's frozen kernel `[D_in, D_out]`; "base_grad", the loss's gradient with
-            respect to it, `[D_in, D_out]`, a mean over `batches`, a field that such a start has (`training.probe`)
+            respect to it, `[D_in, D_out]`, a mean over `batches`, a field that such a start has; another, `layers`,
+            says for how many of them one pass gives it (`training.probe`)
     AWAY    B A is not 0 at the start: A0, B0 hold it, and the adapter takes it off
     CORE    it gives `core [E, R, R]`, a matrix between frozen A and B: a start of adapters that say CORE alone
     RANK    the largest rank: "larger" or "smaller" width of the site, or "half" of the smaller one

@@ -26,7 +26,8 @@ class GaStart(Start):
     the even and A the odd ones ("ArBr"), or "random". `scaling` c: "stable" (as above), "unit" 1, "gd" 1 / s, "weight"
     the mean root of W's first R singular values over s. `variant` "peft" is that library's, of which B then has the
     gradient's size: A is orthonormal, B is U_J S_J with the stable factor. `norm_clip`: where max |s B A| exceeds max
-    |W|, A and B are shrunk so that it does not. `batches` of the gradient; `svd`: how it is taken apart.
+    |W|, A and B are shrunk so that it does not. `batches` of the gradient, `layers` of one pass for it: each needs the
+    memory of a layer's kernels in float32, and all L / layers passes are paid for. `svd`: how it is taken apart.
     """
 
     gamma: float = 16.0
@@ -35,9 +36,10 @@ class GaStart(Start):
     variant: Literal["paper", "peft"] = "paper"
     norm_clip: bool = False
     batches: int = 8
+    layers: int = 2
     svd: Literal["exact", "randomised"] = "exact"
 
-    LIMITS: ClassVar = {"gamma": (0, None, "()"), "batches": (1, None)}
+    LIMITS: ClassVar = {"gamma": (0, None, "()"), "batches": (1, None), "layers": (1, None)}
     NEEDS: ClassVar[tuple[str, ...]] = ("base", "base_grad")
     AWAY: ClassVar[bool] = True
     RANK: ClassVar[str] = "half"

@@ -19,14 +19,17 @@ from molora_jax.inits.base import Start
 @dataclasses.dataclass(frozen=True)
 class SbStart(Start):
     """`eta`: the step; the paper's is the first rate of the warm-up, learning_rate / warm-up steps. `batches` of the
-    gradient; `step`: "sign", AdamW's first step, or "gradient" as it is (weaker); `svd`: how it is taken apart."""
+    gradient, `layers` of one pass for it: each needs the memory of a layer's kernels in float32, and all L / layers
+    passes are paid for. `step`: "sign", AdamW's first step, or "gradient" as it is (weaker); `svd`: how it is taken
+    apart."""
 
     eta: float = 1e-4
     batches: int = 8
+    layers: int = 2
     step: Literal["sign", "gradient"] = "sign"
     svd: Literal["exact", "randomised"] = "exact"
 
-    LIMITS: ClassVar = {"eta": (0, None, "()"), "batches": (1, None)}
+    LIMITS: ClassVar = {"eta": (0, None, "()"), "batches": (1, None), "layers": (1, None)}
     NEEDS: ClassVar[tuple[str, ...]] = ("base_grad",)
     CORE: ClassVar[bool] = True
     RANK: ClassVar[str] = "smaller"

@@ -1,15 +1,16 @@
-"""The gradient of the frozen kernels at the start of a run, for starts that read it, a layer at a time.
+"""The gradient of the frozen kernels at the start of a run, for starts that read it, a few layers at a time.
 
     G_l = (1 / N) sum_n d L(batch n) / d W_l,  l = 0, 1, ...;    leaves of layer l = start(W_l, G_l);    G_l is dropped
 
 L is the stage's objective of the base alone, in its training form; the batches are the first N of the run's own
 training rows (of clients, N of each), so that all follows from the run's seed and data. Nothing of the base, the
-optimizer or the random keys is touched. One pass gives one layer (`backbones.tap`): the gradient of the others is never
-kept, so beside what a step of the base holds there is one array of a layer's kernels, in float32. What is paid is L
-passes in place of one. A run saves what it started from: nobody who resumes comes here.
+optimizer or the random keys is touched. One pass gives n layers (`backbones.tap`; n is the start's option `layers`):
+the gradient of the others is never kept, so beside what a step of the base holds there are n layers' kernels, in
+float32. What is paid is L / n passes in place of one. A run saves what it started from: nobody who resumes comes here.
 """
 
 import dataclasses
+import itertools
 import time
 
 import jax
@@ -29,18 +30,19 @@ from molora_jax.training.step import micro_batches
 
 
 def make_gradient(model, *, objective, accumulate: int, targets_per_row: int, constrain):
-    """`gradient(sums, params, heads, fixed, batch, micro, layer, part) -> sums`, to be jitted with `sums` donated.
+    """`gradient(sums, params, heads, fixed, batch, micro, first, part) -> sums`, to be jitted with `sums` donated.
 
-    sums: site -> `[D_in, D_out]`, float32, to which `part` times the gradient of the `micro`-th micro-step of the
-    batch's loss is added; `layer`: absolute, traced. model: without rules; `heads`: the objective's leaves.
+    sums: site -> `[n, D_in, D_out]`, float32, of n layers from `first` (absolute, traced), to which `part` times the
+    gradient of the `micro`-th micro-step of the batch's loss is added. model: without rules; `heads`: the objective's
+    leaves.
     """
 
-    def gradient(sums, params, heads, fixed, batch, micro, layer, part):
+    def gradient(sums, params, heads, fixed, batch, micro, first, part):
         norm = objective.norm(batch)
         rows = jax.tree.map(lambda x: x[micro], micro_batches(batch, accumulate, objective.UNIT))
 
         def loss(zeros):
-            tap = Tap(layer, zeros)
+            tap = Tap(first, zeros)
             hidden = lambda rows: model.hidden(params, {}, {}, rows, train=True, constrain=constrain, tap=tap)[0]  # noqa: E731
             forward = Forward(model, params, hidden, targets_per_row, constrain)
             return objective.loss(forward, heads, fixed, rows, norm)[0], tap.zeros
@@ -60,16 +62,20 @@ def begin(run, stage, state):
         return state
     began, probe = time.monotonic(), Probe(run, stage, rules, state)
     adapters = state.adapters
-    layers = [n for n in range(program.model.config.layers) if any(rule.experts[n] for rule in rules)]
-    for layer in layers:
-        adapters = probe.begun(adapters, layer)
+    for layers in probe.passes:
+        sums = probe.gradient(layers)
+        for layer in layers:
+            adapters = probe.begun(adapters, layer, sums, layer - layers[0])
     jax.block_until_ready(adapters)
-    run.note(f"gradient of the base: {len(layers)} layers, {probe.count} batches, {time.monotonic() - began:.0f} s")
+    run.note(
+        f"gradient of the base: {sum(map(len, probe.passes))} layers in {len(probe.passes)} passes, "
+        f"{probe.count} batches, {time.monotonic() - began:.0f} s"
+    )
     return run.fresh_moments(compiled, dataclasses.replace(state, adapters=adapters))
 
 
 class Probe:
-    """A run's gradients by layer, and what the rules begin with there."""
+    """A run's gradients by layer, and what the rules begin with there. `passes`: the layers of each, in their order."""
 
     def __init__(self, run, stage, rules, state):
         program, config = run.programs[stage.name], run.config.train
@@ -94,6 +100,15 @@ class Probe:
             constrain=constrain,
         )  # fmt: skip
         self._gradients, self._starts = {}, {}
+        self.passes = self._passes(max(getattr(rule.adapter.start, "layers", 1) for rule in rules))
+
+    def _passes(self, most: int) -> list[list[int]]:
+        """Neighbours in one stack with the same sites, at most so many."""
+        out, kind = [], lambda layer: (self.base.config.stack_of(layer).name, self.sites(layer))
+        for (_, sites), layers in itertools.groupby(range(self.base.config.layers), kind):
+            own = list(layers) if sites else []
+            out += [own[at : at + most] for at in range(0, len(own), most)]
+        return out
 
     def _batches(self, stage):
         """The first training batches, on the mesh; clients' rows one client after the other."""
@@ -113,34 +128,35 @@ class Probe:
         wanted = {name for rule in self.rules if rule.experts[layer] for name in rule.projections}
         return tuple(site for site in self.base.config.stack_of(layer).sites if site in wanted)
 
-    def gradient(self, layer: int) -> dict:
-        """Site -> `[D_in, D_out]`, float32, placed as the kernels."""
-        config, params, sites = self.base.config, self.run.params, self.sites(layer)
-        stack = config.stack_of(layer)
+    def gradient(self, layers: list[int]) -> dict:
+        """Site -> `[n, D_in, D_out]`, float32, placed as the kernels; `layers` of one pass come first."""
+        config, params, sites = self.base.config, self.run.params, self.sites(layers[0])
+        stack, n = config.stack_of(layers[0]), max(map(len, self.passes))
         kernels = {site: params[stack.name][site]["kernel"] for site in sites}
         if (stack, sites) not in self._gradients:
-            places = {site: _of_layer(kernel) for site, kernel in kernels.items()}
+            places = {site: _of_layers(kernel) for site, kernel in kernels.items()}
             self._gradients[stack, sites] = self._made(self._function, places, donate=0), places
         function, places = self._gradients[stack, sites]
-        sums = {site: jax.device_put(jnp.zeros(w.shape[1:], jnp.float32), places[site]) for site, w in kernels.items()}
+        sums = {s: jax.device_put(jnp.zeros((n, *w.shape[1:]), jnp.float32), places[s]) for s, w in kernels.items()}
         for batch in self.batches:
             for micro in range(self.accumulate):
-                given = self._given(jnp.int32(micro), jnp.int32(layer), jnp.float32(1 / len(self.batches)))
+                given = self._given(jnp.int32(micro), jnp.int32(layers[0]), jnp.float32(1 / len(self.batches)))
                 sums = function(sums, params, self.heads, self.fixed, batch, *given)
         return sums
 
-    def begun(self, adapters: dict, layer: int) -> dict:
-        """`adapters`, whose leaves at one layer begin anew; the old ones are given up."""
+    def begun(self, adapters: dict, layer: int, sums: dict, at: int) -> dict:
+        """`adapters`, whose leaves at one layer begin anew from its gradient `sums[site][at]`; the old ones are given
+        up."""
         (segment,) = [s for s in self.model.segments if layer in s.layers]
         if segment not in self._starts:
 
-            def start(adapters, params, key, layer, gradient, segment=segment):
-                model = self.model
-                return leaves.begun_anew(model.config, self.rules, (segment,), key, params, adapters, layer, gradient)
+            def start(adapters, params, key, layer, sums, at, segment=segment):
+                model, own = self.model, {site: of_layers[at] for site, of_layers in sums.items()}
+                return leaves.begun_anew(model.config, self.rules, (segment,), key, params, adapters, layer, own)
 
             self._starts[segment] = self._made(start, self.shardings, donate=0)
-        key, number = self._given(self.key, jnp.int32(layer))
-        return self._starts[segment](adapters, self.run.params, key, number, self.gradient(layer))
+        key, layer, at = self._given(self.key, jnp.int32(layer), jnp.int32(at))
+        return self._starts[segment](adapters, self.run.params, key, layer, sums, at)
 
     def _made(self, function, shardings, donate):
         if self.exact:
@@ -151,8 +167,8 @@ class Probe:
         return jax.device_put(scalars, sharding.replicated(self.run.mesh))
 
 
-def _of_layer(kernel) -> NamedSharding:
-    """Where one layer of a stacked kernel lies."""
+def _of_layers(kernel) -> NamedSharding:
+    """Where some layers of a stacked kernel lie."""
     kernel = kernel.arrays["codes"] if is_quantised(kernel) else kernel
     mesh = kernel.sharding.mesh
-    return NamedSharding(mesh, P(*kernel.sharding.spec[1:]))
+    return NamedSharding(mesh, P(None, *kernel.sharding.spec[1:]))
