@@ -2,6 +2,7 @@
 
 import fnmatch
 import importlib.metadata
+import io
 import os
 import pathlib
 
@@ -17,11 +18,13 @@ os.environ["XLA_FLAGS"] = " ".join([os.environ.get("XLA_FLAGS", ""), *FLAGS])
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(pathlib.Path(__file__).parents[1] / ".jax_cache"))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
+os.environ.setdefault("JAX_TRACEBACK_IN_LOCATIONS_LIMIT", "0")  # no program says where its lines are from: a twentieth
 
 import gc  # noqa: E402
 
 import hypothesis  # noqa: E402
 import jax  # noqa: E402
+import matplotlib.figure  # noqa: E402
 import pytest  # noqa: E402
 
 from tests.left_out import LEFT_OUT  # noqa: E402
@@ -44,6 +47,7 @@ hypothesis.settings.register_profile("explore", print_blob=True, **SETTINGS)
 def pytest_configure(config):
     hypothesis.settings.load_profile("explore" if config.getoption("--all") else "fixed")
     config.addinivalue_line("markers", "slow: needs the real model, several processes or minutes; run with --all")
+    config.addinivalue_line("markers", "pictures: looks at pictures, which are not rendered elsewhere")
 
 
 # Longest first (`--durations=0`, summed by file): two workers take file after file, and one that takes a long file last
@@ -83,16 +87,45 @@ def pytest_collection_modifyitems(config, items):
     items[:] = [item for item in items if not item.get_closest_marker("slow")]
 
 
-# Every compiled program holds some memory maps, of which Linux gives a process 65,530 by default; without one more, the
-# next program crashes the process.
-MOST_MAPS = 25_000
+# Every run ends with pictures, half a second each. All of them are put together; those in files are rendered for the
+# tests that look at them.
+render, RENDERED, DOT = matplotlib.figure.Figure.savefig, [False], io.BytesIO()
+render(matplotlib.figure.Figure(figsize=(0.1, 0.1)), DOT, dpi=20)
+
+
+def savefig(figure, target, **options):
+    if RENDERED[0] or not isinstance(target, pathlib.Path):
+        render(figure, target, **options)
+    else:
+        target.write_bytes(DOT.getvalue())  # which can be read again
+
+
+matplotlib.figure.Figure.savefig = savefig
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item):
+    RENDERED[0] = item.get_closest_marker("pictures") is not None
+
+
+# Each compiled program makes all that comes after it slower: with two thousand of them alive a test takes up to eight
+# times as long. (MLIR looks through its contexts one by one, and each program keeps one; the maps of its code are three
+# more for the kernel and the unwinder, and Linux gives a process 65,530.) So they go between two files where a hundred
+# were made; within a file, whose tests share them, only where it made some thousands.
+MAPS, AFTER_A_FILE, WITHIN_A_FILE = pathlib.Path("/proc/self/maps"), 300, 10_000
+_kept = [None]
+
+
+def _maps() -> int:
+    with MAPS.open("rb") as lines:
+        return sum(1 for _ in lines)
 
 
 def pytest_runtest_teardown(item, nextitem):
-    """Between two files: the programs of earlier files go where there are many of them."""
-    maps = pathlib.Path("/proc/self/maps")
-    if (nextitem is None or nextitem.path != item.path) and maps.exists():
-        with maps.open() as lines:
-            if sum(1 for _ in lines) > MOST_MAPS:
-                jax.clear_caches()
-                gc.collect()
+    if MAPS.exists() and nextitem is not None:
+        now, same = _maps(), nextitem.path == item.path
+        _kept[0] = now if _kept[0] is None else _kept[0]
+        if now - _kept[0] > (WITHIN_A_FILE if same else AFTER_A_FILE):
+            jax.clear_caches()
+            gc.collect()
+            _kept[0] = _maps()

@@ -217,4 +217,55 @@ LEFT_OUT = (
     "battery/test_product.py::test_combination[[]rslora-top_p-projection-pissa]",  # dora-top_p-ffn, lora-pissa
     "engines/test_quantised.py::test_a_projection_on_eight_devices[[]*-down-512]",  # q and down of 192 cut blocks
     "acceptance/test_x_lora.py::test_acceptance_8_*[[]options2]",  # a router for each site, and one for the model
+    # twenty losses on 1, 2, 4 and 8 devices: the battery's `eight_devices`, training/test_exact and the faults' meshes
+    "core/test_devices.py::test_lora_first_twenty_losses_are_equal",
+    # a method's whole run: its items, and runs of training/ and regimes/, hold the parts
+    "acceptance/test_dmoerm.py::test_a_run_of_three_phases_gives_rewards",
+    "acceptance/test_dmoerm.py::test_acceptance_7_the_outer_router_is_measured_on_prompts_of_its_own",
+    "acceptance/test_flexolmo.py::test_plain_runs_are_joined_by_documents_and_one_is_left_out",
+    "acceptance/test_flexolmo.py::test_acceptance_2_owners_in_one_run_do_not_meet",
+    "acceptance/test_x_lora.py::test_experts_from_other_runs_are_exactly_those_runs",  # acceptance/test_lora_mixer 2
+    "acceptance/test_mora_cl.py::test_a_run_opens_experts_task_by_task_and_never_moves_those_of_others",
+    "acceptance/test_mora_cl.py::test_a_bank_that_was_stopped_ends_with_the_same_bits*",
+    "acceptance/test_lora_mixer.py::test_acceptance_7_a_run_is_held_to_where_its_first_stage_ended",
+    "acceptance/test_meteora.py::test_acceptance_5_loaded_adapters_*",
+    "regimes/test_toy.py::test_what_a_regime_keeps_of_the_state_survives_the_next_step",  # regimes/test_killed
+    "training/test_moves.py::*[[]base_experts]",  # backbones/test_moe has every gradient
+    # a method on eight devices, with a cache, or in micro-steps: one of each kind stays
+    "acceptance/test_meteora.py::test_one_generation_changes_adapters_and_a_cache_changes_nothing",  # stelocoder
+    "acceptance/test_lora_pro.py::test_a_mixture_on_eight_devices_*",
+    "acceptance/test_adalora.py::test_eight_devices_choose_as_one_does",
+    "acceptance/test_rmoe.py::test_acceptance_2_the_second_layers_loss_*[[]full]",  # 4 carries the state too
+    "acceptance/test_ffa_lora.py::test_routed_A_stays_*",
+    "acceptance/test_deepseek_moe.py::test_acceptance_7_experts_on_eight_devices_equal_one",  # engines/test_equal
+    "backbones/test_mamba.py::test_eight_devices_equal_one*",  # the battery's, and its leaves' places
+    "backbones/test_gpt_oss.py::test_eight_devices*",  # backbones/test_moe
+    "objectives/test_steps.py::test_rewards_of_experts_in_micro_steps_and_on_four_devices[[]fused]",  # dmoerm 3
+    "core/test_step.py::test_a_methods_losses_are_those_of_the_whole_batch*",  # `test_exact_accumulation_*`
+    "export/test_walk.py::*",  # export/test_load and test_formats have each step
+    "modules/test_attach.py::test_plain_lora_equals_the_model_with_merged_kernels*'axes'*",
+    "modules/test_attach.py::test_a_scanned_stack_is_its_layers_one_by_one",  # the scan of test_docs' page
+    "acceptance/test_mos.py::test_experts_are_instances_of_their_own",
+    "acceptance/test_allora.py::test_a_routed_ffn_has_the_gradients_of_materialised_experts",  # kernels/test_ops
+    "acceptance/test_dynamic_moe.py::test_acceptance_5_padded_form_equals_dense_*",  # mola's, and kernels/test_ops
+    "acceptance/test_moa_hetero.py::test_acceptance_5_a_masked_threshold_*",  # 4 has both ends of it
+    "acceptance/test_randlora.py::test_acceptance_1_the_first_step_moves_lambda_alone[[]up]",
+    "experiments/test_lowrank.py::test_it_goes_on_from_its_file",  # test_compared, test_leaderboard
+    "training/test_disk.py::test_a_disk_that_stays_full_keeps_the_newest_step_and_is_an_error*",  # faults saves.run
+    # the acceptance list has the equation, in value and gradient
+    *(f"battery/test_methods.py::{test}[[]{name}]"
+      for test in ("test_equals_the_naive_form_in_value_and_gradient", "test_loss_falls_on_a_small_batch",
+                   "test_the_start_is_the_base")
+      for name in ("deepseek_moe", "adamole", "mora_cl", "stelocoder", "lora_mixer", "hydralora", "flylora", "adalora")),
+    "battery/test_bases.py::test_equals_the_naive_form[[]untied]",  # backbones/test_families, against transformers
+    "experiments/test_compared.py::test_every_row_chooses_its_rate_*",  # test_leaderboard goes on from its file too
+    "io/test_base.py::test_processes_that_convert_at_once",  # faults writers.cache
+    "training/test_loop.py::test_a_damaged_step_is_skipped_by_name",  # faults damage.checkpoint
+    "engines/test_hlo.py::test_the_layer_scan_ships_what_the_formula_says[[]chain-*",  # engines/test_chain, its values
+    "acceptance/test_dmoerm.py::test_acceptance_7_an_input_reaches_exactly_one_inner_model",  # 5 and 6 tell them apart
+    "acceptance/test_llava_mole.py::test_acceptance_2_equal_experts_make_the_router_irrelevant",  # mixlora's
+    "acceptance/test_meteora.py::test_acceptance_5_gates_learn_from_both_losses_*[[]1]",
+    "acceptance/test_moa_hetero.py::test_acceptance_1_weights_of_1_are_plain_lora",  # test_kinds, and llava_mole's 1
+    "acceptance/test_x_lora.py::test_acceptance_5_top_k_keeps_the_largest_*",  # core/test_routing `top_k`
+    "acceptance/test_lora_mixer.py::test_acceptance_7_a_kill_in_stage_b_changes_no_bit*",  # regimes/test_killed
 )  # fmt: skip

@@ -40,9 +40,12 @@ def context(batch=1, length=6, **changes):
 def from_probs(router, probs, **changes):
     """The decision for given probabilities `[E]` or `[T, E]`: the router reads their logarithms through an identity."""
     probs = jnp.atleast_2d(jnp.asarray(probs, jnp.float32))
-    E = probs.shape[-1]
-    x = jnp.log(jnp.maximum(probs, 1e-30))[None]
-    return router.route({"W": jnp.eye(E)}, {}, x, context(1, len(probs), **changes))[0]
+    return _from_logits(router, jnp.log(jnp.maximum(probs, 1e-30))[None], context(1, len(probs), **changes))
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _from_logits(router, x, ctx):
+    return router.route({"W": jnp.eye(x.shape[-1])}, {}, x, ctx)[0]
 
 
 @functools.partial(jax.jit, static_argnums=0)

@@ -40,7 +40,11 @@ def decision(z, chosen, **changes):
 
 def value(loss, z, chosen, **changes):
     """The loss without its weight, of one router."""
-    member = LOSSES[loss["name"]](**{k: v for k, v in loss.items() if k != "name"})
+    return _value(LOSSES[loss["name"]](**{k: v for k, v in loss.items() if k != "name"}), z, chosen, changes)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _value(member, z, chosen, changes):
     stats = jax.tree.map(lambda x: x[None], member.stats(*decision(z, chosen, **changes)))
     return member.value({"r": {"000-000": {"ffn": stats}}})
 

@@ -51,10 +51,12 @@ def made(name, seed=1, **options):
               for k, v in router.init_leaves(jax.random.key(0), SITE, 0).items()}  # fmt: skip
     leaves = {k: np.asarray(np.float32(v), np.float64) for k, v in leaves.items()}
 
+    route = jax.jit(lambda leaves, x, ctx: router.route(leaves, {}, x, ctx))  # one program, not one an operation
+
     def decide(ctx=None, x=X, leaves=leaves):
         ctx = context() if ctx is None else ctx
         ctx = ctx if ctx.state else ctx.replace(state=router.init_state(SITE))
-        return router.route({k: jnp.asarray(v, jnp.float32) for k, v in leaves.items()}, {}, jnp.asarray(x), ctx)
+        return route({k: jnp.asarray(v, jnp.float32) for k, v in leaves.items()}, x, ctx)
 
     return router, leaves, decide
 
@@ -447,8 +449,11 @@ def test_acceptance_7_capacity_drops_as_brute_force_says_the_first_tokens_first(
 
 def value(loss, logits, gates=None, ctx=None, **fields):
     """Of one router: `logits [B, S, E]`, gates the softmax of the K = 2 largest."""
-    ctx = context() if ctx is None else ctx
-    logits = jnp.asarray(logits, jnp.float32)
+    return _value(loss, jnp.asarray(logits, jnp.float32), gates, context() if ctx is None else ctx, fields)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _value(loss, logits, gates, ctx, fields):
     probs = routing.softmax(logits, ctx.allowed)
     selected = routing.top_k(probs, 2)
     gates = jnp.where(selected, probs, 0.0) if gates is None else gates

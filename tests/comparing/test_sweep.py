@@ -71,6 +71,7 @@ def test_one_step_for_equal_shapes_and_nothing_twice(trained, tmp_path):
     assert json.loads((tmp_path / "out" / "runs.json").read_text())["runs"] == [m.name for m in more.members]
 
 
+@pytest.mark.pictures
 def test_the_table_the_picture_and_how_sure(trained, tmp_path):
     one, _ = made(tmp_path, seeds=3)
     one.perform()

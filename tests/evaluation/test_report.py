@@ -19,6 +19,8 @@ from molora_jax.evaluation import plots
 from molora_jax.objectives.held_out import example_nll
 from molora_jax.training.loss_picture import plot_loss
 
+pytestmark = pytest.mark.pictures
+
 
 @dataclasses.dataclass
 class Printed:

@@ -140,6 +140,7 @@ def start(tmp_path, *argv, methods="lora,mola"):
     return board.main([*where, f"--methods={methods}", "--tables=rank", *argv])
 
 
+@pytest.mark.pictures
 def test_every_row_chooses_its_rate_and_goes_on_from_the_file_alone(tmp_path, monkeypatch):
     fake, out = Fake(monkeypatch), tmp_path / "out"
     assert start(tmp_path, "--seeds=2") == 0
@@ -205,6 +206,7 @@ def test_a_claim_holds_where_every_step_of_its_order_does():
     assert values[0][2].mean == pytest.approx(-0.75)
 
 
+@pytest.mark.pictures
 def test_pages_of_claims(tmp_path, monkeypatch, capsys):
     fake = Fake(monkeypatch)
     argv = ["--claims=mixlora", f"--results={tmp_path}/out", f"--out={tmp_path}/claims", f"--workdir={tmp_path}/work"]

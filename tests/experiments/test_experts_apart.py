@@ -8,6 +8,7 @@ from experiments.flexolmo import __main__ as flexolmo
 from experiments.kshot_experts import trial
 
 
+@pytest.mark.pictures
 @pytest.mark.slow
 def test_flexolmo_trains_apart_joins_and_leaves_out(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(flexolmo, "first_base", lambda workdir: "random:tiny")

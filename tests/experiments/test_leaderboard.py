@@ -54,6 +54,7 @@ def start(tmp_path, *argv):
     return status
 
 
+@pytest.mark.pictures
 def test_goes_on_from_the_results_file_alone(tmp_path, monkeypatch):
     fake, out = Fake(monkeypatch), tmp_path / "out"
     usual = ("--budget=4x512", "--methods=lora,mos", "--items=2")

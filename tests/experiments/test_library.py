@@ -68,6 +68,7 @@ def test_minilm_from_its_package_equals_transformers():
         np.testing.assert_allclose(got[:8], row["mean"], atol=1e-4)
 
 
+@pytest.mark.pictures
 @pytest.mark.slow
 def test_the_runs_of_the_page(tmp_path):
     """Shorter runs reach most of what the page says."""

@@ -30,6 +30,7 @@ def score(right, gates=None):
     return out | ({} if gates is None else dict(gates=gates))
 
 
+@pytest.mark.pictures
 def test_the_table_and_the_picture(tmp_path):
     mine = [
         [[0.7, 0.1, 0.1, 0.1]] * 3,

@@ -14,6 +14,7 @@ def start(tmp_path, *argv):
     return lowrank.main([f"--out={tmp_path}/out", f"--workdir={tmp_path}/work", BASE, "--steps=2", *argv])
 
 
+@pytest.mark.pictures
 def test_it_goes_on_from_its_file(tmp_path, monkeypatch):
     fake = Fake(monkeypatch)
     usual = ("--methods=lora,ia3", "--items=2")

@@ -11,6 +11,7 @@ from tests.surgery.make import lora_rules, new_run
 from tests.tiny import write_task
 
 
+@pytest.mark.pictures
 def test_it_merges_measures_and_writes(tmp_path, monkeypatch):
     def trained(config, workdir, task, seed):
         rules = lora_rules(rank=merging.RANK, sites="q,down")

@@ -128,6 +128,7 @@ def test_a_damaged_base_is_refused(tmp_path, monkeypatch):
         shipped.folder("6m")
 
 
+@pytest.mark.pictures
 def test_the_report_says_all_numbers(tmp_path):
     row = dict(bigram=5.0, trigram=4.5, base=4.0, tokens=100, bytes=400)
     listed = dict(

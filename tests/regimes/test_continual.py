@@ -20,6 +20,8 @@ from molora_jax.runs.workdir import Workdir
 from molora_jax.training import loop
 from tests.regimes.small import TASKS, arrays, config, cut, digests, rows, start, write
 
+pytestmark = pytest.mark.pictures
+
 REGIME = dict(name="continual", replay=5, fisher_rows=6)
 
 
