@@ -157,7 +157,7 @@ def load(path):
         file = names[str(path)]
     shipped.put_up("configs")  # config files inherit from `configs.common`
     try:
-        spec = importlib.util.spec_from_loader("_config", importlib.machinery.SourceFileLoader("_config", str(file)))
+        spec = importlib.util.spec_from_loader("_config", _Config("_config", str(file)))
         module = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
         if not callable(getattr(module, "get_config", None)):
@@ -174,6 +174,16 @@ def load(path):
         raise wrong("--config", f"get_config() -> {type(config).__name__}", "a ConfigDict", "Return the config.")
     check_names(config)
     return config if isinstance(config, ConfigDict) else ConfigDict(config)
+
+
+class _Config(importlib.machinery.SourceFileLoader):
+    """Leaves no `__pycache__` beside a user's file, nor believes one that lies there."""
+
+    def set_data(self, *args, **kwargs):
+        pass
+
+    def get_code(self, name):
+        return self.source_to_code(self.get_data(self.path), self.path)
 
 
 def _no_config(path, file, names):

@@ -256,7 +256,8 @@ LEFT_OUT = (
     *(f"battery/test_methods.py::{test}[[]{name}]"
       for test in ("test_equals_the_naive_form_in_value_and_gradient", "test_loss_falls_on_a_small_batch",
                    "test_the_start_is_the_base")
-      for name in ("deepseek_moe", "adamole", "mora_cl", "stelocoder", "lora_mixer", "hydralora", "flylora", "adalora")),
+      for name in ("deepseek_moe", "adamole", "mora_cl", "stelocoder", "lora_mixer", "hydralora", "flylora",
+                   "adalora")),
     "battery/test_bases.py::test_equals_the_naive_form[[]untied]",  # backbones/test_families, against transformers
     "experiments/test_compared.py::test_every_row_chooses_its_rate_*",  # test_leaderboard goes on from its file too
     "io/test_base.py::test_processes_that_convert_at_once",  # faults writers.cache
