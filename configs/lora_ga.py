@@ -17,7 +17,7 @@ def get_config():
     config = common.get_config()
     start = dict(
         name="lora_ga", gamma=16.0, direction="ArB2r", scaling="stable", variant="paper", norm_clip=False, batches=8,
-        layers=2, svd="exact",
+        svd="exact",
     )  # fmt: skip
     config.method.rules = dict(
         all=common.rule(

@@ -18,12 +18,7 @@ def get_config():
     config = common.get_config()
     config.optim.update(learning_rate=1e-3, weight_decay=0.0)
     start = dict(
-        name="lora_sb",
-        eta=config.optim.learning_rate / config.optim.warmup,
-        batches=8,
-        layers=2,
-        step="sign",
-        svd="exact",
+        name="lora_sb", eta=config.optim.learning_rate / config.optim.warmup, batches=8, step="sign", svd="exact"
     )
     config.method.rules = dict(
         all=common.rule(

@@ -67,9 +67,9 @@ def begin(run, stage, state):
         for layer in layers:
             adapters = probe.begun(adapters, layer, sums, layer - layers[0])
     jax.block_until_ready(adapters)
+    count, each = sum(map(len, probe.passes)), max(map(len, probe.passes))
     run.note(
-        f"gradient of the base: {sum(map(len, probe.passes))} layers in {len(probe.passes)} passes, "
-        f"{probe.count} batches, {time.monotonic() - began:.0f} s"
+        f"gradient of the base: {count} layers ({each} a pass), {probe.count} batches, {time.monotonic() - began:.0f} s"
     )
     return run.fresh_moments(compiled, dataclasses.replace(state, adapters=adapters))
 

@@ -70,7 +70,7 @@ def ran(tmp_path_factory):
         patch.setattr(probe.Probe, "gradient", spy)
         notes = []
         train(config(folder, stop_after=1), str(folder / "run"), note=notes.append)
-    assert any(note.startswith("gradient of the base: 4 layers in 2 passes, 2 batches") for note in notes)
+    assert any(note.startswith("gradient of the base: 4 layers (3 a pass), 2 batches") for note in notes)
     return folder, seen[0], found
 
 
