@@ -1,5 +1,7 @@
 """Objectives and trained copies in a config: what is taken, what is refused and why, before jax is loaded."""
 
+import functools
+
 import pytest
 
 from configs import common
@@ -95,6 +97,40 @@ def test_a_teachers_path_is_no_part_of_the_identity():
         for path, digest in (("a", "x"), ("b", "y"))
     )
     assert [line.split(":")[0] for line in identity.compare(one, two)[0]] == ["extra.frozen"]
+
+
+MEMBERS = {  # a field of a member, wherever one stands in a config, and a value that is not its default
+    "method.rules.all.adapter.rank": 3,
+    "method.rules.all.adapter.init.layers": 5,
+    "method.rules.all.router.k": 3,
+    "losses.balance.counts": "soft",
+    "optim.b1": 0.5,
+    "objective.beta": 0.7,
+    "schedule.s00.objective.beta": 0.7,
+}
+
+
+@pytest.mark.parametrize("path", MEMBERS)
+def test_an_option_that_a_member_gained_had_its_default_in_older_runs(path):
+    made = common.get_config()
+    adapter = common.adapter("rslora", init=dict(name="lora_ga"))
+    made.method.rules = dict(all=common.rule("q", adapter=adapter, experts="4", router=dict(name="softmax_topk")))
+    with made.unlocked():
+        made.losses = dict(balance=common.balance())
+        made.objective, made.schedule.s00.objective = dict(DPO), dict(DPO)
+
+    def at(value=None):
+        tree = made.to_dict()
+        *groups, name = path.split(".")
+        group = functools.reduce(lambda node, key: node[key], groups, tree)
+        group.pop(name, None)
+        group.update({} if value is None else {name: value})
+        return identity.identity(tree, dict(base_digest="b", data_fingerprint="d"))
+
+    older, default = at(), defaults.default_at(made.to_dict(), path)
+    for one, two in ((older, at(default)), (at(default), older)):
+        assert identity.compare(one, two)[0] == []
+    assert [line.split(":")[0] for line in identity.compare(older, at(MEMBERS[path]))[0]] == [path]
 
 
 def test_the_command_line_names_objectives():

@@ -89,6 +89,8 @@ def default_at(tree: dict, path: str):
             return rule_fields().get(rest[2], MISSING)
         if head == "method" and len(rest) == 4:
             return _option(AXES[rest[2]], tree["method"]["rules"][rest[1]][rest[2]]["name"], rest[3])
+        if head == "method" and rest[2:4] == ["adapter", "init"] and rest[4:] != ["name"]:
+            return _option("inits", tree["method"]["rules"][rest[1]]["adapter"]["init"]["name"], *rest[4:])
         if head == "losses":
             return _option("losses", loss_of(rest[0], tree["losses"][rest[0]]), *rest[1:])
         if head == "optim":
@@ -97,6 +99,8 @@ def default_at(tree: dict, path: str):
             return _option("objectives", tree["objective"]["name"], *rest)
         if head == "regime" and rest != ["name"]:
             return _option("regimes", tree["regime"]["name"], *rest)
+        if head == "schedule" and rest[1:2] == ["objective"] and rest[2:] != ["name"]:
+            return _option("objectives", tree["schedule"][rest[0]]["objective"]["name"], *rest[2:])
         if head == "schedule":
             return WHOLE.get(rest[1], MISSING) if len(rest) == 2 else MISSING
         found = sections()[head]
