@@ -179,9 +179,6 @@ def load(path):
 class _Config(importlib.machinery.SourceFileLoader):
     """Leaves no `__pycache__` beside a user's file, nor believes one that lies there."""
 
-    def set_data(self, *args, **kwargs):
-        pass
-
     def get_code(self, name):
         return self.source_to_code(self.get_data(self.path), self.path)
 

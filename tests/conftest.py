@@ -107,10 +107,10 @@ def pytest_runtest_setup(item):
     RENDERED[0] = item.get_closest_marker("pictures") is not None
 
 
-# Each compiled program makes all that comes after it slower: with two thousand of them alive a test takes up to eight
-# times as long. (MLIR looks through its contexts one by one, and each program keeps one; the maps of its code are three
-# more for the kernel and the unwinder, and Linux gives a process 65,530.) So they go between two files where a hundred
-# were made; within a file, whose tests share them, only where it made some thousands.
+# Each compiled program makes all that comes after it slower: with 3,500 of them alive a test took eight times as long.
+# (MLIR looks through its contexts one by one, and each program keeps one; the maps of its code are three more for the
+# kernel and the unwinder, and Linux gives a process 65,530.) So they go between two files where a hundred were made;
+# within a file, whose tests share them, only where it made some thousands.
 MAPS, AFTER_A_FILE, WITHIN_A_FILE = pathlib.Path("/proc/self/maps"), 300, 10_000
 _kept = [None]
 

@@ -14,7 +14,9 @@ from molora_jax.config.members import is_member, loss_of, options
 COMMON = shipped.folder("configs") / "common.py"
 MISSING = object()
 ABSENT = {"data": {"file_tasks": False}}  # what a field's absence means where today's default is another
-AXES = dict(adapter="adapters", router="routers", placement="placements")
+AXES = dict(adapter="adapters", router="routers", placement="placements", init="inits", optim="optim",
+            objective="objectives", regime="regimes")  # fmt: skip
+LATER = ("objective.name", "regime.name")  # of sections that older configs lack: the member has a default too
 NO_COPIES = {"train_base": ""}
 
 
@@ -83,24 +85,16 @@ def completed(config: dict) -> tuple[dict, list[str]]:
 
 def default_at(tree: dict, path: str):
     """The default of the field at a dotted path of a config (or identity) `tree`; MISSING where there is none."""
-    head, *rest = path.split(".")
+    head, *rest = names = path.split(".")
     try:
         if head == "method" and len(rest) == 3:
             return rule_fields().get(rest[2], MISSING)
-        if head == "method" and len(rest) == 4:
-            return _option(AXES[rest[2]], tree["method"]["rules"][rest[1]][rest[2]]["name"], rest[3])
-        if head == "method" and rest[2:4] == ["adapter", "init"] and rest[4:] != ["name"]:
-            return _option("inits", tree["method"]["rules"][rest[1]]["adapter"]["init"]["name"], *rest[4:])
         if head == "losses":
             return _option("losses", loss_of(rest[0], tree["losses"][rest[0]]), *rest[1:])
-        if head == "optim":
-            return _option("optim", tree["optim"]["name"], *rest)
-        if head == "objective" and rest != ["name"]:
-            return _option("objectives", tree["objective"]["name"], *rest)
-        if head == "regime" and rest != ["name"]:
-            return _option("regimes", tree["regime"]["name"], *rest)
-        if head == "schedule" and rest[1:2] == ["objective"] and rest[2:] != ["name"]:
-            return _option("objectives", tree["schedule"][rest[0]]["objective"]["name"], *rest[2:])
+        *groups, option = names
+        if groups and groups[-1] in AXES and path not in LATER:  # a member, wherever it stands
+            group = functools.reduce(lambda node, name: node[name], groups, tree)
+            return _option(AXES[groups[-1]], group["name"], option)
         if head == "schedule":
             return WHOLE.get(rest[1], MISSING) if len(rest) == 2 else MISSING
         found = sections()[head]

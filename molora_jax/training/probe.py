@@ -67,15 +67,16 @@ def begin(run, stage, state):
         for layer in layers:
             adapters = probe.begun(adapters, layer, sums, layer - layers[0])
     jax.block_until_ready(adapters)
-    count, each = sum(map(len, probe.passes)), max(map(len, probe.passes))
-    run.note(
-        f"gradient of the base: {count} layers ({each} a pass), {probe.count} batches, {time.monotonic() - began:.0f} s"
-    )
+    count, seconds = sum(map(len, probe.passes)), time.monotonic() - began
+    run.note(f"gradient of the base: {count} layers ({probe.most} a pass), {probe.count} batches, {seconds:.0f} s")
     return run.fresh_moments(compiled, dataclasses.replace(state, adapters=adapters))
 
 
 class Probe:
-    """A run's gradients by layer, and what the rules begin with there. `passes`: the layers of each, in their order."""
+    """A run's gradients by layer, and what the rules begin with there.
+
+    `passes`: the layers of each, in their order; `most` of them in one.
+    """
 
     def __init__(self, run, stage, rules, state):
         program, config = run.programs[stage.name], run.config.train
@@ -101,6 +102,7 @@ class Probe:
         )  # fmt: skip
         self._gradients, self._starts = {}, {}
         self.passes = self._passes(max(getattr(rule.adapter.start, "layers", 1) for rule in rules))
+        self.most = max(map(len, self.passes))
 
     def _passes(self, most: int) -> list[list[int]]:
         """Neighbours in one stack with the same sites, at most so many."""
@@ -131,7 +133,7 @@ class Probe:
     def gradient(self, layers: list[int]) -> dict:
         """Site -> `[n, D_in, D_out]`, float32, placed as the kernels; `layers` of one pass come first."""
         config, params, sites = self.base.config, self.run.params, self.sites(layers[0])
-        stack, n = config.stack_of(layers[0]), max(map(len, self.passes))
+        stack, n = config.stack_of(layers[0]), self.most
         kernels = {site: params[stack.name][site]["kernel"] for site in sites}
         if (stack, sites) not in self._gradients:
             places = {site: _of_layers(kernel) for site, kernel in kernels.items()}

@@ -20,9 +20,10 @@ from molora_jax.backbones.families import TINY
 from molora_jax.core.rules import Rule
 from molora_jax.core.types import Context, Routing
 from molora_jax.io.random_init import random_params
-from molora_jax.objectives.lm import lm
+from molora_jax.objectives.lm import PLAIN, lm
 from molora_jax.placements import projection
-from tests.battery.cases import fresh_adapters
+from molora_jax.training.probe import make_gradient
+from tests.battery.cases import BATCH, SMALL, TARGETS_PER_ROW, fresh_adapters
 
 DECODER = dataclasses.replace(TINY, layers=2, width=32, ffn_width=48, heads=2, kv_heads=1, head_dim=16, vocab=64)
 B, S = 4, 10
@@ -56,6 +57,22 @@ def change(adapter, leaves, gates, x):
     routing = Routing(gates, gates != 0, gates, gates, jnp.ones(gates.shape[:2], bool), k_max=gates.shape[-1])
     part = projection.part(rule, leaves, {}, routing, context(1, len(x)), x)
     return engines.project(engines.ALONE, "q", jnp.zeros((x.shape[-1], leaves["B"].shape[-1])), None, x, [part])[0]
+
+
+def begun_from_gradient(made):
+    """`(adapters, gradients)` of a battery case, begun from the gradient of the battery's batch, layer by layer."""
+    gradient = make_gradient(
+        made.model.without_rules(), objective=PLAIN, accumulate=1, targets_per_row=TARGETS_PER_ROW,
+        constrain=lambda x: x,
+    )  # fmt: skip
+    zeros = {site: jnp.zeros((1, *SMALL.dims(site))) for site in SMALL.sites}  # a layer a pass
+    take = jax.jit(lambda n: gradient(zeros, made.params, {}, {}, BATCH, 0, n, jnp.float32(1)))
+    begun = jax.jit(lambda a, n, g: made.model.begun_anew(jax.random.key(0), made.params, a, n, g))
+    adapters, found = made.start().adapters, []
+    for layer in range(SMALL.layers):
+        found.append({site: np.asarray(sums[0]) for site, sums in take(layer).items()})
+        adapters = begun(adapters, layer, found[-1])
+    return jax.device_get(adapters), found
 
 
 def lora(rank, alpha):

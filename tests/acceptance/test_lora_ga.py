@@ -17,9 +17,8 @@ from molora_jax.core.types import Context, Site
 from molora_jax.errors import InputError
 from molora_jax.inits import made as start_of
 from molora_jax.inits._singular import singular
-from molora_jax.objectives.lm import PLAIN, lm
+from molora_jax.objectives.lm import lm
 from molora_jax.runs.products import products
-from molora_jax.training.probe import make_gradient
 from tests.acceptance import small
 from tests.battery.cases import BATCH, SMALL, TARGETS_PER_ROW, Case, method
 
@@ -41,19 +40,7 @@ def start(adapter="rslora", base=W, gradient=G, **options):
 def case():
     """The shipped config on a small decoder, its start from the gradient of the battery's batch, and that gradient."""
     made = Case(method("lora_ga"))
-    gradient = make_gradient(
-        made.model.without_rules(), objective=PLAIN, accumulate=1, targets_per_row=TARGETS_PER_ROW,
-        constrain=lambda x: x,
-    )  # fmt: skip
-    zeros = {site: jnp.zeros((1, *SMALL.dims(site))) for site in SMALL.sites}  # a layer a pass
-    take = jax.jit(lambda n: gradient(zeros, made.params, {}, {}, BATCH, 0, n, jnp.float32(1)))
-    each = lambda n: {site: sums[0] for site, sums in take(n).items()}  # noqa: E731
-    begun = jax.jit(lambda a, n, g: made.model.begun_anew(jax.random.key(0), made.params, a, n, g))
-    adapters, found = made.start().adapters, []
-    for layer in range(SMALL.layers):
-        found.append(jax.device_get(each(layer)))
-        adapters = begun(adapters, layer, found[-1])
-    return made, jax.device_get(adapters), found
+    return made, *small.begun_from_gradient(made)
 
 
 def test_1_the_function_is_the_bases_before_the_first_step():

@@ -15,8 +15,7 @@ import pytest
 from molora_jax.adapters import ADAPTERS
 from molora_jax.core import trees
 from molora_jax.core.types import Site
-from molora_jax.objectives.lm import PLAIN, lm
-from molora_jax.training.probe import make_gradient
+from molora_jax.objectives.lm import lm
 from tests.acceptance import small
 from tests.battery.cases import BATCH, SMALL, TARGETS_PER_ROW, Case, method
 
@@ -95,18 +94,7 @@ def test_4_the_preconditioned_gradient_is_the_least_squares_one_and_orthonormal_
 def case():
     """The shipped config on a small decoder, its start from the gradient of the battery's batch: `(case, begun)`."""
     made = Case(method("lora_sb", **{"method.rules.all.adapter.init.eta": 1e-4}))
-    gradient = make_gradient(
-        made.model.without_rules(), objective=PLAIN, accumulate=1, targets_per_row=TARGETS_PER_ROW,
-        constrain=lambda x: x,
-    )  # fmt: skip
-    zeros = {site: jnp.zeros((1, *SMALL.dims(site))) for site in SMALL.sites}  # a layer a pass
-    take = jax.jit(lambda n: gradient(zeros, made.params, {}, {}, BATCH, 0, n, jnp.float32(1)))
-    each = lambda n: {site: sums[0] for site, sums in take(n).items()}  # noqa: E731
-    adapters = made.start().adapters
-    begun = jax.jit(lambda a, n, g: made.model.begun_anew(jax.random.key(0), made.params, a, n, g))
-    for layer in range(SMALL.layers):
-        adapters = begun(adapters, layer, each(layer))
-    return made, jax.device_get(adapters)
+    return made, small.begun_from_gradient(made)[0]
 
 
 @jax.jit
