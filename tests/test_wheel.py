@@ -1,6 +1,7 @@
 """An installation without the clone: the command `molora`, shipped configs by name, a wheel of what runs need."""
 
 import fnmatch
+import importlib.metadata
 import importlib.util
 import os
 import pathlib
@@ -13,6 +14,8 @@ import types
 import zipfile
 
 import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 from launch import flags
 from molora_jax.config import shipped
@@ -84,6 +87,28 @@ def test_a_wheels_copy_finds_its_commands_and_configs(built, tmp_path):
     assert python("-c", code, cwd=tmp_path, path=built)[::2] == (0, "")
     code, _, said = python("-m", "molora_jax", "train", "--config=mixlor", "--workdir=x", cwd=tmp_path, path=built)
     assert code == 2 and "Did you mean 'mixlora'?" in said and "Traceback" not in said
+
+
+@pytest.mark.parametrize("python", ["3.11", "3.12"])
+def test_constraints_say_a_version_of_all_that_the_tests_install(python):
+    """What is left open pip has to search: with the two stores of `--all` open it gave up after a minute."""
+    lines = (ROOT / f"constraints-py{python.replace('.', '')}.txt").read_text().splitlines()
+    pinned = {canonicalize_name(line.partition("==")[0]) for line in lines if not line.startswith("#")}
+    environment = {"python_version": python, "python_full_version": f"{python}.0"}
+    todo, seen = [("molora-jax", frozenset({"data", "test", "test-all"}))], set()
+    while todo:
+        name, extras = todo.pop()
+        if (name, extras) in seen:
+            continue
+        seen.add((name, extras))
+        try:
+            asked = [Requirement(line) for line in importlib.metadata.requires(name) or ()]
+        except importlib.metadata.PackageNotFoundError:
+            continue  # of an extra that is not installed here: what it asks for is seen with --all
+        for one in asked:
+            if one.marker is None or any(one.marker.evaluate({**environment, "extra": e}) for e in {*extras, ""}):
+                todo.append((canonicalize_name(one.name), frozenset(one.extras)))
+    assert len(seen) > 100 and {name for name, _ in seen} - pinned <= {"molora-jax", "setuptools"}
 
 
 def test_commands_are_the_launchers_with_a_run():

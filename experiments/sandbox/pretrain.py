@@ -8,7 +8,6 @@ import contextlib
 import dataclasses
 import os
 import pathlib
-import shutil
 
 import jax
 import ml_dtypes
@@ -21,7 +20,7 @@ from molora_jax.backbones.llama import Llama
 from molora_jax.evaluation.run import load_run
 from molora_jax.io import base as bases
 from molora_jax.io import huggingface, random_init
-from molora_jax.io.parts import whole_folder
+from molora_jax.io.parts import scratch, whole_folder
 from molora_jax.training.loop import train
 
 SHAPE = Llama(
@@ -77,10 +76,11 @@ def write(run: pathlib.Path, out: pathlib.Path):
 
 @contextlib.contextmanager
 def replaced(folder: pathlib.Path):
-    """`whole_folder`, in the place of what is there."""
-    new = folder.with_name(folder.name + ".new")
-    shutil.rmtree(new, ignore_errors=True)
-    with whole_folder(new) as part:
-        yield part
-    shutil.rmtree(folder, ignore_errors=True)
-    os.rename(new, folder)
+    """`whole_folder`, in the place of what is there, which goes only when the new one is complete."""
+    with scratch(folder.parent) as place:
+        new, old = place / "new", place / "old"
+        new.mkdir()
+        yield new
+        if folder.exists():
+            os.rename(folder, old)
+        os.rename(new, folder)

@@ -169,9 +169,12 @@ class Sweep:
             results = train_together({member.name: member.config for member in unit}, self.out, note=self.note)
             return next(iter(results.values())).signal
         except InputError as error:
-            reason = str(error)
+            reason, signal = str(error), _asked_to_stop(error)
         except Exception as error:  # of the device's memory, say: alone a run needs less
-            reason = _last_line(error)
+            reason, signal = _last_line(error), _asked_to_stop(error)
+        if signal is not None:
+            self.note(reason)
+            return signal
         left = [member for member in unit if self.stand(member).state in (BEGUN, NONE)]
         if left:
             self.note(f"one after the other, {len(left)} runs: {reason}")
@@ -188,12 +191,13 @@ class Sweep:
         try:
             return train(member.config, str(self.out / member.name), note=note).signal
         except InputError as error:
-            self.errors[member.name] = str(error)
+            self.errors[member.name], signal = str(error), _asked_to_stop(error)
         except Exception as error:
             traceback.print_exc()
-            self.errors[member.name] = _last_line(error)
-        self.note(f"{member.name} FAILED, the others go on: {self.errors[member.name]}")
-        return None
+            self.errors[member.name], signal = _last_line(error), _asked_to_stop(error)
+        others = "go on" if signal is None else "wait for the next start"
+        self.note(f"{member.name} FAILED, the others {others}: {self.errors[member.name]}")
+        return signal
 
     # ---- what came out -------------------------------------------------------------------------------------------
 
@@ -310,6 +314,11 @@ def plot(found: dict, path) -> pathlib.Path:
     if not drawn:
         say(ax, "no run has come to an end")
     return save(fig, path)
+
+
+def _asked_to_stop(error) -> int | None:
+    """The signal that came before the error (`training.signals`)."""
+    return getattr(error, "asked_to_stop", None)
 
 
 def _last_line(error) -> str:

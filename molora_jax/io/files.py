@@ -4,6 +4,7 @@ import contextlib
 import errno
 import os
 import pathlib
+import secrets
 import stat
 import time
 
@@ -27,9 +28,13 @@ def plain(path: str | pathlib.Path) -> pathlib.Path:
 
 @contextlib.contextmanager
 def replacing(path):
-    """A new binary file that takes the place of `path` as a whole at the end; after an error nothing of it is left."""
+    """A new binary file that takes the place of `path` as a whole at the end; after an error nothing of it is left.
+
+    Machines may write into one folder, where two of their processes can have one number: hence the random part of its
+    name. Its permissions are the usual ones (umask), so that a cache can be shared.
+    """
     path = pathlib.Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
     try:
         with open(temporary, "wb") as file:
             yield file

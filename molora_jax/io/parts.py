@@ -13,7 +13,7 @@ import shutil
 import socket
 import time
 
-from molora_jax.io.files import sync_folder
+from molora_jax.io import files
 
 _STALE_SECONDS = 86_400
 
@@ -25,7 +25,8 @@ def temporary(folder: pathlib.Path) -> pathlib.Path:
 
 
 def sweep(folder: pathlib.Path) -> None:
-    """Removes what killed processes left: those of this machine at once, others after a day."""
+    """Removes what killed processes left: `temporary` of this machine's at once, anything else after a day."""
+    files.sweep(folder, older=_STALE_SECONDS)
     for left in folder.glob(".part-*"):
         with contextlib.suppress(OSError):
             if _abandoned(left.name) or time.time() - left.stat().st_mtime > _STALE_SECONDS:
@@ -55,7 +56,7 @@ def whole_folder(target: pathlib.Path):
     with scratch(target.parent) as part:
         yield part
         os.rename(part, target)
-        sync_folder(target.parent)
+        files.sync_folder(target.parent)
 
 
 def _host() -> str:

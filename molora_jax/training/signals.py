@@ -25,6 +25,8 @@ SIGNALS = (signal.SIGTERM, signal.SIGINT)
 class StopRequest:
     """Context manager for the main thread; handlers and wakeup descriptor are put back at its end.
 
+    An error that leaves it after a signal has the signal's number as `error.asked_to_stop`.
+
     Args:
       grace: seconds between the first signal and the end of the process, counted until the context is left; None
         waits for ever. 25 lies below the 30 after which Kubernetes and SLURM kill.
@@ -62,7 +64,9 @@ class StopRequest:
         os.register_at_fork(before=self._hold, after_in_parent=self._let_go, after_in_child=self._forget)
         return self
 
-    def __exit__(self, *_):
+    def __exit__(self, kind, error, trace):
+        if error is not None and self.signal is not None:
+            error.asked_to_stop = self.signal  # who goes on after an error should not go on after this one
         for number, handler in self._old_handlers.items():
             signal.signal(number, handler)
         signal.set_wakeup_fd(self._old_descriptor)

@@ -113,6 +113,16 @@ def test_a_failed_run_does_not_lose_the_others(trained, tmp_path, monkeypatch, c
     assert sweep.run(argv) == 0 and trained.calls[before:] == [[name]], "the next start tries the failed one alone"
 
 
+@pytest.mark.parametrize("together", [8, 1])
+def test_a_signal_before_an_error_ends_the_sweep(trained, tmp_path, together):
+    """The error of a run, its folder gone for one, does not hide that the sweep was asked to stop."""
+    one, notes = made(tmp_path, together=together)
+    error = trained.fails[one.members[0].name] = RuntimeError("its folder is gone")
+    error.asked_to_stop = signal.SIGTERM
+    assert one.perform() == signal.SIGTERM and len(trained.calls) == 1
+    assert any("its folder is gone" in note for note in notes)
+
+
 def test_a_run_without_finite_gradients_has_failed(tmp_path):
     one, _ = made(tmp_path, seeds=1)
     first, second = one.members

@@ -52,6 +52,17 @@ def test_one_signal_is_a_request(number):
     assert (child.returncode, err) == (0, "") and f"left True {number.value}" in out.splitlines()
 
 
+def test_an_error_after_a_signal_says_so():
+    with pytest.raises(ValueError, match="own") as caught, StopRequest(grace=None) as stop:
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert stop.wait(HANGS)
+        raise ValueError("own")
+    assert caught.value.asked_to_stop == signal.SIGTERM
+    with pytest.raises(ValueError) as caught, StopRequest(grace=None):
+        raise ValueError("no signal came")
+    assert not hasattr(caught.value, "asked_to_stop")
+
+
 @pytest.mark.parametrize("body", [STUBBORN, BLOCKED])
 def test_a_second_signal_ends_at_once(body):
     child = start(body)
