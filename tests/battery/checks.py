@@ -110,4 +110,5 @@ def check_gradients(case, adapters, gradients, norm, exceptions=()):
             rows = g[None] if path.split("/")[1] == "shared" else g
             dead = np.abs(rows).reshape(len(rows), -1).max(axis=1) == 0
             assert not dead.any(), f"{path}: no gradient in layers {np.flatnonzero(dead)} of the segment"
-        np.testing.assert_allclose(g, wanted[path], rtol=1e-4, atol=1e-5 * np.abs(wanted[path]).max(), err_msg=path)
+        # both are float32 and sum in orders of their own: processors differ by a little more than 1e-5 of the largest
+        np.testing.assert_allclose(g, wanted[path], rtol=1e-4, atol=2e-5 * np.abs(wanted[path]).max(), err_msg=path)
