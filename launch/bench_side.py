@@ -1,6 +1,7 @@
 """One side of `launch.bench`: reads a config, then answers `start`, `step`, `end` lines with JSON."""
 
 import dataclasses
+import functools
 import json
 import resource
 import sys
@@ -66,6 +67,7 @@ def start(tree, args):
     from molora_jax.engines import Engine
     from molora_jax.errors import InputError
     from molora_jax.io.base import load_base
+    from molora_jax.runs.modules import compile_modules
 
     if jax.default_backend() == "cpu" and may_accelerate():
         raise InputError(
@@ -83,15 +85,17 @@ def start(tree, args):
     model = dataclasses.replace(model, engine=Engine("replicate", mesh))
     params = sharding.put(base.params, sharding.param_shardings(base.config, base.params, mesh))
     base = dataclasses.replace(base, params=None)  # the host's copy is not part of a step's memory
+    modules = compile_modules(config, params, width=base.config.width, classes=0)
     frozen = model.frozen_patterns()
-    shapes = jax.eval_shape(lambda p: model.init_adapters(jax.random.key(0), p), params)
+    init = lambda p: trees.joined(model.init_adapters(jax.random.key(0), p), modules.init(jax.random.key(0), p))  # noqa: E731
+    shapes = jax.eval_shape(init, params)
     answer = {
         "trainable": trees.count(trees.split(shapes, frozen)[0]),
         "device": jax.local_devices()[0].device_kind,
         "clock": "cpu" if jax.default_backend() == "cpu" else "wall",
     }
     rng = np.random.default_rng(0)
-    make = decoding if args["generate"] else training
+    make = decoding if args["generate"] else functools.partial(training, modules=modules, shapes=shapes)
     work = make(config, args, model, base, params, mesh, frozen, rng)
     began = time.monotonic()
     work()
@@ -102,7 +106,7 @@ def start(tree, args):
     return work, answer
 
 
-def training(config, args, model, base, params, mesh, frozen, rng):
+def training(config, args, model, base, params, mesh, frozen, rng, *, modules, shapes):
     import jax
     import numpy as np
     import optax
@@ -118,10 +122,10 @@ def training(config, args, model, base, params, mesh, frozen, rng):
     B, S, runs = args["batch"], args["seq"], args.get("runs", 1)
     side_by_side = runs > 1 and args["together"]
     member = compile_optimizer(config)
-    shapes = jax.eval_shape(lambda p: model.init_adapters(jax.random.key(0), p), params)
     steps, pairs = config.train.steps, trees.pairs(model, trees.split(shapes, frozen)[0])
     optimizer, whole = member.make(steps, pairs), sharding.replicated(mesh)
-    make = jax.jit(lambda p, seed: fresh(model, optimizer, p, frozen, jax.random.key(seed)), out_shardings=whole)
+    start = lambda p, seed: fresh(model, optimizer, p, frozen, jax.random.key(seed), modules.init)  # noqa: E731
+    make = jax.jit(start, out_shardings=whole)
     knobs = sharding.put(Knobs.of(0, member, model.losses), whole)
     if side_by_side:
         state = many.stack([make(params, seed) for seed in range(runs)])

@@ -13,6 +13,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from kernels_pallas.quantised import is_quantised
+from molora_jax.core import trees
 from molora_jax.errors import InputError
 
 if jax.__version__ == "0.11.2":
@@ -119,11 +120,6 @@ def ways(mesh: Mesh, axes) -> int:
     return int(np.prod([mesh.shape[a] for a in axes]))
 
 
-def paths(tree) -> list[str]:
-    """`a/b/c` of every leaf, in tree order."""
-    return ["/".join(str(k.key) for k in path) for path, _ in jax.tree_util.tree_leaves_with_path(tree)]
-
-
 def param_shardings(backbone, params, mesh: Mesh):
     """Shardings of the frozen base: of the specs that `backbone.shapes()` gives for a leaf, the first that divides it.
 
@@ -133,7 +129,7 @@ def param_shardings(backbone, params, mesh: Mesh):
     leaves = backbone.shapes()
 
     def of_leaf(path, leaf):
-        name = "/".join(str(k.key) for k in path)
+        name = trees.name_of(path)
         if name not in leaves:
             raise ValueError(f"{type(backbone).__name__}.shapes() does not have the parameter {name!r}")
         specs = leaves[name].specs
@@ -261,7 +257,7 @@ def state_shardings(state, model, mesh: Mesh):
         (state.adapters, adapter_shardings(state.adapters, model, mesh)),
         ({"modules": state.modules}, {"modules": modules}),
     ):
-        each = zip(paths(tree), jax.tree.leaves(tree), jax.tree.leaves(shardings), strict=True)
+        each = zip(trees.paths(tree), jax.tree.leaves(tree), jax.tree.leaves(shardings), strict=True)
         of |= {path: (leaf.shape, sharding) for path, leaf, sharding in each}
 
     def of_leaf(path, leaf):

@@ -92,7 +92,8 @@ class Sweep:
             manifest = saved.manifest_of(self.out / member.name, "latest")
             before = (manifest or {}).get("config")
             if isinstance(before, dict):
-                old, new = identity.of_config(before), identity.of_config(config_lib.to_dict(member.config))
+                new = saved.as_in_stage(config_lib.to_dict(member.config), before, manifest.get("stage"))
+                old, new = identity.of_config(before), identity.of_config(new)
                 changed, _ = identity.compare(old, new)
                 settled = "train.steps" if member.config.train.get("epochs", 0.0) else None
                 changed = [line for line in changed if settled is None or not line.startswith(settled)]

@@ -13,7 +13,7 @@ from molora_jax.config.members import attribute, is_member, loss_of, member_prob
 from molora_jax.config.regimes import regime_problems
 from molora_jax.config.resolve import at_fault, split_commas
 from molora_jax.config.rule_checks import rule_problems
-from molora_jax.config.values import MOST, group_problems, member_problems, parts_of, path_of, shown, there
+from molora_jax.config.values import MOST, group_problems, member_problems, merged, parts_of, path_of, shown, there
 from molora_jax.errors import InputError
 from molora_jax.stores import is_url, served
 
@@ -145,7 +145,8 @@ def _engine(config):
     for name in ("capacity", "rank_space"):
         if stays and options.get(name):
             expected = f"0 with engine {engine!r}, which sends no tokens"
-            yield wrong(f"expert_parallel.{name}", options[name], expected, "Set engine to 'all_to_all' or 'auto'.")
+            moving = one_of(["auto", *(one for one in members("engines") if attribute("engines", one, "MOVES"))])
+            yield wrong(f"expert_parallel.{name}", options[name], expected, f"Set engine to {moving}.")
 
 
 def _train(config):
@@ -256,7 +257,7 @@ def _schedule(config, *, valid):
             found = list(_changes(f"{where}.set", changes, config))
             yield from found
             if not found and valid:
-                for problem in problems({**_merged(config, changes), "schedule": {"s00": tables.WHOLE}}):
+                for problem in problems({**merged(config, changes), "schedule": {"s00": tables.WHOLE}}):
                     yield wrong(f"{where}.set.{problem.where}", problem.got, problem.expected, problem.fix)
     steps = [stages[name].get("steps") for name in sorted(stages, key=str)]
     if not all(isinstance(n, int) and 0 <= n <= MOST for n in [*steps, total]) or total < 1:
@@ -278,8 +279,3 @@ def _changes(where, changes, config):
             yield wrong(f"{where}.{key}", shown(value), f"a value like {shown(config[key])}")
         elif isinstance(value, dict):
             yield from _changes(f"{where}.{key}", value, config[key])
-
-
-def _merged(config, changes):
-    merged = {key: _merged(config[key], v) if isinstance(v, dict) else v for key, v in changes.items()}
-    return {**config, **merged}

@@ -1,8 +1,8 @@
 """Objectives and trained copies in a config: which members a run uses, the rows that they read, what excludes what."""
 
 from molora_jax.config.fields import did_you_mean, one_of, wrong
-from molora_jax.config.members import attribute, is_member
-from molora_jax.config.values import shown
+from molora_jax.config.members import attribute, is_member, members
+from molora_jax.config.values import merged, shown
 
 PLAIN = {"name": "lm"}  # of a config without `objective`, as older versions wrote it
 COPIES = ("embed", "head", "norms", "all")
@@ -16,6 +16,28 @@ def used(config) -> dict[str, dict]:
         if own and isinstance(name, str):
             found[f"schedule.{name}.objective"] = own
     return dict(sorted(found.items()))
+
+
+def trained(config) -> dict[str, dict]:
+    """Of `used`, those that some stage trains by: without the run's own where every stage has another."""
+    found, schedule = used(config), config.get("schedule", {})
+    own = [where for where in found if where != "objective"]
+    return {where: found[where] for where in own} if own and len(own) == len(schedule) else found
+
+
+def in_stage(config: dict, name: str) -> dict:
+    """A run's config as its stage `name` changes it, `set` and `objective` (whole: another member has other options).
+
+    The stages that train by the run's own objective then say so, so that its head is still known.
+    """
+    schedule = config["schedule"]
+    stage = schedule[name]
+    out, own = merged(config, stage.get("set") or {}), stage.get("objective")
+    if own:
+        run = config.get("objective") or PLAIN
+        out["schedule"] = {n: {**s, "objective": s.get("objective") or run} for n, s in schedule.items()}
+        out["objective"] = own
+    return out
 
 
 def _states(config, wanted) -> dict[str, object]:
@@ -69,14 +91,14 @@ def problems(config):
     if "all" in names and quant != "none":
         reason = "'' or some of embed,head,norms with base.quant: the codes of a kernel have no gradient"
         yield wrong("method.train_base", f"'all' with base.quant={quant!r}", reason, "Set base.quant=none.")
-    beside = bool(names) or any(value.get("name") != "lm" for value in used(config).values() if hasattr(value, "get"))
-    if beside and isinstance(rules, dict) and "modules" in rules:
+    if isinstance(rules, dict) and "modules" in rules:
         reason = "another name: the trained modules beside the rules stand under it"
         yield wrong("method.rules.modules", "a rule of this name", reason, "Rename the rule.")
     if config["train"].get("exact") is True:
         for where, exact in _states(config, "EXACT").items():
             if not exact:
-                expected = "'lm' with train.exact"
+                sums = [name for name in members("objectives") if attribute("objectives", name, "EXACT")]
+                expected = f"{one_of(sums)} with train.exact"
                 yield wrong(f"{where}.name", repr(used(config)[where]["name"]), expected, "Leave exact out.")
         if names:
             yield wrong("method.train_base", repr(",".join(names)), '"" with train.exact', "Leave exact out.")

@@ -17,6 +17,15 @@ def plain(config):
     return config.to_dict() if hasattr(config, "to_dict") else config
 
 
+def merged(config: dict, changes: dict) -> dict:
+    """A copy of nested dicts with the leaves of `changes` in their places."""
+    out = {**config}
+    for name, value in changes.items():
+        own = out.get(name)
+        out[name] = merged(own, value) if isinstance(value, dict) and isinstance(own, dict) else value
+    return out
+
+
 def check_names(config, where="config"):
     """Raises InputError unless every name is text without dots, which paths such as `--config.a.b` need."""
     fields = config if isinstance(config, dict) else vars(config).get("_fields", {})  # a ConfigDict sorts its names

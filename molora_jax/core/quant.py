@@ -25,6 +25,7 @@ import jax
 import numpy as np
 
 from kernels_pallas.quantised import FORMS, NF4, Quantised, dense, finer, is_quantised
+from molora_jax.core import trees
 from molora_jax.errors import InputError
 
 __all__ = ["BLOCK", "FORMS", "Quantised", "dense", "empty", "finer", "is_quantised", "num_bytes", "quantise"]
@@ -111,7 +112,7 @@ def quantised_tree(backbone, params: dict, form: str) -> dict:
     leaves = backbone.shapes()
 
     def of_leaf(path, leaf):
-        name = "/".join(str(k.key) for k in path)
+        name = trees.name_of(path)
         if not leaves[name].product:
             return leaf
         out = empty(leaf.shape, form, leaf.dtype, where=name)

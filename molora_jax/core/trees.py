@@ -72,6 +72,16 @@ def num_bytes(tree) -> int:
     return sum(int(np.prod(x.shape)) * np.dtype(x.dtype).itemsize for x in jax.tree.leaves(tree))
 
 
+def name_of(path) -> str:
+    """`a/b/c` of a key path of `jax.tree_util`, of nested dicts."""
+    return "/".join(str(key.key) for key in path)
+
+
+def paths(tree) -> list[str]:
+    """`a/b/c` of every leaf, in tree order."""
+    return [name_of(path) for path, _ in jax.tree_util.tree_leaves_with_path(tree)]
+
+
 def set_path(tree: dict, path: str, leaf) -> None:
     """Puts `leaf` at `a/b/c` of a nested dict."""
     *parents, last = path.split("/")

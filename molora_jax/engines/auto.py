@@ -230,7 +230,8 @@ def resolve(
     if refused:
         raise InputError(
             "engine", got=repr(engine), expected=f"an engine that can serve every rule ({refused})",
-            fix="Set engine to 'gather', 'replicate' or 'auto'.",
+            fix=f"Set {'expert_parallel.rank_space=False, or ' if rank_space else ''}engine to 'auto', 'gather' or "
+            "'replicate'" + (" without it." if rank_space else "."),
         )  # fmt: skip
     rows = table(model, on, tokens=tokens, itemsize=itemsize, quant=quant)
     if engine != "auto":

@@ -105,7 +105,3 @@ def _devices(line, num_devices):
         return math.prod(int(part or sizes[name]) for name, part in axes)
     iota = re.search(r"replica_groups=\[(\d+),(\d+)\]", line)
     return int(iota[2]) if iota else num_devices
-
-
-def total_bytes(found: list[Collective], *, kind: str = "", loop: bool | None = None) -> float:
-    return sum(c.bytes_moved for c in found if kind in ("", c.kind) and loop in (None, c.loop))

@@ -38,6 +38,12 @@ def project(on: Engine, site: str, W: Array, bias: Array | None, x: Array, parts
     Returns:
       `[T, D_out]`, and for each part `[1 | devices, 2]` slots sent and dropped, or None where nothing is counted.
     """
+    D_in, D_out = W.shape
+    chex.assert_shape(x, (None, D_in))
+    if bias is not None:
+        chex.assert_shape(bias, (D_out,))
+    if rest is not None:
+        chex.assert_shape(rest, (..., len(x), D_out))
     arrays = {"x": x, "W": W, "bias": bias, "rest": rest}
     return meet(on, Linear(site), {name: a for name, a in arrays.items() if a is not None}, parts)
 

@@ -24,7 +24,7 @@ from molora_jax import placements
 from molora_jax.adapters import ADAPTERS
 from molora_jax.adapters.base import Adapter
 from molora_jax.core.quant import dense
-from molora_jax.core.rules import adapter_sites
+from molora_jax.core.rules import adapter_sites, layers_named
 from molora_jax.core.types import Context
 from molora_jax.export import molora_torch
 from molora_jax.export.base import Source
@@ -187,5 +187,5 @@ def _router_leaf(rule: str, path: str, x, tag: str) -> dict:
         return {f"{rule}/shared/{tag}/{'/'.join(rest[1:] if whole else rest)}": x[0] if whole else x}
     if rest[0] != "router":
         return {}
-    first = int(segment.partition("-")[0])
-    return {f"{rule}/{first + i}/{tag}/{'/'.join(rest[1:])}": row for i, row in enumerate(x)}
+    layers = zip(layers_named(segment), x, strict=True)
+    return {f"{rule}/{layer}/{tag}/{'/'.join(rest[1:])}": row for layer, row in layers}

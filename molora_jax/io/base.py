@@ -38,6 +38,7 @@ from molora_jax.backbones import families, hf_config
 from molora_jax.backbones.base import Backbone
 from molora_jax.backbones.hf_fields import shown
 from molora_jax.backbones.sizes import base_shapes
+from molora_jax.core import trees
 from molora_jax.core.quant import FORMS, is_quantised, quantised_tree
 from molora_jax.errors import InputError
 from molora_jax.io import (
@@ -86,8 +87,9 @@ def configured_base(config, known=(), *, stored: bool = False) -> Base:
 
 
 def load_base(
-    source: str, *, dtype: str = "float32", quant: str = "none", seed: int = 0, known=(), stored: bool = False
-) -> Base:
+    source: str, *, dtype: str = "float32", quant: str = "none", seed: int = 0, known=(), stored: bool = False,
+    where: str = "base.source",
+) -> Base:  # fmt: skip
     """Loads a frozen base model.
 
     Args:
@@ -99,6 +101,7 @@ def load_base(
       stored: leaves of `params` that lie in files are read when they are indexed, so that each process reads its part
         (`huggingface.Stored`); not those of a quantised base. Of several processes each digests some of the files: all
         have to call this together.
+      where: the field that named it, for errors.
 
     Raises:
       InputError: whatever is wrong with the source, in terms of what to change.
@@ -127,9 +130,9 @@ def load_base(
         return Base(config, params, tokenizer.byte_tokenizer(), digest, source)
     if scheme not in schemes or not rest or scheme == "random":
         raise InputError(
-            "base.source", got=repr(source),
-            expected="pkg:NAME, gguf:PATH, dir:PATH, hf:ORG/NAME[@revision], sandbox:6m or "
-            "random:tiny[-untied|-qwen3|-bert|-moe][@draw]",
+            where, got=repr(source),
+            expected="pkg:NAME, gguf:PATH, dir:PATH, hf:ORG/NAME[@revision], sandbox:6m, or one of "
+            f"{', '.join(f'random:{name}' for name in families.RANDOM)} [@draw]",
         )  # fmt: skip
     try:
         if scheme == "pkg":
@@ -272,7 +275,7 @@ def _read_quantised(config, path, dtype, quant) -> dict:
     views = tensors.read(path)
 
     def of_leaf(path, _):
-        return np.array(views["/".join(str(k.key) for k in path)])
+        return np.array(views[trees.name_of(path)])
 
     return jax.tree_util.tree_map_with_path(of_leaf, base_shapes(config, _DTYPES[dtype], quant))
 

@@ -103,12 +103,6 @@ def _aligned(shape, dtype) -> np.ndarray:
     return raw[begin : begin + size].view(dtype).reshape(shape)
 
 
-def read_folder(folder: pathlib.Path, dtype) -> tuple[Backbone, dict]:
-    """Config and parameters (numpy, `dtype`), as of `opened`, read."""
-    config, tree = opened(folder, dtype)
-    return config, read(tree)
-
-
 def opened(folder: pathlib.Path, dtype) -> tuple[Backbone, dict]:
     """Config and parameters, each `Stored`. Fields of the config that nobody knows are told on stderr.
 

@@ -6,6 +6,7 @@ optax states are named tuples: `to_plain` turns `(ScaleByAdamState(count, mu, nu
 
 import jax
 
+from molora_jax.core import trees
 from molora_jax.errors import InputError
 
 
@@ -30,11 +31,7 @@ def nest(flat: dict[str, object]) -> dict:
     """`{"a/b": x}` as `{"a": {"b": x}}`."""
     tree = {}
     for name, leaf in flat.items():
-        *parents, last = name.split("/")
-        node = tree
-        for parent in parents:
-            node = node.setdefault(parent, {})
-        node[last] = leaf
+        trees.set_path(tree, name, leaf)
     return tree
 
 

@@ -9,8 +9,8 @@ from typing import ClassVar
 import jax
 import optax
 
+from molora_jax.core.trees import paths
 from molora_jax.optim.adamw import AdamW
-from molora_jax.sharding import paths
 
 
 @dataclasses.dataclass(frozen=True)

@@ -5,9 +5,9 @@ from molora_jax.config.regimes import PLAIN
 from molora_jax.regimes.base import Regime, Stage
 from molora_jax.regimes.continual import Continual
 from molora_jax.regimes.federated import Federated
-from molora_jax.regimes.stages import Stages, stage_at
+from molora_jax.regimes.stages import Stages, stage_at, stage_of
 
-__all__ = ["REGIMES", "Regime", "Stage", "Stages", "compile_regime", "stage_at"]
+__all__ = ["REGIMES", "Regime", "Stage", "Stages", "compile_regime", "stage_at", "stage_of"]
 
 REGIMES = {"stages": Stages, "federated": Federated, "continual": Continual}
 

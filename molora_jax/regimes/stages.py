@@ -9,6 +9,7 @@ from typing import ClassVar
 
 from ml_collections import ConfigDict
 
+from molora_jax.config.objectives import in_stage
 from molora_jax.errors import InputError
 from molora_jax.regimes.base import Regime, Stage
 
@@ -70,11 +71,7 @@ def stages(config) -> tuple[Stage, ...]:
         if not stage.steps:
             stop += rest // open_stages
             rest, open_stages = rest - rest // open_stages, open_stages - 1
-        changed = ConfigDict(config.to_dict())
-        with changed.unlocked():
-            changed.update(stage["set"].to_dict())
-            if stage.get("objective"):  # whole: options of another member have no place beside it
-                changed.objective = ConfigDict(stage.objective.to_dict())
+        changed = ConfigDict(in_stage(config.to_dict(), name))
         freeze = tuple(p.strip() for p in stage.freeze.split(",") if p.strip())
         out.append(Stage(name, start, stop, stage.tasks, freeze, stage.route, changed, stage.get("rows", "")))
         start = stop
@@ -84,3 +81,8 @@ def stages(config) -> tuple[Stage, ...]:
 def stage_at(all_stages: tuple[Stage, ...], step: int) -> Stage:
     """The stage that makes the update after `step`; the last one at the end of the run."""
     return next((s for s in all_stages if s.start <= step < s.stop), all_stages[-1])
+
+
+def stage_of(all_stages: tuple[Stage, ...], step: int) -> Stage:
+    """The stage that made the update to `step`, whose leaves it has; the first one before the first update."""
+    return next((s for s in all_stages if s.start < step <= s.stop), all_stages[0])

@@ -61,7 +61,7 @@ def compile_modules(config, params: dict, *, width: int, classes: int) -> Module
       InputError: a base without such a leaf; options of an objective that exclude each other.
     """
     heads = {}
-    for where, value in objectives_config.used(config).items():
+    for where, value in objectives_config.trained(config).items():
         objective = compile_objective(value, where=where)
         if value["name"] not in heads and jax.eval_shape(
             lambda key, o=objective: o.init_heads(key, width, max(classes, 1)), jax.random.key(0)
@@ -84,7 +84,8 @@ def base_leaves(names: tuple[str, ...], params: dict) -> tuple[str, ...]:
     for name in names:
         own = {path for path in paths if parts[name](path)}
         if not own:
-            fix = "Its head is its embedding (tied): name embed." if name == "head" else "Leave it out."
+            tied = "A base whose head is its embedding (tied): name embed. An encoder has none."
+            fix = tied if name == "head" else "Leave it out."
             raise InputError(
                 "method.train_base", got=f"{name!r}, which this base has no leaf of", expected="leaves of the base",
                 fix=fix,

@@ -11,6 +11,7 @@ from molora_jax.config import defaults as config_defaults
 from molora_jax.config import outside
 from molora_jax.config.data_checks import of_family
 from molora_jax.config.fields import TASKS
+from molora_jax.config.objectives import in_stage
 from molora_jax.config.resolve import FILES, split_commas
 from molora_jax.errors import InputError
 from molora_jax.io.files import plain
@@ -128,7 +129,7 @@ def believed(config: dict, manifest: dict | None) -> tuple[dict, list[str]]:
     if not isinstance(saved, dict) or not all(isinstance(saved.get(n), dict) for n in ("train", "method", "base")):
         return config, []
     saved, _ = config_defaults.completed(saved)
-    config = _as_in_stage(config, saved, (manifest or {}).get("stage"))
+    config = as_in_stage(config, saved, (manifest or {}).get("stage"))
     out = {**config}
     for section in identity.SECTIONS:
         if section in saved:
@@ -143,28 +144,21 @@ def believed(config: dict, manifest: dict | None) -> tuple[dict, list[str]]:
     return out, identity.differences(json.loads(json.dumps(out)), json.loads(json.dumps(config)))
 
 
-def _as_in_stage(config: dict, saved: dict, stage) -> dict:
+def as_in_stage(config: dict, saved: dict, stage) -> dict:
     """A run's config as its stage `stage` changes it, where the step's own config says that it does.
 
     A step holds the config that its leaves fit: the run's with `set` and `objective` of the stage.
     """
-    changes = config.get("schedule", {}).get(stage) if isinstance(config.get("schedule"), dict) else None
-    if not isinstance(changes, dict) or not (changes.get("set") or changes.get("objective")):
+    schedule = config.get("schedule")
+    changes = schedule.get(stage) if isinstance(schedule, dict) else None
+    if not all(isinstance(one, dict) for one in (changes, *(schedule or {}).values())):
         return config
-    changed = merged(config, changes["set"] if isinstance(changes.get("set"), dict) else {})
-    if changes.get("objective"):
-        changed["objective"] = changes["objective"]
+    if not (isinstance(changes.get("set"), dict) and changes["set"] or changes.get("objective")):
+        return config
+    changed = in_stage(config, stage)
+    older = {**changed, "schedule": schedule}  # they did not say what the other stages train by
     near = lambda one: len(identity.differences(identity.of_config(one), identity.of_config(saved)))  # noqa: E731
-    return changed if near(changed) < near(config) else config
-
-
-def merged(config: dict, changes: dict) -> dict:
-    """A copy of nested dicts with the leaves of `changes` in their places."""
-    out = {**config}
-    for name, value in changes.items():
-        own = out.get(name)
-        out[name] = merged(own, value) if isinstance(value, dict) and isinstance(own, dict) else value
-    return out
+    return min((config, older, changed), key=near)
 
 
 def without_inputs(config, *, keep_data: bool = False):

@@ -10,6 +10,7 @@ import json
 import jax
 
 from molora_jax import sharding
+from molora_jax.backbones.base import needs_head
 from molora_jax.backbones.compile import compile_base
 from molora_jax.engines import Engine
 from molora_jax.errors import InputError
@@ -57,10 +58,14 @@ def load_frozen(
         saved = read_manifest(folder / "checkpoints" / str(run.step))["tree"]
         digest = hashlib.sha256(json.dumps([other.digest, saved], sort_keys=True).encode()).hexdigest()
     elif ":" in source:
-        other = load_base(source, dtype=config.base.dtype, seed=config.seed, known=known)
+        try:
+            other = load_base(source, dtype=config.base.dtype, seed=config.seed, known=known, where=where)
+        except InputError as error:  # of a file, say: which field named it
+            raise error if error.where == where else error.inside(where) from None
         own, frozen_model, digest = other.params, compile_base(config, other.config), other.digest
     else:
         raise InputError(where, got=repr(source), expected="the folder of a run, or a base source (pkg:, dir:, ...)")
+    needs_head(other.config, "a distribution over tokens", where)
     _same_vocabulary(other, base, source, where)
     if config.data.seq_len > other.config.context:
         raise InputError(

@@ -26,7 +26,7 @@ from molora_jax.core import trees
 from molora_jax.errors import InputError, local
 from molora_jax.io import disk
 from molora_jax.io.files import write_atomically
-from molora_jax.regimes import Stages, compile_regime, stage_at
+from molora_jax.regimes import Stages, compile_regime, stage_at, stage_of
 from molora_jax.runs.folders import GROUP
 from molora_jax.runs.metrics import MetricsWriter, Progress, duration
 from molora_jax.runs.obstacles import not_saved, obstacles
@@ -198,6 +198,7 @@ class Group:
                 for run in self.runs:
                     run.workdir.check_there()
                 if now is not current:
+                    state = state if current is None else self._enter(current, now, state)
                     stage = current = now
                     for stream in batches:
                         stream.close()
@@ -211,8 +212,6 @@ class Group:
                 step += 1
                 flush()
                 pending = step, values, [{} for _ in self.runs], self.first.programs[stage.name].model
-                if step >= stage.stop and stage is not self.stages[-1]:
-                    state = self._enter(stage, stage_at(self.stages, step), state)
                 best = self._evaluate(stage, step, state, pending[2])
                 if any(best) or step == last or (self.config.save_every and step % self.config.save_every == 0):
                     flush()
@@ -242,9 +241,6 @@ class Group:
                 raise not_finite(log.skipped, step).inside(name)
         return dict(zip(self.names, results, strict=True))
 
-    def _at(self, step):
-        return stage_at(self.stages, step)
-
     def _enter(self, stage, following, state):
         states = [run.enter(following, own) for run, own in zip(self.runs, self.apart(stage, state), strict=True)]
         return self.step(following)[2](*states)
@@ -254,7 +250,7 @@ class Group:
         best = [False] * len(self.runs)
         if not self.config.eval_every or step % self.config.eval_every:
             return best
-        for n, (run, own) in enumerate(zip(self.runs, self.apart(self._at(step), state), strict=True)):
+        for n, (run, own) in enumerate(zip(self.runs, self.apart(stage, state), strict=True)):
             extra[n]["valid_nll"] = valid = run.valid_nll(run.programs[stage.name], own)
             best[n] = run.is_best(valid)
         told = "  ".join(f"{e['valid_nll']:.4f}{' (best)' if b else ''}" for e, b in zip(extra, best, strict=True))
@@ -264,7 +260,7 @@ class Group:
     def _save(self, step, state, best):
         for run in self.runs:  # none is two saves ahead of another: a kill would leave no step that all have
             run.checkpoints.wait()
-        for run, own, is_best in zip(self.runs, self.apart(self._at(step), state), best, strict=True):
+        for run, own, is_best in zip(self.runs, self.apart(stage_of(self.stages, step), state), best, strict=True):
             run.save(own, step, best=is_best)
 
     def _saved(self, step, state):
@@ -272,7 +268,7 @@ class Group:
         for n, run in enumerate(self.runs):
             run.checkpoints.wait()
             if run.checkpoints.last_save_failed:
-                run.save_patiently(self.apart(self._at(step), state)[n], step)
+                run.save_patiently(self.apart(stage_of(self.stages, step), state)[n], step)
             run.workdir.check_there()
             if step not in run.checkpoints.steps():
                 raise not_saved(step, run.checkpoints.failures)

@@ -156,6 +156,7 @@ def _loop(run, state, start, last, stop, progress, note, profile, writer, watchd
             run.workdir.check_there()
             now = stage_at(run.stages, step)
             if now is not stage:
+                state = state if stage is None else run.enter(now, state)
                 stage, compiled = now, run.compiled(now)
                 if run.source(stage) is not source:
                     if batches is not None:

@@ -4,6 +4,7 @@ Stages of equal programs share one compiled step, whatever their names.
 """
 
 import dataclasses
+import fnmatch
 import functools
 from typing import Any
 
@@ -22,6 +23,7 @@ from molora_jax.errors import InputError
 from molora_jax.objectives import Objective, compile_objective
 from molora_jax.optim import OPTIMIZERS
 from molora_jax.optim.base import Optimizer
+from molora_jax.runs import identity
 from molora_jax.runs.modules import Modules, compile_modules
 from molora_jax.training import many
 from molora_jax.training.devices import Devices
@@ -30,6 +32,7 @@ from molora_jax.training.setup import with_engine
 from molora_jax.training.step import Knobs, fresh, make_step
 
 START_KEY = 0x5EED  # folded into the run's seed: of the first state
+OF_A_STAGE = ("method.*", "losses.*", "optim.*", "train.clip")  # what `schedule.sNN.set` may change
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,6 +82,7 @@ def program_of(run, stage) -> Program:
     leaves = trees.joined(shapes, modules.shapes(run.params))
     field = f"schedule.{stage.name if run.regime.SCHEDULE else next(iter(config.schedule))}.freeze"
     _check_freeze(run, stage.freeze, leaves, field=field)
+    _check_set(run, stage)
     trainable, _ = trees.split(leaves, frozen)
     if not trainable and not any(rule.load for rule in model.rules):  # a run that only joins others is written as it is
         raise InputError(field, got="patterns that freeze every leaf", expected="something to train")
@@ -116,6 +120,21 @@ def _check_freeze(run, patterns: tuple[str, ...], leaves: dict, *, field: str):
     if len(idle) == len(patterns) and run.newest is None:
         raise error
     run.note(f"warning: {error}")
+
+
+def _check_set(run, stage):
+    """A stage cannot change what all stages share. A run that began with such a `set`, without effect, goes on."""
+    changed = run.config.schedule[stage.name]["set"].to_dict() if run.regime.SCHEDULE else {}
+    for path in identity.flat(changed):
+        if not any(fnmatch.fnmatchcase(path, pattern) for pattern in OF_A_STAGE):
+            field, fix = f"schedule.{stage.name}.set.{path}", "Set it for the whole run, or take it out."
+            if path.startswith("objective"):
+                fix = f"Write schedule.{stage.name}.objective."
+            expected = f"one of {', '.join(OF_A_STAGE)}"
+            error = InputError(field, got="a field that all stages share", expected=expected, fix=fix)
+            if run.newest is None:
+                raise error
+            run.note(f"warning: {error}")
 
 
 def compiled_step(run, program: Program) -> "CompiledStep":
@@ -225,11 +244,11 @@ class CompiledStep:
         """Where a penalty's memory lies: each leaf as the leaf that it is about, others on every device."""
         shardings = trees.split(self.shardings.leaves, self.frozen)[0]
         shapes = jax.eval_shape(penalty.fresh, self._trainable)
-        of = dict(zip(sharding.paths(shardings), jax.tree.leaves(shardings), strict=True))
+        of = dict(zip(trees.paths(shardings), jax.tree.leaves(shardings), strict=True))
 
         def of_leaf(path, _):
-            names = [str(k.key) for k in path]
-            found = (of["/".join(names[i:])] for i in range(len(names)) if "/".join(names[i:]) in of)
+            names = (trees.name_of(path[i:]) for i in range(len(path)))
+            found = (of[name] for name in names if name in of)
             return next(found, sharding.replicated(self.mesh))
 
         return jax.tree_util.tree_map_with_path(of_leaf, shapes)

@@ -23,7 +23,7 @@ from molora_jax.io.files import write_atomically
 from molora_jax.objectives import Frozen, Objective
 from molora_jax.objectives.held_out import example_nll
 from molora_jax.regimes import base as regimes
-from molora_jax.regimes import compile_regime, stage_at
+from molora_jax.regimes import compile_regime, stage_at, stage_of
 from molora_jax.runs import expert_runs, warm_start
 from molora_jax.runs import saved as saved_lib
 from molora_jax.runs.bases import check_bases
@@ -173,7 +173,8 @@ class TrainingRun:
 
     def restore_or_start(self) -> TrainState:
         step = self.newest
-        stage = self.compiled(stage_at(self.stages, step or 0))
+        saved = self.stages[0] if step is None else self._saved_in(step)
+        stage = self.compiled(saved)
         self.memory = self.regime.memory(self)
         if step is None:
             first = self.stages[0]
@@ -231,10 +232,17 @@ class TrainingRun:
         if clients:  # a client counts its own steps
             turns = np.full(self.turn, step // self.turn, np.int32)
             made = sharding.put(turns, stage.loop_shardings.step)
-        return TrainState(made, items["train"]["skipped"], opt=items["opt"], **own)
+        state = TrainState(made, items["train"]["skipped"], opt=items["opt"], **own)
+        following = stage_at(self.stages, step)
+        return state if following is saved else self.enter(following, state)
+
+    def _saved_in(self, step: int):
+        """The stage whose leaves a saved step has: that which made it (of older versions, that which follows)."""
+        name = read_manifest(self.checkpoints.directory / str(step)).get("stage")
+        return next((s for s in self.stages if s.name == name), stage_at(self.stages, step))
 
     def save(self, state: TrainState, step: int, *, best=False):
-        stage = stage_at(self.stages, step)
+        stage = stage_of(self.stages, step)
         whole = self.server(stage, state)
         items = {
             "adapters": whole.adapters,
@@ -299,11 +307,10 @@ class TrainingRun:
             self.note(f"checkpoint {step}: saved, after {len(self.checkpoints.failures)} failures of the disk")
 
     def leave(self, stage, state: TrainState) -> tuple[TrainState, dict]:
-        """`(state, row)` after a stage's last step: the regime's own work, then the next stage's optimizer state."""
+        """`(state, row)` after a stage's last step and the regime's own work, to be evaluated and saved before the next
+        stage is entered."""
         state, memory, row = regimes.three(self.regime.between(self, stage, state, self.memory))
         self._remember(memory, state)
-        if self.regime.SCHEDULE and stage is not self.stages[-1]:
-            state = self.enter(stage_at(self.stages, stage.stop), state)
         return state, row
 
     def _remember(self, memory: dict, state: TrainState):
@@ -322,7 +329,10 @@ class TrainingRun:
         return mean_squares(self, stage, state, rows)
 
     def enter(self, stage, state: TrainState) -> TrainState:
-        """The next stage's fresh optimizer state, placed as the old one; leaves of other shapes are carried over."""
+        """The next stage's fresh optimizer state, placed as the old one; leaves of other shapes are carried over. A
+        regime that makes its stages itself says in `between` what goes on."""
+        if not self.regime.SCHEDULE:
+            return state
         compiled = self.compiled(stage)
         if _forms(state) != _forms(compiled.shapes):
             state = self._carried(stage, compiled, state)

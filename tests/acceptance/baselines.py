@@ -12,7 +12,7 @@ import numpy as np
 from molora_jax.adapters import ADAPTERS
 from molora_jax.backbones.model import Model
 from molora_jax.core.rules import Rule
-from molora_jax.io.huggingface import read_folder
+from molora_jax.io import huggingface
 from tests.io import tiny_files
 
 PEFT = np.load(pathlib.Path(__file__).parents[1] / "fixtures" / "baselines.npz")
@@ -36,7 +36,8 @@ def base():
     weights = {name.removeprefix("base/"): PEFT[name] for name in PEFT.files if name.startswith("base/")}
     with tempfile.TemporaryDirectory() as folder:
         tiny_files.write_hf_folder(pathlib.Path(folder) / "base", json.loads(str(PEFT["config"])), weights)
-        return read_folder(pathlib.Path(folder) / "base", np.float32)
+        config, stored = huggingface.opened(pathlib.Path(folder) / "base", np.float32)
+        return config, huggingface.read(stored)
 
 
 def logits(adapter, sites, leaves, shared=None, params=None, **options):

@@ -633,11 +633,14 @@ def many(routers):
         site: common.rule(site, experts="4", adapter=common.adapter(rank=4, dropout=0.0), router=router)
         for site, router in routers.items()
     }
-    made.losses = dict(
-        importance=dict(weight=0.1), load=dict(weight=0.1), mutual_information=dict(between="task"),
+    losses = dict(
+        importance=dict(weight=0.1), mutual_information=dict(between="task"),
         mean_entropy=dict(weight=0.1), router_cost=dict(weight=1.0), z_loss=dict(weight=1e-3),
         device_balance=dict(groups=2, counts="devices"), balance=common.balance(),
     )  # fmt: skip
+    if "noisy_topk" in {router["name"] for router in routers.values()}:  # which alone has a load
+        losses["load"] = dict(weight=0.1)
+    made.losses = losses
     return changed(made, {"base.source": "random:tiny", "optim.warmup": 0})
 
 
@@ -651,7 +654,7 @@ def test_acceptance_8_gates_losses_and_state_are_equal_on_1_and_8_devices(router
     after, metrics, gradients = one.run(one.start())
     after8, metrics8, gradients8 = eight.run(one.start())
     same_step(metrics, gradients, metrics8, gradients8, atol=2e-7)  # mutual information: entropies near 1, subtracted
-    assert {"aux/load", "aux/router_cost", "aux/mean_entropy"} <= metrics.keys()
+    assert {"aux/router_cost", "aux/mean_entropy"} <= metrics.keys()
     assert routers is REST or float(metrics["aux/load"]) > 0
     moved, moved8 = (jax.device_get(s.router_state) for s in (after, after8))
     jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-6), moved, moved8)

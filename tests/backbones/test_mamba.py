@@ -20,6 +20,7 @@ from molora_jax.backbones import hf_config, mamba
 from molora_jax.backbones.compile import compile_model
 from molora_jax.backbones.families import TINY, TINY_MAMBA
 from molora_jax.config.fields import SSM
+from molora_jax.core import trees
 from molora_jax.decode import generate as decoding
 from molora_jax.errors import InputError
 from molora_jax.io.base import load_base
@@ -155,7 +156,7 @@ def test_values_and_gradients_of_adapters_are_those_of_a_loop_over_tokens(made):
     ours = jax.jit(jax.grad(lambda a: jnp.sum(hidden(model, params, a, batch, train=True) * weight)))(adapters)
     with jax.default_matmul_precision("highest"):
         loop = jax.jit(jax.grad(lambda a: jnp.sum(naive(jnp, model, params, a, batch) * weight)))(adapters)
-    paths = dict(zip(sharding.paths(ours), jax.tree.leaves(ours), strict=True))
+    paths = dict(zip(trees.paths(ours), jax.tree.leaves(ours), strict=True))
     assert all(any(f"/{site}/" in path for path in paths) for site in made["mix"]["sites"].split(","))
     for (path, g), other in zip(paths.items(), jax.tree.leaves(loop), strict=True):
         assert np.abs(other).max() > 0, path

@@ -142,7 +142,7 @@ def test_the_start_changes_nothing_and_a_frozen_router_has_no_leaf():
     model = checked(config_of("own"))
     params, _, batch, _ = problem(model)
     adapters = jax.jit(lambda p: model.init_adapters(jax.random.key(0), p))(params)
-    assert not any("router" in path for path in sharding.paths(adapters))
+    assert not any("router" in path for path in trees.paths(adapters))
     run = jax.jit(lambda p, a, m=model: m.hidden(p, a, {}, batch)[0])
     plain = model.without_rules()
     np.testing.assert_allclose(run(params, adapters), jax.jit(lambda p: plain.hidden(p, {}, {}, batch)[0])(params))

@@ -70,62 +70,70 @@ def test_train_resume_evaluate_generate(tmp_path, monkeypatch, family):
     print({name: (round(t["nll_base"][0], 3), round(t["nll"][0], 3)) for name, t in tasks.items()}, repr(answer))
 
 
-# Arguments: base, workdir, file of rows. Trains, goes on, evaluates, and generates where there is a head.
-GATHERED = """
+# Arguments: base, workdir, file of rows, engines. Trains, goes on, evaluates, and generates where there is a head.
+UNDER_ENGINES = """
 import json, sys
 import jax, molora_jax
 from configs import common, moe_lora
 from molora_jax.evaluation import report as reports
 from molora_jax.evaluation.progress import Phases
 
-base, workdir, rows = sys.argv[1:]
-if base == "random:tiny-moe":
-    made = moe_lora.get_config()
-else:
-    made = common.get_config()
-    router = dict(name="softmax_topk", k=2, share="site")
-    adapter = common.adapter(rank=4, dropout=0.0)
-    made.method.rules = dict(mix=common.rule("q,v,up,down", experts="8", adapter=adapter, router=router))
-    made.losses = dict(balance=common.balance())
-    made.objective = dict(name="classify", pooling="mean")
-made.base.source, made.engine = base, "gather"
-made.data.update(tasks=f"jsonl:{rows}", seq_len=64, test_share=0.2, overlong="truncate")
-made.mesh.update(dict(data=2, expert=4) if jax.device_count() == 8 else {})
-made.train.update(steps=4, batch_size=8, save_every=2, log_every=1)
-made.eval.update(num_items=8, num_generated=2, max_new_tokens=4, batch_size=8)
-for stop in (2, 0):
-    made.train.stop_after = stop
-    step = molora_jax.train(made, workdir).step
-run = molora_jax.load_run(workdir, "latest")
-report = reports.evaluate(run, phases=Phases())
-answer = run.generate("Double 3", max_new_tokens=4) if base == "random:tiny-moe" else ""
-cold = run.generate("Double 3", max_new_tokens=4, cache=False) if answer else ""
-print(json.dumps(dict(step=step, nll=[t["nll"][0] for t in report["tasks"].values()], answers=[answer, cold])))
+base, workdir, rows, *engines = sys.argv[1:]
+told = {}
+for engine in engines:
+    if base == "random:tiny-moe":
+        made = moe_lora.get_config()
+    else:
+        made = common.get_config()
+        router = dict(name="softmax_topk", k=2, share="site")
+        adapter = common.adapter(rank=4, dropout=0.0)
+        made.method.rules = dict(mix=common.rule("q,v,up,down", experts="8", adapter=adapter, router=router))
+        made.losses = dict(balance=common.balance())
+    if base == "random:tiny-bert":
+        made.objective = dict(name="classify", pooling="mean")
+    made.base.source, made.engine = base, engine
+    made.data.update(tasks=f"jsonl:{rows}", seq_len=64, test_share=0.2, overlong="truncate")
+    made.mesh.update(dict(data=2, expert=4) if jax.device_count() == 8 else {})
+    made.train.update(steps=4, batch_size=8, save_every=2, log_every=1)
+    made.eval.update(num_items=8, num_generated=2, max_new_tokens=4, batch_size=8)
+    for stop in (2, 0):
+        made.train.stop_after = stop
+        step = molora_jax.train(made, f"{workdir}/{engine}").step
+    run = molora_jax.load_run(f"{workdir}/{engine}", "latest")
+    report = reports.evaluate(run, phases=Phases())
+    generates = base != "random:tiny-bert"
+    answers = [run.generate("Double 3", max_new_tokens=4, cache=cache) for cache in (True, False) if generates]
+    told[engine] = dict(step=step, nll=[t["nll"][0] for t in report["tasks"].values()], answers=answers)
+print(json.dumps(told))
 """
 
 
-@pytest.mark.parametrize("base", ["random:tiny-bert", "random:tiny-moe"])
-def test_an_encoder_and_a_base_that_routes_under_gather_on_one_device_and_eight(tmp_path, base):
+@pytest.mark.parametrize("base", ["tiny", "tiny-untied", "tiny-bert", "tiny-moe"])
+def test_every_kind_of_base_under_every_engine_equals_one_device(tmp_path, base):
     labelled = lambda i: {"text": f"number {i}", "label": ("even", "odd")[i % 2]}  # noqa: E731
     answered = lambda i: {"prompt": f"Double {i}", "target": str(2 * i)}  # noqa: E731
-    lines = map(labelled if base == "random:tiny-bert" else answered, range(60))
+    lines = map(labelled if base == "tiny-bert" else answered, range(60))
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    told = {}
-    for devices in (1, 8):
+
+    def run(devices, engines):
         flags = f"--xla_force_host_platform_device_count={devices}"
         done = subprocess.run(
-            [sys.executable, "-c", GATHERED, base, str(tmp_path / str(devices)), str(tmp_path / "rows.jsonl")],
-            cwd=ROOT, env=dict(os.environ, XLA_FLAGS=flags), capture_output=True, text=True, timeout=900,
+            [sys.executable, "-c", UNDER_ENGINES, f"random:{base}", str(tmp_path / str(devices)),
+             str(tmp_path / "rows.jsonl"), *engines],
+            cwd=ROOT, env=dict(os.environ, XLA_FLAGS=flags), capture_output=True, text=True, timeout=1800,
         )  # fmt: skip
-        assert done.returncode == 0 and "resumed at step 2" in done.stderr, done.stderr
-        told[devices] = json.loads(done.stdout.splitlines()[-1])
-        assert told[devices]["step"] == 4 and told[devices]["answers"][0] == told[devices]["answers"][1]
-    one, eight = (
-        [json.loads(line)["loss"] for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
-        for name in ("1", "8")
-    )
-    np.testing.assert_allclose(eight, one, rtol=2e-5)
-    np.testing.assert_allclose(told[8]["nll"], told[1]["nll"], rtol=1e-4)
+        assert done.returncode == 0 and done.stderr.count("resumed at step 2") == len(engines), done.stderr
+        told = json.loads(done.stdout.splitlines()[-1])
+        for engine in engines:
+            rows = (tmp_path / str(devices) / engine / "metrics.jsonl").read_text().splitlines()
+            told[engine]["loss"] = [json.loads(row)["loss"] for row in rows]
+            assert told[engine]["step"] == 4 and len(set(told[engine]["answers"])) <= 1, engine
+        return told
+
+    (one,) = run(1, ["replicate"]).values()
+    for engine, eight in run(8, list(ENGINES)).items():
+        np.testing.assert_allclose(eight["loss"], one["loss"], rtol=2e-5, err_msg=engine)
+        np.testing.assert_allclose(eight["nll"], one["nll"], rtol=1e-4, err_msg=engine)
 
 
 @pytest.mark.parametrize(

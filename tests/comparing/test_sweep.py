@@ -12,8 +12,11 @@ import types
 import pytest
 
 from launch import flags, sweep
+from molora_jax import config as config_lib
 from molora_jax.comparing import sweep as sweeps
 from molora_jax.errors import InputError
+from molora_jax.regimes.stages import stages
+from molora_jax.runs import manifest
 from molora_jax.runs.verify import verify
 from tests.comparing.folders import config, write_run
 from tests.tiny import write_task
@@ -168,6 +171,29 @@ def test_a_run_without_evaluations_has_one_at_its_end(tmp_path):
     assert [m.name for m in one.members] == ["seed=0", "seed=1"] and one.members[0].config.train.eval_every == 40
     late, notes = made(tmp_path, "", base=config(eval_every=50))
     assert late.members[0].config.train.eval_every == 40 and "eval_every=50 is beyond the last step" in notes[0]
+
+
+def test_stages_that_change_the_config_are_the_same_sweep(tmp_path):
+    """A step holds the config of its stage."""
+    base = config()
+    with base.unlocked():
+        one = base.schedule.s00.to_dict()
+        change = dict(method=dict(rules=dict(ffn=dict(experts="4"))))
+        base.schedule = dict(s00=one | dict(steps=20), s01=one | dict(steps=20, set=change))
+    sweep_of, _ = made(tmp_path, seeds=1, base=base)
+    for member in sweep_of.members:
+        run = write_run(tmp_path / "out" / member.name, member.config)
+        path = run / "checkpoints" / "40"
+        content = manifest.read_manifest(path) | {"stage": "s01"}
+        content["config"] = config_lib.to_dict(stages(member.config)[1].config)
+        assert content["config"]["method"]["rules"]["ffn"]["experts"] == "4"
+        (path / "manifest.json").unlink()
+        meta = {name: content[name] for name in ("samples", "config", "parameters", "stage")}
+        manifest.write(path, manifest.build(40, meta=meta, tree={}, files={}))
+    sweep_of.check()
+    other, _ = made(tmp_path, seeds=1)
+    with pytest.raises(InputError, match="got another run"):
+        other.check()
 
 
 def test_another_sweep_in_the_folder_is_refused(trained, tmp_path):

@@ -10,6 +10,7 @@ from molora_jax import config as config_lib
 from molora_jax import sharding
 from molora_jax.backbones.compile import compile_model
 from molora_jax.backbones.families import TINY
+from molora_jax.core import trees
 from molora_jax.engines import Engine, auto
 from molora_jax.errors import InputError
 from molora_jax.training.setup import with_engine
@@ -134,7 +135,7 @@ def test_state_lies_where_the_experts_lie():
     shapes = jax.eval_shape(lambda p: fresh(model, optax.adam(1e-3), p, (), jax.random.key(0)), params)
     made = sharding.state_shardings(shapes, model, where)
     for tree in (made.adapters, made.opt[0].mu, made.opt[0].nu):
-        for path, leaf in zip(sharding.paths(tree), jax.tree.leaves(tree), strict=True):
+        for path, leaf in zip(trees.paths(tree), jax.tree.leaves(tree), strict=True):
             split = leaf.spec == jax.sharding.PartitionSpec(None, "expert")
             whole = "router" in path or path.split("/")[1] in ("000-000", "002-002")  # 2 and 6 experts
             assert split == (not whole), path

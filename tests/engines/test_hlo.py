@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 from molora_jax import placements, sharding
+from molora_jax.core import trees
 from molora_jax.engines import Engine, auto, hlo
 from tests import tiny
 from tests.engines.problems import mesh
@@ -52,7 +53,7 @@ def everywhere(model, adapters, engine):
     """Bytes of the gradient sums of what no engine places: routers and rules without one."""
     routed = {rule.name for rule in model.rules if rule.router is not None}
     total = 0.0
-    for path, leaf in zip(sharding.paths(adapters), jax.tree.leaves(adapters), strict=True):
+    for path, leaf in zip(trees.paths(adapters), jax.tree.leaves(adapters), strict=True):
         if path.split("/")[0] not in routed or "/router/" in path:
             total += 2 * leaf.size * 4 * (engine.mesh.size - 1) / engine.mesh.size
     return total
@@ -63,7 +64,7 @@ def number(model, adapters, engine):
     passes, count = 1 if model.remat == "none" else 2, collections.Counter()
     shardings = sharding.adapter_shardings(adapters, model, engine.mesh)
     rules = {rule.name: rule for rule in model.rules}
-    leaves = zip(sharding.paths(adapters), jax.tree.leaves(adapters), jax.tree.leaves(shardings), strict=True)
+    leaves = zip(trees.paths(adapters), jax.tree.leaves(adapters), jax.tree.leaves(shardings), strict=True)
     for path, leaf, own in leaves:
         name, _, site, *_ = path.split("/")
         rule, layers = rules[name], leaf.shape[0]
@@ -181,7 +182,6 @@ ENTRY %main (p: f32[4,8]) -> f32[4,8] {
     assert found["reduce-scatter"].bytes_moved == 2 * 8 * 4 and not found["reduce-scatter"].loop
     assert found["all-to-all"].devices == 2
     assert found["ragged-all-to-all"].bytes_moved == 16 * 8 * 4 * 3 / 4
-    assert hlo.total_bytes(list(found.values()), kind="all-gather") == found["all-gather"].bytes_moved
 
 
 def test_the_reader_knows_groups_of_a_mesh_whose_devices_are_in_another_order():

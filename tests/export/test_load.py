@@ -36,7 +36,8 @@ def llama(tmp_path_factory):
     folder = tmp_path_factory.mktemp("base")
     (folder / "config.json").write_text(json.dumps(told))
     tensors.write_named(folder / "model.safetensors", arrays)
-    config, params = huggingface.read_folder(folder, np.float32)
+    config, stored = huggingface.opened(folder, np.float32)
+    params = huggingface.read(stored)
     return config, params, ids
 
 

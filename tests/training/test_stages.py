@@ -10,14 +10,17 @@ from flax.traverse_util import flatten_dict
 
 from configs import common, stelocoder
 from molora_jax import config as config_lib
+from molora_jax.config.values import merged
 from molora_jax.errors import InputError
 from molora_jax.evaluation import report as reports
 from molora_jax.evaluation.progress import Phases
 from molora_jax.evaluation.run import load_run
+from molora_jax.regimes import stage_at
 from molora_jax.runs import saved
 from molora_jax.runs.checkpoints import load, read_manifest
 from molora_jax.runs.verify import verify
 from molora_jax.training import programs
+from molora_jax.training import run as run_lib
 from molora_jax.training.loop import train
 from molora_jax.training.setup import setup
 
@@ -232,3 +235,113 @@ def test_a_run_whose_stages_name_files_is_opened_when_they_are_gone(tmp_path):
         path.unlink()
     opened = saved.validated(tree, where=tmp_path / "config.json")
     assert opened.schedule.s00.tasks == made.schedule.s00.tasks and opened.data.tasks == made.data.tasks
+
+
+CHANGES = {
+    "rank": dict(adapter=dict(rank=4)),
+    "experts": dict(experts="4"),
+    "sites": dict(sites="q"),
+}
+
+
+@pytest.mark.parametrize("change", [CHANGES["rank"], *(pytest.param(CHANGES[n], marks=pytest.mark.slow)
+                                                       for n in ("experts", "sites"))], ids=CHANGES)  # fmt: skip
+def test_the_end_of_a_stage_is_evaluated_and_saved_before_the_next_one_changes_its_leaves(tmp_path, change):
+    """The second stage has other leaves: the first one's end scores as that of a run without a second stage, is saved
+    with the config that its leaves fit, and a run that is stopped there goes on to the same bits."""
+    data = write(tmp_path / "d.jsonl", "text")
+    made = config(data, eval_every=2, save_every=2)
+    with made.unlocked():
+        made.method.rules.all.update(dict(experts="2", router=dict(name="softmax_topk", k=1)))
+    alone = made.copy_and_resolve_references()
+    alone.train.stop_after = 2
+    start(alone, tmp_path / "alone")
+    with made.unlocked():
+        made.schedule = dict(s00=stage(steps=2), s01=stage(set=dict(method=dict(rules=dict(all=change)))))
+    config_lib.validate(made)
+    start(made, tmp_path / "whole")
+    valid = {
+        name: json.loads((tmp_path / name / "metrics.jsonl").read_text().splitlines()[1])["valid_nll"]
+        for name in ("alone", "whole")
+    }
+    assert valid["alone"] == valid["whole"]
+    kept = digests(tmp_path / "whole", 2)
+    assert kept["adapters"] == digests(tmp_path / "alone", 2)["adapters"]
+    opened = load_run(tmp_path / "whole", 2)
+    assert opened.config.method.rules.all.adapter.rank == 2 and opened.config.method.rules.all.experts == "2"
+    made.train.stop_after = 2
+    start(made, tmp_path / "parts")
+    made.train.stop_after = 0
+    start(made, tmp_path / "parts")
+    assert digests(tmp_path / "parts", 4) == digests(tmp_path / "whole", 4)
+    last = load_run(tmp_path / "parts", 4).config.method.rules.all.to_dict()
+    assert last == merged(opened.config.method.rules.all.to_dict(), change)
+
+
+def test_a_step_of_an_older_version_at_a_stages_end_is_the_next_ones_beginning(tmp_path, monkeypatch):
+    """It was saved after the next stage had been entered, and its manifest says so."""
+    data = write(tmp_path / "d.jsonl", "text")
+    made = config(data, schedule=dict(s00=stage(steps=2), s01=stage(freeze="*/A")))
+    start(made, tmp_path / "whole")
+    made.train.stop_after = 2
+    with monkeypatch.context() as older:
+        older.setattr(run_lib, "stage_of", stage_at)
+        left = run_lib.TrainingRun.leave
+
+        def leave(run, stage, state):
+            state, row = left(run, stage, state)
+            return run.enter(stage_at(run.stages, stage.stop), state), row
+
+        older.setattr(run_lib.TrainingRun, "leave", leave)
+        start(made, tmp_path / "older")
+    assert read_manifest(tmp_path / "older" / "checkpoints" / "2")["stage"] == "s01"
+    made.train.stop_after = 0
+    start(made, tmp_path / "older")
+    assert digests(tmp_path / "older", 4) == digests(tmp_path / "whole", 4)
+
+
+def test_a_run_opens_from_a_stage_that_lacks_the_head_of_another(tmp_path):
+    data = write(tmp_path / "d.jsonl", "pair")
+    own, other = (dict(name="preference", form=form) for form in ("reward", "dpo"))
+    schedule = dict(s00=stage(steps=2), s01=stage(objective=other))
+    made = config(data, objective=own, schedule=schedule, save_every=2, batch_size=16)
+    start(made, tmp_path / "run")
+    for step, form in ((2, "reward"), (4, "dpo")):
+        run = load_run(tmp_path / "run", step)
+        assert run.config.objective.form == form and "preference" in run.modules
+    assert verify(tmp_path / "run", deep=True)["ok"]
+    idle = config(data, objective=own, schedule=dict(s00=stage(objective=other)), batch_size=16)
+    start(idle, tmp_path / "idle")
+    assert not load_run(tmp_path / "idle", "latest").modules, "nothing trains by the run's own: it has no head"
+
+
+def test_a_stage_sets_nothing_that_all_stages_share(tmp_path, monkeypatch):
+    data = write(tmp_path / "d.jsonl", "text")
+    for changes, field in (
+        (dict(data=dict(seq_len=32)), "data.seq_len"),
+        (dict(seed=7), "seed"),
+        (dict(engine="gather"), "engine"),
+        (dict(train=dict(batch_size=4)), "train.batch_size"),
+        (dict(base=dict(source="random:tiny-untied")), "base.source"),
+    ):
+        made = config(data, schedule=dict(s00=stage(steps=2), s01=stage(set=changes)))
+        with pytest.raises(InputError, match=rf"schedule\.s01\.set\.{field}: got a field that all stages share"):
+            start(made, tmp_path / "run")
+    with monkeypatch.context() as older:
+        older.setattr(programs, "_check_set", lambda *_: None)
+        made.train.stop_after = 2
+        start(made, tmp_path / "older")
+    made.train.stop_after = 0
+    result, notes = start(made, tmp_path / "older")
+    assert result.step == 4 and sum("warning: schedule.s01.set" in note for note in notes) == 1
+
+
+def test_a_wrong_teacher_is_told_by_its_field(tmp_path):
+    data = write(tmp_path / "d.jsonl", "text")
+    for teacher, words in (
+        ("random:nix", "got 'random:nix'.*random:tiny-mamba"),
+        ("random:tiny-bert", "got a distribution over tokens on"),
+        (f"dir:{tmp_path}", "config.json: got No such file"),
+    ):
+        with pytest.raises(InputError, match=rf"objective\.teacher[:,].*{words}"):
+            setup(config(data, objective=dict(name="distill", teacher=teacher)))
