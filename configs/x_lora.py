@@ -42,5 +42,5 @@ def get_config(load=()):
         )
     )
     if not load:
-        config.schedule = dict(s00=stage(route="task", freeze="*/router/*,*/shared/*"), s01=stage(freeze="*/A,*/B"))
+        config.schedule = dict(s00=stage(route="task", freeze="*/router/*"), s01=stage(freeze="*/A,*/B"))
     return config

@@ -23,6 +23,7 @@ from launch import flags
 from molora_jax.evaluation.progress import Phases
 from molora_jax.io import fetch, sandbox
 from molora_jax.io.files import write_atomically
+from molora_jax.io.parts import whole_folder
 from molora_jax.runs.workdir import Workdir
 
 FLAGS = [
@@ -58,7 +59,7 @@ def main(argv):
             pin(base)
             text.write_heldout(entries["valid"], tokenizer, HELDOUT)
         if not (kept := sandbox.cached(NAME, digests(base)[sandbox.WEIGHTS])).exists():
-            with pretrain.made(kept) as part:
+            with whole_folder(kept) as part:
                 shutil.copytree(base, part, dirs_exist_ok=True)
         setting = dict(steps=args.steps, decay=args.decay, rows=args.rows, rate=args.rate, items=args.items)
         found = dict(setting=setting, corpus=listed, sha256=digests(base), curve=report.curve(folder))

@@ -24,7 +24,8 @@ class Family:
     `switches`: fields of the backbone beyond what config.json says; `defaults`: of fields that the file lacks;
     `before(config, where)`: the config that is meant, where a file says it in another way; `windowed`: its sliding
     window is read, `gated` if `use_sliding_window` has to say so, `every`: where `layer_types` does not say it, one of
-    so many layers does not slide; `activation`: the field that names it; `biased`: `attention_bias` is read, for q, k,
+    so many layers does not slide, or `slides(config, number, where)`: these do (without either all layers slide, and
+    `layer_types` is not read); `activation`: the field that names it; `biased`: `attention_bias` is read, for q, k,
     v and o; `reads`: fields that it alone reads; `derived(config, number, where)`: fields of the backbone that follow
     from those; `whole`: the backbone's own reader of a config, in place of Llama's; `heads`: whether it has attention.
     """
@@ -35,6 +36,7 @@ class Family:
     windowed: bool = False
     gated: bool = True
     every: int = 0
+    slides: Callable[..., tuple[int, ...]] | None = None
     activation: str = "hidden_act"
     biased: bool = False
     reads: tuple[str, ...] = ()
@@ -55,6 +57,23 @@ def _unrotated(config, number, where) -> dict:
     return {"unrotated": tuple(i for i in range(layers) if not marks[i])}
 
 
+def _from_max_window_layers(config, number, where) -> tuple[int, ...]:
+    """Qwen2 and Qwen3: the layers below see everything; there may be none of them."""
+    return tuple(range(_max_window_layers(config, where), number("num_hidden_layers")))
+
+
+def _even_below_max_window_layers(config, number, where) -> tuple[int, ...]:
+    """Qwen2-MoE: every second layer below."""
+    return tuple(range(0, min(_max_window_layers(config, where), number("num_hidden_layers")), 2))
+
+
+def _max_window_layers(config, where) -> int:
+    first = config.get("max_window_layers")
+    if type(first) is not int or first < 0:
+        raise InputError(f"{where}: max_window_layers", got=shown(first), expected="0 or more")
+    return first
+
+
 _QWEN = dict(max_position_embeddings=32768, num_key_value_heads=32, sliding_window=4096, max_window_layers=28)
 _GEMMA = dict(  # of Gemma 2 and 3
     hidden_size=2304, intermediate_size=9216, num_hidden_layers=26, num_attention_heads=8, num_key_value_heads=4,
@@ -71,11 +90,14 @@ FAMILIES = {
         defaults=dict(max_position_embeddings=131072, num_key_value_heads=8, sliding_window=4096),
         windowed=True, gated=False,
     ),
-    "qwen2": Family(dict(qkv_bias=True), _QWEN, windowed=True),
-    "qwen3": Family(dict(qk_norm=True), _QWEN | dict(head_dim=128), windowed=True, biased=True),
+    "qwen2": Family(dict(qkv_bias=True), _QWEN, windowed=True, slides=_from_max_window_layers),
+    "qwen3": Family(
+        dict(qk_norm=True), _QWEN | dict(head_dim=128), windowed=True, slides=_from_max_window_layers, biased=True
+    ),
     "smollm3": Family(
         defaults=dict(max_position_embeddings=32768, num_key_value_heads=4, rope_theta=2e6, tie_word_embeddings=True),
-        windowed=True, biased=True, reads=("no_rope_layers", "no_rope_layer_interval"), derived=_unrotated,
+        windowed=True, slides=lambda *given: _unrotated(*given)["unrotated"], biased=True,
+        reads=("no_rope_layers", "no_rope_layer_interval"), derived=_unrotated,
     ),
     "phi3": Family(  # Phi-3, 3.5, 4 and 4-mini; code of their own says what transformers' does
         dict(fused=True),
@@ -130,15 +152,16 @@ FAMILIES = {
         defaults=dict(
             max_position_embeddings=32768, num_key_value_heads=16, sliding_window=4096, max_window_layers=28,
             num_experts=60, num_experts_per_tok=4, moe_intermediate_size=1408, shared_expert_intermediate_size=5632,
-            qkv_bias=True,
+            intermediate_size=5632, qkv_bias=True,
         ),
-        windowed=True, reads=(*_MOE, "shared_expert_intermediate_size", "qkv_bias"), derived=moe.fields, backbone=Moe,
+        windowed=True, slides=_even_below_max_window_layers, derived=moe.fields, backbone=Moe,
+        reads=(*_MOE, "shared_expert_intermediate_size", "qkv_bias"),
     ),
     "qwen3_moe": Family(
         dict(qk_norm=True),
         dict(
             max_position_embeddings=32768, num_key_value_heads=4, sliding_window=4096, max_window_layers=28,
-            num_local_experts=128, num_experts_per_tok=8, moe_intermediate_size=768,
+            num_local_experts=128, num_experts_per_tok=8, moe_intermediate_size=768, intermediate_size=6144,
         ),
         windowed=True, biased=True, reads=_MOE, derived=moe.fields, backbone=Moe,
     ),

@@ -97,4 +97,4 @@ def text_tower(config: dict, where: str) -> dict:
     if not isinstance(inner, dict):
         raise InputError(f"{where}: text_config", got=quoted(inner), expected="an object")
     tied = config.get("tie_word_embeddings")
-    return {"tie_word_embeddings": True if tied is None else tied} | inner | {"model_type": "gemma3_text"}
+    return inner | {"model_type": "gemma3_text", "tie_word_embeddings": True if tied is None else tied}

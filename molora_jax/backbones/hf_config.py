@@ -135,9 +135,9 @@ def _window(config, family, number, where) -> tuple[int, tuple[int, ...]]:
         )
     if not family.windowed:  # transformers does not read it
         return 0, ()
-    gated = family.gated
+    gated, typed = family.gated, bool(family.every or family.slides)
     if (gated and not _flag(config, "use_sliding_window", where)) or config.get("sliding_window") is None:
-        if gated and kinds and "sliding_attention" in kinds:
+        if gated and typed and kinds and "sliding_attention" in kinds:
             raise InputError(
                 f"{where}: layer_types", got="sliding_attention",
                 expected="full_attention, for use_sliding_window is off or there is no sliding_window",
@@ -148,16 +148,13 @@ def _window(config, family, number, where) -> tuple[int, tuple[int, ...]]:
     if family.every and kinds is None:
         every = number("sliding_window_pattern", family.every)
         kinds = ["sliding_attention" if (i + 1) % every else "full_attention" for i in range(layers)]
-    if not gated and not family.every:
+    if not typed:
         return window, tuple(range(layers))
     if kinds is not None:
         if len(kinds) != layers:
             raise InputError(f"{where}: layer_types", got=f"{len(kinds)} layers", expected=f"{layers}")
         return window, tuple(i for i, kind in enumerate(kinds) if kind == "sliding_attention")
-    first = config.get("max_window_layers")  # layers below it see everything; it may be 0
-    if type(first) is not int or first < 0:
-        raise InputError(f"{where}: max_window_layers", got=hf_fields.shown(first), expected="0 or more")
-    return window, tuple(range(first, layers))
+    return window, family.slides(config, number, where)
 
 
 def to_hf(backbone: Backbone) -> dict:

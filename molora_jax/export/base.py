@@ -106,6 +106,7 @@ class Source:
         Args:
           experts: whether the format holds factors on the base's own experts.
         """
+        self.check_alone()
         if not self.rules:
             raise self.refuse("without rules", "a run with adapters", "Copy its base.")
         for rule in self.rules:
@@ -119,13 +120,14 @@ class Source:
             if not placements.of(rule).LOADS and not (experts and self.on_experts(rule)):
                 name = placements.of(rule).NAME
                 raise self.refuse(f"whose rule {rule.name} is a {name}", "rules on projections")
-        self.check_alone()
 
     def check_alone(self) -> None:
         """Raises InputError where more than adapters was trained."""
         trained = self.opened.items.get("modules") or {}
         if trained:
-            raise self.refuse(f"which trained {', '.join(trained)} beside its adapters", "a run that is adapters alone")
+            what = ", ".join("leaves of the base" if name == "base" else f"the head {name}" for name in trained)
+            writes = "merged writes the whole model" if "base" in trained else "molora takes any run"
+            raise self.refuse(f"which trained {what}", "a run that is adapters alone", f"--format={writes}.")
 
     def on_experts(self, rule) -> bool:
         return isinstance(placements.of(rule), BaseExperts)

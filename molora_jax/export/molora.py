@@ -127,10 +127,15 @@ def _spec(source) -> dict:
             one["router"] = options | {"name": _name(ROUTERS, rule.router)}
         one["with_bias"] = any(f.with_bias for *_, f in _factors(source, rule))
         rules.append(one)
-    layers = {str(layer): _layer(source, layer) for layer in range(source.backbone.layers)}
+    backbone = source.backbone
+    model = {
+        "model_type": backbone.family, "num_hidden_layers": backbone.layers, "hidden_size": backbone.width,
+        "vocab_size": backbone.vocab,
+    }  # fmt: skip
+    layers = {str(layer): _layer(source, layer) for layer in range(backbone.layers)}
     scaled, turns = getattr(source.backbone, "scaled_embedding", False), source.backbone.family in IN_TURNS
     return {
-        "version": 2, "rules": rules, "layers": layers, "base": sorted(_copies(source)),
+        "version": 2, "rules": rules, "layers": layers, "model": model, "base": sorted(_copies(source)),
         "embed_scale": source.backbone.width**0.5 if scaled else 1.0,
         "experts": dict(transposed=turns, in_turns=turns),
     }  # fmt: skip

@@ -441,6 +441,7 @@ def load(model, folder):
 
     Raises:
       NotImplementedError: the run has something that this file does not compute; the message names it.
+      ValueError: the model is another one than the run's base, or has an adapter already.
     """
     from safetensors.torch import load_file
 
@@ -448,6 +449,7 @@ def load(model, folder):
     spec = json.loads(_metadata(path)["molora_torch"])
     if spec.get("lacks"):
         raise NotImplementedError(f"{folder}: {spec['lacks']}")
+    _check_model(model, spec["model"], folder)
     parameters = dict(model.named_parameters())
     device = next(iter(parameters.values())).device
     leaves, copies = {}, {}
@@ -487,6 +489,17 @@ def load(model, folder):
     if whole:
         model.get_input_embeddings().register_forward_hook(_embedded(whole, spec["embed_scale"], now))
     return model
+
+
+def _check_model(model, fields, folder):
+    """`fields`: those of its config by which the run's base is told from another model."""
+    if hasattr(model, "molora_folder"):
+        raise ValueError(f"{folder}: the model has the adapter of {model.molora_folder}; load a fresh model")
+    config = model.config.get_text_config()
+    got = {name: getattr(config, name, None) for name in fields}
+    if got != fields:
+        raise ValueError(f"{folder}: got a model with {got}; expected the run's base, {fields}")
+    model.molora_folder = str(folder)
 
 
 def _entering(rules, layer, scope, now):

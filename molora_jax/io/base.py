@@ -257,9 +257,10 @@ def _shared_out(files: list[pathlib.Path]) -> list[str]:
 
 
 def _quantised(config, digest, dtype, quant, make) -> dict:
-    """The parameters of a quantised base, from the cache; `make()` gives them where they are not there yet."""
-    kind = f"{dtype}-{quant}"
-    folder = fetch.cache_dir() / "converted" / f"{digest[:32]}-{kind}-{_QUANT_FORMAT}"
+    """The parameters of a quantised base, from the cache; `make()` gives them where they are not there yet. How the
+    weights are read depends on the config: it belongs to the key."""
+    kind, read_as = f"{dtype}-{quant}", hashlib.sha256(repr(config).encode()).hexdigest()[:8]
+    folder = fetch.cache_dir() / "converted" / f"{digest[:32]}-{kind}-{_QUANT_FORMAT}-{read_as}"
     if not folder.exists():
         with _cached(folder) as part:
             flat = flatten_dict(make(), sep="/")

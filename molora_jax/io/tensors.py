@@ -39,8 +39,8 @@ def read(path: str | pathlib.Path) -> dict:
     """
     path = str(path)
 
-    def fail(got, expected, where=path):
-        raise InputError(where, got=got, expected=expected, fix=_FIX) from None
+    def fail(got, expected, where=path, fix=_FIX):
+        raise InputError(where, got=got, expected=expected, fix=fix) from None
 
     try:
         with open(plain(path), "rb") as file:
@@ -77,7 +77,7 @@ def read(path: str | pathlib.Path) -> dict:
         except (TypeError, KeyError, ValueError):
             fail("an entry without dtype, shape and data_offsets", "a safetensors entry", where)
         if not isinstance(dtype, str) or dtype not in DTYPES:
-            fail(f"dtype {shown(dtype)!r}", f"one of {', '.join(DTYPES)}", where)
+            fail(f"dtype {shown(dtype)!r}", f"one of {', '.join(DTYPES)}", where, "Save the model in bfloat16.")
         if len(shape) > 8 or not all(type(n) is int and 0 <= n < 1 << 62 for n in numbers):
             fail("sizes that are no natural numbers", "shape and data_offsets of natural numbers", where)
         expected = math.prod(shape) * DTYPES[dtype].itemsize

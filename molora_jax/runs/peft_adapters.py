@@ -5,8 +5,9 @@
     s B A,   s = alpha / R, or alpha / sqrt(R) with use_rslora; ADALORA: alpha / (R + 1e-5) B diag(E) A
 
 The tensors say which modules are adapted, of what rank; the config says only their scales. A pattern is matched as peft
-does, as a regular expression at the end of a module's name; one with groups is refused, for strangers' files may hold
-one that never ends. A module that is several of our sites (Phi-3's qkv_proj) is split into them. A pickled
+does, as a regular expression at the end of a module's name; one with groups, or with many quantifiers, is refused, for
+strangers' files may hold one that never ends. A module that AdaLoRA has pruned to rank 0 is as one that is not there. A
+module that is several of our sites (Phi-3's qkv_proj) is split into them. A pickled
 `adapter_model.bin` is never read.
 """
 
@@ -24,7 +25,8 @@ from molora_jax.io.files import plain
 
 CONFIG, WEIGHTS, PICKLED = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
 PREFIX = "base_model.model."
-NAME = re.compile(r"(.+)\.(lora_A|lora_B|lora_E)(?:\.[A-Za-z_]\w*)??(?:\.weight)?")
+NAME = re.compile(r"(.+)\.(lora_A|lora_B|lora_E)(?:\.(?!bias$)[A-Za-z_]\w*)??(?:\.weight)?")
+QUANTIFIERS = 3  # of a pattern: its time grows with a power of their number (under a millisecond with 3)
 NEUTRAL = {  # fields that make an adapter more than a product -> what a plain one has
     "use_dora": (False, None), "modules_to_save": (None, []), "trainable_token_indices": (None,),
     "bias": ("none", None), "lora_bias": (False, None), "target_parameters": (None, []), "layer_replication": (None,),
@@ -62,11 +64,15 @@ def read(path: str, backbone, *, refuse) -> dict:
         (_, first, part), *_ = here
         d_in, d_out = backbone.dims(first)
         A, B = _product(config, module, parts, (d_in, d_out if part is None else part.size), refuse)
+        if not len(A):
+            continue
         for layer, site, part in here:
             own = B if part is None else part.of(B.T).T
             used = np.ones(len(A), bool) if part is None or not B.any() else own.any(axis=1)
             if used.any():  # else a site of a fused module that the adapter leaves alone
                 found[layer, site] = [(A[used], own[used])]
+    if not found:
+        raise refuse("which changes no module", "lora_A and lora_B of at least one")
     return found
 
 
@@ -103,7 +109,10 @@ def _modules(folder, refuse) -> dict:
             raise refuse(f"with a tensor {shown(name)}", "lora_A and lora_B of linear modules")
         if value.dtype not in tensors.FLOATS or not np.isfinite(value.astype(np.float32)).all():
             raise refuse(f"with {value.dtype} or NaN or Inf in {shown(name)}", "finite float tensors")
-        out.setdefault(match[1].removeprefix(PREFIX), {})[match[2]] = value.astype(np.float32)
+        parts = out.setdefault(match[1].removeprefix(PREFIX), {})
+        if match[2] in parts:
+            raise refuse(f"with two {match[2]} of one module, {shown(name)} the second", "one adapter a folder")
+        parts[match[2]] = value.astype(np.float32)
     return out
 
 
@@ -126,7 +135,8 @@ def _product(config, module, parts, dims, refuse):
         raise refuse(f"without {', '.join(sorted(missing))} of {module}", "both factors of every module")
     A, B = parts["lora_A"], parts["lora_B"]
     R = len(A)
-    if A.shape != (R, dims[0]) or B.shape != (dims[1], R) or not R or (ada and parts["lora_E"].shape != (R, 1)):
+    scaled = parts["lora_E"].shape == (R, 1) if ada else R > 0
+    if A.shape != (R, dims[0]) or B.shape != (dims[1], R) or not scaled:
         raise refuse(f"with A {list(A.shape)}, B {list(B.shape)} at {module}", f"[R, {dims[0]}] and [{dims[1]}, R]")
     rank = _number(config, "init_r" if ada else "r", {} if ada else config.get("rank_pattern"), module, refuse)
     alpha = _number(config, "lora_alpha", {} if ada else config.get("alpha_pattern"), module, refuse)
@@ -140,9 +150,12 @@ def _product(config, module, parts, dims, refuse):
 def _number(config, field, patterns, module, refuse) -> float:
     """The value of a field at a module: that of the first pattern that fits, else the field's own."""
     value = config.get(field)
+    if not isinstance(patterns or {}, dict):
+        raise refuse(f"with the patterns {shown(patterns)} for {field}", "an object of patterns and numbers")
     for pattern, other in (patterns or {}).items():
-        if not isinstance(pattern, str) or len(pattern) > 200 or "(" in pattern:
-            raise refuse(f"with the pattern {shown(pattern)}", "patterns of at most 200 characters without groups")
+        if len(pattern) > 200 or "(" in pattern or sum(map(pattern.count, "*+?{")) > QUANTIFIERS:
+            expected = f"patterns of at most 200 characters, without groups, with at most {QUANTIFIERS} of * + ? {{"
+            raise refuse(f"with the pattern {shown(pattern)}", expected)
         try:
             fits = re.match(rf"(.*\.)?({pattern})$", module)
         except re.error as error:

@@ -101,6 +101,10 @@ def train(config, workdir: str, *, profile: bool = False, note=None) -> Result:
         now, shapes = run.programs[stage.name], run.compiled(stage).shapes
         note(summary.rules_table(now.model, shapes.adapters, now.frozen, trees.count(run.params), shapes.modules))
         note(summary.sites_table(shapes.adapters, now.frozen, shapes.modules))
+        later = [s for s in run.stages if s.start > start]
+        others = [s.name for s in later if run.programs[s.name].trains != now.trains]
+        if run.regime.SCHEDULE and others:
+            note(f"of stage {stage.name}, to step {stage.stop}: other leaves train in {', '.join(others)}")
         note(str(run.table))
         flops = per_token(now.model, shapes.adapters, shapes.modules, now.frozen, run.config.data.seq_len)
         clock = Clock(run.mesh.devices.flat, flops, began=began)
@@ -157,6 +161,11 @@ def _loop(run, state, start, last, stop, progress, note, profile, writer, watchd
             now = stage_at(run.stages, step)
             if now is not stage:
                 state = state if stage is None else run.enter(now, state)
+                program = run.programs[now.name]
+                if stage is not None and run.programs[stage.name].trains != program.trains:
+                    shapes = run.compiled(now).shapes
+                    sites = summary.sites_table(shapes.adapters, program.frozen, shapes.modules)
+                    note(f"stage {now.name}, steps {now.start + 1} to {now.stop}:\n{sites}")
                 stage, compiled = now, run.compiled(now)
                 if run.source(stage) is not source:
                     if batches is not None:

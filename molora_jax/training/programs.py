@@ -57,6 +57,11 @@ class Program:
     each: Any = None
     side_by_side: int = 0
 
+    @property
+    def trains(self) -> tuple:
+        """What a program trains: equal where its leaves and those of them that are frozen are."""
+        return self.model.rules, self.modules, self.frozen
+
 
 def compile_optimizer(config) -> Optimizer:
     options = dict(config.optim)
@@ -84,8 +89,15 @@ def program_of(run, stage) -> Program:
     _check_freeze(run, stage.freeze, leaves, field=field)
     _check_set(run, stage)
     trainable, _ = trees.split(leaves, frozen)
-    if not trainable and not any(rule.load for rule in model.rules):  # a run that only joins others is written as it is
-        raise InputError(field, got="patterns that freeze every leaf", expected="something to train")
+    if not trainable:
+        idle = InputError(field, got="patterns that freeze every leaf", expected="something to train")
+        loads = next((rule.name for rule in model.rules if rule.load), None)
+        if loads is None:
+            raise idle
+        run.note(  # a run that only joins others is written as it is
+            f"warning: nothing trains: what method.rules.{loads}.load brings stays as it is, and its steps change "
+            f"nothing. To train it set method.rules.{loads}.loaded='trained'."
+        )
     losses = tuple((name, dataclasses.replace(loss, weight=1.0)) for name, loss in compile_losses(config))
     losses, penalties = apart(losses)
     each = run.regime.each(config, run.data)

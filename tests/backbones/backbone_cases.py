@@ -41,6 +41,14 @@ CASES = {
     ),
     "qwen3_moe": QWEN | dict(model_type="qwen3_moe", norm_topk_prob=True, head_dim=12),
     "qwen3_moe, raw gates": QWEN | dict(model_type="qwen3_moe", norm_topk_prob=False, head_dim=12),
+    "qwen2_moe, sliding window": QWEN | dict(
+        model_type="qwen2_moe", shared_expert_intermediate_size=28, norm_topk_prob=False, use_sliding_window=True,
+        sliding_window=7, max_window_layers=2,
+    ),
+    "qwen3_moe, sliding window": QWEN | dict(  # of all layers, whatever layer_types says
+        model_type="qwen3_moe", norm_topk_prob=True, head_dim=12, use_sliding_window=True, sliding_window=7,
+        layer_types=["full_attention", "sliding_attention"],
+    ),
     "gpt_oss": GPT_OSS,
     "gpt_oss, full attention": GPT_OSS | dict(
         layer_types=["full_attention"] * 2, rope_scaling=None, tie_word_embeddings=True,

@@ -78,6 +78,9 @@ KINDS = {  # what a config may say beyond its family
     "sliding window by layer_types (qwen3)": config(
         "qwen3", use_sliding_window=True, sliding_window=5, layer_types=["sliding_attention", "full_attention"]
     ),
+    "sliding window without positions (smollm3)": config(
+        "smollm3", use_sliding_window=True, sliding_window=5, no_rope_layers=[0, 1]
+    ),
     "attention_bias (llama)": config(attention_bias=True),
     "attention_bias (qwen3)": config("qwen3", attention_bias=True),
     "smollm3": config("smollm3", no_rope_layers=[0, 1]),

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import pathlib
+import types
 
 import numpy as np
 import pytest
@@ -62,6 +63,31 @@ def test_peft_stacks_experts_flat(exported):
         np.testing.assert_allclose(scale * B[:, :, e] @ A[e], np.concatenate([gate, up]), atol=1e-6)
 
 
+@pytest.mark.parametrize("format", ["peft", "vllm", "sglang", "gguf"])
+def test_a_base_that_was_trained_is_sent_to_the_format_that_writes_it(tmp_path, format):
+    run = runs.made(tmp_path / "run", ({}, "random:tiny"), method=dict(train_base="norms"))
+    with pytest.raises(InputError, match="which trained leaves of the base.*--format=merged writes the whole model"):
+        perform(run, format, tmp_path / "out")
+
+
+def test_the_torch_file_takes_the_runs_base_once(exported):
+    _, out, _ = exported("lora", runs.STATIC["lora"], "molora")
+    fields = json.loads(molora_torch._metadata(out / molora_torch.FILE)["molora_torch"])["model"]
+    assert fields == dict(model_type="llama", num_hidden_layers=4, hidden_size=64, vocab_size=320)
+
+    def model(**changes):
+        config = types.SimpleNamespace(**fields | changes)
+        return types.SimpleNamespace(config=types.SimpleNamespace(get_text_config=lambda: config))
+
+    right = model()
+    molora_torch._check_model(right, fields, out)
+    with pytest.raises(ValueError, match="has the adapter of .*load a fresh model"):
+        molora_torch._check_model(right, fields, out)
+    for changes in (dict(model_type="olmo2"), dict(num_hidden_layers=3), dict(hidden_size=48)):
+        with pytest.raises(ValueError, match="expected the run's base"):
+            molora_torch._check_model(model(**changes), fields, out)
+
+
 def test_peft_names_whole_modules_where_a_short_name_means_more(exported):
     _, out, _ = exported("layers", runs.STATIC["layers"], "peft")
     assert config_of(out)["target_modules"] == [
@@ -118,7 +144,13 @@ def _expected(format, case, rank):
 @pytest.mark.parametrize(("name", "case", "rank"), [("lora", dict(dense=("q", "v", "down")), 4),
     ("experts", dict(outer=8), 4), ("shared", dict(outer=1), 4)])  # fmt: skip
 def test_served_formats_have_the_names_and_shapes_of_their_readers(exported, format, name, case, rank):
-    _, out, _ = exported(name, (runs.STATIC | runs.EXPERT)[name], format)
+    _, out, notes = exported(name, (runs.STATIC | runs.EXPERT)[name], format)
+    if format == "sglang" and name == "lora":
+        found = tensors_of(out)
+        zeros = [n for n in found if not n.endswith("lora_B.weight") or not found[n].any()]
+        assert [n for n in zeros if "k_proj" in n] == [n for n in found if "k_proj" in n] and "k: SGLang" in notes[0]
+        assert all(not found[n].any() for n in found if "k_proj" in n)
+        case = case | dict(dense=("q", "k", "v", "down"))
     assert {n: x.shape for n, x in tensors_of(out).items()} == _expected(format, case, rank)
     config = config_of(out)
     assert config["r"] == config["lora_alpha"] == rank and not config["rank_pattern"] and not config["alpha_pattern"]

@@ -192,6 +192,13 @@ BAD = {
     "modules_to_save": dict(modules_to_save=["lm_head"]),
     "target_parameters": dict(target_parameters=["mlp.experts.down_proj"]),
     "pattern": dict(rank_pattern={"(a+)+$": 3}),
+    "at most 3 of": dict(alpha_pattern={".*" * 20 + "x": 4}),
+    "an object of patterns": dict(rank_pattern=["q_proj"]),
+    "patterns 'q_proj' for lora_alpha": dict(alpha_pattern="q_proj"),
+    "changes no module": dict(arrays=lambda f: {}),
+    "two lora_A of one module": dict(arrays=lambda f: f | {Q.removeprefix("base_model.model."): f[Q]}),
+    "two lora_A of one": dict(arrays=lambda f: f | {Q.replace(".weight", ".other.weight"): f[Q]}),
+    "with a tensor .*lora_B.bias": dict(arrays=lambda f: f | {Q.replace("lora_A.weight", "lora_B.bias"): f[Q][0]}),
     "where its config says 5": dict(r=5),
     "lora_alpha": dict(lora_alpha="many"),
     "a positive number": dict(alpha_pattern={"q_proj": float("nan")}),
@@ -209,6 +216,24 @@ def test_what_is_no_plain_product_is_refused_by_name(llama, tmp_path, said):
     with pytest.raises(InputError, match=said) as caught:
         filled(model_of(rule_of((f"peft:{folder}",)), config), params)
     assert caught.value.where == "method.rules.mix.load"
+
+
+def test_a_module_that_adalora_pruned_to_rank_0_is_as_one_that_is_not_there(llama, tmp_path):
+    config, params, ids = llama
+    model = model_of(rule_of(("adalora",)), config)
+
+    def without(found, part):
+        module = min(found).rpartition("lora_")[0]
+        return {name: part(name, x) if name.startswith(module) else x for name, x in found.items()}
+
+    cut = changed(tmp_path / "cut", "adalora", lambda f: without(f, lambda n, x: x[:, :0] if "lora_B" in n else x[:0]))
+    zero = changed(tmp_path / "zero", "adalora", lambda f: without(f, lambda n, x: 0 * x))
+    found = []
+    for folder in (cut, zero):
+        own = model_of(rule_of((f"peft:{folder}",)), config)
+        found.append(logits(own, params, filled(own, params), ids))
+    np.testing.assert_array_equal(*found)
+    assert np.abs(found[0] - logits(model, params, filled(model, params), ids)).max() > 1e-3
 
 
 def test_a_pickle_is_refused_by_name_and_never_read(llama, tmp_path):

@@ -1,8 +1,10 @@
 """Sources, the cache, pinned packages: what is found where, and what is refused."""
 
 import hashlib
+import json
 import multiprocessing
 import os
+import pathlib
 import subprocess
 import sys
 import time
@@ -18,8 +20,9 @@ from molora_jax.backbones.llama import Llama
 from molora_jax.backbones.sizes import base_shapes
 from molora_jax.errors import InputError
 from molora_jax.io import base as base_module
-from molora_jax.io import fetch, random_init
+from molora_jax.io import fetch, random_init, tensors
 from molora_jax.io.base import load_base
+from tests.backbones import family_cases
 from tests.io import tiny_files
 
 
@@ -157,6 +160,23 @@ def test_a_flipped_bit_in_the_cache_is_found(cache, model):
     weights.write_bytes(content[:-5])
     with pytest.raises(InputError, match="cut short"):
         load_base(f"gguf:{model}")
+
+
+def test_an_edited_config_is_another_quantised_base(cache, tmp_path):
+    """What is read of equal weights depends on it: here whether there is a head."""
+    folder = pathlib.Path(
+        family_cases.write(tmp_path, "folder", family_cases.MAIN["llama, untied"]).removeprefix("dir:")
+    )
+    assert "head" in load_base(f"dir:{folder}", quant="nf4").params
+    path = folder / "config.json"
+    told = json.loads(path.read_text())
+    path.write_text(json.dumps(told | dict(tie_word_embeddings=True)))
+    weights = {name: np.array(x) for name, x in tensors.read(folder / "model.safetensors").items()}
+    weights["lm_head.weight"] = weights["model.embed_tokens.weight"]
+    tensors.write_named(folder / "model.safetensors", weights)
+    assert "head" not in load_base(f"dir:{folder}", quant="nf4").params
+    path.write_text(json.dumps(told))
+    assert "head" in load_base(f"dir:{folder}", quant="nf4").params
 
 
 def test_a_failed_conversion_leaves_nothing(cache, model, monkeypatch):

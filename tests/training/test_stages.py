@@ -196,7 +196,10 @@ def test_an_objective_of_a_stage_and_its_head_alone(tmp_path):
     """A linear probe first (adapters frozen), then all; the head of another objective would stay as it is."""
     data = write(tmp_path / "d.jsonl", "label")
     probe = dict(s00=stage(steps=2, freeze="all/*"), s01=stage(objective=dict(name="classify", pooling="mean")))
-    start(config(data, objective=dict(name="classify"), schedule=probe), tmp_path / "run")
+    _, notes = start(config(data, objective=dict(name="classify"), schedule=probe), tmp_path / "run")
+    assert any(note.startswith("of stage s00, to step 2: other leaves train in s01") for note in notes)
+    (later,) = [note for note in notes if note.startswith("stage s01, steps 3 to 4:")]
+    assert "all      v         0-3     A 512, B 256" in later
     folder = tmp_path / "run" / "checkpoints"
     first, last = (read_manifest(folder / str(n))["config"]["objective"] for n in (0, 4))
     assert first["pooling" if "pooling" in first else "name"] in ("last", "classify") and last["pooling"] == "mean"
@@ -334,6 +337,18 @@ def test_a_stage_sets_nothing_that_all_stages_share(tmp_path, monkeypatch):
     made.train.stop_after = 0
     result, notes = start(made, tmp_path / "older")
     assert result.step == 4 and sum("warning: schedule.s01.set" in note for note in notes) == 1
+
+
+def test_a_run_that_only_loads_says_that_nothing_trains(tmp_path):
+    data = write(tmp_path / "d.jsonl", "text")
+    start(config(data), tmp_path / "first")
+    made = config(data)
+    made.method.rules.all.load = (str(tmp_path / "first"),)
+    _, notes = start(made, tmp_path / "loaded")
+    assert any(note.startswith("warning: nothing trains") and "loaded='trained'" in note for note in notes)
+    made.method.rules.all.loaded = "trained"
+    _, notes = start(made, tmp_path / "trained")
+    assert not any("nothing trains" in note for note in notes)
 
 
 def test_a_wrong_teacher_is_told_by_its_field(tmp_path):
