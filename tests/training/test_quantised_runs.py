@@ -197,7 +197,7 @@ def test_a_folder_is_quantised_once_and_checked(tmp_path, monkeypatch):
     jax.tree.map(np.testing.assert_array_equal, first.params, again.params)
     drawn = load_base("random:tiny-moe", quant="nf4").params
     jax.tree.map(np.testing.assert_array_equal, first.params, drawn)
-    (weights,) = (tmp_path / "cache" / "converted").glob(f"*-float32-nf4-{base_io._QUANT_FORMAT}/model.safetensors")
+    (weights,) = (tmp_path / "cache" / "converted").glob(f"*-float32-nf4-{base_io._QUANT_FORMAT}-*/model.safetensors")
     raw = bytearray(weights.read_bytes())
     raw[-1] ^= 1
     weights.write_bytes(raw)
