@@ -14,6 +14,7 @@ from flax.traverse_util import flatten_dict
 from configs import common
 from molora_jax import config as schema
 from molora_jax import sharding
+from molora_jax.adapters import ADAPTERS
 from molora_jax.catalogue.methods import METHODS
 from molora_jax.errors import InputError
 from molora_jax.objectives.held_out import example_nll
@@ -56,7 +57,8 @@ def random_everywhere(name):
     """A method's config with dropout and, where its router has any, noise."""
     changes = {}
     for rule, value in method(name).method.rules.items():
-        changes[f"method.rules.{rule}.adapter.dropout"] = 0.2
+        takes = ADAPTERS[value.adapter.name].LIMITS.get("dropout", (0, 1))[1] > 0  # (IA)3 has none
+        changes[f"method.rules.{rule}.adapter.dropout"] = 0.2 if takes else 0.0
         for field in ROUTERS[value.router.name].RANDOM if "router" in value else ():
             changes[f"method.rules.{rule}.router.{field}"] = 0.1
     return method(name, **changes)
