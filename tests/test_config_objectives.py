@@ -55,6 +55,8 @@ def test_what_a_run_reads_and_what_belongs_together():
         ({"method/train_base": "norm"}, "method.train_base", "Did you mean 'norms'"),
         ({"method/train_base": "all"}, "method.train_base", "no rules"),
         ({"method/train_base": "norms", "train/exact": True}, "method.train_base", "train.exact"),
+        ({"objective": DPO, "method/rules": dict(modules=common.rule("q", adapter=common.adapter()))},
+         "method.rules.modules", "another name"),
         ({"method/rules": dict(modules=common.rule("q", adapter=common.adapter()))},
          "method.rules.modules", "another name"),
         ({"schedule/s00/objective": dict(name="nothing")}, "schedule.s00.objective.name", "one of"),

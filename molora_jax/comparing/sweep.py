@@ -169,10 +169,8 @@ class Sweep:
         try:
             results = train_together({member.name: member.config for member in unit}, self.out, note=self.note)
             return next(iter(results.values())).signal
-        except InputError as error:
-            reason, signal = str(error), _asked_to_stop(error)
         except Exception as error:  # of the device's memory, say: alone a run needs less
-            reason, signal = _last_line(error), _asked_to_stop(error)
+            reason, signal = _told(error), getattr(error, "asked_to_stop", None)
         if signal is not None:
             self.note(reason)
             return signal
@@ -191,11 +189,10 @@ class Sweep:
         note = (lambda text: None if "\n" in text else self.note(f"{member.name}: {text}")) if quiet else self.note
         try:
             return train(member.config, str(self.out / member.name), note=note).signal
-        except InputError as error:
-            self.errors[member.name], signal = str(error), _asked_to_stop(error)
         except Exception as error:
-            traceback.print_exc()
-            self.errors[member.name], signal = _last_line(error), _asked_to_stop(error)
+            if not isinstance(error, InputError):
+                traceback.print_exc()
+            self.errors[member.name], signal = _told(error), getattr(error, "asked_to_stop", None)
         others = "go on" if signal is None else "wait for the next start"
         self.note(f"{member.name} FAILED, the others {others}: {self.errors[member.name]}")
         return signal
@@ -317,11 +314,8 @@ def plot(found: dict, path) -> pathlib.Path:
     return save(fig, path)
 
 
-def _asked_to_stop(error) -> int | None:
-    """The signal that came before the error (`training.signals`)."""
-    return getattr(error, "asked_to_stop", None)
-
-
-def _last_line(error) -> str:
+def _told(error) -> str:
+    if isinstance(error, InputError):
+        return str(error)
     text = str(error).strip().splitlines()
     return f"{type(error).__name__}: {text[0] if text else ''}"[:400]

@@ -160,12 +160,9 @@ def _loop(run, state, start, last, stop, progress, note, profile, writer, watchd
             run.workdir.check_there()
             now = stage_at(run.stages, step)
             if now is not stage:
-                state = state if stage is None else run.enter(now, state)
-                program = run.programs[now.name]
-                if stage is not None and run.programs[stage.name].trains != program.trains:
-                    shapes = run.compiled(now).shapes
-                    sites = summary.sites_table(shapes.adapters, program.frozen, shapes.modules)
-                    note(f"stage {now.name}, steps {now.start + 1} to {now.stop}:\n{sites}")
+                if stage is not None:
+                    state = run.enter(now, state)
+                    _tell_what_trains(run, now, stage, note)
                 stage, compiled = now, run.compiled(now)
                 if run.source(stage) is not source:
                     if batches is not None:
@@ -259,6 +256,15 @@ def _loop(run, state, start, last, stop, progress, note, profile, writer, watchd
     if step > start and skipped >= step - start:  # too short to give up on the way
         raise not_finite(skipped, step)
     return result
+
+
+def _tell_what_trains(run, stage, before, note):
+    """The table of a stage in which other leaves train than in the one before."""
+    program = run.programs[stage.name]
+    if program.trains != run.programs[before.name].trains:
+        shapes = run.compiled(stage).shapes
+        sites = summary.sites_table(shapes.adapters, program.frozen, shapes.modules)
+        note(f"stage {stage.name}, steps {stage.start + 1} to {stage.stop}:\n{sites}")
 
 
 def not_finite(skipped: int, step: int) -> InputError:

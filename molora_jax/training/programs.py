@@ -90,10 +90,9 @@ def program_of(run, stage) -> Program:
     _check_set(run, stage)
     trainable, _ = trees.split(leaves, frozen)
     if not trainable:
-        idle = InputError(field, got="patterns that freeze every leaf", expected="something to train")
         loads = next((rule.name for rule in model.rules if rule.load), None)
         if loads is None:
-            raise idle
+            raise InputError(field, got="patterns that freeze every leaf", expected="something to train")
         run.note(  # a run that only joins others is written as it is
             f"warning: nothing trains: what method.rules.{loads}.load brings stays as it is, and its steps change "
             f"nothing. To train it set method.rules.{loads}.loaded='trained'."
