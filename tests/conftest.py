@@ -65,7 +65,16 @@ LONGEST = (
 )  # fmt: skip
 
 
+# Tests start processes, which inherit this: what one file leaves behind would be another one's fault.
+def _inherited() -> dict:
+    return {name: value for name, value in os.environ.items() if name.startswith(("JAX_", "XLA_", "MOLORA_"))}
+
+
+AT_THE_START = _inherited()
+
+
 def pytest_collection_finish(session):
+    assert _inherited() == AT_THE_START, "a module of tests changes the environment when it is imported"
     gc.collect()
     gc.freeze()  # modules and items live to the end: no collection has to walk them again
 
@@ -120,7 +129,16 @@ def _maps() -> int:
         return sum(1 for _ in lines)
 
 
+@pytest.hookimpl(wrapper=True)
 def pytest_runtest_teardown(item, nextitem):
+    result = yield
+    if nextitem is None or nextitem.path != item.path:
+        assert _inherited() == AT_THE_START, f"{item.path.name} leaves another environment than it found"
+    _forget_programs(item, nextitem)
+    return result
+
+
+def _forget_programs(item, nextitem):
     if MAPS.exists() and nextitem is not None:
         now, same = _maps(), nextitem.path == item.path
         _kept[0] = now if _kept[0] is None else _kept[0]

@@ -19,7 +19,7 @@ from molora_jax.runs.metrics import is_timing
 from molora_jax.runs.verify import verify
 from molora_jax.training.group import train_together
 from molora_jax.training.loop import train
-from tests.faults import kills
+from tests.faults import common, kills
 from tests.training.test_stages import config as base_config
 from tests.training.test_stages import stage, write
 
@@ -149,6 +149,8 @@ def test_a_group_that_was_killed_between_two_saves_and_a_run_that_goes_on_by_its
 def test_killed_at_random_steps_each_run_ends_with_its_own_bits(tmp_path, monkeypatch):
     """More of the kind: `python -m tests.faults --full --only=kills.group`."""
     monkeypatch.setenv("MOLORA_FAULTS", str(tmp_path))
+    monkeypatch.setenv("MOLORA_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(common, "folder", lambda: tmp_path)
     assert kills.at_random_moments(1, 4, group=2) == []
 
 
