@@ -22,7 +22,6 @@ from molora_jax import config as config_lib
 from molora_jax import sharding
 from molora_jax.backbones.compile import apart, compile_losses
 from molora_jax.config.members import attribute
-from molora_jax.core import trees
 from molora_jax.errors import InputError, local
 from molora_jax.io import disk
 from molora_jax.io.files import write_atomically
@@ -32,9 +31,9 @@ from molora_jax.runs.metrics import MetricsWriter, Progress, duration
 from molora_jax.runs.obstacles import not_saved, obstacles
 from molora_jax.runs.workdir import Workdir
 from molora_jax.text import table
-from molora_jax.training import many, summary
+from molora_jax.training import many
 from molora_jax.training.collapse import CollapseWatch
-from molora_jax.training.loop import MAX_SKIPPED, Result, not_finite, peak_bytes, row
+from molora_jax.training.loop import MAX_SKIPPED, Result, not_finite, peak_bytes, row, tell_the_start, tell_what_trains
 from molora_jax.training.loss_picture import plot_loss, plot_losses
 from molora_jax.training.programs import Program
 from molora_jax.training.run import TrainingRun
@@ -141,15 +140,8 @@ class Group:
         self.progress.steps = last = min(self.config.stop_after or steps, steps)
         states = [run.restore_or_start() for run in self.runs]
         start = int(states[0].step)
-        program = self.first.programs[stage_at(self.stages, start).name]
-        self.note(
-            f"{len(self.runs)} runs in one step; of each:\n"
-            + summary.rules_table(
-                program.model, states[0].adapters, program.frozen, trees.count(self.first.params), states[0].modules
-            )
-            + "\n"
-            + summary.sites_table(states[0].adapters, program.frozen, states[0].modules)
-        )
+        self.note(f"{len(self.runs)} runs in one step; of each:")
+        tell_the_start(self.first, start, self.note)
         told = set()
         for name, run in zip(self.names, self.runs, strict=True):
             if run.data.fingerprint not in told:
@@ -243,6 +235,7 @@ class Group:
 
     def _enter(self, stage, following, state):
         states = [run.enter(following, own) for run, own in zip(self.runs, self.apart(stage, state), strict=True)]
+        tell_what_trains(self.first, following, stage, self.note)
         return self.step(following)[2](*states)
 
     def _evaluate(self, stage, step, state, extra) -> list[bool]:

@@ -86,9 +86,6 @@ def train(config, workdir: str, *, profile: bool = False, note=None) -> Result:
         obstacles(folder), watchdog,
     ):  # fmt: skip
         run = TrainingRun(opened.followed(config, note), opened, note=note)
-        note(summary.machine(run.mesh, run.config.base.dtype))
-        if run.config.base.get("quant", "none") != "none":
-            note(summary.base_table(run.params))
         steps = run.config.train.steps
         if steps != config.train.steps and not config.train.get("epochs", 0.0):
             note(f"train.steps: {config.train.steps} asked for, {steps} made: whole turns of {run.turn} clients")
@@ -97,15 +94,10 @@ def train(config, workdir: str, *, profile: bool = False, note=None) -> Result:
         last = start if run.patience.over else min(config.train.stop_after or steps, steps)
         progress.steps = last
         state = run.restore_or_start()
+        tell_the_start(run, start, note)
+        note(str(run.table))
         stage = stage_at(run.stages, start)
         now, shapes = run.programs[stage.name], run.compiled(stage).shapes
-        note(summary.rules_table(now.model, shapes.adapters, now.frozen, trees.count(run.params), shapes.modules))
-        note(summary.sites_table(shapes.adapters, now.frozen, shapes.modules))
-        later = [s for s in run.stages if s.start > start]
-        others = [s.name for s in later if run.programs[s.name].trains != now.trains]
-        if run.regime.SCHEDULE and others:
-            note(f"of stage {stage.name}, to step {stage.stop}: other leaves train in {', '.join(others)}")
-        note(str(run.table))
         flops = per_token(now.model, shapes.adapters, shapes.modules, now.frozen, run.config.data.seq_len)
         clock = Clock(run.mesh.devices.flat, flops, began=began)
         with run.checkpoints:
@@ -162,7 +154,7 @@ def _loop(run, state, start, last, stop, progress, note, profile, writer, watchd
             if now is not stage:
                 if stage is not None:
                     state = run.enter(now, state)
-                    _tell_what_trains(run, now, stage, note)
+                    tell_what_trains(run, now, stage, note)
                 stage, compiled = now, run.compiled(now)
                 if run.source(stage) is not source:
                     if batches is not None:
@@ -258,7 +250,23 @@ def _loop(run, state, start, last, stop, progress, note, profile, writer, watchd
     return result
 
 
-def _tell_what_trains(run, stage, before, note):
+def tell_the_start(run, start, note):
+    """The machine, the base, and what trains in the stage of this step."""
+    stage = stage_at(run.stages, start)
+    program, shapes = run.programs[stage.name], run.compiled(stage).shapes
+    note(summary.machine(run.mesh, run.config.base.dtype))
+    if run.config.base.get("quant", "none") != "none":
+        note(summary.base_table(run.params))
+    count = trees.count(run.params)
+    note(summary.rules_table(program.model, shapes.adapters, program.frozen, count, shapes.modules))
+    note(summary.sites_table(shapes.adapters, program.frozen, shapes.modules))
+    later = [s for s in run.stages if s.start > start]
+    others = [s.name for s in later if run.programs[s.name].trains != program.trains]
+    if run.regime.SCHEDULE and others:
+        note(f"of stage {stage.name}, to step {stage.stop}: other leaves train in {', '.join(others)}")
+
+
+def tell_what_trains(run, stage, before, note):
     """The table of a stage in which other leaves train than in the one before."""
     program = run.programs[stage.name]
     if program.trains != run.programs[before.name].trains:

@@ -86,7 +86,11 @@ def test_every_run_of_a_group_is_an_ordinary_run(whole, data, tmp_path):
     made = configs(data)
     assert list(results) == list(made) and {r.step for r in results.values()} == {4}
     assert {p.name for p in folder.iterdir()} == {*made, "runs.json", "losses.png", "losses.pdf"}
-    assert "2 runs in one step" in notes[0] and sum("trainable" in note for note in notes) == 1
+    assert (
+        "2 runs in one step" in notes[0]
+        and "8 devices (cpu), mesh data=8" in notes[1]
+        and sum("trainable" in note for note in notes) == 1
+    )
     assert all(name in notes[-3] for name in made) and "losses.png" in notes[-1]
     assert len({rows(folder / name)[-1]["loss"] for name in made}) == 2
     name, one = list(made.items())[-1]
@@ -163,7 +167,9 @@ def test_stages_and_an_objective_that_looks_back(tmp_path):
         schedule=dict(s00=stage(steps=2), s01=stage(freeze="*/A")), eval_every=0,
     )  # fmt: skip
     made = configs(data, "optim.learning_rate=1e-3,2e-4;seed=0,1", **fields)
-    together(made, tmp_path / "grid")
+    _, notes = together(made, tmp_path / "grid")
+    assert any("of stage s00, to step 2: other leaves train in s01" in note for note in notes)
+    assert sum(note.startswith("stage s01, steps 3 to 4:") for note in notes) == 1
     for name, one in made.items():
         train(one, str(tmp_path / name), note=lambda text: None)
         near(tmp_path / "grid" / name, tmp_path / name, 4)
