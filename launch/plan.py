@@ -3,8 +3,9 @@
 python -m launch.plan --config=mixlora --base=llama3-8b --topology=v5p:4x4x4 [--json] [--config.data.seq_len=2048 ...]
 
 Bases: llama3-8b, qwen3-30b-a3b, smollm2, or the folder of a model (its config.json is read, no weights). Topologies:
-v5e:4x4, v6e:16x16, v5p:4x4x4, tpu7x:2x2x1 (needs libtpu: pip install -e '.[tpu]', no TPU), cpu:8. Mesh, batch and dtype
-that are not given are chosen and printed. Ends with status 1 where the run does not fit.
+v5e:4x4, v6e:16x16, v5p:4x4x4, tpu7x:2x2x1 (needs libtpu: pip install -e '.[tpu]', no TPU); h100:8 or h100:4x8, four
+hosts of eight, and a100, h200, b200 (needs pip install -e '.[plan]', no GPU); cpu:8. Mesh, batch and dtype that are not
+given are chosen and printed. Ends with status 1 where the run does not fit.
 """
 
 import dataclasses
@@ -20,10 +21,13 @@ from molora_jax.errors import InputError
 
 FLAGS = [
     ("--base", dict(required=True, metavar="NAME|DIR", help="llama3-8b, qwen3-30b-a3b, smollm2, or a model's folder")),
-    ("--topology", dict(required=True, metavar="CHIP:AxBxC", help="v5p:4x4x4, v6e:16x16, v5e:4x4, cpu:8")),
+    ("--topology", dict(required=True, metavar="CHIP:AxBxC", help="v5p:4x4x4, v6e:16x16, v5e:4x4, h100:8x8, cpu:8")),
     ("--json", dict(action="store_true", help="one JSON on stdout instead of text")),
 ]
-EXPECTED = "CHIP:SIZES such as v5p:4x4x4, v6e:16x16, v5e:4x4, tpu7x:2x2x1, cpu:8"
+TPUS, GPUS = ("v5e", "v6e", "v5p", "tpu7x"), ("a100", "h100", "h200", "b200")
+EXPECTED = (
+    "CHIP:SIZES such as v5p:4x4x4, v6e:16x16, v5e:4x4, tpu7x:2x2x1, h100:8, h200:4x8 (four hosts of eight), cpu:8"
+)
 
 
 def topology(text: str):
@@ -32,12 +36,12 @@ def topology(text: str):
     Raises:
       InputError: a topology that does not exist, or no compiler for it.
     """
-    found = re.fullmatch(r"(v5e|v6e|v5p|tpu7x|cpu):(\d+(?:x\d+)*)", text)
+    found = re.fullmatch(rf"({'|'.join((*TPUS, *GPUS, 'cpu'))}):(\d+(?:x\d+)*)", text)
     if not found:
-        fix = "GPUs of other machines are not planned yet." if re.match(r"[habHAB]\d", text) else ""
-        raise InputError("--topology", got=repr(text), expected=EXPECTED, fix=fix)
+        raise InputError("--topology", got=repr(text), expected=EXPECTED)
     chip, sizes = found[1], [int(size) for size in found[2].split("x")]
     os.environ["JAX_PLATFORMS"] = "cpu"
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # a compiler that takes minutes is no error
     if chip == "cpu":
         if len(sizes) != 1 or not 1 <= sizes[0] <= 512:
             raise InputError("--topology", got=repr(text), expected="cpu:N with N from 1 to 512")
@@ -47,6 +51,15 @@ def topology(text: str):
         import jax
 
         return chip, jax.devices()[: sizes[0]]
+    if chip in GPUS:
+        *hosts, each = sizes
+        if len(hosts) > 1 or not all(1 <= size <= 1024 for size in sizes):
+            raise InputError(
+                "--topology", got=repr(text), expected=f"{chip}:N, or {chip}:HxN for H hosts of N GPUs (1 to 1024)"
+            )
+        from molora_jax.training import gpus
+
+        return chip, gpus.devices(chip, *(hosts or [1]), each)
     if "TPU_LIBRARY_PATH" not in os.environ and importlib.util.find_spec("libtpu") is None:
         raise InputError(
             "--topology", got=f"{text}, without the TPU's compiler", expected="libtpu on this machine (no TPU)",
@@ -112,7 +125,7 @@ def words(made) -> str:
 
     gb = lambda size: f"{size / 2**30:.2f} GiB"  # noqa: E731
     mesh = axes_text(made.mesh) or "one device"
-    limit = "" if made.limit is None else f", of which a chip has {gb(made.limit)}"
+    limit = "" if made.limit is None else f": a run gets {gb(made.usable)} of the {gb(made.limit)} of a chip"
     lines = [
         f"{made.devices} x {made.kind}, mesh {mesh}, {made.batch} rows of {made.seq_len} tokens, base in {made.dtype}",
         table([("memory of a device", ""), *((name, gb(size)) for name, size in made.memory.items())], right=(1,)),

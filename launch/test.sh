@@ -17,6 +17,15 @@ if [[ " $* " == *" --all "* && -z "${TPU_LIBRARY_PATH:-}" ]]; then # the TPU's c
   export TPU_LIBRARY_PATH="$PWD/.venv/tpu/libtpu/libtpu.so"
 fi
 
+if [[ " $* " == *" --all "* && -z "${MOLORA_CUDA_PLUGIN:-}" ]]; then # the GPU's compiler, likewise
+  if [ ! -e .venv/cuda/jax_plugins/xla_cuda13 ]; then
+    version="$(python -c 'import jaxlib; print(jaxlib.__version__)')"
+    echo "setup: jax-cuda13-plugin $version into .venv/cuda (once)"
+    python -m pip install -qq --disable-pip-version-check --no-deps --target .venv/cuda \
+      "jax-cuda13-pjrt==$version" "jax-cuda13-plugin==$version"
+  fi
+  export MOLORA_CUDA_PLUGIN="$PWD/.venv/cuda"
+fi
 if [[ " $* " == *" --all "* ]] &&
   ! python -c 'import lm_eval, material, moto, openai, reasoning_gym, s3fs, wandb' 2>/dev/null; then
   echo "setup: the extra test-all (once, a few minutes)"

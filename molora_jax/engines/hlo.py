@@ -82,7 +82,9 @@ def collectives(text: str, num_devices: int) -> list[Collective]:
 def _collective(line, result, found, num_devices, times, loop):
     kind, start = found[2], bool(found[3])
     shapes = [(SIZES.get(t, 4), tuple(int(n) for n in dims.split(",") if n)) for t, dims in SHAPE.findall(result)]
-    if start:  # an asynchronous form's result holds its operands too
+    if start and kind == "collective-permute":  # operand, result, and what some compilers add
+        shapes = shapes[1:2]
+    elif start and kind != "all-reduce":  # an asynchronous form's result holds its operands too, but for a sum
         shapes = shapes[len(shapes) // 2 :]
     total = 0
     for size, dims in shapes:
@@ -103,5 +105,19 @@ def _devices(line, num_devices):
         sizes = dict(re.findall(r"'([^']+)'=(\d+)", mesh[1]))
         axes = re.findall(r"'([^']+)'(?::\(\d+\)(\d+))?", mesh[2])  # 'a':(2)4 is a part of 4 of the axis
         return math.prod(int(part or sizes[name]) for name, part in axes)
+    pairs = re.search(r"source_target_pairs=\{([\d,{}]*)\}", line)
+    if pairs:
+        return _ring({int(a): int(b) for a, b in re.findall(r"\{(\d+),(\d+)\}", pairs[1])})
     iota = re.search(r"replica_groups=\[(\d+),(\d+)\]", line)
     return int(iota[2]) if iota else num_devices
+
+
+def _ring(sends: dict[int, int]) -> int:
+    """Devices of the longest chain from one to the next."""
+    longest = 0
+    for start in sends:
+        chain = [start]
+        while (following := sends.get(chain[-1])) is not None and following not in chain:
+            chain.append(following)
+        longest = max(longest, len(chain))
+    return longest

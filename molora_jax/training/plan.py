@@ -3,12 +3,14 @@
 Memory of a device: base, adapters and optimizer as they lie on the mesh; activations, what the loop over layers keeps
 of its inputs at least; temp, all else that the compiler asks for. Roofline: the greatest of three times, which may
 overlap: FLOPs (`flops.per_token`) over peak, the base's bytes (as often as the layers run) over the memory's bandwidth,
-the collectives' bytes over the links'. Nominal figures of a chip: `CHIPS`.
+the collectives' bytes over the links'. Where a group spans hosts of GPUs, those of a host share the sending, over the
+network, if that takes longer. Nominal figures of a chip: `CHIPS`.
 """
 
 import dataclasses
 import itertools
 import math
+import os
 import re
 import time
 import types
@@ -31,21 +33,46 @@ from molora_jax.engines import hlo
 from molora_jax.errors import InputError
 from molora_jax.regimes import compile_regime
 from molora_jax.runs.modules import compile_modules
+from molora_jax.training import gpus
 from molora_jax.training.flops import per_token
 from molora_jax.training.programs import compiled_step, knobs_of, program_of
 from molora_jax.training.setup import with_engine
 
 GIB = 2**30
-USABLE = 0.92  # of a chip's memory: the runtime keeps some
+USABLE = 0.92  # of a TPU's memory: the runtime keeps some
 TRIES = 4  # compilations of a plan whose mesh and batch are the planner's
 SEGMENTS = 8  # examples a packed row
-# by topology's name: memory and link bytes/s of a chip (all its links, one direction), its entry in DEVICES
+
+
+@dataclasses.dataclass(frozen=True)
+class Chip:
+    """Bytes of memory, of which a run gets a part (`usable`); bytes/s of one direction of its `links` (all of them) and
+    of the `network` between hosts of GPUs, a GPU; its entry in DEVICES. Of a CPU nothing is known."""
+
+    memory: int | None = None
+    links: float | None = None
+    key: str | None = None
+    network: float | None = None
+
+    @property
+    def usable(self) -> float | None:
+        """Bytes. jax takes a fixed part of a GPU's memory at its start."""
+        if self.memory is None:
+            return None
+        return self.memory * (float(os.environ.get(FRACTION, 0.75)) if self.network else USABLE)
+
+
+FRACTION = "XLA_PYTHON_CLIENT_MEM_FRACTION"
 CHIPS = {
-    "v5e": (16 * GIB, 200e9, "v5e"),
-    "v6e": (32 * GIB, 448e9, "v6"),
-    "v5p": (95 * GIB, 600e9, "v5p"),
-    "tpu7x": (192 * GIB, 1200e9, "tpu7x"),
-    "cpu": (None, None, None),
+    "v5e": Chip(16 * GIB, 200e9, "v5e"),
+    "v6e": Chip(32 * GIB, 448e9, "v6"),
+    "v5p": Chip(95 * GIB, 600e9, "v5p"),
+    "tpu7x": Chip(192 * GIB, 1200e9, "tpu7x"),
+    "a100": Chip(gpus.GPUS["a100"].memory, 300e9, "a100", 25e9),
+    "h100": Chip(gpus.GPUS["h100"].memory, 450e9, "h100", 50e9),
+    "h200": Chip(gpus.GPUS["h200"].memory, 450e9, "h200", 50e9),
+    "b200": Chip(gpus.GPUS["b200"].memory, 900e9, "b200", 50e9),
+    "cpu": Chip(),
 }
 
 
@@ -68,6 +95,7 @@ class Plan:
     devices: int
     kind: str
     limit: int | None
+    usable: float | None
     advice: str = ""
 
 
@@ -93,7 +121,7 @@ def plan(config, backbone: Backbone, devices, chip: str, *, own_mesh: bool, own_
             "mesh.dcn", got=str(config.mesh.dcn), expected="1: topologies are of one slice",
             fix="Plan one slice, with its part of train.batch_size.",
         )  # fmt: skip
-    limit = CHIPS[chip][0]
+    limit = CHIPS[chip].usable
     made = None
     for mesh, batch in _candidates(config, backbone, devices, limit, own_mesh, own_batch):
         on = sharding.axes_text(mesh) or "one device"
@@ -111,7 +139,7 @@ def _candidates(config, backbone, devices, limit, own_mesh, own_batch):
     if own_mesh:
         meshes = [config_lib.check_mesh(config, N)]
     else:
-        fsdp = next((n for n in _divisors(N) if limit is None or base / n <= 0.4 * limit), N)
+        fsdp = next((n for n in _divisors(N) if limit is None or base / n <= 0.45 * limit), N)
         meshes = [_mesh(N, n) for n in _divisors(N) if n >= fsdp]
     count = 0
     for mesh in meshes:
@@ -161,7 +189,8 @@ def _compiled(config, backbone, devices, chip, sizes, batch) -> Plan:
     began = time.monotonic()
     try:
         with jax.set_mesh(mesh):  # for tracing alone: what is computed in here would be computed on those devices
-            program = step.step.lower(step.loop_shapes, params, rows, {}, knobs).compile()
+            lowered = step.step.lower(step.loop_shapes, params, rows, {}, knobs)
+            program = lowered.compile(gpus.COMPILE if chip in gpus.GPUS else None)
     except jax.errors.JaxRuntimeError as error:
         temp, needed = _asked_for(str(error))
         if temp is None and needed is None:
@@ -171,7 +200,7 @@ def _compiled(config, backbone, devices, chip, sizes, batch) -> Plan:
     state = step.shapes
     adapters = _on_device((state.adapters, state.modules, state.router_state))
     memory = dict(base=_on_device(params), adapters=adapters, optimizer=_on_device(state.opt))
-    limit, links, key = CHIPS[chip]
+    chip = CHIPS[chip]
     if program is None:
         temp = max(0, needed - sum(memory.values())) if temp is None else temp
         memory |= dict(activations=0, temp=temp)
@@ -188,24 +217,24 @@ def _compiled(config, backbone, devices, chip, sizes, batch) -> Plan:
         )  # fmt: skip
         found = _collectives(program.as_text(), mesh, backbone.layers)
     roofline, bound = None, "unknown: no figures of this chip"
-    if key is not None and program is not None:
+    if chip.key is not None and program is not None:
         flops = per_token(model, step.shapes.adapters, step.shapes.modules, step.program.frozen, S) * batch * S
         passes = (3 if config.train.remat == "full" else 2) * config.train.accumulate
         read = passes * num_bytes(shapes) / sizes["tensor"]
         times = {
-            "compute": flops / len(devices) / DEVICES[key].flops_per_second,
-            "memory": read / DEVICES[key].bytes_per_second,
-            "collectives": sum(c["bytes"] for c in found) / links,
+            "compute": flops / len(devices) / DEVICES[chip.key].flops_per_second,
+            "memory": read / DEVICES[chip.key].bytes_per_second,
+            "collectives": sum(_seconds(c, mesh, chip) for c in found),
         }
         bound = max(times, key=times.get)
         roofline = times[bound]
         bound += " (" + ", ".join(f"{name} {1e3 * t:.3g} ms" for name, t in times.items()) + ")"
     why = "one device" if mesh.size == 1 else "nothing to place" if table is None else table.splitlines()[-1]
     return Plan(
-        fits=program is not None and (limit is None or memory["total"] <= USABLE * limit), memory=memory,
+        fits=program is not None and (chip.usable is None or memory["total"] <= chip.usable), memory=memory,
         collectives=found, compile_s=round(seconds, 1), engine=model.engine.name, why=why, roofline_s=roofline,
         bound=bound, mesh=dict(sizes), batch=batch, seq_len=S, dtype=_form(config), devices=len(devices),
-        kind=devices[0].device_kind, limit=limit,
+        kind=devices[0].device_kind, limit=chip.memory, usable=chip.usable,
     )  # fmt: skip
 
 
@@ -263,17 +292,41 @@ def _axis(count: int, mesh) -> str:
     """The mesh axes that a group of so many devices spans; joined by `or` where several have that size."""
     axes = [axis for axis, size in mesh.shape.items() if size > 1]
     if count == mesh.size:
-        return "all" if len(axes) > 1 else axes[0]
+        return ALL if len(axes) > 1 else axes[0]
     groups = [some for n in (1, 2, 3) for some in itertools.combinations(axes, n)]
     found = [some for some in groups if math.prod(mesh.shape[axis] for axis in some) == count]
     fewest = [some for some in found if len(some) == len(found[0])]
-    return " or ".join("+".join(some) for some in fewest) or "part of an axis"
+    return " or ".join("+".join(some) for some in fewest) or PART
+
+
+ALL, PART = "all", "part of an axis"
+
+
+def _seconds(collective: dict, mesh, chip: Chip) -> float:
+    """The least time of a row of `collectives`; of the axes that it may run over, the slowest."""
+    size, axis = collective["bytes"], collective["axis"]
+    slowest = size / chip.links
+    if chip.network is None or axis == PART:
+        return slowest
+    for axes in [list(mesh.shape)] if axis == ALL else [group.split("+") for group in axis.split(" or ")]:
+        a_host = _of_a_host(axes, mesh)
+        if a_host < math.prod(mesh.shape[name] for name in axes):
+            slowest = max(slowest, size / a_host / chip.network)
+    return slowest
+
+
+def _of_a_host(axes, mesh) -> int:
+    """Of the devices in a group over these axes, how many at most are of one host."""
+    hosts = np.vectorize(lambda device: device.process_index)(mesh.devices)
+    last = [mesh.axis_names.index(axis) for axis in axes]
+    groups = np.moveaxis(hosts, last, range(-len(last), 0)).reshape(-1, math.prod(mesh.shape[axis] for axis in axes))
+    return max(int(np.bincount(group).max()) for group in groups)
 
 
 def _advice(made: Plan, own_mesh: bool, own_batch: bool) -> str:
     """What would fit, for a plan that does not."""
     fixed, memory = made.memory["base"] + made.memory["adapters"] + made.memory["optimizer"], made.memory
-    room = USABLE * made.limit
+    room = made.usable
     ideas = []
     if fixed > room:
         more = made.mesh["fsdp"] * made.mesh["tensor"] * 2 ** math.ceil(math.log2(fixed / room))

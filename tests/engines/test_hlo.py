@@ -184,6 +184,24 @@ ENTRY %main (p: f32[4,8]) -> f32[4,8] {
     assert found["ragged-all-to-all"].bytes_moved == 16 * 8 * 4 * 3 / 4
 
 
+def test_the_reader_knows_what_starts_and_ends_elsewhere():
+    """As a GPU's compiler writes it: a sum's start holds its results alone, others their operands too."""
+    text = """
+ENTRY %main (p: f32[4,8]) -> f32[4,8] {
+  %ags = ((f32[4,8]{1,0}, f32[2,8]{1,0}), (f32[8,8]{1,0}, f32[4,8]{1,0})) all-gather-start(%a, %b), replica_groups={{0,1},{2,3}}
+  %agd = (f32[8,8]{1,0}, f32[4,8]{1,0}) all-gather-done(%ags)
+  %ars = (f32[16]{0}, f32[8]{0}) all-reduce-start(%x, %y), replica_groups={{0,1,2,3}}, to_apply=%add
+  %ard = (f32[16]{0}, f32[8]{0}) all-reduce-done(%ars)
+  %cps = (f32[8]{0}, f32[8]{0}, u32[], u32[]) collective-permute-start(%z), source_target_pairs={{0,1},{1,0},{2,3},{3,2}}
+  %cpd = f32[8]{0} collective-permute-done(%cps)
+}
+"""  # noqa: E501
+    found = {c.kind: c for c in hlo.collectives(text, 4)}
+    assert len(found) == 3 and found["all-gather"].shapes == ((8, 8), (4, 8))
+    assert found["all-reduce"].shapes == ((16,), (8,)) and found["all-reduce"].bytes_moved == 2 * 24 * 4 * 3 / 4
+    assert found["collective-permute"].shapes == ((8,),) and found["collective-permute"].devices == 2
+
+
 def test_the_reader_knows_groups_of_a_mesh_whose_devices_are_in_another_order():
     text = """
 ENTRY %main (p: f32[4,8]) -> f32[4,8] {

@@ -18,7 +18,7 @@ from molora_jax.core import trees
 from molora_jax.errors import InputError
 from molora_jax.io.base import load_base
 from molora_jax.training import plan as planning
-from tests import tpu
+from tests import gpu, tpu
 
 GIB = 2**30
 
@@ -85,7 +85,7 @@ def test_a_plan_that_does_not_fit_says_what_would():
     memory = dict(base=20 * GIB, adapters=GIB, optimizer=2 * GIB, activations=0, temp=0, total=30 * GIB)
     made = planning.Plan(
         False, memory, [], 1.0, "replicate", "", None, "", dict(data=1, fsdp=4, expert=1, tensor=1), 4, 2048, "float32",
-        4, "TPU v5e", 16 * GIB,
+        4, "TPU v5e", 16 * GIB, 14 * GIB,
     )  # fmt: skip
     assert "split them 8 ways" in planning._advice(made, False, False)
     assert "bfloat16" in planning._advice(made, False, False)
@@ -108,7 +108,39 @@ def test_groups_of_devices_are_named_by_axis():
     assert planning._axis(8, mesh) == "data+fsdp or data+tensor" and planning._axis(32, mesh) == "all"
 
 
-@pytest.mark.parametrize("text", ["v5p", "v7:2x2", "cpu:0", "cpu:2x2", "h100:8x8", "v5e:", "v5e:2x", ""])
+def hosts(data, fsdp, of_a_host):
+    """A mesh of GPUs, so many of them on each host."""
+    devices = np.array([types.SimpleNamespace(process_index=i // of_a_host) for i in range(data * fsdp)])
+    shape = dict(data=data, fsdp=fsdp, expert=1, tensor=1)
+    return types.SimpleNamespace(
+        shape=shape, size=data * fsdp, axis_names=tuple(shape), devices=devices.reshape(tuple(shape.values()))
+    )
+
+
+def test_groups_that_span_hosts_of_gpus_share_the_network():
+    """Two hosts of four: `fsdp` stays inside one; pairs over `data` have a link each, and all eight share four."""
+    chip, mesh = planning.CHIPS["h100"], hosts(2, 4, of_a_host=4)
+    seconds = lambda axis, mesh=mesh: planning._seconds(dict(bytes=1e9, axis=axis), mesh, chip)  # noqa: E731
+    assert seconds("fsdp") == pytest.approx(1e9 / 450e9)
+    assert seconds("data") == pytest.approx(1e9 / 50e9)
+    assert seconds("all") == seconds("data+fsdp") == pytest.approx(1e9 / 4 / 50e9)
+    assert seconds("data or fsdp") == seconds("data") and seconds("part of an axis") == seconds("fsdp")
+    assert seconds("all", hosts(2, 4, of_a_host=8)) == seconds("fsdp"), "one host"
+    tpus = planning._seconds(dict(bytes=1e9, axis="all"), mesh, planning.CHIPS["v5e"])
+    assert tpus == pytest.approx(1e9 / 200e9), "the links of a slice lead everywhere"
+
+
+def test_what_a_run_gets_of_a_gpu_is_what_jax_takes(monkeypatch):
+    monkeypatch.delenv(planning.FRACTION, raising=False)
+    chip = planning.CHIPS["h200"]
+    assert chip.usable == 0.75 * chip.memory and planning.CHIPS["v5e"].usable == planning.USABLE * 16 * GIB
+    monkeypatch.setenv(planning.FRACTION, "0.9")
+    assert chip.usable == pytest.approx(0.9 * chip.memory) and planning.CHIPS["cpu"].usable is None
+
+
+@pytest.mark.parametrize(
+    "text", ["v5p", "v7:2x2", "cpu:0", "cpu:2x2", "h100", "h100:2x2x2", "h100:0", "v100:8", "v5e:", "v5e:2x", ""]
+)
 def test_a_topology_that_does_not_exist_is_named(text, monkeypatch):
     monkeypatch.setenv("JAX_PLATFORMS", "cpu")
     with pytest.raises(InputError, match="--topology"):
@@ -127,15 +159,35 @@ def test_a_mesh_that_does_not_fit_the_devices_is_named_before_compiling(tiny):
         planning.plan(config_of(mesh__fsdp=3), tiny, jax.devices(), "cpu", own_mesh=True, own_batch=True)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("chip, fits", [("v5e", True), ("v6e", True)])
-def test_a_plan_of_chips_that_are_not_there(chip, fits, tiny):
-    devices = tpu.devices(chip)
+@pytest.fixture
+def without_cache():
+    """What is compiled for devices that are not there cannot be read back."""
     jax.config.update("jax_enable_compilation_cache", False)
-    try:
-        made = planning.plan(config_of(), tiny, devices, chip, own_mesh=False, own_batch=False)
-    finally:
-        jax.config.update("jax_enable_compilation_cache", True)
-    assert made.fits == fits and made.devices == len(devices) and made.limit
+    yield
+    jax.config.update("jax_enable_compilation_cache", True)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("chip", ["v5e", "v6e", "a100", "h100", "h200", "b200"])
+def test_a_plan_of_chips_that_are_not_there(chip, tiny, without_cache):
+    devices = gpu.devices(chip) if chip in launcher.GPUS else tpu.devices(chip)
+    made = planning.plan(config_of(), tiny, devices, chip, own_mesh=False, own_batch=False)
+    assert made.fits and made.devices == len(devices) == 8 and made.limit > made.usable
     assert made.roofline_s > 0 and made.bound.startswith(("compute", "memory", "collectives"))
     assert np.isfinite(made.roofline_s)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mesh", [dict(data=2, fsdp=4), dict(data=4, expert=2), dict(fsdp=2, tensor=4)])
+def test_gpus_hold_and_send_what_eight_cpus_do(mesh, tiny, without_cache):
+    """One program for both: bytes of the leaves are equal; what is sent differs by what a compiler joins or casts."""
+    config = config_of(train__batch_size=8, **{f"mesh__{axis}": size for axis, size in mesh.items()})
+    ways = dict(cpu=jax.devices(), h100=gpu.devices("h100", 2, 4))
+    found = {
+        chip: planning.plan(config, tiny, on, chip, own_mesh=True, own_batch=True) for chip, on in ways.items()
+    }  # fmt: skip
+    cpus, gpus = found["cpu"], found["h100"]
+    for part in ("base", "adapters", "optimizer"):
+        assert gpus.memory[part] == cpus.memory[part]
+    sent = lambda made: sum(c["bytes"] for c in made.collectives)  # noqa: E731
+    assert gpus.engine == cpus.engine and 0.4 < sent(gpus) / sent(cpus) < 1.6, (gpus.collectives, cpus.collectives)
