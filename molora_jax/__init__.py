@@ -3,6 +3,7 @@
 Importing the package imports nothing else: a mistake in a config is reported before jax is loaded. `dir(molora_jax)`
 lists all names; each is imported when it is asked for.
 
+    load_config(name, ...)     a shipped config by name, or that of a file, with fields changed
     load_base(source)          a base model's weights and tokenizer
     load_base_run(config)      a base model without adapters, to generate and to be looked at
     load_run(workdir)          a finished run: .metrics() .nll(...) .logits(...) .generate(...) .routing(...) .view()
@@ -24,6 +25,7 @@ import pathlib
 __version__ = "0.1.0"
 
 _HOMES = {  # public name -> the module that is imported when it is asked for
+    "load_config": "molora_jax.config.shipped",
     "load_base": "molora_jax.io.base",
     "load_base_run": "molora_jax.evaluation.run",
     "load_run": "molora_jax.evaluation.run",

@@ -5,10 +5,14 @@ they are put up under their own names where they are needed: config files say `f
 """
 
 import ast
+import importlib
 import importlib.util
+import os
 import pathlib
 import re
 import sys
+
+from molora_jax.errors import InputError
 
 PACKAGE = pathlib.Path(__file__).parents[1]
 STARTS = ("common", "__init__")  # files of configs/ that others start from
@@ -32,6 +36,34 @@ def put_up(name: str) -> None:
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module
     spec.loader.exec_module(module)
+
+
+def load_config(config, overrides: dict | None = None):
+    """A config as the commands load it: a shipped one by name (`"mixlora"`), or that of a file with `get_config()`.
+
+    Args:
+      overrides: fields to change, as `--config.a.b=value` does: `{"train.steps": 20, "base.source": "dir:PATH"}`.
+
+    Returns:
+      A checked `ml_collections.ConfigDict`, for `train`, `perform` and `load_base_run`.
+
+    Raises:
+      InputError: no such config, an unknown field, a value that does not fit.
+
+    >>> import molora_jax as mj
+    >>> config = mj.load_config("mixlora", {"train.steps": 20, "method.rules.ffn.adapter.rank": 4})
+    >>> config.train.steps, config.method.rules.ffn.adapter.rank
+    (20, 4)
+    """
+    if not isinstance(config, (str, os.PathLike)):
+        raise InputError("config", got=f"a {type(config).__name__}", expected="a name or a file", fix="Such as 'lora'.")
+    for package in ("configs", "launch"):
+        put_up(package)
+    flags = importlib.import_module("launch.flags")
+    as_text = lambda value: ",".join(map(str, value)) if isinstance(value, (tuple, list)) else str(value)  # noqa: E731
+    made = flags.override(flags.load(config), [(path, as_text(v)) for path, v in (overrides or {}).items()])
+    importlib.import_module("molora_jax.config").validate(made, need_rules=not made.get("surgery"))
+    return made
 
 
 def configs() -> dict[str, pathlib.Path]:

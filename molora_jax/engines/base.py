@@ -42,6 +42,13 @@ class Engine:
 
     `capacity`: rows a peer gets, as a multiple of the mean expert load; 0 is dropless. `rank_space`: an exchange ships
     rank-R rows, because every device keeps all experts' A.
+
+    >>> import jax, molora_jax as mj
+    >>> mesh = jax.make_mesh((jax.device_count(),), ("expert",))
+    >>> engine = mj.Engine("all_to_all", mesh, capacity=1.25)
+    >>> layer = mj.RoutedLoRA(16, experts=8, router=mj.SoftmaxTopK(k=2), engine=engine)
+    >>> layer.made().engine.peers == jax.device_count()
+    True
     """
 
     name: str = "replicate"

@@ -12,6 +12,7 @@ functions are called as they are.
 T tokens, D width, F FFN width, E experts, K slots.
 """
 
+import contextlib
 import functools
 
 import chex
@@ -119,7 +120,14 @@ def meet(on: Engine, region: Region, arrays: dict, parts):
         out_specs=(jax.tree.map(spec, outs), P(rows)), check_vma=False,
         axis_names=set(ROWS if region.inner is None and ways > 1 else AXES),
     )  # fmt: skip
-    return run(arrays, parts, early)
+    with _in_context(on.mesh):
+        return run(arrays, parts, early)
+
+
+def _in_context(mesh):
+    """A caller's own `jax.set_mesh` may have other axes over the same devices; `shard_map` takes only the set one."""
+    now = jax.sharding.get_abstract_mesh()
+    return contextlib.nullcontext() if now.empty else jax.sharding.use_abstract_mesh(mesh.abstract_mesh)
 
 
 def _in_shards(tree, axes, on):
@@ -157,7 +165,8 @@ def _early(on, rows, x, parts, axes, specs):
         local, mesh=on.mesh, in_specs=(P(rows, None), jax.tree.map(without, specs), P(rows)), out_specs=P(rows),
         axis_names=set(ROWS), check_vma=False,
     )  # fmt: skip
-    return run(x, parts, jnp.arange(len(x)))
+    with _in_context(on.mesh):
+        return run(x, parts, jnp.arange(len(x)))
 
 
 def _summed(on, axes: Axes, y, split: bool):

@@ -44,6 +44,11 @@ def evaluate(run, *, phases=None) -> dict:
 
     Raises:
       InputError: no data, or no test item in any task.
+
+    >>> import molora_jax as mj
+    >>> report = mj.evaluate("runs/a")
+    >>> sorted(report["tasks"])
+    ['double']
     """
     phases = Phases() if phases is None else phases
     run = run if isinstance(run, Run) else load_run(run, warn=phases.note)

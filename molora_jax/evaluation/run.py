@@ -338,6 +338,11 @@ def load_run(
     Raises:
       InputError: no run there, no such step, damage, another base model, a config that the checkpoint does not fit, no
         expert of that name, a mesh that does not divide the base, or a base that has no room.
+
+    >>> import molora_jax as mj
+    >>> run = mj.load_run("runs/a")
+    >>> run.nll("Double 4", "8") > 0, isinstance(run.generate("Double 4", max_new_tokens=2), str)
+    (True, True)
     """
     mesh = sharding.local_mesh(mesh)
     found = open_run(workdir, step, config=config, warn=warn)
@@ -374,11 +379,13 @@ def write_run(workdir, run: Run, *, view: View | None = None, config=None) -> pa
     Raises:
       InputError: a folder that holds something, leaves that the config does not fit, NaN or Inf, a full disk.
 
-    Example:
-      >>> run = molora_jax.load_run("runs/a")
-      >>> view = run.view()
-      >>> view["all", 0, "q", "B"] = 2 * view["all", 0, "q", "B"]
-      >>> molora_jax.write_run("runs/b", run, view=view)
+    >>> import molora_jax as mj
+    >>> run = mj.load_run("runs/a")
+    >>> view = run.view()
+    >>> view["all", 0, "q", "B"] = 2 * view["all", 0, "q", "B"]
+    >>> folder = mj.write_run("runs/b", run, view=view)
+    >>> mj.load_run("runs/b").step
+    0
     """
     if not isinstance(run, Run):
         fix = f"Open it first: write_run(DIR, load_run({str(run)!r}))." if isinstance(run, (str, os.PathLike)) else ""
@@ -399,7 +406,13 @@ def write_run(workdir, run: Run, *, view: View | None = None, config=None) -> pa
 
 
 def load_base_run(config, *, mesh=None) -> Run:
-    """The frozen base of a config alone, in the same form: no rules, no adapters. `mesh`: as in `load_run`."""
+    """The frozen base of a config alone, in the same form: no rules, no adapters. `mesh`: as in `load_run`.
+
+    >>> import molora_jax as mj
+    >>> base = mj.load_base_run(mj.load_config("lora", {"base.source": "random:tiny"}))
+    >>> base.nll("Double 4", "8") > 0
+    True
+    """
     mesh = sharding.local_mesh(mesh)
     base = configured_base(config)
     model = compile_base(config, base.config)

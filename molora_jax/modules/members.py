@@ -179,7 +179,8 @@ def made(
         engine_of(engine, mesh)
     for name, value in dict(experts=experts, adapter=adapter, router=router).items():
         _check_hash(f"{where}.{name}", value, {"adapter": "adapters", "router": "routers"}.get(name))
-    return _made(where, placement, sites, experts, adapter, router, engine, mesh, down, gates_scale_base)
+    written = repr((experts, adapter, router))  # 4 and 4.0 are equal, and one of them is wrong
+    return _made(where, placement, sites, experts, adapter, router, engine, mesh, down, gates_scale_base, written)
 
 
 def _check_hash(where: str, value, axis: str | None) -> None:
@@ -194,7 +195,9 @@ def _check_hash(where: str, value, axis: str | None) -> None:
 
 
 @functools.lru_cache(maxsize=1024)
-def _made(where, placement, sites, experts, adapter, router, engine, mesh, down, gates_scale_base) -> Made:
+def _made(
+    where, placement, sites, experts, adapter, router, engine, mesh, down, gates_scale_base, written: str
+) -> Made:  # fmt: skip
     adapter = member("adapters", adapter, f"{where}.adapter")
     router = None if router is None else member("routers", router, f"{where}.router")
     count = int(experts) if isinstance(experts, str) and experts.isdigit() else experts

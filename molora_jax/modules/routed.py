@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 from flax.core import meta, unfreeze
 from flax.traverse_util import flatten_dict, unflatten_dict
+from jax.sharding import AxisType
 
 from molora_jax.config.fields import wrong
 from molora_jax.core.types import Array, Context, Routing, Site
@@ -30,7 +31,11 @@ class Routed(nn.Module):
 
     def engine_now(self) -> Engine:
         """The engine of a call. While leaves are made one device is enough: no engine changes a value."""
-        return ALONE if self.is_initializing() else self.made().engine
+        on = ALONE if self.is_initializing() else self.made().engine
+        if not on.alone and AxisType.Explicit in jax.sharding.get_abstract_mesh().axis_types:
+            got = f"explicit axes ({', '.join(jax.sharding.get_abstract_mesh().axis_names)})"
+            raise wrong(f"{self.module_path()}, the mesh of jax.set_mesh", got, "automatic ones", AUTOMATIC)
+        return on
 
     def leaves(self, made: Made, sites: dict[str, Site], kernels: dict[str, Array]) -> tuple[dict, dict]:
         """`(leaves by site, shared leaves)`, drawn where the collection `adapters` may be written and has none.
@@ -137,6 +142,7 @@ class Routed(nn.Module):
             for path, leaf in own.items():
                 if jnp.shape(leaf) != wanted[path].shape:
                     raise wrong(where(path), f"shape {jnp.shape(leaf)}", str(wanted[path].shape))
+                check_sharding(where(path), leaf)
             return unflatten_dict(own, sep="/")
         if not self.is_mutable_collection(collection):
             missing = next(path for path in wanted if path not in own)
@@ -164,11 +170,30 @@ class Routed(nn.Module):
 
 
 def check_arrays(where: str, **arrays) -> None:
-    """Raises InputError for an argument of a call that is no array with axes."""
+    """Raises InputError for an argument of a call that is no array with axes, or whose sharding is part of its type."""
     for name, value in arrays.items():
         if value is not None and not getattr(value, "shape", ()):
             got = f"a {type(value).__name__}"
             raise wrong(f"{where}, {name}", got, "an array", "Pass the leaf itself, such as params['kernel'].")
+        if value is not None:
+            check_sharding(f"{where}, {name}", value)
+
+
+def check_sharding(where: str, value) -> None:
+    """Raises InputError for an array that is split over explicit axes: products in here would have to say for each
+    result how it is split (the default of `jax.make_mesh`; of flax.linen's own layers the gradient fails likewise)."""
+    sharding = getattr(jax.typeof(value), "sharding", None)
+    if sharding is None or sharding.mesh.empty:
+        return
+    kinds = dict(zip(sharding.mesh.axis_names, sharding.mesh.axis_types, strict=True))
+    used = [axis for entry in sharding.spec for axis in (entry if isinstance(entry, tuple) else (entry,)) if axis]
+    explicit = [axis for axis in used if kinds[axis] == AxisType.Explicit]
+    if explicit:
+        got = f"an array that is split over the explicit axis {explicit[0]}"
+        raise wrong(where, got, "one that is split over automatic axes, or whole", AUTOMATIC)
+
+
+AUTOMATIC = "Make the mesh with jax.make_mesh(..., axis_types=(jax.sharding.AxisType.Auto,) * number_of_axes)."
 
 
 def floating(x: Array, kernel: Array) -> Array:

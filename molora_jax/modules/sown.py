@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from flax.core import unfreeze
 
-from molora_jax.config.fields import wrong
+from molora_jax.config.fields import shown, wrong
 from molora_jax.core import routing as routing_math
 from molora_jax.core.types import Array, Context, Routing
 from molora_jax.losses.base import Loss, value_of
@@ -106,6 +106,9 @@ def routing_loss(sown, loss, *, segment_ids=None, task_ids=None, tasks: tuple[st
     return value_of(loss, stats, "loss")
 
 
+IDLE = ("weight", "accumulate")  # options of every loss that its value does not depend on
+
+
 def balance(sown, **options) -> Array:
     """The balance loss of what was sown: Switch's E sum_e f_e P_e, 1 at uniform routing; the mean over routers.
 
@@ -120,6 +123,10 @@ def balance(sown, **options) -> Array:
     >>> 0.9 < float(mj.balance(sown)) < 4.1
     True
     """
+    for name in IDLE:
+        if name in options:
+            fix = "Multiply the value: 0.01 * mj.balance(sown)." if name == "weight" else "Leave it out."
+            raise wrong(name, shown(options[name]), "nothing: it is a training loop's", fix)
     return routing_loss(sown, {"name": "balance", **options})
 
 

@@ -9,11 +9,13 @@ import warnings
 import flax.linen as nn
 import jax.numpy as jnp
 from flax.core import meta
+from flax.errors import NameInUseError
 from flax.traverse_util import flatten_dict
 
 from molora_jax import engines
 from molora_jax.config.fields import wrong
 from molora_jax.modules.lora import SITE, Given, RoutedLoRA
+from molora_jax.modules.routed import check_sharding
 
 
 class Walk:
@@ -68,11 +70,9 @@ class Walk:
         W = kernel.reshape(d_in, d_out)
         bias = meta.unbox(module.get_variable("params", "bias")) if module.use_bias else None
         parts, puts = [], []
+        check_sharding(f"{path}, the layer's input", x)
         for rule in acting:
-            layer = RoutedLoRA(
-                d_out, rule.made.experts, rule.made.adapter, rule.made.router, rule.made.engine, name=rule.name,
-                parent=module,
-            )  # fmt: skip
+            layer = _layer(rule, d_out, module, path)
             part, put = layer.part(flat, kernel=W, valid=self.valid, train=self.train)
             parts.append(part)
             puts.append(put)
@@ -124,6 +124,18 @@ class Walk:
         if meant:
             fix += " nn.Dense and nn.DenseGeneral are covered; other kernels need mj.RoutedLoRA inside their module."
         raise wrong(f"rules.{rule}.sites", got, "paths of Dense layers (mj.sites(model, x) lists them)", fix)
+
+
+def _layer(rule, features: int, module, path: str) -> RoutedLoRA:
+    """The experts of a rule, below the Dense layer whose output they change."""
+    made = rule.made
+    try:
+        return RoutedLoRA(features, made.experts, made.adapter, made.router, made.engine, name=rule.name, parent=module)
+    except NameInUseError:
+        raise wrong(
+            f"rules.{rule.name}", f"a name that {path} has already, of an attach inside this one", "another name",
+            f"Give the rules as a dict: {{'outer_{rule.name}': dict(sites=...)}}.",
+        ) from None  # fmt: skip
 
 
 NOT_LINEAR = ("Embed", "Conv", "ConvTranspose", "LayerNorm")  # a pattern as wide as * means none of them

@@ -23,9 +23,13 @@ def products(model, adapters: dict, *, refuse) -> dict[tuple[str, int, str], tup
     """
     found, by_site = {}, View(adapters).by_site()
     for rule in model.rules:
-        if rule.router is not None or not placements.of(rule).LOADS:
-            got = f"whose rule {rule.name} is a mixture or a {placements.of(rule).NAME}"
-            raise refuse(got, "plain adapters: one expert, no router")
+        if rule.router is not None:
+            raise refuse(
+                f"whose rule {rule.name} is a mixture (it has a router)", "plain adapters: one expert, no router"
+            )
+        if not placements.of(rule).LOADS:
+            got = f"whose rule {rule.name} has the placement {placements.of(rule).NAME}"
+            raise refuse(got, "adapters at single projections")
         shared = adapters.get(rule.name, {}).get("shared", {})
         for site in adapter_sites(model.config, rule, model.segments):
             for layer in site.layers:

@@ -35,6 +35,11 @@ def perform(config, workdir, *, note=LOG.info) -> pathlib.Path:
 
     Raises:
       InputError: before anything is computed, for whatever is wrong with the inputs or the folder.
+
+    >>> import molora_jax as mj
+    >>> config = mj.load_config("average", {"surgery.inputs": ("runs/a", "runs/b")})
+    >>> mj.load_run(mj.perform(config, "runs/merged")).step
+    0
     """
     config_lib.validate(config, need_rules=False)
     options = config_lib.to_dict(config).get("surgery") or {}

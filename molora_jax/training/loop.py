@@ -73,6 +73,12 @@ def train(config, workdir: str, *, profile: bool = False, note=None) -> Result:
 
     Raises:
       InputError: before anything is compiled, for anything that is the user's to change.
+
+    >>> import molora_jax as mj
+    >>> fields = {"base.source": "random:tiny", "data.tasks": "jsonl:double.jsonl", "train.steps": 2}
+    >>> result = mj.train(mj.load_config("lora", fields), "runs/a", note=lambda line: None)
+    >>> result.step, result.loss > 0
+    (2, True)
     """
     config_lib.validate(config)
     began, writer = time.monotonic(), jax.process_index() == 0

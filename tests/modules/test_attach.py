@@ -237,6 +237,16 @@ def test_wrong_rules_are_refused_at_once(case):
         mj.attach(Masked(), rules)
 
 
+def test_an_attach_inside_another_needs_names_of_its_own():
+    model, rules = nn.Sequential([nn.Dense(3)]), lambda name: {name: dict(sites="*", adapter=LORA)}
+    inner = mj.attach(model, rules("inner"))
+    both = mj.attach(nn.Sequential([inner]), rules("outer"))
+    own = init(both, X)["adapters"]
+    assert {path[-2] for path in flatten_dict(own)} == {"inner", "outer"}
+    with pytest.raises(InputError, match="rules.inner: got a name that .* has already, of an attach inside"):
+        init(mj.attach(nn.Sequential([inner]), rules("inner")), X)
+
+
 def test_rules_of_a_config():
     from configs import common
 

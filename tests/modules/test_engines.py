@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import Mesh
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 import molora_jax as mj
 from molora_jax.engines import common
@@ -62,6 +62,42 @@ def test_the_ffn_and_an_attached_model_equal_one_device(name):
     run = lambda one: jax.jit(jax.value_and_grad(  # noqa: E731
         lambda v: jnp.sum(one.apply(v, x) ** 2)))(variables)  # fmt: skip
     close(run(attach(**on)), run(attach()))
+
+
+@pytest.mark.parametrize("placed", [False, True])
+@pytest.mark.parametrize("name", ["replicate", "gather", "all_to_all"])
+def test_under_a_mesh_of_the_callers_own(name, placed):
+    """`jax.set_mesh` with fewer axes than the layer's: value and gradient are those without it."""
+    axes = (AxisType.Auto, AxisType.Auto)
+    own = jax.make_mesh((2, 4), ("data", "expert"), axis_types=axes)
+    x, W = normal(0, 4, 4, D), normal(1, D, F)
+    make = lambda **on: mj.RoutedLoRA(F, **MADE, **on)  # noqa: E731
+    adapters = random_leaves(jax.jit(make().init)(jax.random.key(0), x, kernel=W)["adapters"])
+    run = lambda one: jax.jit(jax.value_and_grad(  # noqa: E731
+        lambda a, x: jnp.sum(one.apply({"adapters": a}, x, kernel=W) ** 2), (0, 1)))  # fmt: skip
+    expected = run(make())(adapters, x)
+    with jax.set_mesh(own):
+        x = jax.device_put(x, NamedSharding(own, PartitionSpec("data", "expert"))) if placed else x
+        close(run(make(engine=name, mesh=own))(adapters, x), expected)
+
+
+def test_explicit_axes_are_refused_by_name():
+    """The default of `jax.make_mesh`: of what is split over them jax knows no gradient in here."""
+    own = jax.make_mesh((4,), ("expert",), devices=jax.devices()[:4], axis_types=(AxisType.Explicit,))
+    x, W = normal(0, 4, 4, D), normal(1, D, F)
+    one, there = mj.RoutedLoRA(F, **MADE), mj.RoutedLoRA(F, **MADE, engine="all_to_all", mesh=own)
+    variables = jax.jit(one.init)(jax.random.key(0), x, kernel=W)
+    whole = jax.jit(one.apply)(variables, x, kernel=W)
+    close(jax.jit(there.apply)(variables, x, kernel=W), whole)  # nothing is split over the mesh outside
+    split = jax.device_put(x, NamedSharding(own, PartitionSpec("expert")))
+    for layer in (one, there):
+        with pytest.raises(InputError, match="x: got an array that is split over the explicit axis expert.*Auto"):
+            jax.jit(layer.apply)(variables, split, kernel=W)
+    leaves = jax.device_put(variables, NamedSharding(own, PartitionSpec("expert")))
+    with pytest.raises(InputError, match="variables.'adapters'.: .* split over the explicit axis expert"):
+        jax.jit(there.apply)(leaves, x, kernel=W)
+    with jax.set_mesh(own), pytest.raises(InputError, match="the mesh of jax.set_mesh: got explicit axes"):
+        jax.jit(there.apply)(variables, x, kernel=W)
 
 
 def test_a_mesh_or_an_adapter_that_does_not_fit_is_refused():

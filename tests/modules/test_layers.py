@@ -114,6 +114,8 @@ def test_what_is_sown_and_only_where_asked():
     np.testing.assert_allclose(one.decision.gates.reshape(-1, E), gates * keep[:, None], atol=1e-6)
     f, P = (gates[keep] > 0).mean(0) / K, probs[keep].mean(0)
     np.testing.assert_allclose(mj.balance(sown), E * np.sum(f * P), rtol=1e-6)
+    with pytest.raises(InputError, match="weight: got 0.5; expected nothing.*0.01 . mj.balance"):
+        mj.balance(sown, weight=0.5)
     np.testing.assert_allclose(mj.balance(sown, normalise="tokens"), K * E * np.sum(f * P), rtol=1e-6)
     z = x.reshape(-1, D) @ np.asarray(variables["adapters"]["router"]["W"]).T
     np.testing.assert_allclose(
@@ -187,6 +189,15 @@ def test_wrong_parts_are_refused_when_the_module_is_made(case):
     changes, words = WRONG[case]
     with pytest.raises(InputError, match=words):
         layer(**changes)
+
+
+def test_a_wrong_number_is_refused_whatever_was_made_before():
+    made = dict(adapter=mj.Lora(rank=4), router=TOPK)
+    assert mj.RoutedLoRA(F, experts=4, **made).made().experts == 4
+    with pytest.raises(InputError, match="experts: got 4.0"):
+        mj.RoutedLoRA(F, experts=4.0, **made)
+    with pytest.raises(InputError, match="adapter.rank: got 4.0"):
+        mj.RoutedLoRA(F, experts=4, **made | dict(adapter=mj.Lora(rank=4.0)))
 
 
 def test_wrong_shapes_and_missing_variables_are_named():
