@@ -24,6 +24,9 @@ FLAGS = [
     ("--topology", dict(required=True, metavar="CHIP:AxBxC", help="v5p:4x4x4, v6e:16x16, v5e:4x4, h100:8x8, cpu:8")),
     ("--json", dict(action="store_true", help="one JSON on stdout instead of text")),
 ]
+NO_TPU = dict(  # what libtpu looks for on a TPU host; without them it says at length that this is none
+    TPU_ACCELERATOR_TYPE="v5litepod-1", TPU_WORKER_HOSTNAMES="localhost", TPU_WORKER_ID="0"
+)  # fmt: skip
 TPUS, GPUS = ("v5e", "v6e", "v5p", "tpu7x"), ("a100", "h100", "h200", "b200")
 EXPECTED = (
     "CHIP:SIZES such as v5p:4x4x4, v6e:16x16, v5e:4x4, tpu7x:2x2x1, h100:8, h200:4x8 (four hosts of eight), cpu:8"
@@ -66,6 +69,8 @@ def topology(text: str):
             fix="pip install -e '.[tpu]', or set TPU_LIBRARY_PATH to a libtpu.so.",
         )  # fmt: skip
     os.environ.update(TPU_SKIP_MDS_QUERY="1", ALLOW_MULTIPLE_LIBTPU_LOAD="1")
+    for name, value in NO_TPU.items():
+        os.environ.setdefault(name, value)
     from jax.experimental import topologies
 
     try:

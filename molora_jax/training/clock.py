@@ -73,6 +73,12 @@ class Clock:
             out["time/device_gb"] = round(held / 1e9, 3)
         return out
 
+    def rows(self, tokens: list[int], seconds: float) -> list[dict[str, float]]:
+        """The columns of runs that took a step together: each has the rate of its own tokens."""
+        whole, total = self.row(sum(tokens), seconds), max(sum(tokens), 1)
+        rates = [name for name in ("time/tokens_per_second_device", "time/mfu") if name in whole]
+        return [whole | {name: round(whole[name] * own / total, 4) for name in rates} for own in tokens]
+
     def device_bytes(self) -> int | None:
         """The most that a device of this process has held, where jax says it."""
         own = [device for device in self.devices if device.process_index == jax.process_index()]

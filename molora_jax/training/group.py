@@ -32,7 +32,9 @@ from molora_jax.runs.obstacles import not_saved, obstacles
 from molora_jax.runs.workdir import Workdir
 from molora_jax.text import table
 from molora_jax.training import many
+from molora_jax.training.clock import Clock
 from molora_jax.training.collapse import CollapseWatch
+from molora_jax.training.flops import per_token
 from molora_jax.training.loop import MAX_SKIPPED, Result, not_finite, peak_bytes, row, tell_the_start, tell_what_trains
 from molora_jax.training.loss_picture import plot_loss, plot_losses
 from molora_jax.training.programs import Program
@@ -55,7 +57,7 @@ def train_together(configs: dict, folder, *, note=None) -> dict[str, Result]:
     refused = unfit(first)
     if refused is not None:
         raise refused
-    progress = Progress(first.train.steps, log_every=first.train.log_every)
+    began, progress = time.monotonic(), Progress(first.train.steps, log_every=first.train.log_every)
     note, folder = note or progress.note, pathlib.Path(local("workdir", folder)).expanduser()
     with contextlib.ExitStack() as held:
         stop = held.enter_context(StopRequest())
@@ -66,7 +68,7 @@ def train_together(configs: dict, folder, *, note=None) -> dict[str, Result]:
             told = lambda text, name=name: note(f"{name}: {text}")  # noqa: E731
             beside = next(iter(runs.values()), None)
             runs[name] = TrainingRun(workdir.followed(configs[name], told), workdir, note=told, beside=beside)
-        group = Group(runs, folder, progress, note)
+        group = Group(runs, folder, progress, note, began)
         for run in runs.values():
             held.enter_context(run.checkpoints)
         return group.train(stop)
@@ -106,12 +108,13 @@ def unfit(config) -> InputError | None:
 class Group:
     """Runs of one program, and where they stand."""
 
-    def __init__(self, runs: dict[str, TrainingRun], folder, progress: Progress, note):
+    def __init__(self, runs: dict[str, TrainingRun], folder, progress: Progress, note, began: float):
         self.names, self.runs = tuple(runs), tuple(runs.values())
         self.folder, self.progress, self.note = folder, progress, note
         self.first = self.runs[0]
         self.config = self.first.config.train
         self.stages = self.first.stages
+        self.began = began
         agree(runs)
         align(runs, note)
         for run in self.runs:  # the step before stays until all have the next one
@@ -151,6 +154,10 @@ class Group:
         for run, state in zip(self.runs, states, strict=True):
             if start == 0 and not run.checkpoints.steps():
                 run.save(state, 0)  # before the first compile, so that a kill inside it loses nothing
+        program, state = self.first.programs[stage_at(self.stages, start).name], states[0]
+        seq_len = self.first.config.data.seq_len
+        flops = per_token(program.model, state.adapters, state.modules, program.frozen, seq_len)
+        self.timed = Clock(self.first.mesh.devices.flat, flops, began=self.began)
         return self._loop(states, start, last, stop)
 
     def _write_names(self):
@@ -172,9 +179,10 @@ class Group:
                 return
             (number, values, extra, model), pending = pending, None
             values, now = jax.device_get(values), time.monotonic()
+            speeds = self.timed.rows([int(n) for n in values["tokens"]], now - clock)
             for n, log in enumerate(logs):
                 own = jax.tree.map(lambda x, n=n: x[n], values)
-                log.write(number, own, extra[n], now - clock, model)
+                log.write(number, own, speeds[n] | extra[n], now - clock, model)
             clock = now
             losses, tokens = [log.loss for log in logs], int(np.sum(values["tokens"]))
             self.progress.update(number, loss=losses, tokens=tokens)
@@ -196,18 +204,24 @@ class Group:
                         stream.close()
                     batches = [run.source(stage).iterate(step) for run in self.runs]
                     knobs = many.stack([run.knobs[stage.name] for run in self.runs])
-                    if self.first.programs[stage.name] not in self._steps or step == start:
+                    fresh = self.first.programs[stage.name] not in self._steps or step == start
+                    if fresh:
                         self.note("compiling the step (seconds to a minute, cached for the next start)")
                     run_step, _, _, fixed = self.step(stage)
-                batch = many.put_batches([next(stream)[1] for stream in batches], self.first.mesh)
-                state, values = run_step(state, self.first.params, batch, fixed, knobs)
+                with self.timed.of("data"):
+                    rows = [next(stream)[1] for stream in batches]
+                batch = many.put_batches(rows, self.first.mesh)
+                with self.timed.of("compile") if fresh else contextlib.nullcontext():
+                    state, values = run_step(state, self.first.params, batch, fixed, knobs)
+                fresh = False
                 step += 1
                 flush()
                 pending = step, values, [{} for _ in self.runs], self.first.programs[stage.name].model
                 best = self._evaluate(stage, step, state, pending[2])
                 if any(best) or step == last or (self.config.save_every and step % self.config.save_every == 0):
                     flush()
-                    self._save(step, state, best)
+                    with self.timed.of("checkpoint"):
+                        self._save(step, state, best)
                     saved = step
                 else:
                     for run in self.runs:
@@ -243,9 +257,10 @@ class Group:
         best = [False] * len(self.runs)
         if not self.config.eval_every or step % self.config.eval_every:
             return best
-        for n, (run, own) in enumerate(zip(self.runs, self.apart(stage, state), strict=True)):
-            extra[n]["valid_nll"] = valid = run.valid_nll(run.programs[stage.name], own)
-            best[n] = run.is_best(valid)
+        with self.timed.of("evaluation"):
+            for n, (run, own) in enumerate(zip(self.runs, self.apart(stage, state), strict=True)):
+                extra[n]["valid_nll"] = valid = run.valid_nll(run.programs[stage.name], own)
+                best[n] = run.is_best(valid)
         told = "  ".join(f"{e['valid_nll']:.4f}{' (best)' if b else ''}" for e, b in zip(extra, best, strict=True))
         self.note(f"step {step}: valid NLL {told}")
         return best
@@ -278,6 +293,8 @@ class Group:
             f"together: {rate:,.0f} tokens/s with compile, {duration(first.seconds)}, "
             f"peak memory {first.peak_bytes / 1e9:.2f} GB"
         )
+        if first.step > start:
+            self.note(self.timed.told())
         for run in self.runs:
             with contextlib.suppress(OSError, ValueError, KeyError, TypeError):  # not worth an error
                 plot_loss(run.workdir)

@@ -1,6 +1,7 @@
 """Several runs in one step, in the loop: each an ordinary run; killed and resumed bit by bit; refusals by name."""
 
 import json
+import re
 import shutil
 
 import numpy as np
@@ -86,12 +87,12 @@ def test_every_run_of_a_group_is_an_ordinary_run(whole, data, tmp_path):
     made = configs(data)
     assert list(results) == list(made) and {r.step for r in results.values()} == {4}
     assert {p.name for p in folder.iterdir()} == {*made, "runs.json", "losses.png", "losses.pdf"}
-    assert (
-        "2 runs in one step" in notes[0]
-        and "8 devices (cpu), mesh data=8" in notes[1]
-        and sum("trainable" in note for note in notes) == 1
-    )
-    assert all(name in notes[-3] for name in made) and "losses.png" in notes[-1]
+    assert "2 runs in one step" in notes[0] and "8 devices (cpu), mesh data=8" in notes[1]
+    assert sum("trainable" in note for note in notes) == 1
+    assert all(name in notes[-4] for name in made) and "losses.png" in notes[-1]
+    assert re.match(r"goodput \d+%", notes[-2]) and "evaluation" in notes[-2]
+    speeds = [json.loads((folder / name / "metrics.jsonl").read_text().splitlines()[-1]) for name in made]
+    assert all(row["time/tokens_per_second_device"] > 0 and row["time/data_seconds"] >= 0 for row in speeds)
     assert len({rows(folder / name)[-1]["loss"] for name in made}) == 2
     name, one = list(made.items())[-1]
     assert verify(folder / name, deep=True)["ok"]
