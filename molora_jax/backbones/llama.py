@@ -171,9 +171,9 @@ class Llama(Backbone):
             lengths = text_lengths(positions, segment_ids, cached=cached)
         r = self.rotated or self.head_dim
         shared = {"mask": mask, "turn": rotary(positions, self.rope_base, r, scaling, lengths)}
-        if self.local_base is not None:
+        if self.local_base is not None and self.sliding:
             shared["local_turn"] = rotary(positions, self.local_base, self.head_dim)
-        if self.window is not None:
+        if self.window is not None and self.sliding:
             # a cache has position p in slot p; packed rows start anew with each example, so there the place in the row
             at = positions if cached else jnp.arange(mask.shape[2])[None]
             shared["narrow"] = window_mask(mask, at, self.window)
