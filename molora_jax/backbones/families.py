@@ -143,8 +143,7 @@ FAMILIES = {
     "olmoe": Family(
         dict(qk_norm_all=True),
         dict(
-            max_position_embeddings=4096, num_key_value_heads=16, num_experts=64, num_experts_per_tok=8,
-            rms_norm_eps=1e-5,
+            max_position_embeddings=4096, num_experts=64, num_experts_per_tok=8, rms_norm_eps=1e-5,
         ),
         reads=_MOE, derived=moe.fields, backbone=Moe,
     ),

@@ -60,7 +60,7 @@ def flat(config: dict, where: str) -> dict:
     """A config of Gemma 3 with the rotary parameters of the full layers alone, and the local base beside them.
 
     Raises:
-      InputError: a scaled rotation of the layers that slide; no window.
+      InputError: a scaled rotation of the layers that slide; a window of null.
     """
     config, parameters = dict(config), config.get("rope_parameters")
     if isinstance(parameters, dict) and any(key.endswith("_attention") for key in parameters):
@@ -78,12 +78,12 @@ def flat(config: dict, where: str) -> dict:
                 expected="rope_type default: layers that slide have no scaling here",
             )  # fmt: skip
         config["rope_parameters"] = kinds["full"]
+        if isinstance(scaling := config.get("rope_scaling"), dict) and scaling:  # both are read here, this one first
+            config["rope_scaling"] = kinds["full"] | scaling
         if theta is not None:
             config["rope_local_base_freq"] = theta
-    if config.get("sliding_window") is None:
-        raise InputError(
-            f"{where}: sliding_window", got=quoted(config.get("sliding_window")), expected="a positive int"
-        )
+    if "sliding_window" in config and config["sliding_window"] is None:  # absent: 4096
+        raise InputError(f"{where}: sliding_window", got="None", expected="a positive int")
     return config
 
 
