@@ -40,6 +40,7 @@ _KEYS = {  # what each kind reads; another key that is set is refused
     ),
 }  # fmt: skip
 _NOTES = ("rope_type", "type", "rope_theta", "finetuned")  # say nothing about the frequencies beyond kind and theta
+_OUTSIDE = {"rope_theta": 10000.0, "partial_rotary_factor": None, "original_max_position_embeddings": None}  # defaults
 _OLDER = {"su": "longrope"}
 _NEUTRAL = {"partial_rotary_factor": (1,), "attn_factor": (1,), "extrapolation_factor": (1,)}
 
@@ -121,14 +122,14 @@ def rotated(config: dict, *, where: str, head_dim: int) -> int:
 def read(config: dict, *, where: str, number, head_dim: int, partial: bool = False) -> tuple[float, RopeScaling | None]:
     """Base and scaling that a Hugging Face config says. `head_dim`: what of it turns (`partial`: maybe less).
 
-    `rope_parameters` (transformers 5) and `rope_scaling` (before) may both be there; a `rope_theta` inside wins over
-    the one outside. `number(key, default, kind=, source=, where=)` reads a positive number.
+    `rope_parameters` (transformers 5) and `rope_scaling` (before) may both be there, if they agree; a `rope_theta`
+    inside wins over the one outside. `number(key, default, kind=, source=, where=)` reads a positive number.
 
     Raises:
       InputError: a kind or a key that is not known, two values for one key, a number out of range.
     """
     options, at = _options(config, where)
-    kind = options.get("rope_type") or options.get("type") or "default"
+    kind = options.get("rope_type") or "default"
     kind = _OLDER.get(kind, kind) if isinstance(kind, str) else kind
     if not isinstance(kind, str) or kind not in KINDS:
         raise InputError(
@@ -200,23 +201,52 @@ def _attention(factor, mscale, all_dim):
 
 
 def _options(config, where):
-    """The union of `rope_scaling` and `rope_parameters`, and the name of the one that errors should name."""
-    found: dict = {}
+    """`rope_scaling`, or else `rope_parameters`, and its name. Of both in one file transformers reads the first alone.
+
+    Raises:
+      InputError: no object, two values for one key, a second object that says something else.
+    """
+    found = {}
     for name in ("rope_scaling", "rope_parameters"):
         options = config.get(name)
         if options is None:
             continue
         if not isinstance(options, dict):
             raise InputError(f"{where}: {name}", got=shown(options), expected="an object or null")
-        for key, value in _flat(options, f"{where}: {name}").items():
-            key = "rope_type" if key == "type" else key
-            if found.get(key) is not None and value is not None and found[key] != value:
-                raise InputError(
-                    f"{where}: {name}.{key}", got=shown(value), expected=f"{shown(found[key])}, as rope_scaling says",
-                    fix="Keep the right one of the two.",
-                )  # fmt: skip
-            found[key] = value if value is not None else found.get(key)
-    return found, "rope_parameters" if config.get("rope_parameters") else "rope_scaling"
+        if options:
+            found[name] = _one_kind(_flat(options, f"{where}: {name}"), f"{where}: {name}")
+    if len(found) == 2:
+        _agree(found["rope_scaling"], found["rope_parameters"], config, where)
+    name = next(iter(found), "rope_scaling")
+    return found.get(name, {}), name
+
+
+def _agree(scaling: dict, parameters: dict, config, where):
+    """Raises InputError where `rope_parameters` sets what `rope_scaling`, with the fields outside, says otherwise."""
+    for key, value in parameters.items():
+        said = scaling.get(key)
+        if said is None and key in _OUTSIDE:
+            said = _OUTSIDE[key] if config.get(key) is None else config[key]
+        if value is not None and value != said:
+            raise InputError(
+                f"{where}: rope_parameters.{key}", got=shown(value),
+                expected="nothing" if said is None else f"{shown(said)}", fix="rope_scaling is there too, and "
+                "transformers reads that one: keep the right one of the two objects.",
+            )  # fmt: skip
+
+
+def _one_kind(options: dict, where) -> dict:
+    """With `type`, the older name, as `rope_type`."""
+    options = dict(options)
+    older, kind = options.pop("type", None), options.get("rope_type")
+    if older is None or kind is None:
+        return options if older is None else options | {"rope_type": older}
+    if older != kind:
+        raise InputError(
+            f"{where}.type", got=shown(older), expected=f"{shown(kind)}, as rope_type says",
+            fix="Keep the right one of the two.",
+        )  # fmt: skip
+    return options
 
 
 def _flat(options, where):

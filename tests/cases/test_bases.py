@@ -100,6 +100,51 @@ def test_rope_theta_inside_wins_and_two_that_differ_are_refused():
         read(rope_scaling=dict(type="linear", factor=2.0), rope_parameters=dict(rope_type="linear", factor=4.0))
 
 
+LINEAR, OLDER = dict(rope_type="linear", factor=2.0), dict(type="linear", factor=2.0)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        dict(rope_theta=77.0, rope_parameters=LINEAR | dict(rope_theta=77.0)),
+        dict(rope_theta=77.0, rope_parameters=dict(rope_theta=77)),
+        dict(rope_theta=99.0, rope_scaling=OLDER | dict(rope_theta=77.0), rope_parameters=LINEAR | dict(rope_theta=77)),
+        dict(rope_theta=99.0, rope_scaling={}, rope_parameters=LINEAR | dict(rope_theta=77.0)),
+        dict(rope_theta=77.0, rope_parameters={"full_attention": LINEAR}),
+    ],
+)
+def test_two_rotary_objects_that_agree_are_read(fields):
+    found = read(**dict(rope_scaling=OLDER) | fields)
+    assert (found.rope_base, found.rope_scaling.kind, found.rope_scaling.factor) == (77.0, "linear", 2.0)
+
+
+@pytest.mark.parametrize(
+    "fields, message",
+    [
+        (dict(rope_theta=99.0, rope_parameters=LINEAR | dict(rope_theta=77.0)), "rope_theta: got 77.0; expected 99.0"),
+        (dict(rope_theta=None, rope_parameters=LINEAR | dict(rope_theta=77.0)), "rope_theta: got 77.0; expected 1000"),
+        (dict(rope_parameters=dict(rope_type="default")), "rope_type: got default; expected linear"),
+        (dict(rope_parameters=LINEAR | dict(beta_fast=32)), "beta_fast: got 32; expected nothing"),
+        (dict(rope_scaling=OLDER | dict(rope_type="yarn")), "rope_scaling.type: got linear; expected yarn"),
+    ],
+)
+def test_two_rotary_objects_that_contradict_each_other_are_refused(fields, message):
+    """transformers would read rope_scaling alone."""
+    with pytest.raises(InputError, match=message):
+        read(**dict(rope_scaling=OLDER) | fields)
+
+
+def test_gemma_3_reads_both_rotary_objects():
+    """As transformers does there: rope_scaling is for the full layers, over their parameters."""
+    inside = dict(full_attention=dict(rope_theta=77.0), sliding_attention=dict(rope_type="default", rope_theta=50.0))
+    fields = dict(model_type="gemma3_text", head_dim=8, query_pre_attn_scalar=8, hidden_activation="gelu_pytorch_tanh")
+    found = read(**fields, rope_theta=None, rope_scaling=OLDER, rope_parameters=inside)
+    assert (found.rope_base, found.local_base, found.rope_scaling.factor) == (77.0, 50.0, 2.0)
+    with pytest.raises(InputError, match="rope_parameters.factor: got 3.0; expected 2.0"):
+        inside["full_attention"] = dict(rope_type="linear", factor=3.0)
+        read(**fields, rope_scaling=OLDER, rope_parameters=inside)
+
+
 def test_which_layers_slide():
     full = read(model_type="mistral", sliding_window=None)
     assert read(model_type="mistral", sliding_window=4096) == read(model_type="mistral", sliding_window=512) == full
