@@ -318,6 +318,12 @@ def _put_base(base, mesh) -> dict:
     return sharding.put(base.params, shardings)
 
 
+def _arrays_of(run) -> tuple:
+    """What the base's arrays of a run, or of an opened one, follow from."""
+    base = run.config.base
+    return run.facts.get("base_digest"), run.model.config, str(base.dtype), base.get("quant", "none")
+
+
 def load_run(
     workdir, step="best", *, config=None, mesh=None, without: str = "", beside: Run | None = None, warn=LOG.warning
 ) -> Run:
@@ -332,7 +338,7 @@ def load_run(
       config: in place of the run's own `config.json`, say with other fields of `eval`.
       mesh: sizes of axes over this process's devices, such as `dict(fsdp=8)`, which split the base; None: one device.
       without: experts to leave out, in place of `eval.without` (see `runs/without.py`): `"legal,code"`.
-      beside: an open run whose base's arrays this one shares, where it has the same base in the same dtype.
+      beside: an open run whose base's arrays this one shares, where it has the same base in the same dtype and quant.
       warn: called with a line of text; a log record by default.
 
     Raises:
@@ -352,8 +358,7 @@ def load_run(
         with config.unlocked():
             config.eval.without = without
     config, model, items = leave_out(config, found.model, found.base.params, found.items, own=found.own)
-    of = lambda config, facts: (facts.get("base_digest"), str(config.base.dtype))  # noqa: E731
-    shared = beside is not None and of(beside.config, beside.facts) == of(config, found.facts) and beside.mesh == mesh
+    shared = beside is not None and beside.mesh == mesh and _arrays_of(beside) == _arrays_of(found)
     base = beside.base_params if shared else _put_base(found.base, mesh)
     items = {name: _put(item, mesh) for name, item in items.items()}
     modules = items.get("modules", {})

@@ -30,6 +30,7 @@ from molora_jax.export import molora_torch
 from molora_jax.export.base import Source
 from molora_jax.export.peft import IN_TURNS
 from molora_jax.io import tensors
+from molora_jax.io.base_facts import base_facts
 from molora_jax.routers import ROUTERS
 from molora_jax.routers.x_lora import XLora
 from molora_jax.runs import saved
@@ -49,7 +50,10 @@ def write(source: Source, folder) -> list[str]:
     config["base"]["source"] = str(source.config.base.source)
     told = {
         "version": 1, "config": config, "step": opened.step,
-        "base": {"digest": opened.base.digest, "family": source.backbone.family, "source": config["base"]["source"]},
+        "base": {
+            "digest": opened.base.digest, "family": source.backbone.family, "source": config["base"]["source"],
+            **base_facts(opened.base),
+        },
     }  # fmt: skip
     tensors.write_named(folder / LEAVES, leaves, {"molora": json.dumps(told, sort_keys=True)})
     reason = lacks(source)

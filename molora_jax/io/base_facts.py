@@ -7,7 +7,10 @@ import hashlib
 
 def base_facts(base, *, day: str | None = None) -> dict:
     """What a base model is beside the values of its weights: its tokenizer and template, the numbers of its config."""
-    return {"tokenizer": tokenizer_digest(base.tokenizer), "config": dataclasses.asdict(base.config), "day": day}
+    return {
+        "tokenizer": tokenizer_digest(base.tokenizer), "ids": getattr(base.tokenizer, "ids_digest", lambda: None)(),
+        "config": dataclasses.asdict(base.config), "day": day,
+    }  # fmt: skip
 
 
 def tokenizer_digest(tokenizer) -> str | None:

@@ -107,6 +107,10 @@ class Tokenizer:
         ]  # fmt: skip
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
+    def ids_digest(self) -> str:
+        """Of what turns a text into ids alone: without special tokens' roles, ends, padding and chat template."""
+        return hashlib.sha256(json.dumps([self._inner_digest, self.prefix_ids]).encode()).hexdigest()
+
     @property
     def depends_on_day(self) -> bool:
         """Whether the template may write today's date."""

@@ -24,8 +24,9 @@ from molora_jax.runs.products import products
 from molora_jax.runs.view import View
 
 
-def load_experts(model, adapters: dict, base_digest: str) -> dict:
-    """`adapters` (nested dicts of arrays) with the experts of every rule with `load` filled in.
+def load_experts(model, adapters: dict, base: dict, *, note=lambda text: None) -> dict:
+    """`adapters` (nested dicts of arrays) with the experts of every rule with `load` filled in. `base` and `note`: of
+    this run, as in `same_base`.
 
     Raises:
       InputError: no run there, one on another base, a mixture, an adapter that is more than B A, a rank above the
@@ -34,14 +35,14 @@ def load_experts(model, adapters: dict, base_digest: str) -> dict:
     adapters = dict(adapters)
     for rule in model.rules:
         if rule.load:
-            runs = [_factors(path, rule, model.config, base_digest) for path in rule.load]
+            runs = [_factors(path, rule, model.config, base, note) for path in rule.load]
             adapters[rule.name] = _fill(rule, adapters[rule.name], [factors for factors, _ in runs])
             if rule.router is not None and rule.router.JOINS:
                 adapters[rule.name] = _join(rule, adapters[rule.name], [rows for _, rows in runs])
     return adapters
 
 
-def _factors(text, rule, decoder, base_digest) -> tuple[dict, dict]:
+def _factors(text, rule, decoder, base, note) -> tuple[dict, dict]:
     """`{(layer, site): [(A [R_a, D_in], s_a B [R_a, D_out]), ...]}`, where several rules on one site add, and
     `{(layer, router/scope): leaves}` of a router that this rule's joins."""
     where = f"method.rules.{rule.name}"
@@ -53,9 +54,10 @@ def _factors(text, rule, decoder, base_digest) -> tuple[dict, dict]:
     if kind == "peft":
         return peft_adapters.read(path, decoder, refuse=refuse), {}
     if kind == "molora":
-        return _added(exported.read(path, decoder, base_digest, refuse=refuse)), {}
+        tell = lambda line: note(f"{where}.load: {text} was {line}")  # noqa: E731
+        return _added(exported.read(path, decoder, base, refuse=refuse, note=tell)), {}
     _, step, manifest = warm_start.newest(path, where=f"{where}.load")
-    warm_start.check_base(path, manifest, base_digest, where=f"{where}.load")
+    warm_start.check_base(path, manifest, base, where=f"{where}.load", note=note)
     if any(leaf.startswith("base/") for leaf in manifest["tree"].get("modules", ())):
         raise refuse("which trained base leaves as well (method.train_base)", "a run that is adapters alone")
     # the step's own config: config.json may have changed since; the data and base that it names may be gone

@@ -12,12 +12,13 @@ from molora_jax.config import outside
 from molora_jax.io import tensors
 from molora_jax.runs import saved
 from molora_jax.runs.products import products
+from molora_jax.runs.same_base import same_base
 
 FILE = "molora.safetensors"
 
 
-def read(path: str, decoder, base_digest: str, *, refuse) -> dict:
-    """`{(rule, layer, site): (A [R, D_in], s B [R, D_out])}`; `refuse(got, expected) -> InputError`.
+def read(path: str, decoder, base: dict, *, refuse, note) -> dict:
+    """`{(rule, layer, site): (A [R, D_in], s B [R, D_out])}`; `base`, `refuse` and `note` as in `same_base`.
 
     Raises:
       InputError: no such file, another base, a mixture, trained base leaves, leaves that are not what its config says.
@@ -29,11 +30,11 @@ def read(path: str, decoder, base_digest: str, *, refuse) -> dict:
     leaves = tensors.read(file)
     try:
         told = json.loads(tensors.read_metadata(file)["molora"])
-        config, digest = told["config"], told["base"]["digest"]
-    except (KeyError, TypeError, ValueError, RecursionError):
+        config, theirs = told["config"], told["base"] | {"digest": str(told["base"]["digest"])}
+        theirs = {"quant": (config.get("base") or {}).get("quant"), **theirs}
+    except (KeyError, TypeError, ValueError, AttributeError, RecursionError):
         raise refuse(f"whose {FILE} has no config of ours", "a file that launch.export wrote") from None
-    if digest != base_digest:
-        raise refuse(f"trained on base {str(digest)[:16]}", f"an adapter of this base ({base_digest[:16]})")
+    same_base(theirs, base, refuse=refuse, note=note)
     if any(name.startswith("modules/") for name in leaves):
         raise refuse("which trained heads or base leaves as well", "a run that is adapters alone")
     model = compile_model(saved.validated(config, where=file, need_base=False), decoder)

@@ -21,7 +21,7 @@ TRAIN_FIELDS = ("batch_size", "accumulate", "clip", "init_from", "exact")
 CONTENT = {"data": ("tasks", "data_fingerprint"), "base": ("source", "base_digest")}
 TOLD = ("valid", "file_tasks")  # fields of data that the fingerprint tells as well
 ADDED = "added"  # lists of the fields that later versions added to an identity.json, oldest first
-BASE_FACTS = ("tokenizer", "config", "day")  # of the base, beside its digest: an older identity lacks them
+BASE_FACTS = ("tokenizer", "ids", "config", "day")  # of the base, beside its digest: an older identity lacks them
 
 
 def identity(config: dict, extra: dict) -> dict:
@@ -29,8 +29,9 @@ def identity(config: dict, extra: dict) -> dict:
 
     Args:
       config: nested dict with the fields of `configs/common.py`.
-      extra: `base_digest` and `data_fingerprint` of the content; `base` holds `tokenizer` (digest), `config` (every
-        number of the decoder) and `day` (that the chat template is pinned to); more entries are kept under `extra`.
+      extra: `base_digest` and `data_fingerprint` of the content; `base` holds `tokenizer` and `ids` (digests: all of
+        it, and what turns a text into ids), `config` (every number of the decoder) and `day` (that the chat template is
+        pinned to); more entries are kept under `extra`.
 
     Mesh, engine, remat, logging, intervals, `stop_after` and evaluation are left out. `train.steps` is left out where
     nothing depends on it (`optim.decay="constant"`, and no regime that cuts the steps itself).
@@ -170,8 +171,8 @@ def another_run(where: str, changed: list[str]) -> InputError:
         got="another run than the one that is there:\n  " + "\n  ".join(changed) + "\n",
         expected="the same values",
         fix="Undo these changes, or choose another workdir (base.digest is the content of base.source, base.tokenizer "
-        "its tokenizer and chat template, base.config the numbers of its config, data.fingerprint the content of "
-        "data.tasks).",
+        "its tokenizer and chat template, base.ids the tokenizer alone, base.config the numbers of its config, "
+        "data.fingerprint the content of data.tasks).",
     )
 
 

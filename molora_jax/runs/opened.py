@@ -137,7 +137,8 @@ def _same_base(recorded: dict, now: dict, source: str, folder):
         json.loads(json.dumps({"base": {name: now[name] for name in names if now[name] is not None}})),
     )
     if changed:
-        what = "tokenizer or chat template" if any(c.startswith("base.tokenizer") for c in changed) else "config"
+        text = any(line.startswith(("base.tokenizer", "base.ids")) for line in changed)
+        what = "tokenizer or chat template" if text else "config"
         raise InputError(
             f"base.source, {what}", got=f"{source}, with another {what} than {folder} was trained with:\n  "
             + "\n  ".join(changed) + "\n",

@@ -12,22 +12,25 @@ from molora_jax.runs import identity, remote
 from molora_jax.runs.bases import check_bases
 from molora_jax.runs.checkpoints import Checkpoints, read_manifest
 from molora_jax.runs.folders import no_run, runs_in
+from molora_jax.runs.same_base import same_base
 from molora_jax.runs.view import View, cut, keys_of
 
 ITEMS = ("adapters", "router_state")
 
 
-def start(run: str, shapes: dict, *, base_digest: str, rules=(), where: str = "train.init_from") -> dict:
+def start(
+    run: str, shapes: dict, *, base: dict, rules=(), where: str = "train.init_from", note=lambda text: None
+) -> dict:
     """`{item: tree}` of numpy arrays for `shapes` (`{item: nested dicts of arrays or shapes}`), from another run.
 
-    The run's base, the scales of `rules`, every leaf's name, shape and dtype are compared before a value is read, and
-    every value is finite.
+    The other run's base (with `base` and `note` as in `same_base`), the scales of `rules`, every leaf's name, shape and
+    dtype are compared before a value is read, and every value is finite.
 
     Raises:
       InputError: no such run, one on another base or of other scales, leaves that do not fit, NaN or Inf.
     """
     folder, step, manifest = newest(run, where=where)
-    check_base(run, manifest, base_digest, where=where)
+    check_base(run, manifest, base, where=where, note=note)
     _check_scales(run, manifest, rules, where)
     stubs = {item: unflatten_dict(_stubs(manifest, item, where), sep="/") for item in shapes}
     for item, new in shapes.items():
@@ -72,21 +75,21 @@ def newest(run: str, *, where: str) -> tuple[pathlib.Path, int, dict]:
     return folder, step, read_manifest(folder / str(step))
 
 
-def check_base(run: str, manifest: dict, base_digest: str, *, where: str):
-    """Raises InputError where a run's step was trained on another base (an older step says so in identity.json)."""
+def check_base(run: str, manifest: dict, ours: dict, *, where: str, note):
+    """`same_base` of a run's step (an older step says its base in identity.json)."""
     told = identity.of_step(manifest) if "run" in manifest else None
     if told is None:
         path = remote.at_hand(run, where=where) / "identity.json"
         told = identity.read(path)
         if told is not None:
             identity.check_record(told, manifest, where=str(path))
-    base = (told or {}).get("base")
-    trained_on = base.get("digest") if isinstance(base, dict) else None
-    if trained_on is not None and trained_on != base_digest:
-        raise InputError(
-            where, got=f"{run}, trained on base {str(trained_on)[:16]}",
-            expected=f"a run on this base ({base_digest[:16]})", fix="Choose another run, or its base.source.",
-        )  # fmt: skip
+    theirs = (told or {}).get("base")
+
+    def refuse(got, expected, fix):
+        return InputError(where, got=f"{run}, {got}", expected=expected, fix=fix)
+
+    if isinstance(theirs, dict):
+        same_base(theirs, ours, refuse=refuse, note=lambda text: note(f"{where}: {run} was {text}"))
 
 
 def load(run: str, items=ITEMS, *, where: str = "train.init_from") -> dict:

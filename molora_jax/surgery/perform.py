@@ -15,6 +15,7 @@ from molora_jax.errors import InputError
 from molora_jax.runs import parents as parents_lib
 from molora_jax.runs import saved, written
 from molora_jax.runs.opened import open_run
+from molora_jax.runs.same_base import facts_of, same_base
 from molora_jax.runs.view import cut, keys_of
 from molora_jax.surgery import SURGERIES
 from molora_jax.surgery.base import Parent, Result
@@ -81,22 +82,25 @@ def _opened(inputs, note) -> tuple[Parent, ...]:
     out: list[Parent] = []
     for name in inputs:
         opened = open_run(name, warn=note)
-        if out and opened.base.digest != out[0].opened.base.digest:
-            raise InputError(
-                "surgery.inputs", got=f"{name}, on base {opened.base.digest[:16]} ({opened.config.base.source})",
-                expected=f"runs on one base: {inputs[0]} is on {out[0].opened.base.digest[:16]}",
-                fix="Choose runs of the same base.source.",
-            )  # fmt: skip
-        quants = [run.config.base.get("quant", "none") for run in (opened, *(parent.opened for parent in out[:1]))]
-        if quants[0] != quants[-1]:
-            raise InputError(
-                "surgery.inputs", got=f"{name}, with base.quant={quants[0]}",
-                expected=f"that of {inputs[0]}: {quants[-1]}", fix="Choose runs on the same form of the base.",
-            )  # fmt: skip
+        if out:
+            _on_one_base(name, opened, out[0], note)
         params = out[0].opened.base.params if out else opened.base.params
         base = dataclasses.replace(opened.base, params=params)
         out.append(Parent(name, dataclasses.replace(opened, base=base)))
     return tuple(out)
+
+
+def _on_one_base(name, opened, first: Parent, note):
+    """`same_base` of two inputs."""
+
+    def refuse(got, expected, fix):
+        return InputError("surgery.inputs", got=f"{name}, {got}", expected=f"{expected}, as {first.name} is", fix=fix)
+
+    def tell(line):
+        note(f"{name} was {line} than {first.name}: the new run has that of {first.name}")
+
+    theirs, ours = (facts_of(run.base, run.config) for run in (opened, first.opened))
+    same_base(theirs, ours, refuse=refuse, note=tell, one_form=True)
 
 
 def _write(target, result: Result, parents: tuple[Parent, ...], how: dict, note) -> pathlib.Path:

@@ -29,6 +29,7 @@ from molora_jax.runs import saved as saved_lib
 from molora_jax.runs.bases import check_bases
 from molora_jax.runs.checkpoints import Checkpoints, read_manifest
 from molora_jax.runs.obstacles import not_saved
+from molora_jax.runs.same_base import facts_of
 from molora_jax.runs.workdir import Workdir
 from molora_jax.training import documents, many, probe
 from molora_jax.training.exact import ExactNLL
@@ -177,21 +178,21 @@ class TrainingRun:
         stage = self.compiled(saved)
         self.memory = self.regime.memory(self)
         if step is None:
-            first = self.stages[0]
+            first, facts = self.stages[0], facts_of(self.base, self.config)
             state = stage.make_start(self.params, self.knobs[first.name].seed)
             if not self.config.train.init_from:  # else every factor is another run's
                 state = probe.begin(self, first, state)
             if self.config.train.init_from:
                 shapes = {item: getattr(stage.shapes, item) for item in warm_start.ITEMS}
                 new = warm_start.start(
-                    self.config.train.init_from, shapes, base_digest=self.base.digest, rules=self.model.rules
+                    self.config.train.init_from, shapes, base=facts, rules=self.model.rules, note=self.note
                 )
                 put = {item: sharding.put(tree, getattr(stage.shardings, item)) for item, tree in new.items()}
                 modules = jax.device_get(state.modules)
                 modules = warm_start.modules(self.config.train.init_from, modules, note=self.note)
                 state = dataclasses.replace(state, **put, modules=sharding.put(modules, stage.shardings.modules))
             if any(rule.load for rule in self.model.rules):
-                new = expert_runs.load_experts(self.model, jax.device_get(state.adapters), self.base.digest)
+                new = expert_runs.load_experts(self.model, jax.device_get(state.adapters), facts, note=self.note)
                 state = dataclasses.replace(state, adapters=sharding.put(new, stage.shardings.adapters))
             if not self.config.train.init_from:
                 state = documents.begin(self, first, state)

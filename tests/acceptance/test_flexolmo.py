@@ -109,7 +109,7 @@ def joined(owners, names, **router):
     base = load_base("random:tiny")
     model = compile_model(config, base.config)
     fresh = jax.device_get(jax.jit(lambda p: model.init_adapters(jax.random.key(9), p))(base.params))
-    return config, model, base.params, load_experts(model, fresh, base.digest)
+    return config, model, base.params, load_experts(model, fresh, {"digest": base.digest})
 
 
 def data_of(vocab):
@@ -204,8 +204,8 @@ def test_acceptance_3_owners_of_another_public_row_are_refused(owners, tmp_path)
 
 def test_acceptance_3_another_base_is_refused(owners):
     config, model, params, adapters = joined(owners, ("legal", "code"))
-    with pytest.raises(InputError, match="expected a run on this base"):
-        load_experts(model, adapters, "0" * 64)
+    with pytest.raises(InputError, match="expected one on base 0000"):
+        load_experts(model, adapters, {"digest": "0" * 64})
 
 
 def test_acceptance_3_the_order_of_owners_changes_nothing(owners):

@@ -209,7 +209,7 @@ def loaded(bank, chosen):
     base = load_base("random:tiny")
     model = compile_model(config, base.config)
     fresh = jax.device_get(jax.jit(lambda p: model.init_adapters(jax.random.key(0), p))(base.params))
-    return model, base.params, load_experts(model, fresh, base.digest)
+    return model, base.params, load_experts(model, fresh, {"digest": base.digest})
 
 
 def hidden(model, params, adapters, data):

@@ -327,7 +327,7 @@ def test_acceptance_7_runs_of_other_ranks_and_scales_are_padded_and_say_the_same
     model = compile_model(config, base.config, max_segments=2)
     params = jax.tree.map(jnp.asarray, base.params)
     fresh = jax.jit(model.init_adapters)(jax.random.key(0), params)
-    adapters = load_experts(model, jax.device_get(fresh), base.digest)
+    adapters = load_experts(model, jax.device_get(fresh), {"digest": base.digest})
     own = adapters["all"][f"000-{TINY.layers - 1:03d}"]
     assert not own["q"]["A"][:, 0, 2:].any() and not own["q"]["A"][:, 1, 4:].any() and not own["down"]["B"][:, 1].any()
     data = small.batch()

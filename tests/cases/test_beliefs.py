@@ -295,12 +295,12 @@ def test_loaded_experts_have_the_alpha_that_they_were_trained_with(here):
 
     decoder = load_base("dir:base")
     rule = types.SimpleNamespace(name="all", router=None)
-    before = expert_runs._factors("run", rule, decoder.config, decoder.digest)
+    before = expert_runs._factors("run", rule, decoder.config, {"digest": decoder.digest}, print)
     change("run/config.json", method__rules__all__adapter__alpha=999.0, base__source="dir:gone")
-    after = expert_runs._factors("run", rule, decoder.config, decoder.digest)
+    after = expert_runs._factors("run", rule, decoder.config, {"digest": decoder.digest}, print)
     jax.tree.map(np.testing.assert_array_equal, before, after)
     with pytest.raises(InputError, match="trained on base"):
-        expert_runs._factors("run", rule, decoder.config, "0" * 64)
+        expert_runs._factors("run", rule, decoder.config, {"digest": "0" * 64}, print)
     assert compile_model(saved.read_config("run", need_base=False), decoder.config).rules[0].adapter.alpha == 32.0
 
 

@@ -57,7 +57,7 @@ def model_of(rule, backbone):
 
 def filled(model, params, digest="", seed=0):
     fresh = jax.device_get(jax.jit(lambda p: model.init_adapters(jax.random.key(seed), p))(params))
-    return load_experts(model, fresh, digest)
+    return load_experts(model, fresh, {"digest": digest})
 
 
 def logits(model, params, adapters, ids, only=None):

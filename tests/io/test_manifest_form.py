@@ -87,7 +87,7 @@ def try_all(folder, before):
         lambda: Checkpoints(folder.parent, keep=1, warn=lambda text: None).newest_valid(),
         lambda: Checkpoints(folder.parent, keep=1).restore(1, {"adapters": items()["adapters"]}),
         lambda: warm_start.load(str(folder.parent.parent)),
-        lambda: warm_start.start(str(folder.parent.parent), {"adapters": items()["adapters"]}, base_digest="b"),
+        lambda: warm_start.start(str(folder.parent.parent), {"adapters": items()["adapters"]}, base={"digest": "b"}),
     ):
         try:
             found = reader()
@@ -175,10 +175,10 @@ def test_a_start_from_leaves_that_do_not_fit_reads_nothing(step, monkeypatch):
     for wrong in (np.zeros((2, 1, 2, 4), np.float32), np.zeros((2, 1, 2, 3), np.float16)):
         tree = {"all": {"000-001": {"q": {"A": wrong}}}}
         with pytest.raises(InputError, match=r"init_from: got float32\[1, 2, 3\] for all, layer 0, q/A"):
-            warm_start.start(run, {"adapters": tree}, base_digest="b")
+            warm_start.start(run, {"adapters": tree}, base={"digest": "b"})
     (step.parent.parent / "identity.json").write_text(json.dumps({"base": {"digest": "another"}}))
     with pytest.raises(InputError, match="trained on base another"):
-        warm_start.start(run, {"adapters": new}, base_digest="b")
+        warm_start.start(run, {"adapters": new}, base={"digest": "b"})
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf])
@@ -187,7 +187,7 @@ def test_a_start_with_numbers_that_are_not_finite_is_refused(tmp_path, value):
     tree["adapters"]["all"]["000-001"]["q"]["A"][1, 0, 1, 2] = value
     Checkpoints(tmp_path / "checkpoints", keep=1).save(1, tree, meta={}, wait=True)
     with pytest.raises(InputError, match="NaN or Inf in adapters/all/000-001/q/A"):
-        warm_start.start(str(tmp_path), {"adapters": tree["adapters"]}, base_digest="b")
+        warm_start.start(str(tmp_path), {"adapters": tree["adapters"]}, base={"digest": "b"})
 
 
 def test_forged_configs_and_identities_are_named_errors(tmp_path, monkeypatch):

@@ -194,7 +194,7 @@ def test_the_sum_is_an_ordinary_run(runs, tmp_path, capsys):
     assert run.model.rules[0].adapter.rank == 12 and run.config.surgery.name == "task_arithmetic"
     assert isinstance(run.generate("Double 4", max_new_tokens=2), str)
     shapes = {item: getattr(run, item) for item in ("adapters", "router_state")}
-    start = warm_start.start(str(out), shapes, base_digest=run.facts["base_digest"])
+    start = warm_start.start(str(out), shapes, base={"digest": run.facts["base_digest"]})
     np.testing.assert_array_equal(flatten_dict(start["adapters"], sep="/")["all/000-003/q/A"],
                                   run.adapters["all"]["000-003"]["q"]["A"])  # fmt: skip
     report = mj.evaluate(out)
@@ -342,7 +342,7 @@ def test_bad_inputs_are_named_before_anything_is_computed(runs, tmp_path, monkey
     (held / "file").touch()
     a = runs["a"]
     cases = [
-        ("lora_lego", [a, other], "out", "surgery.inputs: got .*other, on base"),
+        ("lora_lego", [a, other], "out", "surgery.inputs: got .*other, trained on base"),
         ("lora_lego", [a, sites], "out", "sites, without down of layer 0"),
         ("lora_lego", [sites, a], "out", "sites, without down of layer 0"),
         ("average", [a, runs["wide"]], "out", r"adapter.rank = 8, where .* has 4"),

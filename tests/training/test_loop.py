@@ -214,7 +214,7 @@ def test_warm_start_recuts_segments(whole):
         base = load_base("random:tiny")
         model = compile_model(config, base.config)
         shapes = {"adapters": jax.eval_shape(model.init_adapters, jax.random.key(0), base.params)}
-        return warm_start.start(str(whole[0]), shapes, base_digest=base.digest, rules=model.rules)["adapters"]
+        return warm_start.start(str(whole[0]), shapes, base={"digest": base.digest}, rules=model.rules)["adapters"]
 
     recut(warm_start.load_adapters(str(whole[0])), started())
     config.method.rules.attn.adapter.rank = 4
