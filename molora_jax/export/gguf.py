@@ -14,6 +14,7 @@ import numpy as np
 
 from molora_jax.export import vllm
 from molora_jax.export.base import Source, in_rows, stacked
+from molora_jax.io.files import named
 from molora_jax.io.gguf_arch import ARCHITECTURES
 from molora_jax.io.gguf_model import interleaved
 from molora_jax.runs.products import products
@@ -43,7 +44,8 @@ def write(source: Source, folder) -> list[str]:
         "general.type": "adapter", "general.architecture": NAMES[family],
         "general.name": source.opened.folder.name, "adapter.type": "lora", "adapter.lora.alpha": float(rank),
     }  # fmt: skip
-    (folder / "adapter.gguf").write_bytes(encoded(metadata, arrays))
+    with named(folder / "adapter.gguf"):
+        (folder / "adapter.gguf").write_bytes(encoded(metadata, arrays))
     return []
 
 

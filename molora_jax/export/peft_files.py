@@ -8,6 +8,7 @@ import numpy as np
 from molora_jax.core.rules import adapter_sites
 from molora_jax.export.base import source_name
 from molora_jax.io import tensors
+from molora_jax.io.files import write_text
 
 PREFIX = "base_model.model."
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
@@ -27,7 +28,7 @@ def write_adapter(folder, source, config: dict, arrays: dict) -> None:
 def write_config(folder, config: dict) -> None:
     config = {name: _plain(value) if name in WHOLE else value for name, value in config.items()}
     text = json.dumps(config, indent=1, sort_keys=True)
-    (folder / CONFIG).write_text(text, encoding="utf-8")
+    write_text(folder / CONFIG, text)
 
 
 def _plain(value):

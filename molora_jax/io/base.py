@@ -53,6 +53,7 @@ from molora_jax.io import (
     tensors,
     tokenizer,
 )  # fmt: skip
+from molora_jax.io.files import write_text
 
 _DTYPES = {"float32": np.float32, "bfloat16": ml_dtypes.bfloat16, "float16": np.float16}
 _FORMAT = "v2"  # raise it when a conversion changes: old folders are then not used
@@ -148,10 +149,18 @@ def load_base(
             folder = fetch.hub_folder(rest) if scheme == "hf" else _folder(rest)
         return _load_folder(folder, dtype, quant, source, stored=stored)
     except OSError as error:  # a full disk, a folder without permission
-        raise InputError(
-            f"{source}: {error.filename or 'a file'}", got=error.strerror or str(error), expected="to read or write it",
-            fix="Check the path, its permissions and the free space (MOLORA_CACHE moves the cache).",
-        ) from error  # fmt: skip
+        raise _of_the_disk(source, error) from error
+
+
+def _of_the_disk(source: str, error: OSError) -> InputError:
+    """Names the file, and whether it is the model's own or what the cache keeps of it."""
+    name = str(error.filename or "a file")
+    ours = not error.filename or fetch.cache_dir() in pathlib.Path(name).parents
+    what = "to write what the cache keeps of it: a copy, converted or quantised" if ours else "to read it"
+    return InputError(
+        f"{source}: {name}", got=error.strerror or str(error), expected=what,
+        fix="Check the path, its permissions and the free space (MOLORA_CACHE moves the cache).",
+    )  # fmt: skip
 
 
 def _folder(path) -> pathlib.Path:
@@ -209,7 +218,7 @@ def _write_note(folder, digest, name, dtype):
     """`molora.json`: where a folder comes from, and the sha256 of every file in it and of this note."""
     files = {path.name: fetch.file_sha256(path) for path in sorted(folder.iterdir())}
     note = {"source_sha256": digest, "source_name": name, "dtype": dtype, "files": files}
-    (folder / _NOTE).write_text(json.dumps(note | {"sha256": _own_digest(note)}), encoding="utf-8")
+    write_text(folder / _NOTE, json.dumps(note | {"sha256": _own_digest(note)}))
 
 
 def _own_digest(note) -> str:

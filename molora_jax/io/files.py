@@ -8,6 +8,8 @@ import secrets
 import stat
 import time
 
+from molora_jax.io import disk
+
 _KINDS = {
     stat.S_IFDIR: "a directory", stat.S_IFIFO: "a FIFO", stat.S_IFSOCK: "a socket", stat.S_IFCHR: "a device",
     stat.S_IFBLK: "a device",
@@ -27,6 +29,23 @@ def plain(path: str | pathlib.Path) -> pathlib.Path:
 
 
 @contextlib.contextmanager
+def named(path):
+    """An error of the disk inside says that it was this file: the system names a file only where it opens one."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None and error.errno in disk.OF_A_DISK:
+            error.filename = str(path)
+        raise
+
+
+def write_text(path, text: str):
+    """In a folder of our own that takes its place as a whole."""
+    with named(path):
+        pathlib.Path(path).write_text(text, encoding="utf-8")
+
+
+@contextlib.contextmanager
 def replacing(path):
     """A new binary file that takes the place of `path` as a whole at the end; after an error nothing of it is left.
 
@@ -36,7 +55,7 @@ def replacing(path):
     path = pathlib.Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
     try:
-        with open(temporary, "wb") as file:
+        with named(path), open(temporary, "wb") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())

@@ -26,6 +26,7 @@ from molora_jax.core.quant import dense, empty, quantise
 from molora_jax.core.trees import set_path
 from molora_jax.errors import InputError
 from molora_jax.io import mxfp4, tensors
+from molora_jax.io.files import write_text
 from molora_jax.io.tokenizer import Tokenizer, read_json
 
 INDEX = "model.safetensors.index.json"
@@ -217,17 +218,17 @@ def write_folder(folder: pathlib.Path, config: dict, sources: dict, tokenizer: T
       sources: Hugging Face name -> (shape, function that gives the array); read one at a time.
     """
     config = {**config, "dtype": np.dtype(dtype).name, "torch_dtype": np.dtype(dtype).name}
-    (folder / "config.json").write_text(json.dumps(config, indent=1), encoding="utf-8")
-    tokenizer.inner.save(str(folder / "tokenizer.json"))
+    write_text(folder / "config.json", json.dumps(config, indent=1))
+    write_text(folder / "tokenizer.json", tokenizer.inner.to_str(pretty=True))
     special = {f"{role}_token": getattr(tokenizer, role) for role in ("bos", "eos", "pad")}
     settings = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False, **special}
     settings["add_bos_token"] = bool(tokenizer.prefix_ids)
     if tokenizer.template is not None:
         settings["chat_template"] = tokenizer.template
     settings = {key: value for key, value in settings.items() if value is not None}
-    (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=1), encoding="utf-8")
+    write_text(folder / "tokenizer_config.json", json.dumps(settings, indent=1))
     ends = {"eos_token_id": list(tokenizer.end_ids)} if tokenizer.end_ids else {}
-    (folder / "generation_config.json").write_text(json.dumps(ends), encoding="utf-8")
+    write_text(folder / "generation_config.json", json.dumps(ends))
     shapes = {name: shape for name, (shape, _) in sources.items()}
     tensors.write(folder / "model.safetensors", shapes, dtype, (read() for _, read in sources.values()))
 
@@ -281,7 +282,7 @@ def write_base(folder: pathlib.Path, base, dtype=np.float32) -> None:
     config |= {"dtype": np.dtype(dtype).name, "torch_dtype": np.dtype(dtype).name}
     if "tie_word_embeddings" in config or getattr(base.config, "tied", False):
         config["tie_word_embeddings"] = bool(getattr(base.config, "tied", False))  # the file's own head may overrule it
-    (folder / "config.json").write_text(json.dumps(config, indent=1), encoding="utf-8")
+    write_text(folder / "config.json", json.dumps(config, indent=1))
     tensors.write(
         folder / "model.safetensors", {name: shape for name, (shape, _) in sources.items()}, dtype,
         (read() for _, read in sources.values()),

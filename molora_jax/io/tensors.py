@@ -18,7 +18,7 @@ import numpy as np
 
 from molora_jax.backbones.hf_fields import quoted, shown
 from molora_jax.errors import InputError
-from molora_jax.io.files import plain
+from molora_jax.io.files import named, plain
 
 DTYPES = {
     "F64": np.dtype(np.float64), "F32": np.dtype(np.float32), "F16": np.dtype(np.float16),
@@ -192,7 +192,7 @@ def _write(path, declared: dict, arrays, metadata: dict | None = None) -> None:
         at += size
     text = json.dumps(header).encode()
     text += b" " * (-(8 + len(text)) % 64)  # so that the data is aligned in the mapping
-    with open(path, "wb") as file:
+    with named(path), open(path, "wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
         for array in arrays:
             file.write(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)

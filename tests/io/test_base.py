@@ -1,5 +1,6 @@
 """Sources, the cache, pinned packages: what is found where, and what is refused."""
 
+import builtins
 import hashlib
 import json
 import multiprocessing
@@ -20,7 +21,7 @@ from molora_jax.backbones.llama import Llama
 from molora_jax.backbones.sizes import base_shapes
 from molora_jax.errors import InputError
 from molora_jax.io import base as base_module
-from molora_jax.io import fetch, random_init, tensors
+from molora_jax.io import fetch, files, random_init, tensors
 from molora_jax.io.base import load_base
 from tests.backbones import family_cases
 from tests.io import tiny_files
@@ -177,6 +178,35 @@ def test_an_edited_config_is_another_quantised_base(cache, tmp_path):
     assert "head" not in load_base(f"dir:{folder}", quant="nf4").params
     path.write_text(json.dumps(told))
     assert "head" in load_base(f"dir:{folder}", quant="nf4").params
+
+
+def test_a_full_disk_names_the_file_and_what_it_is_for(cache, model, tmp_path, monkeypatch):
+    """/dev/full takes every open and refuses every write, whose error has no name of its own."""
+    full = lambda path, mode="r": builtins.open("/dev/full" if "w" in mode else path, mode)  # noqa: E731
+    source = family_cases.write(tmp_path, "folder", family_cases.config())
+    monkeypatch.setattr(tensors, "open", full, raising=False)
+    said = r"model.safetensors: got No space left on device; expected to write what the cache keeps of it"
+    for name, quant in ((f"gguf:{model}", "none"), (source, "int8")):
+        with pytest.raises(InputError, match=rf"{name}: {cache}/converted/\.part-.*/{said}"):
+            load_base(name, quant=quant)
+    assert list((cache / "converted").iterdir()) == []
+
+
+WRITERS = {
+    "tensors": lambda path: tensors.write_named(path, {"a": np.zeros(9)}),
+    "a text": lambda path: files.write_text(path, "text"),
+    "a text in its place": lambda path: files.write_atomically(path, "text"),
+}
+
+
+@pytest.mark.parametrize("name", WRITERS)
+def test_every_writer_names_its_file(tmp_path, monkeypatch, name):
+    path = tmp_path / "file"
+    path.symlink_to("/dev/full")
+    monkeypatch.setattr(pathlib.Path, "with_name", lambda self, _: self)  # the temporary is the file itself
+    with pytest.raises(OSError, match="No space left on device") as error:
+        WRITERS[name](path)
+    assert error.value.filename == str(path)
 
 
 def test_a_failed_conversion_leaves_nothing(cache, model, monkeypatch):
