@@ -20,7 +20,7 @@ import traceback
 from ml_collections import ConfigDict
 
 from molora_jax import config as schema
-from molora_jax import runtime, stores
+from molora_jax import pipes, runtime, stores
 from molora_jax.config import shipped
 from molora_jax.config.fields import REQUIRED, RULE, Field, did_you_mean, wrong
 from molora_jax.config.members import is_member, loss_of, member_problem, members, options
@@ -103,22 +103,26 @@ def parse(description, flags, argv=None, need_config=True, defaults=None, need_r
 
 
 def main(function):
-    """Runs `function(argv)`; a user's mistake is one message and exit status 2, Ctrl-C is 130.
+    """Runs `function(argv)`; a user's mistake is one message and exit status 2, Ctrl-C is 130, an output that nobody
+    reads any more is 141.
 
     Ctrl-C ends the process where it is: as an exception it would be swallowed, or come out as another error, inside the
     imports of large packages. What has to be put away first takes the signal for itself (`StopRequest`).
     """
     runtime.keep_memory()
     signal.signal(signal.SIGINT, _interrupted)
+    sys.exit(pipes.quietly(lambda: _status(function)) or 0)
+
+
+def _status(function):
     try:
-        status = function(sys.argv[1:])
+        return function(sys.argv[1:])
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
-        status = 2
+        return 2
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
-        status = 130
-    sys.exit(status or 0)
+        return 130
 
 
 def _interrupted(*_):

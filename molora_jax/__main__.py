@@ -10,11 +10,16 @@ import importlib
 import sys
 
 import molora_jax
+from molora_jax import pipes
 from molora_jax.config import shipped
 from molora_jax.config.fields import did_you_mean, one_of, wrong
 
 
 def main(argv=None) -> int:
+    return pipes.quietly(lambda: _main(argv))
+
+
+def _main(argv) -> int:
     argv = sys.argv[1:] if argv is None else argv
     commands = shipped.commands()
     name = argv[0] if argv else "--help"

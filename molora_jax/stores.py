@@ -18,7 +18,6 @@ import pathlib
 import shutil
 
 from molora_jax.errors import InputError, urls
-from molora_jax.io import files
 
 PACKAGES = {"gs": "gcsfs", "s3": "s3fs"}
 TAGS = ".molora-store.json"  # in a copy: name -> [the object's tag, bytes]
@@ -247,8 +246,12 @@ def mirror(store: Store, target: pathlib.Path, found: dict[str, tuple[str, int]]
         if tags.get(name) != list(at) or not path.is_file() or path.stat().st_size != at[1]:
             tags.pop(name, None)
             _write_tags(target, tags)  # a kill in between leaves no tag of a content that is not there
-            with files.named(path):
+            try:
                 store.get(path, name)
+            except OSError as error:
+                if error.filename is None and error.errno in (errno.ENOSPC, errno.EDQUOT):
+                    error.filename = str(path)  # a write knows no name
+                raise
             tags[name] = list(at)
     _write_tags(target, {name: list(at) for name, at in found.items()})
 
@@ -264,7 +267,7 @@ def _read_tags(folder) -> dict:
 def _write_tags(folder, tags) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     part = folder / f"{TAGS}.{os.getpid()}.tmp"
-    files.write_text(part, json.dumps(tags))
+    part.write_text(json.dumps(tags), encoding="utf-8")
     os.replace(part, folder / TAGS)
 
 

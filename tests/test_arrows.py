@@ -11,7 +11,7 @@ OURS = ("molora_jax", "kernels_pallas", "launch", "configs", "experiments", "tes
 FLOORS = (
     ("errors",),
     ("stores",),
-    ("config", "cluster", "text", "pictures"),
+    ("config", "cluster", "text", "pictures", "pipes"),
     ("runtime",),
     ("core",),
     ("sharding",),
