@@ -20,6 +20,7 @@ from molora_jax.data.packed import Columns, JsonList, Texts
 from molora_jax.data.read import Read, source, stem
 from molora_jax.data.spilled import Spilled
 from molora_jax.errors import InputError
+from molora_jax.io.templates import Deaths
 
 LONGEST_SHOWN = 60  # characters of a template's text in a message
 
@@ -73,7 +74,8 @@ def load_tasks(
     arrays = cache.load(key) if digest else None
     if arrays is None:
         reads = read()
-        encoded = [_encode(task, tokenizer=tokenizer, options=options) for task in reads]
+        deaths = Deaths(1) if options.bad_rows == "error" else Deaths()
+        encoded = [_encode(task, tokenizer=tokenizer, options=options, deaths=deaths) for task in reads]
         if not any(encoded):
             raise reads[0].none_left()
         encoded = [task for task in encoded if task is not None]
@@ -136,7 +138,7 @@ def tokenizer_digest(tokenizer) -> str | None:
     return f"{digest} {day}".strip()
 
 
-def _encode(read: Read, *, tokenizer, options: Options) -> dict[str, np.ndarray] | None:
+def _encode(read: Read, *, tokenizer, options: Options, deaths: Deaths) -> dict[str, np.ndarray] | None:
     """The arrays of a task; None where no row is left."""
     if tokenizer.eos_id is None:
         raise InputError(
@@ -150,7 +152,7 @@ def _encode(read: Read, *, tokenizer, options: Options) -> dict[str, np.ndarray]
     texts, more = JsonList(columns, ensure_ascii=False), JsonList(sort_keys=True)
     asked, choices = ["", 0], None
     for block in read.blocks():
-        examples, encoded, own = _encode_block(block, tokenizer=tokenizer, options=options, labels=labels)
+        examples, encoded, own = _encode_block(block, tokenizer, options, labels, deaths)
         if not examples:
             continue
         if own:
@@ -192,12 +194,12 @@ def _encode(read: Read, *, tokenizer, options: Options) -> dict[str, np.ndarray]
     return arrays | dict(offsets=offsets, meta=cache.pack_json(meta))
 
 
-def _encode_block(read: Read, *, tokenizer, options: Options, labels: list[str]):
+def _encode_block(read: Read, tokenizer, options: Options, labels: list[str], deaths: Deaths):
     """`(examples, ids of each, what they are asked with)` of some rows that are held in memory, without those that are
     left out."""
     chat = functools.partial(
         render.encode_examples, tokenizer, system=options.system, train_on=options.train_on,
-        template_args=resolve_template_args(options.template_args),
+        template_args=resolve_template_args(options.template_args), deaths=deaths,
     )  # fmt: skip
     if options.reads == "label":
         encoded = labelled.encode(tokenizer, read.examples, labels)
@@ -209,7 +211,7 @@ def _encode_block(read: Read, *, tokenizer, options: Options, labels: list[str])
     refused = [
         (e, result) for e, result in zip(read.examples, encoded, strict=True) if isinstance(result, render.Refused)
     ]
-    read.leave_out(refused, bad_rows=options.bad_rows)
+    read.leave_out(refused, bad_rows=options.bad_rows, died=deaths.count if deaths.too_many else 0)
     encoded = [result for result in encoded if not isinstance(result, render.Refused)]
     encoded = traces.drop_untraced(read, encoded, system=options.system, bad_rows=options.bad_rows)
     examples, asked = read.examples, [result.asked for result in encoded if result.asked]

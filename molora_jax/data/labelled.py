@@ -45,4 +45,5 @@ class Both:
 
 
 def both(chosen: Ids | Refused, rejected: Ids | Refused) -> Both | Refused:
-    return next((side for side in (chosen, rejected) if isinstance(side, Refused)), None) or Both(chosen, rejected)
+    refused = [side for side in (chosen, rejected) if isinstance(side, Refused)]
+    return max(refused, key=lambda side: side.died) if refused else Both(chosen, rejected)

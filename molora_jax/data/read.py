@@ -63,18 +63,22 @@ class Read:
         own = self.examples
         return sorted(own.labels if isinstance(own, Spilled) else {example.target for example in own})
 
-    def leave_out(self, refused, *, bad_rows: str):
+    def leave_out(self, refused, *, bad_rows: str, died: int = 0):
         """Takes out examples that no template or tokenizer takes.
 
         Args:
           refused: (example, why) pairs; `why` has `got`, `expected` and `fix`.
+          died: of how many rows the template died, if that was too many: those that were not tried, refused too, are
+            no bad rows.
 
         Raises:
-          InputError: the first one, unless `bad_rows="skip"` (rows of a package are never skipped).
+          InputError: the first one, unless `bad_rows="skip"` (rows of a package are never skipped); one that the
+            template died of, where those were too many.
         """
         if not refused:
             return
-        example, why = min(refused, key=lambda pair: pair[0].row)
+        tried = [pair for pair in refused if not died or getattr(pair[1], "died", False)]
+        example, why = min(tried, key=lambda pair: pair[0].row)
         where = f"{self.path}, row {example.row}" if self.path else f"data.tasks, task {self.name!r}"
         skip = 'Correct the row, or set `data.bad_rows="skip"`.'
         if why.fix:
@@ -83,6 +87,10 @@ class Read:
         error = InputError(where, got=why.got, expected=why.expected, fix=fix)
         if bad_rows == "error" or not self.path:
             raise error
+        if died:
+            got = f"one of {died} rows that stop the chat template ({why.got})"
+            fix = "Take such rows out: each takes many seconds."
+            raise InputError(where, got=got, expected=f"fewer than {died}, to skip them", fix=fix)
         self.first_error = self.first_error or error
         self.dropped["bad rows"] += len(refused)
         out = {id(example) for example, _ in refused}

@@ -24,7 +24,7 @@ import re
 
 from molora_jax.data.example import Example
 from molora_jax.data.traces import untraced
-from molora_jax.io.templates import characters
+from molora_jax.io.templates import Deaths, characters
 
 LONGEST = 1_000_000  # characters of a row: encoding more takes seconds and memory, and no run's `seq_len` holds it
 MOST_RENDERED = 100_000_000  # characters for a row with many answers to train on: each renders all before it
@@ -50,16 +50,18 @@ class Ids:
 
 @dataclasses.dataclass(frozen=True)
 class Refused:
-    """An example that cannot become ids, and why: the parts of an `InputError`."""
+    """An example that cannot become ids, and why: the parts of an `InputError`. died: the template hangs on it, or
+    fills the memory."""
 
     got: str
     expected: str
     fix: str = ""
+    died: bool = False
 
 
 def encode_examples(
     tokenizer, examples: list[Example], *, system: str = "", train_on: str = "last", template_args: dict | None = None,
-    longest: int = LONGEST,
+    longest: int = LONGEST, deaths: Deaths | None = None,
 ) -> list[Ids | Refused]:  # fmt: skip
     """An entry for each example, in order.
 
@@ -67,8 +69,10 @@ def encode_examples(
       system: a system turn for conversations without one; "" adds none.
       train_on: the "last" assistant turn or "all" of them; an example's `weights` go before.
       template_args: the template's own arguments. longest: characters that a row may have.
+      deaths: of the file whose rows these are.
     """
-    out, settings = [], dict(system=system, train_on=train_on, template_args=template_args or {})
+    out, deaths = [], deaths or Deaths()
+    settings = dict(system=system, train_on=train_on, template_args=template_args or {}, deaths=deaths)
     for first in range(0, len(examples), CHUNK):
         chunk = examples[first : first + CHUNK]
         results = [_too_long(example, longest) or _too_many(tokenizer, example, train_on) for example in chunk]
@@ -129,19 +133,25 @@ def _plain(tokenizer, examples):
     return out
 
 
-def _chats(tokenizer, examples, *, system, train_on, template_args, longest):
+def _chats(tokenizer, examples, *, system, train_on, template_args, longest, deaths):
     marks = _Marks(tokenizer)
     chats = [_Chat(example, system, train_on, tagged=marks.generation) for example in examples]
     requests = [request for chat in chats for request in chat.requests(template_args)]
-    rendered = iter(tokenizer.render(requests))
+    rows = [row for row, chat in enumerate(chats) for _ in range(chat.num_requests)]
+    rendered = iter(tokenizer.render(requests, rows=rows, deaths=deaths))
     cuts = []
     for chat in chats:
         results = [next(rendered) for _ in range(chat.num_requests)]
-        error = next((result["error"] for result in results if "error" in result), None)
-        cuts.append(Refused(error, _REFUSED) if error else _cut(marks, chat, results, longest))
+        cuts.append(_failed(results) or _cut(marks, chat, results, longest))
     good = [cut for cut in cuts if not isinstance(cut, Refused)]
     encoded = iter(_encode(tokenizer, [cut.text for cut in good]))
     return [cut if isinstance(cut, Refused) else _ids(tokenizer, cut, next(encoded)) for cut in cuts]
+
+
+def _failed(results) -> Refused | None:
+    """Why a conversation has no text: what its template died of, else the first error."""
+    errors = sorted((result for result in results if "error" in result), key=lambda result: "died" not in result)
+    return Refused(errors[0]["error"], _REFUSED, died="died" in errors[0]) if errors else None
 
 
 class _Chat:

@@ -3,12 +3,14 @@
 A template can hang or fill the memory (`range` in `range`, `'x' * 10**9`), so it has 10 seconds, 512 MB and ten million
 characters of text a rendering (`template_worker.py`). The child starts with the first rendering, takes a batch of
 conversations a message, and ends with this process: its standard input closes. One that was killed is replaced, and the
-rendering that it died of is an error of its own; the others go on.
+rendering that it died of is an error of its own; the others go on, until too many of them have killed one (`Deaths`).
 
 Our own two templates, below, render in this process.
 """
 
 import atexit
+import dataclasses
+import itertools
 import json
 import os
 import pathlib
@@ -32,21 +34,39 @@ PLAIN = (
 BATCH = 256  # conversations a message
 BATCH_BYTES = 4_000_000  # of a message, so that it fits the child's memory
 START = 60  # seconds that the child may take to start: imports from a slow disk
+MOST_DEATHS = 5  # rows that may kill the child: each costs ten seconds, or twice as much
 
 
-def render(template: str | None, conversations: list[dict], *, day: str | None = None) -> list[dict]:
+@dataclasses.dataclass
+class Deaths:
+    """How many rows killed the child, `most` at most. Calls that belong together, such as a file's, share one count."""
+
+    most: int = MOST_DEATHS
+    count: int = 0
+
+    @property
+    def too_many(self) -> bool:
+        return self.count >= self.most
+
+
+def render(
+    template: str | None, conversations: list[dict], *, day: str | None = None, rows=None, deaths: Deaths | None = None
+) -> list[dict]:  # fmt: skip
     """Renders each of `conversations` (the template's variables; `messages` among them).
 
     Args:
       template: None is PLAIN. day: an ISO date that `strftime_now` tells, None is now.
+      rows: the number of the row that each conversation belongs to, those of one row in sequence; None: each is one.
+      deaths: counts the rows that killed the child, here and in other calls.
 
     Returns:
-      A dict each: `text` and `spans` (of `{% generation %}`, in characters), or `error`, a text that says why not.
+      A dict each: `text` and `spans` (of `{% generation %}`, in characters), or `error`, a text that says why not, with
+      `died` beside it where the child died of this row. None is tried once too many have done so.
     """
     template = PLAIN if template is None else template
     if template in (CHATML, PLAIN):
         return [template_worker.attempt(template, day, variables) for variables in conversations]
-    return _worker.render(template, day, conversations)
+    return _worker.render(template, day, conversations, rows, deaths)
 
 
 class Worker:
@@ -56,12 +76,14 @@ class Worker:
         self.seconds = seconds
         self._process, self._lock = None, threading.Lock()
 
-    def render(self, template, day, conversations) -> list[dict]:
+    def render(self, template, day, conversations, rows=None, deaths=None) -> list[dict]:
+        rows, deaths = range(len(conversations)) if rows is None else rows, deaths or Deaths()
         packed = [_packed(conversation) for conversation in conversations]
+        row_of = [row for row, text in zip(rows, packed, strict=True) if isinstance(text, bytes)]
         good = [text for text in packed if isinstance(text, bytes)]
-        answers, careful = [], False
+        answers, careful = [], deaths.count > 0  # careful: each answer is sent at once
         with self._lock:
-            while len(answers) < len(good):
+            while len(answers) < len(good) and not deaths.too_many:
                 batch = _batch(good, len(answers))
                 head = {"template": template, "day": day, "count": len(batch), "careful": careful}
                 request = b"".join(map(template_worker.frame, [template_worker.dumps(head), *batch]))
@@ -76,10 +98,13 @@ class Worker:
                     if got and not careful:  # some were rendered, but not sent: once more, each sent at once
                         careful = True
                         continue
-                    answers.append({"error": why})
-                    rest = len(good) - len(answers)
-                    answers += [{"error": f"not tried: {why} on an earlier row"}] * rest
-        rendered = iter(answers)
+                    careful = True
+                    deaths.count += 1
+                    row = row_of[len(answers)]
+                    while len(answers) < len(good) and row_of[len(answers)] == row:  # what is left of it would too
+                        answers.append({"error": why, "died": True})
+        untried = {"error": f"not tried: {deaths.count} rows before it killed the template's process"}
+        rendered = itertools.chain(answers, itertools.repeat(untried))
         return [next(rendered) if isinstance(text, bytes) else text for text in packed]
 
     def close(self):

@@ -167,20 +167,22 @@ class Tokenizer:
         """Texts of the tokens that are found in a text before anything else."""
         return tuple(token.content for token in self.inner.get_added_tokens_decoder().values())
 
-    def render(self, conversations: list[dict]) -> list[dict]:
+    def render(self, conversations: list[dict], *, rows=None, deaths: templates.Deaths | None = None) -> list[dict]:
         """Conversations with the model's template: see `templates.render`.
 
         Args:
           conversations: dicts of `messages`, `add_generation_prompt`, and perhaps `tools`, `documents` and arguments
             of the template's own.
         """
+        rows, deaths = range(len(conversations)) if rows is None else rows, deaths or templates.Deaths()
         conversations = [{**self.specials, **conversation} for conversation in conversations]
         if self.tool_template is None:
-            return templates.render(self.template, conversations, day=self.day)
+            return templates.render(self.template, conversations, day=self.day, rows=rows, deaths=deaths)
         results = [{}] * len(conversations)
         for template, with_tools in ((self.template, False), (self.tool_template, True)):
             chosen = [i for i, turns in enumerate(conversations) if bool(turns.get("tools")) == with_tools]
-            rendered = templates.render(template, [conversations[i] for i in chosen], day=self.day)
+            turns, whose = [conversations[i] for i in chosen], [rows[i] for i in chosen]
+            rendered = templates.render(template, turns, day=self.day, rows=whose, deaths=deaths)
             for i, result in zip(chosen, rendered, strict=True):
                 results[i] = result
         return results

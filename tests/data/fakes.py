@@ -39,7 +39,7 @@ class ByteTokenizer:
     def decode(self, ids):
         return bytes(i - 5 for i in ids if i > 4).decode()
 
-    def render(self, conversations):
+    def render(self, conversations, **_):
         self.calls += len(conversations)
         return [dict(text=self._chat(**{k: c[k] for k in ("messages", "add_generation_prompt")}), spans=[])
                 for c in conversations]  # fmt: skip

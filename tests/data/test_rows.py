@@ -10,8 +10,10 @@ from molora_jax.data.jsonl import BadRow
 from molora_jax.data.options import Options
 from molora_jax.data.rows import to_example
 from molora_jax.errors import InputError
+from molora_jax.io import templates
 from molora_jax.io.tokenizer import Tokenizer, byte_tokenizer
 from tests.data.fakes import ByteTokenizer, config, write_rows
+from tests.data.test_large import as_large
 
 FORMATS = json.loads((pathlib.Path(__file__).parents[1] / "fixtures" / "row_formats.json").read_text())
 TOOLS = Tokenizer(byte_tokenizer().inner, bos="<|bos|>", eos="<|im_end|>", template=FORMATS["template"])
@@ -262,6 +264,31 @@ def test_files_of_other_formats_are_named(tmp_path, start):
         build(config(f"jsonl:{tmp_path}/f.jsonl"), tokenizer=ByteTokenizer(), batch_size=1, seed=0)
 
 
+@pytest.mark.parametrize("large", [False, True])
+def test_a_row_that_hangs_the_template_is_one_bad_row(tmp_path, monkeypatch, large):
+    """And not those that stand beside it; a file of many such rows is refused by one of them, whatever is skipped."""
+    hangs = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"
+    hangs = "{% if messages[0].content[:4] == 'boom' %}" + hangs + "{% endif %}"
+    tokenizer = Tokenizer(CHATML.inner, eos="<|im_end|>", template=hangs + templates.CHATML)
+    worker = templates.Worker(seconds=0.25)
+    monkeypatch.setattr(templates, "_worker", worker)
+    if large:
+        as_large(monkeypatch)
+    try:
+        rows = [dict(prompt=f"q{i}", target="a") for i in range(600)]
+        rows[300]["prompt"] = "boom"
+        (task,) = make(tmp_path, rows, tokenizer=tokenizer, bad_rows="skip").report()["tasks"].values()
+        assert (task["bad_rows"], task["kept"]) == (1, 599)
+        with pytest.raises(InputError, match=r"d.jsonl, row 301: got it ran for more than 0.25 seconds.*bad_rows"):
+            make(tmp_path, rows, tokenizer=tokenizer)
+        for i in range(100, 112, 2):
+            rows[i]["prompt"] = f"boom {i}"
+        with pytest.raises(InputError, match=r"d.jsonl, row \d+: got one of 5 rows that stop the chat template"):
+            make(tmp_path, rows, tokenizer=tokenizer, bad_rows="skip")
+    finally:
+        worker.close()
+
+
 def test_what_a_template_writes_is_found_in_the_text_that_it_writes():
     call = dict(type="function", function=dict(name="get_weather", arguments=dict(city="Zürich", day="Monday")))
     tools = [dict(function=dict(name="get_weather", description="The weather in <a city>"))]
@@ -289,9 +316,9 @@ def test_a_row_of_many_turns_is_rendered_once_as_it_is(tmp_path):
     seen = []
 
     class Watched(ByteTokenizer):
-        def render(self, conversations):
+        def render(self, conversations, **more):
             seen.extend(conversations)
-            return super().render(conversations)
+            return super().render(conversations, **more)
 
     many = chat(*[U, A] * 300)
     make(tmp_path, [many], tokenizer=Watched(), system="be brief", seq_len=100_000)

@@ -70,7 +70,7 @@ def test_a_bomb_is_stopped_and_named_and_the_next_rendering_is_right(quick, name
     template, message = BOMBS[name]
     start = time.monotonic()
     result = one(quick, template)
-    assert set(result) == {"error"} and message in result["error"] and len(result["error"]) < 600
+    assert set(result) - {"died"} == {"error"} and message in result["error"] and len(result["error"]) < 600
     assert time.monotonic() - start < 30  # the start of a child on a busy machine; mostly half a second
     assert one(quick, "{{ messages[0].content }}")["text"] == "hi"
 
@@ -147,11 +147,36 @@ def test_conversations_that_are_no_json(quick):
     assert templates.characters(deep) == 1
 
 
-def test_the_row_that_hangs_is_named(quick):
-    template = "{% if messages[0].content == 5 %}" + HANG["loops"] + "{% endif %}{{ messages[0].content }}"
-    out = quick.render(template, None, [dict(messages=[dict(role="user", content=i)]) for i in range(8)])
-    assert [result.get("text") for result in out[:5]] == list("01234")
-    assert "0.5 seconds" in out[5]["error"] and all("not tried" in result["error"] for result in out[6:])
+HANGS_ON_5 = "{% if messages[0].content == 5 %}" + HANG["loops"] + "{% endif %}{{ messages[0].content }}"
+
+
+def asked(*contents):
+    return [dict(messages=[dict(role="user", content=content)]) for content in contents]
+
+
+def test_the_row_that_hangs_is_named_and_the_others_are_rendered(quick):
+    out = quick.render(HANGS_ON_5, None, asked(*range(8)))
+    assert [result.get("text") for result in out] == ["0", "1", "2", "3", "4", None, "6", "7"]
+    assert "0.5 seconds" in out[5]["error"] and out[5]["died"]
+
+
+def test_a_row_dies_once_and_too_many_end_it():
+    """All conversations of a row that kills the child share its one death; after five rows no other is tried."""
+    worker, deaths = templates.Worker(seconds=0.3), templates.Deaths()
+    try:
+        out = worker.render(HANGS_ON_5, None, asked(1, 5, 5, 5, 2, 5, 3), rows=[0, 1, 1, 1, 2, 3, 4], deaths=deaths)
+        assert [result.get("text") for result in out] == ["1", None, None, None, "2", None, "3"]
+        assert deaths.count == 2 and not deaths.too_many
+        start = time.monotonic()
+        out = worker.render(HANGS_ON_5, None, asked(5, 4, *[5] * 99), deaths=deaths)
+        assert time.monotonic() - start < 60 and deaths.too_many and out[1]["text"] == "4"
+        assert [i for i, result in enumerate(out) if "died" in result] == [0, 2, 3]
+        assert (
+            "not tried" in out[4]["error"]
+            and "not tried" in worker.render("x", None, asked(1), deaths=deaths)[0]["error"]
+        )
+    finally:
+        worker.close()
 
 
 def test_large_rows_do_not_fill_the_child():
