@@ -5,6 +5,7 @@ One object a line, or one list of objects (a `.json` file). Empty lines are no r
 or longer than 10 MB (known before it is parsed).
 """
 
+import dataclasses
 import json
 import math
 import pathlib
@@ -34,6 +35,13 @@ class BadRow(Exception):
 
     def at(self, path: str, row: int) -> InputError:
         return InputError(f"{path}, row {row}", got=self.got, expected=self.expected, fix=self.fix)
+
+
+@dataclasses.dataclass(frozen=True)
+class Unreadable:
+    """A field's value that JSON does not have, from a file of another form: a row is bad where it uses the field."""
+
+    got: str
 
 
 def found(path: str, *, where: str, field: str = "data.tasks") -> pathlib.Path:

@@ -110,7 +110,7 @@ def source(entry: str, options: Options, *, field: str = "data.tasks"):
         kind = "parquet" if entry.startswith("parquet:") else path.lower().endswith(".json")
         if kind == "parquet":
             opened = parquet.opened(file, where=where)
-            rows, large = functools.partial(parquet.rows, opened), opened.metadata.num_rows > LARGE_ROWS
+            rows, large = functools.partial(parquet.rows, opened, path=path), opened.metadata.num_rows > LARGE_ROWS
         else:
             rows, large = functools.partial(jsonl.stream, file, where=where), jsonl.is_large(file)
         if large or kind == "parquet":

@@ -19,7 +19,7 @@ import functools
 import re
 
 from molora_jax.data.example import Example
-from molora_jax.data.jsonl import BadRow, kind
+from molora_jax.data.jsonl import BadRow, Unreadable, kind
 from molora_jax.data.options import Options
 from molora_jax.data.turns import as_text, read_history, read_messages, read_tools, words
 
@@ -64,6 +64,12 @@ def to_example(row: dict, number: int, options: Options) -> tuple[Example | None
       BadRow: the row is of no form, or has a meaningful field that its form does not use.
     """
     row, unused = _renamed(row, options)
+    form, keys = _form(row, options)
+    may = _forms(options)[form][1]
+    for name in (*keys, *may, "task"):
+        if isinstance(row.get(name), Unreadable):
+            fix = f"Write the column as text, or leave it out in data.fields (drop={name})."
+            raise BadRow(row[name].got, "text, numbers, lists and structs", fix)
     task = row.get("task")
     if not isinstance(task, (str, type(None))):
         raise BadRow(f"task of type {kind(task)}", "a string")
@@ -72,8 +78,6 @@ def to_example(row: dict, number: int, options: Options) -> tuple[Example | None
             f"task {task!r:.60} of {len(task):,} characters",
             f"a name of at most {MOST_NAME}: letters, digits, and spaces or any of _ - . + @ # & ( ) = ' inside it",
         )
-    form, keys = _form(row, options)
-    may = _forms(options)[form][1]
     for name, value in row.items():
         turns = name in ("messages", "conversations") and value == []  # a form's own field, if without a turn
         if name in (*keys, *may, "task") or (value in (None, "", [], {}) and not turns):

@@ -1,5 +1,6 @@
 """Files that are not held in memory: the same arrays as from those that are, in blocks, sorted on disk; parquet."""
 
+import decimal
 import json
 
 import numpy as np
@@ -88,6 +89,50 @@ def schema(pa):
     text, turn = pa.string(), pa.struct([("role", pa.string()), ("content", pa.string())])
     fields = dict(prompt=text, target=text, task=text, weight=pa.int64(), color=text, messages=pa.list_(turn))
     return pa.schema(list(fields.items()))
+
+
+def write(tmp_path, table, **options):
+    import pyarrow.parquet
+
+    pyarrow.parquet.write_table(table, tmp_path / "rows.parquet", **options)
+    return f"parquet:{tmp_path / 'rows.parquet'}"
+
+
+def test_a_column_that_json_does_not_have_is_refused_where_it_is_used(tmp_path):
+    import pyarrow as pa
+
+    odd = dict(
+        date=pa.array([1, 2], pa.date32()), far=pa.array([0, 2**31 - 1], pa.date32()), blob=[b"\xff", b"x"],
+        time=pa.array([1, 10**17 + 1], pa.timestamp("ns")), price=[decimal.Decimal("1.1")] * 2, nan=[float("nan"), 1.0],
+        deep=[[dict(a=b"x")], None], pairs=pa.array([[("a", 1)], None], pa.map_(pa.string(), pa.int32())),
+        torn=pa.array([b"good", b"\xff"]).view(pa.string()),
+    )  # fmt: skip
+    entry = write(tmp_path, pa.table(dict(prompt=["q1", "q2"], target=["a1", "a2"], **odd)))
+    task = made(entry).report()["tasks"]["rows"]
+    assert task["kept"] == 2 and set(task["unused"]) == {f"field {name!r}" for name in odd}
+    assert made(entry, fields="drop=date").report()["tasks"]["rows"]["kept"] == 2
+    for name, row, got in (
+        ("date", 1, "date of type date"), ("time", 1, "time that cannot be read"), ("blob", 1, "blob of type bytes"),
+        ("price", 1, "price of type decimal"), ("nan", 1, "nan, which is nan"), ("far", 1, "far of type date"),
+        ("deep", 1, r"deep\[0\].a of type bytes"), ("torn", 2, "torn with a byte 0xff that is not UTF-8"),
+        ("pairs", 1, r"pairs\[0\] of type map"),
+    ):  # fmt: skip
+        with pytest.raises(InputError, match=f"row {row}: got {got}.*drop="):
+            made(entry, fields=f"target={name}")
+    report = made(entry, fields="target=torn", bad_rows="skip").report()["tasks"]["rows"]
+    assert (report["bad_rows"], report["kept"]) == (1, 1)
+
+
+def test_a_name_twice_in_a_parquet_file_is_refused(tmp_path):
+    import pyarrow as pa
+
+    two = pa.array(["a"]), pa.array(["b"])
+    table = pa.Table.from_arrays([*two, pa.array(["c"])], names=["prompt", "prompt", "target"])
+    with pytest.raises(InputError, match="the field 'prompt' twice"):
+        made(write(tmp_path, table))
+    turn = pa.StructArray.from_arrays(two, names=["content", "content"])
+    with pytest.raises(InputError, match="the field 'messages.content' twice"):
+        made(write(tmp_path, pa.table(dict(messages=pa.ListArray.from_arrays([0, 1], turn)))))
 
 
 def test_parquet_without_pyarrow_is_a_clear_line(file, monkeypatch):

@@ -264,23 +264,21 @@ def test_files_of_other_formats_are_named(tmp_path, start):
         build(config(f"jsonl:{tmp_path}/f.jsonl"), tokenizer=ByteTokenizer(), batch_size=1, seed=0)
 
 
-@pytest.mark.parametrize("large", [False, True])
-def test_a_row_that_hangs_the_template_is_one_bad_row(tmp_path, monkeypatch, large):
+def test_a_row_that_hangs_the_template_is_one_bad_row(tmp_path, monkeypatch):
     """And not those that stand beside it; a file of many such rows is refused by one of them, whatever is skipped."""
     hangs = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"
     hangs = "{% if messages[0].content[:4] == 'boom' %}" + hangs + "{% endif %}"
     tokenizer = Tokenizer(CHATML.inner, eos="<|im_end|>", template=hangs + templates.CHATML)
-    worker = templates.Worker(seconds=0.25)
+    worker = templates.Worker(seconds=0.2)
     monkeypatch.setattr(templates, "_worker", worker)
-    if large:
-        as_large(monkeypatch)
     try:
         rows = [dict(prompt=f"q{i}", target="a") for i in range(600)]
         rows[300]["prompt"] = "boom"
         (task,) = make(tmp_path, rows, tokenizer=tokenizer, bad_rows="skip").report()["tasks"].values()
         assert (task["bad_rows"], task["kept"]) == (1, 599)
-        with pytest.raises(InputError, match=r"d.jsonl, row 301: got it ran for more than 0.25 seconds.*bad_rows"):
+        with pytest.raises(InputError, match=r"d.jsonl, row 301: got it ran for more than 0.2 seconds.*bad_rows"):
             make(tmp_path, rows, tokenizer=tokenizer)
+        as_large(monkeypatch)
         for i in range(100, 112, 2):
             rows[i]["prompt"] = f"boom {i}"
         with pytest.raises(InputError, match=r"d.jsonl, row \d+: got one of 5 rows that stop the chat template"):
