@@ -37,22 +37,82 @@ def bad_rows(seed, tries):
         with scratch() as path:
             file = path / "rows.jsonl"
             file.write_bytes(text)
-            config.data.update(tasks=f"jsonl:{file}", bad_rows="error")
-            try:
-                data.build(config.data, tokenizer=tokenizer, batch_size=8, seed=0)
-                return "bad rows were not refused"
-            except InputError as error:
-                if str(file) not in str(error) or f"row {first}" not in str(error):
-                    return f"the error does not name the file and row {first}: {error}"
-            config.data.bad_rows = "skip"
-            built = data.build(config.data, tokenizer=tokenizer, batch_size=8, seed=0)
-        (row,) = built.report()["tasks"].values()
-        counts = row.get("bad_rows", 0), row["train"] + row["valid"] + row["test"]
-        if counts != (len(bad), 40):
-            return f"{len(bad)} bad and 40 good rows were counted as {counts}"
-        return ""
+            config.data.tasks = f"jsonl:{file}"
+            return _named_and_counted(config, tokenizer, file, first=first, bad=len(bad))
 
     return each(seed, tries, one)
+
+
+def _named_and_counted(config, tokenizer, file, *, first, bad) -> str:
+    """What is wrong with how `bad` rows, `first` the first of them, among 40 good ones are told of; ""."""
+    config.data.bad_rows = "error"
+    try:
+        data.build(config.data, tokenizer=tokenizer, batch_size=8, seed=0)
+        return "bad rows were not refused"
+    except InputError as error:
+        if str(file) not in str(error) or f"row {first}:" not in str(error):
+            return f"the error does not name the file and row {first}: {error}"
+    config.data.bad_rows = "skip"
+    built = data.build(config.data, tokenizer=tokenizer, batch_size=8, seed=0)
+    (row,) = built.report()["tasks"].values()
+    counts = row.get("bad_rows", 0), row["train"] + row["valid"] + row["test"]
+    return "" if counts == (bad, 40) else f"{bad} bad and 40 good rows were counted as {counts}"
+
+
+ASKED, ANSWERED = dict(role=b"user", content=b"a"), dict(role=b"assistant", content=b"b")
+PAIR = dict(prompt=b"a", target=b"b")
+BAD_PARQUET = (
+    dict(prompt=b"a\xff", target=b"b"), dict(prompt=b"a", target=b"\xed\xa0\x80"), dict(prompt=b"a"), dict(target=b"b"),
+    {}, dict(prompt=b"a", target=b""), dict(prompt=b" ", target=b"b"), dict(messages=[]), dict(messages=[ASKED]),
+    dict(messages=[ASKED, dict(role=b"nobody", content=b"b")]), dict(messages=[ASKED, dict(role=b"assistant")]),
+    dict(messages=[ASKED, dict(role=b"assistant", content=b"\xfe")]), PAIR | dict(messages=[ASKED, ANSWERED]),
+    PAIR | dict(weight=0.5), PAIR | dict(weight=float("nan")), PAIR | dict(image=b"\x89PNG"), PAIR | dict(task=b"a,b"),
+)  # fmt: skip
+
+
+def bad_parquet_rows(seed, tries):
+    """As `bad_rows`, in a parquet file. Its columns of text are written as bytes, so that one may hold what is none."""
+    import pyarrow as pa
+    import pyarrow.parquet
+
+    config, tokenizer = tiny_config(), byte_tokenizer()
+    turn = lambda text: pa.list_(pa.struct([("role", text), ("content", text)]))  # noqa: E731
+    schema = lambda text: pa.schema([  # noqa: E731
+        ("prompt", text), ("target", text), ("messages", turn(text)), ("weight", pa.float64()), ("image", pa.binary()),
+        ("task", text), ("day", pa.date32()),
+    ])  # fmt: skip
+
+    def one(number):
+        rng = random.Random(number)
+        good = [dict(prompt=b"Double %d" % i, target=b"%d" % (2 * i), day=i) for i in range(40)]
+        bad = rng.sample(BAD_PARQUET, rng.randrange(1, 6))
+        rows = good + bad
+        rng.shuffle(rows)
+        table = pa.Table.from_pylist(rows, schema=schema(pa.binary()))
+        columns = [column.combine_chunks() for column in table.columns]
+        columns = [_as_text(pa, c, f.type) for c, f in zip(columns, schema(pa.string()), strict=True)]
+        with scratch() as path:
+            file = path / "rows.parquet"
+            table = pa.Table.from_arrays(columns, schema=schema(pa.string()))
+            options = dict(compression=rng.choice(("snappy", "gzip", "none")), row_group_size=rng.choice((7, 1000)))
+            pyarrow.parquet.write_table(table, file, **options)
+            config.data.tasks = f"parquet:{file}"
+            first = next(i for i, row in enumerate(rows, start=1) if any(row is other for other in bad))
+            return _named_and_counted(config, tokenizer, file, first=first, bad=len(bad))
+
+    return each(seed, tries, one)
+
+
+def _as_text(pa, array, wanted):
+    """The same buffers under a type with `string` in place of `binary`."""
+    if array.type == wanted:
+        return array
+    buffers = array.buffers()
+    if pa.types.is_list(wanted):
+        fields = [array.values.field(i).view(pa.string()) for i in range(2)]
+        inner = pa.StructArray.from_arrays(fields, fields=list(wanted.value_type))
+        return pa.Array.from_buffers(wanted, len(array), buffers[:2], array.null_count, children=[inner])
+    return array.view(wanted)
 
 
 def unusable(seed, tries):

@@ -178,6 +178,45 @@ def jsonl(seed, tries):
     return each(seed, tries, one)
 
 
+def parquet(seed, tries):
+    """A parquet file, of plain and of nested columns, packed in one way or another: it is used or refused by name."""
+    import pyarrow as pa
+    import pyarrow.parquet
+
+    config, tokenizer = tiny_config(), byte_tokenizer()
+    turns = [[dict(role="user", content=f"q{i}"), dict(role="assistant", content=f"a{i}")] for i in range(300)]
+    plain = dict(prompt=[f"Double {i}" for i in range(300)], target=[str(2 * i) for i in range(300)])
+    sources = []
+    with scratch() as path:
+        file = path / "rows.parquet"
+        for columns in (plain, dict(messages=turns, number=list(range(300)))):
+            for options in (dict(), dict(compression="gzip"), dict(compression="none", use_dictionary=False)):
+                pyarrow.parquet.write_table(pa.table(columns), file, **options)
+                sources.append(file.read_bytes())
+        config.data.tasks = f"parquet:{file}"
+        data.build(config.data, tokenizer=tokenizer, batch_size=8, seed=0)  # its threads start outside the limit
+
+    def one(number):
+        rng = random.Random(number)
+        with scratch() as path:
+            file = path / "rows.parquet"
+            raw = rng.choice(sources)
+            if rng.random() < 0.5:
+                file.write_bytes(mutate.bytes_of(raw, rng))
+            else:  # in its end, where the names, types, counts and places of all pages are
+                size = min(len(raw), 8 + int.from_bytes(raw[-8:-4], "little"))
+                file.write_bytes(raw[:-size] + mutate.flip(raw[-size:], rng))
+            config.data.update(tasks=f"parquet:{file}", bad_rows=rng.choice(("skip", "error")))
+
+            def build():
+                ids = data.build(config.data, tokenizer=tokenizer, batch_size=8, seed=0).tasks[0].ids
+                assert ((0 <= ids) & (ids < tokenizer.vocab_size)).all(), "ids outside the vocabulary"
+
+            return bounded(build)
+
+    return each(seed, tries, one)
+
+
 def config_file(seed, tries):
     """A config of the user's that was damaged. It is code of the user's own, so it may run."""
 
