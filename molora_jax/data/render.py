@@ -13,7 +13,7 @@ answer ends with its text, and `eos_id` is put behind. A token that straddles a 
 
 A template that renders the turns before an answer in another way once the answer is there has no such prompt; then the
 answer begins where its text does. A template that marks what the model writes with `{% generation %}` has the last
-word on what is trained on, as in transformers.
+word on what is trained on, as in transformers; only the end token of each answer is trained on in any case.
 """
 
 import bisect
@@ -206,7 +206,8 @@ def _cut(marks, chat, results, longest) -> _Cut | Refused:
         high = len(full) if is_last else _next_turn(marks, chat, i, full, prompts[number + 1], low)
         place = _place(marks, chat, i, full, prompt, low, high)
         if place is None and is_last and tagged:  # the tags say where it is
-            place = _Place(tagged[-1][0], *tagged[-1], marks.end(full, tagged[-1][1], len(full)))
+            shown = len(os.path.commonprefix([full, prompt]))
+            place = _Place(shown, tagged[-1][0], *tagged[-1], marks.end(full, tagged[-1][1], len(full)))
         if place is None:
             ways = ["set the template's arguments (data.template_args)", "leave the reasoning out of the row"]
             ways += [] if is_last else ["train on the last turn only"]
@@ -230,19 +231,23 @@ def _cut(marks, chat, results, longest) -> _Cut | Refused:
     else:
         spans = [(found[i].begin, found[i].stop) for i in chat.needed if i in chat.trained]
         trained = chat.needed[-1] in chat.trained
-    if chat.tagged and trained and last.end is not None:  # else no answer of the model would ever end
-        spans = [*spans, last.end]
-    prompt = prompts[-1]
-    begin = len(prompt) if full.startswith(prompt) else len(os.path.commonprefix([full, prompt]))
-    lost = untraced(chat.turns, chat.tools, full, begin) if chat.special else ()
-    return _Cut(full[:stop], last.begin, last.text_begin, spans, last.end is None, trained, lost, prompt[begin:])
+    written = {i: (place.shown, place.stop) for i, place in found.items() if i in chat.trained}
+    if chat.tagged:  # without its end no answer of the model would ever end
+        spans = [*spans, *_ends(marks, chat, full, tagged, spans)]
+        spans += [last.end] if trained and last.end is not None else []
+        written |= _tagged_turns(marks, chat, full, tagged)
+    written[chat.needed[-1]] = last.shown, stop
+    lost = untraced(chat.turns, chat.tools, full, written) if chat.special else ()
+    asked = prompts[-1][last.shown :]
+    return _Cut(full[:stop], last.begin, last.text_begin, spans, last.end is None, trained, lost, asked)
 
 
 @dataclasses.dataclass(frozen=True)
 class _Place:
-    """Of an answer in the rendered text: where it and its text begin, where its text ends, its end token `[start,
-    stop)`."""
+    """Of an answer in the rendered text: where the template begins to write of it, where it and its text begin, where
+    its text ends, its end token `[start, stop)`."""
 
+    shown: int
     begin: int
     text_begin: int
     text_end: int
@@ -268,12 +273,12 @@ def _place(marks, chat, i, full, prompt, low, high) -> _Place | None:
     if at is None and not (exact and (is_last or end) and full[begin:high].strip()):
         return None
     # an answer that the template changes (a think block taken out of it): what is behind the prompt is the answer
-    start, text_end = (begin, begin) if at is None else (begin + at[0], begin + at[1])
+    shown, (start, text_end) = begin, (begin, begin) if at is None else (begin + at[0], begin + at[1])
     if not exact:
         begin = start
     if end is None and (at is None or turn.get("tool_calls")):  # calls stand behind the text
         text_end = max(text_end, len(full[:high].rstrip()))
-    return _Place(begin, start, text_end, end)
+    return _Place(shown, begin, start, text_end, end)
 
 
 def _next_turn(marks, chat, i, full, prompt, low) -> int:
@@ -325,6 +330,11 @@ class _Marks:
         match = self.ends.search(full, start, stop)
         return match.span() if match else None
 
+    def ends_with(self, text: str) -> bool:
+        """Whether an end token is the last of `text`, white space aside."""
+        text = text.rstrip()
+        return any(match.end() == len(text) for match in self.ends.finditer(text))
+
 
 def _tags(tokenizer) -> bool:
     return bool(re.search(r"\{%[-+]?\s*generation\s*[-+]?%\}", tokenizer.template or ""))
@@ -345,6 +355,33 @@ def _tagged_spans(chat, tagged, last):
         got = f"{len(tagged)} generation blocks for {len(chat.answers)} assistant turns"
         return Refused(got, "one a turn, so that weights can choose", "Leave the weights out.")
     return [span for span, i in zip(tagged, chat.answers, strict=True) if i in chat.trained]
+
+
+def _ends(marks, chat, full, tagged, spans) -> list[tuple[int, int]]:
+    """The end tokens that the tags of `spans` leave out: each behind its tag, with no text of the next turn between."""
+    ends, one_each = [], len(tagged) == len(chat.answers)
+    for k, (begin, stop) in enumerate(tagged[:-1]):
+        end = marks.end(full, stop, tagged[k + 1][0])
+        if (begin, stop) not in spans or end is None or marks.ends_with(full[begin:stop]):
+            continue
+        between, after = full[stop : end[0]], _text(chat.turns[chat.answers[k] + 1]) if one_each else ""
+        if not between.strip() or (after.strip() and marks.find(between, after, from_end=True) is None):
+            ends.append(end)
+    return ends
+
+
+def _tagged_turns(marks, chat, full, tagged) -> dict[int, tuple[int, int]]:
+    """What the template writes of the trained turns before the last one, tag and all: what stands between the texts of
+    their neighbours. {} where there is not one tag a turn."""
+    out = {}
+    for k, i in enumerate(chat.answers[:-1] if len(tagged) == len(chat.answers) else ()):
+        low, high = tagged[k - 1][1] if k else 0, tagged[k + 1][0]
+        before = marks.find(full[low : tagged[k][0]], _text(chat.turns[i - 1]), from_end=True) if i else None
+        text, stop = _text(chat.turns[i + 1]), tagged[k][1]
+        after = marks.find(full[stop:high], text, from_end=False) if text.strip() else None
+        if i in chat.trained:
+            out[i] = low + before[1] if before else low, stop + after[0] if after else high
+    return out
 
 
 _stop = operator.itemgetter(1)

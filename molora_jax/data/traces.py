@@ -18,35 +18,52 @@ KINDS = 64  # of parts of a row that are looked for
 _ROLES = frozenset("system developer user assistant tool function model".split())  # headers write these too
 
 
-def untraced(turns: list[dict], tools, text: str, begin: int) -> tuple[tuple[str, str], ...]:
-    """The parts `(place, name)` of a conversation of which `text` has nothing: (content, role), (context | answer,
-    field), (tools, "").
+def untraced(turns: list[dict], tools, text: str, answers: dict[int, tuple[int, int]]) -> tuple[tuple[str, str], ...]:
+    """The parts `(place, name)` of a conversation of which `text` has nothing: (content, role | answer), (context |
+    answer, field), (tools, "").
 
     Args:
-      turns: the answer last. text: what the template renders of them, the answer from `begin` on.
+      text: what the template renders of the turns and the tools.
+      answers: of each turn that is trained on, the characters `[begin, stop)` that are rendered of it. Its parts have
+        to stand there; those of the other turns, the context, anywhere.
     """
-    found: dict = {(TOOLS, ""): [tools]} if tools else {}
+    context: dict = {(TOOLS, ""): [tools]} if tools else {}
+    owned = {i: {} for i in answers}
     for i, turn in enumerate(turns):
-        last = i == len(turns) - 1
         for name, value in turn.items():
             if value and name != "role":
-                content = name == "content"
-                part = (CONTENT, ANSWER if last else turn["role"]) if content else (ANSWER if last else CONTEXT, name)
-                found.setdefault(part, []).append(value)
-    whole, answer = text.casefold(), text[begin:].casefold()
-    strings = {part: "\n".join(_leaves(values)).casefold() for part, values in found.items()}
-    missing = []
-    for part, own in list(strings.items())[:KINDS]:
-        place = answer if ANSWER in part else whole
+                if i in answers:
+                    owned[i][(CONTENT, ANSWER) if name == "content" else (ANSWER, name)] = _joined([value])
+                else:
+                    context.setdefault((CONTENT, turn["role"]) if name == "content" else (CONTEXT, name), []).append(
+                        value
+                    )
+    whole = text.casefold()
+    context = {part: _joined(values) for part, values in context.items()}
+    answered = [string for own in owned.values() for string in own.values()]
+    missing = {}
+    for part, own in list(context.items())[:KINDS]:
         pieces = _pieces(own)
         if part[0] == CONTEXT:  # a call's name, say, stands in the tools as well: it must be there once more
-            others = [string for other, string in strings.items() if other != part]
+            others = [*answered, *(string for other, string in context.items() if other != part)]
             times = lambda piece: sum(string.count(piece) for string in others)  # noqa: B023, E731
             pieces = [piece for piece in pieces if whole.count(piece) > times(piece) or piece not in whole]
-        escaped = [json.dumps(piece)[1:-1] for piece in pieces if not piece.isascii()]
-        if not any(piece in place for piece in (*pieces, *escaped)):
-            missing.append(part)
+        if not _written(pieces, whole):
+            missing[part] = True
+    for i, (begin, stop) in answers.items():
+        place = text[begin:stop].casefold()
+        missing |= {part: True for part, own in list(owned[i].items())[:KINDS] if not _written(_pieces(own), place)}
     return tuple(missing)
+
+
+def _joined(values) -> str:
+    return "\n".join(_leaves(values)).casefold()
+
+
+def _written(pieces: list[str], place: str) -> bool:
+    """Whether any piece stands there, as it is or as JSON escapes it."""
+    escaped = [json.dumps(piece)[1:-1] for piece in pieces if not piece.isascii()]
+    return any(piece in place for piece in (*pieces, *escaped))
 
 
 def _leaves(values) -> list[str]:
@@ -70,7 +87,7 @@ def _pieces(text: str) -> list[str]:
 
 
 def drop_untraced(read, encoded: list, *, system: str, bad_rows: str) -> list:
-    """Rows whose answer, tools or turns the template does not write are bad; what it drops of a context is counted.
+    """Rows whose answers, tools or turns the template does not write are bad; what it drops of a context is counted.
 
     Args:
       read: a `Read`. encoded: `Ids` or refusals of its examples, in order.
@@ -103,4 +120,6 @@ def _bad(place, name) -> BadRow:
     what = {TOOLS: "tools", CONTENT: f"a turn of role {name!r}"}.get(place, f"{name!r} of the answer")
     what = "an answer" if (place, name) == (CONTENT, ANSWER) else what
     fix = "Take it out of the row, or take a model whose template writes it."
+    if place == ANSWER or name == ANSWER:
+        fix += " An answer that is not trained on (data.train_on, weight) may have it."
     return BadRow(f"{what}, of which the chat template writes nothing", "what the model's template writes", fix)

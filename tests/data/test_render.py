@@ -109,14 +109,25 @@ def test_a_template_that_rewrites():
     assert "turn 2" in encode(tok, chats.turns("three"), train_on="all").got
 
 
-def test_a_block_that_leaves_the_end_token_out():
-    template = chats.TEMPLATES["chatml"][0].replace("m['content'] + '<|im_end|>' }}{% endgeneration %}{{ '\\n'",
-                                                    "m['content'] }}{% endgeneration %}{{ '<|im_end|>\\n'")  # fmt: skip
-    assert template != chats.TEMPLATES["chatml"][0]
+@pytest.mark.parametrize("between", ["", " ", "</answer>"])
+def test_a_block_that_leaves_the_end_token_out(between):
+    """Every answer that is trained on ends all the same, and no other turn's end is learnt."""
+    template = chats.TEMPLATES["chatml"][0].replace(
+        "m['content'] + '<|im_end|>' }}{% endgeneration %}{{ '\\n'",
+        f"m['content'] }}}}{{% endgeneration %}}{{{{ '{between}<|im_end|>\\n'",
+    )
+    assert between + "<|im_end|>" in template and template != chats.TEMPLATES["chatml"][0]
     tok = Tokenizer(inner("bytes"), eos="<|im_end|>", template=template)
-    got = encode(tok, chats.turns("three"), train_on="all")
-    trained = tok.decode([i for i, m in zip(got.ids, got.loss_mask, strict=True) if m])
-    assert trained == "yesan answeryes<|im_end|>"
+
+    def trained(**how):
+        got = encode(tok, chats.turns("three"), **how)
+        return tok.decode([i for i, m in zip(got.ids, got.loss_mask, strict=True) if m])
+
+    assert trained(train_on="all") == "yes<|im_end|>an answer<|im_end|>yes<|im_end|>"
+    assert trained(train_on="last") == "yes<|im_end|>"
+    assert trained(weights=(0, 0, 0, 1, 0, 1)) == "an answer<|im_end|>yes<|im_end|>"
+    tok = Tokenizer(inner("bytes"), eos="<|im_end|>", template=template.replace(f"{between}<|im_end|>\\n", "\\n", 1))
+    assert trained(train_on="all") == "yesan answeryes<|im_end|>", "the user's end is no answer's"
 
 
 def test_a_block_without_an_end_token_of_ours():

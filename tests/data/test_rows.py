@@ -264,6 +264,44 @@ def test_files_of_other_formats_are_named(tmp_path, start):
         build(config(f"jsonl:{tmp_path}/f.jsonl"), tokenizer=ByteTokenizer(), batch_size=1, seed=0)
 
 
+TURN = "<|im_start|>{{ m.role }}\n{% if m.content %}{{ m.content }}{% endif %}CALLS<|im_end|>\n"
+PLAIN_TURNS = (
+    "{% for m in messages %}" + TURN + "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+TAGGED = PLAIN_TURNS.replace(
+    "{% if m.content %}", "{% if m.role == 'assistant' %}{% generation %}{{ m.content or '' }}CALLS<|im_end|>"
+    "{% endgeneration %}{{ '\n' }}{% continue %}{% endif %}{% if m.content %}",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("template", [PLAIN_TURNS, TAGGED])
+def test_what_is_not_written_of_any_trained_turn_is_refused(tmp_path, template):
+    """A turn of calls alone would teach an end at once, wherever it stands; the last turn's calls are not another's."""
+    call = lambda city: dict(tool_calls=[dict(function=dict(name="f", arguments=dict(city=city)))])  # noqa: E731
+    row = chat(
+        U, ("assistant", None, call("Oslo")), ("tool", "Oslo: 5"), A, ("user", "v"), ("assistant", None, call("Rome"))
+    )
+    silent, last, every = (
+        Tokenizer(CHATML.inner, eos="<|im_end|>", template=template.replace("CALLS", calls)) for calls in (
+            "", "{% if loop.last and m.tool_calls %}{{ m.tool_calls | tojson }}{% endif %}",
+            "{% if m.tool_calls %}{{ m.tool_calls | tojson }}{% endif %}",
+        )
+    )  # fmt: skip
+    short = chat(U, ("assistant", None, call("Oslo")), ("tool", "Oslo: 5"), A)
+    assert make(tmp_path, [short], tokenizer=silent).report()["tasks"]["d"]["unused"] == {"'tool_calls' of a turn": 1}
+    weighted = chat(U, ("assistant", None, dict(call("Oslo"), weight=1)), ("tool", "Oslo: 5"), A)
+    for tokenizer, rows, changes in (
+        (silent, short, dict(train_on="all")), (silent, weighted, {}), (last, row, dict(train_on="all"))
+    ):  # fmt: skip
+        with pytest.raises(InputError, match="row 1: got 'tool_calls' of the answer.*data.train_on, weight"):
+            make(tmp_path, [rows], tokenizer=tokenizer, **changes)
+    task = make(tmp_path, [row], tokenizer=every, train_on="all").tasks[0]
+    trained = every.decode([i for i, m in zip(task.ids.tolist(), task.mask.tolist(), strict=True) if m])
+    calls = [json.dumps(call(city)["tool_calls"]) for city in ("Oslo", "Rome")]
+    assert trained == f"{calls[0]}<|im_end|>a<|im_end|>{calls[1]}<|im_end|>"
+    assert not task.unused
+
+
 def test_a_row_that_hangs_the_template_is_one_bad_row(tmp_path, monkeypatch):
     """And not those that stand beside it; a file of many such rows is refused by one of them, whatever is skipped."""
     hangs = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"
@@ -299,14 +337,15 @@ def test_what_a_template_writes_is_found_in_the_text_that_it_writes():
     context = f"TOOLS {json.dumps(tools)} [ASSISTANT] how is zürich? 5 &lt; 6 7"
     everything = f"{context} {json.dumps([call])} Bo, get_weather: assistant\n"
     answer = f"why so Good {json.dumps([call])}"
-    assert traces.untraced(turns, tools, everything + answer, len(everything)) == ()
+    whole = everything + answer
+    assert traces.untraced(turns, tools, whole, {4: (len(everything), len(whole))}) == ()
     lost = {
         ("tools", ""), ("context", "name"), ("context", "tool_calls"), ("answer", "tool_calls"),
         ("answer", "reasoning_content"), ("content", "answer"), ("content", "tool"),
     }  # fmt: skip
     bare = "[assistant] How is Zürich? assistant"
-    assert set(traces.untraced(turns, tools, bare, len(bare))) == lost
-    found = set(traces.untraced(turns, tools, context + everything[:0], len(context)))
+    assert set(traces.untraced(turns, tools, bare, {4: (len(bare), len(bare))})) == lost
+    found = set(traces.untraced(turns, tools, context, {4: (len(context), len(context))}))
     assert found == lost - {("tools", ""), ("content", "tool")}
 
 
