@@ -8,7 +8,6 @@ The file of --messages is JSON: a list of turns {"role": "user", "content": "...
 with such a list as "messages" and perhaps "tools".
 """
 
-import json
 import pathlib
 
 from launch import flags
@@ -57,20 +56,28 @@ def read_messages(path) -> tuple[list, list | None]:
     Raises:
       InputError: it cannot be read, or holds no conversation.
     """
-    where, expected = f"--messages={path}", 'JSON: a list of {"role": ..., "content": ...}, or {"messages": [...]}'
+    from molora_jax.data.jsonl import BadRow, kind, value
+    from molora_jax.data.turns import read_messages as read_turns
+    from molora_jax.data.turns import read_tools
+
+    where, expected = f"--messages={path}", 'a list of {"role": ..., "content": ...}, or {"messages": [...]}'
     try:
-        value = json.loads(plain(pathlib.Path(path).expanduser()).read_text(encoding="utf-8-sig"))
+        raw = plain(pathlib.Path(path).expanduser()).read_bytes()
     except OSError as error:
         raise InputError(where, got=error.strerror or str(error), expected="a readable file") from None
-    except (ValueError, RecursionError) as error:
-        raise InputError(where, got=f"no JSON ({error})"[:200], expected=expected) from None
-    value = value if isinstance(value, dict) else {"messages": value}
-    turns, tools, unknown = value.get("messages"), value.get("tools"), value.keys() - {"messages", "tools"}
-    lists = isinstance(turns, list) and turns and (tools is None or isinstance(tools, list))
-    if unknown or not lists or not all(isinstance(item, dict) for item in [*turns, *(tools or [])]):
-        got = f"unknown fields {', '.join(sorted(unknown))}" if unknown else repr(value.get("messages", value))
-        raise InputError(where, got=got[:80], expected=expected)
-    return turns, tools
+    try:  # as rows of data are read
+        found = value(raw)
+        if not isinstance(found, (dict, list)):
+            raise BadRow(f"a JSON {kind(found)}", expected)
+        found = {"messages": found} if isinstance(found, list) else found
+        unknown = sorted(found.keys() - {"messages", "tools"})
+        if unknown or not found.get("messages"):
+            got = f"unknown fields {', '.join(unknown)}"[:80] if unknown else "no turn"
+            raise BadRow(got, expected)
+        tools = read_tools(found.get("tools"))
+        return read_turns(found["messages"], "messages")[0], tools and list(tools)
+    except BadRow as error:
+        raise InputError(where, got=error.got, expected=error.expected) from None
 
 
 def default_config(args):
@@ -97,11 +104,17 @@ def run(argv):
     loaded = (
         load_base_run(config, mesh=mesh) if args.base else load_run(args.workdir, args.step, config=config, mesh=mesh)
     )
-    text = loaded.generate(
-        prompt, max_new_tokens=args.max_new_tokens, temperature=args.temperature, top_p=args.top_p, top_k=args.top_k,
-        min_p=args.min_p, repetition_penalty=args.repetition_penalty, stop=args.stop, seed=args.seed,
-        cache=not args.no_cache, tools=tools,
-    )  # fmt: skip
+    try:
+        text = loaded.generate(
+            prompt, max_new_tokens=args.max_new_tokens, temperature=args.temperature, top_p=args.top_p,
+            top_k=args.top_k, min_p=args.min_p, repetition_penalty=args.repetition_penalty, stop=args.stop,
+            seed=args.seed, cache=not args.no_cache, tools=tools,
+        )  # fmt: skip
+    except InputError as error:
+        if args.messages is None or error.where not in ("prompt", "tools"):
+            raise
+        got = error.got.replace("prompt[", "messages[")
+        raise InputError(f"--messages={args.messages}", got=got, expected=error.expected, fix=error.fix) from None
     print(text)
 
 

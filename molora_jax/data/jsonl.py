@@ -59,6 +59,23 @@ def found(path: str, *, where: str, field: str = "data.tasks") -> pathlib.Path:
         raise InputError(where, got=reason, expected="a readable file", fix="Correct the path.") from error
 
 
+def value(raw: bytes):
+    """One JSON value, read as strictly as a row is.
+
+    Raises:
+      BadRow: it is none.
+    """
+    if len(raw) > MOST_BYTES:
+        raise BadRow(f"{len(raw):,} bytes", f"at most {MOST_BYTES:,}")
+    text = _text(raw.removeprefix(BOM))
+    try:
+        found = json.loads(text, **_STRICT)
+    except (ValueError, RecursionError) as error:
+        raise BadRow(_no_json(error, text), "JSON") from None
+    _check(found, text)
+    return found
+
+
 def is_large(file: pathlib.Path) -> bool:
     """Whether a file is read line by line (`stream`), its examples sorted on disk; one JSON list is read whole."""
     if file.stat().st_size <= LARGE:
@@ -143,28 +160,35 @@ def rows(raw: bytes, *, path: str):
 def _line(line: bytes, *, last: bool) -> dict:
     if len(line) > MOST_BYTES:
         raise _too_long(len(line))
-    try:
-        text = line.decode("utf-8")
-    except UnicodeDecodeError as error:
-        got = f"a byte 0x{line[error.start]:02x} at position {error.start} that is not UTF-8"
-        raise BadRow(got, "UTF-8 text") from None
+    text = _text(line)
     try:
         row = json.loads(text, **_STRICT)
     except (ValueError, RecursionError) as error:
-        got = f"invalid JSON ({getattr(error, 'msg', None) or error}) in {shown(text.strip())}"
+        got = _no_json(error, text)
         if last and not str(error).startswith("Extra data"):  # no newline after it
             raise BadRow(got, "a whole JSON object", "The last line looks cut off: write the file again.") from None
         raise BadRow(got, "one JSON object") from None
     return _checked(row, text)
 
 
+def _text(raw: bytes) -> str:
+    try:
+        return raw.decode("utf-8")
+    except UnicodeDecodeError as error:
+        got = f"a byte 0x{raw[error.start]:02x} at position {error.start} that is not UTF-8"
+        raise BadRow(got, "UTF-8 text") from None
+
+
+def _no_json(error, text: str) -> str:
+    return f"invalid JSON ({getattr(error, 'msg', None) or error}) in {shown(text.strip())}"
+
+
 def _items(raw: bytes, path: str):
     """The objects of one JSON list; row n is its n-th item."""
     try:
-        text = raw.decode("utf-8")
-    except UnicodeDecodeError as error:
-        got = f"a byte 0x{raw[error.start]:02x} at position {error.start} that is not UTF-8"
-        raise InputError(path, got=got, expected="UTF-8 text") from None
+        text = _text(raw)
+    except BadRow as bad:
+        raise InputError(path, got=bad.got, expected=bad.expected) from None
     decoder, number, at = json.JSONDecoder(**_STRICT), 0, text.index("[") + 1
 
     def skip(at):
@@ -178,7 +202,7 @@ def _items(raw: bytes, path: str):
         try:
             item, at = decoder.raw_decode(text, at)
         except (ValueError, RecursionError) as error:
-            got = f"invalid JSON ({getattr(error, 'msg', None) or error}) in {shown(text[begin : begin + 80])}"
+            got = _no_json(error, text[begin : begin + 80])
             raise InputError(f"{path}, row {number} of the list", got=got, expected="one JSON object") from None
         try:
             if at - begin > MOST_BYTES:
@@ -223,13 +247,19 @@ _STRICT = dict(object_pairs_hook=_pairs, parse_constant=_constant, parse_float=_
 
 
 def _checked(row, text: str) -> dict:
-    """An object whose text is all valid Unicode, and not too deep."""
+    """The row, which is an object."""
     if not isinstance(row, dict):
         fix = "Write one JSON object a line" + (", or name the file .json." if isinstance(row, list) else ".")
         raise BadRow(f"a JSON {kind(row)}", "a JSON object", f'{fix} `data.bad_rows="skip"` leaves such rows out.')
+    _check(row, text)
+    return row
+
+
+def _check(value, text: str):
+    """Refuses a value whose text is not all valid Unicode, or that is nested too deep."""
     if "\\u" not in text and text.count("[") + text.count("{") <= MOST_DEPTH:
-        return row
-    left = [(row, "", 1)]
+        return
+    left = [(value, "", 1)]
     while left:
         value, where, depth = left.pop()
         if depth > MOST_DEPTH:
@@ -242,7 +272,6 @@ def _checked(row, text: str) -> dict:
             left += [(item, f"{where}[{i}]", depth + 1) for i, item in enumerate(value)]
         elif isinstance(value, str) and not value.isascii() and value.encode(errors="replace").decode() != value:
             raise BadRow(f"{ascii(where)[1:-1]} with half of a surrogate pair", "valid Unicode text")
-    return row
 
 
 def kind(value) -> str:

@@ -102,10 +102,7 @@ def drop_untraced(read, encoded: list, *, system: str, bad_rows: str) -> list:
     for example, result in zip(read.examples, encoded, strict=True):
         missing = getattr(result, "untraced", ())
         if system and (CONTENT, "system") in missing and example.conversation()[0]["role"] != "system":
-            raise InputError(
-                "data.system", got=f"{system!r:.60}, of which the chat template writes nothing", expected='""',
-                fix="Leave it out, or take a model whose template writes it.",
-            )  # fmt: skip
+            raise _no_system(system)
         lost = sorted(part for part in missing if part[0] != CONTEXT)
         if lost:
             refused.append((example, _bad(*lost[0])))
@@ -114,6 +111,34 @@ def drop_untraced(read, encoded: list, *, system: str, bad_rows: str) -> list:
         read.unused.update(f"{name!r} of a turn" for _, name in missing)
     read.leave_out(refused, bad_rows=bad_rows)
     return kept
+
+
+def check_prompt(turns: list[dict], tools, text: str, *, system: str) -> list[str]:
+    """The fields of turns that are gone from `text`, what the template renders to ask for an answer to them.
+
+    Args:
+      turns: `data.system` in front, if they have no system turn of their own. system: `data.system`, if it is.
+
+    Raises:
+      InputError: the tools or a turn's content are gone; a row of data is refused for it too.
+    """
+    plain = len(turns) == 1 and turns[0].keys() == {"role", "content"} and not tools
+    missing = () if plain else untraced(turns, tools, text, {})  # as of rows: the one text is not looked for
+    if system and (CONTENT, "system") in missing:
+        raise _no_system(system)
+    for place, name in missing:
+        if place != CONTEXT:
+            bad = _bad(place, name)
+            fix = "Leave it out, or take a model whose template writes it."
+            raise InputError("tools" if place == TOOLS else "prompt", got=bad.got, expected=bad.expected, fix=fix)
+    return [name for _, name in missing]
+
+
+def _no_system(system: str) -> InputError:
+    return InputError(
+        "data.system", got=f"{system!r:.60}, of which the chat template writes nothing", expected='""',
+        fix="Leave it out, or take a model whose template writes it.",
+    )  # fmt: skip
 
 
 def _bad(place, name) -> BadRow:

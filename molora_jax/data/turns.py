@@ -132,8 +132,10 @@ def read_tools(value) -> tuple[dict, ...] | None:
     tools = from_json(value, "tools") if value else None
     if not tools:
         return None
-    if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
-        raise BadRow(f"tools of type {kind(tools)}", "a list of objects")
+    odd = [tool for tool in tools if not isinstance(tool, dict)] if isinstance(tools, list) else [tools]
+    if odd:
+        inside = " with" if isinstance(tools, list) else ","
+        raise BadRow(f"tools of type {kind(tools)}{inside} {shown(odd[0])}", "a list of objects")
     return tuple(tools)
 
 

@@ -24,9 +24,9 @@ from molora_jax.backbones.compile import compile_base
 from molora_jax.backbones.gates import by_layer
 from molora_jax.config import objectives as objectives_config
 from molora_jax.config.resolve import resolve_template_args
-from molora_jax.data import render
+from molora_jax.data import render, traces
 from molora_jax.data.jsonl import BadRow
-from molora_jax.data.turns import read_messages
+from molora_jax.data.turns import read_messages, read_tools
 from molora_jax.decode import generate as decoding
 from molora_jax.errors import InputError
 from molora_jax.evaluation import consistency, measure
@@ -100,17 +100,25 @@ class Run:
           tools: descriptions of tools, for the template.
 
         Raises:
-          InputError: an empty prompt, turns that are none, or a template that refuses them.
+          InputError: an empty prompt, turns that are none, or a template that refuses them or drops tools or a turn.
         """
         data = self.config.data
         _bounded(characters([prompt, tools]))
+        tools = _tools(tools)
+        if tools and data.get("raw", False):
+            raise InputError("tools", got="descriptions of tools", expected="none: this run has data.raw=True")
         if data.get("raw", False):  # trained on plain text
             if not isinstance(prompt, str) or not prompt.strip():
                 raise InputError("prompt", got=repr(prompt)[:80], expected="text: this run has data.raw=True")
             return self.plain_ids(prompt)
-        turns = render.with_system(_turns(prompt), data.system)
+        given = _turns(prompt)
+        turns = render.with_system(given, data.system)
         args = resolve_template_args(data.get("template_args", ""))
-        return self.tokenizer.encode_chat(turns, add_generation_prompt=True, tools=tools, **args)
+        text = self.tokenizer.chat(turns, add_generation_prompt=True, tools=tools, **args)
+        added = data.system if len(turns) > len(given) else ""
+        for name in traces.check_prompt(turns, tools, text, system=added):
+            LOG.warning("the chat template writes nothing of %r of the turns: the answer does not depend on it", name)
+        return self.tokenizer.encode_rendered(text)
 
     def plain_ids(self, text: str) -> list[int]:
         """A text as it stands, without the chat template; the tokenizer's own BOS in front where it has one."""
@@ -294,6 +302,14 @@ def _turns(prompt) -> list[dict]:
         got = f"{len(turns)} turns, the assistant's last"
         raise InputError("prompt", got=got, expected="a turn to answer last", fix="Leave the last turn out.")
     return turns
+
+
+def _tools(tools) -> list[dict] | None:
+    try:
+        found = read_tools(list(tools) if isinstance(tools, tuple) else tools)  # as rows are read
+    except BadRow as error:
+        raise InputError("tools", got=error.got, expected=error.expected) from None
+    return found and list(found)
 
 
 def before(text: str, stop) -> str:

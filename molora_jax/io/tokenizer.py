@@ -211,7 +211,12 @@ class Tokenizer:
         )  # fmt: skip
 
     def encode_chat(self, messages: list[dict], *, add_generation_prompt: bool, tools=None, **args) -> list[int]:
-        text = self.chat(messages, add_generation_prompt=add_generation_prompt, tools=tools, **args)
+        return self.encode_rendered(
+            self.chat(messages, add_generation_prompt=add_generation_prompt, tools=tools, **args)
+        )
+
+    def encode_rendered(self, text: str) -> list[int]:
+        """Ids of what `chat` gave."""
         return self.encode_plain(text) if self.template is None else self.encode(text)
 
 

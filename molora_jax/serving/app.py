@@ -18,6 +18,7 @@ from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
+from molora_jax.data import jsonl
 from molora_jax.errors import InputError
 from molora_jax.serving import protocol
 from molora_jax.serving.answer import Piece
@@ -151,9 +152,9 @@ async def _body(request):
         if len(raw) > LARGEST_BODY:
             raise HTTPException(413, f"a body of more than {LARGEST_BODY >> 20} MB")
     try:
-        return json.loads(raw)
-    except (ValueError, RecursionError) as error:
-        raise InputError("body", got=f"no JSON ({error})"[:200], expected="a JSON object") from None
+        return jsonl.value(bytes(raw))  # as strictly as a row of data: no field twice, no NaN, no half characters
+    except jsonl.BadRow as error:
+        raise InputError("body", got=error.got, expected=error.expected) from None
 
 
 async def _pieces(engine: Engine, ask):

@@ -197,7 +197,8 @@ def _named(field, function, *args, **options):
         return function(*args, **options)
     except InputError as error:
         got = error.got.replace("prompt[", f"{field}[")
-        raise InputError(field, got=got, expected=error.expected, fix=error.fix) from None
+        where = "tools" if error.where == "tools" else field
+        raise InputError(where, got=got, expected=error.expected, fix=error.fix) from None
 
 
 def choice(ask: Ask, number: int, piece, *, done: bool) -> dict:

@@ -182,7 +182,7 @@ def test_every_end_token_ends_an_answer(tmp_path):
 
 
 def test_a_conversation_is_answered(tmp_path, capsys):
-    run = base_run(folder(tmp_path / "m", template="{{ tools | length if tools }}" + CHATML))
+    run = base_run(folder(tmp_path / "m", template="{{ tools | tojson if tools }}" + CHATML))
     turns = [("system", "s"), ("user", "a"), ("assistant", "b"), ("user", "c")]
     turns = [dict(role=role, content=content) for role, content in turns]
     whole = run.tokenizer.encode(run.tokenizer.chat(turns, add_generation_prompt=True))
@@ -214,22 +214,63 @@ def test_a_conversation_is_answered(tmp_path, capsys):
         assert capsys.readouterr().out == want + "\n"
 
 
-BAD_FILES = [
-    '[{"role": "user"',
-    "3",
-    "[]",
-    "[3]",
-    '{"turns": []}',
-    '{"messages": [], "tools": 3}',
-    "[" * 9999,
-    "\ud800",
-]
+def test_what_training_refuses_generation_refuses(tmp_path, caplog):
+    """Tools and turns that the template does not write; a field of an earlier turn is said."""
+    path = tokenizer_folder(tmp_path / "m")
+    with pytest.raises(InputError, match="got tools, of which"):
+        dataset([dict(talk(("user", "a"), ("assistant", "b")), tools=[dict(name="f")])], path)
+    run = base_run(folder(tmp_path / "m"))
+    call = dict(role="assistant", content=None, tool_calls=[dict(function=dict(name="f"))])
+    calls = [dict(role="user", content="hi"), call, dict(role="tool", content="5"), dict(role="user", content="so?")]
+    with pytest.raises(InputError, match="^tools: got tools, of which the chat template writes nothing"):
+        run.generate("hi", tools=[dict(name="f")])
+    for odd in ("f(", [3], 3):
+        with pytest.raises(InputError, match="^tools: got tools"):
+            run.prompt_ids("hi", tools=odd)
+    assert run.prompt_ids(calls) and "writes nothing of 'tool_calls' of the turns" in caplog.text
+    source = f"--config.base.source=dir:{tmp_path / 'm'}"
+    (tmp_path / "talk.json").write_text(json.dumps(dict(messages=calls, tools=[dict(name="f")])))
+    with pytest.raises(InputError, match="--messages=.*talk.json: got tools, of which"):
+        launcher.run(["--base", source, f"--messages={tmp_path / 'talk.json'}"])
+    only = "{% for m in messages %}{% if m.role == 'user' %}[{{ m.content }}]{% endif %}"
+    users = base_run(folder(tmp_path / "u", template=only + "{% endfor %}"))
+    assert users.prompt_ids("hi")
+    with pytest.raises(InputError, match="^prompt: got a turn of role 'assistant', of which"):
+        users.prompt_ids(
+            [dict(role="user", content="a"), dict(role="assistant", content="NO"), dict(role="user", content="c")]
+        )
+    with users.config.unlocked():
+        users.config.data.system = "Be brief."
+    with pytest.raises(InputError, match="^data.system: got 'Be brief.', of which"):
+        users.prompt_ids("hi")
+    with run.config.unlocked():
+        run.config.data.raw = True
+    with pytest.raises(InputError, match="^tools: got descriptions of tools; expected none: .*data.raw=True"):
+        run.prompt_ids("hi", tools=[dict(name="f")])
 
 
-@pytest.mark.parametrize("content", BAD_FILES, ids=range(len(BAD_FILES)))
-def test_a_file_that_holds_no_conversation(tmp_path, content):
+BAD_FILES = {
+    '[{"role": "user"': "invalid JSON",
+    "3": "a JSON number",
+    "[]": "no turn",
+    "[3]": r"messages\[0\] of type number",
+    '{"turns": []}': "unknown fields turns",
+    '{"messages": [], "tools": 3}': "no turn",
+    '{"messages": [{"role": "user", "content": "a"}], "tools": 3}': "tools of type number, '3'",
+    '{"messages": [{"role": "user", "content": "a"}], "tools": [{}, "f"]}': "tools of type list with 'f'",
+    '[{"role": "user", "content": "a", "content": "b"}]': "'content' twice",
+    '[{"role": "user", "content": "a", "n": NaN}]': "NaN is not JSON",
+    '[{"role": "user", "content": "\\ud800"}]': r"\[0\].content with half of a surrogate pair",
+    '[{"role": "owner", "content": "a"}]': r"messages\[0\].role 'owner'",
+    "[" * 9999: "invalid JSON",
+    "\ud800": "not UTF-8",
+}
+
+
+@pytest.mark.parametrize(("content", "got"), BAD_FILES.items(), ids=range(len(BAD_FILES)))
+def test_a_file_that_holds_no_conversation(tmp_path, content, got):
     (tmp_path / "talk.json").write_bytes(content.encode("utf-8", "surrogatepass"))
-    with pytest.raises(InputError, match="--messages"):
+    with pytest.raises(InputError, match=f"^--messages=.*talk.json: got .*{got}"):
         launcher.run(["--base", f"--messages={tmp_path / 'talk.json'}"])
     for args in ([], ["--prompt=x", "--messages=y"], ["--messages=/nowhere/talk.json"], ["--prompt=x", "--stop="]):
         with pytest.raises(InputError):
