@@ -1,6 +1,7 @@
 """The checks of `config.base` and `config.data`: where model and rows come from."""
 
 import importlib.util
+import os
 import re
 
 from molora_jax.config import fields as tables
@@ -55,10 +56,12 @@ def data_problems(config):
             files = "jsonl:PATH, parquet:PATH"
             expected = f"{files}, {', '.join(tables.TASK_FAMILIES.values())} or {one_of(tables.TASKS)}"
             yield wrong("data.tasks", shown(name), expected, did_you_mean(name, tables.TASKS))
-    if not names or len(names) != len(set(names)):
-        yield wrong("data.tasks", shown(data.get("tasks")), "every task once, at least one (task names or jsonl:PATH)")
-    valid = data.get("valid", "")
-    for name in task_list(valid):
+    if not names:
+        yield wrong("data.tasks", shown(data.get("tasks")), "at least one task (task names or jsonl:PATH)")
+    yield from repeated("data.tasks", names)
+    valid = task_list(data.get("valid", ""))
+    yield from repeated("data.valid", valid)
+    for name in valid:
         if name.startswith(FILES):
             yield from _file("data.valid", name)
         else:
@@ -77,6 +80,22 @@ def raw_problems(data):
                 yield wrong(f"data.{name}", shown(data[name]), expected, "Drop it, or set data.raw=False.")
         if data.get("format", "auto") in ("messages", "sharegpt"):
             yield wrong("data.format", shown(data["format"]), "'auto' with data.raw: its rows are text, not turns")
+
+
+def repeated(where, entries):
+    """The problem of a task or a file that is named twice, in whatever spelling of its path."""
+    seen = {}
+    for entry in entries:
+        path = file_of(entry)
+        key = there(lambda p=path: os.path.realpath(path_of(p))) if path and not is_url(path) else entry
+        first = seen.setdefault(key or entry, entry)
+        if first is not entry:
+            got = (
+                f"{entry[:200]!r} twice"
+                if entry == first
+                else f"{first[:200]!r} and {entry[:200]!r}, which are one file"
+            )
+            yield wrong(where, got, "every task once", "Drop one.")
 
 
 def of_family(name: str) -> bool:

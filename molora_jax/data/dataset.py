@@ -7,9 +7,10 @@ import hashlib
 
 import numpy as np
 
-from molora_jax.config.data_checks import of_family
+from molora_jax.config.data_checks import of_family, repeated
 from molora_jax.config.fields import TASK_FAMILIES
 from molora_jax.config.resolve import file_of, split_commas
+from molora_jax.config.values import raise_all
 from molora_jax.data.encode import Task, load_tasks, tokenizer_digest
 from molora_jax.data.example import Encoded
 from molora_jax.data.options import Options
@@ -36,7 +37,7 @@ def build(
     Raises:
       InputError: an unknown task, a package that is not installed, a bad row or file, nothing left to train on.
     """
-    entries = parse_tasks(config_data.tasks)
+    entries, held_out = parse_tasks(config_data.tasks), _parse_valid(getattr(config_data, "valid", ""))
     options = Options.of(config_data, reads)
     digest = tokenizer_digest(tokenizer)
     load = functools.partial(load_tasks, tokenizer=tokenizer, digest=digest)
@@ -45,8 +46,7 @@ def build(
     trained, valid = _fingerprint(tasks), ()
     fingerprint = trained
     if options.valid:
-        files = split_commas(options.valid)
-        valid = tuple(task for entry in files for task in load(entry, options=training, field="data.valid"))
+        valid = tuple(task for entry in held_out for task in load(entry, options=training, field="data.valid"))
         fingerprint = hashlib.sha256(repr((trained, "valid", _fingerprint(valid))).encode()).hexdigest()
     _check_fields(options, (*tasks, *valid))
     classes = _classes(tasks, options)
@@ -69,14 +69,26 @@ def parse_tasks(tasks: str) -> tuple[str, ...]:
     accepted = f"{named}, jsonl:PATH or parquet:PATH, by commas"
     if not entries:
         raise InputError("data.tasks", got=repr(tasks), expected=accepted, fix="Name at least one task.")
+    raise_all(list(repeated("data.tasks", entries)))
     for entry in entries:
-        if entries.count(entry) > 1:
-            raise InputError("data.tasks", got=f"{entry!r} twice", expected="each task once", fix="Drop one.")
         if entry in SOURCES or of_family(entry) or file_of(entry):
             continue
         near = difflib.get_close_matches(entry, list(SOURCES), n=1, cutoff=0.5)
         fix = f"Did you mean {near[0]!r}?" if near else "For a file of your own write `jsonl:PATH`."
         raise InputError("data.tasks", got=repr(entry), expected=accepted, fix=fix)
+    return entries
+
+
+def _parse_valid(valid: str) -> tuple[str, ...]:
+    """The entries of `data.valid`, checked by name only. Raises InputError where one is no file, or twice there."""
+    entries = split_commas(valid) if isinstance(valid, str) else ()
+    wrong = next((entry for entry in entries if not file_of(entry)), None)
+    if wrong is not None or (valid and not entries):
+        raise InputError(
+            "data.valid", got=repr(wrong or valid), expected='jsonl:PATH or parquet:PATH, by commas, or ""',
+            fix="Write jsonl: before the path of a file.",
+        )  # fmt: skip
+    raise_all(list(repeated("data.valid", entries)))
     return entries
 
 

@@ -85,26 +85,35 @@ def is_large(file: pathlib.Path) -> bool:
 
 
 def stream(file: pathlib.Path, *, where: str):
-    """As `rows`, of a file of one object a line that need not fit into memory."""
+    """As `rows`, of a file of one object a line that need not fit into memory.
+
+    Raises:
+      InputError: it is of another format, or holds nothing but white space.
+    """
     with open(file, "rb") as opened:
         _refuse_other_formats(opened.read(16), where)
         opened.seek(0)
-        number = 0
+        number, empty = 0, True
         while line := opened.readline(MOST_BYTES + 2):
             number += 1
             size = len(line)
+            line = line.removeprefix(BOM) if number == 1 else line
+            blank = not line.strip()
             while not line.endswith(b"\n") and (more := opened.readline(MOST_BYTES)):  # too long: not held
-                size += len(more)
+                size, blank = size + len(more), blank and not more.strip()
                 line = line[: MOST_BYTES + 1] + more[-1:]
             last = not line.endswith(b"\n")
-            line = (line.removeprefix(BOM) if number == 1 else line).removesuffix(b"\n")
-            if line.strip():
+            line = line.removesuffix(b"\n")
+            if not blank:
+                empty = False
                 try:
                     if size > MOST_BYTES + 2:
                         raise _too_long(size)
                     yield number, _line(line, last=last)
                 except BadRow as bad:
                     yield number, bad
+    if empty:
+        raise _empty(where)
 
 
 def content(file: pathlib.Path, *, where: str) -> bytes:
@@ -120,7 +129,7 @@ def content(file: pathlib.Path, *, where: str) -> bytes:
             where, got=error.strerror or str(error), expected="a readable file", fix="Correct the path."
         ) from error
     if not raw.removeprefix(BOM).strip():
-        raise InputError(where, got="an empty file", expected="one JSON object a line", fix="Add rows, or drop it.")
+        raise _empty(where)
     _refuse_other_formats(raw, where)
     return raw
 
@@ -131,6 +140,10 @@ def _refuse_other_formats(raw: bytes, where: str):
             fix = "Unpack it, or write it as JSON lines in UTF-8."
             fix = "Write parquet:PATH for it." if start == b"PAR1" else fix
             raise InputError(where, got=name, expected="one JSON object a line, in UTF-8", fix=fix)
+
+
+def _empty(where: str) -> InputError:
+    return InputError(where, got="an empty file", expected="one JSON object a line", fix="Add rows, or drop it.")
 
 
 def _too_long(size: int) -> BadRow:

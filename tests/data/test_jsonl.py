@@ -4,7 +4,9 @@ import json
 
 import pytest
 
-from molora_jax.data import build
+from configs.common import get_config
+from molora_jax.config import validate
+from molora_jax.data import build, jsonl
 from molora_jax.errors import InputError
 from tests.data.fakes import ByteTokenizer, config, numbered, write_rows
 
@@ -72,13 +74,52 @@ def test_a_half_written_last_line(tmp_path):
     assert make(path, bad_rows="skip").report()["tasks"]["rows"]["bad_rows"] == 1
 
 
-@pytest.mark.parametrize("content", [b"", b"\n\n  \n"])
-def test_an_empty_file(tmp_path, content):
+@pytest.mark.parametrize("large", [False, True])
+@pytest.mark.parametrize("content", [b"", b"\n\n  \n", b"\xef\xbb\xbf \n" + b" " * 3000])
+def test_an_empty_file(tmp_path, monkeypatch, content, large):
     path = tmp_path / "rows.jsonl"
     path.write_bytes(content)
+    if large:
+        monkeypatch.setattr(jsonl, "LARGE", -1)
+        monkeypatch.setattr(jsonl, "MOST_BYTES", 1000)
     for bad_rows in ("error", "skip"):
         with pytest.raises(InputError, match="empty file"):
             make(path, bad_rows=bad_rows)
+
+
+def test_a_row_behind_much_white_space_is_not_lost(tmp_path, monkeypatch):
+    path = tmp_path / "rows.jsonl"
+    path.write_bytes(b'{"prompt": "q", "target": "a"}\n' + b" " * 5000 + b'{"prompt": "r", "target": "b"}\n')
+    monkeypatch.setattr(jsonl, "LARGE", -1)
+    monkeypatch.setattr(jsonl, "MOST_BYTES", 1000)
+    with pytest.raises(InputError, match="row 2: got a row of 5,031 bytes"):
+        make(path)
+
+
+def test_one_file_under_two_names_is_named_twice(tmp_path, monkeypatch):
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"prompt": "q", "target": "a"}\n{"prompt": "r", "target": "b"}\n')
+    (tmp_path / "link.jsonl").symlink_to(path)
+    (tmp_path / "a").mkdir()
+    monkeypatch.chdir(tmp_path)
+    for other in ("rows.jsonl", f"{tmp_path}/a/../rows.jsonl", "./rows.jsonl", f"{tmp_path}//rows.jsonl", "link.jsonl"):
+        both = f"jsonl:{path},jsonl:{other}"
+        with pytest.raises(InputError, match=r"data.tasks: got .*rows.jsonl.* one file; expected every task once"):
+            build(config(both), tokenizer=ByteTokenizer(), batch_size=1, seed=0)
+        with pytest.raises(InputError, match=r"data.valid: got .*rows.jsonl.* one file; expected every task once"):
+            make(path, valid=both)
+        whole = get_config()
+        whole.data.tasks = both
+        with pytest.raises(InputError, match="which are one file"):
+            validate(whole)
+
+
+@pytest.mark.parametrize("valid", ["{}", "sentiment", ",", "jsonl:{},{}"])
+def test_held_out_rows_are_files(tmp_path, valid):
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"prompt": "q", "target": "a"}\n')
+    with pytest.raises(InputError, match="^data.valid: got .*; expected jsonl:PATH or parquet:PATH"):
+        make(path, valid=valid.format(path, path))
 
 
 def test_no_file_a_folder_and_only_bad_rows(tmp_path):
