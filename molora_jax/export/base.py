@@ -15,7 +15,7 @@ from molora_jax import placements
 from molora_jax.backbones.base import Part
 from molora_jax.core.quant import dense
 from molora_jax.errors import InputError
-from molora_jax.io.tokenizer import read_json
+from molora_jax.io.files import read_json
 from molora_jax.placements.base_experts import BaseExperts
 from molora_jax.runs.opened import Opened
 from molora_jax.runs.products import products

@@ -47,19 +47,20 @@ from molora_jax.io import (
     gguf_model,
     gguf_tokenizer,
     huggingface,
+    model_files,
     parts,
     random_init,
     sandbox,
     tensors,
     tokenizer,
 )  # fmt: skip
-from molora_jax.io.files import write_text
+from molora_jax.io.files import read_json, there, write_text
 
 _DTYPES = {"float32": np.float32, "bfloat16": ml_dtypes.bfloat16, "float16": np.float16}
 _FORMAT = "v2"  # raise it when a conversion changes: old folders are then not used
 _QUANT_FORMAT = "v1"
 _NOTE = "molora.json"
-_WEIGHTS = "model.safetensors"
+_WEIGHTS = model_files.WEIGHTS
 
 
 @dataclasses.dataclass(frozen=True)
@@ -118,7 +119,7 @@ def load_base(
         raise InputError("base.quant", got=repr(quant), expected=f"one of none, {', '.join(FORMS)}")
     scheme, _, rest = source.partition(":")
     schemes = ("random", "pkg", "gguf", "dir", "hf", "sandbox")
-    if scheme not in schemes and (pathlib.Path(source).expanduser() / "config.json").is_file():
+    if scheme not in schemes and there(pathlib.Path(source).expanduser() / "config.json"):
         scheme, rest = "dir", source
     name, at, draw = rest.partition("@")
     if scheme == "random" and name in families.RANDOM and (draw.isdecimal() if at else True):
@@ -164,12 +165,7 @@ def _of_the_disk(source: str, error: OSError) -> InputError:
 
 
 def _folder(path) -> pathlib.Path:
-    return pathlib.Path(stores.at_hand(path, where="base.source", skip=_of_no_use)).expanduser()
-
-
-def _of_no_use(name: str) -> bool:
-    """Other copies of the weights that lie beside: in folders (onnx, original), or in formats that are not read."""
-    return "/" in name or not name.endswith((".json", ".jinja", ".safetensors"))
+    return pathlib.Path(stores.at_hand(path, where="base.source", skip=model_files.of_no_use)).expanduser()
 
 
 def _load_package(alias, dtype, quant, source, stored):
@@ -228,7 +224,7 @@ def _own_digest(note) -> str:
 def _read_note(folder, digest, dtype) -> dict[str, str]:
     """File name -> sha256. Raises InputError where the note is damaged or of another source."""
     try:
-        note = tokenizer.read_json(folder / _NOTE)
+        note = read_json(folder / _NOTE)
     except InputError as error:
         _damaged(folder / _NOTE, error.got, error.expected)
     sound = note.pop("sha256", None) == _own_digest(note)

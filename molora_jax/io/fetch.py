@@ -21,7 +21,7 @@ import sys
 import zipfile
 
 from molora_jax.errors import InputError
-from molora_jax.io import files, tensors
+from molora_jax.io import files, model_files, tensors
 from molora_jax.io.parts import sweep, temporary
 
 _CHUNK = 1 << 20
@@ -239,19 +239,17 @@ def hub_folder(name: str) -> pathlib.Path:
             fix=f"Run: pip install 'molora_jax[hub]'. {other}",
         ) from None  # fmt: skip
 
-    def get(patterns, at):
-        # not `*/*`: onnx, original and other copies of the weights lie in folders
-        return pathlib.Path(
-            huggingface_hub.snapshot_download(repository, revision=at, allow_patterns=patterns, ignore_patterns=["*/*"])
-        )
+    def get(weights, at):
+        wanted = [*model_files.TEXTS, model_files.INDEX, *weights]
+        return pathlib.Path(huggingface_hub.snapshot_download(repository, revision=at, allow_patterns=wanted))
 
     try:
-        folder = get(["*.json", "*.jinja", "model.safetensors"], revision or None)
-        index = folder / "model.safetensors.index.json"
-        if index.exists() and not (folder / "model.safetensors").exists():
+        folder = get([model_files.WEIGHTS], revision or None)
+        index = folder / model_files.INDEX
+        if files.there(index) and not files.there(folder / model_files.WEIGHTS):
             shards = sorted(set(tensors.read_index(index).values()))
             commit = folder.name if re.fullmatch("[0-9a-f]{40}", folder.name) else revision or None
-            folder = get(["*.json", "*.jinja", *shards], commit)  # of the same commit, whatever is pushed meanwhile
+            folder = get(shards, commit)  # of the same commit, whatever is pushed meanwhile
         return folder
     except InputError:
         raise

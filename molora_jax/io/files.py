@@ -2,12 +2,14 @@
 
 import contextlib
 import errno
+import json
 import os
 import pathlib
 import secrets
 import stat
 import time
 
+from molora_jax.errors import InputError
 from molora_jax.io import disk
 
 _KINDS = {
@@ -22,10 +24,47 @@ def plain(path: str | pathlib.Path) -> pathlib.Path:
     Raises:
       OSError: there is no such file, or it is something else; `strerror` says what.
     """
-    mode = os.stat(path).st_mode
+    try:
+        mode = os.stat(path).st_mode
+    except FileNotFoundError as error:
+        if not os.path.islink(path):
+            raise
+        raise OSError(errno.ENOENT, "a link to a file that does not exist", str(path)) from error
     if not stat.S_ISREG(mode):
         raise OSError(errno.EINVAL, f"{_KINDS.get(stat.S_IFMT(mode), 'something else')}, not a plain file", str(path))
     return pathlib.Path(path)
+
+
+def there(path: pathlib.Path) -> bool:
+    """Whether anything has this name, a link to nothing too (also of its folder): reading it says what is wrong."""
+    return os.path.lexists(path) or (path.parent.is_symlink() and not path.parent.exists())
+
+
+def read_text(path: pathlib.Path) -> str:
+    """UTF-8, perhaps after a byte order mark. Raises InputError."""
+    try:
+        return plain(path).read_text(encoding="utf-8-sig")
+    except OSError as error:
+        raise InputError(str(path), got=error.strerror or str(error), expected="a readable file") from None
+    except ValueError:
+        raise InputError(str(path), got="bytes that are not UTF-8", expected="UTF-8 text") from None
+
+
+def read_json(path: pathlib.Path) -> dict:
+    """Raises InputError where the file is missing or holds no JSON object."""
+    try:
+        value = json.loads(plain(path).read_text(encoding="utf-8-sig"))  # some editors put a BOM in front
+        if not isinstance(value, dict):
+            raise ValueError("not an object")  # noqa: TRY004
+    except OSError as error:
+        raise InputError(str(path), got=error.strerror or str(error), expected="a readable file") from None
+    except (ValueError, RecursionError) as error:
+        raise InputError(str(path), got=f"no JSON object ({error})", expected="a JSON object") from None
+    return value
+
+
+def json_if_there(path: pathlib.Path) -> dict:
+    return read_json(path) if there(path) else {}
 
 
 @contextlib.contextmanager

@@ -10,7 +10,8 @@ import tokenizers
 
 from molora_jax.errors import InputError
 from molora_jax.io.gguf import Gguf
-from molora_jax.io.tokenizer import Tokenizer, guarded
+from molora_jax.io.guard import guarded
+from molora_jax.io.tokenizer import Tokenizer
 
 _PRE_OF = {  # architecture -> tokenizer.ggml.pre of all its models, where a file does not say it
     "qwen2": "qwen2", "qwen3": "qwen2", "gpt-oss": "gpt-4o",

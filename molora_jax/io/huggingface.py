@@ -13,7 +13,6 @@ import json
 import math
 import os
 import pathlib
-import shutil
 import sys
 
 import numpy as np
@@ -26,19 +25,19 @@ from molora_jax.core.quant import dense, empty, quantise
 from molora_jax.core.trees import set_path
 from molora_jax.errors import InputError
 from molora_jax.io import mxfp4, tensors
-from molora_jax.io.files import write_text
-from molora_jax.io.tokenizer import Tokenizer, read_json
+from molora_jax.io.files import read_json, there, write_text
+from molora_jax.io.model_files import INDEX, WEIGHTS, copy_texts
+from molora_jax.io.tokenizer import Tokenizer
 
-INDEX = "model.safetensors.index.json"
 _HEAD = "lm_head.weight"
 
 
 def weight_files(folder: pathlib.Path) -> list[pathlib.Path]:
     """The folder's safetensors files, as its index names them."""
-    single, index = folder / "model.safetensors", folder / INDEX
-    if single.exists():
+    single, index = folder / WEIGHTS, folder / INDEX
+    if there(single):
         return [single]
-    if not index.exists():
+    if not there(index):
         raise InputError(
             str(folder), got=f"no model.safetensors and no {INDEX}",
             expected="a Hugging Face folder with safetensors weights",
@@ -122,7 +121,7 @@ def opened(folder: pathlib.Path, dtype) -> tuple[Backbone, dict]:
                     f"{path}: tensor {shown(name)}", got="a second copy", expected="one file for each tensor"
                 )
             views[name], origin[name] = view, path
-    if not (folder / "model.safetensors").exists():
+    if not there(folder / WEIGHTS):
         _check_index(folder / INDEX, origin)
     if said.get("quantization_config"):
         origin |= {name.removesuffix(mxfp4.BLOCKS): file for name, file in origin.items()}
@@ -223,20 +222,16 @@ def write_folder(folder: pathlib.Path, config: dict, sources: dict, tokenizer: T
     special = {f"{role}_token": getattr(tokenizer, role) for role in ("bos", "eos", "pad")}
     settings = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False, **special}
     settings["add_bos_token"] = bool(tokenizer.prefix_ids)
-    if tokenizer.template is not None:
-        settings["chat_template"] = tokenizer.template
+    settings["chat_template"] = tokenizer.template
+    if tokenizer.tool_template is not None:
+        named = {"default": tokenizer.template, "tool_use": tokenizer.tool_template}
+        settings["chat_template"] = [{"name": name, "template": template} for name, template in named.items()]
     settings = {key: value for key, value in settings.items() if value is not None}
     write_text(folder / "tokenizer_config.json", json.dumps(settings, indent=1))
     ends = {"eos_token_id": list(tokenizer.end_ids)} if tokenizer.end_ids else {}
     write_text(folder / "generation_config.json", json.dumps(ends))
     shapes = {name: shape for name, (shape, _) in sources.items()}
-    tensors.write(folder / "model.safetensors", shapes, dtype, (read() for _, read in sources.values()))
-
-
-_BESIDE = (  # files of a model's folder that say what its tokenizer and its answers are
-    "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
-    "chat_template.jinja", "chat_template.json",
-)  # fmt: skip
+    tensors.write(folder / WEIGHTS, shapes, dtype, (read() for _, read in sources.values()))
 
 
 def sources_of(config: Backbone, params: dict) -> dict:
@@ -273,9 +268,7 @@ def write_base(folder: pathlib.Path, base, dtype=np.float32) -> None:
     if base.folder is None:
         write_folder(folder, hf_config.to_hf(base.config), sources, base.tokenizer, dtype)
         return
-    for name in _BESIDE:
-        if (base.folder / name).is_file():
-            shutil.copyfile(base.folder / name, folder / name)
+    copy_texts(base.folder, folder)
     config = read_json(folder / "config.json")
     config = gemma.text_tower(config, "config.json") if config.get("text_config") else config  # no vision tower here
     config.pop("quantization_config", None)  # what was packed is not any more
@@ -284,6 +277,6 @@ def write_base(folder: pathlib.Path, base, dtype=np.float32) -> None:
         config["tie_word_embeddings"] = bool(getattr(base.config, "tied", False))  # the file's own head may overrule it
     write_text(folder / "config.json", json.dumps(config, indent=1))
     tensors.write(
-        folder / "model.safetensors", {name: shape for name, (shape, _) in sources.items()}, dtype,
+        folder / WEIGHTS, {name: shape for name, (shape, _) in sources.items()}, dtype,
         (read() for _, read in sources.values()),
     )  # fmt: skip

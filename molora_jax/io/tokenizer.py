@@ -20,12 +20,13 @@ import re
 import tokenizers
 
 from molora_jax.errors import InputError
-from molora_jax.io import templates
-from molora_jax.io.files import plain
+from molora_jax.io import special_tokens, templates
+from molora_jax.io.files import json_if_there, plain, read_json, read_text, there
+from molora_jax.io.guard import guarded
+from molora_jax.io.model_files import TOOL_TEMPLATE
 from molora_jax.io.templates import CHATML
 
 LARGEST_ID = 1 << 24
-NAMED = ("bos", "eos", "pad", "unk", "sep", "cls", "mask")  # `NAME_token` of tokenizer_config.json
 
 
 class Tokenizer:
@@ -220,25 +221,6 @@ class Tokenizer:
         return self.encode_plain(text) if self.template is None else self.encode(text)
 
 
-class guarded:  # noqa: N801 - a context manager, used like a function
-    """Around calls of the `tokenizers` package: what it raises, panics of its Rust code too, is an `InputError`.
-
-    TypeError passes: it is about the arguments.
-    """
-
-    def __init__(self, where: str, expected: str, fix: str = ""):
-        self.where, self.expected, self.fix = where, expected, fix
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, kind, error, _):
-        if kind is None or issubclass(kind, (TypeError, InputError)):
-            return
-        if issubclass(kind, Exception) or kind.__name__ == "PanicException":  # a panic is a BaseException
-            raise InputError(self.where, got=str(error)[:200], expected=self.expected, fix=self.fix) from None
-
-
 def _valid(text: str) -> bool:
     try:
         text.encode()
@@ -249,40 +231,61 @@ def _valid(text: str) -> bool:
 
 def from_folder(folder: str | pathlib.Path, *, end: str = "eos") -> Tokenizer:
     """Reads a Hugging Face folder: `tokenizer.json`, `tokenizer_config.json`, `special_tokens_map.json`,
-    `chat_template.jinja`, and the special ids of `generation_config.json` and `config.json`. `end`: the special token
-    that ends a text, `sep` of an encoder.
+    `added_tokens.json`, the chat templates, and the special ids of `generation_config.json` and `config.json`. `end`:
+    the special token that ends a text, `sep` of an encoder.
 
     Raises:
       InputError: no `tokenizer.json`, or one that does not parse; a special token or template that is none.
     """
     folder = pathlib.Path(folder)
-    path = folder / "tokenizer.json"
-    inner = _read_inner(path)
-    config = {**_optional(folder / "special_tokens_map.json"), **_optional(folder / "tokenizer_config.json")}
+    inner = _read_inner(folder / "tokenizer.json")
+    config, tokens = special_tokens.add(inner, folder)
     where = folder / "tokenizer_config.json"
-
-    def text(name, value):
-        value = value.get("content") if isinstance(value, dict) else value
-        if value is None or isinstance(value, str):
-            return value
-        raise InputError(f"{where}: {name}", got=repr(value)[:80], expected="text")
-
-    tokens = {f"{role}_token": text(f"{role}_token", config.get(f"{role}_token")) for role in NAMED}
-    add_bos = config.get("add_bos_token")
-    if add_bos is not None and not isinstance(add_bos, bool):
-        raise InputError(f"{where}: add_bos_token", got=repr(add_bos)[:80], expected="true or false")
-    settings = [(name, _optional(folder / name)) for name in ("generation_config.json", "config.json")]
+    add_bos = _settings(inner, config, where)
+    settings = [(name, json_if_there(folder / name)) for name in ("generation_config.json", "config.json")]
     ids = {
         role: [i for name, values in settings for i in _ids(f"{folder / name}: {role}_token_id", values, role)]
         for role in ("bos", "eos", "pad")
     }
     template, tool_template = _templates(folder, config, where)
     return Tokenizer(
-        inner, bos=tokens["bos_token"], eos=tokens[f"{end}_token"], pad=tokens["pad_token"], end_ids=ids["eos"],
-        bos_id=next(iter(ids["bos"]), None), pad_id=next(iter(ids["pad"]), None), add_bos=add_bos,
-        specials={name: token for name, token in tokens.items() if token is not None},
-        template=template, tool_template=tool_template, where=str(folder),
+        inner, bos=tokens.get("bos_token"), eos=tokens.get(f"{end}_token"), pad=tokens.get("pad_token"),
+        end_ids=ids["eos"], bos_id=next(iter(ids["bos"]), None), pad_id=next(iter(ids["pad"]), None), add_bos=add_bos,
+        specials=tokens, template=template, tool_template=tool_template, where=str(folder),
     )  # fmt: skip
+
+
+def _settings(inner, config, where) -> bool | None:
+    """`add_bos_token`. Raises InputError for what versions of transformers read in several ways."""
+
+    def flag(name):
+        value = config.get(name)
+        if value is not None and not isinstance(value, bool):
+            raise InputError(f"{where}: {name}", got=repr(value)[:80], expected="true or false")
+        return value
+
+    if flag("split_special_tokens"):
+        raise InputError(
+            f"{where}: split_special_tokens", got="true", expected="false: special tokens of a chat are no letters",
+            fix="Remove the field.",
+        )  # fmt: skip
+    space, own = flag("add_prefix_space"), _prefix_spaces(inner)
+    if space is not None and own - {space}:
+        raise InputError(
+            f"{where}: add_prefix_space", got=f"{str(space).lower()}, not so in tokenizer.json",
+            expected="the same in both", fix="Save the tokenizer again, so that its files agree.",
+        )  # fmt: skip
+    return flag("add_bos_token")
+
+
+def _prefix_spaces(inner) -> set[bool]:
+    """What the pre-tokenizers of tokenizer.json say of `add_prefix_space`."""
+    try:
+        state = json.loads(inner.pre_tokenizer.__getstate__()) if inner.pre_tokenizer is not None else {}
+    except Exception:  # noqa: BLE001 - one of a kind that is not written
+        return set()
+    parts = state.get("pretokenizers", [state])
+    return {part["add_prefix_space"] for part in parts if isinstance(part.get("add_prefix_space"), bool)}
 
 
 def _read_inner(path: pathlib.Path):
@@ -331,7 +334,7 @@ def _templates(folder, config, where) -> tuple[str | None, str | None]:
     if isinstance(value, list):  # several named templates
         pairs = [(item.get("name"), item.get("template")) for item in value if isinstance(item, dict)]
         named = {name: template for name, template in pairs if isinstance(name, str)}
-        if value and "default" not in named and not (folder / "chat_template.jinja").exists():
+        if value and "default" not in named and not there(folder / "chat_template.jinja"):
             raise InputError(
                 f"{where}: chat_template", got=f"templates {', '.join(named) or 'without names'}"[:200],
                 expected="one named default", fix="Name one of them default.",
@@ -340,41 +343,15 @@ def _templates(folder, config, where) -> tuple[str | None, str | None]:
         named = {"default": value}
     for name, path in (
         ("default", folder / "chat_template.jinja"),
-        ("tool_use", folder / "additional_chat_templates" / "tool_use.jinja"),
+        ("tool_use", folder / TOOL_TEMPLATE),
     ):
-        if path.exists():
-            named[name] = _read_text(path)
+        if there(path):
+            named[name] = read_text(path)
     found = named.get("default"), named.get("tool_use")
     for template in found:
         if template is not None and not isinstance(template, str):
             raise InputError(f"{where}: chat_template", got=repr(template)[:80], expected="text")
     return found
-
-
-def _read_text(path: pathlib.Path) -> str:
-    try:
-        return plain(path).read_text(encoding="utf-8-sig")
-    except OSError as error:
-        raise InputError(str(path), got=error.strerror or str(error), expected="a readable file") from None
-    except ValueError:
-        raise InputError(str(path), got="bytes that are not UTF-8", expected="UTF-8 text") from None
-
-
-def _optional(path: pathlib.Path) -> dict:
-    return read_json(path) if path.exists() else {}
-
-
-def read_json(path: pathlib.Path) -> dict:
-    """Raises InputError where the file is missing or holds no JSON object."""
-    try:
-        value = json.loads(plain(path).read_text(encoding="utf-8-sig"))  # some editors put a BOM in front
-        if not isinstance(value, dict):
-            raise ValueError("not an object")  # noqa: TRY004
-    except OSError as error:
-        raise InputError(str(path), got=error.strerror or str(error), expected="a readable file") from None
-    except (ValueError, RecursionError) as error:
-        raise InputError(str(path), got=f"no JSON object ({error})", expected="a JSON object") from None
-    return value
 
 
 def byte_tokenizer() -> Tokenizer:

@@ -252,12 +252,12 @@ def test_the_hub_gives_one_copy_of_the_weights(tmp_path, monkeypatch, commit):
         (whole / name).write_text("{}")
     calls = []
 
-    def snapshot_download(repository, *, revision, allow_patterns, ignore_patterns):
+    def snapshot_download(repository, *, revision, allow_patterns):
         calls.append(revision)
         for path in whole.rglob("*"):
             name = path.relative_to(whole).as_posix()
             fits = lambda patterns, name=name: any(fnmatch.fnmatch(name, pattern) for pattern in patterns)  # noqa: E731
-            if path.is_file() and fits(allow_patterns) and not fits(ignore_patterns):
+            if path.is_file() and fits(allow_patterns):
                 target = tmp_path / commit / name
                 target.parent.mkdir(exist_ok=True)
                 target.write_bytes(path.read_bytes())
