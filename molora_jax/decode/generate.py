@@ -55,7 +55,7 @@ def generate(
       InputError: an empty prompt or one that fills the context, a bad number, no room for a token.
     """
     needs_head(model.config, "generation", "base.source")
-    _check(prompts, max_new_tokens, temperature, seed, model.config.context)
+    _check(prompts, max_new_tokens, temperature, seed, model.config)
     filters = sampling.settings(
         temperature=temperature, top_p=top_p, top_k=top_k, min_p=min_p, repetition_penalty=repetition_penalty
     )
@@ -105,7 +105,7 @@ def end_ids(eos_id) -> np.ndarray:
     return np.asarray(ids or [-1], np.int32)
 
 
-def _check(prompts, max_new_tokens, temperature, seed, context):
+def _check(prompts, max_new_tokens, temperature, seed, config):
     whole = (int, np.integer)
     for name, value in (("max_new_tokens", max_new_tokens), ("seed", seed)):
         if isinstance(value, bool) or not isinstance(value, whole):
@@ -119,11 +119,22 @@ def _check(prompts, max_new_tokens, temperature, seed, context):
     if temperature != 0 and not 1e-3 <= temperature <= 1e3:  # beyond, float32 logits overflow
         raise InputError("temperature", got=str(temperature), expected="0 (the likeliest token), or 0.001 to 1000")
     for prompt in prompts:
-        if not 0 < len(prompt) < context:
+        if not 0 < len(prompt) < config.context:
             raise InputError(
-                "prompt", got=f"{len(prompt)} tokens", expected=f"1 to {context - 1}, to fit the model's context",
+                "prompt", got=f"{len(prompt)} tokens", expected=f"1 to {config.context - 1}, to fit the context",
                 fix="Shorten it." if prompt else "Write something.",
             )  # fmt: skip
+        check_ids(prompt, config.vocab)
+
+
+def check_ids(prompt, vocab: int) -> None:
+    """Raises InputError for an id without a row in the embedding: its look-up would give another token's."""
+    wrong = next((i for i in prompt if not 0 <= i < vocab), None)
+    if wrong is not None:
+        raise InputError(
+            "prompt", got=f"the token id {wrong}", expected=f"ids below {vocab}, the rows of the model's embedding",
+            fix="Use the tokenizer that belongs to these weights.",
+        )  # fmt: skip
 
 
 def may_cache(model, prompts, max_new_tokens: int) -> bool:

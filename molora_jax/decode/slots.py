@@ -22,7 +22,16 @@ import numpy as np
 
 from molora_jax.backbones.base import needs_head
 from molora_jax.decode import sampling
-from molora_jax.decode.generate import MULTIPLE, advanced, digest, may_cache, prefilled, prompt_batch, round_up
+from molora_jax.decode.generate import (
+    MULTIPLE,
+    advanced,
+    check_ids,
+    digest,
+    may_cache,
+    prefilled,
+    prompt_batch,
+    round_up,
+)
 from molora_jax.errors import InputError
 
 SMALLEST = 128  # positions of a cache; caches and padded prompts grow by doubling, so that few programs compile
@@ -103,12 +112,13 @@ class Slots:
         return self.context - len(ids)
 
     def check(self, ids, max_new_tokens: int) -> None:
-        """Raises InputError for a prompt that is empty or leaves no room, and for one that no cache can hold."""
+        """Raises InputError for a prompt that is empty, leaves no room, has a wrong id, or that no cache can hold."""
         if not 0 < len(ids) < self.context:
             raise InputError(
                 "prompt", got=f"{len(ids)} tokens", expected=f"1 to {self.context - 1}, to fit with its answer",
                 fix="Shorten it." if ids else "Write something.",
             )  # fmt: skip
+        check_ids(ids, self.model.config.vocab)
         if not may_cache(self.model, [ids], max_new_tokens):
             raise InputError(
                 "max_new_tokens", got=f"{len(ids)} tokens that may grow to {len(ids) + max_new_tokens}",

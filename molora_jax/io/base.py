@@ -297,6 +297,7 @@ def check_ids(text: tokenizer.Tokenizer, rows: int, *, where: str) -> None:
     named = {repr(token): vocabulary.get(token, 0)}
     named |= {f"the {role} token": getattr(text, f"{role}_id") or 0 for role in ("bos", "eos", "pad")}
     named |= {f"an end token, {i}": i for i in getattr(text, "end_ids", ())}
+    named |= {f"a token that is put around texts, {i}": i for i in (*text.prefix_ids, *text.suffix_ids)}
     for name, largest in named.items():
         if not 0 <= largest < rows:
             raise InputError(

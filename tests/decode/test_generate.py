@@ -99,6 +99,8 @@ def test_answers_end_at_the_context():
     [
         ([[]], {}, "prompt: got 0 tokens"),
         ([[1] * 512], {}, "prompt: got 512 tokens"),
+        ([[1], [2, 10**6]], {}, "prompt: got the token id 1000000"),
+        ([[-1]], {}, "prompt: got the token id -1"),
         ([[1]], dict(max_new_tokens=0), "max_new_tokens"),
         ([[1]], dict(temperature=-1.0), "temperature"),
         ([[1]], dict(temperature=float("nan")), "temperature"),

@@ -162,6 +162,23 @@ def test_a_tokenizer_larger_than_the_model(folder):
         load_base(f"dir:{folder}")
 
 
+@pytest.mark.parametrize("side", ["prefix", "suffix"])
+def test_ids_that_a_post_processor_adds_have_rows(folder, side):
+    """TemplateProcessing may name ids that no vocabulary has: a look-up there would give another token's row."""
+    file = json.loads((folder / "tokenizer.json").read_text())
+    own, text = {"SpecialToken": {"id": "<s>", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}
+    single = [own, text] if side == "prefix" else [text, own]
+    specials = {"<s>": {"id": "<s>", "ids": [999999], "tokens": ["<s>"]}}
+    pair = [text, {"Sequence": {"id": "B", "type_id": 1}}]
+    file["post_processor"] = dict(type="TemplateProcessing", single=single, pair=pair, special_tokens=specials)
+    (folder / "tokenizer.json").write_text(json.dumps(file))
+    settings = json.loads((folder / "tokenizer_config.json").read_text())
+    del settings["add_bos_token"]
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    with pytest.raises(InputError, match="tokenizer: got .* 999999 .*expected ids below"):
+        load_base(f"dir:{folder}")
+
+
 def test_mutated_and_truncated_safetensors(tmp_path):
     """Nothing but InputError comes out, and views never leave the file."""
     wanted = {"a": np.ones((2, 3), np.float32), "b": np.ones(5, np.float32)}
