@@ -12,7 +12,7 @@
                                  another draw (seed 7, not 0)
 
 A GGUF file (or a model in parts, by any of them) is dequantised once, into a Hugging Face folder
-`CACHE/converted/<digest>-<dtype>-v2`; later starts only map that. The folder is written under another name and renamed
+`CACHE/converted/<digest>-<dtype>-v3`; later starts only map that. The folder is written under another name and renamed
 when it is complete, so a kill leaves no half model and two processes at once do no harm. `molora.json` in it holds the
 sha256 of every file and of itself, and all are hashed at every start (0.4 s for 540 MB, while they are copied): a
 flipped bit on the disk would otherwise pass as a slightly different model. A base that is read quantised (`quant`) lies
@@ -22,6 +22,7 @@ beside it in the same way, as `<digest>-<dtype>-<quant>-v1`, made of one tensor 
 import concurrent.futures
 import contextlib
 import dataclasses
+import functools
 import hashlib
 import json
 import os
@@ -57,7 +58,7 @@ from molora_jax.io import (
 from molora_jax.io.files import read_json, there, write_text
 
 _DTYPES = {"float32": np.float32, "bfloat16": ml_dtypes.bfloat16, "float16": np.float16}
-_FORMAT = "v2"  # raise it when a conversion changes: old folders are then not used
+_FORMAT = "v3"  # raise it when a conversion changes: old folders are then not used
 _QUANT_FORMAT = "v1"
 _NOTE = "molora.json"
 _WEIGHTS = model_files.WEIGHTS
@@ -318,10 +319,33 @@ def _converted(digest, dtype, gguf_path) -> pathlib.Path:
     with _cached(folder) as part:
         file = gguf.read(path)
         config = gguf_model.hf_config(file)
-        sources = gguf_model.tensor_sources(file, hf_config.from_hf(config, where=str(path)))
-        huggingface.write_folder(part, config, sources, gguf_tokenizer.tokenizer(file), _DTYPES[dtype])
+        backbone, text = hf_config.from_hf(config, where=str(path)), gguf_tokenizer.tokenizer(file)
+        check_ids(text, backbone.vocab, where=str(path))
+        sources = {
+            name: (shape, functools.partial(_finite, f"{path}: tensor {name}", read, _DTYPES[dtype]))
+            for name, (shape, read) in gguf_model.tensor_sources(file, backbone).items()
+        }
+        huggingface.write_folder(part, config, sources, text, _DTYPES[dtype])
+        try:  # what cannot be read back is an error of the file, and never takes its place in the cache
+            huggingface.opened(part, _DTYPES[dtype])
+            check_ids(tokenizer.from_folder(part), backbone.vocab, where=str(path))
+        except InputError as error:
+            where = error.where.replace(str(part), str(path))
+            raise InputError(where, got=error.got, expected=error.expected, fix=error.fix) from None
         _write_note(part, digest, path.name, dtype)
     return folder
+
+
+def _finite(where, read, dtype) -> np.ndarray:
+    """A tensor of a GGUF file in the dtype that it is kept in."""
+    with np.errstate(over="ignore"):
+        value = read().astype(dtype)
+    if not np.isfinite(value).all():
+        raise InputError(
+            where, got=f"NaN or values that are infinite in {np.dtype(dtype).name}", expected="finite weights",
+            fix="Fetch the file again, or load it as float32.",
+        )  # fmt: skip
+    return value
 
 
 @contextlib.contextmanager

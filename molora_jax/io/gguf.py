@@ -47,7 +47,21 @@ class Gguf:
         """
         value = self.metadata.get(key, default)
         if isinstance(value, bool) != (kinds is bool) or not isinstance(value, kinds):
-            raise InputError(f"{self.path}: {key}", got=f"{value!r:.100}", expected=f"metadata of type {kinds}")
+            names = " or ".join(kind.__name__ for kind in (kinds if isinstance(kinds, tuple) else (kinds,)))
+            raise InputError(f"{self.path}: {key}", got=f"{value!r:.100}", expected=f"metadata of type {names}")
+        return value
+
+    def get_if_there(self, key: str, kinds):
+        """`get`, or None where there is none."""
+        return self.get(key, kinds) if key in self.metadata else None
+
+    def numbers(self, key: str, *, whole: bool) -> np.ndarray:
+        """A metadata array of numbers, `whole` ones or any. Raises InputError as `get` does."""
+        value = self.get(key, np.ndarray)
+        if value.dtype.kind not in ("iu" if whole else "iuf"):
+            raise InputError(
+                f"{self.path}: {key}", got=f"an array of {value.dtype}", expected="integers" if whole else "numbers"
+            )
         return value
 
     def tensor(self, name: str):

@@ -86,8 +86,8 @@ def hf_config(gguf: Gguf) -> dict:
         "tie_word_embeddings": "output.weight" not in gguf.entries,
         "hidden_act": "silu",
         "attention_bias": arch != "qwen2" and "blk.0.attn_q.bias" in gguf.entries,
-        "bos_token_id": gguf.metadata.get("tokenizer.ggml.bos_token_id"),
-        "eos_token_id": gguf.metadata.get("tokenizer.ggml.eos_token_id"),
+        "bos_token_id": gguf.get_if_there("tokenizer.ggml.bos_token_id", int),
+        "eos_token_id": gguf.get_if_there("tokenizer.ggml.eos_token_id", int),
     }
     window = whole("attention.sliding_window", 0)
     if row.sliding:

@@ -17,6 +17,8 @@ _PRE_OF = {  # architecture -> tokenizer.ggml.pre of all its models, where a fil
     "qwen2": "qwen2", "qwen3": "qwen2", "gpt-oss": "gpt-4o",
 }  # fmt: skip
 _NORMAL, _UNKNOWN, _SPECIAL, _USER_DEFINED, _BYTE = 1, 2, 3, 4, 6  # tokenizer.ggml.token_type
+_ADDED = (_SPECIAL, _USER_DEFINED)
+_OF, _TEMPLATE = "tokenizer.ggml.", "tokenizer.chat_template"
 _SPACE, _LONGEST = "\u2581", 512
 _ELSEWHERE = "Load this model as hf:ORG/NAME or dir:PATH, where tokenizer.json says it all."
 _WORDS = (
@@ -55,56 +57,62 @@ def tokenizer(gguf: Gguf) -> Tokenizer:
     Raises:
       InputError: another kind of tokenizer, an unknown `tokenizer.ggml.pre`, or a broken vocabulary.
     """
-    kind = gguf.metadata.get("tokenizer.ggml.model")
-    if not isinstance(kind, str) or kind not in ("gpt2", "llama"):
-        raise InputError(
-            f"{gguf.path}: tokenizer.ggml.model", got=f"{kind!r:.80}", expected="'gpt2' or 'llama'", fix=_ELSEWHERE
-        )
-    tokens = gguf.get("tokenizer.ggml.tokens", list)
-    kinds = gguf.get("tokenizer.ggml.token_type", (np.ndarray, list), np.ones(len(tokens), np.int32))
+    kind = gguf.get_if_there(f"{_OF}model", str)
+    if kind not in ("gpt2", "llama"):
+        raise InputError(f"{gguf.path}: {_OF}model", got=f"{kind!r:.80}", expected="'gpt2' or 'llama'", fix=_ELSEWHERE)
+    tokens = gguf.get(f"{_OF}tokens", list)
+    kinds = np.ones(len(tokens), np.int32)
+    if f"{_OF}token_type" in gguf.metadata or kind == "llama":  # whose bytes are known by their type alone
+        kinds = gguf.numbers(f"{_OF}token_type", whole=True)
+    if kind == "gpt2" and not np.isin(kinds, _ADDED).any():  # the file does not say which tokens are special
+        kinds = [_SPECIAL if t.startswith("<|") and t.endswith("|>") else _NORMAL for t in tokens]
     vocab = {token: i for i, token in enumerate(tokens)}
     if len(vocab) != len(tokens) or len(kinds) != len(tokens):
         raise InputError(f"{gguf.path}: tokenizer", got="repeated tokens or odd lengths", expected="a BPE vocabulary")
     inner, bos_first = (_byte_level if kind == "gpt2" else _scored)(gguf, tokens, kinds, vocab)
-    added = [(t, k) for t, k in zip(tokens, kinds, strict=True) if k in (_SPECIAL, _USER_DEFINED)]
-    inner.add_tokens([tokenizers.AddedToken(t, special=bool(k == _SPECIAL), normalized=False) for t, k in added])
-
-    def special_id(role):
-        index = gguf.metadata.get(f"tokenizer.ggml.{role}_token_id")
-        if index is not None and (not isinstance(index, int) or not 0 <= index < len(tokens)):
-            raise InputError(f"{gguf.path}: {role}_token_id", got=repr(index), expected=f"an id below {len(tokens)}")
-        return index
-
-    def special(role):
-        index = special_id(role)
-        return None if index is None else tokens[index]
-
-    ends = [special_id(role) for role in ("eos", "eot", "eom")]  # of the text, of a turn, of a message
-    listed = gguf.metadata.get("tokenizer.ggml.eos_token_ids", [])
-    for index in listed if isinstance(listed, (list, np.ndarray)) else [listed]:
-        if not isinstance(index, (int, np.integer)) or not 0 <= index < len(tokens):
-            expected = f"ids below {len(tokens)}"
-            raise InputError(f"{gguf.path}: eos_token_ids", got=repr(index)[:80], expected=expected)
-        ends.append(int(index))
-    add_bos = gguf.metadata.get("tokenizer.ggml.add_bos_token", bos_first)
+    ids, ends = _special_ids(gguf, len(tokens))
+    # a special token that a file calls an ordinary one; a single character (a pad that is "!") stays a letter
+    named = {i for i in (*ids.values(), *ends) if len(tokens[i]) > 1}
+    added = [(t, k) for i, (t, k) in enumerate(zip(tokens, kinds, strict=True)) if k in _ADDED or i in named]
+    inner.add_tokens([tokenizers.AddedToken(t, special=bool(k != _USER_DEFINED), normalized=False) for t, k in added])
+    text = {role: tokens[i] for role, i in ids.items() if i in named}
+    add_bos = gguf.get(f"{_OF}add_bos_token", bool, bos_first)
+    template, tool_template = (gguf.get_if_there(key, str) for key in (_TEMPLATE, f"{_TEMPLATE}.tool_use"))
+    if template is None and tool_template is not None:
+        raise InputError(f"{gguf.path}: {_TEMPLATE}", got="none, beside one for tools", expected="one for all turns")
     return Tokenizer(
-        inner, bos=special("bos"), eos=special("eos"), pad=special("padding"),
-        end_ids=[index for index in ends if index is not None], add_bos=bool(add_bos) and special("bos") is not None,
-        template=gguf.metadata.get("tokenizer.chat_template"), where=gguf.path,
+        inner, bos=text.get("bos"), eos=text.get("eos"), pad=text.get("padding"), end_ids=ends, bos_id=ids.get("bos"),
+        pad_id=ids.get("padding"), add_bos=add_bos and "bos" in ids, template=template, tool_template=tool_template,
+        where=gguf.path,
     )  # fmt: skip
+
+
+def _special_ids(gguf, size) -> tuple[dict[str, int], list[int]]:
+    """Role -> id, and all ids that end an answer."""
+    said = {key: gguf.get(key, int) for key in gguf.metadata if key.startswith(_OF) and key.endswith("_token_id")}
+    keys = {f"{_OF}{role}_token_id": role for role in ("bos", "eos", "eot", "eom", "padding")}  # of a turn, a message
+    ids = {role: said[key] for key, role in keys.items() if key in said}
+    listed = gguf.metadata.get(f"{_OF}eos_token_ids", [])
+    if not isinstance(listed, int) and f"{_OF}eos_token_ids" in gguf.metadata:
+        listed = gguf.numbers(f"{_OF}eos_token_ids", whole=True).tolist()
+    more = [gguf.get(f"{_OF}eos_token_ids", int)] if isinstance(listed, int) else listed
+    for name, index in (*((f"{role}_token_id", i) for role, i in ids.items()), *(("eos_token_ids", i) for i in more)):
+        if not 0 <= index < size:
+            raise InputError(f"{gguf.path}: {_OF}{name}", got=str(index), expected=f"an id below {size}")
+    return ids, [*(ids[role] for role in ("eos", "eot", "eom") if role in ids), *more]
 
 
 def _byte_level(gguf, tokens, kinds, vocab):
     """A `gpt2` vocabulary; and whether llama.cpp puts BOS in front where the file does not say it."""
-    pre = gguf.metadata.get("tokenizer.ggml.pre", "default")
-    if isinstance(pre, str) and pre == "default":  # not said: known where all models of an architecture have the same
-        pre = _PRE_OF.get(gguf.metadata.get("general.architecture"), "none, or 'default'")
-    parts = _pre_tokenizer(pre) if isinstance(pre, str) else None
+    pre = gguf.get(f"{_OF}pre", str, "default")
+    if pre == "default":  # not said: known where all models of an architecture have the same
+        pre = _PRE_OF.get(gguf.get_if_there("general.architecture", str), "none, or 'default'")
+    parts = _pre_tokenizer(pre)
     if parts is None:
         raise InputError(
-            f"{gguf.path}: tokenizer.ggml.pre", got=f"{pre!r:.80}", expected=f"one of {', '.join(_PRE)}", fix=_ELSEWHERE
+            f"{gguf.path}: {_OF}pre", got=f"{pre!r:.80}", expected=f"one of {', '.join(_PRE)}", fix=_ELSEWHERE
         )
-    pairs = [tuple(merge.split(" ")) for merge in gguf.get("tokenizer.ggml.merges", list)]
+    pairs = [tuple(merge.split(" ")) for merge in gguf.get(f"{_OF}merges", list)]
     if any(len(pair) != 2 for pair in pairs):
         raise InputError(f"{gguf.path}: tokenizer", got="a merge that is no pair", expected="a BPE vocabulary")
     pre_tokenizer, normalizer, ignore_merges = parts
@@ -118,9 +126,9 @@ def _byte_level(gguf, tokens, kinds, vocab):
 
 def _scored(gguf, tokens, kinds, vocab):
     """A `llama` vocabulary, whose merges follow from its scores."""
-    scores = gguf.get("tokenizer.ggml.scores", (np.ndarray, list))
+    scores = gguf.numbers(f"{_OF}scores", whole=False)
     if len(scores) != len(tokens) or not np.isfinite(np.asarray(scores, np.float64)).all():
-        raise InputError(f"{gguf.path}: tokenizer.ggml.scores", got=f"{len(scores)}", expected="a number each token")
+        raise InputError(f"{gguf.path}: {_OF}scores", got=f"{len(scores)}", expected="a number each token")
     usable = {t for t, k in zip(tokens, kinds, strict=True) if k in (_NORMAL, _USER_DEFINED)}
     longest = max(map(len, usable), default=0)
     if longest > _LONGEST:  # every way to cut it is looked up
@@ -136,7 +144,7 @@ def _scored(gguf, tokens, kinds, vocab):
     with guarded(f"{gguf.path}: tokenizer", "a SentencePiece vocabulary"):
         model = tokenizers.models.BPE(vocab, merges, unk_token=unknown, fuse_unk=True, byte_fallback=bytes_)
         inner = tokenizers.Tokenizer(model)
-    prefix = bool(gguf.metadata.get("tokenizer.ggml.add_space_prefix", True))
+    prefix = gguf.get(f"{_OF}add_space_prefix", bool, True)
     n, d = tokenizers.normalizers, tokenizers.decoders
     inner.normalizer = n.Sequence([*([n.Prepend(_SPACE)] if prefix else []), n.Replace(" ", _SPACE)])
     strip = [d.Strip(" ", 1, 0)] if prefix else []

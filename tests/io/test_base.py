@@ -131,7 +131,7 @@ def test_files_that_are_refused(cache, tmp_path):
 def test_conversion_happens_once(cache, model, monkeypatch):
     first = load_base(f"gguf:{model}")
     folders = list((cache / "converted").iterdir())
-    assert [folder.name for folder in folders] == [f"{first.digest[:32]}-float32-v2"]
+    assert [folder.name for folder in folders] == [f"{first.digest[:32]}-float32-v3"]
     assert first.digest == hashlib.sha256(model.read_bytes()).hexdigest()
     monkeypatch.setattr(base_module.gguf, "read", lambda path: pytest.fail("converted again"))
     monkeypatch.setattr(fetch, "file_sha256", lambda path, real=fetch.file_sha256: real(path))

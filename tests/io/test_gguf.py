@@ -9,6 +9,7 @@ import pytest
 from molora_jax.errors import InputError
 from molora_jax.io import gguf, gguf_model, gguf_tokenizer, quants
 from molora_jax.io.base import load_base
+from molora_jax.io.tokenizer import byte_tokenizer
 from tests.io import tiny_files
 
 FIXTURES = pathlib.Path(__file__).parents[1] / "fixtures"
@@ -205,3 +206,84 @@ def test_end_tokens_and_bos(tmp_path, metadata, ends, prefix):
         assert (tok.end_ids, tok.eos_id, tok.prefix_ids) == (ends, 259, prefix)
         ids = tok.encode_chat([dict(role="user", content="hi")], add_generation_prompt=True)
         assert ids[:1] == list(prefix or tok.encode("u")) and ids.count(257) == len(prefix)
+
+
+T = "tokenizer.ggml."
+UNTYPED = {  # what a file says of its 261 tokens, in place of "the last four but one are special"
+    "no types": {f"{T}token_type": None},
+    "all ordinary": {f"{T}token_type": [1] * 261},
+    "ordinary ends": {f"{T}token_type": [1] * 256 + [3, 1, 3, 1, 1]},
+    "an ordinary end of a turn": {f"{T}token_type": [1] * 256 + [3, 3, 1, 3, 1], f"{T}eot_token_id": 258},
+    "an ordinary end in the list": {f"{T}token_type": [1] * 256 + [3, 3, 1, 3, 1], f"{T}eos_token_ids": [259, 258]},
+    "an ordinary pad": {f"{T}token_type": [1] * 256 + [1, 3, 3, 3, 1], f"{T}padding_token_id": 256},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", UNTYPED)
+def test_special_ids_are_tokens_whatever_type_the_file_gives_them(tmp_path, name):
+    path, text = tmp_path / "m.gguf", "a<|im_start|>b<|im_end|>\n<|bos|><|pad|>ab"
+    path.write_bytes(tiny_files.llama_gguf()[0])
+    ids = gguf_tokenizer.tokenizer(gguf.read(path)).encode(text)
+    assert [i for i in ids if 256 <= i < 260] == [258, 259, 257, 256]
+    drop = [key for key, value in UNTYPED[name].items() if value is None]
+    path.write_bytes(tiny_files.llama_gguf(metadata=() if drop else UNTYPED[name], drop=drop)[0])
+    for tok in (gguf_tokenizer.tokenizer(gguf.read(path)), load_base(f"gguf:{path}").tokenizer):
+        assert tok.encode(text) == ids and tok.decode(ids, skip_special_tokens=True) == "ab\nab"
+
+
+def test_a_pad_that_is_a_letter_stays_one(tmp_path):
+    path = tmp_path / "m.gguf"
+    path.write_bytes(tiny_files.llama_gguf(metadata={f"{T}padding_token_id": 64})[0])
+    plain = byte_tokenizer()
+    letter = plain.token_text(64)
+    for tok in (gguf_tokenizer.tokenizer(gguf.read(path)), load_base(f"gguf:{path}").tokenizer):
+        assert tok.decode(tok.encode(f"x{letter}"), skip_special_tokens=True) == f"x{letter}"
+
+
+def test_the_converted_tokenizer_is_the_files(tmp_path):
+    templates = {"tokenizer.chat_template": "{{ messages[0].content }}", "tokenizer.chat_template.tool_use": "tools"}
+    more = {f"{T}padding_token_id": 256, f"{T}eot_token_id": 258, f"{T}add_bos_token": True}
+    path = tmp_path / "m.gguf"
+    path.write_bytes(tiny_files.llama_gguf(metadata=templates | more)[0])
+    tok, converted = gguf_tokenizer.tokenizer(gguf.read(path)), load_base(f"gguf:{path}").tokenizer
+    assert converted.digest() == tok.digest()
+    talk = [dict(role="user", content="hi")]
+    assert converted.chat(talk, add_generation_prompt=True) == "hi"
+    assert converted.chat(talk, add_generation_prompt=True, tools=[{}]) == "tools"
+
+
+MISTYPED = {
+    f"{T}model": 3, f"{T}pre": 3, f"{T}tokens": [1, 2], f"{T}token_type": "3", f"{T}merges": 1,
+    f"{T}add_bos_token": "false", f"{T}eos_token_id": True, f"{T}bos_token_id": "1", f"{T}padding_token_id": 0.5,
+    f"{T}eot_token_id": [1], f"{T}unknown_token_id": "x", f"{T}eos_token_ids": "259",
+    "tokenizer.chat_template": 7, "tokenizer.chat_template.tool_use": ["a"],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("key", MISTYPED)
+def test_metadata_of_another_type_is_refused_by_its_key(tmp_path, key):
+    path = tmp_path / "m.gguf"
+    path.write_bytes(tiny_files.llama_gguf(metadata={key: MISTYPED[key]})[0])
+    with pytest.raises(InputError, match=f"m.gguf: {key}: got"):
+        load_base(f"gguf:{path}")
+    assert not list((tmp_path / "cache").glob("converted/[!.]*"))
+
+
+@pytest.mark.parametrize("bad, dtype", [(np.nan, "float32"), (np.inf, "float32"), (1e30, "float16")])
+def test_weights_that_are_not_finite_are_the_files_error(tmp_path, monkeypatch, bad, dtype):
+    config = tiny_files.llama_config()
+    values = tiny_files.hf_tensors(config)
+    values["model.layers.1.mlp.up_proj.weight"][3, 2] = bad
+    path = tmp_path / "m.gguf"
+    path.write_bytes(tiny_files.gguf_of(config, values))
+    with pytest.raises(InputError, match=r"m\.gguf: tensor model\.layers\.1\.mlp\.up_proj\.weight: got NaN or values"):
+        load_base(f"gguf:{path}", dtype=dtype)
+    assert not list((tmp_path / "cache").glob("converted/*"))
+
+
+def test_a_tokenizer_larger_than_the_embedding_is_the_files_error(tmp_path):
+    path = tmp_path / "m.gguf"
+    path.write_bytes(tiny_files.llama_gguf(vocab_size=100)[0])
+    with pytest.raises(InputError, match=r"m\.gguf: tokenizer: got .* ids below 100"):
+        load_base(f"gguf:{path}")
+    assert not list((tmp_path / "cache").glob("converted/*"))

@@ -84,7 +84,7 @@ def test_bytes_specials_and_user_defined_tokens():
         (dict(scores=np.array([np.nan] * 321, np.float32)), "scores"),
         (dict(scores=np.zeros(3, np.float32)), "scores"),
         (dict(token_type=np.ones(3, np.int32)), "odd lengths"),
-        (dict(tokens=["a" * 1000], scores=[0.0], token_type=[1]), "a token of 1000 characters"),
+        (dict(tokens=["a" * 1000], scores=np.zeros(1), token_type=np.ones(1, int)), "a token of 1000 characters"),
         (dict(bos_token_id=10**6), "bos_token_id"),
     ],
 )
