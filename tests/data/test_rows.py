@@ -5,7 +5,7 @@ import pathlib
 
 import pytest
 
-from molora_jax.data import build, traces
+from molora_jax.data import build, encode, traces
 from molora_jax.data.jsonl import BadRow
 from molora_jax.data.options import Options
 from molora_jax.data.rows import to_example
@@ -307,19 +307,20 @@ def test_a_row_that_hangs_the_template_is_one_bad_row(tmp_path, monkeypatch):
     hangs = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"
     hangs = "{% if messages[0].content[:4] == 'boom' %}" + hangs + "{% endif %}"
     tokenizer = Tokenizer(CHATML.inner, eos="<|im_end|>", template=hangs + templates.CHATML)
-    worker = templates.Worker(seconds=0.2)
+    worker = templates.Worker(seconds=0.5)
     monkeypatch.setattr(templates, "_worker", worker)
     try:
         rows = [dict(prompt=f"q{i}", target="a") for i in range(600)]
         rows[300]["prompt"] = "boom"
         (task,) = make(tmp_path, rows, tokenizer=tokenizer, bad_rows="skip").report()["tasks"].values()
         assert (task["bad_rows"], task["kept"]) == (1, 599)
-        with pytest.raises(InputError, match=r"d.jsonl, row 301: got it ran for more than 0.2 seconds.*bad_rows"):
+        with pytest.raises(InputError, match=r"d.jsonl, row 301: got it ran for more than 0.5 seconds.*bad_rows"):
             make(tmp_path, rows, tokenizer=tokenizer)
         as_large(monkeypatch)
+        monkeypatch.setattr(encode, "Deaths", lambda: templates.Deaths(3))
         for i in range(100, 112, 2):
             rows[i]["prompt"] = f"boom {i}"
-        with pytest.raises(InputError, match=r"d.jsonl, row \d+: got one of 5 rows that stop the chat template"):
+        with pytest.raises(InputError, match=r"d.jsonl, row \d+: got one of 3 rows that stop the chat template"):
             make(tmp_path, rows, tokenizer=tokenizer, bad_rows="skip")
     finally:
         worker.close()
