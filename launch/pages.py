@@ -28,7 +28,7 @@ ITEM = re.compile(r"  [`\w{][^:]*: ")  # a line of a section that begins somethi
 NAMED = re.compile(r"^([a-z_][\w, ]*|InputError):")
 EXAMPLE = re.compile(r"^ *>>> .*(\n *\S.*)*\n?", re.M)
 SECTION = re.compile(r"^(Args|Returns|Raises):$")
-FUNCTIONS = ("train", "evaluate", "perform", "load_run", "write_run", "load_base", "load_base_run")
+FUNCTIONS = ("load_config", "train", "evaluate", "perform", "load_run", "write_run", "load_base", "load_base_run")
 AXES = "adapters inits routers placements losses optim objectives backbones regimes surgery".split()
 TITLES = dict(
     functions="Functions", runs="A loaded run", modules="Layers for a Flax model", ops="Operations and engines",

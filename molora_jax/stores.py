@@ -48,7 +48,7 @@ def served(where: str, path):
             raise InputError(where, got=url, expected=f"{scheme}://BUCKET/NAME", fix="Name bucket and folder.")
         if importlib.util.find_spec("fsspec") is None or not _installed(scheme):
             raise InputError(
-                where, got=f"{url}, without {PACKAGES[scheme]}", expected="the extra `stores`",
+                where, got=f"{url}, without {PACKAGES[scheme]}", expected="the extra stores",
                 fix="pip install 'molora_jax[stores]', or mount the bucket (gcsfuse, mountpoint-s3) for what is read.",
             )  # fmt: skip
     return path

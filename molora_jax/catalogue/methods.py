@@ -21,7 +21,7 @@ def surgeries_table() -> str:
 
 def methods_table() -> str:
     """The table of `docs/methods.md`, in Markdown."""
-    head = ["method", "paper", "its own on the axes", "equation", "differs from the paper's code"]
+    head = ["method", "paper", "what it changes (axis and member)", "equation", "differs from the paper's code"]
     head += ["trained on SmolLM2-135M", "files of its own", "config"]
     rows = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
     for row in EVERY:
@@ -33,7 +33,7 @@ def methods_table() -> str:
 
 def readme_table() -> str:
     """The table of the README: the same rows, fewer columns."""
-    rows = ["| method | paper | its own on the axes | run it with |", "|---|---|---|---|"]
+    rows = ["| method | paper | what it changes (axis and member) | run it with |", "|---|---|---|---|"]
     for row in EVERY:
         axes = row.axes.replace("|", "\\|")
         rows.append(f"| {row.title} | {_paper(row)} | {axes} | {_command(row)} |")

@@ -232,12 +232,18 @@ def _routing(runs, colours) -> str:
         fig = plots.draw_routing(run.report["routing"], _counts(run))
         picture = _picture(fig, f"experts by layer and task of {run.name}", kind="png")
         out.append(f"<h3>{e(run.name)}</h3>{picture}")
-    for run in runs:
-        if run.report and not run.report["routing"]:
-            out.append(_say(f"{run.name}: no router, every token uses the same adapter."))
-        elif not run.report:
-            out.append(_say(f"{run.name}: where tokens go by layer and task is known after an evaluation."))
+    others = [run for run in runs if run not in routed]
+    without = [run.name for run in others if not _has_router(run)]
+    unknown = [run.name for run in others if _has_router(run)]
+    if without:
+        out.append(_say(f"{', '.join(without)}: no router, every token uses the same adapter."))
+    if unknown:
+        out.append(_say(f"{', '.join(unknown)}: where tokens go by layer and task is known after an evaluation."))
     return "".join(out)
+
+
+def _has_router(run) -> bool:
+    return any(rule.get("router") for rule in run.config.get("method", {}).get("rules", {}).values())
 
 
 def _differences(runs) -> str:

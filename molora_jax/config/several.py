@@ -6,6 +6,7 @@ What may differ is an argument of the compiled step (seed, learning rate, loss w
 Everything else is compiled into it, or is there once for all runs. Nothing here imports jax.
 """
 
+import hashlib
 import itertools
 import re
 
@@ -98,11 +99,17 @@ def product(fields: list[tuple[str, list[str]]], *, where: str = "--runs") -> di
     out = {}
     for values in itertools.product(*(values for _, values in fields)):
         folder = "_".join(f"{short}={_plain(value)}" for short, value in zip(names, values, strict=True))
+        if len(folder.encode()) > LONGEST_NAME:
+            got = f"{len(names)} fields, which make the name of a folder {len(folder.encode())} bytes long"
+            raise wrong(where, got, f"at most {LONGEST_NAME}", "Ask for fewer fields at once.")
         if folder in out:
             got = f"two values that are called {folder!r}"
             raise wrong(where, got, "values that differ, in the name of the file too", "Change one of them.")
         out[folder] = [(name, value) for (name, _), value in zip(fields, values, strict=True)]
     return out
+
+
+LONGEST, LONGEST_NAME = 60, 240  # bytes of a value in a folder's name, and of that name (a file system takes 255)
 
 
 def _short(names):
@@ -112,9 +119,13 @@ def _short(names):
 
 
 def _plain(value: str) -> str:
-    """A value inside a folder's name: no separator of paths or of lists, `1e-4` and `0.0001` alike."""
+    """A value inside a folder's name: no separator of paths or of lists, `1e-4` as `0.0001`, LONGEST bytes."""
     try:
-        value = str(int(value)) if re.fullmatch(r"\d+", value) else repr(float(value))
+        return str(int(value)) if re.fullmatch(r"[+-]?\d+", value) else repr(float(value))
     except ValueError:
         value = re.sub(r"(?:jsonl|parquet):(?:[^,]*/)?([^,]*?)(?:\.jsonl|\.parquet)?(?=,|$)", r"\1", value)
-    return re.sub(r"[^\w.+-]+", "-", value).strip("-.") or "none"
+    plain = re.sub(r"[^\w.+-]+", "-", value).strip("-.") or "none"
+    if len(plain.encode()) <= LONGEST:
+        return plain
+    digest = hashlib.sha256(value.encode()).hexdigest()[:8]
+    return plain.encode()[: LONGEST - 9].decode(errors="ignore") + f"-{digest}"

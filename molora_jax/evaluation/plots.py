@@ -103,7 +103,8 @@ def draw_routing(routing: dict, experts: dict):
             change = x - np.mean(x, axis=0)
             most = max(1e-3, float(np.nanpercentile(np.abs(change), 99.5)))
             rows.append((f"{name}, minus mean\nlayer", change, dict(cmap=signed(), vmin=-most, vmax=most)))
-    size = (1.8 + 1.05 * len(tasks), 0.9 + sum(max(1.2, 0.08 * x.shape[1]) + 0.2 for _, x, _ in rows))
+    wide = 1.05 if len(tasks) > 2 else 2.1  # the bar and its space are parts of the width
+    size = (1.8 + wide * len(tasks), 0.9 + sum(max(1.2, 0.08 * x.shape[1]) + 0.2 for _, x, _ in rows))
     fig, axes = figure(
         len(rows), len(tasks), figsize=size, layout="constrained", squeeze=False, sharey="row", sharex="row"
     )
@@ -115,7 +116,8 @@ def draw_routing(routing: dict, experts: dict):
         if row == 0 or "minus" in label:  # rows of one scale share a bar
             label = "difference in share" if "minus" in label else "mean share of the gates"
             group = axes[: len(scopes)] if row == 0 else axes[row]
-            bar = fig.colorbar(image, ax=group, fraction=0.03, pad=0.01, extend="max" if row == 0 else "both")
+            share = 0.12 / (wide * len(tasks))
+            bar = fig.colorbar(image, ax=group, fraction=2 * share, pad=share, extend="max" if row == 0 else "both")
             bar.set_label(label, fontsize=8)
             bar.ax.tick_params(labelsize=7)
     for ax, task in zip(axes[0], tasks, strict=True):

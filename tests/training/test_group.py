@@ -210,6 +210,15 @@ def test_what_may_not_differ_is_refused_with_the_reason(data, tmp_path):
     assert not (tmp_path / "epochs" / "tasks=d" / "checkpoints" / "0").exists()
 
 
+def test_the_names_of_runs_are_their_values():
+    name = lambda *values: list(several.product([("a.b", list(values))]))  # noqa: E731
+    assert name("-1", "1", "1.0", "1e-4", "-0.5", "+2") == ["b=-1", "b=1", "b=1.0", "b=0.0001", "b=-0.5", "b=2"]
+    long, other = name("x" * 300, "x" * 299 + "y")
+    assert len(long) < 70 and long != other, "a folder's name has an end"
+    with pytest.raises(InputError, match="the name of a folder"):
+        several.product([(f"field{i}", ["x" * 50]) for i in range(9)])
+
+
 def test_the_command_line(data, tmp_path, monkeypatch):
     seen = {}
     monkeypatch.setattr("molora_jax.training.group.train_together", lambda made, folder: seen.update(made) or _done())
