@@ -27,6 +27,7 @@ from molora_jax.io.model_files import TOOL_TEMPLATE
 from molora_jax.io.templates import CHATML
 
 LARGEST_ID = 1 << 24
+TORN = "\ufffd"  # what a decoder writes for bytes that are no character (yet)
 
 
 class Tokenizer:
@@ -168,6 +169,33 @@ class Tokenizer:
         """Texts of the tokens that are found in a text before anything else."""
         return tuple(token.content for token in self.inner.get_added_tokens_decoder().values())
 
+    @functools.cached_property
+    def special_ids(self) -> frozenset[int]:
+        """Ids that `decode` leaves out under `skip_special_tokens`."""
+        return frozenset(i for i, token in self.inner.get_added_tokens_decoder().items() if token.special)
+
+    @functools.cached_property
+    def byte_ids(self) -> frozenset[int]:
+        """Ids of the tokens `<0x00>` to `<0xFF>`, for bytes of what has no token."""
+        found = (self.inner.token_to_id(f"<0x{byte:02X}>") for byte in range(256))
+        return frozenset(i for i in found if i is not None)
+
+    def token_bytes(self, token_id: int) -> bytes | None:
+        """What the token writes inside a text, also where that is a piece of a character; None where nobody knows."""
+        alone, twice = self.decode([token_id]), self.decode([token_id] * 2)
+        # the second time it is not the start of a text, where decoders leave out a space
+        text = twice[len(alone) :] if twice.startswith(alone) and len(twice) > len(alone) else alone
+        if TORN not in alone:
+            return text.encode()
+        written = self.token_text(token_id) or ""
+        if token_id in self.byte_ids:
+            return bytes.fromhex(written[3:5])
+        if all(letter in _byte_letters() for letter in written):
+            raw = bytes(_byte_letters()[letter] for letter in written)
+            if raw.decode(errors="replace") == alone:
+                return raw
+        return None
+
     def render(self, conversations: list[dict], *, rows=None, deaths: templates.Deaths | None = None) -> list[dict]:
         """Conversations with the model's template: see `templates.render`.
 
@@ -219,6 +247,14 @@ class Tokenizer:
     def encode_rendered(self, text: str) -> list[int]:
         """Ids of what `chat` gave."""
         return self.encode_plain(text) if self.template is None else self.encode(text)
+
+
+@functools.cache
+def _byte_letters() -> dict[str, int]:
+    """The byte-level alphabet: printable Latin-1 letters are their own bytes, others follow from 256 on, in order."""
+    own = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(256) if byte not in own]
+    return {chr(byte): byte for byte in own} | {chr(256 + i): byte for i, byte in enumerate(others)}
 
 
 def _valid(text: str) -> bool:

@@ -15,9 +15,11 @@ import uuid
 from molora_jax.decode.sampling import RANGES
 from molora_jax.decode.slots import TOP, Draw
 from molora_jax.errors import InputError
-from molora_jax.serving.answer import TORN, Answer
+from molora_jax.io.tokenizer import TORN
+from molora_jax.serving.answer import Answer
 
 MOST_STOPS = 16
+LONGEST_STOPS = 1000  # characters of all of them: each token of an answer is compared with them
 COMPLETION_TOKENS = 16  # of /v1/completions where `max_tokens` is left out, as at OpenAI
 COMMON = {
     "model", "temperature", "top_p", "n", "stop", "seed", "stream", "stream_options", "max_tokens", "logprobs",
@@ -131,6 +133,9 @@ def _stop(body) -> tuple[str, ...]:
     fine = isinstance(stop, list) and len(stop) <= MOST_STOPS and all(isinstance(t, str) and t for t in stop)
     if not fine:
         raise InputError("stop", got=f"{stop!r:.60}", expected=f"a text or up to {MOST_STOPS} texts, none empty")
+    if sum(map(len, stop)) > LONGEST_STOPS:
+        got = f"{sum(map(len, stop)):,} characters"
+        raise InputError("stop", got=got, expected=f"at most {LONGEST_STOPS:,}, of all texts together")
     return tuple(stop)
 
 

@@ -130,6 +130,7 @@ def test_a_client_that_hangs_up(app, engine):
         (CHAT, dict(n=5), "n", "1 to 4"),
         (CHAT, dict(seed=1.5), "seed", "an integer"),
         (CHAT, dict(stop=[""]), "stop", "none empty"),
+        (CHAT, dict(stop=["x" * 600, "y" * 600]), "stop", "1,200 characters"),
         (CHAT, dict(max_tokens=0), "max_tokens", "0"),
         (CHAT, dict(max_tokens=500), "max_tokens", "at most"),
         (CHAT, dict(messages=[]), "messages", "an empty list"),
