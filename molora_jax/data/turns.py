@@ -18,8 +18,11 @@ SHAREGPT = {
 }  # fmt: skip
 
 
-def read_messages(value, where: str, *, sharegpt: bool = False) -> tuple[list[dict], list]:
+def read_messages(value, where: str, *, sharegpt: bool = False, empty_answers: bool = False) -> tuple[list[dict], list]:
     """(turns, weights): a weight is None where the row does not say.
+
+    Args:
+      empty_answers: allows an assistant's turn without text: in a prompt, where it was said and is not trained on.
 
     Raises:
       BadRow: not such a list.
@@ -39,13 +42,13 @@ def read_messages(value, where: str, *, sharegpt: bool = False) -> tuple[list[di
         if other:
             raise BadRow(f"a field '{at}.{other}'", "weight, 0 or 1, to say what is trained on", "Rename it to weight.")
         weights.append(_weight(turn.pop("weight", None), at))
-        turns.append(_turn(turn, at, first=i == 0 or all(t["role"] == "system" for t in turns)))
+        turns.append(_turn(turn, at, first=i == 0 or all(t["role"] == "system" for t in turns), empty=empty_answers))
         if weights[-1] and turns[-1]["role"] != "assistant":
             raise BadRow(f"{at}.weight 1 on a turn of role {turns[-1]['role']!r}", "a weight on assistant turns alone")
     return turns, weights
 
 
-def _turn(turn: dict, at: str, *, first: bool) -> dict:
+def _turn(turn: dict, at: str, *, first: bool, empty: bool) -> dict:
     role = turn.get("role")
     early = role == "system" and (at.endswith("[0]")) or role == "developer" and first
     if not isinstance(role, str) or role not in ROLES or (role in ("system", "developer") and not early):
@@ -62,7 +65,8 @@ def _turn(turn: dict, at: str, *, first: bool) -> dict:
         names = ", ".join(map(repr, turn)) or "none"
         raise BadRow(f"no field '{at}.content' (fields: {names})", "role and content")
     content = _content(turn["content"], f"{at}.content")
-    if not content.strip() and role not in ("system", "developer", "tool") and not calls:
+    may_be_empty = role in ("system", "developer", "tool") or calls or (role == "assistant" and empty)
+    if not content.strip() and not may_be_empty:
         raise BadRow(f"an empty {at}.content", "some text")
     return {**turn, "content": content}
 

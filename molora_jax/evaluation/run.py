@@ -295,7 +295,8 @@ def _turns(prompt) -> list[dict]:
     if not _is_conversation(prompt):
         raise InputError("prompt", got=repr(prompt)[:80], expected='text, or a list of {"role": ..., "content": ...}')
     try:
-        turns, _ = read_messages(list(prompt), "prompt")  # as rows are read
+        # as rows are read, but an answer that ended with its first token may be sent back
+        turns, _ = read_messages(list(prompt), "prompt", empty_answers=True)
     except BadRow as error:
         raise InputError("prompt", got=error.got, expected=error.expected) from None
     if turns[-1]["role"] == "assistant":

@@ -15,6 +15,7 @@ import time
 import uvicorn
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
@@ -26,7 +27,16 @@ from molora_jax.serving.engine import Closing, Engine, Full, Request
 
 LOG = logging.getLogger("molora_jax.serving")
 LARGEST_BODY = 8 << 20  # bytes
+LOOK = 0.5  # seconds between two looks at the deadline, where no piece comes
+FLUSH = 5  # seconds for replies to be sent, at the end
 GONE = 499  # what nginx calls a client that closed the connection; nobody reads it
+
+
+class Reply(JSONResponse):
+    """In ASCII: an error that quotes half a surrogate pair can be sent as well."""
+
+    def render(self, content) -> bytes:
+        return json.dumps(content, allow_nan=False).encode()
 
 
 class Events(Response):
@@ -75,15 +85,15 @@ def application(engine: Engine) -> Starlette:
         return {"id": name, "object": "model", "created": created, "owned_by": "molora_jax"}
 
     async def models(request):
-        return JSONResponse({"object": "list", "data": [card(name) for name in engine.runs]})
+        return Reply({"object": "list", "data": [card(name) for name in engine.runs]})
 
     async def model(request):
         name = request.path_params["name"]
-        return JSONResponse(card(name)) if name in engine.runs else no_model(name, engine)
+        return Reply(card(name)) if name in engine.runs else no_model(name, engine)
 
     async def health(request):
         state = engine.state()
-        return JSONResponse(state, status_code=200 if state["status"] == "ok" else 503)
+        return Reply(state, status_code=200 if state["status"] == "ok" else 503)
 
     async def answer(request, *, kind):
         try:
@@ -92,8 +102,14 @@ def application(engine: Engine) -> Starlette:
             ask = await asyncio.get_running_loop().run_in_executor(encoder, read)
         except InputError as error:
             return failed(400, str(error), param=None if error.where == "body" else error.where)
-        except KeyError as error:
+        except protocol.NoModel as error:
             return no_model(error.args[0], engine)
+        except ClientDisconnect:
+            return Response(status_code=GONE)
+        except HTTPException:
+            raise
+        except Exception as error:  # noqa: BLE001  of ours
+            return _failure(error)
         pieces = _pieces(engine, ask)
         try:  # the first one here, so that what is refused has a status of its own
             first = await unless_gone(request.receive, anext(pieces))
@@ -102,7 +118,7 @@ def application(engine: Engine) -> Starlette:
             if ask.stream:
                 return Events(_lines(ask, _with(first, pieces)), request.receive)
             whole = await unless_gone(request.receive, _whole(ask, _with(first, pieces)))
-            return Response(status_code=GONE) if whole is None else JSONResponse(whole)
+            return Response(status_code=GONE) if whole is None else Reply(whole)
         except Exception as error:  # noqa: BLE001
             return _failure(error)
         finally:
@@ -120,21 +136,24 @@ def application(engine: Engine) -> Starlette:
     async def http_problem(request, error):
         return failed(error.status_code, f"{request.method} {request.url.path}: {error.detail}", headers=error.headers)
 
-    return Starlette(routes=routes, exception_handlers={HTTPException: http_problem})
+    async def fault(request, error):  # of ours; starlette raises it again, so that the log has it
+        return failed(500, "a fault of the server; its log says why")
+
+    return Starlette(routes=routes, exception_handlers={HTTPException: http_problem, Exception: fault})
 
 
-def failed(status: int, message: str, *, headers=None, **fields) -> JSONResponse:
+def failed(status: int, message: str, *, headers=None, **fields) -> Reply:
     if status >= 500:
         fields.setdefault("kind", "server_error")
-    return JSONResponse(protocol.problem(message, **fields), status_code=status, headers=headers)
+    return Reply(protocol.problem(message, **fields), status_code=status, headers=headers)
 
 
 def no_model(name, engine):
-    message = f"model: got {name!r}; expected one of {', '.join(engine.runs)}."
+    message = f"model: got {name!r:.60}; expected one of {', '.join(engine.runs)}."
     return failed(404, message, param="model", code="model_not_found")
 
 
-def _failure(error) -> JSONResponse:
+def _failure(error) -> Reply:
     if isinstance(error, Full):
         fields = dict(kind="rate_limit_error", code="queue_full", headers={"Retry-After": str(error.retry_after)})
         return failed(429, f"the queue is full; try again in {error.retry_after} s", **fields)
@@ -170,7 +189,7 @@ async def _pieces(engine: Engine, ask):
     left = len(ask.answers)
     try:
         while left:
-            number, piece = await came.get()
+            number, piece = await _next(engine, came)
             if isinstance(piece, Exception):
                 raise piece
             left -= bool(piece.finish)
@@ -178,6 +197,16 @@ async def _pieces(engine: Engine, ask):
     finally:
         if left:
             engine.cancel(request)
+
+
+async def _next(engine: Engine, came: asyncio.Queue):
+    """What comes next; `Closing` where the deadline passes before, whatever the engine's thread is busy with."""
+    while came.empty():
+        if engine.late:
+            return 0, Closing()
+        with contextlib.suppress(TimeoutError):
+            return await asyncio.wait_for(came.get(), LOOK)
+    return came.get_nowait()
 
 
 async def _with(first, pieces):
@@ -223,16 +252,17 @@ async def _lines(ask, pieces):
 
 class Server(uvicorn.Server):
     """uvicorn's, which ends with status 0 on SIGINT and SIGTERM: nothing new is taken, running answers have `grace`
-    seconds. A second signal ends it at once."""
+    seconds. Until then it listens, so that clients are told (503). A second signal ends it at once."""
 
     def __init__(self, engine: Engine, *, host: str, port: int, grace: float = 30.0, started=lambda url: None):
         """`started(url)` is called when it listens."""
         config = uvicorn.Config(
             application(engine), host=host, port=port, log_level="warning", lifespan="off", access_log=False,
-            timeout_graceful_shutdown=int(grace) + 10,
+            timeout_graceful_shutdown=FLUSH,
         )  # fmt: skip
         super().__init__(config)
         self.engine, self.grace, self.tell = engine, grace, started
+        self.ending = False
 
     @property
     def url(self) -> str:
@@ -246,6 +276,13 @@ class Server(uvicorn.Server):
 
     def handle_exit(self, number, frame):
         """As uvicorn's, but without a note of the signal, which it would raise again at the end."""
-        again = self.should_exit
+        again, self.ending = self.ending, True
         self.engine.close(0 if again else self.grace)
-        self.should_exit, self.force_exit = True, again
+        if again:
+            self.should_exit = self.force_exit = True
+
+    async def on_tick(self, counter):
+        """Whether to leave; asked ten times a second."""
+        if self.ending and (self.engine.ended or self.engine.late):
+            self.should_exit = True
+        return await super().on_tick(counter)

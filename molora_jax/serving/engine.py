@@ -126,6 +126,15 @@ class Engine:
     def closing(self) -> bool:
         return self.deadline is not None
 
+    @property
+    def late(self) -> bool:
+        """Past the deadline. The thread looks at it between two steps only, and a step may compile for minutes."""
+        return self.deadline is not None and time.monotonic() > self.deadline
+
+    @property
+    def ended(self) -> bool:
+        return self.closing and not self.thread.is_alive()
+
     def state(self) -> dict:
         """For `/health`."""
         with self.changed:
@@ -169,7 +178,7 @@ class Engine:
         self.waiting = collections.deque(item for item in self.waiting if not item[0].gone)
         if self.closing:
             self._refuse(self.waiting)
-            if time.monotonic() > self.deadline:
+            if self.late:
                 for name, running in self.running.items():
                     self._refuse(list(running.values()))
                     for slot in list(running):

@@ -6,7 +6,6 @@ OpenAI's fields there are those of `generate`: `top_k`, `min_p`, `repetition_pen
 """
 
 import dataclasses
-import itertools
 import math
 import random
 import time
@@ -15,7 +14,6 @@ import uuid
 from molora_jax.decode.sampling import RANGES
 from molora_jax.decode.slots import TOP, Draw
 from molora_jax.errors import InputError
-from molora_jax.io.tokenizer import TORN
 from molora_jax.serving.answer import Answer
 
 MOST_STOPS = 16
@@ -39,6 +37,10 @@ NEUTRAL = {  # fields of OpenAI's that are not served -> the values that ask for
 }  # fmt: skip
 
 
+class NoModel(Exception):
+    """`args[0]`: the name."""
+
+
 @dataclasses.dataclass
 class Ask:
     """A checked body. `answers`: one a choice, in the order of their indices; `top`: how many likely tokens each token
@@ -53,7 +55,7 @@ class Ask:
     prompt_tokens: int
     id: str
     created: int
-    told: list[int]  # characters of each choice's tokens whose logprobs were told
+    told: list[int]  # tokens of each choice whose logprobs were told
 
 
 def read(kind: str, body, runs: dict, slots: dict, *, most: int) -> Ask:
@@ -61,7 +63,7 @@ def read(kind: str, body, runs: dict, slots: dict, *, most: int) -> Ask:
       kind: "chat" or "text". runs, slots: by name. most: choices of one request at most.
 
     Raises:
-      InputError: a field, and what is wrong with it. KeyError: no such model.
+      InputError: a field, and what is wrong with it. NoModel: no such model.
     """
     if not isinstance(body, dict):
         raise InputError("body", got=f"{body!r:.60}", expected="a JSON object")
@@ -73,14 +75,17 @@ def read(kind: str, body, runs: dict, slots: dict, *, most: int) -> Ask:
                     name, got=f"{value!r:.60}", expected="nothing: it is not served here", fix="Leave it out."
                 )
         elif name not in OWN[kind] | IGNORED:
-            raise InputError(name, got="an unknown field", expected=f"one of {', '.join(sorted(OWN[kind]))}")
+            raise InputError(f"{name:.60}", got="an unknown field", expected=f"one of {', '.join(sorted(OWN[kind]))}")
     name = of_type(body, "model", str, "the name of a model", required=True)
     if name not in runs:
-        raise KeyError(name)
+        raise NoModel(name)
     run = runs[name]
     stream, options = of_type(body, "stream", bool, "true or false", False), body.get("stream_options", {})
     if not isinstance(options, dict) or options.keys() - {"include_usage", "include_obfuscation"}:
         raise InputError("stream_options", got=f"{options!r:.60}", expected='{"include_usage": true or false}')
+    options = {field: value for field, value in options.items() if value is not None}
+    for field in options:
+        of_type(options, field, bool, "true or false", field="stream_options")
     if options and not stream:
         raise InputError("stream_options", got=f"{options!r:.60}", expected="nothing where stream is not true")
     top, n = _logprobs(kind, body), whole(body, "n", 1, 1, most)
@@ -101,12 +106,13 @@ def read(kind: str, body, runs: dict, slots: dict, *, most: int) -> Ask:
     )  # fmt: skip
 
 
-def of_type(body, name, kind, words, default=None, *, required=False):
+def of_type(body, name, kind, words, default=None, *, required=False, field=None):
+    """`field`: what an error names in place of `name`."""
     if name not in body and not required:
         return default
     value = body.get(name)
     if not isinstance(value, kind):
-        raise InputError(name, got="nothing" if name not in body else f"{value!r:.60}", expected=words)
+        raise InputError(field or name, got="nothing" if name not in body else f"{value!r:.60}", expected=words)
     return value
 
 
@@ -201,14 +207,14 @@ def _named(field, function, *args, **options):
     try:
         return function(*args, **options)
     except InputError as error:
-        got = error.got.replace("prompt[", f"{field}[")
+        got = error.got.replace("prompt[", f"{field}[")[:200]
         where = "tools" if error.where == "tools" else field
         raise InputError(where, got=got, expected=error.expected, fix=error.fix) from None
 
 
 def choice(ask: Ask, number: int, piece, *, done: bool) -> dict:
     """One choice of a response (`done`: all of it), or of a chunk of a stream; `piece` as of `Answer`."""
-    out = {"index": number, "finish_reason": piece.finish, "logprobs": _told(ask, number, piece.tokens)}
+    out = {"index": number, "finish_reason": piece.finish, "logprobs": _told(ask, number, piece.tokens, piece.finish)}
     if ask.kind == "text":
         return {"text": piece.text, **out}
     if done:
@@ -216,29 +222,44 @@ def choice(ask: Ask, number: int, piece, *, done: bool) -> dict:
     return {"delta": {"content": piece.text} if piece.text or not piece.finish else {}, **out}
 
 
-def _told(ask: Ask, number: int, tokens) -> dict | None:
+def _told(ask: Ask, number: int, tokens, finish) -> dict | None:
     if ask.top is None:
         return None
     answer = ask.answers[number]
-    written = lambda i: answer.run.tokenizer.decode([i])  # noqa: E731
+    tokenizer = answer.run.tokenizer
 
     def entry(i, logprob):
-        text = written(i)
-        return {"token": text, "logprob": _finite(logprob), "bytes": None if TORN in text else list(text.encode())}
+        raw = tokenizer.token_bytes(i)
+        return {"token": _written(i, raw), "logprob": _finite(logprob), "bytes": None if raw is None else list(raw)}
+
+    def text(i):
+        return _written(i, tokenizer.token_bytes(i))
 
     if ask.kind == "chat":
         content = [
             entry(t.id, t.logprob) | {"top_logprobs": [entry(*pair) for pair in t.top[: ask.top]]} for t in tokens
         ]
         return {"content": content, "refusal": None}
-    texts = [written(t.id) for t in tokens]
-    offsets = list(itertools.accumulate(map(len, texts), initial=ask.told[number]))
-    ask.told[number] = offsets.pop()
-    tops = [{written(i): _finite(p) for i, p in t.top[: ask.top]} | {written(t.id): _finite(t.logprob)} for t in tokens]
+    first = ask.told[number]
+    ask.told[number] += len(tokens)
+    # tokens of a text of `stop` begin at the end of the text
+    end = len(answer.given) if finish else math.inf
+    offsets = [min(offset, end) for offset in answer.offsets[first : first + len(tokens)]]
+    tops = [{text(i): _finite(p) for i, p in t.top[: ask.top]} | {text(t.id): _finite(t.logprob)} for t in tokens]
     return {
-        "tokens": texts, "token_logprobs": [_finite(t.logprob) for t in tokens],
+        "tokens": [text(t.id) for t in tokens], "token_logprobs": [_finite(t.logprob) for t in tokens],
         "top_logprobs": tops if ask.top else None, "text_offset": offsets,
     }  # fmt: skip
+
+
+def _written(token_id: int, raw: bytes | None) -> str:
+    """A token's text; of a piece of a character its bytes, as OpenAI writes them: `bytes:\\xf0\\x9f`."""
+    if raw is None:  # no text, and bytes that nobody knows: told apart by its id
+        return f"token:{token_id}"
+    try:
+        return raw.decode()
+    except UnicodeDecodeError:
+        return "bytes:" + "".join(f"\\x{byte:02x}" for byte in raw)
 
 
 def _finite(logprob: float) -> float:

@@ -1,11 +1,22 @@
 """The endpoints, asked in this process: shapes, streams, errors, hang-ups."""
 
+import concurrent.futures
+import contextlib
+import http.client
+import json
+import queue
+import signal
+import threading
 import time
+import urllib.parse
 
 import pytest
 
+from molora_jax.decode.slots import Draw, Token
 from molora_jax.evaluation.run import before
-from molora_jax.serving.app import application
+from molora_jax.serving import protocol
+from molora_jax.serving.answer import Answer
+from molora_jax.serving.app import Server, application
 from tests.serving.client import ask
 from tests.serving.conftest import NEW
 
@@ -126,6 +137,9 @@ def test_a_client_that_hangs_up(app, engine):
         (CHAT, dict(temperature=-1), "temperature", "0.001 to 2"),
         (CHAT, dict(temperature="hot"), "temperature", "'hot'"),
         (CHAT, dict(top_p=0), "top_p", "above 0"),
+        *((CHAT, {name: 10**4000}, name, "bits") for name in ("top_p", "min_p", "top_k", "repetition_penalty")),
+        (CHAT, dict(temperature=10**4000), "temperature", "0.001 to 2"),
+        (CHAT, dict(seed=10**4000), "seed", "an integer"),
         (CHAT, dict(n=0), "n", "1 to 4"),
         (CHAT, dict(n=5), "n", "1 to 4"),
         (CHAT, dict(seed=1.5), "seed", "an integer"),
@@ -139,6 +153,7 @@ def test_a_client_that_hangs_up(app, engine):
         (CHAT, dict(messages=[{"role": "user", "content": "x" * 400}]), "messages", "tokens"),
         (CHAT, dict(stream="yes"), "stream", "true or false"),
         (CHAT, dict(stream_options={"include_usage": True}), "stream_options", "stream"),
+        (CHAT, dict(stream=True, stream_options={"include_usage": "x"}), "stream_options", "true or false"),
         (CHAT, dict(top_logprobs=3), "top_logprobs", "logprobs: true"),
         (CHAT, dict(logprobs=True, top_logprobs=30), "top_logprobs", "0 to 20"),
         (CHAT, dict(presence_penalty=0.5), "presence_penalty", "not served"),
@@ -168,6 +183,122 @@ def test_bodies_that_are_none(app):
     assert broken.json["error"]["param"] is None and "body" in broken.json["error"]["message"]
     error = unknown.json["error"]
     assert error["param"] == "model" and "expected one of run, endless" in error["message"]
+
+
+def test_half_a_surrogate_pair_is_told_of_in_json(app):
+    bodies = [{"\ud800": 1}, chat("\ud800"), chat(user="\ud800"), chat(stop="\ud800"), {"messages": [{"\ud800": {}}]}]
+    for reply in ask(app, *((CHAT, body) for body in bodies)):
+        assert reply.status == 400 and reply.json["error"]["message"]
+
+
+def test_names_are_not_quoted_at_length(app):
+    for reply in ask(app, (CHAT, chat(**{"x" * 10**6: 1})), (CHAT, chat(model="x" * 10**6))):
+        assert reply.status in (400, 404) and len(reply.json["error"]["message"]) < 1000
+
+
+def test_a_fault_of_ours_has_the_shape_of_an_error(app, engine, monkeypatch, caplog):
+    monkeypatch.setattr("molora_jax.serving.protocol.read", lambda *_, **__: {}["a key"])
+    (reply,) = ask(app, (CHAT, chat()))
+    assert reply.status == 500 and reply.json["error"]["type"] == "server_error" and "'a key'" in caplog.text
+    monkeypatch.setattr(engine, "state", lambda: 1 / 0)
+    replies = []
+
+    async def health(scope, receive, send):  # starlette answers, and raises it again for the log
+        try:
+            await app(scope, receive, send)
+        except ZeroDivisionError:
+            replies.append("raised")
+
+    (reply,) = ask(health, ("/health",))
+    assert reply.status == 500 and reply.json["error"]["type"] == "server_error" and replies == ["raised"]
+
+
+def test_an_answer_without_text_may_be_sent_back(app):
+    ask_again = {"role": "user", "content": "Double 2"}
+    turns = [{"role": "user", "content": "Double 4"}, {"role": "assistant", "content": ""}, ask_again]
+    fine, refused = ask(app, (CHAT, chat(messages=turns)), (CHAT, chat(messages=[{"role": "user", "content": ""}])))
+    assert fine.status == 200 and refused.status == 400
+
+
+def test_logprobs_of_pieces_of_characters(run):
+    tokenizer = run.tokenizer
+    ids = tokenizer.encode("a🙂b")
+    top = tuple((i, -1.0 * n) for n, i in enumerate(ids[1:]))  # three pieces, and a letter
+    for kind in ("chat", "text"):
+        answer = Answer(run, [5], Draw(), most=len(ids), logprobs=True)
+        pieces = [answer.add(Token(i, -0.5, top)) for i in ids]
+        asked = protocol.Ask(kind, "run", [answer], True, False, 5, 1, "id", 0, [0])
+        told = [protocol.choice(asked, 0, piece, done=False)["logprobs"] for piece in pieces]
+        if kind == "chat":
+            entries = [entry for logprobs in told for entry in logprobs["content"]]
+            assert bytes(sum((entry["bytes"] for entry in entries), [])).decode() == "a🙂b"
+            assert entries[1]["token"] == "bytes:\\xf0" and entries[0]["token"] == "a"
+        else:
+            assert [logprobs["text_offset"] for logprobs in told] == [[0], [1], [1], [1], [1], [2]]
+            assert told[0]["top_logprobs"][0].keys() >= {
+                "bytes:\\xf0",
+                "bytes:\\x9f",
+                "bytes:\\x99",
+                "bytes:\\x82",
+                "b",
+            }
+
+
+@contextlib.contextmanager
+def _listening(engine, grace):
+    """A server in a thread, and the function that asks it: a path and a body -> `http.client.HTTPResponse`."""
+    urls = queue.Queue()
+    server = Server(engine, host="127.0.0.1", port=0, grace=grace, started=urls.put)
+    thread = threading.Thread(target=server.run)
+    thread.start()
+    address, opened = urllib.parse.urlparse(urls.get(timeout=60)).netloc, []
+
+    def asked(path, body=None):
+        opened.append(http.client.HTTPConnection(address, timeout=60))
+        opened[-1].request("POST" if body else "GET", path, body and json.dumps(body))
+        return opened[-1].getresponse()
+
+    try:
+        yield server, thread, asked
+    finally:
+        for connection in opened:
+            connection.close()
+        server.handle_exit(signal.SIGTERM, None)
+        server.handle_exit(signal.SIGTERM, None)
+        thread.join(60)
+
+
+def test_an_end_while_the_device_is_busy(app, engine, monkeypatch):
+    """Streams end with an event and other answers with 503, at the deadline; until then it listens and says so."""
+    slots, go_on = engine.slots["endless"], threading.Event()
+    step = slots.step
+    monkeypatch.setattr(slots, "step", lambda: step() if go_on.wait(60) else {})  # as one that compiles
+    try:
+        with _listening(engine, 1.0) as (server, thread, asked), concurrent.futures.ThreadPoolExecutor(1) as pool:
+            stream = asked(CHAT, chat(stream=True, model="endless"))
+            whole = pool.submit(asked, CHAT, chat("Double 5", model="endless"))
+            while engine.state()["running"] + engine.state()["waiting"] < 2:
+                time.sleep(0.01)
+            start = time.monotonic()
+            server.handle_exit(signal.SIGTERM, None)
+            health, refused = asked("/health"), asked(CHAT, chat())
+            assert health.status == refused.status == 503 and b"closing" in health.read()
+            last = stream.read().decode().strip().split("\n\n")[-1]
+            assert "shutting_down" in last and whole.result().status == 503
+            assert 0.9 < time.monotonic() - start < 10
+            thread.join(30)
+            assert not thread.is_alive()
+    finally:
+        go_on.set()
+
+
+def test_an_end_waits_for_what_runs(engine, endless):
+    with _listening(engine, 60.0) as (server, thread, asked):
+        stream = asked(CHAT, chat(stream=True, model="endless", max_tokens=40))
+        server.handle_exit(signal.SIGTERM, None)
+        assert stream.read().decode().strip().endswith("data: [DONE]")
+        thread.join(30)
+        assert not thread.is_alive()
 
 
 def test_a_full_queue_says_when_to_come_again(app, engine):

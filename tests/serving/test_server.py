@@ -8,6 +8,7 @@ import queue
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -27,7 +28,15 @@ def test_without_the_extra(package, monkeypatch):
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, package, None)
     with pytest.raises(InputError, match=rf'no package {package}.*pip install "molora_jax\[serve\]"'):
-        serve.run(["--workdir=runs/a"])
+        serve.run(["--workdir=runs/a", "--port=0"])
+
+
+def test_a_port_in_use_is_found_before_jax_is_imported(monkeypatch):
+    monkeypatch.setitem(sys.modules, "molora_jax.serving.app", None)  # who imports it fails otherwise
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        with pytest.raises(InputError, match=f"--port: got 127.0.0.1:{port}"):
+            serve.run(["--workdir=runs/a", f"--port={port}"])
 
 
 @pytest.mark.parametrize(
