@@ -35,8 +35,8 @@ def settings(*, temperature: float, **given) -> dict[str, np.ndarray]:
         off, allowed, words = RANGES[name]
         whole = name == "top_k"
         kinds = (int, np.integer) if whole else (int, float, np.integer, np.floating)
-        if isinstance(value, bool) or not isinstance(value, kinds) or not math.isfinite(value) or not allowed(value):
-            raise InputError(name, got=repr(value), expected=("an integer, " if whole else "a number ") + words)
+        if isinstance(value, bool) or not isinstance(value, kinds) or not _finite(value) or not allowed(value):
+            raise InputError(name, got=_shown(value), expected=("an integer, " if whole else "a number ") + words)
         if value == off:
             continue
         if temperature == 0 and name != "repetition_penalty":
@@ -46,6 +46,17 @@ def settings(*, temperature: float, **given) -> dict[str, np.ndarray]:
             )  # fmt: skip
         out[name] = np.int32(value) if whole else np.float32(value)
     return out
+
+
+def _finite(value) -> bool:
+    """An integer always is, also one that no float holds."""
+    return isinstance(value, (int, np.integer)) or math.isfinite(value)
+
+
+def _shown(value) -> str:
+    if isinstance(value, int) and value.bit_length() > 128:  # Python writes no integer of very many digits
+        return f"an integer of {value.bit_length():,} bits"
+    return f"{value!r:.80}"
 
 
 def seen_in(tokens: Array, lengths: Array, vocab: int) -> Array:
