@@ -109,15 +109,17 @@ def _check(prompts, max_new_tokens, temperature, seed, config):
     whole = (int, np.integer)
     for name, value in (("max_new_tokens", max_new_tokens), ("seed", seed)):
         if isinstance(value, bool) or not isinstance(value, whole):
-            raise InputError(name, got=repr(value), expected="an integer")
+            raise InputError(name, got=sampling.shown(value), expected="an integer")
     if isinstance(temperature, bool) or not isinstance(temperature, (*whole, float, np.floating)):
-        raise InputError("temperature", got=repr(temperature), expected="a number")
+        raise InputError("temperature", got=sampling.shown(temperature), expected="a number")
     if max_new_tokens < 1:
-        raise InputError("max_new_tokens", got=str(max_new_tokens), expected="at least 1")
+        raise InputError("max_new_tokens", got=sampling.shown(max_new_tokens), expected="at least 1")
     if not 0 <= seed < 2**31:
-        raise InputError("seed", got=str(seed), expected="0 to 2147483647")
+        raise InputError("seed", got=sampling.shown(seed), expected="0 to 2147483647")
     if temperature != 0 and not 1e-3 <= temperature <= 1e3:  # beyond, float32 logits overflow
-        raise InputError("temperature", got=str(temperature), expected="0 (the likeliest token), or 0.001 to 1000")
+        raise InputError(
+            "temperature", got=sampling.shown(temperature), expected="0 (the likeliest token), or 0.001 to 1000"
+        )
     for prompt in prompts:
         if not 0 < len(prompt) < config.context:
             raise InputError(

@@ -36,7 +36,7 @@ def settings(*, temperature: float, **given) -> dict[str, np.ndarray]:
         whole = name == "top_k"
         kinds = (int, np.integer) if whole else (int, float, np.integer, np.floating)
         if isinstance(value, bool) or not isinstance(value, kinds) or not _finite(value) or not allowed(value):
-            raise InputError(name, got=_shown(value), expected=("an integer, " if whole else "a number ") + words)
+            raise InputError(name, got=shown(value), expected=("an integer, " if whole else "a number ") + words)
         if value == off:
             continue
         if temperature == 0 and name != "repetition_penalty":
@@ -53,7 +53,9 @@ def _finite(value) -> bool:
     return isinstance(value, (int, np.integer)) or math.isfinite(value)
 
 
-def _shown(value) -> str:
+def shown(value) -> str:
+    """A wrong value, for an error."""
+    value = value.item() if isinstance(value, np.generic) else value
     if isinstance(value, int) and value.bit_length() > 128:  # Python writes no integer of very many digits
         return f"an integer of {value.bit_length():,} bits"
     return f"{value!r:.80}"

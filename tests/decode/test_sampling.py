@@ -43,6 +43,12 @@ def test_bad_settings(name, value):
         sampling.settings(temperature=1.0, **{name: value})
 
 
+@pytest.mark.parametrize("name", list(sampling.RANGES))
+def test_an_integer_that_no_float_holds(name):
+    with pytest.raises(InputError, match=f"{name}: got an integer of 16,610 bits"):
+        sampling.settings(temperature=1.0, **{name: 10**5000})
+
+
 def test_a_filter_of_draws_needs_draws():
     with pytest.raises(InputError, match="temperature 0"):
         sampling.settings(temperature=0.0, top_p=0.9)
