@@ -26,6 +26,7 @@ if [[ " $* " == *" --all "* && -z "${MOLORA_CUDA_PLUGIN:-}" ]]; then # the GPU's
   fi
   export MOLORA_CUDA_PLUGIN="$PWD/.venv/cuda"
 fi
+
 if [[ " $* " == *" --all "* ]] &&
   ! python -c 'import lm_eval, material, moto, openai, reasoning_gym, s3fs, wandb' 2>/dev/null; then
   echo "setup: the extra test-all (once, a few minutes)"

@@ -65,6 +65,14 @@ LONGEST = (
 )  # fmt: skip
 
 
+@pytest.fixture
+def without_cache():
+    """For programs of devices that are not there: an executable without a client cannot be read back."""
+    jax.config.update("jax_enable_compilation_cache", False)
+    yield
+    jax.config.update("jax_enable_compilation_cache", True)
+
+
 # Tests start processes, which inherit this: what one file leaves behind would be another one's fault.
 def _inherited() -> dict:
     return {name: value for name, value in os.environ.items() if name.startswith(("JAX_", "XLA_", "MOLORA_"))}

@@ -57,12 +57,11 @@ def load_config(config, overrides: dict | None = None):
     """
     if not isinstance(config, (str, os.PathLike)):
         raise InputError("config", got=f"a {type(config).__name__}", expected="a name or a file", fix="Such as 'lora'.")
-    for package in ("configs", "launch"):
-        put_up(package)
+    put_up("launch")
     flags = importlib.import_module("launch.flags")
     as_text = lambda value: ",".join(map(str, value)) if isinstance(value, (tuple, list)) else str(value)  # noqa: E731
     made = flags.override(flags.load(config), [(path, as_text(v)) for path, v in (overrides or {}).items()])
-    importlib.import_module("molora_jax.config").validate(made, need_rules=not made.get("surgery"))
+    flags.schema.validate(made, need_rules=not made.get("surgery"))
     return made
 
 

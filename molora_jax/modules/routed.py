@@ -32,8 +32,9 @@ class Routed(nn.Module):
     def engine_now(self) -> Engine:
         """The engine of a call. While leaves are made one device is enough: no engine changes a value."""
         on = ALONE if self.is_initializing() else self.made().engine
-        if not on.alone and AxisType.Explicit in jax.sharding.get_abstract_mesh().axis_types:
-            got = f"explicit axes ({', '.join(jax.sharding.get_abstract_mesh().axis_names)})"
+        mesh = jax.sharding.get_abstract_mesh()
+        if not on.alone and AxisType.Explicit in mesh.axis_types:
+            got = f"explicit axes ({', '.join(mesh.axis_names)})"
             raise wrong(f"{self.module_path()}, the mesh of jax.set_mesh", got, "automatic ones", AUTOMATIC)
         return on
 

@@ -32,10 +32,17 @@ from molora_jax.runs.obstacles import not_saved, obstacles
 from molora_jax.runs.workdir import Workdir
 from molora_jax.text import table
 from molora_jax.training import many
-from molora_jax.training.clock import Clock
 from molora_jax.training.collapse import CollapseWatch
-from molora_jax.training.flops import per_token
-from molora_jax.training.loop import MAX_SKIPPED, Result, not_finite, peak_bytes, row, tell_the_start, tell_what_trains
+from molora_jax.training.loop import (
+    MAX_SKIPPED,
+    Result,
+    clock_of,
+    not_finite,
+    peak_bytes,
+    row,
+    tell_the_start,
+    tell_what_trains,
+)
 from molora_jax.training.loss_picture import plot_loss, plot_losses
 from molora_jax.training.programs import Program
 from molora_jax.training.run import TrainingRun
@@ -154,10 +161,7 @@ class Group:
         for run, state in zip(self.runs, states, strict=True):
             if start == 0 and not run.checkpoints.steps():
                 run.save(state, 0)  # before the first compile, so that a kill inside it loses nothing
-        program, state = self.first.programs[stage_at(self.stages, start).name], states[0]
-        seq_len = self.first.config.data.seq_len
-        flops = per_token(program.model, state.adapters, state.modules, program.frozen, seq_len)
-        self.timed = Clock(self.first.mesh.devices.flat, flops, began=self.began)
+        self.timed = clock_of(self.first, start, self.began)
         return self._loop(states, start, last, stop)
 
     def _write_names(self):

@@ -102,10 +102,7 @@ def train(config, workdir: str, *, profile: bool = False, note=None) -> Result:
         state = run.restore_or_start()
         tell_the_start(run, start, note)
         note(str(run.table))
-        stage = stage_at(run.stages, start)
-        now, shapes = run.programs[stage.name], run.compiled(stage).shapes
-        flops = per_token(now.model, shapes.adapters, shapes.modules, now.frozen, run.config.data.seq_len)
-        clock = Clock(run.mesh.devices.flat, flops, began=began)
+        clock = clock_of(run, start, began)
         with run.checkpoints:
             if start == 0 and not run.checkpoints.steps():
                 with clock.of("checkpoint"):
@@ -254,6 +251,14 @@ def _loop(run, state, start, last, stop, progress, note, profile, writer, watchd
     if step > start and skipped >= step - start:  # too short to give up on the way
         raise not_finite(skipped, step)
     return result
+
+
+def clock_of(run, start, began: float) -> Clock:
+    """The clock of a start, which knows the FLOPs of the stage of this step."""
+    stage = stage_at(run.stages, start)
+    program, shapes = run.programs[stage.name], run.compiled(stage).shapes
+    flops = per_token(program.model, shapes.adapters, shapes.modules, program.frozen, run.config.data.seq_len)
+    return Clock(run.mesh.devices.flat, flops, began=began)
 
 
 def tell_the_start(run, start, note):

@@ -20,10 +20,8 @@ pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(params=tpu.TOPOLOGIES)
-def chip(request):
-    jax.config.update("jax_enable_compilation_cache", False)  # an executable without a client cannot be read back
-    yield tpu.devices(request.param)[0]
-    jax.config.update("jax_enable_compilation_cache", True)
+def chip(request, without_cache):
+    return tpu.devices(request.param)[0]
 
 
 def compiled(chip, function, arguments, wide):

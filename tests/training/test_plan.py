@@ -17,6 +17,7 @@ from molora_jax.backbones.sizes import base_shapes
 from molora_jax.core import trees
 from molora_jax.errors import InputError
 from molora_jax.io.base import load_base
+from molora_jax.training import gpus
 from molora_jax.training import plan as planning
 from tests import gpu, tpu
 
@@ -130,6 +131,10 @@ def test_groups_that_span_hosts_of_gpus_share_the_network():
     assert tpus == pytest.approx(1e9 / 200e9), "the links of a slice lead everywhere"
 
 
+def test_the_command_line_knows_the_chips():
+    assert {*launcher.TPUS, *launcher.GPUS, "cpu"} == set(planning.CHIPS) and set(launcher.GPUS) == set(gpus.GPUS)
+
+
 def test_what_a_run_gets_of_a_gpu_is_what_jax_takes(monkeypatch):
     monkeypatch.delenv(planning.FRACTION, raising=False)
     chip = planning.CHIPS["h200"]
@@ -159,14 +164,6 @@ def test_a_mesh_that_does_not_fit_the_devices_is_named_before_compiling(tiny):
         planning.plan(config_of(mesh__fsdp=3), tiny, jax.devices(), "cpu", own_mesh=True, own_batch=True)
 
 
-@pytest.fixture
-def without_cache():
-    """What is compiled for devices that are not there cannot be read back."""
-    jax.config.update("jax_enable_compilation_cache", False)
-    yield
-    jax.config.update("jax_enable_compilation_cache", True)
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("chip", ["v5e", "v6e", "a100", "h100", "h200", "b200"])
 def test_a_plan_of_chips_that_are_not_there(chip, tiny, without_cache):
@@ -186,8 +183,9 @@ def test_gpus_hold_and_send_what_eight_cpus_do(mesh, tiny, without_cache):
     found = {
         chip: planning.plan(config, tiny, on, chip, own_mesh=True, own_batch=True) for chip, on in ways.items()
     }  # fmt: skip
-    cpus, gpus = found["cpu"], found["h100"]
+    ours, theirs = found["cpu"], found["h100"]
     for part in ("base", "adapters", "optimizer"):
-        assert gpus.memory[part] == cpus.memory[part]
+        assert theirs.memory[part] == ours.memory[part]
     sent = lambda made: sum(c["bytes"] for c in made.collectives)  # noqa: E731
-    assert gpus.engine == cpus.engine and 0.4 < sent(gpus) / sent(cpus) < 1.6, (gpus.collectives, cpus.collectives)
+    assert theirs.engine == ours.engine
+    assert 0.4 < sent(theirs) / sent(ours) < 1.6, (theirs.collectives, ours.collectives)
