@@ -61,12 +61,13 @@ def loopback(host: str) -> bool:
 
 
 def bound(host: str, port: int) -> socket.socket:
-    """A socket, before anything is loaded."""
+    """A socket that listens, before anything is loaded: a second server is refused, and whoever asks early waits."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     found = socket.socket(family, socket.SOCK_STREAM)
     found.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         found.bind((host, port))
+        found.listen()  # a port that is only bound can be bound again until one of the two listens
     except OSError as error:  # also a name that nobody knows
         raise InputError(
             "--port", got=f"{host}:{port}, {error.strerror or error}", expected="a free port of this machine",

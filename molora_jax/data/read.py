@@ -150,6 +150,8 @@ def _read_package(entry: str, files, reads: str) -> list[Read]:
     module = find(entry)
     try:
         examples, problem = distinct(module.examples(files), several_answers=several_answers(entry)), "no example"
+    except InputError:  # the source says itself what is missing
+        raise
     except (ValueError, LookupError, TypeError, AttributeError, OSError) as error:  # files of another format
         examples, problem = [], f"{type(error).__name__}: {error}"
     if not examples:

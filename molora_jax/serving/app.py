@@ -255,7 +255,7 @@ class Server(uvicorn.Server):
     seconds. Until then it listens, so that clients are told (503). A second signal ends it at once."""
 
     def __init__(self, engine: Engine, *, host: str, port: int, grace: float = 30.0, started=lambda url: None):
-        """`started(url)` is called when it listens."""
+        """`started(url)` is called when it answers."""
         config = uvicorn.Config(
             application(engine), host=host, port=port, log_level="warning", lifespan="off", access_log=False,
             timeout_graceful_shutdown=FLUSH,

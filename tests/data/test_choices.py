@@ -147,6 +147,16 @@ def test_without_the_package(monkeypatch):
         list(reasoning.Task("chain_sum").examples([]))
 
 
+def test_a_package_that_reasoning_gym_lacks_is_named_in_one_sentence(monkeypatch):
+    monkeypatch.setitem(sys.modules, "reasoning_gym", types.ModuleType("reasoning_gym"))
+    monkeypatch.setitem(sys.modules, "reasoning_gym.factory", None)
+    config = common.get_config().data
+    config.update(tasks="rg:chain_sum")
+    with pytest.raises(InputError) as caught:
+        data_lib.build(config, tokenizer=byte_tokenizer(), batch_size=4, seed=0)
+    assert str(caught.value).count("got ") == 1 and "no package reasoning_gym.factory" in str(caught.value)
+
+
 @pytest.mark.parametrize("entry", ["rg:chain_sum", "bb:goal_step_wikihow/goal_inference"])
 def test_families_are_entries_of_data_tasks(entry):
     config = common.get_config()

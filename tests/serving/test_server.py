@@ -39,6 +39,13 @@ def test_a_port_in_use_is_found_before_jax_is_imported(monkeypatch):
             serve.run(["--workdir=runs/a", f"--port={port}"])
 
 
+def test_of_two_servers_that_start_at_once_the_second_is_refused():
+    with serve.bound("127.0.0.1", 0) as first:
+        port = first.getsockname()[1]
+        with pytest.raises(InputError, match=f"--port: got 127.0.0.1:{port}"):
+            serve.bound("127.0.0.1", port)
+
+
 @pytest.mark.parametrize(
     ("flags", "words"),
     [

@@ -51,8 +51,8 @@ def _dataset(name: str):
         import reasoning_gym
         from reasoning_gym.factory import DATASETS
     except ImportError as error:
-        got = f"no package {error.name}"
-        raise InputError(where, got=got, expected="the package 'reasoning-gym' to be installed", fix=Task.FIX) from None
+        got, expected = f"no package {error.name}", "the package 'reasoning-gym' and all that it imports"
+        raise InputError(where, got=got, expected=expected, fix=Task.FIX) from None
     if name not in DATASETS:
         fix = did_you_mean(name, DATASETS)
         raise InputError(where, got=repr(name), expected="a task of reasoning_gym.factory.DATASETS", fix=fix)
