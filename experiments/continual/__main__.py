@@ -1,6 +1,6 @@
 """Three tasks of real text, one after the other, on MiniLM with one LoRA and one head for all classes.
 
-python -m experiments.continual [--seeds=2] [--steps=90] [--workdir=runs/continual]
+python -m experiments.continual [--seeds=3] [--steps=240] [--workdir=runs/continual]
 
     words      a word of VADER's lexicon: negative or positive
     language   a sentence of Django's catalogues: French, German or Spanish
@@ -24,14 +24,15 @@ from molora_jax.pictures import figure, save, shades
 
 HERE = pathlib.Path(__file__).parent
 FLAGS = [
-    ("--seeds", dict(type=int, default=2)),
-    ("--steps", dict(type=int, default=90, help="optimizer steps, of all three tasks together")),
+    ("--seeds", dict(type=int, default=3)),
+    ("--steps", dict(type=int, default=240, help="optimizer steps, of all three tasks together")),
     ("--workdir", dict(default="runs/continual", metavar="DIR")),
 ]
 EACH = 1200  # rows a task
 VARIANTS = {
     "sequential": ("sequential_lora", {}, {}),
-    "EWC": ("ewc_lora", {}, dict(weight=3e3)),
+    "EWC, weight 3e3": ("ewc_lora", {}, dict(weight=3e3)),
+    "EWC, weight 3e6": ("ewc_lora", {}, dict(weight=3e6)),
     "replay of 32 rows": ("sequential_lora", dict(replay=32, replay_share=0.3), {}),
 }
 ASKS = {"Plural of": "plural", "Past tense of": "past", "Superlative of": "superlative"}
@@ -97,7 +98,7 @@ def main(argv):
             key = f"{name} | seed {seed}"
             if key in found["runs"]:
                 continue
-            folder = work / f"{name.split()[0]}-{seed}"
+            folder = work / f"{name.replace(', ', '-').replace(' ', '_')}-{seed}"
             train(config_of(which, regime, loss, seed=seed, steps=args.steps, data=data), str(folder))
             found["runs"][key] = json.loads((folder / "report" / "continual.json").read_text())
             write_atomically(path, json.dumps(found, indent=1) + "\n")
@@ -118,12 +119,12 @@ def report(found):
         told = {what: 100 * np.array([run[what] for run in runs]) for what in ("average_accuracy", "forgetting",
                                                                               "backward_transfer")}  # fmt: skip
         text = "  ".join(f"{what} {x.mean():+.1f} ({' '.join(f'{v:.1f}' for v in x)})" for what, x in told.items())
-        print(f"{name:<20} {text}")
+        print(f"{name:<18} {text}")
         ax.set(title=name, xticks=range(len(tasks)), xlabel="after training on", ylim=(0, 102))
         ax.set_xticklabels(tasks)
         ax.grid(alpha=0.3)
     axes[0, 0].set(ylabel="held-out accuracy (%)")
-    axes[0, 0].legend(frameon=False, loc="lower left", fontsize=8)
+    fig.legend(*axes[0, 0].get_legend_handles_labels(), frameon=False, loc="outside lower center", ncols=len(tasks))
     print(save(fig, HERE / "results.png"))
 
 
