@@ -261,4 +261,49 @@ LEFT_OUT = (
     "acceptance/test_meteora.py::test_acceptance_5_gates_learn_from_both_losses_*[[]1]",
     "acceptance/test_moa_hetero.py::test_acceptance_1_weights_of_1_are_plain_lora",  # battery/test_methods
     "acceptance/test_lora_mixer.py::test_acceptance_7_a_kill_in_stage_b_changes_no_bit*",  # regimes/test_killed
+    # the acceptance list of the method holds its equation, its start and what learns; what stays lies as no other does:
+    # an FFN, kinds side by side, a state, pools, plain LoRA
+    *(f"battery/test_methods.py::{test}[[]{name}]"
+      for test in ("test_equals_the_naive_form_in_value_and_gradient", "test_the_start_is_the_base")
+      for name in ("coe", "deepseek_moe", "lora_mixer", "stelocoder", "randlora", "lora_xs", "lora_ga", "lora_sb",
+                   "ia3")),
+    "battery/test_methods.py::test_the_start_is_the_base[[]nola]",
+    "battery/test_methods.py::test_loss_falls_on_a_small_batch[[]allora]",  # its gradients are compared by hand
+    "battery/test_product.py::test_combination[[]lora-softmax_topk-ffn-pissa]",  # dora-top_p-ffn
+    "training/test_moves.py::*[[]projection]",  # the chain's sites, and battery/test_methods has every gradient
+    "modules/test_docs.py::test_the_page_runs",  # the README's section runs, and each module's example
+    "outside/test_members.py::test_a_run_of_members_from_outside_trains_and_resumes_*",  # opened and evaluated below it
+    "training/test_stages.py::test_a_run_with_modules_goes_on_bit_by_bit_*[[]classify]",  # regimes/test_killed
+    "training/test_stages.py::test_a_step_of_an_older_version_at_a_stages_end_*",  # golden/test_v1 opens older runs
+    "acceptance/test_kshot_experts.py::test_the_pipeline_picks_and_tunes",  # each of its steps above it
+    "serving/test_slots.py::test_answers_are_those_of_generate",  # serving/test_engine
+    "backbones/test_mamba.py::test_eight_devices_equal_one[[]fsdp]",  # test_rows and test_gpt_oss on eight devices
+    "training/test_disk.py::test_a_disk_that_is_full_for_a_while_*first save]",  # the faults' saves.run
+    "engines/test_hlo.py::test_the_layer_scan_ships_what_the_formula_says[[]chain-*",  # mixlora under the same engine
+    "engines/test_base_experts.py::test_the_layer_scan_ships_what_the_formula_says[[]all_to_all-None]",  # gather
+    "acceptance/test_flexolmo.py::test_experts_of_other_routers_*[[]x_lora]",  # goat, softmax_topk
+    "acceptance/test_llava_mole.py::test_acceptance_3_*[[]dense]",  # gated
+    "acceptance/test_dylora.py::test_acceptance_2_3_and_4_*[[]all]",  # frozen has the same one program
+    "acceptance/test_lora_baselines.py::test_acceptance_1_start_leaves_the_function_unchanged[[]lora-pissa-*",  # dora
+    # one of each pair of options that meet nowhere
+    *(f"objectives/test_formulas.py::test_chunks_of_the_vocabularys_distribution_change_nothing[[]{name}-1]"
+      for name in ("lm-{}", "preference-*", "distill-*")),  # 4 chunks
+    *(f"engines/test_seam.py::test_a_placement_in_one_file_is_served_by_every_engine[[]{engine}-6-sizes1]"
+      for engine in ("ragged_all_to_all", "replicate", "gather", "toy")),  # all_to_all, and 8 experts under each
+    "core/test_kernels.py::test_routed_ffn[[](33,*-tiled]",  # dense there, tiled at the other shapes
+    "core/test_kernels.py::test_routed_ffn[[](17,*-gelu-*",  # gelu in kernels/test_ops
+    "kernels/test_ops.py::test_against_float64[[]*-tpu-plain-random]",  # nan
+    "kernels/test_ops.py::test_shapes[[]*-tpu-nan-one]",  # crowd, and several tiles
+    "kernels/test_moe_ffn.py::test_values_and_gradients[[]()-clamped]",  # backbones/test_gpt_oss
+    "core/test_quant.py::test_experts_are_read_one_by_one_from_their_codes[[]nf4-tiled]",
+    "core/test_quant.py::test_experts_are_read_one_by_one_from_their_codes[[]int8-ragged]",
+    "engines/test_quantised.py::test_experts_on_eight_devices[[]nf4-replicate]",
+    "engines/test_quantised.py::test_experts_on_eight_devices[[]int8-all_to_all]",
+    *(f"export/test_families.py::test_a_gguf_adapter_added_to_the_bases_file_is_the_run[[]{name}]"
+      for name in ("smollm3", "gemma", "olmo2")),  # phi3, gemma2 and gemma3
+    *(f"backbones/test_families.py::test_a_kind[[]{kind}]"  # the reader's tests have each as a file
+      for kind in ("rope dynamic", "rope dynamic, beyond the context", "rope linear", "rope yarn", "gelu",
+                   "attention_bias (qwen3)", "sliding window by layer_types (qwen3)")),
+    *(f"io/test_templates.py::test_a_bomb_is_stopped_and_named_*[[]{name}]"  # a child process each; templates.bombs
+      for name in ("loops that write", "nested lists", "indent", "join", "wordwrap", "a power in one call")),
 )  # fmt: skip
