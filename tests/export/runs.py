@@ -1,5 +1,8 @@
 """Runs of every kind that goes out, on tiny random bases, and what the run itself says for a few tokens."""
 
+import functools
+
+import jax
 import numpy as np
 
 from configs import common
@@ -68,10 +71,20 @@ def made(folder, case, *, seed=0, **more):
 def logits(run, ids=IDS) -> np.ndarray:
     """`[S, V]` float32 of a run's folder."""
     run = load_run(run, warn=lambda text: None) if not hasattr(run, "model") else run
+    return said(run.model, run.params, run.adapters, run.router_state, ids)
+
+
+def said(model, params, adapters, state, ids=IDS, **more) -> np.ndarray:
+    """`[S, V]` float32 of a model. Equal models, such as the plain ones of all runs on a base, share a program."""
     tokens = np.asarray([ids], np.int32)
     batch = {"tokens": tokens, "segment_ids": np.ones_like(tokens), "positions": np.arange(len(ids))[None]}
-    hidden = run.model.hidden(run.params, run.adapters, run.router_state, batch)[0]
-    return np.asarray(run.model.config.logits(run.params, hidden)[0])
+    params, adapters, state = jax.device_get((params, adapters, state))  # one that lies on a mesh has programs apart
+    return np.asarray(_logits(model, params, adapters, state, batch | more)[0])
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _logits(model, params, adapters, state, batch):
+    return model.config.logits(params, model.hidden(params, adapters, state, batch)[0])
 
 
 def _routed(sites, router, name="lora", *, experts="4", rule=None, **more):

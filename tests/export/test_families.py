@@ -224,9 +224,6 @@ def test_a_gguf_adapter_added_to_the_bases_file_is_the_run(tmp_path, monkeypatch
     source, _ = written(tmp_path / "added", arch, added)
     ids, opened = [5, 77, 130, 4, 200, 31, 9, 250], load_run(run, warn=str)
     merged, plain = load_base(source), opened.model.without_rules()
-    batch = {"tokens": np.asarray([ids]), "segment_ids": np.ones((1, 8), int), "positions": np.arange(8)[None]}
-    got = plain.config.logits(merged.params, plain.hidden(merged.params, {}, {}, batch)[0])
-    want = runs.logits(opened, ids)
-    np.testing.assert_allclose(np.asarray(got[0]), want, atol=2e-6 * max(10, np.abs(want).max()))
-    base = plain.config.logits(opened.params, plain.hidden(opened.params, {}, {}, batch)[0])
-    assert np.abs(want - np.asarray(base[0])).max() > 1e-3
+    got, want = runs.said(plain, merged.params, {}, {}, ids), runs.logits(opened, ids)
+    np.testing.assert_allclose(got, want, atol=2e-6 * max(10, np.abs(want).max()))
+    assert np.abs(want - runs.said(plain, opened.params, {}, {}, ids)).max() > 1e-3

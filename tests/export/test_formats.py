@@ -174,14 +174,10 @@ def test_merged_is_the_run(exported, name):
     case = (runs.STATIC | runs.EXPERT | {"router": runs.TRAINED_ROUTER})[name]
     run, out, _ = exported(name, case, "merged")
     merged, opened = load_base(f"dir:{out}"), load_run(run, warn=str)
-    tokens = np.asarray([runs.IDS])
-    batch = {"tokens": tokens, "segment_ids": np.ones_like(tokens), "positions": np.arange(tokens.shape[1])[None]}
     plain = opened.model.without_rules()
-    hidden = plain.hidden(merged.params, {}, {}, batch)[0]
-    want, got = runs.logits(opened), np.asarray(plain.config.logits(merged.params, hidden)[0])
+    want, got = runs.logits(opened), runs.said(plain, merged.params, {}, {})
     np.testing.assert_allclose(got, want, atol=1e-5)
-    assert np.abs(want - np.asarray(plain.config.logits(opened.params, plain.hidden(opened.params, {}, {}, batch)[0]))
-                  ).max() > 0.01  # fmt: skip
+    assert np.abs(want - runs.said(plain, opened.params, {}, {})).max() > 0.01
 
 
 @pytest.mark.parametrize("name", ["two", "qwen3"])

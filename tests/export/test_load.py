@@ -55,18 +55,21 @@ def model_of(rule, backbone):
     return compile_model(config, backbone)
 
 
-def filled(model, params, digest="", seed=0):
-    fresh = jax.device_get(jax.jit(lambda p: model.init_adapters(jax.random.key(seed), p))(params))
+def filled(model, params, digest="", drawn=False):
+    """What is not loaded is any number; `drawn`: as a run draws it, a program to compile for each model."""
+    init = lambda p: model.init_adapters(jax.random.key(0), p)  # noqa: E731
+    if drawn:
+        fresh = jax.device_get(jax.jit(init)(params))
+    else:
+        rng = np.random.default_rng(0)
+        fresh = jax.tree.map(lambda x: rng.standard_normal(x.shape).astype(x.dtype), jax.eval_shape(init, params))
     return load_experts(model, fresh, {"digest": digest})
 
 
 def logits(model, params, adapters, ids, only=None):
-    tokens = np.asarray([ids], np.int32)
-    batch = {"tokens": tokens, "segment_ids": np.ones_like(tokens), "positions": np.arange(len(ids))[None]}
     E = max(model.rules[0].experts) if model.rules else 0
-    batch |= {} if only is None else {"allowed": np.arange(E) == only}
-    hidden = model.hidden(params, adapters, model.init_router_state(), batch)[0]
-    return np.asarray(model.config.logits(params, hidden)[0])
+    more = {} if only is None else {"allowed": np.arange(E) == only}
+    return runs.said(model, params, adapters, model.init_router_state(), ids, **more)
 
 
 @pytest.mark.parametrize("loaded", ["frozen", "trained"])
@@ -74,7 +77,7 @@ def test_experts_of_peft_say_what_peft_says(llama, loaded):
     """Each by itself under the router: ranks 1 to 4, patterns of rank and alpha, one layer, rsLoRA, AdaLoRA."""
     config, params, ids = llama
     model = model_of(rule_of(NAMES, loaded=loaded), config)
-    adapters = filled(model, params)
+    adapters = filled(model, params, drawn=loaded == "trained")
     with np.load(ADAPTERS / "logits.npz") as want:
         for e, name in enumerate(NAMES):
             got = logits(model, params, adapters, ids, only=e)
@@ -95,7 +98,7 @@ def test_loaded_experts_are_frozen_or_a_start(llama):
     frozen = model_of(rule_of(("layer", "rslora")), config)
     trained = model_of(rule_of(("layer", "rslora"), loaded="trained"), config)
     assert any("/q/" in p for p in frozen.frozen_patterns()) and not any("/q/" in p for p in trained.frozen_patterns())
-    own, drawn = (filled(m, params)["mix"]["000-001"] for m in (frozen, trained))
+    own, drawn = (filled(m, params, drawn=m is trained)["mix"]["000-001"] for m in (frozen, trained))
     assert not own["up"]["A"][1, 0, 1:].any() and drawn["up"]["A"][1, 0, 1:].all()  # of rank 1 in a rule of rank 4
     assert not own["up"]["A"][0, 0].any() and drawn["up"]["A"][0, 0].all()  # a layer that it does not adapt
     for at in (own, drawn):
@@ -104,17 +107,17 @@ def test_loaded_experts_are_frozen_or_a_start(llama):
 
 def test_round_trips_are_equal_to_1e_6(exported, tmp_path):
     """A run, exported, is the same products as an expert: through peft and through molora, PiSSA of rank 2R too."""
+    names, want, base = [], [], load_base("random:tiny")
     for name in ("lora", "pissa", "two"):
         run, peft, _ = exported(name, runs.STATIC[name], "peft")
         _, own, _ = exported(name, runs.STATIC[name], "molora")
-        opened = load_run(run, warn=str)
-        rule = rule_of((f"peft:{peft}", f"molora:{own}", str(run)), "q,k,v,up,down", rank=8)
-        model = model_of(rule, opened.model.config)
-        base = load_base("random:tiny")
-        adapters = filled(model, base.params, base.digest)
-        want = runs.logits(opened)
-        for e in range(3):
-            np.testing.assert_allclose(logits(model, base.params, adapters, runs.IDS, only=e), want, atol=1e-6)
+        names += [f"peft:{peft}", f"molora:{own}", str(run)]
+        want += [runs.logits(run)] * 3
+    model = model_of(rule_of(names, "q,k,v,up,down", rank=8), base.config)
+    adapters = filled(model, base.params, base.digest)
+    for e, name in enumerate(names):
+        got = logits(model, base.params, adapters, runs.IDS, only=e)
+        np.testing.assert_allclose(got, want[e], atol=1e-6, err_msg=name)
 
 
 def test_an_adapter_of_a_fused_module_is_split_into_its_sites(tmp_path):
