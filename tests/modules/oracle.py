@@ -1,5 +1,7 @@
 """What the modules must equal, written out: float64 numpy for values, einsums of all experts for gradients."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -59,10 +61,33 @@ def mixture(x, W, bias, leaves, k=K):
 
 def call(module, variables, *args, train=None, mutable=False, method=None, **arrays):
     """`module.apply`, compiled: op by op each of dozens of operations is compiled for itself."""
+    return _once(_applied, module, train, tuple(mutable or ()), method)(variables, args, arrays)
+
+
+def init(module, *args, **arrays):
+    """`module.init` with the key 0, compiled once for equal modules."""
+    return _once(_inited, module)(jax.random.key(0), *args, **arrays)
+
+
+def _once(make, module, *options):
+    try:
+        hash(module)
+    except TypeError:  # it holds a list or a dict
+        return make.__wrapped__(module, *options)
+    return make(module, *options)
+
+
+@functools.cache
+def _applied(module, train, mutable, method):
     static = {} if train is None else {"train": train}
 
     @jax.jit
     def run(variables, args, arrays):
-        return module.apply(variables, *args, **arrays, **static, mutable=mutable, method=method)
+        return module.apply(variables, *args, **arrays, **static, mutable=list(mutable) or False, method=method)
 
-    return run(variables, args, arrays)
+    return run
+
+
+@functools.cache
+def _inited(module):
+    return jax.jit(module.init)

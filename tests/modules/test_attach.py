@@ -13,7 +13,7 @@ import molora_jax as mj
 from molora_jax.core.types import Factors
 from molora_jax.errors import InputError
 from tests.modules.foreign import AXES, Jitted, Masked, Odd, Own, Stacked
-from tests.modules.oracle import SCALE, D, E, K, R, call, mixture64, normal, random_leaves
+from tests.modules.oracle import SCALE, D, E, K, R, call, init, mixture64, normal, random_leaves
 from tests.modules.test_engines import mesh as mesh_of
 
 LORA = mj.Lora(rank=R, alpha=8.0, dropout=0.0)
@@ -22,8 +22,9 @@ ROUTED = dict(experts=E, adapter=LORA, router=mj.SoftmaxTopK(k=K))
 X = normal(0, 2, 5, D)
 
 
-def init(module, *args, **kwargs):
-    return jax.jit(lambda key: module.init(key, *args, **kwargs))(jax.random.key(0))
+def shapes(module, *args):
+    """Of `init`: for what is refused before anything is computed."""
+    return jax.eval_shape(module.init, jax.random.key(0), *args)
 
 
 def merged(variables, rule="rule0"):
@@ -105,11 +106,11 @@ def test_a_missing_entry_of_a_scan_is_named(missing):
     rules = [dict(sites="*/up", experts=E, adapter=LORA, router=mj.SigmoidTopK(k=K))]
     axes = {name: 0 for name in AXES if name != missing}
     with pytest.raises(InputError, match=f"variable_axes.*layers/up/rule0: got no entry '{missing}'"):
-        init(mj.attach(Stacked(axes=axes), rules), X)
-    variables = init(mj.attach(Stacked(axes=AXES), rules), X)
+        shapes(mj.attach(Stacked(axes=axes), rules), X)
+    variables = shapes(mj.attach(Stacked(axes=AXES), rules), X)
     short = mj.attach(Stacked(axes=axes), rules)
     with pytest.raises(InputError, match=missing):
-        short.apply(variables, X, mutable=["routing"])
+        jax.eval_shape(lambda v: short.apply(v, X, mutable=["routing"]), variables)
     if missing == "routing":
         jax.eval_shape(lambda v: short.apply(v, X), variables)  # nothing is lost
 
@@ -138,9 +139,9 @@ def test_a_layer_in_a_scan_of_ones_own_names_what_is_missing_too():
 
 def test_dropout_in_a_scan_needs_its_keys():
     routed = mj.attach(Stacked(axes=AXES, split=("params",)), [dict(sites="*/up", adapter=mj.Lora(dropout=0.5))])
-    variables = init(routed, X)
+    variables = shapes(routed, X)
     with pytest.raises(InputError, match='"dropout": True to split_rngs'):
-        routed.apply(variables, X, rngs={"dropout": jax.random.key(0)})
+        jax.eval_shape(lambda v: routed.apply(v, X, rngs={"dropout": jax.random.key(0)}), variables)
 
 
 def test_router_state_of_a_scan_is_updated_by_layer():
@@ -170,13 +171,13 @@ def test_odd_models_are_covered_or_named():
         atol=2e-4,
     )  # fmt: skip
     with pytest.raises(InputError, match="'mixed', which matches no Dense layer, but mixed/kernel .of Einsum"):
-        init(mj.attach(model, [dict(sites="mixed", adapter=LORA)]), X)
+        shapes(mj.attach(model, [dict(sites="mixed", adapter=LORA)]), X)
     with pytest.raises(InputError, match="'twise'.*Nearest: twice"):
-        init(mj.attach(model, [dict(sites="twise", adapter=LORA)]), X)
+        shapes(mj.attach(model, [dict(sites="twise", adapter=LORA)]), X)
     with pytest.raises(InputError, match="up, inside nn.jit"):
-        init(mj.attach(Jitted(), PLAIN), X)
+        shapes(mj.attach(Jitted(), PLAIN), X)
     with pytest.warns(UserWarning, match="does not cover mixed/kernel .of Einsum., raw .of Odd."):
-        init(mj.attach(model, PLAIN), X)
+        shapes(mj.attach(model, PLAIN), X)
 
 
 def test_padding_is_neither_routed_nor_counted():
@@ -198,11 +199,15 @@ def test_dropout_follows_the_switch_of_the_model():
     routed = mj.attach(Masked(), [dict(sites="up", adapter=mj.Lora(rank=R, dropout=0.5))])
     mask = np.ones((2, 5), bool)
     variables = random_leaves(init(routed, X, mask))
-    call = lambda seed, *args: routed.apply(  # noqa: E731
-        variables, X, mask, *args, rngs={"dropout": jax.random.key(seed)}, capture_intermediates=True
-    )[1]["intermediates"]["up"]["__call__"][0]  # fmt: skip
-    assert np.array_equal(call(0), call(1)), "deterministic by its default"
-    assert not np.array_equal(call(0, False), call(1, False))
+
+    def drops(*args):
+        run = jax.jit(lambda key: routed.apply(
+            variables, X, mask, *args, rngs={"dropout": key}, capture_intermediates=True
+        )[1]["intermediates"]["up"]["__call__"][0])  # fmt: skip
+        return not np.array_equal(run(jax.random.key(0)), run(jax.random.key(1)))
+
+    assert not drops(), "deterministic by its default"
+    assert drops(False)
 
 
 def test_a_start_that_reads_the_base_reads_the_checkpoint():
@@ -305,7 +310,7 @@ def test_dropout_follows_a_switch_of_any_usual_name():
 def test_params_alone_are_told_what_makes_the_others():
     for axes in (None, AXES):
         routed = mj.attach(Stacked(axes=axes), [dict(sites="*/up", adapter=LORA)])
-        params = init(routed, X)["params"]
+        params = shapes(routed, X)["params"]
         with pytest.raises(InputError, match="got nothing; .*mj.init_adapters for params that are there") as caught:
-            routed.apply({"params": params}, X)
+            jax.eval_shape(lambda params, routed=routed: routed.apply({"params": params}, X), params)
         assert "variable_axes" not in str(caught.value)

@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 import molora_jax as mj
 from molora_jax.core import routing as routing_math
 from molora_jax.errors import InputError
-from tests.modules.oracle import SCALE, D, E, F, K, R, call, gates64, mixture, mixture64, normal, random_leaves
+from tests.modules.oracle import SCALE, D, E, F, K, R, call, gates64, init, mixture, mixture64, normal, random_leaves
 
 LORA = mj.Lora(rank=R, alpha=8.0, dropout=0.0)
 TOPK = mj.SoftmaxTopK(k=K)
@@ -26,7 +26,7 @@ def layer(**changes):
 
 
 def variables_of(module, *args, **kwargs):
-    variables = jax.jit(lambda key: module.init(key, *args, **kwargs))(jax.random.key(0))
+    variables = init(module, *args, **kwargs)
     return {name: tree if name == "router_state" else random_leaves(tree) for name, tree in variables.items()}
 
 
@@ -56,9 +56,10 @@ def test_gradients_equal_those_of_the_einsum():
 
 def test_the_start_is_the_base_and_no_router_is_plain_lora():
     x = normal(0, 2, 5, D)
+    base = np.asarray(jax.jit(lambda x: x @ W + BIAS)(x))
     for one in (layer(), layer(experts=1, router=None), layer(adapter=mj.Dora(rank=R, dropout=0.0))):
-        variables = jax.jit(one.init)(jax.random.key(0), x, kernel=W, bias=BIAS)
-        assert np.array_equal(call(one, variables, x, kernel=W, bias=BIAS), jax.jit(lambda x: x @ W + BIAS)(x))
+        variables = init(one, x, kernel=W, bias=BIAS)
+        assert np.array_equal(call(one, variables, x, kernel=W, bias=BIAS), base)
     one = layer(experts=1, router=None)
     variables = variables_of(one, x, kernel=W)
     A, B = (np.asarray(variables["adapters"][name][0], np.float64) for name in "AB")
@@ -96,13 +97,13 @@ def test_dropout_is_on_with_train_and_a_key_alone():
     assert np.array_equal(run(1, train=True), run(1, train=True))
     assert not np.allclose(run(1, train=True), run(2, train=True))
     with pytest.raises(InputError, match="no rng named dropout.*adapter.dropout"):
-        one.apply(variables, x, kernel=W, train=True)
+        call(one, variables, x, kernel=W, train=True)
     jax.eval_shape(lambda v: layer().apply(v, x, kernel=W, train=True), variables)  # nothing is random here
 
 
 def test_what_is_sown_and_only_where_asked():
     x = normal(0, 2, 5, D)
-    variables = jax.jit(layer().init)(jax.random.key(0), x, kernel=W)
+    variables = init(layer(), x, kernel=W)
     assert set(variables) == {"adapters"}
     y = call(layer(), variables, x, kernel=W)
     assert y.shape == (2, 5, F)
@@ -113,15 +114,17 @@ def test_what_is_sown_and_only_where_asked():
     keep = np.asarray(valid).reshape(-1)
     np.testing.assert_allclose(one.decision.gates.reshape(-1, E), gates * keep[:, None], atol=1e-6)
     f, P = (gates[keep] > 0).mean(0) / K, probs[keep].mean(0)
-    np.testing.assert_allclose(mj.balance(sown), E * np.sum(f * P), rtol=1e-6)
+    of_all, of_tokens, z_loss, metrics = jax.jit(
+        lambda sown: (mj.balance(sown), mj.balance(sown, normalise="tokens"), mj.routing_loss(sown, mj.ZLoss()),
+                      mj.routing_metrics(sown))
+    )(sown)  # fmt: skip
+    np.testing.assert_allclose(of_all, E * np.sum(f * P), rtol=1e-6)
     with pytest.raises(InputError, match="weight: got 0.5; expected nothing.*0.01 . mj.balance"):
         mj.balance(sown, weight=0.5)
-    np.testing.assert_allclose(mj.balance(sown, normalise="tokens"), K * E * np.sum(f * P), rtol=1e-6)
+    np.testing.assert_allclose(of_tokens, K * E * np.sum(f * P), rtol=1e-6)
     z = x.reshape(-1, D) @ np.asarray(variables["adapters"]["router"]["W"]).T
-    np.testing.assert_allclose(
-        mj.routing_loss(sown, mj.ZLoss()), np.mean(np.log(np.exp(z[keep]).sum(-1)) ** 2), rtol=1e-5
-    )
-    assert float(mj.routing_metrics(sown)[""]["active_experts"]) == K
+    np.testing.assert_allclose(z_loss, np.mean(np.log(np.exp(z[keep]).sum(-1)) ** 2), rtol=1e-5)
+    assert float(metrics[""]["active_experts"]) == K
 
 
 def test_a_router_with_state_is_updated_once_a_step():
@@ -147,13 +150,13 @@ def test_a_router_with_state_is_updated_once_a_step():
 def test_what_never_trains_is_not_among_the_adapters():
     x = normal(0, 2, 5, D)
     one = layer(adapter=mj.Lora(rank=R, dropout=0.0, init="pissa"))
-    variables = jax.jit(one.init)(jax.random.key(0), x, kernel=W)
+    variables = init(one, x, kernel=W)
     assert set(variables["frozen"]) == {"A0", "B0"} and set(variables["adapters"]) == {"A", "B", "router"}
     np.testing.assert_allclose(call(one, variables, x, kernel=W), x @ W, atol=1e-5)
     with pytest.raises(InputError, match=r"variables\['frozen'\]: A0: got nothing"):
         one.apply({"adapters": variables["adapters"]}, x, kernel=W)
     one = layer(adapter=mj.Mos(rank=4, budget=4, dropout=0.0))
-    variables = jax.jit(one.init)(jax.random.key(0), x, kernel=W)
+    variables = init(one, x, kernel=W)
     assert set(variables["frozen"]) == {"I_A", "I_B"} and "shared" in variables["adapters"]
     loss = lambda a: one.apply(variables | {"adapters": a}, x, kernel=W).sum()  # noqa: E731
     jax.eval_shape(jax.grad(loss), variables["adapters"])  # tables of integers have no gradient
@@ -202,7 +205,7 @@ def test_a_wrong_number_is_refused_whatever_was_made_before():
 
 def test_wrong_shapes_and_missing_variables_are_named():
     x = normal(0, 2, 5, D)
-    variables = jax.jit(layer().init)(jax.random.key(0), x, kernel=W)
+    variables = init(layer(), x, kernel=W)
     with pytest.raises(InputError, match=r"kernel: got shape \(8, 8\); expected \(8, 12\)"):
         layer().apply(variables, x, kernel=np.eye(8))
     for bad, name in ((dict(x=[1.0] * D), "x"), (dict(kernel={"kernel": W}), "kernel"), (dict(bias=0.5), "bias")):
@@ -221,7 +224,7 @@ def test_members_may_be_names_dicts_or_instances():
     made = [layer(adapter=a, router=r) for a, r in (
         (mj.Lora(), TOPK), (dict(name="lora"), dict(name="softmax_topk", k=2)), ("lora", "softmax_topk"),
     )]  # fmt: skip
-    trees = [jax.jit(one.init)(jax.random.key(0), x, kernel=W) for one in made]
+    trees = [jax.jit(one.init)(jax.random.key(0), x, kernel=W) for one in made]  # each by itself
     assert all(jax.tree.all(jax.tree.map(np.array_equal, trees[0], tree)) for tree in trees)
 
 
@@ -280,7 +283,7 @@ class Wide(mj.ZLoss):
 
 def test_what_is_no_collection_or_no_scalar_is_named():
     x = normal(0, 2, 5, D)
-    variables = jax.jit(layer().init)(jax.random.key(0), x, kernel=W)
+    variables = init(layer(), x, kernel=W)
     y, sown = call(layer(), variables, x, kernel=W, mutable=["routing"])
     for wrong, kind in ((y, r"a ArrayImpl of shape \(2, 5, 12\)"), ((y, sown), "a tuple"), (None, "a NoneType")):
         with pytest.raises(InputError, match=f"sown: got {kind}; .*second of what it returns"):
@@ -304,10 +307,14 @@ def test_no_token_gives_no_row(lead):
         (layer(), dict(kernel=W, bias=BIAS), F), (ffn, kernels, D), (routed, {}, F),
         (layer(engine="all_to_all", mesh=mesh), dict(kernel=W, valid=jnp.ones(lead, bool)), F),
     ):  # fmt: skip
-        variables = jax.jit(one.init)(jax.random.key(0), x, **more)
-        y, sown = call(one, variables, x, **more, mutable=["routing"])
-        assert y.shape == (*lead, width) and np.isfinite(mj.balance(sown)), type(one).__name__
-        grads = jax.jit(jax.grad(lambda v, one=one, more=more: one.apply(v, x, **more).sum()))(variables)
+        variables = init(one, x, **more)
+
+        def run(v, one=one, more=more):
+            y, sown = one.apply(v, x, **more, mutable=["routing"])
+            return y.sum(), (y, mj.balance(sown))
+
+        (_, (y, balance)), grads = jax.jit(jax.value_and_grad(run, has_aux=True))(variables)
+        assert y.shape == (*lead, width) and np.isfinite(balance), type(one).__name__
         assert not any(np.any(leaf) for leaf in jax.tree.leaves(grads["adapters"]))
 
 
@@ -355,7 +362,7 @@ def test_losses_that_tell_tasks_apart_take_their_ids():
     Z = Q * np.where([[1, 1, 0, 0], [0, 0, 1, 1]], 1.5, 0.5)  # the first row is of the task "facts"
     loss = mj.LocalizedBalance(delta=0.5, world="facts")
     ids = jnp.array([[1] * 5, [0] * 5])
-    got = mj.routing_loss(sown, loss, task_ids=ids, tasks=("other", "facts"))
+    got = jax.jit(lambda ids: mj.routing_loss(sown, loss, task_ids=ids, tasks=("other", "facts")))(ids)
     np.testing.assert_allclose(got, Z.var(ddof=1) / Z.mean() ** 2, rtol=1e-5)
     with pytest.raises(InputError, match="task_ids: got shape"):
         mj.routing_loss(sown, loss, task_ids=ids[0], tasks=("other", "facts"))
@@ -364,15 +371,15 @@ def test_losses_that_tell_tasks_apart_take_their_ids():
 def test_integers_are_numbers_of_the_kernels_type():
     layer, W = mj.RoutedLoRA(3, experts=2, adapter=mj.Lora(rank=2), router=mj.SoftmaxTopK(k=1)), jnp.full((4, 3), 0.5)
     x = jnp.arange(8).reshape(2, 4)
-    variables = layer.init(jax.random.key(0), x, kernel=W)
-    np.testing.assert_array_equal(layer.apply(variables, x, kernel=W), x @ W)
+    variables = init(layer, x, kernel=W)
+    np.testing.assert_array_equal(call(layer, variables, x, kernel=W), np.asarray(x) @ np.asarray(W))
 
 
 def test_padding_may_hold_nan():
     layer, W = mj.RoutedLoRA(3, experts=2, adapter=mj.Lora(rank=2), router=mj.SoftmaxTopK(k=1)), jnp.ones((4, 3))
     valid = jnp.array([[True, True, False]])
     x = jnp.ones((1, 3, 4))
-    variables = jax.jit(layer.init)(jax.random.key(0), x, kernel=W)
+    variables = init(layer, x, kernel=W)
     broken = jnp.where(valid[..., None], x, jnp.nan)
 
     def loss(adapters, x):
