@@ -13,6 +13,7 @@ from molora_jax.backbones.families import TINY
 from molora_jax.core import trees
 from molora_jax.engines import Engine, auto
 from molora_jax.errors import InputError
+from molora_jax.io.base import load_base
 from molora_jax.training.setup import with_engine
 from molora_jax.training.step import fresh
 from tests import tiny
@@ -129,8 +130,9 @@ def test_options_of_an_exchange_without_one():
 def test_state_lies_where_the_experts_lie():
     import optax
 
-    model, params, *_ = tiny.tiny_model("mola")  # 2, 4, 6, 8 experts on four devices
-    where = mesh(data=2, expert=4)
+    base = load_base("random:tiny")
+    where, params = mesh(data=2, expert=4), base.params
+    model = compile_model(tiny.tiny_config("mola"), base.config)  # 2, 4, 6, 8 experts on four devices
     model = dataclasses.replace(model, engine=Engine("gather", where))
     shapes = jax.eval_shape(lambda p: fresh(model, optax.adam(1e-3), p, (), jax.random.key(0)), params)
     made = sharding.state_shardings(shapes, model, where)

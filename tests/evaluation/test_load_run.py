@@ -91,7 +91,8 @@ def test_gates_by_layer_over_segments_and_scopes():
         model, params, adapters, state = tiny_model(method)
         ones = np.ones((1, 8), np.int32)
         batch = dict(tokens=ones, segment_ids=ones, positions=np.arange(8, dtype=np.int32)[None])
-        gates = by_layer(model, model.hidden(params, adapters, state, batch, collect=True)[3])["all"]
+        collected = jax.jit(lambda *given, model=model: model.hidden(*given, collect=True)[3])
+        gates = by_layer(model, collected(params, adapters, state, batch))["all"]
         assert set(gates) == scopes
         rule = model.rules[0]
         for scope, g in gates.items():
@@ -121,9 +122,11 @@ def test_a_rule_on_some_layers_has_zeros_on_the_others():
 
     base = load_base("random:tiny")
     model = compile_model(config, base.config)
-    adapters, ones = model.init_adapters(jax.random.key(0), base.params), np.ones((1, 8), np.int32)
+    adapters = jax.jit(lambda p: model.init_adapters(jax.random.key(0), p))(base.params)
+    ones = np.ones((1, 8), np.int32)
     batch = dict(tokens=ones, segment_ids=ones, positions=np.arange(8, dtype=np.int32)[None])
-    g = by_layer(model, model.hidden(base.params, adapters, {}, batch, collect=True)[3])["ffn"]["ffn"]
+    gates = jax.jit(lambda params, adapters: model.hidden(params, adapters, {}, batch, collect=True)[3])
+    g = by_layer(model, gates(base.params, adapters))["ffn"]["ffn"]
     assert g.shape == (4, 1, 8, 8) and [bool(np.any(x)) for x in g] == [False, True, True, False]
 
 

@@ -11,9 +11,9 @@ import dataclasses
 import pytest
 
 import molora_jax
+from configs import common
 from molora_jax.serving.engine import Engine
 from tests.surgery.make import new_run
-from tests.tiny import tiny_config
 
 PROMPTS = [f"Double {i}" + "." * (i % 4) for i in range(8)] + ["Is 3 even?"]
 NEW = 8  # tokens of an answer
@@ -22,7 +22,9 @@ NEW = 8  # tokens of an answer
 @pytest.fixture(scope="session")
 def run(tmp_path_factory):
     folder = tmp_path_factory.mktemp("serving") / "run"
-    return molora_jax.load_run(new_run(folder, tiny_config("mixlora").method.rules.to_dict(), seed=3))
+    router = dict(name="softmax_topk", k=2, share="site")  # experts of whole FFNs: `test_slots.py`
+    rules = dict(all=common.rule("q,down", adapter=common.adapter(), experts="4", router=router))
+    return molora_jax.load_run(new_run(folder, rules, seed=4))
 
 
 @pytest.fixture(scope="session")
