@@ -38,6 +38,12 @@ def _batch_nll(
     return (nll, weight, right, index), jax.tree.map(by_task, by_layer(model, gates))
 
 
+@functools.cache
+def _replicate(mesh):
+    """Kept: one made in each call would compile in each call."""
+    return jax.jit(lambda x: x, out_shardings=sharding.replicated(mesh))
+
+
 def example_nll(
     model, params, adapters, router_state, batches, num_examples, *, mesh, targets_per_row, constrain, num_tasks=0,
     done=lambda: None, forward=None, objective=PLAIN, modules=None, head="lm", fixed=None,
@@ -61,7 +67,7 @@ def example_nll(
         forward = lambda *given: of_batch(*given, modules or {}, fixed or {})  # noqa: E731
     sums = {name: np.zeros(num_examples) for name in ("nll", "tokens", "right")}
     total: dict = {}
-    replicate = jax.jit(lambda x: x, out_shardings=sharding.replicated(mesh))
+    replicate = _replicate(mesh)
     for batch in batches:
         rows = sharding.rows_of_process(len(batch["tokens"]), mesh)
         local = {name: value[rows] for name, value in batch.items()}

@@ -1,6 +1,7 @@
 """gpt-oss: LoRA on its experts against einsums with biases and clamps, its engines, MXFP4, what is refused."""
 
 import dataclasses
+import functools
 import json
 
 import jax
@@ -68,12 +69,20 @@ def adapted():
     return checked(config_of("own", base_router="trained"), SMALL)
 
 
+@functools.cache
+def on_one():
+    """Loss and gradients on one device."""
+    model = adapted()
+    params, adapters, batch, weight = biased(model)
+    with jax.default_matmul_precision("highest"):
+        return loss_of(model, weight)(adapters, params, batch)
+
+
 def test_gradients_of_adapters_and_router_are_those_of_einsums():
     model = adapted()
     params, adapters, batch, weight = biased(model)
     with jax.default_matmul_precision("highest"):
-        found = loss_of(model, weight)(adapters, params, batch)
-        close(found, reference(model, weight, Biased)(adapters, params, batch))
+        close(on_one(), reference(model, weight, Biased)(adapters, params, batch))
 
 
 @pytest.mark.parametrize("engine", [pytest.param("gather", marks=pytest.mark.slow), "all_to_all"])
@@ -81,7 +90,7 @@ def test_eight_devices(engine):
     """Biases of experts lie in shards as their kernels do; that of `down` is counted once where F is split."""
     model = adapted()
     params, adapters, batch, weight = biased(model)
-    wanted = loss_of(model, weight)(adapters, params, batch)
+    wanted = on_one()
     mesh = sharding.make_mesh(dict.fromkeys(sharding.AXES, 1) | dict(expert=2, fsdp=2, tensor=2))
     many = dataclasses.replace(model, engine=Engine(engine, mesh))
     placed = sharding.put(params, sharding.param_shardings(model.config, params, mesh))

@@ -1,6 +1,7 @@
 """Bases that route: LoRA on their experts against einsums, the router that trains, what is refused."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -43,12 +44,17 @@ def checked(config, base=SMALL):
     return compile_model(config, base)
 
 
+@functools.cache
+def start(model):
+    params = random_params(model.config)[0]
+    params["blocks"]["router"]["kernel"] *= 4  # no near ties
+    return params, jax.device_get(jax.jit(lambda p: model.init_adapters(jax.random.key(0), p))(params))
+
+
 def problem(model, seed=0):
     """Random parameters and adapters (the router's copy stays near the base's), and rows with padding."""
     rng = np.random.default_rng(seed)
-    params = random_params(model.config)[0]
-    params["blocks"]["router"]["kernel"] *= 4  # no near ties
-    adapters = jax.device_get(jax.jit(lambda p: model.init_adapters(jax.random.key(0), p))(params))
+    params, adapters = start(model)
     adapters = jax.tree.map(lambda a: a + 0.1 * rng.standard_normal(a.shape).astype(np.float32), adapters)
     tokens = rng.integers(0, model.config.vocab, (B, S)).astype(np.int32)
     segments = np.ones((B, S), np.int32)
@@ -141,7 +147,7 @@ def test_gradients_of_adapters_and_router_are_those_of_einsums(factors):
 def test_the_start_changes_nothing_and_a_frozen_router_has_no_leaf():
     model = checked(config_of("own"))
     params, _, batch, _ = problem(model)
-    adapters = jax.jit(lambda p: model.init_adapters(jax.random.key(0), p))(params)
+    adapters = start(model)[1]
     assert not any("router" in path for path in trees.paths(adapters))
     run = jax.jit(lambda p, a, m=model: m.hidden(p, a, {}, batch)[0])
     plain = model.without_rules()

@@ -35,9 +35,11 @@ def test_against_the_nll(asked):
     found = report["tasks"]["quiz"]
     assert found["choices"] == 12 and found["chance"] == pytest.approx(1 / 3)
     right, by_length = 0, 0
-    for row in rows:
+    pairs = [(row["prompt"], choice) for row in rows for choice in row["choices"]]
+    each = run.nll(*zip(*pairs, strict=True)).reshape(12, 3)
+    for row, mean in zip(rows, each, strict=True):
         ids = [len(run.tokenizer.encode(choice)) + 1 for choice in row["choices"]]  # the end token
-        nll = run.nll([row["prompt"]] * 3, row["choices"]) * ids
+        nll = mean * ids
         right += int(np.argmin(nll) == row["answer"])
         by_length += int(np.argmin(nll / [len(choice) for choice in row["choices"]]) == row["answer"])
     assert found["choice"][0] == pytest.approx(right / 12) and found["choice_norm"][0] == pytest.approx(by_length / 12)
