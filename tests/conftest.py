@@ -1,5 +1,6 @@
 """Eight CPU devices for every test, a persistent compilation cache, quick compiles, nothing else."""
 
+import contextlib
 import fnmatch
 import importlib.metadata
 import io
@@ -119,6 +120,21 @@ def savefig(figure, target, **options):
 
 
 matplotlib.figure.Figure.savefig = savefig
+
+
+@contextlib.contextmanager
+def _drawn():
+    before, RENDERED[0] = RENDERED[0], True
+    try:
+        yield
+    finally:
+        RENDERED[0] = before
+
+
+@pytest.fixture(scope="session")
+def drawn():
+    """`with drawn():` pictures are rendered within it, where a whole test of them would take too long."""
+    return _drawn
 
 
 @pytest.hookimpl(tryfirst=True)

@@ -271,7 +271,6 @@ LEFT_OUT = (
     "battery/test_methods.py::test_loss_falls_on_a_small_batch[[]allora]",  # its gradients are compared by hand
     "battery/test_product.py::test_combination[[]lora-softmax_topk-ffn-pissa]",  # dora-top_p-ffn
     "training/test_moves.py::*[[]projection]",  # the chain's sites, and battery/test_methods has every gradient
-    "outside/test_members.py::test_a_run_of_members_from_outside_trains_and_resumes_*",  # opened and evaluated below it
     "training/test_stages.py::test_a_run_with_modules_goes_on_bit_by_bit_*[[]classify]",  # regimes/test_killed
     "training/test_stages.py::test_a_step_of_an_older_version_at_a_stages_end_*",  # golden/test_v1 opens older runs
     "acceptance/test_kshot_experts.py::test_the_pipeline_picks_and_tunes",  # each of its steps above it

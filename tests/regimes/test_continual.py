@@ -20,8 +20,6 @@ from molora_jax.runs.workdir import Workdir
 from molora_jax.training import loop
 from tests.regimes.small import TASKS, arrays, config, cut, digests, rows, start, write
 
-pytestmark = pytest.mark.pictures
-
 REGIME = dict(name="continual", replay=5, fisher_rows=6)
 
 
@@ -35,10 +33,11 @@ def ewc(data, **fields):
 
 
 @pytest.fixture(scope="module")
-def whole(data, tmp_path_factory):
+def whole(data, tmp_path_factory, drawn):
     """Three steps of each of three tasks, with EWC and replay."""
     workdir = tmp_path_factory.mktemp("whole")
-    _, notes = start(ewc(data), workdir)
+    with drawn():
+        _, notes = start(ewc(data), workdir)
     return workdir, notes
 
 

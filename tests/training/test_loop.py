@@ -30,8 +30,6 @@ from tests.data.fakes import numbered
 ROOT = pathlib.Path(__file__).parents[2]
 FIELDS = {"step", "loss", "lm_loss", "aux/balance", "grad_norm", "lr", "tokens", "seconds"}
 
-pytestmark = pytest.mark.pictures
-
 
 def tiny(name="mixlora", *, tasks="math", steps=6, **train_fields):
     """A shipped config on the random model with one cheap task; dropout and packing stay on.
@@ -67,9 +65,10 @@ def start(config, workdir):
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory):
+def whole(tmp_path_factory, drawn):
     workdir = tmp_path_factory.mktemp("whole")
-    result, notes = start(tiny(), workdir)
+    with drawn():
+        result, notes = start(tiny(), workdir)
     return workdir, result, notes
 
 
