@@ -64,8 +64,9 @@ def build(rules, losses=None, decoder=SMALL, **fields):
 def randomised(adapters, seed=5, scale=0.2):
     """Every float leaf moved away from its start."""
     rng = np.random.default_rng(seed)
-    move = lambda x: x + jnp.asarray(scale * rng.standard_normal(x.shape), x.dtype)  # noqa: E731
-    return jax.tree.map(lambda x: move(x) if jnp.issubdtype(x.dtype, jnp.floating) else x, adapters)
+    move = lambda x: x + (scale * rng.standard_normal(x.shape)).astype(x.dtype)  # noqa: E731
+    moved = lambda x: move(x) if jnp.issubdtype(x.dtype, jnp.floating) else x  # noqa: E731
+    return jax.device_put(jax.tree.map(moved, jax.device_get(adapters)))
 
 
 @functools.partial(jax.jit, static_argnames="model")

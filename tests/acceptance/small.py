@@ -31,17 +31,29 @@ B, S = 4, 10
 
 def context(batch=1, length=6, **changes):
     """A router's context: no padding, one example a row."""
-    ones = jnp.ones((batch, length), jnp.int32)
-    places = jnp.broadcast_to(jnp.arange(length), (batch, length))
-    base = Context(valid=ones > 0, segment_ids=ones, positions=places, task_ids=0 * ones, example_ids=0 * ones,
-                   max_segments=1, state={})  # fmt: skip
-    return base.replace(**changes)
+    ones = np.ones((batch, length), np.int32)  # numpy: each shape would be a few programs
+    places = np.broadcast_to(np.arange(length, dtype=np.int32), (batch, length))
+    arrays = jax.device_put((ones > 0, ones, places, 0 * ones, 0 * ones))
+    return Context(*arrays, max_segments=1, state={}).replace(**changes)
 
 
 def from_probs(router, probs, **changes):
     """The decision for given probabilities `[E]` or `[T, E]`: the router reads their logarithms through an identity."""
     probs = jnp.atleast_2d(jnp.asarray(probs, jnp.float32))
     return _from_logits(router, jnp.log(jnp.maximum(probs, 1e-30))[None], context(1, len(probs), **changes))
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def routed(router, leaves, shared, x, ctx):
+    """`router.route` as one program, not one an operation: `(decision, carry, sums)`."""
+    return router.route(leaves, shared, x, ctx)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def loss_value(loss, decision, ctx):
+    """A loss without its weight, of one decision of one router."""
+    sums = jax.tree.map(lambda x: x[None], loss.stats(decision, ctx))
+    return loss.value({"r": {"000-000": {"ffn": sums}}})
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -81,7 +93,7 @@ def lora(rank, alpha):
 
 def factors(E, rank, d_in=16, d_out=24, seed=0):
     rng = np.random.default_rng(seed)
-    normal = lambda *shape: jnp.asarray(rng.standard_normal(shape), jnp.float32)  # noqa: E731
+    normal = lambda *shape: jax.device_put(np.float32(rng.standard_normal(shape)))  # noqa: E731
     return {"A": normal(E, rank, d_in) / 4, "B": normal(E, rank, d_out) / 4}
 
 
@@ -101,7 +113,7 @@ def config(name, **changes):
 
 @functools.cache
 def base(decoder):
-    return jax.tree.map(jnp.asarray, random_params(decoder, seed=1, dtype="float32")[0])
+    return jax.device_put(random_params(decoder, seed=1, dtype="float32")[0])
 
 
 def build(name, *, layers=2, decoder=DECODER, **changes):

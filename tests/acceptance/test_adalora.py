@@ -61,11 +61,12 @@ def test_acceptance_2_outputs_and_the_regulariser_are_pefts():
     assert adapter.scale() == ALPHA / (R + 1e-5)
     x = PEFT["x"]
     for name in NAMES:
-        f = adapter.factors(jax.tree.map(lambda v: v[0], leaves(name)), {}, small.context())
+        own = jax.tree.map(lambda v: v[0], leaves(name))
+        f = jax.jit(lambda own: adapter.factors(own, {}, small.context()))(own)
         y = x @ PEFT[f"{name}/W"].T + adapter.scale() * (x @ f.A[0].T) @ f.B[0]
         x = np.tanh(y)
     np.testing.assert_allclose(y, PEFT["y"], rtol=1e-5, atol=1e-5)
-    value, slope = jax.value_and_grad(Orthogonal().penalty)(tree(), {})
+    value, slope = jax.jit(jax.value_and_grad(Orthogonal().penalty))(tree(), {})
     assert float(value) == pytest.approx(float(PEFT["orthogonal"]), rel=1e-5)
     assert not any(np.any(slope["all"]["000-000"][name]["lam"]) for name in NAMES)
 

@@ -20,7 +20,7 @@ LORA = small.lora(R, 16.0)  # alpha over the rank of one expert: 4
 
 
 def normal(*shape, seed=0):
-    return jnp.asarray(np.random.default_rng(seed).standard_normal(shape), jnp.float32)
+    return jax.device_put(np.float32(np.random.default_rng(seed).standard_normal(shape)))
 
 
 def at(probs, tau, **options):
@@ -36,7 +36,7 @@ def random_leaves(n=E, seed=1):
 
 
 def decide(leaves, x, router=AS_SHIPPED, **changes):
-    return router.route(leaves, {}, x[None], small.context(1, len(x), **changes))[0]
+    return small.routed(router, leaves, {}, x[None], small.context(1, len(x), **changes))[0]
 
 
 @functools.partial(jax.jit, static_argnums=0)

@@ -3,6 +3,8 @@
 T tokens, E experts, R rank; G = dL / d(B A) of an expert, in a kernel's layout [D_in, D_out].
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -38,6 +40,7 @@ def make(eta_squared=2.0, name="allora", rank=R, form="rows"):
     return Allora(rank=rank, eta_squared=eta_squared, form=form)
 
 
+@functools.partial(jax.jit, static_argnames=("adapter", "train"))
 def output(adapter, leaves, x=X, train=True):
     """`[T, D_out]` of a routed projection, as the model does it."""
     gates = jnp.asarray(GATES)[None]
@@ -72,14 +75,14 @@ def test_acceptance_2_gradients_are_those_of_an_explicit_G_and_the_input_has_the
     G = np.einsum("te,td,to->edo", GATES, X, DY, dtype=np.float64)
     np.testing.assert_allclose(own["B"], np.einsum("eo,edo,erd->ero", c, G, A), rtol=1e-4, atol=1e-4)
     np.testing.assert_allclose(own["A"], np.einsum("ero,eo,edo->erd", B, c, G), rtol=1e-4, atol=1e-4)
-    plain = jax.grad(lambda x: jnp.sum(output(make(name="lora"), LEAVES, x) * DY))(X)
+    plain = jax.jit(jax.grad(lambda x: jnp.sum(output(make(name="lora"), LEAVES, x) * DY)))(X)
     np.testing.assert_allclose(dx, plain, rtol=1e-5, atol=1e-5)
 
 
 def test_acceptance_3_the_first_step_of_sgd_is_loras_at_eta_times_the_rate():
     start = dict(LEAVES, B=0 * LEAVES["B"])
     np.testing.assert_allclose(rates(start["A"], start["B"], 4.0), 2.0, rtol=1e-6)
-    grad = lambda adapter: jax.grad(lambda p: jnp.sum(output(adapter, p) * DY))(start)  # noqa: E731
+    grad = lambda adapter: jax.jit(jax.grad(lambda p: jnp.sum(output(adapter, p) * DY)))(start)  # noqa: E731
     ours, plain = grad(make(4.0)), grad(make(name="lora"))
     np.testing.assert_allclose(ours["B"], 2.0 * plain["B"], rtol=1e-5, atol=2e-6)  # an entry of sums that cancel
     assert not np.any(ours["A"]) and not np.any(plain["A"])
@@ -89,7 +92,7 @@ def test_acceptance_4_c_falls_with_the_norm():
     A = jnp.ones((1, 1, 1))
     c = [float(rates(A, jnp.full((1, 1, 1), norm), 1.0)[0, 0]) for norm in (0.0, 1.0, 3.0, 100.0)]
     assert c[2] == pytest.approx(0.5) and c[0] == 1.0 and c == sorted(c, reverse=True)
-    through = jax.grad(lambda B: jnp.sum(output(make(), dict(LEAVES, B=B), 0 * X)))(jnp.asarray(LEAVES["B"]))
+    through = jax.jit(jax.grad(lambda B: jnp.sum(output(make(), dict(LEAVES, B=B), 0 * X))))(jnp.asarray(LEAVES["B"]))
     assert not np.any(through), "no gradient through c"
 
 
@@ -174,10 +177,9 @@ def test_acceptance_7_the_rank_leaves_no_scale_behind():
         adapter = make(rank=rank)
         assert adapter.scale() == 1.0 and adapter.dropout == 0.0
         np.testing.assert_allclose(output(adapter, leaves), output(make(), LEAVES), rtol=1e-6, atol=1e-6)
-        g = jax.grad(lambda p, a=adapter: jnp.sum(output(a, p) * DY))(leaves)
-        np.testing.assert_allclose(
-            g["B"][:, :R], jax.grad(lambda p: jnp.sum(output(make(), p) * DY))(LEAVES)["B"], rtol=1e-4, atol=1e-5
-        )
+        g = jax.jit(jax.grad(lambda p, a=adapter: jnp.sum(output(a, p) * DY)))(leaves)
+        own = jax.jit(jax.grad(lambda p: jnp.sum(output(make(), p) * DY)))(LEAVES)
+        np.testing.assert_allclose(g["B"][:, :R], own["B"], rtol=1e-4, atol=1e-5)
 
 
 def test_a_routed_ffn_has_the_gradients_of_materialised_experts():
@@ -203,9 +205,9 @@ def test_tokens_that_travel_bring_the_same_gradients(placement):
 def short_run(adapter, rate, *, steps=100, dropout=0.0, optimizer=optax.sgd, D=16, seed=0):
     """`[steps]` mean row norms of B A, and the factors in the end, of a linear map that learns another."""
     rng = np.random.default_rng(seed)
-    x = jnp.asarray(rng.standard_normal((256, D)), jnp.float32)
-    y = x @ jnp.asarray(rng.standard_normal((D, D)) / D**0.5, jnp.float32)
-    p = {"A": jnp.asarray(rng.uniform(-1, 1, (1, 4, D)) / D**0.5, jnp.float32), "B": jnp.zeros((1, 4, D))}
+    x = jax.device_put(np.float32(rng.standard_normal((256, D))))
+    y = x @ jax.device_put(np.float32(rng.standard_normal((D, D)) / D**0.5))
+    p = {"A": jax.device_put(np.float32(rng.uniform(-1, 1, (1, 4, D)) / D**0.5)), "B": jnp.zeros((1, 4, D))}
     ctx, move = small.context(train=True), optimizer(rate)
 
     def step(carry, key):

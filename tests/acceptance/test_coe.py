@@ -37,6 +37,7 @@ def rule(iterations=2, *, k=1, experts="4", renormalise=False, adapter=None, rou
 BALANCE = dict(balance=common.balance(weight=1e-3, over="site", reduce="sum", per_example=True))
 
 
+@functools.partial(jax.jit, static_argnames=("C", "k", "phi", "residual", "scale"))
 def passes_by_hand(leaves, x, C, k, *, W=None, phi=lambda a: a, residual="inner", scale=2.0):
     """z(C) - z(0) with every expert applied to every token; `leaves` of one layer, `x [..., D]`."""
     z = x
@@ -63,7 +64,7 @@ def block_output(model, params, adapters, monkeypatch):
             return out
 
         patch.setattr(Layer, "feed_forward", spy)
-        model.hidden(params, adapters, {}, batch())
+        jax.block_until_ready(jax.jit(lambda p, a: model.hidden(p, a, {}, batch())[0])(params, adapters))
         jax.effects_barrier()
     (x, out), = seen  # fmt: skip
     W = jax.tree.map(lambda w: w[0], params["blocks"])

@@ -17,6 +17,7 @@ from molora_jax.core.types import Site
 from molora_jax.errors import InputError
 from molora_jax.routers import ROUTERS
 from tests.acceptance import small
+from tests.battery.cases import fresh_adapters
 
 E, R, D_IN, D_OUT, T = 4, 3, 16, 12, 7
 SITE = Site("q", D_IN, D_OUT, (0,), E, (E,))
@@ -91,10 +92,11 @@ def test_acceptance_3_equal_cores_do_not_depend_on_the_router():
     p["core"] = np.broadcast_to(p["core"][:1], (E, R, R))
     np.testing.assert_allclose(change(adapter(), p, G), change(adapter(), p, np.full((T, E), 1 / E)), atol=1e-5)
     router, f32 = ROUTERS["core_space"](), jax.tree.map(lambda v: jnp.asarray(v, jnp.float32), p)
-    V, ctx, x = jnp.asarray(np.random.default_rng(4).standard_normal((E, R)), jnp.float32), small.context(1, T), X[None]
+    V = jax.device_put(np.float32(np.random.default_rng(4).standard_normal((E, R))))
+    ctx, x = small.context(1, T), X[None]
 
     def loss(V):
-        gates = router.route({"W": V}, {}, router.input_of(jnp.asarray(x, jnp.float32), f32, ctx), ctx)[0].gates
+        gates = small.routed(router, {"W": V}, {}, router.input_of(jnp.asarray(x, jnp.float32), f32, ctx), ctx)[0].gates
         return jnp.sum(small.change(adapter(), f32, gates[0], jnp.asarray(X, jnp.float32)) ** 2)
 
     value, of_router = jax.jit(jax.value_and_grad(loss))(V)
@@ -103,7 +105,7 @@ def test_acceptance_3_equal_cores_do_not_depend_on_the_router():
 
 def test_acceptance_4_fresh_factors_change_nothing_and_only_b_learns():
     model, params, _, state = small.build("comol", **FEW)
-    fresh, data = jax.jit(model.init_adapters)(jax.random.key(0), params), small.batch()
+    fresh, data = fresh_adapters(model, jax.random.key(0), params), small.batch()
     loss = lambda model, a: small.lm_loss(model, params, a, state, data)[0]  # noqa: E731
     assert float(loss(model, fresh)) == float(small.lm_loss(model.without_rules(), params, {}, {}, data)[0])
     g = small.lm_gradient(model, params, fresh, state, data)["all"]["000-001"]
@@ -133,12 +135,12 @@ def test_acceptance_6_parameter_counts_of_qwen3_8b():
 def test_acceptance_7_equal_projections_get_equal_gates():
     router, ctx = ROUTERS["core_space"](), small.context(1, T)
     p = jax.tree.map(lambda v: jnp.asarray(v, jnp.float32), leaves())
-    V = jnp.asarray(np.random.default_rng(4).standard_normal((E, R)), jnp.float32)
+    V = jax.device_put(np.float32(np.random.default_rng(4).standard_normal((E, R))))
     null = np.linalg.svd(leaves()["A"][0])[2][R:]  # directions that A does not see
 
     def gates(x):
         z = router.input_of(jnp.asarray(x[None], jnp.float32), p, ctx)
-        return router.route({"W": V}, {}, z, ctx)[0].gates
+        return small.routed(router, {"W": V}, {}, z, ctx)[0].gates
 
     np.testing.assert_allclose(gates(X + 3 * null[0]), gates(X), atol=1e-5)
     assert not np.allclose(gates(X + leaves()["A"][0, 0]), gates(X), atol=1e-2)
@@ -160,7 +162,7 @@ def test_acceptance_8_no_buffer_holds_a_core_a_token():
     site = Site("q", D_IN, D_OUT, (0,), experts)
     p = jax.eval_shape(lambda: made.init_leaves(jax.random.key(0), site, 0))
     f32 = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.float32)  # noqa: E731
-    of = jax.grad(lambda p, g, x: jnp.sum(small.change.__wrapped__(made, p, g, x) ** 2), (0, 1, 2))
+    of = jax.jit(jax.grad(lambda p, g, x: jnp.sum(small.change.__wrapped__(made, p, g, x) ** 2), (0, 1, 2)))
     most = max(largest(jax.make_jaxpr(of)(p, f32(T, experts), f32(T, D_IN)).jaxpr))
     assert T * experts * r <= most < T * experts * r * r
 

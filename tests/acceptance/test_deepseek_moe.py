@@ -50,7 +50,7 @@ def _value(member, z, chosen, changes):
 
 
 def logits(experts=E, seed=0):
-    return jnp.asarray(np.random.default_rng(seed).standard_normal((T, experts)), jnp.float32)
+    return jax.device_put(np.float32(np.random.default_rng(seed).standard_normal((T, experts))))
 
 
 def test_acceptance_1_cutting_experts_keeps_parameters_total_and_active():
@@ -77,15 +77,14 @@ def test_acceptance_2_losses_are_one_at_balance_and_grow_with_concentration():
     for loss in (EXPERT, DEVICE):
         whole = value(loss, logits().at[8:].set(9.0), spread(), valid=padded)
         member = LOSSES[loss["name"]](**{k: v for k, v in loss.items() if k != "name"})
-        short, ctx = decision(logits()[:8], spread()[:8])
-        stats = jax.tree.map(lambda x: x[None], member.stats(short, ctx))
-        np.testing.assert_allclose(whole, member.value({"r": {"s": {"ffn": stats}}}), rtol=1e-6)
+        np.testing.assert_allclose(whole, _value(member, logits()[:8], spread()[:8], {}), rtol=1e-6)
 
 
 def test_acceptance_2_layers_are_added_up():
     for loss in (EXPERT, DEVICE):
         member = LOSSES[loss["name"]](**{k: v for k, v in loss.items() if k != "name"})
-        sums = jax.tree.map(lambda x: jnp.stack([x] * 3), member.stats(*decision(jnp.zeros((T, E)), spread())))
+        one = jax.jit(lambda z, chosen, member=member: member.stats(*decision(z, chosen)))(jnp.zeros((T, E)), spread())
+        sums = jax.tree.map(lambda x: np.stack([x] * 3), one)
         assert float(member.value({"r": {"000-002": {"ffn": sums}}})) == pytest.approx(3, abs=1e-5)
 
 
@@ -107,7 +106,7 @@ def test_acceptance_3_the_gradient_comes_through_p_alone(loss):
         step[at] = 1e-5
         wanted[at] = (at_fixed_counts(z64 + step) - at_fixed_counts(z64 - step)) / 2e-5
     np.testing.assert_allclose(value(loss, z, chosen), at_fixed_counts(z64), rtol=1e-5)
-    np.testing.assert_allclose(jax.grad(lambda z: value(loss, z, chosen))(z), wanted, atol=1e-6)
+    np.testing.assert_allclose(jax.jit(jax.grad(lambda z: value(loss, z, chosen)))(z), wanted, atol=1e-6)
 
 
 def test_acceptance_4_groups_of_one_are_experts_and_one_group_is_a_constant():
@@ -151,7 +150,7 @@ def test_acceptance_5_without_gates_the_shared_experts_are_left():
 
 
 def test_acceptance_5_shared_experts_are_one_of_their_rank():
-    leaves, x = small.factors(4, 3), jnp.asarray(np.random.default_rng(1).standard_normal((T, D)), jnp.float32)
+    leaves, x = small.factors(4, 3), jax.device_put(np.float32(np.random.default_rng(1).standard_normal((T, D))))
     four = small.change(small.lora(3, 6.0), leaves, jnp.ones((T, 4)), x)
     joined = {name: leaf.reshape(1, 12, -1) for name, leaf in leaves.items()}
     np.testing.assert_allclose(small.change(small.lora(12, 24.0), joined, jnp.ones((T, 1)), x), four, atol=1e-5)
@@ -159,13 +158,13 @@ def test_acceptance_5_shared_experts_are_one_of_their_rank():
 
 def route(router, W, x, b=None, **changes):
     state = router.init_state(Site("ffn", D, D, (0,), len(W))) if b is None else {"b": jnp.asarray(b, jnp.float32)}
-    decided, _, sums = router.route({"W": W}, {}, x[None], small.context(1, len(x), state=state, **changes))
+    decided, _, sums = small.routed(router, {"W": W}, {}, x[None], small.context(1, len(x), state=state, **changes))
     return decided, sums
 
 
 def inputs():
     rng = np.random.default_rng(4)
-    normal = lambda *shape: jnp.asarray(rng.standard_normal(shape), jnp.float32)  # noqa: E731
+    normal = lambda *shape: jax.device_put(np.float32(rng.standard_normal(shape)))  # noqa: E731
     return normal(E, D) / 2, normal(T, D)
 
 
@@ -194,7 +193,7 @@ def test_acceptance_7_experts_on_eight_devices_equal_one():
     """Outputs, both losses and every gradient; tokens travel over four devices, rows are split over two."""
     mesh = sharding.make_mesh(dict(data=2, fsdp=1, expert=4, tensor=1))
     rng = np.random.default_rng(6)
-    x, kernel = (jnp.asarray(rng.standard_normal(shape), jnp.float32) for shape in ((8, 3, D), (D, 24)))
+    x, kernel = (jax.device_put(np.float32(rng.standard_normal(shape))) for shape in ((8, 3, D), (D, 24)))
     valid = jnp.ones((8, 3), bool).at[0, 1:].set(False)
     options = dict(experts=E, adapter=mj.Lora(rank=2, dropout=0.0), router=mj.BiasedTopK(k=K))
     one, eight = (mj.RoutedLoRA(24, **options, **on) for on in ({}, dict(engine="all_to_all", mesh=mesh)))
@@ -224,7 +223,9 @@ def test_the_bias_moves_choices_and_never_gates():
     updated = BIASED(k=K, bias_rate=0.1).update({"b": jnp.asarray(b)}, sums)["b"] - b
     count = np.asarray(sums["count"])
     np.testing.assert_allclose(updated, 0.1 * np.sign(K * T / E - count), atol=1e-6)
-    gradient = jax.grad(lambda b: jnp.sum(route(BIASED(k=K), W, x, b)[0].gates ** 2))(jnp.asarray(b, jnp.float32))
+    gradient = jax.jit(jax.grad(lambda b: jnp.sum(route(BIASED(k=K), W, x, b)[0].gates ** 2)))(
+        jnp.asarray(b, jnp.float32)
+    )
     np.testing.assert_array_equal(gradient, 0)
 
 

@@ -22,6 +22,7 @@ from molora_jax.runs.modules import Modules
 from molora_jax.training.step import fresh, make_step
 from tests.acceptance import helpers
 from tests.acceptance.helpers import SMALL
+from tests.battery.cases import eagerly
 
 TASKS = ("chat", "chat.a", "chat.b", "code", "code.a")
 POINTS = ("chat:chat.a", "chat:chat.b", "code:code.a")  # categories of two points and of one
@@ -102,11 +103,17 @@ def loss_of(chosen, rejected, name="preference"):
     s = np.stack([np.asarray(chosen), np.asarray(rejected)], axis=1).reshape(-1)
     data = dict(segment_ids=np.ones((len(s), 3), np.int32), tokens=np.zeros((len(s), 3), np.int32),
                 task_ids=np.zeros((len(s), 3), np.int32))  # fmt: skip
-    hidden = jnp.zeros((len(s), 3, 2)).at[:, 2, 0].set(jnp.asarray(s, jnp.float32))
+    hidden = np.zeros((len(s), 3, 2), np.float32)
+    hidden[:, 2, 0] = s
     options = dict(name=name) | (dict(form="category", points=("a:a",)) if name == HEAD else {})
     made = compile_objective(options)
-    heads = dict(kernel=jnp.array([1.0, 0.0])) if name == "preference" else dict(kernel=jnp.array([[1.0, 0.0]]))
-    value, metrics = made.loss(Forward(Stand(), {}, lambda _: hidden, 3), heads, {}, data, made.norm(data))
+    heads = dict(kernel=jnp.array([1.0, 0.0] if name == "preference" else [[1.0, 0.0]]))
+
+    @jax.jit
+    def found(hidden):
+        return made.loss(Forward(Stand(), {}, lambda _: hidden, 3), heads, {}, data, made.norm(data))
+
+    value, metrics = found(hidden)
     return float(value), float(metrics["accuracy"])
 
 
@@ -153,7 +160,7 @@ def _step(config, made, stage, data, steps=2):
     frozen = model.frozen_patterns() + own.freeze
     modules = Modules(((HEAD, objective()),), (), D, 0)
     optimizer = member.make(10, {})
-    state = fresh(model, optimizer, params, frozen, jax.random.key(0), modules.init)
+    state = eagerly(fresh, model, optimizer, params, frozen, jax.random.key(0), modules.init)
     state = state.replace(adapters=adapters, modules={HEAD: heads})
     step = jax.jit(make_step(
         model, optimizer, member.schedule(10), clip=0.0, frozen=frozen, seed=0, accumulate=1, targets_per_row=12,
@@ -268,7 +275,7 @@ def test_acceptance_7_an_input_reaches_exactly_one_inner_model(made):
         other[rule][SEGMENT] = jax.tree.map(lambda x, e=expert: x.at[:, e].set(7.0), adapters[rule][SEGMENT])
     changed = {n: x.at[1].set(9.0) if n != "points" else x.at[2].set(9.0) for n, x in heads.items()}
     np.testing.assert_array_equal(rewards(model, params, other, changed, data, objective()), wanted)
-    gates = model.hidden(params, adapters, {}, data, collect=True)[3]["first"]["model"]["model"][0]
+    gates = np.asarray(helpers.run(model, params, adapters, data, collect=True)[2]["first"]["model"]["model"][0])
     keep = data["segment_ids"] > 0
     np.testing.assert_array_equal(gates[keep], np.array([[1.0, 0.0]] * keep.sum()))
 

@@ -14,6 +14,7 @@ from molora_jax.core.types import Context
 from molora_jax.losses import LOSSES
 from molora_jax.routers import ROUTERS
 from molora_jax.training.step import site_metrics
+from tests.acceptance import small
 from tests.acceptance.blocks import ONE, VALID, edit, gradient, model, noisy, output
 from tests.battery import reference
 from tests.battery.cases import BATCH, base
@@ -27,7 +28,7 @@ def context(shape):
 
 
 def routed(W, x, **options):
-    return ROUTERS["top_p"](**options).route({"W": W}, {}, x, context(x.shape[:2]))[0]
+    return small.routed(ROUTERS["top_p"](**options), {"W": W}, {}, x, context(x.shape[:2]))[0]
 
 
 def of_probs(probs, **options):
@@ -84,7 +85,7 @@ def test_acceptance_4_dynamic_loss_lowers_entropy_and_experts():
 
     probs = np.asarray(routed(W, x, p=0.6).probs, np.float64)[0]
     np.testing.assert_allclose(value(W), -(probs * np.log(probs)).sum(-1).mean(), rtol=1e-5)
-    after = W - 1.0 * jax.grad(value)(W)
+    after = W - 1.0 * jax.jit(jax.grad(value))(W)
     assert value(after) < value(W)
     experts = lambda W: float(np.asarray(routed(W, x, p=0.6).selected).sum(-1).mean())  # noqa: E731
     assert experts(after) < experts(W)

@@ -73,7 +73,7 @@ def test_acceptance_3_threshold_of_one_is_never_soft_and_a_tiny_one_is_the_dense
     assert never.selected.sum(-1).max() <= never.k_max < 6
     always = small.from_probs(HYBRID(threshold=1e-6), p)
     np.testing.assert_allclose(always.gates[0], p, atol=1e-6)
-    leaves, x = small.factors(6, 4), jnp.asarray(np.random.default_rng(1).standard_normal((len(p), 16)), jnp.float32)
+    leaves, x = small.factors(6, 4), jax.device_put(np.float32(np.random.default_rng(1).standard_normal((len(p), 16))))
     dense = sum(p[:, e : e + 1] * (x @ leaves["A"][e].T @ leaves["B"][e]) for e in range(6))
     np.testing.assert_allclose(small.change(small.lora(4, 4.0), leaves, always.gates[0], x), dense, atol=1e-5)
 
@@ -109,15 +109,14 @@ def test_acceptance_6_weights_are_the_probabilities_without_renormalisation():
 
 def entropy_loss(z):
     loss = LOSSES["entropy"](kind="tsallis")
-    decision = HYBRID().route({"W": jnp.eye(z.shape[-1])}, {}, z[None], small.context(1, len(z)))[0]
-    stats = jax.tree.map(lambda x: x[None], loss.stats(decision, small.context(1, len(z))))
-    return loss.value({"r": {"0": {"gate": stats}}})
+    decision = small.routed(HYBRID(), {"W": jnp.eye(z.shape[-1])}, {}, z[None], small.context(1, len(z)))[0]
+    return small.loss_value(loss, decision, small.context(1, len(z)))
 
 
 def test_acceptance_7_entropy_loss_is_flat_at_uniform_and_drives_to_one_hot():
     gradient = jax.jit(jax.grad(entropy_loss))
     np.testing.assert_allclose(gradient(jnp.zeros((3, 6))), 0, atol=1e-7)
-    z = jnp.asarray(0.3 * np.random.default_rng(0).standard_normal((8, 6)), jnp.float32)
+    z = jax.device_put(np.float32(0.3 * np.random.default_rng(0).standard_normal((8, 6))))
     first = z.argmax(-1)
     for _ in range(400):
         z = z - 40 * gradient(z)
@@ -129,18 +128,21 @@ def test_acceptance_7_entropy_loss_is_flat_at_uniform_and_drives_to_one_hot():
 def test_acceptance_7_padding_is_not_in_the_mean():
     loss, ctx = LOSSES["entropy"](kind="tsallis"), small.context(1, 3, valid=jnp.array([[True, True, False]]))
     z = jnp.log(jnp.array([[STEEP, STEEP, [1 / 6] * 6]], jnp.float32))
-    decision = HYBRID().route({"W": jnp.eye(6)}, {}, z, ctx)[0]
+    decision = small.routed(HYBRID(), {"W": jnp.eye(6)}, {}, z, ctx)[0]
     assert not decision.selected[0, 2].any() and float(decision.gates[0, 2].sum()) == 0
-    stats = jax.tree.map(lambda x: x[None], loss.stats(decision, ctx))
-    want = entropy.normalised(jnp.array(STEEP), kind="tsallis", q=1.1, eps=1e-5)
-    np.testing.assert_allclose(loss.value({"r": {"0": {"gate": stats}}}), want, rtol=1e-5)
+    want = jax.jit(lambda p: entropy.normalised(p, kind="tsallis", q=1.1, eps=1e-5))(jnp.array(STEEP))
+    np.testing.assert_allclose(small.loss_value(loss, decision, ctx), want, rtol=1e-5)
 
 
 def balance_of(decisions, **options):
     loss = LOSSES["balance"](over="all", normalise="tokens", counts="soft", **options)
-    sums = [loss.stats(d, small.context(1, d.gates.shape[1])) for d in decisions]
-    stacked = jax.tree.map(lambda *x: jnp.stack(x), *sums)
-    return loss.value({"r": {"0": {"gate": stacked}}})
+
+    @jax.jit
+    def pooled(decisions):
+        sums = [loss.stats(d, small.context(1, d.gates.shape[1])) for d in decisions]
+        return loss.value({"r": {"0": {"gate": jax.tree.map(lambda *x: jnp.stack(x), *sums)}}})
+
+    return pooled(decisions)
 
 
 def test_acceptance_8_soft_balance_pools_all_routers():
@@ -154,13 +156,14 @@ def test_acceptance_8_soft_balance_pools_all_routers():
 
 
 def test_acceptance_8_both_factors_carry_gradient():
-    z = jnp.asarray(np.random.default_rng(0).standard_normal((9, 6)), jnp.float32)
+    z = jax.device_put(np.float32(np.random.default_rng(0).standard_normal((9, 6))))
 
     def value(z, hold):
-        d = HYBRID(threshold=1e-6).route({"W": jnp.eye(6)}, {}, z[None], small.context(1, 9))[0]
+        d = small.routed(HYBRID(threshold=1e-6), {"W": jnp.eye(6)}, {}, z[None], small.context(1, 9))[0]
         return balance_of([d.replace(gates=jax.lax.stop_gradient(d.gates)) if hold else d])
 
-    both, half = (jax.grad(value)(z, hold) for hold in (False, True))
+    slope = jax.jit(jax.grad(value), static_argnums=1)
+    both, half = (slope(z, hold) for hold in (False, True))
     np.testing.assert_allclose(both, 2 * half, atol=1e-7)  # dense: w = p, so the two factors are equal
 
 

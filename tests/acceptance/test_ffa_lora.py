@@ -23,6 +23,7 @@ from molora_jax.objectives import OBJECTIVES
 from molora_jax.optim import OPTIMIZERS
 from molora_jax.training.step import TrainState, make_gradient, make_step
 from tests.acceptance.helpers import SMALL, S, base, batch, randomised, rules_config
+from tests.battery.cases import fresh_adapters
 from tests.regimes import small
 
 ONE = dataclasses.replace(SMALL, layers=1)
@@ -97,7 +98,7 @@ def trajectory(optim, alpha, rate, steps=3):
     model = compile_model(rules_config(rules), ONE, max_segments=3)
     member = OPTIMIZERS[optim](learning_rate=rate, decay="constant", warmup=0)
     frozen, params = ("*/A",), base(ONE)
-    adapters = jax.jit(model.init_adapters)(jax.random.key(3), params)
+    adapters = fresh_adapters(model, jax.random.key(3), params)
     optimizer = member.make(10, {})
     step = jax.jit(make_step(model, optimizer, member.schedule(10), clip=0.0, frozen=frozen, accumulate=1,
                              targets_per_row=6, constrain=lambda x: x))  # fmt: skip
@@ -136,7 +137,7 @@ def gradients(each, rows, accumulate=1):
     rules = dict(all=dict(sites="q,v", layers="all", experts="1", load=(), down="once", shrink=False,
                           adapter=dict(name="lora", rank=4, alpha=8.0, dropout=0.0, init="kaiming")))  # fmt: skip
     model = compile_model(rules_config(rules), ONE, max_segments=3)
-    adapters = randomised(jax.jit(model.init_adapters)(jax.random.key(3), base(ONE)))
+    adapters = randomised(fresh_adapters(model, jax.random.key(3), base(ONE)))
     state = TrainState(jnp.int32(0), jnp.int32(0), adapters, (), {})
     options = dict(frozen=("*/A",), accumulate=accumulate, targets_per_row=6, constrain=lambda x: x)
     gradient = jax.jit(make_gradient(model, objective=OBJECTIVES["lm"](), each=each, **options))

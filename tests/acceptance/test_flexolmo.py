@@ -21,8 +21,10 @@ from molora_jax.data.packing import empty_batch, write_segment
 from molora_jax.errors import InputError
 from molora_jax.evaluation.run import load_run
 from molora_jax.io.base import load_base
+from molora_jax.io.base_facts import base_facts
 from molora_jax.losses import LOSSES
 from molora_jax.routers import ROUTERS
+from molora_jax.runs import written
 from molora_jax.runs.expert_runs import load_experts
 from molora_jax.runs.saved import read_config, without_inputs
 from molora_jax.runs.warm_start import load_adapters
@@ -30,6 +32,7 @@ from molora_jax.runs.without import leave_out
 from molora_jax.training.loop import train
 from tests.acceptance import helpers, small
 from tests.battery import reference
+from tests.battery.cases import fresh_adapters
 
 ROUTER = ROUTERS["document_rows"]
 RULE = "method__rules__ffn__"
@@ -38,7 +41,7 @@ D, DOCUMENTS, TEXTS = 16, 5, {"legal": "Article {0} of the law", "code": "x = {0
 
 def leaves_of(E, seed=0, scale=1.0):
     rng = np.random.default_rng(seed)
-    draw = lambda *shape: jnp.asarray(scale * rng.standard_normal(shape), jnp.float32)  # noqa: E731
+    draw = lambda *shape: jax.device_put(np.float32(scale * rng.standard_normal(shape)))  # noqa: E731
     return {"W": draw(E, D), "r0": draw(1, D), "beta": -jnp.abs(draw(E))}
 
 
@@ -56,8 +59,8 @@ def oracle(p, x, k=0, renormalise=False, allowed=None):
 
 
 def route(p, x, **options):
-    allowed = options.pop("allowed", None)
-    return ROUTER(**options).route(p, {}, jnp.asarray(x, jnp.float32), small.context(*x.shape[:2], allowed=allowed))[0]
+    ctx = small.context(*x.shape[:2], allowed=options.pop("allowed", None))
+    return small.routed(ROUTER(**options), p, {}, jnp.asarray(x, jnp.float32), ctx)[0]
 
 
 def inputs(rows=2, length=6):
@@ -69,7 +72,7 @@ def build(E, **changes):
 
 
 def hidden(model, params, adapters, data):
-    return np.asarray(jax.jit(model.hidden)(params, adapters, {}, data)[0])
+    return np.asarray(helpers.hidden(model, params, adapters, data))
 
 
 # ---- owners' runs ----------------------------------------------------------------------------------------------------
@@ -95,11 +98,23 @@ def config_of(folder, owners, public="public", steps=2, load=(), documents=0, **
 
 @pytest.fixture(scope="module")
 def owners(tmp_path_factory):
-    """Two owners' runs of two steps, with decay: `{name: folder}`."""
+    """Two owners' runs: one trained two steps, with decay, and one of leaves away from those. `{name: folder}`."""
     folder = tmp_path_factory.mktemp("owners")
-    for name in ("legal", "code"):
-        train(config_of(folder, (name,)), str(folder / name), note=lambda text: None)
-    return {name: folder / name for name in ("legal", "code")}
+    train(config_of(folder, ("code",)), str(folder / "code"), note=lambda text: None)
+    rng = np.random.default_rng(6)
+    away = lambda path, x: x if path.endswith("/r0") else x + 0.05 * np.float32(rng.standard_normal(x.shape))  # noqa: E731
+    return {"code": folder / "code", "legal": rewritten(folder / "code", folder / "legal", "legal", away)}
+
+
+def rewritten(old, new, owner, change):
+    """An owner's run that is another one with `change(path, leaf)` in place of its leaves."""
+    base = load_base("random:tiny")
+    leaves = {path: change(path, leaf) for path, leaf in flatten_dict(load_adapters(str(old)), sep="/").items()}
+    return written.write(
+        new, config=config_of(old.parent, (owner,)), backbone=base.config,
+        items={"adapters": unflatten_dict(leaves, sep="/"), "router_state": {}},
+        facts=dict(base_digest=base.digest, data_fingerprint="", base=base_facts(base)),
+    )  # fmt: skip
 
 
 def joined(owners, names, **router):
@@ -108,7 +123,7 @@ def joined(owners, names, **router):
     config = config_of(folder, tuple(names), load=tuple(str(owners[name]) for name in names), **router)
     base = load_base("random:tiny")
     model = compile_model(config, base.config)
-    fresh = jax.device_get(jax.jit(lambda p: model.init_adapters(jax.random.key(9), p))(base.params))
+    fresh = jax.device_get(fresh_adapters(model, jax.random.key(9), base.params))
     return config, model, base.params, load_experts(model, fresh, {"digest": base.digest})
 
 
@@ -197,7 +212,8 @@ def test_acceptance_2_owners_in_one_run_do_not_meet():
 
 def test_acceptance_3_owners_of_another_public_row_are_refused(owners, tmp_path):
     folder = owners["legal"].parent
-    train(config_of(folder, ("legal",), public="code", steps=1), str(tmp_path / "legal"), note=lambda text: None)
+    of_another = lambda path, x: x + 1 if path.endswith("/r0") else x  # noqa: E731
+    rewritten(owners["legal"], tmp_path / "legal", "legal", of_another)
     with pytest.raises(InputError, match=r"method.rules.ffn.load: got .*rows r_0 of the base differ"):
         joined({"legal": tmp_path / "legal", "code": owners["code"]} | {"x": folder}, ("legal", "code"))
 
@@ -287,7 +303,8 @@ def test_acceptance_7_a_bias_above_zero_is_none_and_has_no_gradient():
     lower = at([0.0, -0.7, 0.0])
     np.testing.assert_allclose(lower.logits[..., 1], at([0.0] * 3).logits[..., 1] - 0.7, atol=1e-6)
     assert (lower.gates[..., 1] < at([0.0] * 3).gates[..., 1]).all()
-    slope = jax.grad(lambda beta: route(p | {"beta": beta}, x).gates[..., 0].sum())(jnp.array([0.5, 0.0, -1.0]))
+    first = lambda beta: route(p | {"beta": beta}, x).gates[..., 0].sum()  # noqa: E731
+    slope = jax.jit(jax.grad(first))(jnp.array([0.5, 0.0, -1.0]))
     assert slope[0] == 0 and slope[1] < 0 and slope[2] < 0, "at 0 it can still fall"
     site = Site("ffn", D, D, (0,), 3)
     assert set(ROUTER(bias=False).init_leaves(jax.random.key(0), site, 0)) == {"W", "r0"}
@@ -300,8 +317,7 @@ def test_acceptance_8_z_loss_counts_the_base_too():
     wanted = 1e-3 * np.mean(np.log(np.exp(z).sum(-1)) ** 2)
     member = LOSSES["z_loss"]()
     assert member.weight == 1e-3
-    sums = member.stats(route(p, x), small.context(2, 6))
-    value = member.weight * member.value({"ffn": {"000-000": {"ffn": jax.tree.map(lambda v: v[None], sums)}}})
+    value = member.weight * small.loss_value(member, route(p, x), small.context(2, 6))
     np.testing.assert_allclose(value, wanted, rtol=1e-5)
     plain = Routing(*(jnp.zeros((2, 6, 3)) for _ in range(4)), jnp.ones((2, 6), bool))
     np.testing.assert_allclose(member.stats(plain, small.context(2, 6))["z"] / 12, np.log(3) ** 2, rtol=1e-6)

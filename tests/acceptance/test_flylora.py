@@ -29,7 +29,7 @@ def adapter(**options):
 
 
 def normal(*shape, seed=0):
-    return jnp.asarray(np.random.default_rng(seed).standard_normal(shape), jnp.float32)
+    return jax.device_put(np.float32(np.random.default_rng(seed).standard_normal(shape)))
 
 
 A = sparse_projection.rows(0, SITE, 0, r, k / r)
@@ -38,7 +38,7 @@ X, B, PROBE = normal(T, D), normal(r, 1, OUT, seed=1), normal(T, OUT, seed=2)
 
 def decide(router, x=X, d=None, W=A, **changes):
     state = {"d": jnp.zeros(r) if d is None else jnp.asarray(d, jnp.float32)}
-    decision, _, sums = router.route({"W": W}, {}, x[None], small.context(1, len(x), state=state, **changes))
+    decision, _, sums = small.routed(router, {"W": W}, {}, x[None], small.context(1, len(x), state=state, **changes))
     return decision, sums
 
 

@@ -75,7 +75,7 @@ def test_acceptance_3_the_mean_over_random_routers_approaches_the_base():
     made, rng = adapter(), np.random.default_rng(2)
     leaves = start(made)
     draws = 16384
-    routers = jnp.asarray(rng.standard_normal((draws, E, D_IN)) / 4, jnp.float32)
+    routers = jax.device_put(np.float32(rng.standard_normal((draws, E, D_IN)) / 4))
     x = jnp.asarray(X[0])
     gates = jax.jit(jax.vmap(lambda w: TOP2.route({"W": w}, {}, x[None, None], small.context(1, 1))[0].gates[0, 0]))(
         routers
@@ -137,14 +137,14 @@ def test_acceptance_6_the_theory_scale_gives_the_full_gradient_in_the_mean():
 def test_acceptance_7_balance_is_k_at_uniform_and_unselected_experts_learn_nothing():
     loss = LOSSES["balance"](**dict(small.config("goat").losses.balance))
     x, ctx = jnp.ones((1, 5, D_IN)), small.context(1, 5)
-    decision = TOP2.route({"W": jnp.zeros((E, D_IN))}, {}, x, ctx)[0]
+    decision = small.routed(TOP2, {"W": jnp.zeros((E, D_IN))}, {}, x, ctx)[0]
     stats = jax.tree.map(lambda v: v[None], loss.stats(decision, ctx))
     assert float(loss.value({"r": {"s": {"q": stats}}})) == pytest.approx(K, rel=1e-5)
     np.testing.assert_allclose(decision.gates.sum(-1), 1, rtol=1e-6)
     made = adapter()
     leaves = start(made)
     g = jnp.zeros((5, E)).at[:, jnp.array([1, 4])].set(0.5)
-    grads = jax.grad(lambda p: jnp.sum(small.change(made, leaves | p, g, jnp.asarray(X)) ** 2))(
+    grads = jax.jit(jax.grad(lambda p: jnp.sum(small.change(made, leaves | p, g, jnp.asarray(X)) ** 2)))(
         {name: leaves[name] for name in "AB"}
     )
     for name, of in grads.items():

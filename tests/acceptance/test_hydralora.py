@@ -23,7 +23,7 @@ SCALE = 2.0
 
 
 def normal(*shape, seed=0):
-    return jnp.asarray(np.random.default_rng(seed).standard_normal(shape), jnp.float32)
+    return jax.device_put(np.float32(np.random.default_rng(seed).standard_normal(shape)))
 
 
 X, PROBE = normal(T, D), normal(T, OUT, seed=1)  # the loss is sum(PROBE * y), so dL/dy is PROBE
@@ -35,7 +35,7 @@ def leaves_of(n=N, seed=2):
 
 
 def decide(W, x, **changes):
-    return DENSE.route({"W": W}, {}, x[None], small.context(1, len(x), **changes))[0]
+    return small.routed(DENSE, {"W": W}, {}, x[None], small.context(1, len(x), **changes))[0]
 
 
 def hydra(p, x, adapter=SHARED):

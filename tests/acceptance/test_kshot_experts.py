@@ -22,7 +22,8 @@ from molora_jax.io.base import load_base
 from molora_jax.runs.expert_runs import load_experts
 from molora_jax.runs.warm_start import load_adapters
 from molora_jax.training.loop import train
-from tests.acceptance import small
+from tests.acceptance import helpers, small
+from tests.battery.cases import fresh_adapters
 from tests.surgery.make import lora_rules, new_run
 
 EXAMPLES = [dict(prompt=f"{a}+{b}?", rationale=f"{a} and {b}", target=str(a + b)) for a, b in [(1, 2), (3, 4), (5, 1)]]
@@ -208,12 +209,12 @@ def loaded(bank, chosen):
     schema.validate(config)
     base = load_base("random:tiny")
     model = compile_model(config, base.config)
-    fresh = jax.device_get(jax.jit(lambda p: model.init_adapters(jax.random.key(0), p))(base.params))
+    fresh = jax.device_get(fresh_adapters(model, jax.random.key(0), base.params))
     return model, base.params, load_experts(model, fresh, {"digest": base.digest})
 
 
 def hidden(model, params, adapters, data):
-    return np.asarray(jax.jit(model.hidden)(params, adapters, {}, data)[0])
+    return np.asarray(helpers.hidden(model, params, adapters, data))
 
 
 @pytest.fixture(scope="module")

@@ -11,16 +11,17 @@ from molora_jax import config as schema
 from molora_jax.backbones.compile import compile_model
 from molora_jax.core.types import Site
 from molora_jax.errors import InputError
-from molora_jax.losses import LOSSES
-from molora_jax.losses.sparsity import lower
+from molora_jax.losses import LOSSES, sparsity
 from molora_jax.routers import ROUTERS
-from molora_jax.routers.sparsegen import sparsegen
+from molora_jax.routers import sparsegen as module
 from tests.acceptance import small
+from tests.battery.cases import fresh_adapters
 
 ROUTER = ROUTERS["sparsegen"]
 E, D, T = 8, 16, 64
 FEW = dict(method__rules__all__sites="q,down", method__rules__all__router__hidden=8)
 rng = np.random.default_rng
+sparsegen, lower = jax.jit(module.sparsegen), jax.jit(sparsity.lower, static_argnums=1)
 
 
 def independent(u, lam):
@@ -34,12 +35,12 @@ def independent(u, lam):
 
 
 def inputs(seed=0, n=T):
-    return jnp.asarray(rng(seed).standard_normal((1, n, D)), jnp.float32)
+    return jax.device_put(np.float32(rng(seed).standard_normal((1, n, D))))
 
 
 def made(router, seed=1):
     """Its leaves, and shared ones in which the hidden layer is alive."""
-    leaves = {"W": jnp.asarray(rng(seed).standard_normal((E, D)) / 2, jnp.float32)}
+    leaves = {"W": jax.device_put(np.float32(rng(seed).standard_normal((E, D)) / 2))}
     site = Site("q", D, D, (0,), E)
     shared = router.init_shared(jax.random.key(seed), (site,))
     return leaves, jax.tree.map(lambda v: v + 0.4 * rng(seed).standard_normal(v.shape).astype(np.float32), shared)
@@ -54,8 +55,8 @@ def test_acceptance_1_numbers_of_the_specification():
 
 
 def test_acceptance_2_a_point_of_the_simplex_whatever_the_shift_and_the_order():
-    u = jnp.asarray(3 * rng(0).standard_normal((512, E)), jnp.float32)
-    lam = jnp.asarray(rng(1).uniform(-5, 0.98, 512), jnp.float32)
+    u = jax.device_put(np.float32(3 * rng(0).standard_normal((512, E))))
+    lam = jax.device_put(np.float32(rng(1).uniform(-5, 0.98, 512)))
     p = np.asarray(sparsegen(u, lam))
     np.testing.assert_allclose(p.sum(-1), 1, atol=1e-6)
     assert (p >= 0).all() and (p.max(-1) > 0).all()
@@ -117,7 +118,7 @@ def test_acceptance_7_the_sparsity_loss_moves_lambda_alone_until_k_experts_are_a
     x, ctx = inputs(), small.context(1, T)
 
     def value(leaves, shared):
-        decision = router.route(leaves, shared, x, ctx)[0]
+        decision = small.routed(router, leaves, shared, x, ctx)[0]
         return loss.value({"r": {"s": {"q": jax.tree.map(lambda v: v[None], loss.stats(decision, ctx))}}}), decision
 
     (got, decision), (of_router, of_mlp) = jax.jit(jax.value_and_grad(value, (0, 1), has_aux=True))(leaves, shared)
@@ -137,7 +138,8 @@ def test_acceptance_7_padding_is_not_in_the_loss_and_few_experts_need_none():
     router, loss = ROUTER(learned=False, fixed=-2.0), LOSSES["sparsity"](k=2)
     leaves, _ = made(router)
     ctx = small.context(1, T, valid=jnp.arange(T)[None] < 50)
-    of = lambda x, W, ctx=ctx: jax.device_get(loss.stats(router.route({"W": W}, {}, x, ctx)[0], ctx))  # noqa: E731
+    stats = jax.jit(lambda x, W: loss.stats(router.route({"W": W}, {}, x, ctx)[0], ctx))
+    of = lambda x, W: jax.device_get(stats(x, W))  # noqa: E731
     a, b = of(inputs(), leaves["W"]), of(inputs().at[:, 50:].set(9.0), leaves["W"])
     assert a == b and a["tokens"] == 50 and a["hinge"] > 0
     assert of(inputs(), leaves["W"][:2])["hinge"] == 0
@@ -172,7 +174,7 @@ def test_acceptance_9_one_mlp_a_width_whatever_the_depth_and_its_gradient_is_of_
     other = {"W": leaves["W"][::-1] * 2}
 
     def users(first, second):
-        gates = [router.route(w, s, x, ctx)[0].gates for w, s in ((leaves, first), (other, second))]
+        gates = [small.routed(router, w, s, x, ctx)[0].gates for w, s in ((leaves, first), (other, second))]
         return sum(jnp.sum(g * g) for g in gates)
 
     one = jax.jit(jax.grad(lambda s: users(s, s)))(own)
@@ -182,19 +184,19 @@ def test_acceptance_9_one_mlp_a_width_whatever_the_depth_and_its_gradient_is_of_
 
 def test_acceptance_10_fresh_factors_change_nothing_and_one_expert_is_plain_lora():
     model, params, _, state = small.build("ld_mole", **FEW)
-    fresh, data = jax.jit(model.init_adapters)(jax.random.key(0), params), small.batch()
+    fresh, data = fresh_adapters(model, jax.random.key(0), params), small.batch()
     run = lambda model, a, s: jax.jit(lambda a: model.hidden(params, a, s, data)[0])(a)  # noqa: E731
     np.testing.assert_array_equal(run(model, fresh, state), run(model.without_rules(), {}, {}))
     router = ROUTER(hidden=8, bias=0.0)
     leaves, shared = made(router)
-    decision = router.route({"W": leaves["W"][:1]}, shared, inputs(), small.context(1, T))[0]
+    decision = small.routed(router, {"W": leaves["W"][:1]}, shared, inputs(), small.context(1, T))[0]
     np.testing.assert_array_equal(decision.gates, 1.0)
 
 
 def test_the_reference_bias_starts_with_a_dead_hidden_layer_and_a_constant_lambda():
     """The specification's computation: log sigmoid(-2.5) + 0.99 = -1.59 for every token; with bias 0 it varies."""
     site = Site("q", 512, 512, (0,), E)
-    x = jnp.asarray(rng(0).standard_normal((1, 200, 512)), jnp.float32)
+    x = jax.device_put(np.float32(rng(0).standard_normal((1, 200, 512))))
     for bias, spread in ((-2.5, (0, 1e-3)), (0.0, (0.05, 1))):
         router = ROUTER(hidden=64, bias=bias)
         lam = np.asarray(router.sparsity(router.init_shared(jax.random.key(0), (site,)), x))
@@ -207,12 +209,12 @@ def test_router_and_mlp_read_the_dropped_input():
     router = ROUTER(hidden=8, bias=0.0)
     leaves, shared = made(router)
     changes = dict(key=jax.random.key(3), train=True, dropout=0.5)
-    seen = router.route(leaves, shared, inputs(), small.context(1, T, **changes))[0]
-    plain = router.route(leaves, shared, inputs(), small.context(1, T))[0]
+    seen = small.routed(router, leaves, shared, inputs(), small.context(1, T, **changes))[0]
+    plain = small.routed(router, leaves, shared, inputs(), small.context(1, T))[0]
     assert not np.allclose(seen.logits, plain.logits) and not np.allclose(seen.sparsity, plain.sparsity)
     off = ROUTER(hidden=8, bias=0.0, input_dropout=False)
     np.testing.assert_array_equal(
-        off.route(leaves, shared, inputs(), small.context(1, T, **changes))[0].gates, plain.gates
+        small.routed(off, leaves, shared, inputs(), small.context(1, T, **changes))[0].gates, plain.gates
     )
 
 

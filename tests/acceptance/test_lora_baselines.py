@@ -21,7 +21,7 @@ from molora_jax.core.types import Context, Site
 from molora_jax.optim.lora_plus import LoraPlus, scale_second
 from molora_jax.placements import projection
 from tests.acceptance.blocks import ALL, edit, model, noisy, output
-from tests.battery.cases import Case, base, method
+from tests.battery.cases import Case, base, fresh_adapters, method
 
 T, D_IN, D_OUT, R, ALPHA = 11, 20, 14, 4, 6.0
 SITE = Site("up", D_IN, D_OUT, (0,), 1)
@@ -35,7 +35,7 @@ W, X, BIAS = normal(0, D_IN, D_OUT), normal(1, T, D_IN), normal(2, D_OUT)
 
 
 def leaves(adapter, *, random=True):
-    made = adapter.init_leaves(jax.random.key(0), SITE, 0, base=jnp.asarray(W))
+    made = jax.jit(lambda key: adapter.init_leaves(key, SITE, 0, base=W))(jax.random.key(0))
     if not random:
         return made
     return {k: v if k in ("A0", "B0") else v + 0.3 * normal(i + 5, *v.shape) for i, (k, v) in enumerate(made.items())}
@@ -64,7 +64,7 @@ def test_acceptance_1_start_leaves_the_function_unchanged(name, init, atol):
     p = leaves(make(name, init), random=False)
     np.testing.assert_allclose(forward(make(name, init), p), X @ W, atol=atol or 1e-6)
     made = model(ALL, 1, adapter=name, init=init)
-    start = jax.jit(made.init_adapters)(jax.random.key(0), base(made.config))
+    start = fresh_adapters(made, jax.random.key(0), base(made.config))
     frozen = output(made.without_rules(), {})
     np.testing.assert_allclose(output(made, start), frozen, atol=atol or 1e-6)
 
@@ -111,7 +111,7 @@ def test_acceptance_3_rslora_is_sqrt_r_times_lora(rank):
 def test_acceptance_4_dora_gradients_and_row_norms():
     adapter = make("dora")
     p, dy = leaves(adapter), normal(7, T, D_OUT)
-    g = jax.grad(lambda p: jnp.sum(forward(adapter, p) * dy))(p)
+    g = jax.jit(jax.grad(lambda p: jnp.sum(forward(adapter, p) * dy)))(p)
     A, B = (np.asarray(p[k][0], np.float64) for k in "AB")
     s = adapter.scale()
     V = W + s * A.T @ B  # [D_in, D_out]
@@ -122,7 +122,7 @@ def test_acceptance_4_dora_gradients_and_row_norms():
     scaled = dy * np.asarray(p["m"][0]) / norm
     np.testing.assert_allclose(g["B"][0], s * (X @ A.T).T @ scaled, rtol=1e-4, atol=1e-4)
     np.testing.assert_allclose(g["A"][0], s * (X.T @ (scaled @ B.T)).T, rtol=1e-4, atol=1e-4)
-    through = jax.grad(lambda B: jnp.sum(row_norm(jnp.asarray(W), p["A"], B, s)))(p["B"])
+    through = jax.jit(jax.grad(lambda B: jnp.sum(row_norm(jnp.asarray(W), p["A"], B, s))))(p["B"])
     assert not np.any(through)
 
     merged = equation("dora", p)

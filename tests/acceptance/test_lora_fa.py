@@ -40,7 +40,7 @@ def test_the_preconditioned_step_is_pefts():
 
     @jax.jit
     def step(B, state, G):
-        g = jax.grad(lambda B: jnp.sum(adapter.factors({"A": A, "B": B}, {}, None).B * G))(B)
+        g = jax.jit(jax.grad(lambda B: jnp.sum(adapter.factors({"A": A, "B": B}, {}, None).B * G)))(B)
         updates, state = adam.update(g, state)
         return B + updates, state
 

@@ -176,7 +176,7 @@ def test_routed_experts_start_alike_and_change_nothing_whatever_the_gates():
     """Gates that sum to 0.3 as well as to 1: every expert takes its own start off."""
     own = {name: jnp.asarray(v, jnp.float32) for name, v in start().items()}
     adapter = ADAPTERS["rslora"](rank=R, alpha=ALPHA, dropout=0.0, init="lora_ga")
-    x = jnp.asarray(rng.standard_normal((4, 12)), jnp.float32)
+    x = jax.device_put(np.float32(rng.standard_normal((4, 12))))
     gates = jnp.asarray([[0.5, 0.5, 0.0], [0.1, 0.2, 0.0], [0.0, 0.0, 1.0], [2.0, -1.0, 0.0]])
     np.testing.assert_allclose(small.change(adapter, own, gates, x), 0.0, atol=1e-5)
     moved = own | {"B": own["B"].at[1].add(0.1)}

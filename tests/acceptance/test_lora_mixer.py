@@ -175,6 +175,9 @@ def loss_of(z, loss, **changes):
     return loss.value({"r": {"0": {"q": jax.tree.map(lambda v: v[None], sums)}}})
 
 
+slope_of = jax.jit(jax.grad(loss_of), static_argnames=("loss", "max_segments"))
+
+
 def test_acceptance_4_at_uniform_load_the_first_term_is_one_over_E():
     z = jnp.zeros((6, E))
     for loss in (
@@ -193,7 +196,7 @@ def test_acceptance_4_both_signs_of_the_entropy(sign):
     """Gradient descent on the loss alone, on the logits of 64 tokens."""
     loss, z = (
         RSL(lam=0.2, entropy_sign=sign),
-        jnp.asarray(np.random.default_rng(0).standard_normal((64, E)), jnp.float32),
+        jax.device_put(np.float32(np.random.default_rng(0).standard_normal((64, E)))),
     )
 
     def measures(z):
@@ -227,7 +230,7 @@ def test_acceptance_5_the_gradient_is_the_closed_form(assigned, sign):
     loss, T = RSL(lam=0.3, entropy_sign=sign, assigned=assigned), 40
     z = np.random.default_rng(1).standard_normal((T, E))
     segment = jnp.asarray(1 + np.arange(T) // 8, jnp.int32)[None]
-    got = jax.grad(loss_of)(jnp.asarray(z, jnp.float32), loss, segment_ids=segment, max_segments=5)
+    got = slope_of(jnp.asarray(z, jnp.float32), loss, segment_ids=segment, max_segments=5)
     p = np.exp(z) / np.exp(z).sum(-1, keepdims=True)
     scores = {"tokens": p, "samples": p.reshape(5, 8, E).mean(1), "soft": None}[assigned]
     f = p.mean(0) if scores is None else np.bincount(scores.argmax(-1), minlength=E) / len(scores)
@@ -251,19 +254,19 @@ def test_acceptance_5_the_gradient_is_the_closed_form(assigned, sign):
 def test_acceptance_5_padding_is_in_no_sum(assigned):
     loss, z = (
         RSL(lam=0.3, assigned=assigned),
-        jnp.asarray(np.random.default_rng(3).standard_normal((12, E)), jnp.float32),
+        jax.device_put(np.float32(np.random.default_rng(3).standard_normal((12, E)))),
     )
     segment = jnp.asarray([1] * 4 + [2] * 4 + [0] * 4, jnp.int32)[None]
     padded = loss_of(z, loss, segment_ids=segment, valid=segment > 0, max_segments=3)
     plain = loss_of(z[:8], loss, segment_ids=segment[:, :8], max_segments=3)
     np.testing.assert_allclose(padded, plain, rtol=1e-6)
-    slopes = jax.grad(loss_of)(z, loss, segment_ids=segment, valid=segment > 0, max_segments=3)
+    slopes = slope_of(z, loss, segment_ids=segment, valid=segment > 0, max_segments=3)
     assert not np.asarray(slopes[8:]).any() and np.isfinite(slopes).all()
 
 
 def leaves(seed=0):
     rng = np.random.default_rng(seed)
-    normal = lambda *shape: jnp.asarray(rng.standard_normal(shape), jnp.float32)  # noqa: E731
+    normal = lambda *shape: jax.device_put(np.float32(rng.standard_normal(shape)))  # noqa: E731
     return {
         "mix": {
             "000-001": {

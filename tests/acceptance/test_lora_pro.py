@@ -240,12 +240,12 @@ def test_trap_the_scale_is_the_adapters_and_pairs_are_found_by_name():
 def descend(R, D=12, steps=50, lr=2e-3, batch=64):
     """`{method: (distance of the change from full fine-tuning's, loss)}` of a two-layer net whose target moved."""
     rng = np.random.default_rng(3)
-    W = [jnp.asarray(rng.standard_normal((D, D)) / D**0.5, jnp.float32) for _ in range(2)]
-    goal = [w + jnp.asarray(0.5 * rng.standard_normal((D, D)) / D**0.5, jnp.float32) for w in W]
-    x = jnp.asarray(rng.standard_normal((batch, D)), jnp.float32)
+    W = [jax.device_put(np.float32(rng.standard_normal((D, D)) / D**0.5)) for _ in range(2)]
+    goal = [w + jax.device_put(np.float32(0.5 * rng.standard_normal((D, D)) / D**0.5)) for w in W]
+    x = jax.device_put(np.float32(rng.standard_normal((batch, D))))
     net = lambda W: jnp.tanh(x @ W[0]) @ W[1]  # noqa: E731
     loss = lambda changes: jnp.mean((net([w + c for w, c in zip(W, changes, strict=True)]) - net(goal)) ** 2)  # noqa: E731
-    start = {f"q{i}": {"A": jnp.asarray(rng.uniform(-1, 1, (1, 1, R, D)) / D**0.5, jnp.float32),
+    start = {f"q{i}": {"A": jax.device_put(np.float32(rng.uniform(-1, 1, (1, 1, R, D)) / D**0.5)),
                        "B": jnp.zeros((1, 1, R, D))} for i in range(2)}  # fmt: skip
     pairs, s = {(f"{q}/A", f"{q}/B"): 2.0 for q in start}, 2.0
     product = lambda leaves: [s * jnp.einsum("lerd,lero->do", f["A"], f["B"]) for f in leaves.values()]  # noqa: E731

@@ -67,7 +67,7 @@ def test_3_the_cores_gradient_is_the_projected_one():
         y = small.change(adapter, leaves | {"core": core}, ones, jnp.asarray(x, jnp.float32))
         return jnp.sum(y * dy.astype(np.float32))
 
-    found = np.asarray(jax.grad(loss)(leaves["core"]), np.float64)[0]
+    found = np.asarray(jax.jit(jax.grad(loss))(leaves["core"]), np.float64)[0]
     A, B = own["A"][0], own["B"][0].T
     np.testing.assert_allclose(found, 2.0 * B.T @ g @ A.T, rtol=1e-4, atol=1e-4)
     np.testing.assert_allclose(B @ (found / 2.0) @ A, B @ B.T @ g @ A.T @ A, rtol=1e-4, atol=1e-4)
@@ -156,7 +156,7 @@ def test_7_the_scale_is_a_learning_rate():
 def test_8_the_mean_of_cores_is_the_mean_of_the_changes():
     adapter, own = start()
     cores = own["core"] + rng.standard_normal((3, R, R))
-    x, ones = jnp.asarray(rng.standard_normal((5, 12)), jnp.float32), jnp.ones((5, 1))
+    x, ones = jax.device_put(np.float32(rng.standard_normal((5, 12)))), jnp.ones((5, 1))
 
     def change(core):
         leaves = {name: jnp.asarray(v, jnp.float32) for name, v in (own | {"core": core[None]}).items()}

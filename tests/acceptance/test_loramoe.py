@@ -19,7 +19,7 @@ TASKS = ("other", "facts")
 
 def decide(z):
     """`z [M, S, E]` logits -> the dense decision, one example a row."""
-    return DENSE.route({"W": jnp.eye(z.shape[-1])}, {}, z, context(z))[0]
+    return small.routed(DENSE, {"W": jnp.eye(z.shape[-1])}, {}, z, context(z))[0]
 
 
 def context(z, **changes):
@@ -31,8 +31,8 @@ def context(z, **changes):
 
 def value(z, changes=(), **options):
     loss, ctx = LOSS(world="facts", **options), context(z, **dict(changes))
-    decision = DENSE.route({"W": jnp.eye(z.shape[-1])}, {}, z, ctx)[0]
-    return loss.value({"ffn": {"0": {"gate": jax.tree.map(lambda x: x[None], loss.stats(decision, ctx))}}})
+    decision = small.routed(DENSE, {"W": jnp.eye(z.shape[-1])}, {}, z, ctx)[0]
+    return small.loss_value(loss, decision, ctx)
 
 
 def expected(Q, world, delta, variant, invert=False):
@@ -46,25 +46,25 @@ def expected(Q, world, delta, variant, invert=False):
 
 
 def random_logits(M=4, S=5, E=6, seed=0):
-    return jnp.asarray(np.random.default_rng(seed).standard_normal((M, S, E)), jnp.float32)
+    return jax.device_put(np.float32(np.random.default_rng(seed).standard_normal((M, S, E))))
 
 
 def test_acceptance_1_equal_gates_are_the_average_of_the_experts():
-    leaves, x = small.factors(6, 4), jnp.asarray(np.random.default_rng(0).standard_normal((7, 16)), jnp.float32)
+    leaves, x = small.factors(6, 4), jax.device_put(np.float32(np.random.default_rng(0).standard_normal((7, 16))))
     gates = decide(jnp.zeros((1, 7, 6))).gates[0]
     each = [small.change(small.lora(4, 32.0), small.factors(6, 4), jnp.eye(6)[jnp.full(7, e)], x) for e in range(6)]
     np.testing.assert_allclose(small.change(small.lora(4, 32.0), leaves, gates, x), np.mean(each, axis=0), atol=1e-5)
 
 
 def test_acceptance_2_one_expert_is_plain_lora():
-    leaves, x = small.factors(1, 4), jnp.asarray(np.random.default_rng(0).standard_normal((7, 16)), jnp.float32)
+    leaves, x = small.factors(1, 4), jax.device_put(np.float32(np.random.default_rng(0).standard_normal((7, 16))))
     gates = decide(jnp.ones((1, 7, 1))).gates[0]
     want = 32.0 / 4 * (x @ leaves["A"][0].T) @ leaves["B"][0]
     np.testing.assert_allclose(small.change(small.lora(4, 32.0), leaves, gates, x), want, rtol=1e-4, atol=1e-4)
 
 
 def test_acceptance_3_the_stacked_form_is_the_loop():
-    leaves, x = small.factors(6, 4), jnp.asarray(np.random.default_rng(0).standard_normal((7, 16)), jnp.float32)
+    leaves, x = small.factors(6, 4), jax.device_put(np.float32(np.random.default_rng(0).standard_normal((7, 16))))
     gates = decide(random_logits(1, 7)).gates[0]
     A, B = np.concatenate(leaves["A"]), np.concatenate(leaves["B"])  # [E R, D]
     stacked = (np.repeat(gates, 4, axis=1) * (x @ A.T)) @ B * 8
@@ -121,7 +121,7 @@ def test_acceptance_5_the_minimum_is_Q_proportional_to_one_over_I(variant, inver
 
 
 def test_acceptance_6_scale_invariance_of_the_code_variant_only():
-    Q = jnp.asarray(np.random.default_rng(0).uniform(1, 2, (2, 2, 6)), jnp.float32)
+    Q = jax.device_put(np.float32(np.random.default_rng(0).uniform(1, 2, (2, 2, 6))))
     factor, tokens = jnp.where(jnp.arange(6) < 3, 1.1, 0.9) * jnp.ones_like(Q), jnp.ones((2, 2))
     for variant, power in (("code", 0), ("paper", 1)):
         loss = LOSS(variant=variant)

@@ -25,7 +25,7 @@ from molora_jax.routers import ROUTERS
 from molora_jax.runs.expert_runs import load_experts
 from molora_jax.training.step import loss_sums
 from tests.acceptance import small
-from tests.battery.cases import Case, method
+from tests.battery.cases import Case, fresh_adapters, method
 from tests.surgery.make import lora_rules, new_run
 
 ROUTER = ROUTERS["labelled_topk"]
@@ -44,7 +44,8 @@ def single(x):
 
 def decide(W, x, train=False, **options):
     """`(gates, selected)` of tokens `x [T, D]`."""
-    made = ROUTER(**options).route({"W": single(W)}, {}, single(x)[None], small.context(1, len(x), train=train))[0]
+    ctx = small.context(1, len(x), train=train)
+    made = small.routed(ROUTER(**options), {"W": single(W)}, {}, single(x)[None], ctx)[0]
     return np.asarray(made.gates[0]), np.asarray(made.selected[0])
 
 
@@ -170,12 +171,13 @@ def value(z, task_ids, valid=None, segment_ids=None, loss=None, tasks=(), **chan
     ids = jnp.ones(shape, jnp.int32) if segment_ids is None else jnp.asarray(segment_ids)
     there = ids > 0 if valid is None else jnp.asarray(valid)
     ctx = small.context(*shape, task_ids=jnp.asarray(task_ids), segment_ids=ids, valid=there, tasks=tasks, **changes)
-    sums = []
-    for one in z:
-        made = types.SimpleNamespace(logits=single(one), valid=there)
-        sums.append(loss.stats(made, ctx))
-    stacked = jax.tree.map(lambda *x: jnp.stack(x), *sums)
-    return float(loss.value({"all": {"000-001": {"q": stacked}}}))
+    return float(_value(loss, single(z), there, ctx))
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _value(loss, z, there, ctx):
+    sums = [loss.stats(types.SimpleNamespace(logits=one, valid=there), ctx) for one in z]
+    return loss.value({"all": {"000-001": {"q": jax.tree.map(lambda *x: jnp.stack(x), *sums)}}})
 
 
 def test_acceptance_4_uniform_logits_give_log_E_and_right_gates_give_zero():
@@ -325,8 +327,8 @@ def test_acceptance_7_runs_of_other_ranks_and_scales_are_padded_and_say_the_same
         **{f"{RULE}sites": "q,down", f"{RULE}experts": "2", f"{RULE}load": tuple(str(tmp_path / n) for n in runs)},
     )
     model = compile_model(config, base.config, max_segments=2)
-    params = jax.tree.map(jnp.asarray, base.params)
-    fresh = jax.jit(model.init_adapters)(jax.random.key(0), params)
+    params = jax.device_put(base.params)
+    fresh = fresh_adapters(model, jax.random.key(0), params)
     adapters = load_experts(model, jax.device_get(fresh), {"digest": base.digest})
     own = adapters["all"][f"000-{TINY.layers - 1:03d}"]
     assert not own["q"]["A"][:, 0, 2:].any() and not own["q"]["A"][:, 1, 4:].any() and not own["down"]["B"][:, 1].any()

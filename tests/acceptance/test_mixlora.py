@@ -12,7 +12,7 @@ from molora_jax.core.types import Context
 from molora_jax.losses.balance import Balance
 from tests.acceptance.blocks import ONE, VALID, edit, gradient, model, noisy, output
 from tests.battery import reference
-from tests.battery.cases import BATCH, base
+from tests.battery.cases import BATCH, base, fresh_adapters
 
 FFN = ("ffn",)
 TOP2 = ("softmax_topk", dict(k=2))
@@ -78,17 +78,18 @@ def test_acceptance_5_balance_is_k_at_uniform_and_e_at_collapse_with_gradient_th
     ids = jnp.ones((1, T), jnp.int32)
     ctx = Context(ids > 0, *[ids] * 4, max_segments=1)
 
+    @jax.jit
     def value(z, selected):
         probs = jax.nn.softmax(z, axis=-1)
         each = [loss.stats(routing.finish(probs[i], selected[i], z[i], probs[i], ctx, k_max=K), ctx) for i in range(L)]
         return loss.value({"ffn": {"000-002": {"ffn": jax.tree.map(lambda *x: jnp.stack(x), *each)}}})
 
     spread = (np.arange(T)[:, None] + np.arange(K)) % E
-    uniform = jnp.broadcast_to(jax.nn.one_hot(spread, E, dtype=bool).any(1), (L, 1, T, E))
-    assert float(value(jnp.zeros((L, 1, T, E)), uniform)) == pytest.approx(K)
-    first = jnp.broadcast_to(jnp.arange(E) == 0, (L, 1, T, E))  # all mass and every first choice on expert 0
-    collapsed = jnp.where(first, 50.0, 0.0)
-    pair = first | (jnp.arange(E) == 1)
+    uniform = np.broadcast_to((np.eye(E)[spread] > 0).any(1), (L, 1, T, E))
+    assert float(value(np.zeros((L, 1, T, E), np.float32), uniform)) == pytest.approx(K)
+    first = np.broadcast_to(np.arange(E) == 0, (L, 1, T, E))  # all mass and every first choice on expert 0
+    collapsed = np.where(first, np.float32(50), np.float32(0))
+    pair = first | (np.arange(E) == 1)
     assert float(value(collapsed, pair)) == pytest.approx(E)
 
     # through P only: f is a constant, so the derivative is that of E * sum f P at fixed f
@@ -129,14 +130,14 @@ def test_acceptance_6_router_learns_from_the_lm_and_unselected_experts_do_not():
 def test_acceptance_7_dora_on_attention_changes_attention_alone():
     """MixDoRA: the start is the base, and the routed FFN's factors and their values are those of MixLoRA."""
     attn, dora = model(("q", "k", "v", "o"), 1), model(("q", "k", "v", "o"), 1, adapter="dora")
-    start = jax.jit(dora.init_adapters)(jax.random.key(0), base(ONE))
+    start = fresh_adapters(dora, jax.random.key(0), base(ONE))
     np.testing.assert_allclose(output(dora, start), frozen(), atol=1e-5)
     both = {
         name: dataclasses.replace(MIX, rules=(dataclasses.replace(one.rules[0], name="attn"), *MIX.rules))
         for name, one in (("lora", attn), ("dora", dora))
     }
     key = jax.random.key(1)
-    trees = {name: jax.jit(m.init_adapters)(key, base(ONE)) for name, m in both.items()}
+    trees = {name: fresh_adapters(m, key, base(ONE)) for name, m in both.items()}
     jax.tree.map(np.testing.assert_array_equal, trees["lora"]["mix"], trees["dora"]["mix"])
     assert set(trees["dora"]["attn"]["000-000"]["q"]) == {"A", "B", "m"}
     for name in both:

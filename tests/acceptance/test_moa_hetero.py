@@ -76,7 +76,7 @@ def test_acceptance_1_weights_of_1_are_plain_lora():
 
 
 def test_acceptance_2_a_gate_of_0_shuts_the_prompt_and_learns_first():
-    model, params, adapters = build(rule())
+    model, params, adapters = build(rule(sites="q,down"))
     adapters = put(randomised(adapters), "prompt", "gate", value=0.0)
     other = put(adapters, "prompt", "P", value=7.0)
     np.testing.assert_array_equal(hidden(model, params, adapters, batch()), hidden(model, params, other, batch()))
@@ -95,9 +95,9 @@ def test_acceptance_3_a_weight_follows_from_its_own_logit_alone(f):
     site = dataclasses.replace(_site(7))
     p = router.init_leaves(jax.random.key(0), site, 0)
     x, ctx = jax.random.normal(jax.random.key(1), (1, 6, site.d_in)), small.context(1, 6)
-    before = router.route(p, {}, x, ctx)[0].gates
+    before = small.routed(router, p, {}, x, ctx)[0].gates
     bias = "b2" if f == "swiglu" else "b"
-    after = router.route(p | {bias: p[bias].at[2].add(3.0)}, {}, x, ctx)[0].gates
+    after = small.routed(router, p | {bias: p[bias].at[2].add(3.0)}, {}, x, ctx)[0].gates
     others = np.arange(7) != 2
     np.testing.assert_array_equal(before[..., others], after[..., others])
     assert (after[..., 2] > before[..., 2] + 0.05).all()
@@ -121,11 +121,11 @@ def _site(experts, width=SMALL.width):
 
 def test_acceptance_4_threshold_0_is_soft_without_the_prompt_and_threshold_1_is_the_base():
     kinds = ("lora", "parallel")
-    soft, params, adapters = build(rule(kinds, router=dict(mode="soft")))
-    open_, _, fresh = build(rule(kinds, router=sparse(tau_max=0.0)))
+    soft, params, adapters = build(rule(kinds, sites="q,down", router=dict(mode="soft")))
+    open_, _, fresh = build(rule(kinds, sites="q,down", router=sparse(tau_max=0.0)))
     adapters = randomised(adapters)
     own = randomised(fresh)
-    for site in (*SITES, "parallel"):
+    for site in ("q", "down", "parallel"):
         own["all"][SEGMENT][site] = adapters["all"][SEGMENT][site]
     own["all"][SEGMENT]["router"]["block"] |= adapters["all"][SEGMENT]["router"]["block"]
     np.testing.assert_allclose(hidden(soft, params, adapters, batch()), hidden(open_, params, own, batch()), atol=1e-6)
@@ -133,7 +133,7 @@ def test_acceptance_4_threshold_0_is_soft_without_the_prompt_and_threshold_1_is_
     for name in ("w_tau", "b_tau"):
         np.testing.assert_array_equal(two["all"][SEGMENT]["router"]["block"].pop(name), 0.0)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), one, two)
-    shut, _, _ = build(rule(kinds, router=sparse(tau_max=1.0)))
+    shut, _, _ = build(rule(kinds, sites="q,down", router=sparse(tau_max=1.0)))
     closed = put(put(own, "router", "block", "b_tau", value=60.0), "router", "block", "w_tau", value=0.0)
     alone = hidden(shut.without_rules(), params, {}, batch())
     np.testing.assert_allclose(hidden(shut, params, closed, batch()), alone, atol=1e-6)
@@ -159,7 +159,7 @@ def test_acceptance_5_sparse_weights_by_hand():
     for weight in ("masked", "shifted"):
         router = SigmoidThreshold(f="linear", mode="sparse", tau_max=0.9, sparse_weight=weight)
         p = jax.tree.map(lambda v: 6 * v, router.init_leaves(jax.random.key(0), _site(5, 8), 0))
-        made = router.route(p, {}, x, ctx)[0]
+        made = small.routed(router, p, {}, x, ctx)[0]
         q, y = {k: np.asarray(v, np.float64) for k, v in p.items()}, np.asarray(x, np.float64)
         w = 1 / (1 + np.exp(-(y @ q["W"].T + q["b"])))
         tau = 0.9 / (1 + np.exp(-(y @ q["w_tau"].T + q["b_tau"])))
@@ -194,7 +194,7 @@ def test_acceptance_6_the_gathered_form_visits_only_the_tokens_that_chose(monkey
         slots = idx, jnp.full((T, 1), 0.7)
         rows = small.rows_visited(monkeypatch, lambda x, slots=slots: parallel(p, x, slots, "gathered"), x)
         assert rows and all(T // share <= n <= 1.3 * T // share + 128 for n in rows), rows
-        y = parallel(p, x, slots, "gathered")
+        y = jax.jit(functools.partial(parallel, form="gathered"))(p, x, slots)
         assert not np.any(np.asarray(y)[np.asarray(idx[:, 0]) == 1])
 
 

@@ -51,12 +51,10 @@ def made(name, seed=1, **options):
               for k, v in router.init_leaves(jax.random.key(0), SITE, 0).items()}  # fmt: skip
     leaves = {k: np.asarray(np.float32(v), np.float64) for k, v in leaves.items()}
 
-    route = jax.jit(lambda leaves, x, ctx: router.route(leaves, {}, x, ctx))  # one program, not one an operation
-
     def decide(ctx=None, x=X, leaves=leaves):
         ctx = context() if ctx is None else ctx
         ctx = ctx if ctx.state else ctx.replace(state=router.init_state(SITE))
-        return route({k: jnp.asarray(v, jnp.float32) for k, v in leaves.items()}, x, ctx)
+        return small.routed(router, {k: jnp.asarray(v, jnp.float32) for k, v in leaves.items()}, {}, x, ctx)
 
     return router, leaves, decide
 
@@ -218,7 +216,9 @@ def test_dselect_k_is_smooth_and_of_k_experts_in_the_end():
     np.testing.assert_allclose(decision.cost, entropy, atol=2e-5)
     hard = decide(leaves=p | {"Z": 1e4 * p["Z"]})[0]
     assert (np.asarray(hard.selected).sum(-1) <= 2).all() and float(jnp.abs(hard.cost).max()) == 0
-    grad = jax.grad(lambda Z: decide(leaves=p | {"Z": Z})[0].gates[..., 0].sum())(jnp.asarray(p["Z"], jnp.float32))
+    grad = jax.jit(jax.grad(lambda Z: decide(leaves=p | {"Z": Z})[0].gates[..., 0].sum()))(
+        jnp.asarray(p["Z"], jnp.float32)
+    )
     assert np.abs(grad).max() > 1e-3
 
 
@@ -359,7 +359,7 @@ def test_relu_gates_and_their_controlled_cost():
     logits = lambda p: decide(leaves=p)[0].gates  # noqa: E731
     same(decide()[0], top(product(p["W"]) + p["b"], 1).astype(float))
     probe = np.random.default_rng(2).standard_normal((B, S, E))
-    grad = jax.grad(lambda b: jnp.sum(logits(p | {"b": b}) * probe))(jnp.asarray(p["b"], jnp.float32))
+    grad = jax.jit(jax.grad(lambda b: jnp.sum(logits(p | {"b": b}) * probe)))(jnp.asarray(p["b"], jnp.float32))
     z, steps = product(p["W"]), []
     for e in range(E):
         change = [np.where(top(z + p["b"], 1), softmax(z + p["b"] + s * np.eye(E)[e]), 0) for s in (1e-6, -1e-6)]
@@ -497,7 +497,7 @@ def test_acceptance_4_gradients_of_importance_and_load_are_those_of_differences(
             _, gates, P = by_noise(p | {"W": W}, ctx.keyed(8), 2)
             return cv2((gates if name == "importance" else P)[VALID].sum(0))
 
-        grad, at = np.asarray(jax.grad(of)(jnp.asarray(p["W"], jnp.float32))), np.random.default_rng(0)
+        grad, at = np.asarray(jax.jit(jax.grad(of))(p["W"].astype(np.float32))), np.random.default_rng(0)
         assert np.abs(grad).max() > 1e-3
         for _ in range(3):
             way = at.standard_normal(p["W"].shape)
@@ -509,7 +509,8 @@ def test_acceptance_4_load_biases_add_no_gradient():
     """L7: the choice is a constant; b is state, and no leaf."""
     router, p, decide = made("biased_topk", k=2, bias_rate=1e-3)
     assert set(p) == {"W"}
-    grad = jax.grad(lambda b: decide(context(state={"b": b}))[0].gates.sum())(jnp.linspace(-1, 1, E))
+    total = lambda b: decide(context(state={"b": b}))[0].gates.sum()  # noqa: E731
+    grad = jax.jit(jax.grad(total))(np.linspace(-1, 1, E, dtype=np.float32))
     assert not np.asarray(grad).any()
     sums = {"count": jnp.array([9.0, 3.0, 6.0, 6.0, 6.0, 6.0])}
     np.testing.assert_allclose(router.update({"b": jnp.zeros(E)}, sums)["b"], [-1e-3, 1e-3, 0, 0, 0, 0], atol=1e-9)
@@ -522,7 +523,7 @@ def test_quantile_balancing_reads_each_experts_own_column():
     W = np.random.default_rng(7).standard_normal((E, D)) / 3 + np.linspace(-0.3, 0.3, E)[:, None]
     ctx = small.context(1, 3000, site=SITE, state={"b": jnp.zeros(E)})
     ctx = ctx.replace(valid=jnp.arange(3000)[None] < 2000)
-    _, _, sums = router.route({"W": jnp.asarray(W, jnp.float32)}, {}, jnp.asarray(x), ctx)
+    sums = small.routed(router, {"W": W.astype(np.float32)}, {}, x, ctx)[2]
     b = np.asarray(router.update({"b": jnp.zeros(E)}, sums)["b"])
     s = 1 / (1 + np.exp(-np.asarray(x[0, :2000], np.float64) @ W.T))
     np.testing.assert_allclose(b, -np.quantile(s, 1 - 2 / E, axis=0), atol=1 / 256 + 1e-3)
@@ -572,18 +573,19 @@ def test_what_routers_charge_as_it_is_and_held_to_a_target():
 
 def test_diversity_is_the_mean_squared_cosine_of_weight_changes():
     """L11, from the products B A themselves; one A for all experts too."""
+    penalty = jax.jit(lambda tree: LOSSES["diversity"]().penalty(tree, {}))
     for shared in (False, True):
         rng = np.random.default_rng(1)
         A, Bs = rng.standard_normal((2, 1 if shared else 4, 3, 7)), rng.standard_normal((2, 4, 3, 5))
         whole = np.einsum("lerd,lero->ledo", np.broadcast_to(A, (2, 4, 3, 7)), Bs).reshape(2, 4, -1)
         unit = whole / np.linalg.norm(whole, axis=-1, keepdims=True)
         pairs = [(unit[:, e] * unit[:, f]).sum(-1) ** 2 for e, f in itertools.combinations(range(4), 2)]
-        found = squared_cosines(jnp.asarray(A, jnp.float32), jnp.asarray(Bs, jnp.float32))
+        found = jax.jit(squared_cosines)(A.astype(np.float32), Bs.astype(np.float32))
         np.testing.assert_allclose(found.mean(), np.mean(pairs), rtol=1e-4)
         leaves = {"r": {"000-001": {"q": {"A": jnp.asarray(A, jnp.float32), "B": jnp.asarray(Bs, jnp.float32)}}}}
-        np.testing.assert_allclose(LOSSES["diversity"]().penalty(leaves, {}), np.mean(pairs), rtol=1e-4)
+        np.testing.assert_allclose(penalty(leaves), np.mean(pairs), rtol=1e-4)
     still = {"r": {"000-001": {"q": {"A": jnp.ones((2, 4, 3, 7)), "B": jnp.zeros((2, 4, 3, 5))}}}}
-    slope = jax.grad(lambda tree: LOSSES["diversity"]().penalty(tree, {}))(still)
+    slope = jax.jit(jax.grad(penalty))(still)
     assert all(not np.asarray(v).any() for v in jax.tree.leaves(slope)), "B = 0: no slope, and no NaN"
     alone = {"r": {"s": {"q": {"A": jnp.ones((2, 1, 3, 7)), "B": jnp.ones((2, 1, 3, 5))}}}}
     with pytest.raises(InputError, match="trained A and B of several experts"):
@@ -599,10 +601,13 @@ def test_acceptance_2_uniform_and_one_hot_routing():
     uniform, zeros = np.full((1, T, E), 1 / E, np.float32), np.zeros((1, T, E), np.float32)
     ctx = small.context(1, T, tasks=("a",))
 
-    def of(loss, probs=uniform, z=zeros, selected=picked):
-        made = routing.finish(jnp.where(selected, 0.5, 0.0), jnp.asarray(selected), jnp.asarray(z), jnp.asarray(probs),
-                              ctx, k_max=2).replace(reach=jnp.asarray(probs))  # fmt: skip
-        return float(loss.value({"r": {"s": {"q": jax.tree.map(lambda x: x[None], loss.stats(made, ctx))}}}))
+    @functools.partial(jax.jit, static_argnums=0)
+    def found(loss, probs, z, selected):
+        made = routing.finish(jnp.where(selected, 0.5, 0.0), selected, z, probs, ctx, k_max=2).replace(reach=probs)
+        return loss.value({"r": {"s": {"q": jax.tree.map(lambda x: x[None], loss.stats(made, ctx))}}})
+
+    def of(loss, probs=uniform, selected=picked):
+        return float(found(loss, probs, zeros, selected))
 
     wanted = dict(importance=0, load=0, balance=1, z_loss=np.log(E) ** 2, mutual_information=0, mean_entropy=0)
     for name, value in wanted.items():

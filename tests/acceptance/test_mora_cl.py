@@ -49,7 +49,7 @@ def router(**options):
 def decide(made, A, x, tasks=TASKS, train=False, **changes):
     ctx = small.context(1, len(x), state={"tasks": jnp.int32(tasks)}, train=train, **changes)
     z = made.input_of(single(x)[None], {"A": single(A)[:, None]}, ctx)
-    return made.route({}, {}, z, ctx)[0]
+    return small.routed(made, {}, {}, z, ctx)[0]
 
 
 def change(made, A, B, x, tasks=TASKS, train=False):
@@ -246,7 +246,7 @@ def test_the_linear_ablation_chooses_by_a_matrix_and_keeps_the_activation():
     site = type("Site", (), dict(experts=E, d_in=D))
     assert made.init_leaves(jax.random.key(0), site, 0)["W"].shape == (E, D) and not router().init_leaves(None, site, 0)
     W, ctx = normal(E, D, seed=7), small.context(1, T, state={"tasks": jnp.int32(TASKS)})
-    gates = made.route({"W": single(W)}, {}, made.input_of(single(X)[None], {}, ctx), ctx)[0].gates[0]
+    gates = small.routed(made, {"W": single(W)}, {}, made.input_of(single(X)[None], {}, ctx), ctx)[0].gates[0]
     np.testing.assert_allclose(gates, by_hand(W, B, X, tau=0.3)[1], atol=1e-5)
 
 

@@ -1,6 +1,7 @@
 """The acceptance list of MoS: counts, LoRA as a special case, gradients of the pools, tables, init, expansion."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -29,9 +30,12 @@ def rule(name="mos", sites=SITES, *, rank=4, alpha=8.0, **more):
     return dict(all=common.rule(sites, adapter=common.adapter(name, rank=rank, alpha=alpha, dropout=0.0, **more)))
 
 
+as_lora = functools.partial(jax.jit, static_argnums=0)(to_lora)
+
+
 def expanded(model, adapters):
     """As the tree of a plain LoRA run."""
-    leaves = {s: to_lora(model.rules[0].adapter, adapters["all"]["000-002"][s], adapters["all"]["shared"][s])
+    leaves = {s: as_lora(model.rules[0].adapter, adapters["all"]["000-002"][s], adapters["all"]["shared"][s])
               for s in adapters["all"]["shared"]}  # fmt: skip
     return {"all": {"000-002": leaves}}
 
@@ -98,8 +102,10 @@ def test_acceptance_4_a_private_row_moves_its_own_layer_only():
     n, public = 2, 2 * L * 2
     pool = adapters["all"]["shared"]["up"]
     for layer in range(L):
-        moved = {name: pool[name].at[public + layer * n].add(1.0) for name in pool}
-        after = to_lora(model.rules[0].adapter, adapters["all"]["000-002"]["up"], moved)
+        moved = jax.tree.map(np.array, pool)
+        for rows in moved.values():
+            rows[public + layer * n] += 1.0
+        after = as_lora(model.rules[0].adapter, adapters["all"]["000-002"]["up"], moved)
         for factor in ("A", "B"):
             change = np.abs(after[factor] - before[factor]).reshape(L, -1).max(axis=1)
             assert (change > 0).tolist() == [i == layer for i in range(L)]

@@ -1,5 +1,6 @@
 """NOLA, arXiv 2310.02556: its acceptance list. k, l numbers of random matrices, R rank."""
 
+import functools
 import subprocess
 import sys
 
@@ -26,6 +27,11 @@ def adapter(**options):
     return Nola(**dict(rank=3, alpha=6.0, dropout=0.0, **SMALL_NOLA) | options)
 
 
+@functools.partial(jax.jit, static_argnums=0)
+def factors(made, p):
+    return made.factors(p, {}, CTX)
+
+
 def fresh(made, seed=0):
     return made.init_leaves(jax.random.key(seed), SITE, 0)
 
@@ -34,14 +40,19 @@ def moved(made, seed=0):
     """Leaves with coefficients away from 0."""
     p = fresh(made, seed)
     rng = np.random.default_rng(4)
-    return p | {name: jnp.asarray(rng.standard_normal(p[name].shape), jnp.float32) for name in ("alpha", "beta")}
+    return p | {name: jax.device_put(np.float32(rng.standard_normal(p[name].shape))) for name in ("alpha", "beta")}
+
+
+@functools.partial(jax.jit, static_argnums=(1, 2, 3))
+def drawn(seed, n, width, stream):
+    return random_bases.uniform(seed, jnp.arange(n), width, stream=stream)
 
 
 def bases(p, made):
     """`(A_off [R, D_in], A_i [k, R, D_in], B_j [l, R, D_out])`, float64, all of them at once."""
     seed, R = p["seed"][0], made.rank
     of = lambda n, width, stream: np.asarray(  # noqa: E731
-        random_bases.uniform(seed, jnp.arange(n), R * width, stream=stream), np.float64
+        drawn(seed, n, R * width, stream), np.float64
     ).reshape(n, R, width)
     return of(1, 20, OFFSET)[0] / 20**0.5, of(made.bases_A, 20, OF_A), of(made.bases_B, 14, OF_B)
 
@@ -58,17 +69,18 @@ def test_acceptance_2_the_first_step_moves_beta_alone():
     made, X = adapter(), np.random.default_rng(6).standard_normal((11, 20)).astype(np.float32)
     p = fresh(made)
     assert not p["alpha"].any() and not p["beta"].any()
-    f = made.factors(p, {}, CTX)
+    f = factors(made, p)
     assert not f.B.any() and 0.9 * 20**-0.5 < np.abs(f.A).max() <= 20**-0.5
 
     def loss(own):
-        f = made.factors(p | own, {}, CTX)
+        f = factors(made, p | own)
         return jnp.sum(jnp.sin(1 + jnp.einsum("td,erd,ero->teo", X, f.A, f.B)))
 
     own = {name: p[name] for name in ("alpha", "beta")}
-    own = jax.tree.map(lambda x, g: x - 0.1 * g, own, jax.grad(loss)(own))
+    slope = jax.jit(jax.grad(loss))
+    own = jax.tree.map(lambda x, g: x - 0.1 * g, own, slope(own))
     assert not own["alpha"].any() and np.abs(own["beta"]).all()
-    assert np.abs(jax.grad(loss)(own)["alpha"]).all(), "from the second step on alpha moves too"
+    assert np.abs(slope(own)["alpha"]).all(), "from the second step on alpha moves too"
 
 
 @pytest.mark.parametrize("options", [{}, dict(normalise=False, offset=False)])
@@ -78,7 +90,7 @@ def test_acceptance_3_values_and_gradients_are_those_of_bases_that_are_there(opt
     offset, A_i, B_j = bases(p, made)
     root = (10**-0.5, 7**-0.5) if made.normalise else (1.0, 1.0)
     alpha, beta = (np.asarray(p[n], np.float64) for n in ("alpha", "beta"))
-    f = made.factors(p, {}, CTX)
+    f = factors(made, p)
     wanted_A = made.offset * offset + root[0] * np.einsum("ek,krd->erd", alpha, A_i)
     np.testing.assert_allclose(f.A, wanted_A, rtol=1e-5, atol=1e-5)
     np.testing.assert_allclose(f.B, root[1] * np.einsum("ek,kro->ero", beta, B_j), rtol=1e-5, atol=1e-5)
@@ -86,10 +98,10 @@ def test_acceptance_3_values_and_gradients_are_those_of_bases_that_are_there(opt
     G_A, G_B = (rng.standard_normal(x.shape).astype(np.float32) for x in (f.A, f.B))
 
     def through(alpha, beta):
-        f = made.factors(p | {"alpha": alpha, "beta": beta}, {}, CTX)
+        f = factors(made, p | {"alpha": alpha, "beta": beta})
         return jnp.sum(f.A * G_A) + jnp.sum(f.B * G_B)
 
-    got = jax.grad(through, argnums=(0, 1))(p["alpha"], p["beta"])
+    got = jax.jit(jax.grad(through, argnums=(0, 1)))(p["alpha"], p["beta"])
     np.testing.assert_allclose(got[0], root[0] * np.einsum("erd,krd->ek", G_A, A_i), rtol=1e-5, atol=1e-5)
     np.testing.assert_allclose(got[1], root[1] * np.einsum("ero,kro->ek", G_B, B_j), rtol=1e-5, atol=1e-5)
 
@@ -106,7 +118,7 @@ np.savez(sys.argv[2], A=f.A, B=f.B)
 @pytest.mark.slow  # a process of its own
 def test_acceptance_4_seed_and_coefficients_give_the_same_bits_in_another_process(tmp_path):
     p, made = moved(adapter()), adapter()
-    f = made.factors(p, {}, CTX)
+    f = factors(made, p)
     np.savez(tmp_path / "saved.npz", **p)
     files = [str(tmp_path / name) for name in ("saved.npz", "again.npz")]
     subprocess.run([sys.executable, "-c", REBUILD, *files], cwd=ROOT, check=True)
@@ -164,7 +176,7 @@ def test_acceptance_7_the_rank_is_that_of_the_factors():
         made = adapter(bases_A=k, bases_B=k)
         p = moved(made)
         assert p["alpha"].shape == p["beta"].shape == (3, k)
-        f = made.factors(p, {}, CTX)
+        f = factors(made, p)
         for e in range(3):
             assert np.linalg.matrix_rank(np.asarray(f.A[e]).T @ np.asarray(f.B[e]), tol=1e-4) <= made.rank
 

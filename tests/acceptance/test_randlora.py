@@ -1,6 +1,7 @@
 """RandLoRA, arXiv 2502.00987: its acceptance list, and peft's logits. N products of rank R, d the smaller width."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -40,18 +41,28 @@ def context(site):
 def leaves(made, site, *, random=True):
     p = made.init_leaves(jax.random.key(0), site, 0)
     rng = np.random.default_rng(2)
-    return {n: x + random * jnp.asarray(rng.standard_normal(x.shape), jnp.float32) for n, x in p.items()}
+    return {n: x + random * jax.device_put(np.float32(rng.standard_normal(x.shape))) for n, x in p.items()}
 
 
 def change(made, p, site, shared=None):
     """`[E, D_in, D_out]`, the scale in it."""
-    f = made.factors(p, made.init_shared(None, EVERY) if shared is None else shared, context(site))
+    return _change(made, p, site, shared_by(made) if shared is None else shared)
+
+
+@functools.cache
+def shared_by(made):
+    return jax.jit(lambda: made.init_shared(None, EVERY))()
+
+
+@functools.partial(jax.jit, static_argnums=(0, 2))
+def _change(made, p, site, shared):
+    f = made.factors(p, shared, context(site))
     return made.scale() * jnp.einsum("erd,ero->edo", jnp.broadcast_to(f.A, (len(f.B), *f.A.shape[1:])), f.B)
 
 
 def summed(made, p, site):
     """The paper's sum in float64, term by term."""
-    shared = {n: np.asarray(x, np.float64) for n, x in made.init_shared(None, EVERY).items()}
+    shared = {n: np.asarray(x, np.float64) for n, x in shared_by(made).items()}
     (E, N, d), D = p["gamma"].shape, max(site.d_in, site.d_out)
     A, out = shared["basis_A"][:, :d], np.zeros((E, D, d))
     for e in range(E):
@@ -67,7 +78,7 @@ def test_acceptance_1_the_first_step_moves_lambda_alone(site):
     p = leaves(made, site, random=False)
     assert p["lambda"].shape == (2, 4, 3) and p["gamma"].shape == (2, 4, 10) and (p["gamma"] == np.float32(0.1)).all()
     assert not change(made, p, site).any()
-    loss = jax.grad(lambda p: jnp.sum(jnp.sin(1 + change(made, p, site))))
+    loss = jax.jit(jax.grad(lambda p: jnp.sum(jnp.sin(1 + change(made, p, site)))))
     g = loss(p)
     assert not g["gamma"].any() and g["lambda"].any(axis=(1, 2)).all()
     p = jax.tree.map(lambda x, g: x - 0.01 * g, p, g)
@@ -101,10 +112,10 @@ def test_acceptance_4_the_stacked_form_is_the_sum(site):
 @either
 def test_acceptance_4_gradients_are_those_of_autodiff(site):
     made = adapter()
-    p, A = leaves(made, site), made.init_shared(None, EVERY)["basis_A"]
-    G = jnp.asarray(np.random.default_rng(3).standard_normal((2, 4, 3, 10)), jnp.float32)
-    own = jax.grad(lambda p: jnp.sum(G * scaled(A, p["lambda"], p["gamma"])))(p)
-    wanted = jax.grad(lambda p: jnp.sum(G * p["lambda"][..., None] * A * p["gamma"][:, :, None, :]))(p)
+    p, A = leaves(made, site), shared_by(made)["basis_A"]
+    G = jax.device_put(np.float32(np.random.default_rng(3).standard_normal((2, 4, 3, 10))))
+    own = jax.jit(jax.grad(lambda p: jnp.sum(G * scaled(A, p["lambda"], p["gamma"]))))(p)
+    wanted = jax.jit(jax.grad(lambda p: jnp.sum(G * p["lambda"][..., None] * A * p["gamma"][:, :, None, :])))(p)
     for name in p:
         np.testing.assert_allclose(own[name], wanted[name], rtol=1e-5, atol=1e-5)
 
@@ -179,7 +190,7 @@ def test_acceptance_8_it_fits_flat_spectra_better_than_lora_and_decaying_ones_wo
     p = made.init_leaves(None, square, 0)
     shared = made.init_shared(None, (square,))
     ours = fitted(lambda p: change(made, p, square, shared)[0], p, target)
-    pair = {"A": jnp.asarray(rng.standard_normal((3, D)) / D**0.5, jnp.float32), "B": jnp.zeros((3, D))}
+    pair = {"A": jax.device_put(np.float32(rng.standard_normal((3, D)) / D**0.5)), "B": jnp.zeros((3, D))}
     assert trees.count(p) == 160 < trees.count(pair) == 192
     lora = fitted(lambda p: p["A"].T @ p["B"], pair, target)
     assert ours < lora if spectrum == "flat" else lora < 0.2 * ours, (ours, lora)

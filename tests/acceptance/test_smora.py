@@ -13,6 +13,7 @@ from molora_jax.routers import ROUTERS
 from molora_jax.runs.checkpoints import Checkpoints
 from molora_jax.training.step import update_routers
 from tests.acceptance import small
+from tests.battery.cases import fresh_adapters
 
 SIGMOID = ROUTERS["sigmoid_topk"]
 T, D, r, k, ALPHA = 9, 16, 32, 8, 16.0  # rank, active rank, the paper's alpha
@@ -20,7 +21,7 @@ SITE = Site("q", D, 24, (0,), r)
 
 
 def inputs(seed=0):
-    return jnp.asarray(np.random.default_rng(seed).standard_normal((T, D)), jnp.float32)
+    return jax.device_put(np.float32(np.random.default_rng(seed).standard_normal((T, D))))
 
 
 def rows(leaves):
@@ -30,12 +31,12 @@ def rows(leaves):
 
 def decide(router, W, x, b=None, **changes):
     state = router.init_state(SITE) if b is None else {"b": jnp.asarray(b, jnp.float32)}
-    decision, _, sums = router.route({"W": W}, {}, x[None], small.context(1, len(x), state=state, **changes))
+    decision, _, sums = small.routed(router, {"W": W}, {}, x[None], small.context(1, len(x), state=state, **changes))
     return decision, sums
 
 
 def W_of(E, seed=2, scale=0.7):
-    return jnp.asarray(scale * np.random.default_rng(seed).standard_normal((E, D)), jnp.float32)
+    return jax.device_put(np.float32(scale * np.random.default_rng(seed).standard_normal((E, D))))
 
 
 FEW = dict(method__rules__all__sites="q,down")  # two of the seven projections compile in a third of the time
@@ -44,7 +45,7 @@ FEW = dict(method__rules__all__sites="q,down")  # two of the seven projections c
 @pytest.mark.parametrize("c", [1, 2, 4, 8])
 def test_acceptance_1_one_stacked_lora_is_the_sum_of_gated_loras(c):
     E, x = r // c, inputs()
-    leaves, gates = small.factors(E, c, D), jnp.asarray(np.random.default_rng(1).uniform(0, 2, (T, E)), jnp.float32)
+    leaves, gates = small.factors(E, c, D), jax.device_put(np.float32(np.random.default_rng(1).uniform(0, 2, (T, E))))
     A, B = rows(leaves)
     g, x64 = np.asarray(gates, np.float64), np.asarray(x, np.float64)
     stacked = (np.repeat(g, c, axis=1) * (x64 @ A.T)) @ B
@@ -109,7 +110,7 @@ def test_acceptance_5_gathered_rows_equal_the_masked_dense_form():
     """The product's two forms, and a gather of each token's k rows of A and columns of B."""
     leaves = {n: x[:, 0] for n, x in small.factors(r, 1, D).items()}  # [r, D]
     x, W = inputs(), W_of(r)
-    weight = jnp.asarray(np.random.default_rng(5).standard_normal((T, 24)), jnp.float32)
+    weight = jax.device_put(np.float32(np.random.default_rng(5).standard_normal((T, 24))))
 
     def gates_of(x, W):
         return decide(SIGMOID(k=k), W, x)[0].gates[0]
@@ -178,7 +179,7 @@ def test_acceptance_7_the_bias_has_no_gradient_and_is_mutable_state(tmp_path):
 
 def test_acceptance_8_fresh_factors_change_nothing():
     model, params, _, state = small.build("smora", **FEW)
-    fresh = jax.jit(model.init_adapters)(jax.random.key(0), params)
+    fresh = fresh_adapters(model, jax.random.key(0), params)
     data = small.batch()
     run = lambda model, a, s: jax.jit(lambda a: model.hidden(params, a, s, data)[0])(a)  # noqa: E731
     np.testing.assert_array_equal(run(model, fresh, state), run(model.without_rules(), {}, {}))

@@ -19,7 +19,7 @@ from molora_jax.routers import ROUTERS
 from molora_jax.training.loop import train
 from molora_jax.training.programs import compile_optimizer, knobs_of
 from molora_jax.training.setup import setup
-from tests.acceptance import small
+from tests.acceptance import helpers, small
 
 GATE = ROUTERS["sequence_gate"]
 E, D = 5, 16
@@ -37,7 +37,7 @@ def gate_scaled(adapters, factor):
 
 
 def hidden(model, params, adapters, data):
-    return np.asarray(jax.jit(model.hidden)(params, adapters, {}, data)[0])
+    return np.asarray(helpers.hidden(model, params, adapters, data))
 
 
 def gates_of(model, params, adapters, data, **options):
@@ -89,7 +89,7 @@ def test_acceptance_3_the_gate_reads_embeddings_alone():
 
 
 def route(router, W, x, **changes):
-    return router.route({"W": W}, {}, x, small.context(*x.shape[:2], **changes))[0]
+    return small.routed(router, {"W": W}, {}, x, small.context(*x.shape[:2], **changes))[0]
 
 
 def inputs(rows=2, length=6):

@@ -1,6 +1,7 @@
 """The acceptance list of X-LoRA, its experts from other runs, its two stages, and generation with two caches."""
 
 import dataclasses
+import functools
 import json
 import re
 
@@ -96,6 +97,7 @@ def test_acceptance_3_gradient_reaches_the_head_alone_and_dies_with_the_experts(
     assert trees.flatten_dict(trainable, sep="/").keys() == flat.keys(), "load freezes the experts"
 
 
+@functools.partial(jax.jit, static_argnums=0)
 def features(model, params, adapters, data):
     """What the head's slices read, `[B, S, D | H]`."""
     data = {k: jnp.asarray(v) for k, v in data.items()}

@@ -7,6 +7,7 @@ import dataclasses
 import functools
 import itertools
 import pathlib
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -109,7 +110,7 @@ def base(decoder, dtype="float32"):
     for name in ("embed", "head"):
         if name in params:
             params[name] = (params[name] * 10).astype(params[name].dtype)
-    return jax.tree.map(jnp.asarray, params)
+    return jax.device_put(params)
 
 
 @functools.partial(jax.jit, static_argnames="model")
@@ -118,9 +119,26 @@ def hidden_states(model, params, adapters, state, batch):
     return model.hidden(params, adapters, state, batch)[0]
 
 
-@functools.partial(jax.jit, static_argnames="model")
+FILLED = {  # of `jax.numpy`, where each new shape is a program
+    "zeros": lambda shape, dtype=None: jax.device_put(np.zeros(shape, dtype or np.float32)),
+    "ones": lambda shape, dtype=None: jax.device_put(np.ones(shape, dtype or np.float32)),
+    "zeros_like": lambda x, dtype=None: jax.device_put(np.zeros(x.shape, dtype or x.dtype)),
+}
+
+
+def eagerly(make, *args):
+    """A start, `make(*args)`, operation by operation and layer by layer: the same numbers as of one jitted program.
+
+    Each model would have a program of its own, half of it random numbers: as slow to compile as a training step. Those
+    of an operation and a shape are shared by all models.
+    """
+    layers = lambda f, xs: jax.tree.map(lambda *leaves: np.stack(leaves), *map(f, np.asarray(xs)))  # noqa: E731
+    with mock.patch.object(jax.lax, "map", layers), mock.patch.multiple(jnp, **FILLED):
+        return jax.device_put(make(*args))
+
+
 def fresh_adapters(model, key, params):
-    return model.init_adapters(key, params)
+    return eagerly(model.init_adapters, key, params)
 
 
 @functools.cache
@@ -260,12 +278,11 @@ class Case:
             self.places = sharding.state_shardings(shapes, self.model, mesh)
             out = (self.places, sharding.replicated(mesh))
         self.step = jax.jit(step, out_shardings=out)
-        self.fresh = jax.jit(lambda p: fresh(self.model, self.optimizer, p, self.frozen, jax.random.key(0)))
 
     def start(self, adapters=None):
         """State of step 0, with these adapters in place of fresh ones."""
-        state = self.fresh(self.params)
-        return state if adapters is None else state.replace(adapters=jax.tree.map(jnp.asarray, adapters))
+        state = eagerly(fresh, self.model, self.optimizer, self.params, self.frozen, jax.random.key(0))
+        return state if adapters is None else state.replace(adapters=jax.device_put(adapters))
 
     def run(self, state, data=None):
         """One step: `(state, metrics, gradients {path: array})`."""

@@ -3,6 +3,8 @@
 A router says its decision, an adapter its factors, a loss its sums; `reference.py` does the rest the naive way.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -49,9 +51,20 @@ class Routers:
         ctx = self.context(rule, scope, layer, state=jax.tree.map(lambda v: v[at], state), carry=self.carry[rule.name])
         own, shared = self.leaves(rule, leaves, scope), self.adapters[rule.name].get("shared", {})
         x = rule.router.input_of(jnp.asarray(x, jnp.float32), leaves.get(scope, {}), ctx)
-        m, self.carry[rule.name], _ = rule.router.route(own, shared, x, ctx)
+        ask = routed if xp is np else routed.__wrapped__  # one program a router, or a part of the gradient's
+        m, self.carry[rule.name] = ask(rule.router, own, shared, x, ctx)
         out = (m.probs, m.selected, m.gates, m.valid, m.logits, m.base_gate, m.sparsity, m.averaged, m.base_logit)
         return tuple(None if v is None else np.asarray(v) for v in out) if xp is np else out
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def routed(router, *args):
+    return router.route(*args)[:2]
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def factors(adapter, *args):
+    return adapter.factors(*args)
 
 
 def expert_weights(xp, adapter, leaves, W, shared, ctx):
@@ -61,7 +74,7 @@ def expert_weights(xp, adapter, leaves, W, shared, ctx):
     )
     # `train`: where a gradient is not that of the value (ALLoRA), it is the one that is asked for
     ctx = ctx.replace(base=jnp.asarray(W, jnp.float32), train=True, step_key=jax.random.key(0))
-    f = adapter.factors(cast(leaves), cast(shared), ctx)
+    f = (factors if xp is np else factors.__wrapped__)(adapter, cast(leaves), cast(shared), ctx)
     f = f if xp is jnp else jax.tree.map(lambda v: np.asarray(v, np.float64), f)
     E = len(f.B)
     A = xp.broadcast_to(f.A, (E, *f.A.shape[1:]))

@@ -15,7 +15,7 @@ from molora_jax.engines import ENGINES, Engine
 from molora_jax.objectives import Frozen, compile_objective
 from molora_jax.runs.modules import Modules, base_leaves
 from molora_jax.training.step import fresh, make_step, micro_batches
-from tests.battery.cases import BATCH, SMALL, Case, combination, random_adapters, record
+from tests.battery.cases import BATCH, SMALL, Case, combination, eagerly, random_adapters, record
 from tests.battery.checks import matches
 from tests.engines.problems import mesh
 
@@ -44,6 +44,7 @@ def model_case():
     return Case(combination(*POINT, **{"method.rules.mix.sites": "q,down", "losses": {}}))
 
 
+@functools.cache
 def step_of(kind, *, accumulate=1, on=None, engine=None, copies=("norms", "embed")):
     """`(state, metrics, gradients)` of one step on the battery's small model with random adapters."""
     case, objective = model_case(), compile_objective(EVERY[kind])
@@ -54,8 +55,8 @@ def step_of(kind, *, accumulate=1, on=None, engine=None, copies=("norms", "embed
     options = dict(seed=0, frozen=case.frozen, clip=0.0, targets_per_row=8, objective=objective, head=head)
     constrain = (lambda x: x) if on is None else sharding.constrain(on)
     step = make_step(*made, lambda step: 1e-2, accumulate=accumulate, constrain=constrain, **options)
-    state = jax.jit(lambda p: fresh(*made, p, case.frozen, jax.random.key(5), modules.init))(case.params)
-    state = state.replace(adapters=jax.tree.map(jnp.asarray, random_adapters(case.model, case.params)))
+    state = eagerly(fresh, *made, case.params, case.frozen, jax.random.key(5), modules.init)
+    state = state.replace(adapters=jax.device_put(random_adapters(case.model, case.params)))
     rows, params = LABELLED if kind == "classify" else BATCH, case.params
     start = random_adapters(case.model, case.params, seed=8)
     fixed = {n: Frozen(params, start, state.router_state, model) for n in objective.frozen()}
@@ -137,7 +138,7 @@ def test_full_fine_tuning_is_the_gradient_of_every_base_leaf():
         model, record(), lambda step: 1e-2, seed=0, frozen=(), accumulate=1, clip=0.0, targets_per_row=12,
         constrain=lambda x: x,
     )  # fmt: skip
-    state = fresh(model, record(), params, (), jax.random.key(0), modules.init)
+    state = eagerly(fresh, model, record(), params, (), jax.random.key(0), modules.init)
     state, metrics = jax.jit(step)(state, params, BATCH)
     np.testing.assert_allclose(metrics["loss"], want[0], rtol=1e-5)
     got, grads = flatten_dict(state.opt["modules"]["base"], sep="/"), flatten_dict(want[1], sep="/")
