@@ -261,14 +261,6 @@ LEFT_OUT = (
     "acceptance/test_meteora.py::test_acceptance_5_gates_learn_from_both_losses_*[[]1]",
     "acceptance/test_moa_hetero.py::test_acceptance_1_weights_of_1_are_plain_lora",  # battery/test_methods
     "acceptance/test_lora_mixer.py::test_acceptance_7_a_kill_in_stage_b_changes_no_bit*",  # regimes/test_killed
-    # the acceptance list of the method holds its equation, its start and what learns; what stays lies as no other does:
-    # an FFN, kinds side by side, a state, pools, plain LoRA
-    *(f"battery/test_methods.py::{test}[[]{name}]"
-      for test in ("test_equals_the_naive_form_in_value_and_gradient", "test_the_start_is_the_base")
-      for name in ("coe", "deepseek_moe", "lora_mixer", "stelocoder", "randlora", "lora_xs", "lora_ga", "lora_sb",
-                   "ia3")),
-    "battery/test_methods.py::test_the_start_is_the_base[[]nola]",
-    "battery/test_methods.py::test_loss_falls_on_a_small_batch[[]allora]",  # its gradients are compared by hand
     "battery/test_product.py::test_combination[[]lora-softmax_topk-ffn-pissa]",  # dora-top_p-ffn
     "training/test_moves.py::*[[]projection]",  # the chain's sites, and battery/test_methods has every gradient
     "training/test_stages.py::test_a_run_with_modules_goes_on_bit_by_bit_*[[]classify]",  # regimes/test_killed
@@ -284,8 +276,6 @@ LEFT_OUT = (
     "acceptance/test_dylora.py::test_acceptance_2_3_and_4_*[[]all]",  # frozen has the same one program
     "acceptance/test_lora_baselines.py::test_acceptance_1_start_leaves_the_function_unchanged[[]lora-pissa-*",  # dora
     # one of each pair of options that meet nowhere
-    *(f"objectives/test_formulas.py::test_chunks_of_the_vocabularys_distribution_change_nothing[[]{name}-1]"
-      for name in ("lm-{}", "preference-*", "distill-*")),  # 4 chunks
     *(f"engines/test_seam.py::test_a_placement_in_one_file_is_served_by_every_engine[[]{engine}-6-sizes1]"
       for engine in ("ragged_all_to_all", "replicate", "gather", "toy")),  # all_to_all, and 8 experts under each
     "core/test_kernels.py::test_routed_ffn[[](33,*-tiled]",  # dense there, tiled at the other shapes
@@ -314,4 +304,22 @@ LEFT_OUT = (
     "engines/test_seam.py::test_an_engine_in_one_file_serves_every_placement[[]chain]",  # its passes are the FFN's
     "engines/test_equal.py::test_capacity_drops_and_counts[[]ffn-ragged_all_to_all]",  # projection, ffn-all_to_all
     "modules/test_layers.py::test_no_token_gives_no_row[[](2, 0)]",  # (0, 5) and (0,)
+    "battery/test_product.py::test_shapes_of_every_combination[[]rslora-*",  # lora's, times another number
+    "battery/test_members.py::test_later_members_equal_those_written_out[[]rslora-*",
+    # a router decides without the adapter: each with lora, and those with a state, a carry or a gate of the base's own
+    *(f"battery/test_product.py::test_shapes_of_every_combination[[]dora-{router}-*"
+      for router in ("entropy_hybrid", "top1", "sparse_projection", "soft_topk", "biased_topk", "sparsegen",
+                     "learned_threshold", "labelled_topk", "sigmoid_threshold")),
+    # whose values `test_combination` has
+    "battery/test_product.py::test_shapes_of_every_combination[[]dora-top_p-ffn-kaiming]",
+    "objectives/test_formulas.py::test_chunks_of_the_vocabularys_distribution_change_nothing*-1]",  # chunks of 4
+    # on the other block: attention, and the gates by task on both
+    "acceptance/test_lora_mixer.py::test_acceptance_1_and_6_other_experts_and_the_router_*[[]state space]",
+    "acceptance/test_lora_mixer.py::test_acceptance_3_and_6_*[[]state space]",
+    # the acceptance list has value and gradient, or the method is LoRA from another start
+    *(f"battery/test_methods.py::{test}[[]{name}]"
+      for test in ("test_equals_the_naive_form_in_value_and_gradient", "test_loss_falls_on_a_small_batch",
+                   "test_the_start_is_the_base")
+      for name in ("lora_ga", "lora_sb", "ia3", "lora_mixer", "randlora")),
+    "battery/test_methods.py::test_loss_falls_on_a_small_batch[[]allora]",  # acceptance/test_allora 2 and 3
 )  # fmt: skip
