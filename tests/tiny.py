@@ -87,7 +87,9 @@ def train_tiny(folder, method: str = "mixlora", steps: int = 3):
     task = write_task(folder / "task.jsonl")
     with config.unlocked():
         if method == "mixlora":
-            config.method.rules.attn.sites = "q,v"  # every program of the tests on this run has every site
+            # every program of the tests on this run has every site and every dropout
+            config.method.rules.attn.sites = "q,v"
+            config.method.rules.attn.adapter.dropout = config.method.rules.ffn.adapter.dropout = 0.0
         config.data.update(tasks=f"jsonl:{task}", seq_len=96)
         config.train.update(steps=steps, batch_size=8, save_every=2)
         config.eval.update(num_items=8, num_generated=4, max_new_tokens=8, batch_size=8)

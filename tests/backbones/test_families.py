@@ -21,7 +21,7 @@ def check(name, source, dtype="float32"):
 def test_a_family(tmp_path, name, reader):
     source = family_cases.write(tmp_path, reader, family_cases.MAIN[name])
     check(name, source)
-    if reader == "folder" and "untied" in name:
+    if (name, reader) == ("llama, untied", "folder"):  # of the others: the next test
         check(name, source, "bfloat16")
 
 

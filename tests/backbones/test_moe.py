@@ -73,6 +73,14 @@ def loss_of(model, weight):
     return jax.jit(jax.value_and_grad(loss))
 
 
+@functools.cache
+def compiled(model):
+    """`loss_of` the model's `problem`, which asks for its text as well."""
+    params, adapters, batch, weight = problem(model)
+    with jax.default_matmul_precision("highest"):
+        return loss_of(model, weight).lower(adapters, params, batch).compile()
+
+
 class Einsums:
     """Stands for `Layer` in a block: every expert's block of every token, weights merged with their change."""
 
@@ -138,7 +146,8 @@ def test_gradients_of_adapters_and_router_are_those_of_einsums(factors):
     own = adapters["moe"]["000-001"]
     assert {s: tuple(own[s][n].shape[1] for n in "AB") for s in SHAPES[factors]} == SHAPES[factors]
     with jax.default_matmul_precision("highest"):
-        close(loss_of(model, weight)(adapters, params, batch), reference(model, weight)(adapters, params, batch))
+        wanted = reference(model, weight)(adapters, params, batch)
+    close(compiled(model)(adapters, params, batch), wanted)
     stats = jax.eval_shape(lambda: model.hidden(params, adapters, {}, batch)[1])
     site = jax.eval_shape(lambda stats: site_metrics(model, decision_sums(stats, "expert_load")), stats)
     assert site["moe/base"]["entropy"].shape == (model.config.layers,), "its decisions are in the metrics"
@@ -237,11 +246,11 @@ def test_the_shipped_config_compiles_and_counts():
     assert trees.count(adapters["moe"]) == 4 * 8 * 3 * 8 * pair  # layers, experts, sites, rank
 
 
-def test_no_layer_of_the_kernels_is_copied_out_of_the_stack():
+@pytest.mark.parametrize("factors", ["shared_outer", pytest.param("own", marks=SLOW)])
+def test_no_layer_of_the_kernels_is_copied_out_of_the_stack(factors):
     """The compiled step of one device holds no array of a layer's expert kernels, forward or backward."""
-    model = checked(config_of())
-    params, adapters, batch, weight = problem(model)
-    text = loss_of(model, weight).lower(adapters, params, batch).compile().as_text()
+    model = checked(config_of(factors, base_router="trained"))
+    params, text = problem(model)[0], compiled(model).as_text()
     L, E, D, F = params["blocks"]["experts"]["gate"].shape
     assert f"f32[{L},{E},{D},{F}]" in text
     for shape in ((E, D, F), (1, E, D, F), (E, F, D), (1, E, F, D)):

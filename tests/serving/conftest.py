@@ -22,7 +22,7 @@ NEW = 8  # tokens of an answer
 @pytest.fixture(scope="session")
 def run(tmp_path_factory):
     folder = tmp_path_factory.mktemp("serving") / "run"
-    router = dict(name="softmax_topk", k=2, share="site")  # experts of whole FFNs: `test_slots.py`
+    router = dict(name="softmax_topk", k=2, share="site")
     rules = dict(all=common.rule("q,down", adapter=common.adapter(), experts="4", router=router))
     return molora_jax.load_run(new_run(folder, rules, seed=4))
 

@@ -6,12 +6,9 @@ import jax
 import numpy as np
 import pytest
 
-import molora_jax
 from molora_jax.decode import generate as decoding
 from molora_jax.decode.slots import Draw, Slots
 from molora_jax.errors import InputError
-from tests.surgery.make import new_run
-from tests.tiny import tiny_config
 
 N = 10
 SAMPLED = dict(temperature=0.9, top_p=0.9, top_k=40)
@@ -46,10 +43,7 @@ def _ids(answers):
     return [[token.id for token in answer] for answer in answers]
 
 
-def test_answers_are_those_of_generate(tmp_path):
-    rules = tiny_config("mixlora").method.rules.to_dict()
-    rules["attn"]["sites"] = "q"  # experts are whole FFNs; each of the programs has every site
-    run = molora_jax.load_run(new_run(tmp_path / "run", rules, seed=3))
+def test_answers_are_those_of_generate(run):
     rng = np.random.default_rng(0)
     prompts = [rng.integers(4, 200, n).tolist() for n in (3, 30, 1, 32, 17, 9, 25, 2)]
     draws = [Draw(**SAMPLED, seed=5) if i % 2 else Draw() for i in range(8)]
@@ -130,9 +124,9 @@ def test_logprobs_are_the_models_own(run):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("method", ["dynamic_moe", "model"])
+@pytest.mark.parametrize("method", ["mixlora", "dynamic_moe", "model"])
 def test_other_routers(method):
-    """Experts of any number; a router that decides once for all layers."""
+    """Experts of whole FFNs; experts of any number; a router that decides once for all layers."""
     from tests.tiny import tiny_model
 
     made = tiny_model(method)
