@@ -58,10 +58,10 @@ def test_a_placement_in_one_file_is_served_by_every_engine(name, experts, sizes)
         return jnp.sum(y * probe), y
 
     on = Engine(name, mesh(**sizes))
-    for engine in (ALONE, on):
+    (_, wanted), expected = jax.jit(jax.value_and_grad(by_hand, (0, 1, 2), has_aux=True))(x, tree, gates)
+    for engine in (ALONE, on) if name == "toy" else (on,):  # one device once, whatever the engines
         run = jax.jit(jax.value_and_grad(lambda *a, on=engine: product(on, *a), (0, 1, 2), has_aux=True))
         (_, y), grads = run(x, tree, gates)
-        (_, wanted), expected = jax.value_and_grad(by_hand, (0, 1, 2), has_aux=True)(x, tree, gates)
         close((y, grads), (wanted, expected), 5e-6)
     if on.stored(experts):
         assert all(g.addressable_shards[0].data.shape[0] == experts // 4 for g in grads[1]["ffn"].values())
