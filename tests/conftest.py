@@ -28,7 +28,6 @@ import jax  # noqa: E402
 import matplotlib.figure  # noqa: E402
 import pytest  # noqa: E402
 
-from tests import quick_random  # noqa: E402
 from tests.left_out import LEFT_OUT  # noqa: E402
 
 gc.set_threshold(100_000, 20, 100)  # tracing makes many objects that live: walking them is a tenth of the time
@@ -50,7 +49,6 @@ def pytest_configure(config):
     hypothesis.settings.load_profile("explore" if config.getoption("--all") else "fixed")
     config.addinivalue_line("markers", "slow: needs the real model, several processes or minutes; run with --all")
     config.addinivalue_line("markers", "pictures: looks at pictures, which are not rendered elsewhere")
-    config.addinivalue_line("markers", "threefry: draws what users' runs draw (tests/quick_random.py)")
 
 
 # Longest first (`--durations=0`, summed by file): two workers take file after file, and one that takes a long file last
@@ -140,8 +138,6 @@ def drawn():
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtest_setup(item):
     RENDERED[0] = item.get_closest_marker("pictures") is not None
-    real = item.config.getoption("--all") or item.get_closest_marker("threefry")
-    quick_random.use(quick_random.THREEFRY if real else quick_random.MIXER)
 
 
 # Each compiled program makes all that comes after it slower: with 3,500 of them alive a test took eight times as long.

@@ -5,7 +5,6 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 import numpy as np
-import pytest
 from flax.traverse_util import flatten_dict
 
 from molora_jax.adapters.vera import Vera
@@ -59,7 +58,6 @@ def test_bases_follow_from_the_seed_alone_and_a_narrower_rule_has_the_first_colu
     assert np.abs(other["basis_A"] - wide["basis_A"]).max() > 0.1
 
 
-@pytest.mark.threefry
 def test_a_random_basis_is_the_same_everywhere():
     """Threefry by its paper (Salmon et al. 2011): others would open old runs wrongly."""
     x = np.asarray(random_bases.uniform(7, jnp.arange(200), 301))

@@ -18,8 +18,6 @@ from molora_jax.training.step import fresh, make_step
 from tests.battery.cases import ROOT, changed
 from tests.battery.checks import matches
 
-pytestmark = pytest.mark.threefry
-
 STEPS = 20
 
 

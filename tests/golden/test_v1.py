@@ -18,8 +18,6 @@ from molora_jax.runs.verify import verify
 from molora_jax.training.loop import train
 from tests.golden.make_v1 import PROMPTS, config
 
-pytestmark = pytest.mark.threefry
-
 RUNS = ("random", "folder")
 
 

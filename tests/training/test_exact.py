@@ -29,8 +29,6 @@ from tests.battery.cases import BATCH, DEEP, SMALL, TARGETS_PER_ROW, Case, combi
 from tests.battery.checks import matches
 from tests.engines.problems import mesh
 
-pytestmark = pytest.mark.threefry
-
 ROOT = pathlib.Path(__file__).parents[2]
 MIX = ("lora", "softmax_topk", "ffn", "kaiming")
 SIXTEEN = {name: np.concatenate([rows, np.roll(rows, 3, axis=0)]) for name, rows in BATCH.items()}
