@@ -72,7 +72,7 @@ def test_adapters_gradients_are_those_of_einsums():
     assert model.rules[0].sites == SITES
     rng, data = np.random.default_rng(1), batch(base)
     adapters = jax.tree.map(
-        lambda a: 0.3 * rng.standard_normal(a.shape).astype(np.float32),
+        lambda a: 0.1 * rng.standard_normal(a.shape).astype(np.float32),
         jax.eval_shape(lambda p: model.init_adapters(jax.random.key(0), p), base.params),
     )
     params = jax.tree.map(lambda a: a + 0.1 * rng.standard_normal(a.shape).astype(np.float32), base.params)

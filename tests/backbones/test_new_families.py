@@ -3,6 +3,7 @@
 import dataclasses
 import json
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -138,7 +139,6 @@ def test_a_prompts_scores_have_the_scale_of_the_bases_own():
     decoder = read("gemma2")
     size, scalar = decoder.head_dim, decoder.query_scalar
     assert scalar != size
-    p = {site: {"kernel": jnp.ones(decoder.dims(site))} for site in "qkvo"}
     seen = {}
 
     class Adapt:
@@ -149,9 +149,14 @@ def test_a_prompts_scores_have_the_scale_of_the_bases_own():
             seen["q"] = q
             return out
 
-    h, ones = jnp.ones((1, 3, decoder.width)), jnp.ones((1, 3), jnp.int32)
-    once = decoder.once(jnp.arange(3)[None], causal_mask(ones), cached=False)
-    at = BlockContext(once, {"slides": jnp.bool_(False)}, ones > 0, False, "xla")
-    decoder._attention(p, h, at, Adapt(), None)
-    norm = np.linalg.norm(np.asarray(seen["q"]), axis=-1)  # turning keeps it
+    @jax.jit
+    def turned(h):
+        p, ones = {site: {"kernel": jnp.ones(decoder.dims(site))} for site in "qkvo"}, jnp.ones((1, 3), jnp.int32)
+        once = decoder.once(jnp.arange(3)[None], causal_mask(ones), cached=False)
+        at = BlockContext(once, {"slides": jnp.bool_(False)}, ones > 0, False, "xla")
+        decoder._attention(p, h, at, Adapt(), None)
+        return seen["q"]
+
+    q = np.asarray(turned(np.ones((1, 3, decoder.width), np.float32)))
+    norm = np.linalg.norm(q, axis=-1)  # turning keeps it
     np.testing.assert_allclose(norm * size**-0.5, decoder.width * size**0.5 * scalar**-0.5, rtol=1e-5)
