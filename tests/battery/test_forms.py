@@ -100,7 +100,7 @@ def test_padding_takes_the_base_and_counts_nowhere():
 
 def test_base_is_never_differentiated():
     """The gradient tree that the optimizer sees holds adapter leaves; the base comes out as it went in."""
-    case = Case(method("lora"))
+    case = Case(method("lora", **{"method.rules.all.sites": "q,down"}))
     before = jax.tree.map(np.copy, base(SMALL))
     state, _, gradients = case.run(case.start())
     assert {path.split("/")[0] for path in gradients} == {"all"}

@@ -96,7 +96,7 @@ def test_a_loss_that_is_no_scalar_is_named(accumulate):
         targets_per_row=TARGETS_PER_ROW,
     )  # fmt: skip
     with pytest.raises(InputError, match=r"losses.mine: got Wide.value, which gave shape \(2,\); expected a scalar"):
-        jax.eval_shape(step, jax.eval_shape(case.start), case.params, BATCH)
+        jax.eval_shape(step, case.start(), case.params, BATCH)
 
 
 def test_micro_accumulation_is_the_mean_of_the_micro_steps_and_no_more():
