@@ -127,7 +127,7 @@ FILLED = {  # of `jax.numpy`, where each new shape is a program
 
 
 def eagerly(make, *args):
-    """A start, `make(*args)`, operation by operation and layer by layer: the same numbers as of one jitted program.
+    """A start, `make(*args)`, operation by operation and layer by layer: the numbers of one jitted program, to 4e-9.
 
     Each model would have a program of its own, half of it random numbers: as slow to compile as a training step. Those
     of an operation and a shape are shared by all models.
