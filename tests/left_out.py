@@ -116,7 +116,7 @@ LEFT_OUT = (
     "backbones/test_experts_in_stack.py::*[[]ffn]",  # kernels/test_in_stack
     "acceptance/test_x_lora.py::test_acceptance_8_prefixes_keep_their_gates_and_a_cache_changes_nothing[[]options[01]]",
     "acceptance/test_rmoe.py::test_acceptance_2_the_second_layers_loss_reaches_the_first_projection[[]np]",
-    "acceptance/test_llava_mole.py::test_acceptance_3_the_language_model_gives_the_sparse_router_exactly_no_gradient[[]dense]",  # the paper's own
+    "acceptance/test_llava_mole.py::test_acceptance_3_*[[]dense]",  # the paper's own
     "acceptance/test_dynamic_moe.py::test_acceptance_5_padded_form_equals_dense_and_clips_are_counted[[]up,down]",
     "modules/test_attach.py::test_plain_lora_equals_the_model_with_merged_kernels*'layers': 1*",  # its scan with remat
     "objectives/test_steps.py::test_four_micro_steps_are_the_whole_batch[[]classify]",

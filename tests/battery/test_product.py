@@ -68,8 +68,8 @@ def test_the_cover_is_one(cover, product):
 def test_shapes_of_every_combination(point, request):
     """Init and step trace; the state keeps its shapes; metrics are float32 scalars and lists over layers.
 
-    An ordinary run has a cover in which every two members of different axes meet, less what tests/left_out.py names, and
-    two of the seven projections: they are traced alike.
+    An ordinary run has a cover in which every two members of different axes meet, less what tests/left_out.py names,
+    and two of the seven projections: they are traced alike.
     """
     few = point[2] == "projection" and not request.config.getoption("--all")
     case = Case(combination(*point, **({"method.rules.mix.sites": "q,down"} if few else {})))
