@@ -316,7 +316,11 @@ LEFT_OUT = (
     *(f"battery/test_methods.py::{test}[[]{name}]"
       for test in ("test_equals_the_naive_form_in_value_and_gradient", "test_loss_falls_on_a_small_batch",
                    "test_the_start_is_the_base")
-      for name in ("lora_ga", "lora_sb", "randlora")),
+      for name in ("lora_ga", "lora_sb", "randlora", "coe", "deepseek_moe")),
+    "modules/test_docs.py::test_the_page_runs",  # the README's section runs, and the example of each module
+    "test_launch_flags.py::test_exit_status[[][[]'--workdir=w'*",  # the other flag that is missing
+    "test_launch_flags.py::test_exit_status[[][[]'--config=absent.py'*",  # test_bad_input's exit status
+    "core/test_contracts.py::test_carry_passes_layers_and_segments[[]q,down-*",  # ffn
     "battery/test_methods.py::test_loss_falls_on_a_small_batch[[]allora]",  # acceptance/test_allora 2 and 3
     "kernels/test_ops.py::test_shapes[[]*-tpu-nan-one]",  # test_against_float64, `one`; E = 1 in the other forms
     "engines/test_equal.py::test_dropout_does_not_depend_on_the_engine[[]ffn]",  # projection; engines/test_seam's FFN

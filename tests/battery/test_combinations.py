@@ -27,10 +27,15 @@ def test_a_config_is_told_the_same_under_every_engine():
         assert len({one if isinstance(one, Verdict) else one[0] for one in told}) == 1, point
 
 
+def pytest_generate_tests(metafunc):
+    """All points with `--all` alone: ten thousand items that are then left out cost seconds a worker."""
+    if "every" in metafunc.fixturenames:
+        metafunc.parametrize("every", POINTS if metafunc.config.getoption("--all") else list(POINTS)[:1])
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("name", POINTS)
-def test_every_point_traces_or_has_a_reason(name):
-    trace(POINTS[name])
+def test_every_point_traces_or_has_a_reason(every):
+    trace(POINTS[every])
 
 
 def trace(point):
