@@ -32,3 +32,9 @@ def first_base(workdir, made, name="prose") -> str:
         merged.surgery.inputs = (whole,)
         perform(merged, str(out))
     return f"dir:{out / 'base'}"
+
+
+def count_of(notes) -> int:
+    """How many numbers a run trains, as the table among its notes says."""
+    total = next(line for text in notes for line in text.splitlines() if line.startswith("total"))
+    return int(total.split()[1].replace(",", ""))

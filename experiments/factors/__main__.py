@@ -1,6 +1,6 @@
 """What the papers of the low-rank methods claim, each in a few rows: the small experiments of their specifications.
 
-python -m experiments.factors [--parts=nola,...] [--steps=300] [--seeds=2] [--workdir=runs/factors]
+python -m experiments.factors [--parts=nola,...] [--steps=300] [--seeds=3] [--workdir=runs/factors]
 
 A small decoder that knows some prose learns three tasks at once. `nola`: fewer numbers than LoRA of rank 1. `randlora`:
 the rank of the change. `lora_pro`: the distance to full fine-tuning. `allora`: how B A grows. `dylora`: one run cut to
@@ -15,6 +15,7 @@ import pathlib
 
 import numpy as np
 
+from experiments import small_base
 from experiments.factors.parts import EVERY_SITE, PARTS, RATE
 from experiments.routed import small
 from experiments.words import kept
@@ -27,7 +28,7 @@ HERE = pathlib.Path(__file__).parent
 FLAGS = [
     ("--parts", dict(default=",".join(PARTS), help="which of them")),
     ("--steps", dict(type=int, default=300, help="optimizer steps of a row that has no number of its own")),
-    ("--seeds", dict(type=int, default=2)),
+    ("--seeds", dict(type=int, default=3)),
     ("--workdir", dict(default="runs/factors", metavar="DIR")),
     ("--out", dict(default=str(HERE), metavar="DIR", help="where results.json is")),
 ]
@@ -63,8 +64,7 @@ class Ask:
         made, folder, lines = self.made(adapter, **more), str(self.workdir / f"{self.rows:02}-{self.seed}"), []
         schema.validate(made)
         train(made, folder, note=lines.append)
-        (total,) = {line.split()[1] for text in lines for line in text.splitlines() if line.startswith("total")}
-        self.trained = int(total.replace(",", ""))
+        self.trained = small_base.count_of(lines)
         return load_run(folder, "latest", config=made)
 
     def base(self):
@@ -85,13 +85,13 @@ def main(argv):
     source = small.base(workdir)
     for part in args.parts.split(","):
         for seed in range(args.seeds):
-            if found["runs"].get(f"{part} | seed {seed}", {}).get("whole"):
+            if f"{part} | seed {seed}" in found["runs"]:
                 continue
             ask, rows = Ask(source, workdir / part, seed, args.steps), {}
             for row, numbers in PARTS[part](ask):
                 rows[row] = numbers | {"trained": ask.trained}
                 print(f"{part}, seed {seed}: {row:36} {told(rows[row])}", flush=True)
-            found["runs"][f"{part} | seed {seed}"] = {"rows": rows, "whole": True}
+            found["runs"][f"{part} | seed {seed}"] = rows
             write_atomically(path, json.dumps(found, indent=1) + "\n")
     report(found, path.parent)
     return 0
@@ -115,7 +115,7 @@ def told(numbers: dict) -> str:
 
 
 def seeds_of(found, part) -> list[dict]:
-    return [run["rows"] for key, run in found["runs"].items() if key.startswith(f"{part} |")]
+    return [rows for key, rows in found["runs"].items() if key.startswith(f"{part} |")]
 
 
 def report(found, out):

@@ -53,10 +53,9 @@ def measured(workdir, made) -> dict:
     told = []
     train(made, str(workdir), note=told.append)
     rows = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
-    counts = [line.split() for text in told for line in text.splitlines() if line.startswith("total")]
     return {
         "valid_nll": {str(row["step"]): row["valid_nll"] for row in rows if "valid_nll" in row},
-        "first_loss": rows[0]["loss"], "trained": int(counts[0][1].replace(",", "")),
+        "first_loss": rows[0]["loss"], "trained": small_base.count_of(told),
     }  # fmt: skip
 
 
